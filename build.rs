@@ -1,0 +1,16 @@
+//! Compiles `proto/` with protox, so that a build needs no `protoc` on the machine.
+
+use std::path::PathBuf;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(["base/v1/watch.proto"], ["proto"])?;
+
+    let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
+    // Served by gRPC reflection.
+    let encoded = prost::Message::encode_to_vec(&descriptors);
+    std::fs::write(out_dir.join("descriptors.bin"), encoded)?;
+
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,362 @@
+//! Row messages → transactions: the one place where changes get their positions.
+//!
+//! PostgreSQL sends a transaction whole, after its commit: Begin (which already has the commit LSN), rows, Commit. The
+//! assembler cuts each tenant's changes into messages below a size, and keeps little: when the open transaction passes
+//! [`Limits::stage_bytes`], what there is is handed out to be *staged* in the change log, where it becomes readable with
+//! the transaction's Commit. A transaction is never held in memory whole.
+//!
+//! A row that cannot be decoded breaks its tenant's history from there to the end of the transaction (everybody's, where
+//! not even the tenant can be read, or for TRUNCATE); everybody else's changes go on.
+//!
+//! Pure: no clock, no I/O. Belongs to one replication session.
+
+use crate::change::{TenantId, encode};
+use crate::lsn::{Lsn, Position};
+use crate::mapping::{Mapping, Outcome, Plan, Undecodable};
+use crate::pgoutput::{self, Message as Row, RelationCache, RelationId, decode};
+use crate::snap_token::TokenId;
+use crate::transaction::{Break, BreakReason, Header, Message, MessageBuilder, Transaction};
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+/// Prefix of the logical messages that belong to tuplewatch.
+pub const MESSAGE_PREFIX: &str = "tuplewatch";
+
+/// Sizes, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// A message is cut before it grows past this.
+    pub message_bytes: usize,
+    /// A single change above this is a break: gRPC clients refuse larger messages by default (4 MiB).
+    pub change_bytes: usize,
+    /// An open transaction above this is staged.
+    pub stage_bytes: usize,
+}
+
+/// What happens on a row that cannot be decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnUndecodable {
+    /// A break for its tenant; everything else goes on.
+    Break,
+    /// Stop, so that somebody looks first.
+    Halt,
+}
+
+/// Token ids kept of one transaction. Those beyond still resolve, by their LSN floor.
+const TOKEN_IDS_MAX: usize = 65_536;
+/// Tenants broken in one transaction; with more, it is a break for all.
+const BROKEN_TENANTS_MAX: usize = 1_000;
+/// Tenants whose ids are kept to be shared; with more, the memory starts anew.
+const INTERNED_MAX: usize = 100_000;
+
+/// Why the stream cannot be read on. All of these are lasting.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Not pgoutput as we know it.
+    #[error(transparent)]
+    Pgoutput(#[from] pgoutput::Error),
+    /// Messages in an order that the protocol does not have.
+    #[error("the replication stream is out of order: {0}")]
+    OutOfOrder(&'static str),
+    /// A row of a table that no Relation message defined.
+    #[error("a row of a table that was not described first (oid {0})")]
+    UnknownRelation(u32),
+    /// As configured: `mapping.on_undecodable: halt`.
+    #[error(
+        "a row of table {table} could not be decoded: {detail} (transaction {commit}; \
+         mapping.on_undecodable is 'halt': repair the row or set it to 'break')"
+    )]
+    Halted {
+        /// The table.
+        table: String,
+        /// What was wrong, without values.
+        detail: String,
+        /// Commit LSN of the transaction.
+        commit: Lsn,
+    },
+}
+
+/// Messages of an open transaction, to be staged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Staged {
+    /// Commit LSN of the transaction that they are part of.
+    pub commit: Lsn,
+    /// In order for each tenant.
+    pub messages: Vec<(TenantId, Message)>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Assembler {
+    mapping: Arc<Mapping>,
+    limits: Limits,
+    on_undecodable: OnUndecodable,
+    relations: RelationCache<Option<Arc<Plan>>>,
+    /// Names of relations that are not mapped too: a TRUNCATE of them is none of our business.
+    tenants: HashSet<TenantId>,
+    open: Option<Open>,
+    encoded: Vec<u8>,
+}
+
+/// The transaction between its Begin and its Commit.
+#[derive(Debug)]
+struct Open {
+    header: Header,
+    /// Row steps so far.
+    steps: u64,
+    parts: HashMap<TenantId, MessageBuilder>,
+    /// In order of appearance, so that the same stream always makes the same output.
+    order: Vec<TenantId>,
+    /// Messages that are complete.
+    messages: Vec<(TenantId, Message)>,
+    /// Bytes in `parts` and `messages`.
+    bytes: usize,
+    staged: bool,
+    /// `to` is filled in at the Commit.
+    breaks: Vec<Break>,
+    broken: HashSet<TenantId>,
+    broken_for_all: bool,
+    token_ids: Vec<TokenId>,
+}
+
+impl Assembler {
+    /// An assembler for a new session.
+    pub fn new(mapping: Arc<Mapping>, limits: Limits, on_undecodable: OnUndecodable) -> Self {
+        Self {
+            mapping,
+            limits,
+            on_undecodable,
+            relations: RelationCache::default(),
+            tenants: HashSet::new(),
+            open: None,
+            encoded: Vec::new(),
+        }
+    }
+
+    /// Whether a transaction has begun and not ended.
+    pub const fn in_transaction(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// pgoutput's Begin.
+    ///
+    /// # Errors
+    /// Inside a transaction.
+    pub fn begin(&mut self, header: Header) -> Result<(), Error> {
+        if self.open.is_some() {
+            return Err(Error::OutOfOrder("Begin inside a transaction"));
+        }
+        self.open = Some(Open {
+            header,
+            steps: 0,
+            parts: HashMap::new(),
+            order: Vec::new(),
+            messages: Vec::new(),
+            bytes: 0,
+            staged: false,
+            breaks: Vec::new(),
+            broken: HashSet::new(),
+            broken_for_all: false,
+            token_ids: Vec::new(),
+        });
+        Ok(())
+    }
+
+    /// Any message that is neither Begin, Commit nor logical. What comes back is to be staged before anything else.
+    ///
+    /// # Errors
+    /// Where it is not pgoutput, not in order, or is to halt on.
+    pub fn change(&mut self, bytes: &[u8]) -> Result<Option<Staged>, Error> {
+        match decode(bytes)? {
+            Row::Type | Row::Origin => return Ok(None),
+            Row::Relation(relation) => {
+                self.relations.define(relation.id, self.mapping.plan(&relation).map(Arc::new));
+                return Ok(None);
+            }
+            Row::Insert { relation, new } => self.row(relation, &|plan, visit| plan.insert(new, visit))?,
+            Row::Update { relation, old, new } => self.row(relation, &|plan, visit| plan.update(old, new, visit))?,
+            Row::Delete { relation, old } => self.row(relation, &|plan, visit| plan.delete(old, visit))?,
+            Row::Truncate { relations } => {
+                for relation in relations {
+                    self.truncate(relation)?;
+                }
+            }
+        }
+        let open = self.open.as_mut().ok_or(Error::OutOfOrder("a row outside a transaction"))?;
+        if open.bytes < self.limits.stage_bytes {
+            return Ok(None);
+        }
+        Ok(Some(open.stage()))
+    }
+
+    /// A transactional logical message. Those of others are ignored, and so are those outside transactions.
+    pub fn logical_message(&mut self, prefix: &str, content: &[u8]) {
+        if prefix == MESSAGE_PREFIX
+            && let Some(open) = &mut self.open
+            && let Ok(id) = <[u8; 16]>::try_from(content)
+            && open.token_ids.len() < TOKEN_IDS_MAX
+        {
+            open.token_ids.push(TokenId(id));
+        }
+    }
+
+    /// pgoutput's Commit.
+    ///
+    /// # Errors
+    /// Where it is not that of the open transaction.
+    pub fn commit(&mut self, commit: Lsn, end: Lsn) -> Result<Transaction, Error> {
+        let mut open = self.open.take().ok_or(Error::OutOfOrder("Commit outside a transaction"))?;
+        if open.header.commit != commit {
+            return Err(Error::OutOfOrder("Commit of another transaction than the one that began"));
+        }
+        for tenant in std::mem::take(&mut open.order) {
+            if let Some(part) = open.parts.remove(&tenant).filter(|part| !part.is_empty()) {
+                let message = part.finish(open.header, Some(end));
+                open.messages.push((tenant, message));
+            }
+        }
+        for gap in &mut open.breaks {
+            gap.to = Position::at(end);
+        }
+        Ok(Transaction {
+            header: open.header,
+            end,
+            messages: open.messages,
+            staged: open.staged,
+            breaks: open.breaks,
+            token_ids: open.token_ids,
+        })
+    }
+
+    fn row(
+        &mut self,
+        relation: RelationId,
+        read: &dyn Fn(&Plan, &mut dyn FnMut(u64, Outcome<'_>)),
+    ) -> Result<(), Error> {
+        let open = self.open.as_mut().ok_or(Error::OutOfOrder("a row outside a transaction"))?;
+        let plan = self.relations.get(relation).ok_or(Error::UnknownRelation(relation.0))?;
+        let before = open.steps;
+        open.steps += 2;
+        let Some(plan) = plan.as_ref().filter(|_| !open.broken_for_all) else { return Ok(()) };
+
+        let (tenants, encoded, limits) = (&mut self.tenants, &mut self.encoded, self.limits);
+        let mut undecodable = None;
+        read(plan, &mut |step, outcome| {
+            let gap = match outcome {
+                Outcome::Change { tenant, operation, fact } => {
+                    encoded.clear();
+                    encode(operation, &fact, encoded);
+                    match intern(tenants, tenant) {
+                        Ok(id) if encoded.len() <= limits.change_bytes => {
+                            open.add(&id, before + step, encoded, limits.message_bytes);
+                            return;
+                        }
+                        Ok(id) => {
+                            let detail = format!(
+                                "a change of {} bytes; at most {} are possible",
+                                encoded.len(),
+                                limits.change_bytes
+                            );
+                            Undecodable { tenant: Some(id.as_str().to_owned()), detail }
+                        }
+                        Err(error) => Undecodable { tenant: None, detail: error.to_string() },
+                    }
+                }
+                Outcome::Undecodable(gap) => gap,
+            };
+            let tenant = gap.tenant.as_deref().and_then(|tenant| intern(tenants, tenant).ok());
+            let reason = BreakReason::Undecodable { table: plan.table().to_owned(), detail: gap.detail };
+            open.interrupt(tenant, before + step - 1, reason.clone());
+            undecodable.get_or_insert(reason);
+        });
+        match (self.on_undecodable, undecodable) {
+            (OnUndecodable::Halt, Some(BreakReason::Undecodable { table, detail })) => {
+                Err(Error::Halted { table, detail, commit: open.header.commit })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn truncate(&mut self, relation: RelationId) -> Result<(), Error> {
+        let open = self.open.as_mut().ok_or(Error::OutOfOrder("TRUNCATE outside a transaction"))?;
+        let plan = self.relations.get(relation).ok_or(Error::UnknownRelation(relation.0))?;
+        if let Some(plan) = plan {
+            open.interrupt(None, open.steps, BreakReason::Truncate { table: plan.table().to_owned() });
+        }
+        Ok(())
+    }
+}
+
+/// The shared id for this text.
+fn intern(tenants: &mut HashSet<TenantId>, text: &str) -> Result<TenantId, crate::change::TenantIdError> {
+    if let Some(known) = tenants.get(text) {
+        return Ok(known.clone());
+    }
+    if tenants.len() >= INTERNED_MAX {
+        tenants.clear();
+    }
+    let tenant = TenantId::new(text)?;
+    tenants.insert(tenant.clone());
+    Ok(tenant)
+}
+
+impl Open {
+    fn add(&mut self, tenant: &TenantId, step: u64, encoded: &[u8], message_bytes: usize) {
+        if !self.broken.is_empty() && self.broken.contains(tenant) {
+            return;
+        }
+        let part = match self.parts.get_mut(tenant) {
+            Some(part) => part,
+            None => {
+                self.order.push(tenant.clone());
+                self.parts.entry(tenant.clone()).or_default()
+            }
+        };
+        if !part.is_empty() && part.bytes() + encoded.len() > message_bytes {
+            let full = std::mem::take(part);
+            self.messages.push((tenant.clone(), full.finish(self.header, None)));
+        }
+        part.push(step, encoded);
+        self.bytes += encoded.len();
+    }
+
+    /// A gap for one tenant or all, after `steps`, up to the end of the transaction.
+    fn interrupt(&mut self, tenant: Option<TenantId>, steps: u64, reason: BreakReason) {
+        let tenant = tenant.filter(|_| self.broken.len() < BROKEN_TENANTS_MAX);
+        match &tenant {
+            _ if self.broken_for_all => return,
+            Some(tenant) if !self.broken.insert(tenant.clone()) => return,
+            Some(tenant) => {
+                if let Some(part) = self.parts.remove(tenant).filter(|part| !part.is_empty()) {
+                    self.messages.push((tenant.clone(), part.finish(self.header, None)));
+                }
+                self.order.retain(|other| other != tenant);
+            }
+            None => {
+                self.broken_for_all = true;
+                self.flush();
+            }
+        }
+        let from = Position::inside(self.header.commit, steps);
+        self.breaks.push(Break { tenant, from, to: from, reason });
+    }
+
+    /// Makes messages of all that is in parts.
+    fn flush(&mut self) {
+        for tenant in std::mem::take(&mut self.order) {
+            if let Some(part) = self.parts.remove(&tenant).filter(|part| !part.is_empty()) {
+                self.messages.push((tenant, part.finish(self.header, None)));
+            }
+        }
+    }
+
+    fn stage(&mut self) -> Staged {
+        self.flush();
+        self.staged = true;
+        self.bytes = 0;
+        Staged { commit: self.header.commit, messages: std::mem::take(&mut self.messages) }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,244 @@
+//! Where things are in the write-ahead log: LSNs, positions between changes, transaction ids and commit times.
+//!
+//! Two facts about PostgreSQL shape everything here. A transaction has *two* LSNs: its **commit LSN**, where the commit
+//! record starts (`final_lsn` of Begin, `lsn` of Commit), and its **end LSN** just past it (`end_lsn` of Commit); the end
+//! LSN of one transaction can equal the commit LSN of the next. And only commits are ordered: LSNs of rows inside two
+//! transactions say nothing about which of them was first.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A byte position in the write-ahead log.
+///
+/// Range: the whole of `u64`; `0/0` is PostgreSQL's "no position" (`InvalidXLogRecPtr`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Lsn(pub u64);
+
+impl Lsn {
+    /// `0/0`, "no position".
+    pub const ZERO: Self = Self(0);
+}
+
+impl fmt::Display for Lsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:X}/{:X}", self.0 >> 32, self.0 & 0xFFFF_FFFF)
+    }
+}
+
+/// The text is not an LSN such as `16/B374D848`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not an LSN: expected two hexadecimal numbers like 16/B374D848")]
+pub struct ParseLsnError(String);
+
+impl FromStr for Lsn {
+    type Err = ParseLsnError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let half = |digits: &str| {
+            let valid = (1..=8).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_hexdigit());
+            if valid { u64::from_str_radix(digits, 16).ok() } else { None }
+        };
+        text.split_once('/')
+            .and_then(|(high, low)| Some(Self(half(high)? << 32 | half(low)?)))
+            .ok_or_else(|| ParseLsnError(text.to_owned()))
+    }
+}
+
+/// A place between two changes: every transaction with a commit LSN below `lsn`, and the first `steps` row steps of the
+/// transaction whose commit LSN *is* `lsn`.
+///
+/// "After this whole transaction" is its end LSN with zero steps. Row steps count pgoutput's row messages, two a message
+/// (an UPDATE can be a delete and then a create), before mapping, tenants or filters: the same on every node, whatever
+/// its configuration. The derived order is the order of the stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Position {
+    /// A commit LSN (with `steps`) or an end LSN (without).
+    pub lsn: Lsn,
+    /// Row steps of that transaction that are included.
+    pub steps: u64,
+}
+
+impl Position {
+    /// Before everything.
+    pub const ZERO: Self = Self { lsn: Lsn::ZERO, steps: 0 };
+    /// Behind everything.
+    pub const MAX: Self = Self { lsn: Lsn(u64::MAX), steps: u64::MAX };
+
+    /// Everything that committed below `lsn`: with an end LSN, "after this whole transaction".
+    pub const fn at(lsn: Lsn) -> Self {
+        Self { lsn, steps: 0 }
+    }
+
+    /// Inside the transaction with this commit LSN, after `steps` of its row steps.
+    pub const fn inside(commit: Lsn, steps: u64) -> Self {
+        Self { lsn: commit, steps }
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.steps == 0 { write!(f, "{}", self.lsn) } else { write!(f, "{}+{}", self.lsn, self.steps) }
+    }
+}
+
+/// A 64-bit transaction id: PostgreSQL's `xid8`, the epoch in the upper half.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Xid8(pub u64);
+
+impl Xid8 {
+    /// The xid8 that `xid` stands for. pgoutput carries only the low 32 bits; every transaction in the stream is within
+    /// 2^31 of any recent one, so the nearest candidate to `self` is the right one.
+    pub const fn widen(self, xid: u32) -> Self {
+        let low = (self.0 & 0xFFFF_FFFF) as u32;
+        let distance = xid.wrapping_sub(low) as i32;
+        Self(self.0.wrapping_add_signed(distance as i64))
+    }
+}
+
+impl fmt::Display for Xid8 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What a statement of PostgreSQL can see: the value of `pg_current_snapshot()`, as `xmin:xmax:xip,xip,…`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Every transaction below is over.
+    xmin: Xid8,
+    /// Every transaction at or above had not begun.
+    xmax: Xid8,
+    /// Those in between that were still running; sorted.
+    running: Vec<Xid8>,
+}
+
+/// The text is not a `pg_snapshot`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a pg_snapshot (xmin:xmax:xip,…)")]
+pub struct ParseSnapshotError(String);
+
+impl Snapshot {
+    /// Whether the effects of this *committed* transaction are visible in the snapshot (`pg_visible_in_snapshot`).
+    pub fn sees(&self, xid: Xid8) -> bool {
+        xid < self.xmin || (xid < self.xmax && self.running.binary_search(&xid).is_err())
+    }
+
+    /// The first transaction id that had not been handed out.
+    pub const fn xmax(&self) -> Xid8 {
+        self.xmax
+    }
+}
+
+impl FromStr for Snapshot {
+    type Err = ParseSnapshotError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parse = || {
+            let mut parts = text.split(':');
+            let xmin = parts.next()?.parse().ok()?;
+            let xmax = parts.next()?.parse().ok()?;
+            let list = parts.next()?;
+            let running: Option<Vec<Xid8>> =
+                list.split(',').filter(|xid| !xid.is_empty()).map(|xid| xid.parse().ok().map(Xid8)).collect();
+            let mut running = running?;
+            running.sort_unstable();
+            parts.next().is_none().then_some(Self { xmin: Xid8(xmin), xmax: Xid8(xmax), running })
+        };
+        parse().ok_or_else(|| ParseSnapshotError(text.to_owned()))
+    }
+}
+
+/// A commit timestamp: microseconds since 2000-01-01 00:00 UTC, PostgreSQL's own epoch.
+///
+/// For people, for lag and for look-up only: commit timestamps tie and invert, so nothing is ever ordered by them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CommitTime(pub i64);
+
+/// Seconds from the Unix epoch to PostgreSQL's.
+const POSTGRES_EPOCH_UNIX_SECONDS: i64 = 946_684_800;
+
+impl CommitTime {
+    /// The same instant in microseconds since 1970; saturates at the ends of `i64`.
+    pub const fn unix_micros(self) -> i64 {
+        self.0.saturating_add(POSTGRES_EPOCH_UNIX_SECONDS * 1_000_000)
+    }
+
+    /// The same instant for the standard library; before 1970 it is 1970.
+    pub fn system_time(self) -> std::time::SystemTime {
+        let micros = u64::try_from(self.unix_micros()).unwrap_or(0);
+        std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_micros(micros)
+    }
+}
+
+impl fmt::Display for CommitTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // humantime writes years up to 9999; a time beyond (only a forged token holds one) is shown as its number.
+        const LAST_MICROS: i64 = 253_402_300_799_000_000;
+        if (0..=LAST_MICROS).contains(&self.unix_micros()) {
+            humantime::format_rfc3339_micros(self.system_time()).fmt(f)
+        } else {
+            write!(f, "{} µs since 2000-01-01", self.0)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lsn_text() {
+        for (text, value) in [("0/0", 0), ("16/B374D848", 0x16_B374_D848), ("FFFFFFFF/FFFFFFFF", u64::MAX)] {
+            assert_eq!(text.parse(), Ok(Lsn(value)));
+            assert_eq!(Lsn(value).to_string(), text);
+        }
+        for bad in ["", "/", "1", "1/", "/1", "+1/2", "1/2/3", "1/100000000", "g/0", "-1/0"] {
+            assert!(bad.parse::<Lsn>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn positions_follow_the_stream() {
+        let commit = Lsn(100);
+        let end = Lsn(150);
+        let order = [
+            Position::at(commit),
+            Position::inside(commit, 1),
+            Position::inside(commit, 7),
+            Position::at(end),
+            // The next transaction may commit exactly where this one ended.
+            Position::inside(end, 1),
+        ];
+        assert!(order.is_sorted());
+    }
+
+    #[test]
+    fn xids_widen_to_the_nearest() {
+        let check = |reference: u64, xid: u32, expected: u64| assert_eq!(Xid8(reference).widen(xid), Xid8(expected));
+        check(1000, 999, 999);
+        check(1000, 1001, 1001);
+        check((1 << 32) + 5, u32::MAX, (1 << 32) - 1);
+        check((1 << 32) - 5, 3, (1 << 32) + 3);
+        check((7 << 32) + 0x8000_0000, 0x7FFF_FFFF, (7 << 32) + 0x7FFF_FFFF);
+    }
+
+    #[test]
+    fn snapshots() {
+        let snapshot: Snapshot = "10:20:12,15".parse().unwrap();
+        for (xid, seen) in [(9, true), (10, true), (12, false), (13, true), (15, false), (19, true), (20, false)] {
+            assert_eq!(snapshot.sees(Xid8(xid)), seen, "{xid}");
+        }
+        assert!("10:10:".parse::<Snapshot>().is_ok());
+        for bad in ["", "1", "1:2", "a:2:", "1:2:3:4", "1:2:x"] {
+            assert!(bad.parse::<Snapshot>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn commit_times_never_panic() {
+        assert_eq!(CommitTime(0).to_string(), "2000-01-01T00:00:00.000000Z");
+        for micros in [i64::MIN, i64::MAX, -1] {
+            let _ = CommitTime(micros).to_string();
+        }
+    }
+}

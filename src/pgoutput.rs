@@ -1,0 +1,323 @@
+//! Decoder for pgoutput, protocol version 1, text format: bytes → messages.
+//!
+//! The replication client hands on Begin, Commit and logical messages decoded; this decodes the rest: Relation, Type,
+//! Origin, Insert, Update, Delete and Truncate, as PostgreSQL's "Logical Replication Message Formats" defines them. Pure:
+//! borrowed from the input, no allocation per row, and whatever the bytes are, an error and never a panic. A message of an
+//! unknown type is an error as well: to skip it could be to lose a change.
+//!
+//! A row message names its table by a relation id that an earlier Relation message of the same session defined; see
+//! [`RelationId`]. The [`RelationCache`] keeps those definitions, with whatever the reader derives from them.
+
+mod reader;
+
+use reader::Reader;
+use std::collections::HashMap;
+use std::fmt;
+
+/// The oid of a table, as pgoutput names it in rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RelationId(pub u32);
+
+/// Which old column values UPDATE and DELETE carry: `relreplident`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReplicaIdentity {
+    /// Those of the primary key.
+    Default,
+    /// None.
+    Nothing,
+    /// All.
+    Full,
+    /// Those of a chosen unique index.
+    Index,
+}
+
+/// A table's definition as of the rows that follow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Relation {
+    /// Its oid.
+    pub id: RelationId,
+    /// Its schema.
+    pub schema: String,
+    /// Its name.
+    pub name: String,
+    /// What old rows carry.
+    pub replica_identity: ReplicaIdentity,
+    /// In the order of the values in rows.
+    pub columns: Vec<Column>,
+}
+
+impl fmt::Display for Relation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.schema, self.name)
+    }
+}
+
+/// A published column.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Column {
+    /// Its name.
+    pub name: String,
+    /// Whether it is part of the replica identity, so that old rows carry it.
+    pub in_identity: bool,
+    /// The oid of its type.
+    pub type_oid: u32,
+}
+
+/// One decoded message.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Message<'a> {
+    /// Defines a table for the rows that follow.
+    Relation(Relation),
+    /// Defines a type. Text format needs none of it.
+    Type,
+    /// The transaction came from another server.
+    Origin,
+    /// A row was inserted.
+    Insert {
+        /// Its table.
+        relation: RelationId,
+        /// The row.
+        new: Row<'a>,
+    },
+    /// A row was changed.
+    Update {
+        /// Its table.
+        relation: RelationId,
+        /// The row as it was, as far as the replica identity tells; absent where no column of the identity changed and the
+        /// identity is not FULL.
+        old: Option<Row<'a>>,
+        /// The row as it is.
+        new: Row<'a>,
+    },
+    /// A row was deleted.
+    Delete {
+        /// Its table.
+        relation: RelationId,
+        /// The row as it was, as far as the replica identity tells.
+        old: Row<'a>,
+    },
+    /// Tables were emptied.
+    Truncate {
+        /// Which.
+        relations: Vec<RelationId>,
+    },
+}
+
+/// One column value of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value<'a> {
+    /// SQL NULL; in the old row of an UPDATE or DELETE also "not part of the replica identity".
+    Null,
+    /// A TOASTed value that did not change and was not sent.
+    Unchanged,
+    /// The value's text, in UTF-8 by the session's `client_encoding`.
+    Text(&'a str),
+}
+
+/// The values of a row, in the order of its relation's columns. Checked when decoded, so that iterating cannot fail.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Row<'a> {
+    columns: u16,
+    bytes: &'a [u8],
+}
+
+/// Why bytes are not a pgoutput message. All of these are lasting: the same bytes come again.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// It ends too early.
+    #[error("a pgoutput message ends in the middle of {0}")]
+    Truncated(&'static str),
+    /// It goes on behind its end.
+    #[error("a pgoutput message of type '{0}' has {1} bytes behind its end")]
+    Trailing(char, usize),
+    /// Its first byte is none of protocol version 1.
+    #[error("unknown pgoutput message type 0x{0:02x}: this server speaks a newer protocol than tuplewatch knows")]
+    UnknownType(u8),
+    /// A tag inside it is unknown.
+    #[error("unknown tag 0x{tag:02x} for {what} in a pgoutput message")]
+    UnknownTag {
+        /// What it tags.
+        what: &'static str,
+        /// The byte.
+        tag: u8,
+    },
+    /// Text that is not UTF-8.
+    #[error("{0} in a pgoutput message is not UTF-8")]
+    NotUtf8(&'static str),
+    /// A negative count or length.
+    #[error("a negative {0} in a pgoutput message")]
+    Negative(&'static str),
+}
+
+/// Decodes one message.
+///
+/// # Errors
+/// Where the bytes are not exactly one message of protocol version 1 in text format.
+pub fn decode(bytes: &[u8]) -> Result<Message<'_>, Error> {
+    let mut reader = Reader::new(bytes);
+    let kind = reader.u8("a message type")?;
+    let message = match kind {
+        b'R' => Message::Relation(relation(&mut reader)?),
+        b'Y' => {
+            reader.u32("a type id")?;
+            reader.str("a type's schema")?;
+            reader.str("a type's name")?;
+            Message::Type
+        }
+        b'O' => {
+            reader.u64("an origin's commit LSN")?;
+            reader.str("an origin's name")?;
+            Message::Origin
+        }
+        b'I' => {
+            let relation = RelationId(reader.u32("a relation id")?);
+            match reader.u8("a row tag")? {
+                b'N' => Message::Insert { relation, new: row(&mut reader)? },
+                tag => return Err(Error::UnknownTag { what: "the row of an INSERT", tag }),
+            }
+        }
+        b'U' => {
+            let relation = RelationId(reader.u32("a relation id")?);
+            let mut tag = reader.u8("a row tag")?;
+            let old = if matches!(tag, b'K' | b'O') {
+                let old = row(&mut reader)?;
+                tag = reader.u8("a row tag")?;
+                Some(old)
+            } else {
+                None
+            };
+            match tag {
+                b'N' => Message::Update { relation, old, new: row(&mut reader)? },
+                tag => return Err(Error::UnknownTag { what: "a row of an UPDATE", tag }),
+            }
+        }
+        b'D' => {
+            let relation = RelationId(reader.u32("a relation id")?);
+            match reader.u8("a row tag")? {
+                b'K' | b'O' => Message::Delete { relation, old: row(&mut reader)? },
+                tag => return Err(Error::UnknownTag { what: "the row of a DELETE", tag }),
+            }
+        }
+        b'T' => {
+            let count =
+                usize::try_from(reader.i32("a relation count")?).map_err(|_| Error::Negative("relation count"))?;
+            reader.u8("truncate options")?;
+            // The count is only believed as far as there are bytes for it.
+            let mut relations = Vec::with_capacity(count.min(reader.remaining() / 4));
+            for _ in 0..count {
+                relations.push(RelationId(reader.u32("a relation id")?));
+            }
+            Message::Truncate { relations }
+        }
+        other => return Err(Error::UnknownType(other)),
+    };
+    match reader.remaining() {
+        0 => Ok(message),
+        n => Err(Error::Trailing(char::from(kind), n)),
+    }
+}
+
+fn relation(reader: &mut Reader<'_>) -> Result<Relation, Error> {
+    let id = RelationId(reader.u32("a relation id")?);
+    let schema = match reader.str("a schema name")? {
+        // pgoutput leaves the name of pg_catalog out.
+        "" => "pg_catalog",
+        schema => schema,
+    };
+    let name = reader.str("a table name")?;
+    let replica_identity = match reader.u8("a replica identity")? {
+        b'd' => ReplicaIdentity::Default,
+        b'n' => ReplicaIdentity::Nothing,
+        b'f' => ReplicaIdentity::Full,
+        b'i' => ReplicaIdentity::Index,
+        tag => return Err(Error::UnknownTag { what: "a replica identity", tag }),
+    };
+    let count = reader.u16("a column count")?;
+    let mut columns = Vec::with_capacity(usize::from(count).min(reader.remaining()));
+    for _ in 0..count {
+        let flags = reader.u8("column flags")?;
+        let name = reader.str("a column name")?.to_owned();
+        let type_oid = reader.u32("a type id")?;
+        reader.i32("a type modifier")?;
+        columns.push(Column { name, in_identity: flags & 1 == 1, type_oid });
+    }
+    Ok(Relation { id, schema: schema.to_owned(), name: name.to_owned(), replica_identity, columns })
+}
+
+fn row<'a>(reader: &mut Reader<'a>) -> Result<Row<'a>, Error> {
+    let columns = reader.u16("a column count")?;
+    let bytes = reader.rest();
+    for _ in 0..columns {
+        value(reader)?;
+    }
+    let used = bytes.len() - reader.remaining();
+    Ok(Row { columns, bytes: bytes.get(..used).unwrap_or(bytes) })
+}
+
+fn value<'a>(reader: &mut Reader<'a>) -> Result<Value<'a>, Error> {
+    match reader.u8("a column value")? {
+        b'n' => Ok(Value::Null),
+        b'u' => Ok(Value::Unchanged),
+        b't' => {
+            let length = reader.i32("a value's length")?;
+            let length = usize::try_from(length).map_err(|_| Error::Negative("value length"))?;
+            let text = reader.bytes(length, "a column value")?;
+            std::str::from_utf8(text).map(Value::Text).map_err(|_| Error::NotUtf8("a column value"))
+        }
+        tag => Err(Error::UnknownTag { what: "a column value (is the binary format on?)", tag }),
+    }
+}
+
+impl<'a> Row<'a> {
+    /// The values, in column order.
+    pub fn values(&self) -> impl Iterator<Item = Value<'a>> + use<'a> {
+        let mut reader = Reader::new(self.bytes);
+        (0..self.columns).map_while(move |_| value(&mut reader).ok())
+    }
+
+    /// How many values there are.
+    pub const fn len(&self) -> usize {
+        self.columns as usize
+    }
+
+    /// Whether there are no values.
+    pub const fn is_empty(&self) -> bool {
+        self.columns == 0
+    }
+}
+
+/// Never the values: rows are the users' data, and this ends up in logs.
+impl fmt::Debug for Row<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Row({} columns)", self.columns)
+    }
+}
+
+/// What the Relation messages of this session said, each with a `T` that its reader derived from it.
+///
+/// Belongs to one session: a new one starts empty, as the server sends each definition again before its first use.
+#[derive(Debug)]
+pub struct RelationCache<T> {
+    relations: HashMap<RelationId, T>,
+}
+
+impl<T> Default for RelationCache<T> {
+    fn default() -> Self {
+        Self { relations: HashMap::new() }
+    }
+}
+
+impl<T> RelationCache<T> {
+    /// Replaces the definition of a table: it was altered, or is new.
+    pub fn define(&mut self, id: RelationId, derived: T) {
+        self.relations.insert(id, derived);
+    }
+
+    /// What was derived from the latest definition.
+    pub fn get(&self, id: RelationId) -> Option<&T> {
+        self.relations.get(&id)
+    }
+}
+
+#[cfg(test)]
+mod tests;
