@@ -1,6 +1,9 @@
 //! x
 pub mod assembler;
 pub mod change;
+pub mod changelog;
+pub mod config;
+pub mod dev_postgres;
 pub mod lsn;
 pub mod mapping;
 pub mod pgoutput;

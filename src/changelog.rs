@@ -1,0 +1,232 @@
+//! The change log: a durable, bounded, replayable copy of the stream.
+//!
+//! ```text
+//!        horizon(tenant)                    tail
+//!  ┄┄┄┄┄┄┄┄┄┄┤ readable, by tenant           │ staged, not yet readable
+//!   dropped  ├──────────────┬───────┬────────┼──────────────┐
+//!            │ segment n    │ n+1   │ active │              │
+//!            └──────────────┴───────┴────────┴──────────────┘
+//! ```
+//!
+//! [`ChangeLog`] is the contract; [`FjallLog`] keeps it on local disk. The contract in full:
+//!
+//! - [`ChangeLog::append`] takes entries in stream order and applies them atomically, in memory and to the operating
+//!   system; they are *durable* once [`ChangeLog::sync`] returned. After a crash the log is some prefix of what was
+//!   appended, at least all that was synced.
+//! - Messages that were [`Entry::Staged`] become readable with their [`Entry::Transaction`], and vanish with
+//!   [`Entry::Discard`] or at the next open.
+//! - [`ChangeLog::read`] gives one tenant's messages in stream order, and costs in proportion to them.
+//! - Below [`ChangeLog::horizon`] something *of that tenant* was dropped by retention. A tenant that was quiet keeps an old
+//!   horizon, however long ago its last change was.
+//! - Breaks outlive the messages around them.
+//! - Any failed write or sync poisons the log: every later call fails, and the process must end.
+//!
+//! PostgreSQL is the truth: losing this log costs history, not correctness. It is written by one thread
+//! ([`Recorder`](recorder::Recorder)) and read by many.
+
+mod fjall_log;
+mod record;
+pub mod recorder;
+
+#[cfg(test)]
+mod conformance;
+#[cfg(test)]
+mod model;
+
+pub use fjall_log::{FjallLog, Options};
+
+use crate::assembler::Staged;
+use crate::change::TenantId;
+use crate::lsn::{Lsn, Position};
+use crate::snap_token::TokenId;
+use crate::timeline::{History, Source};
+use crate::transaction::{Break, Message, Transaction};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// One thing to append.
+#[derive(Clone, Debug)]
+pub enum Entry {
+    /// The log begins: from this source, on this history, complete from `origin` on.
+    Adopt(Origin),
+    /// Messages of a transaction that has not ended yet.
+    Staged(Arc<Staged>),
+    /// The open transaction will not end: the session is gone.
+    Discard,
+    /// A whole transaction, except for what was staged.
+    Transaction(Arc<Transaction>),
+    /// Nothing for us up to this LSN.
+    Progress(Lsn),
+    /// A gap that is not inside a transaction; the tail moves to its end.
+    Break(Break),
+    /// The server went on along another history: what lies past `at` is abandoned.
+    Diverge {
+        /// The switch LSN.
+        at: Lsn,
+        /// The history from now on.
+        history: History,
+    },
+    /// What is published was checked.
+    Verified(Verified),
+    /// The mapping in use from the tail on.
+    Mapping([u8; 32]),
+}
+
+/// Where a log began.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The database.
+    pub source: Source,
+    /// Its history at the time.
+    pub history: History,
+    /// Everything that committed at or after is here.
+    pub lsn: Lsn,
+}
+
+/// A check of what is published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// What was found, in a form to compare.
+    pub fingerprint: String,
+    /// Everything before this LSN was written under it.
+    pub at: Lsn,
+}
+
+/// What the log knows of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct State {
+    /// This log directory's own id, made with it.
+    pub node_id: String,
+    /// `None` until [`Entry::Adopt`].
+    pub origin: Option<Origin>,
+    /// Everything before is here, or was; also how far an idle stream got.
+    pub tail: Lsn,
+    /// The last check.
+    pub verified: Option<Verified>,
+    /// The mapping that the log was written with.
+    pub mapping: Option<[u8; 32]>,
+}
+
+/// What [`ChangeLog::read`] found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// In stream order; the first may begin inside a message.
+    pub messages: Vec<Message>,
+    /// Whether the limit on bytes ended it, so that there may be more.
+    pub more: bool,
+}
+
+/// What the disk has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// Go on.
+    Enough,
+    /// Less than the reserve is free, and nothing is left to drop: stop appending.
+    Short {
+        /// Bytes free.
+        free: u64,
+    },
+}
+
+/// Why the log cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Another process has it open.
+    #[error(
+        "the change log at {0} is in use by another process: stop that one, or set changelog.path to another directory"
+    )]
+    Locked(PathBuf),
+    /// The directory holds something else.
+    #[error("{0} is not empty and holds no change log of tuplewatch: set changelog.path to an empty or new directory")]
+    Foreign(PathBuf),
+    /// The directory was written by a version of tuplewatch with another format.
+    #[error(
+        "the change log at {path} has format {found}, and this version of tuplewatch writes format {expected}: \
+         use the version that wrote it, or start it anew with --reset-log (history is lost, subscribers re-read)"
+    )]
+    Format {
+        /// The directory.
+        path: PathBuf,
+        /// What it says.
+        found: u32,
+        /// What we write.
+        expected: u32,
+    },
+    /// Parts are missing or do not read.
+    #[error(
+        "the change log at {path} is damaged ({detail}): start it anew with --reset-log \
+         (its history is lost, and subscribers re-read their state)"
+    )]
+    Damaged {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong.
+        detail: String,
+    },
+    /// A directory or file cannot be made or opened.
+    #[error("the change log at {path} cannot be opened: {source}")]
+    Open {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A write or sync failed. Nothing later is accepted, and the process must end.
+    #[error("writing the change log failed, so that nothing more can be promised durable: {0}")]
+    Poisoned(String),
+    /// Reading failed.
+    #[error("reading the change log failed: {0}")]
+    Read(String),
+}
+
+/// See the module.
+pub trait ChangeLog: Send + Sync + 'static {
+    /// What the log knows of itself, as of the last append.
+    fn state(&self) -> State;
+
+    /// Applies entries atomically. Not durable before [`ChangeLog::sync`].
+    ///
+    /// # Errors
+    /// Only [`Error::Poisoned`], and then from there on for ever.
+    fn append(&self, entries: &[Entry]) -> Result<(), Error>;
+
+    /// Makes everything appended durable.
+    ///
+    /// # Errors
+    /// Only [`Error::Poisoned`], and then from there on for ever.
+    fn sync(&self) -> Result<(), Error>;
+
+    /// A tenant's messages after `after` and up to `up_to` (inclusive, and not beyond the tail), at least one and then
+    /// about `bytes_max` bytes. The caller compares its start with [`ChangeLog::horizon`] *afterwards*.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    fn read(&self, tenant: &TenantId, after: Position, up_to: Position, bytes_max: usize) -> Result<Batch, Error>;
+
+    /// The earliest position from which this tenant's changes are complete.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    fn horizon(&self, tenant: &TenantId) -> Result<Position, Error>;
+
+    /// Whether the log has ever held a change of this tenant.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    fn knows(&self, tenant: &TenantId) -> Result<bool, Error>;
+
+    /// The end LSN of the transaction that carried this token id, if it is still here.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error>;
+
+    /// All breaks, in stream order of their ends.
+    fn breaks(&self) -> Vec<Break>;
+
+    /// Drops what retention no longer wants: by age (`now` in seconds since 1970), by size, and early for the reserve.
+    ///
+    /// # Errors
+    /// As [`ChangeLog::append`].
+    fn retain(&self, now_unix_seconds: u64) -> Result<Room, Error>;
+}

@@ -1,0 +1,338 @@
+//! One suite for every implementation of the contract, and the real log against the model under crashes.
+
+use super::model::{Inner, ModelLog};
+use super::*;
+use crate::change::{Fact, Operation, Tuple, encode};
+use crate::lsn::{CommitTime, Xid8};
+use crate::timeline::Timeline;
+use crate::transaction::{BreakReason, Header, MessageBuilder};
+use proptest::prelude::*;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+fn tenant(name: &str) -> TenantId {
+    TenantId::new(name).unwrap()
+}
+
+fn header(commit: u64) -> Header {
+    Header { commit: Lsn(commit), xid: Xid8(commit), commit_time: CommitTime(7) }
+}
+
+fn message(commit: u64, end: Option<u64>, steps: &[u64]) -> Message {
+    let mut builder = MessageBuilder::default();
+    for step in steps {
+        let mut encoded = Vec::new();
+        let id = format!("{commit}-{step}");
+        let tuple = Tuple {
+            entity_type: "doc",
+            entity_id: &id,
+            relation: "viewer",
+            subject_type: "user",
+            subject_id: "1",
+            subject_relation: "",
+        };
+        encode(Operation::Create, &Fact::Tuple(tuple), &mut encoded);
+        builder.push(*step, &encoded);
+    }
+    builder.finish(header(commit), end.map(Lsn))
+}
+
+fn transaction(commit: u64, tenants: &[&str]) -> Entry {
+    let end = commit + 10;
+    Entry::Transaction(Arc::new(Transaction {
+        header: header(commit),
+        end: Lsn(end),
+        messages: tenants
+            .iter()
+            .zip(1..)
+            .map(|(name, n)| (tenant(name), message(commit, Some(end), &[n * 2, n * 2 + 1])))
+            .collect(),
+        staged: false,
+        breaks: vec![],
+        token_ids: vec![TokenId([commit as u8; 16])],
+    }))
+}
+
+fn staged(commit: u64, name: &str, steps: &[u64]) -> Entry {
+    let messages = vec![(tenant(name), message(commit, None, steps))];
+    Entry::Staged(Arc::new(Staged { commit: Lsn(commit), messages }))
+}
+
+/// The end of a transaction all of whose messages were staged.
+fn end_of_staged(commit: u64) -> Entry {
+    let Entry::Transaction(whole) = transaction(commit, &[]) else { unreachable!() };
+    Entry::Transaction(Arc::new(Transaction { staged: true, ..(*whole).clone() }))
+}
+
+fn adopt() -> Entry {
+    let source = Source { system_identifier: 5, database_oid: 6 };
+    Entry::Adopt(Origin { source, history: History::first(), lsn: Lsn(50) })
+}
+
+fn gap(name: Option<&str>, from: u64, to: u64) -> Break {
+    Break {
+        tenant: name.map(tenant),
+        from: Position::at(Lsn(from)),
+        to: Position::at(Lsn(to)),
+        reason: BreakReason::SlotMoved,
+    }
+}
+
+fn options(path: &std::path::Path) -> Options {
+    Options { path: path.to_owned(), age_seconds: 3600, size_bytes: 1 << 30, reserve_bytes: 0 }
+}
+
+/// What a tenant's reader gets, as commit LSNs with the number of changes.
+fn reads(log: &dyn ChangeLog, name: &str, after: Position) -> Vec<(u64, usize)> {
+    let batch = log.read(&tenant(name), after, Position::MAX, usize::MAX).unwrap();
+    batch.messages.iter().map(|m| (m.header.commit.0, m.steps.len())).collect()
+}
+
+/// The contract, for any implementation.
+fn conforms(log: &dyn ChangeLog) {
+    assert_eq!(log.state().origin, None);
+    log.append(&[adopt(), transaction(100, &["a", "b"]), transaction(110, &["a"]), Entry::Progress(Lsn(200))]).unwrap();
+    assert_eq!(log.state().tail, Lsn(200));
+    assert_eq!(reads(log, "a", Position::ZERO), [(100, 2), (110, 2)]);
+    assert_eq!(reads(log, "b", Position::ZERO), [(100, 2)]);
+    assert_eq!(reads(log, "c", Position::ZERO), []);
+    assert!(log.knows(&tenant("a")).unwrap() && !log.knows(&tenant("c")).unwrap());
+    assert_eq!(log.horizon(&tenant("c")).unwrap(), Position::at(Lsn(50)));
+
+    // One transaction ends where the next one commits.
+    assert_eq!(reads(log, "a", Position::at(Lsn(110))), [(110, 2)]);
+    assert_eq!(reads(log, "a", Position::inside(Lsn(100), 2)), [(100, 1), (110, 2)]);
+    assert_eq!(reads(log, "a", Position::at(Lsn(120))), []);
+    let up_to = log.read(&tenant("a"), Position::ZERO, Position::at(Lsn(110)), usize::MAX).unwrap();
+    assert_eq!((up_to.messages.len(), up_to.more), (1, false));
+    let bounded = log.read(&tenant("a"), Position::ZERO, Position::MAX, 1).unwrap();
+    assert_eq!((bounded.messages.len(), bounded.more), (1, true));
+
+    // Staged messages are readable with their transaction, and not before.
+    log.append(&[staged(300, "a", &[100]), staged(300, "a", &[101])]).unwrap();
+    assert_eq!(reads(log, "a", Position::at(Lsn(120))), []);
+    log.append(&[Entry::Discard, transaction(220, &["b"])]).unwrap();
+    assert_eq!(reads(log, "a", Position::at(Lsn(120))), []);
+    log.append(&[staged(300, "a", &[5, 6]), end_of_staged(300)]).unwrap();
+    assert_eq!(reads(log, "a", Position::at(Lsn(120))), [(300, 2)]);
+    assert_eq!(reads(log, "a", Position::inside(Lsn(300), 5)), [(300, 1)]);
+
+    assert_eq!(log.find_token(TokenId([110; 16])).unwrap(), Some(Lsn(120)));
+    assert_eq!(log.find_token(TokenId([1; 16])).unwrap(), None);
+
+    log.append(&[Entry::Break(gap(Some("a"), 310, 320)), Entry::Break(gap(None, 330, 400))]).unwrap();
+    assert_eq!(log.breaks(), [gap(Some("a"), 310, 320), gap(None, 330, 400)]);
+    assert_eq!(log.state().tail, Lsn(400));
+
+    // The server goes on along another timeline: 300 ends at 310, past the switch.
+    let history =
+        History::from_timelines(vec![Timeline { id: 1, begin: Lsn::ZERO }, Timeline { id: 2, begin: Lsn(305) }])
+            .unwrap();
+    log.append(&[Entry::Diverge { at: Lsn(305), history: history.clone() }]).unwrap();
+    assert_eq!(log.state().tail, Lsn(305));
+    assert_eq!(log.state().origin.unwrap().history, history);
+    assert_eq!(reads(log, "a", Position::at(Lsn(120))), []);
+    assert_eq!(reads(log, "a", Position::ZERO), [(100, 2), (110, 2)]);
+    assert_eq!(reads(log, "b", Position::at(Lsn(120))), [(220, 2)]);
+    assert_eq!(log.breaks(), []);
+    assert_eq!(log.find_token(TokenId([300u64 as u8; 16])).unwrap(), None);
+
+    let verified = Verified { fingerprint: "x".into(), at: Lsn(305) };
+    log.append(&[Entry::Verified(verified.clone()), Entry::Mapping([7; 32])]).unwrap();
+    assert_eq!(log.state().verified, Some(verified));
+    assert_eq!(log.state().mapping, Some([7; 32]));
+    log.sync().unwrap();
+}
+
+#[test]
+fn the_model_conforms() {
+    conforms(&ModelLog::default());
+}
+
+#[test]
+fn fjall_conforms_and_keeps_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = FjallLog::open(options(directory.path())).unwrap();
+    conforms(&log);
+    let before = (log.state(), reads(&log, "a", Position::ZERO), log.breaks());
+    drop(log);
+    let log = FjallLog::open(options(directory.path())).unwrap();
+    assert_eq!((log.state(), reads(&log, "a", Position::ZERO), log.breaks()), before);
+}
+
+#[test]
+fn staged_leftovers_go_at_open() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = FjallLog::open(options(directory.path())).unwrap();
+    log.append(&[adopt(), staged(100, "a", &[1, 2])]).unwrap();
+    drop(log);
+    let log = FjallLog::open(options(directory.path())).unwrap();
+    log.append(&[transaction(100, &["b"]), transaction(120, &["a"])]).unwrap();
+    assert_eq!(reads(&log, "a", Position::ZERO), [(120, 2)]);
+}
+
+#[test]
+fn retention_by_age_keeps_each_tenants_horizon() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = FjallLog::open(options(directory.path())).unwrap();
+    log.append(&[adopt(), transaction(100, &["a", "quiet"])]).unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    assert_eq!(log.retain(now + 1000).unwrap(), Room::Enough);
+    // A transaction is being staged while the next segment begins.
+    log.append(&[transaction(200, &["a"]), staged(300, "a", &[2, 3])]).unwrap();
+    assert_eq!(log.retain(now + 2000).unwrap(), Room::Enough);
+    let Entry::Transaction(whole) = transaction(300, &["b"]) else { unreachable!() };
+    let messages = vec![(tenant("a"), message(300, Some(310), &[8]))];
+    let end = Entry::Transaction(Arc::new(Transaction { staged: true, messages, ..(*whole).clone() }));
+    log.append(&[end]).unwrap();
+    assert_eq!(reads(&log, "a", Position::ZERO), [(100, 2), (200, 2), (300, 2), (300, 1)]);
+    for after in [Position::at(Lsn(210)), Position::at(Lsn(300)), Position::inside(Lsn(300), 2)] {
+        let changes: usize = reads(&log, "a", after).iter().map(|(_, changes)| changes).sum();
+        assert_eq!(changes, if after.steps == 0 { 3 } else { 2 }, "{after}");
+    }
+
+    // An hour after it ended, the first segment goes.
+    assert_eq!(log.retain(now + 1000 + 3700).unwrap(), Room::Enough);
+    assert_eq!(reads(&log, "a", Position::ZERO), [(200, 2), (300, 2), (300, 1)]);
+    assert_eq!(log.horizon(&tenant("a")).unwrap(), Position::inside(Lsn(100), u64::MAX));
+    assert!(log.horizon(&tenant("a")).unwrap() < Position::at(Lsn(110)), "the token after it resumes");
+    assert_eq!(log.horizon(&tenant("other")).unwrap(), Position::at(Lsn(50)));
+    assert!(log.knows(&tenant("quiet")).unwrap());
+    drop(log);
+    let log = FjallLog::open(options(directory.path())).unwrap();
+    assert_eq!(log.horizon(&tenant("quiet")).unwrap(), Position::inside(Lsn(100), u64::MAX));
+}
+
+#[test]
+fn a_full_disk_drops_history_and_then_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = FjallLog::open(Options { reserve_bytes: u64::MAX - 1, ..options(directory.path()) }).unwrap();
+    log.append(&[adopt(), transaction(100, &["a"])]).unwrap();
+    assert!(matches!(log.retain(0).unwrap(), Room::Short { .. }));
+    assert_eq!(reads(&log, "a", Position::ZERO), []);
+    assert_eq!(log.horizon(&tenant("a")).unwrap(), Position::inside(Lsn(100), u64::MAX));
+}
+
+#[test]
+fn directories_that_are_not_a_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("log");
+    let open = || FjallLog::open(options(&path)).map(drop).map_err(|error| error.to_string());
+    assert_eq!(open(), Ok(()));
+    let log = FjallLog::open(options(&path)).unwrap();
+    assert!(open().unwrap_err().contains("in use by another process"));
+    assert!(FjallLog::reset(&path).unwrap_err().to_string().contains("in use by another process"));
+    drop(log);
+
+    std::fs::remove_dir_all(path.join("data")).unwrap();
+    assert!(open().unwrap_err().contains("is damaged (its directory data is missing)"));
+    FjallLog::reset(&path).unwrap();
+    assert_eq!(open(), Ok(()));
+
+    std::fs::write(path.join("tuplewatch-log.json"), r#"{"format": 99, "node_id": "x"}"#).unwrap();
+    assert!(open().unwrap_err().contains("has format 99"));
+    std::fs::write(path.join("tuplewatch-log.json"), "{").unwrap();
+    assert!(open().unwrap_err().contains("is damaged"));
+
+    std::fs::write(path.join("precious.txt"), "x").unwrap();
+    assert!(FjallLog::reset(&path).unwrap_err().to_string().contains("holds no change log"));
+    let foreign = directory.path().join("foreign");
+    std::fs::create_dir(&foreign).unwrap();
+    std::fs::write(foreign.join("x"), "x").unwrap();
+    assert!(FjallLog::open(options(&foreign)).map(drop).unwrap_err().to_string().contains("holds no change log"));
+}
+
+/// Random stream entries; the numbers become commit LSNs later.
+fn entries() -> impl Strategy<Value = Vec<(u8, u8)>> {
+    proptest::collection::vec((0u8..8, any::<u8>()), 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// After a crash (the directory as it was at some moment, copied), the log is a prefix of what was appended and at
+    /// least what was synced; and so again after the next.
+    #[test]
+    fn a_crashed_log_is_a_prefix_of_the_model(steps in entries(), crash_every in 2usize..9) {
+        let directory = tempfile::tempdir().unwrap();
+        let mut path = directory.path().join("0");
+        let mut log = FjallLog::open(options(&path)).unwrap();
+        let mut model = Inner::default();
+        let mut history = vec![model.clone()];
+        let mut synced = 0;
+        let mut commit = 1000;
+        let mut open = None;
+        let mut append = |log: &FjallLog, model: &mut Inner, history: &mut Vec<Inner>, entry: Entry| {
+            log.append(std::slice::from_ref(&entry)).unwrap();
+            model.apply(&entry);
+            history.push(model.clone());
+        };
+        append(&log, &mut model, &mut history, adopt());
+        for (n, (kind, pick)) in steps.into_iter().enumerate() {
+            let names: &[&str] = match pick % 3 { 0 => &["a"], 1 => &["b", "a"], _ => &["c"] };
+            commit += 10 + u64::from(pick % 2) * 10;
+            // A staged transaction ends before the next thing, or is discarded.
+            if !matches!(kind, 5 | 7)
+                && let Some(open) = open.take()
+            {
+                append(&log, &mut model, &mut history, end_of_staged(open));
+            }
+            match kind {
+                0..=2 => append(&log, &mut model, &mut history, transaction(commit, names)),
+                3 => append(&log, &mut model, &mut history, Entry::Progress(Lsn(commit))),
+                4 => {
+                    append(&log, &mut model, &mut history, staged(commit, "a", &[2, 5]));
+                    open = Some(commit);
+                }
+                5 => {
+                    append(&log, &mut model, &mut history, Entry::Discard);
+                    open = None;
+                }
+                6 => append(&log, &mut model, &mut history, Entry::Break(gap(None, commit, commit + 5))),
+                _ => { log.sync().unwrap(); synced = history.len() - 1; }
+            }
+            if n % crash_every == crash_every - 1 {
+                // What an operating system that goes on has of a process that does not.
+                let copy = directory.path().join(format!("{}", n + 1));
+                copy_directory(&path, &copy);
+                drop(log);
+                path = copy;
+                log = FjallLog::open(options(&path)).unwrap();
+                let matching = (synced..history.len()).rev().find(|length| same(&log, &history[*length]));
+                prop_assert!(matching.is_some(), "the log is no prefix of at least {synced} entries");
+                history.truncate(matching.unwrap() + 1);
+                model = history.last().unwrap().clone();
+                // Opening discards what was staged.
+                model.apply(&Entry::Discard);
+                open = None;
+                history.push(model.clone());
+                synced = synced.min(history.len() - 1);
+            }
+        }
+        prop_assert!(same(&log, &model));
+    }
+}
+
+fn same(log: &FjallLog, model: &Inner) -> bool {
+    let model = ModelLog::of(model.clone());
+    let all = |log: &dyn ChangeLog| {
+        let reads: Vec<_> = ["a", "b", "c"]
+            .iter()
+            .map(|name| log.read(&tenant(name), Position::ZERO, Position::MAX, usize::MAX).unwrap())
+            .collect();
+        (log.state().tail, log.state().origin, reads, log.breaks())
+    };
+    all(log) == all(&model)
+}
+
+fn copy_directory(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_directory(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}

@@ -1,0 +1,587 @@
+//! The change log on local disk, in fjall: an embedded LSM tree with atomic batches across keyspaces and checksums.
+//!
+//! ```text
+//! <path>/tuplewatch-log.json     format and node id, written once
+//! <path>/data/                   fjall
+//!   keyspace "meta"              origin, tail, segments, horizons of tenants, breaks
+//!   keyspace "segment-<n>"       messages by tenant, token ids
+//! ```
+//!
+//! Retention is a matter of dropping whole segments: before one goes, the newest position of each tenant in it is kept as
+//! that tenant's horizon. Facts about fjall that this relies on: it does not sync by default, so that `sync` does; keyspaces
+//! deleted while somebody reads them stay readable for that reader; any failed write poisons the database; and a damaged end
+//! of its journal is cut off at open. The last one means that a log can come back shorter than it was synced, after a fault
+//! of the disk: the session notices, because the slot is then ahead of the log.
+
+mod segments;
+
+use super::record;
+use super::{Batch, ChangeLog, Entry, Error, Origin, Room, State, Verified};
+use crate::change::TenantId;
+use crate::lsn::{Lsn, Position};
+use crate::snap_token::TokenId;
+use crate::timeline::{History, Source, Timeline};
+use crate::transaction::{Break, BreakReason, Message};
+use bytes::Bytes;
+use fjall::{Database, Keyspace, KeyspaceCreateOptions, OwnedWriteBatch as WriteBatch, PersistMode};
+use segments::{Segment, Segments};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+
+const FORMAT: u32 = 1;
+const MARKER: &str = "tuplewatch-log.json";
+const DATA: &str = "data";
+
+/// Most breaks that are kept; with more, the oldest go, and nobody from before them can resume.
+const BREAKS_MAX: usize = 10_000;
+
+/// Memory for blocks read from disk, shared by all readers.
+const CACHE_BYTES: u64 = 32 << 20;
+/// A segment's write buffer. Several of them can be full at once, while they are being written out.
+const MEMTABLE_BYTES: u64 = 16 << 20;
+/// Journals above this make fjall write out buffers.
+const JOURNAL_BYTES: u64 = 128 << 20;
+
+/// Bounds of a log.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The directory.
+    pub path: PathBuf,
+    /// What was appended longer ago may go.
+    pub age_seconds: u64,
+    /// Above this the oldest goes, in bytes on disk.
+    pub size_bytes: u64,
+    /// With less free on the disk the oldest goes early, in bytes.
+    pub reserve_bytes: u64,
+}
+
+/// The marker file.
+#[derive(Serialize, Deserialize)]
+struct Marker {
+    format: u32,
+    node_id: String,
+}
+
+/// The part of [`State`] that rarely changes, as JSON under `meta/state`.
+#[derive(Clone, Default, Serialize, Deserialize)]
+struct Stored {
+    origin: Option<StoredOrigin>,
+    verified: Option<(String, u64)>,
+    mapping: Option<[u8; 32]>,
+    /// Commit LSN of the transaction with staged messages, and their highest row step.
+    staged: Option<(u64, u64)>,
+    /// Breaks that ended here or before were forgotten.
+    breaks_floor: (u64, u64),
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct StoredOrigin {
+    system_identifier: u64,
+    database_oid: u32,
+    /// Id and begin.
+    timelines: Vec<(u32, u64)>,
+    lsn: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredBreak {
+    tenant: Option<String>,
+    from: (u64, u64),
+    to: (u64, u64),
+    code: String,
+    table: String,
+    detail: String,
+}
+
+/// See the module.
+pub struct FjallLog {
+    options: Options,
+    node_id: String,
+    db: Database,
+    meta: Keyspace,
+    /// For readers: the segments, replaced as a whole when one comes or goes.
+    segments: RwLock<Segments>,
+    /// Changed by the one writer, read by all.
+    memory: Mutex<Memory>,
+}
+
+/// What is kept in memory of `meta`.
+struct Memory {
+    stored: Stored,
+    tail: Lsn,
+    breaks: Vec<Break>,
+}
+
+fn poisoned(error: &fjall::Error) -> Error {
+    Error::Poisoned(error.to_string())
+}
+
+fn unreadable(error: &fjall::Error) -> Error {
+    Error::Read(error.to_string())
+}
+
+fn segment_options() -> KeyspaceCreateOptions {
+    KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES)
+}
+
+impl FjallLog {
+    /// Opens the log, or begins one in an empty or missing directory.
+    ///
+    /// # Errors
+    /// Where the directory is somebody else's, in use, damaged, or cannot be made.
+    pub fn open(options: Options) -> Result<Self, Error> {
+        let path = options.path.clone();
+        let open = |source| Error::Open { path: path.clone(), source };
+        let damaged = |detail: String| Error::Damaged { path: path.clone(), detail };
+
+        std::fs::create_dir_all(&path).map_err(open)?;
+        let marker_path = path.join(MARKER);
+        let data = path.join(DATA);
+        let marker: Marker = match std::fs::read(&marker_path) {
+            Ok(json) => {
+                let marker: Marker = serde_json::from_slice(&json)
+                    .map_err(|error| damaged(format!("{MARKER} does not read: {error}")))?;
+                if marker.format != FORMAT {
+                    return Err(Error::Format { path, found: marker.format, expected: FORMAT });
+                }
+                if !data.is_dir() {
+                    return Err(damaged(format!("its directory {DATA} is missing")));
+                }
+                marker
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                if std::fs::read_dir(&path).map_err(open)?.next().is_some() {
+                    return Err(Error::Foreign(path));
+                }
+                let marker = Marker { format: FORMAT, node_id: format!("{:016x}", fastrand::u64(..)) };
+                // The data directory first: a marker without one means that somebody deleted it.
+                std::fs::create_dir(&data).map_err(open)?;
+                let json = serde_json::to_vec(&marker).map_err(|error| damaged(error.to_string()))?;
+                write_synced(&path, MARKER, &json).map_err(open)?;
+                marker
+            }
+            Err(error) => return Err(open(error)),
+        };
+
+        let db = Database::builder(&data).cache_size(CACHE_BYTES).max_journaling_size(JOURNAL_BYTES).open().map_err(
+            |error| match error {
+                fjall::Error::Locked => Error::Locked(path.clone()),
+                fjall::Error::Io(source) => Error::Open { path: path.clone(), source },
+                error => damaged(error.to_string()),
+            },
+        )?;
+        let read = |error: fjall::Error| damaged(error.to_string());
+        let meta = db.keyspace("meta", segment_options).map_err(read)?;
+        let stored: Stored = match meta.get(META_STATE).map_err(read)? {
+            Some(json) => serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?,
+            None => Stored::default(),
+        };
+        let tail = match meta.get(META_TAIL).map_err(read)? {
+            Some(bytes) => record::read_lsn(&bytes).ok_or_else(|| damaged("its tail does not read".into()))?,
+            None => Lsn::ZERO,
+        };
+        let mut breaks = Vec::new();
+        for item in meta.prefix(META_BREAK) {
+            let json = item.value().map_err(read)?;
+            let stored = serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?;
+            breaks.push(read_break(stored).ok_or_else(|| damaged("a break does not read".into()))?);
+        }
+        let segments = Segments::open(&db, &meta, &damaged)?;
+        let log = Self {
+            options,
+            node_id: marker.node_id,
+            db,
+            meta,
+            segments: RwLock::new(segments),
+            memory: Mutex::new(Memory { stored, tail, breaks }),
+        };
+        // What was staged when the process ended will be sent again.
+        log.append(&[Entry::Discard])?;
+        Ok(log)
+    }
+
+    /// Deletes the log in this directory, if there is one.
+    ///
+    /// # Errors
+    /// Where the directory holds something else, or cannot be changed.
+    pub fn reset(path: &Path) -> Result<(), Error> {
+        let open = |source| Error::Open { path: path.to_owned(), source };
+        let mut entries = match std::fs::read_dir(path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(open(error)),
+        };
+        let foreign = entries.any(|entry| {
+            entry.map_or(true, |entry| {
+                let name = entry.file_name();
+                name != MARKER && name != DATA
+            })
+        });
+        if foreign {
+            return Err(Error::Foreign(path.to_owned()));
+        }
+        let missing_is_fine = |result: std::io::Result<()>| match result {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(open(error)),
+            _ => Ok(()),
+        };
+        // A lock file that another process holds says so before anything is deleted.
+        if path.join(MARKER).exists() && path.join(DATA).is_dir() {
+            match Database::builder(path.join(DATA)).open() {
+                Err(fjall::Error::Locked) => return Err(Error::Locked(path.to_owned())),
+                // Damaged or not: it goes.
+                opened => drop(opened),
+            }
+        }
+        missing_is_fine(std::fs::remove_dir_all(path.join(DATA)))?;
+        missing_is_fine(std::fs::remove_file(path.join(MARKER)))
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        // A panic while it was held would have been a broken invariant; the contents are replaced in one piece.
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn segments(&self) -> Segments {
+        self.segments.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn replace_segments(&self, segments: Segments) {
+        *self.segments.write().unwrap_or_else(PoisonError::into_inner) = segments;
+    }
+
+    /// Begins a new segment where the active one has had its share, so that retention has pieces to drop.
+    fn roll(&self, segments: &Segments, frontier: Position, now_unix_seconds: u64) -> Result<Segments, Error> {
+        /// Retention drops about this share of a full log at a time.
+        const PIECES: u64 = 16;
+        const SEGMENT_BYTES_MIN: u64 = 4 << 20;
+        let size_max = (self.options.size_bytes / PIECES).max(SEGMENT_BYTES_MIN);
+        let age_max = (self.options.age_seconds / PIECES).max(1);
+        let active = segments.active();
+        let due = active.bytes() >= size_max
+            || (!active.is_empty() && now_unix_seconds.saturating_sub(active.created_unix_seconds) >= age_max);
+        if !due {
+            return Ok(segments.clone());
+        }
+        let rolled = segments.rolled(&self.db, frontier, now_unix_seconds)?;
+        let mut batch = self.db.batch();
+        rolled.store(&mut batch, &self.meta)?;
+        batch.commit().map_err(|error| poisoned(&error))?;
+        self.sync()?;
+        self.replace_segments(rolled.clone());
+        Ok(rolled)
+    }
+
+    /// Drops the oldest segment, keeping each tenant's newest position in it.
+    fn drop_oldest(&self, segments: &Segments) -> Result<Segments, Error> {
+        let Some((oldest, rest)) = segments.without_oldest() else { return Ok(segments.clone()) };
+        let mut batch = self.db.batch();
+        for (tenant, newest) in oldest.tenants() {
+            batch.insert(&self.meta, meta_horizon(&tenant), record::write_position(newest));
+        }
+        rest.store(&mut batch, &self.meta)?;
+        batch.commit().map_err(|error| poisoned(&error))?;
+        // The horizons must be there before the messages are gone.
+        self.sync()?;
+        self.replace_segments(rest.clone());
+        self.db.delete_keyspace(oldest.keyspace).map_err(|error| poisoned(&error))?;
+        Ok(rest)
+    }
+
+    fn free_bytes(&self) -> u64 {
+        // Where the file system does not say, there is nothing to go by.
+        rustix::fs::statvfs(&self.options.path).map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+}
+
+/// Writes a file so that it is there whole, or not at all.
+fn write_synced(directory: &Path, name: &str, contents: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    let temporary = directory.join(format!("{name}.new"));
+    let mut file = std::fs::File::create(&temporary)?;
+    file.write_all(contents)?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, directory.join(name))?;
+    std::fs::File::open(directory)?.sync_all()
+}
+
+const META_STATE: &[u8] = b"state";
+const META_TAIL: &[u8] = b"tail";
+const META_SEGMENTS: &[u8] = b"segments";
+const META_BREAK: &[u8] = b"break/";
+const META_HORIZON: &[u8] = b"horizon/";
+
+fn meta_horizon(tenant: &TenantId) -> Vec<u8> {
+    [META_HORIZON, tenant.as_str().as_bytes()].concat()
+}
+
+fn meta_break(gap: &Break) -> Vec<u8> {
+    // In stream order of the ends; the tenant makes it unique.
+    let tenant = gap.tenant.as_ref().map_or("", TenantId::as_str);
+    [META_BREAK, &record::write_position(gap.to), &record::write_position(gap.from), tenant.as_bytes()].concat()
+}
+
+fn pair(position: Position) -> (u64, u64) {
+    (position.lsn.0, position.steps)
+}
+
+fn unpair((lsn, steps): (u64, u64)) -> Position {
+    Position { lsn: Lsn(lsn), steps }
+}
+
+fn write_break(gap: &Break) -> StoredBreak {
+    let (table, detail) = gap.reason.details();
+    StoredBreak {
+        tenant: gap.tenant.as_ref().map(|tenant| tenant.as_str().to_owned()),
+        from: pair(gap.from),
+        to: pair(gap.to),
+        code: gap.reason.code().to_owned(),
+        table: table.to_owned(),
+        detail: detail.to_owned(),
+    }
+}
+
+fn read_break(stored: StoredBreak) -> Option<Break> {
+    Some(Break {
+        tenant: stored.tenant.map(|tenant| TenantId::new(&tenant)).transpose().ok()?,
+        from: unpair(stored.from),
+        to: unpair(stored.to),
+        reason: BreakReason::from_code(&stored.code, &stored.table, &stored.detail)?,
+    })
+}
+
+fn write_origin(origin: &Origin) -> StoredOrigin {
+    StoredOrigin {
+        system_identifier: origin.source.system_identifier,
+        database_oid: origin.source.database_oid,
+        timelines: origin.history.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect(),
+        lsn: origin.lsn.0,
+    }
+}
+
+fn read_origin(stored: &StoredOrigin) -> Option<Origin> {
+    let timelines = stored.timelines.iter().map(|(id, begin)| Timeline { id: *id, begin: Lsn(*begin) }).collect();
+    Some(Origin {
+        source: Source { system_identifier: stored.system_identifier, database_oid: stored.database_oid },
+        history: History::from_timelines(timelines)?,
+        lsn: Lsn(stored.lsn),
+    })
+}
+
+impl Memory {
+    /// Applies one entry to `batch` and to the memory of it.
+    fn apply(&mut self, entry: &Entry, log: &FjallLog, active: &Segment, batch: &mut WriteBatch) -> Result<(), Error> {
+        match entry {
+            Entry::Adopt(origin) => {
+                self.stored.origin = Some(write_origin(origin));
+                self.tail = origin.lsn;
+            }
+            Entry::Staged(staged) => {
+                let steps = staged.messages.iter().map(|(_, message)| message.last_step).max().unwrap_or(0);
+                self.stored.staged = Some((staged.commit.0, steps));
+                put_messages(&staged.messages, active, batch);
+            }
+            Entry::Discard => {
+                if let Some((commit, _)) = self.stored.staged.take() {
+                    let open = |position: Position, _: &Message| position.lsn == Lsn(commit);
+                    log.segments().remove(batch, Lsn(commit), &open).map_err(|error| poisoned(&error))?;
+                }
+            }
+            Entry::Transaction(transaction) => {
+                put_messages(&transaction.messages, active, batch);
+                for id in &transaction.token_ids {
+                    batch.insert(&active.keyspace, record::token_key(*id), record::write_lsn(transaction.end));
+                }
+                if transaction.staged || !transaction.breaks.is_empty() {
+                    let key = record::end_key(transaction.header.commit);
+                    batch.insert(&active.keyspace, key, record::write_lsn(transaction.end));
+                }
+                for gap in &transaction.breaks {
+                    self.add_break(gap.clone(), log, batch)?;
+                }
+                self.stored.staged = None;
+                self.tail = transaction.end;
+            }
+            Entry::Progress(lsn) => self.tail = self.tail.max(*lsn),
+            Entry::Break(gap) => {
+                self.tail = self.tail.max(gap.to.lsn);
+                self.add_break(gap.clone(), log, batch)?;
+            }
+            Entry::Diverge { at, history } => {
+                let abandoned = log.segments().commits_ending_past(*at).map_err(|error| poisoned(&error))?;
+                let past = |position: Position, _: &Message| position.lsn >= *at || abandoned.contains(&position.lsn);
+                log.segments()
+                    .remove(batch, abandoned.first().copied().unwrap_or(*at), &past)
+                    .map_err(|error| poisoned(&error))?;
+                for gap in self.breaks.extract_if(.., |gap| gap.to > Position::at(*at)) {
+                    batch.remove(&log.meta, meta_break(&gap));
+                }
+                self.tail = self.tail.min(*at);
+                if let Some(origin) = &mut self.stored.origin {
+                    origin.timelines = history.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect();
+                }
+            }
+            Entry::Verified(verified) => self.stored.verified = Some((verified.fingerprint.clone(), verified.at.0)),
+            Entry::Mapping(fingerprint) => self.stored.mapping = Some(*fingerprint),
+        }
+        Ok(())
+    }
+
+    /// What is appended from now on stands behind this.
+    fn frontier(&self) -> Position {
+        self.stored.staged.map_or(Position::at(self.tail), unpair)
+    }
+
+    fn add_break(&mut self, gap: Break, log: &FjallLog, batch: &mut WriteBatch) -> Result<(), Error> {
+        let json = serde_json::to_vec(&write_break(&gap)).map_err(|error| Error::Poisoned(error.to_string()))?;
+        batch.insert(&log.meta, meta_break(&gap), json);
+        self.breaks.push(gap);
+        if self.breaks.len() > BREAKS_MAX {
+            let oldest = self.breaks.remove(0);
+            batch.remove(&log.meta, meta_break(&oldest));
+            self.stored.breaks_floor = pair(unpair(self.stored.breaks_floor).max(oldest.to));
+        }
+        Ok(())
+    }
+}
+
+fn put_messages(messages: &[(TenantId, Message)], active: &Segment, batch: &mut WriteBatch) {
+    for (tenant, message) in messages {
+        let key = record::message_key(tenant, message.order());
+        batch.insert(&active.keyspace, key, record::write_message(message));
+    }
+}
+
+impl ChangeLog for FjallLog {
+    fn state(&self) -> State {
+        let memory = self.memory();
+        State {
+            node_id: self.node_id.clone(),
+            origin: memory.stored.origin.as_ref().and_then(read_origin),
+            tail: memory.tail,
+            verified: memory
+                .stored
+                .verified
+                .as_ref()
+                .map(|(fingerprint, at)| Verified { fingerprint: fingerprint.clone(), at: Lsn(*at) }),
+            mapping: memory.stored.mapping,
+        }
+    }
+
+    fn append(&self, entries: &[Entry]) -> Result<(), Error> {
+        let segments = self.segments();
+        let active = segments.active();
+        let mut batch = self.db.batch();
+        let mut memory = self.memory();
+        let before = memory.tail;
+        let mut rare = false;
+        for entry in entries {
+            rare |= !matches!(entry, Entry::Transaction(t) if !t.staged && t.breaks.is_empty())
+                && !matches!(entry, Entry::Progress(_));
+            memory.apply(entry, self, active, &mut batch)?;
+        }
+        if rare {
+            let json = serde_json::to_vec(&memory.stored).map_err(|error| Error::Poisoned(error.to_string()))?;
+            batch.insert(&self.meta, META_STATE, json);
+        }
+        if memory.tail != before {
+            batch.insert(&self.meta, META_TAIL, record::write_lsn(memory.tail));
+        }
+        batch.commit().map_err(|error| poisoned(&error))
+    }
+
+    fn sync(&self) -> Result<(), Error> {
+        self.db.persist(PersistMode::SyncData).map_err(|error| poisoned(&error))
+    }
+
+    fn read(&self, tenant: &TenantId, after: Position, up_to: Position, bytes_max: usize) -> Result<Batch, Error> {
+        let up_to = up_to.min(Position::at(self.memory().tail));
+        let mut batch = Batch::default();
+        let mut bytes = 0;
+        for segment in self.segments().since(after) {
+            let from = record::message_key(tenant, after);
+            for item in segment.keyspace.range(from..record::behind_tenant(tenant)) {
+                let (key, value) = item.into_inner().map_err(|error| unreadable(&error))?;
+                let message = record::read_message_key(&key)
+                    .and_then(|(_, order)| record::read_message(order.lsn, &Bytes::from(value)))
+                    .ok_or_else(|| Error::Read(format!("a message of tenant {tenant} does not decode")))?;
+                // The last message of a transaction stands below its end, and up_to may be that end.
+                if message.reached() > up_to {
+                    return Ok(batch);
+                }
+                let Some(message) = message.after(after) else { continue };
+                if bytes >= bytes_max {
+                    batch.more = true;
+                    return Ok(batch);
+                }
+                bytes += message.changes.len();
+                batch.messages.push(message);
+            }
+        }
+        Ok(batch)
+    }
+
+    fn horizon(&self, tenant: &TenantId) -> Result<Position, Error> {
+        let floor = {
+            let memory = self.memory();
+            let origin = memory.stored.origin.as_ref().map_or(Position::ZERO, |origin| Position::at(Lsn(origin.lsn)));
+            origin.max(unpair(memory.stored.breaks_floor))
+        };
+        let dropped = self.meta.get(meta_horizon(tenant)).map_err(|error| unreadable(&error))?;
+        let dropped = dropped.and_then(|bytes| record::read_position(&bytes)).unwrap_or(Position::ZERO);
+        Ok(floor.max(dropped))
+    }
+
+    fn knows(&self, tenant: &TenantId) -> Result<bool, Error> {
+        if self.meta.contains_key(meta_horizon(tenant)).map_err(|error| unreadable(&error))? {
+            return Ok(true);
+        }
+        for segment in self.segments().since(Position::ZERO) {
+            if let Some(item) = segment.keyspace.prefix(record::tenant_prefix(tenant)).next() {
+                item.key().map_err(|error| unreadable(&error))?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error> {
+        for segment in self.segments().newest_first() {
+            let found = segment.keyspace.get(record::token_key(id)).map_err(|error| unreadable(&error))?;
+            if let Some(bytes) = found {
+                return Ok(record::read_lsn(&bytes));
+            }
+        }
+        Ok(None)
+    }
+
+    fn breaks(&self) -> Vec<Break> {
+        self.memory().breaks.clone()
+    }
+
+    fn retain(&self, now_unix_seconds: u64) -> Result<Room, Error> {
+        let frontier = self.memory().frontier();
+        let mut segments = self.roll(&self.segments(), frontier, now_unix_seconds)?;
+        loop {
+            let expired = segments
+                .oldest_ended_unix_seconds()
+                .is_some_and(|ended| now_unix_seconds.saturating_sub(ended) >= self.options.age_seconds);
+            let free = self.free_bytes();
+            let short = free < self.options.reserve_bytes;
+            if !expired && !short && segments.bytes() <= self.options.size_bytes {
+                return Ok(Room::Enough);
+            }
+            if segments.len() == 1 {
+                if !short {
+                    return Ok(Room::Enough);
+                }
+                // The active segment goes as well before the disk fills up: history is what the log is asked to give up.
+                if segments.active().is_empty() {
+                    return Ok(Room::Short { free });
+                }
+                segments = segments.rolled(&self.db, frontier, now_unix_seconds)?;
+            }
+            segments = self.drop_oldest(&segments)?;
+        }
+    }
+}

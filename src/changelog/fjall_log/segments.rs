@@ -1,0 +1,236 @@
+//! The list of segments: each a keyspace, in stream order, the last one active.
+
+use super::super::{Error, record};
+use super::{META_SEGMENTS, poisoned, segment_options};
+use crate::change::TenantId;
+use crate::lsn::{Lsn, Position};
+use crate::transaction::Message;
+use bytes::Bytes;
+use fjall::{Database, Keyspace, OwnedWriteBatch as WriteBatch};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// Cheap to clone: readers take the list as it is, and keep deleted segments readable for themselves.
+#[derive(Clone)]
+pub(super) struct Segments(Arc<[Segment]>);
+
+#[derive(Clone)]
+pub(super) struct Segment {
+    id: u64,
+    /// Nothing in here stands before this.
+    first: Position,
+    pub(super) created_unix_seconds: u64,
+    pub(super) keyspace: Keyspace,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredSegment {
+    id: u64,
+    first: (u64, u64),
+    created_unix_seconds: u64,
+}
+
+fn name(id: u64) -> String {
+    format!("segment-{id:016x}")
+}
+
+impl Segments {
+    /// The stored list, or a first segment. Segments that are not on the list were being dropped, and go now.
+    pub(super) fn open(db: &Database, meta: &Keyspace, damaged: &dyn Fn(String) -> Error) -> Result<Self, Error> {
+        let read = |error: fjall::Error| damaged(error.to_string());
+        let stored: Vec<StoredSegment> = match meta.get(META_SEGMENTS).map_err(read)? {
+            Some(json) => serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?,
+            None => Vec::new(),
+        };
+        for existing in db.list_keyspace_names() {
+            let listed = stored.iter().any(|segment| name(segment.id) == *existing);
+            if existing.starts_with("segment-") && !listed {
+                let keyspace = db.keyspace(&existing, segment_options).map_err(read)?;
+                db.delete_keyspace(keyspace).map_err(read)?;
+            }
+        }
+        let mut segments = Vec::new();
+        for segment in stored {
+            let name = name(segment.id);
+            if !db.keyspace_exists(&name) {
+                return Err(damaged(format!("{name} is missing")));
+            }
+            segments.push(Segment {
+                id: segment.id,
+                first: super::unpair(segment.first),
+                created_unix_seconds: segment.created_unix_seconds,
+                keyspace: db.keyspace(&name, segment_options).map_err(read)?,
+            });
+        }
+        if !segments.is_empty() {
+            return Ok(Self(segments.into()));
+        }
+        let first = Segment {
+            id: 0,
+            first: Position::ZERO,
+            created_unix_seconds: unix_now(),
+            keyspace: db.keyspace(&name(0), segment_options).map_err(read)?,
+        };
+        let segments = Self([first].into());
+        let mut batch = db.batch();
+        segments.store(&mut batch, meta)?;
+        batch.commit().map_err(|error| poisoned(&error))?;
+        Ok(segments)
+    }
+
+    pub(super) fn store(&self, batch: &mut WriteBatch, meta: &Keyspace) -> Result<(), Error> {
+        let stored: Vec<_> = self
+            .0
+            .iter()
+            .map(|segment| StoredSegment {
+                id: segment.id,
+                first: super::pair(segment.first),
+                created_unix_seconds: segment.created_unix_seconds,
+            })
+            .collect();
+        let json = serde_json::to_vec(&stored).map_err(|error| Error::Poisoned(error.to_string()))?;
+        batch.insert(meta, META_SEGMENTS, json);
+        Ok(())
+    }
+
+    pub(super) fn active(&self) -> &Segment {
+        let active = self.0.last();
+        #[expect(clippy::expect_used, reason = "an invariant of this type")]
+        active.expect("a log always has an active segment")
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.0.iter().map(Segment::bytes).sum()
+    }
+
+    /// With a new active segment behind the others.
+    pub(super) fn rolled(&self, db: &Database, first: Position, now_unix_seconds: u64) -> Result<Self, Error> {
+        let id = self.active().id + 1;
+        let keyspace = db.keyspace(&name(id), segment_options).map_err(|error| poisoned(&error))?;
+        let new = Segment { id, first, created_unix_seconds: now_unix_seconds, keyspace };
+        Ok(Self(self.0.iter().cloned().chain([new]).collect()))
+    }
+
+    /// The oldest and the rest; `None` where there is only the active one.
+    pub(super) fn without_oldest(&self) -> Option<(Segment, Self)> {
+        let (oldest, rest) = self.0.split_first()?;
+        (!rest.is_empty()).then(|| (oldest.clone(), Self(rest.into())))
+    }
+
+    /// When the oldest stopped being written to; `None` where there is only the active one.
+    pub(super) fn oldest_ended_unix_seconds(&self) -> Option<u64> {
+        self.0.get(1).map(|second| second.created_unix_seconds)
+    }
+
+    /// Those that can hold something after this position, oldest first.
+    pub(super) fn since(&self, after: Position) -> impl Iterator<Item = &Segment> {
+        // A segment can hold something only if the next one does not begin at or before the position.
+        let skipped = self.0.iter().skip(1).take_while(|next| next.first <= after).count();
+        self.0.iter().skip(skipped)
+    }
+
+    pub(super) fn newest_first(&self) -> impl Iterator<Item = &Segment> {
+        self.0.iter().rev()
+    }
+
+    /// Removes messages at or after `commit` that the predicate picks, and token ids that point past `commit`.
+    pub(super) fn remove(
+        &self,
+        batch: &mut WriteBatch,
+        commit: Lsn,
+        pick: &dyn Fn(Position, &Message) -> bool,
+    ) -> fjall::Result<()> {
+        for segment in self.since(Position::at(commit)) {
+            for (tenant, _) in segment.tenants() {
+                let from = record::message_key(&tenant, Position::at(commit));
+                for item in segment.keyspace.range(from..record::behind_tenant(&tenant)) {
+                    let (key, value) = item.into_inner()?;
+                    let order = record::read_message_key(&key).map(|(_, order)| order);
+                    let message = order.and_then(|order| record::read_message(order.lsn, &Bytes::from(value)));
+                    if let (Some(order), Some(message)) = (order, message)
+                        && pick(order, &message)
+                    {
+                        batch.remove(&segment.keyspace, key);
+                    }
+                }
+            }
+            for item in segment.keyspace.prefix(record::TOKENS) {
+                let (key, value) = item.into_inner()?;
+                if record::read_lsn(&value).is_some_and(|end| end > commit) {
+                    batch.remove(&segment.keyspace, key);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Commit LSNs before `at` of transactions that end past it: their commit record crosses it.
+    pub(super) fn commits_ending_past(&self, at: Lsn) -> fjall::Result<BTreeSet<Lsn>> {
+        /// Far above the size of any commit record.
+        const COMMIT_RECORD_BYTES_MAX: u64 = 64 << 20;
+        let from = Lsn(at.0.saturating_sub(COMMIT_RECORD_BYTES_MAX));
+        let mut commits = BTreeSet::new();
+        for segment in self.since(Position::at(from)) {
+            for item in segment.keyspace.range(record::end_key(from)..record::end_key(at)) {
+                let (key, value) = item.into_inner()?;
+                if record::read_lsn(&value).is_some_and(|end| end > at) {
+                    commits.extend(record::read_end_key(&key));
+                }
+            }
+            for (tenant, _) in segment.tenants() {
+                let range =
+                    record::message_key(&tenant, Position::at(from))..record::message_key(&tenant, Position::at(at));
+                for item in segment.keyspace.range(range) {
+                    let (key, value) = item.into_inner()?;
+                    let order = record::read_message_key(&key).map(|(_, order)| order);
+                    let message = order.and_then(|order| record::read_message(order.lsn, &Bytes::from(value)));
+                    if let Some(message) = message
+                        && message.end.is_some_and(|end| end > at)
+                    {
+                        commits.insert(message.header.commit);
+                    }
+                }
+            }
+        }
+        Ok(commits)
+    }
+}
+
+impl Segment {
+    pub(super) fn bytes(&self) -> u64 {
+        // What is still in memory counts too: it will be on disk soon.
+        self.keyspace.disk_space()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.keyspace.first_key_value().is_none()
+    }
+
+    /// Every tenant with messages here, and its newest position: two seeks a tenant, whatever the number of messages.
+    pub(super) fn tenants(&self) -> impl Iterator<Item = (TenantId, Position)> + '_ {
+        let (start, end) = record::MESSAGES;
+        let mut from = start.to_vec();
+        std::iter::from_fn(move || {
+            let first = self.keyspace.range(from.clone()..end.to_vec()).next()?.key().ok()?;
+            let (tenant, first) = record::read_message_key(&first)?;
+            from = record::behind_tenant(&tenant);
+            let newest = self
+                .keyspace
+                .prefix(record::tenant_prefix(&tenant))
+                .next_back()
+                .and_then(|item| item.key().ok())
+                .and_then(|key| record::read_message_key(&key))
+                .map_or(first, |(_, newest)| newest);
+            Some((tenant, newest))
+        })
+    }
+}
+
+fn unix_now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_secs())
+}

@@ -1,0 +1,141 @@
+//! The change log as a handful of vectors: what the real one is compared with, and the storage of tests without a disk.
+
+use super::{Batch, ChangeLog, Entry, Error, Room, State};
+use crate::change::TenantId;
+use crate::lsn::{Lsn, Position};
+use crate::snap_token::TokenId;
+use crate::transaction::{Break, Message};
+use std::sync::Mutex;
+
+#[derive(Default)]
+pub(crate) struct ModelLog {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Clone, Default)]
+pub(crate) struct Inner {
+    state: Option<State>,
+    messages: Vec<(TenantId, Message)>,
+    staged: Vec<(TenantId, Message)>,
+    ends: Vec<(Lsn, Lsn)>,
+    tokens: Vec<(TokenId, Lsn)>,
+    breaks: Vec<Break>,
+}
+
+impl Inner {
+    fn state(&mut self) -> &mut State {
+        self.state.get_or_insert_with(|| State {
+            node_id: "model".into(),
+            origin: None,
+            tail: Lsn::ZERO,
+            verified: None,
+            mapping: None,
+        })
+    }
+
+    pub(crate) fn apply(&mut self, entry: &Entry) {
+        match entry {
+            Entry::Adopt(origin) => {
+                self.state().tail = origin.lsn;
+                self.state().origin = Some(origin.clone());
+            }
+            Entry::Staged(staged) => self.staged.extend(staged.messages.iter().cloned()),
+            Entry::Discard => self.staged.clear(),
+            Entry::Transaction(transaction) => {
+                self.messages.append(&mut self.staged);
+                self.messages.extend(transaction.messages.iter().cloned());
+                self.tokens.extend(transaction.token_ids.iter().map(|id| (*id, transaction.end)));
+                self.breaks.extend(transaction.breaks.iter().cloned());
+                self.ends.push((transaction.header.commit, transaction.end));
+                self.state().tail = transaction.end;
+            }
+            Entry::Progress(lsn) => self.state().tail = self.state().tail.max(*lsn),
+            Entry::Break(gap) => {
+                self.state().tail = self.state().tail.max(gap.to.lsn);
+                self.breaks.push(gap.clone());
+            }
+            Entry::Diverge { at, history } => {
+                let crossing: Vec<Lsn> =
+                    self.ends.iter().filter(|(_, end)| end > at).map(|(commit, _)| *commit).collect();
+                self.messages.retain(|(_, m)| m.header.commit < *at && !crossing.contains(&m.header.commit));
+                self.tokens.retain(|(_, end)| end <= at);
+                self.breaks.retain(|gap| gap.to <= Position::at(*at));
+                self.state().tail = self.state().tail.min(*at);
+                if let Some(origin) = &mut self.state().origin {
+                    origin.history = history.clone();
+                }
+            }
+            Entry::Verified(verified) => self.state().verified = Some(verified.clone()),
+            Entry::Mapping(fingerprint) => self.state().mapping = Some(*fingerprint),
+        }
+    }
+
+    pub(crate) fn tail(&self) -> Lsn {
+        self.state.as_ref().map_or(Lsn::ZERO, |state| state.tail)
+    }
+}
+
+impl ModelLog {
+    pub(crate) fn of(inner: Inner) -> Self {
+        Self { inner: Mutex::new(inner) }
+    }
+}
+
+impl ChangeLog for ModelLog {
+    fn state(&self) -> State {
+        self.inner.lock().unwrap().state().clone()
+    }
+
+    fn append(&self, entries: &[Entry]) -> Result<(), Error> {
+        let mut inner = self.inner.lock().unwrap();
+        entries.iter().for_each(|entry| inner.apply(entry));
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read(&self, tenant: &TenantId, after: Position, up_to: Position, bytes_max: usize) -> Result<Batch, Error> {
+        let inner = self.inner.lock().unwrap();
+        let up_to = up_to.min(Position::at(inner.tail()));
+        let mut messages: Vec<_> = inner
+            .messages
+            .iter()
+            .filter(|(t, m)| t == tenant && m.reached() <= up_to)
+            .map(|(_, m)| m.clone())
+            .collect();
+        messages.sort_by_key(Message::order);
+        let mut batch = Batch::default();
+        let mut bytes = 0;
+        for message in messages.into_iter().filter_map(|message| message.after(after)) {
+            if bytes >= bytes_max {
+                batch.more = true;
+                break;
+            }
+            bytes += message.changes.len();
+            batch.messages.push(message);
+        }
+        Ok(batch)
+    }
+
+    fn horizon(&self, _: &TenantId) -> Result<Position, Error> {
+        Ok(self.state().origin.map_or(Position::ZERO, |origin| Position::at(origin.lsn)))
+    }
+
+    fn knows(&self, tenant: &TenantId) -> Result<bool, Error> {
+        Ok(self.inner.lock().unwrap().messages.iter().any(|(t, _)| t == tenant))
+    }
+
+    fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error> {
+        Ok(self.inner.lock().unwrap().tokens.iter().find(|(other, _)| *other == id).map(|(_, end)| *end))
+    }
+
+    fn breaks(&self) -> Vec<Break> {
+        self.inner.lock().unwrap().breaks.clone()
+    }
+
+    fn retain(&self, _: u64) -> Result<Room, Error> {
+        Ok(Room::Enough)
+    }
+}

@@ -1,0 +1,229 @@
+//! Reads the YAML file into a flat list of dotted keys.
+//!
+//! The parser below the `config` crate recurses once for each level of nesting and copies what an alias stands for, so
+//! that a small file can overflow the stack, which aborts the process, or use up the memory. Three bounds keep the text
+//! harmless before it is parsed; a real configuration comes nowhere near them.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use ::config::{ConfigError, FileFormat, Format, Map, Value, ValueKind};
+
+use super::error::{FileFault, Problem};
+use super::origin::{Name, Origin};
+
+/// The complete configuration with a comment at every key is a tenth of this.
+pub(super) const FILE_BYTES_MAX: usize = 64 * 1024;
+
+/// Nested blocks start in ever later columns, except for a list directly below its key: a line that starts in column n
+/// is nested 2n deep at most. The deepest key of ours is on level 4. Flow style (`[[…]]`) the parser bounds itself.
+pub(super) const INDENT_MAX: usize = 64;
+
+/// Aliases of aliases multiply. With so few, the text grows by a small factor at most.
+pub(super) const ALIASES_MAX: usize = 4;
+
+/// Dotted keys and what they are set to: never a table, except for an empty one.
+pub(super) type Leaves = BTreeMap<String, ValueKind>;
+
+/// Reads the file at `path`; what can be read is returned along with the problems of the rest.
+pub(super) fn read(path: &Path) -> (Leaves, Vec<Problem>) {
+    let bytes = match read_bounded(path) {
+        Ok(bytes) => bytes,
+        Err(source) => {
+            let path = path.to_owned();
+            return (Leaves::new(), vec![Problem::Unreadable { path, source }]);
+        }
+    };
+    match parse(&bytes) {
+        Ok(table) => flatten(path, table),
+        Err(fault) => {
+            let path = path.to_owned();
+            (Leaves::new(), vec![Problem::BadFile { path, fault }])
+        }
+    }
+}
+
+/// At most one byte more than is allowed, so that a device or a pipe without end does no harm.
+fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(FILE_BYTES_MAX as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn parse(bytes: &[u8]) -> Result<Map<String, Value>, FileFault> {
+    if bytes.len() > FILE_BYTES_MAX {
+        return Err(FileFault::TooLarge);
+    }
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        let valid = bytes.get(..error.valid_up_to()).unwrap_or_default();
+        let line = valid.split(|byte| *byte == b'\n').count();
+        FileFault::NotUnicode { line }
+    })?;
+    // Windows editors put a byte order mark first, which the parser would take for a part of the first key.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    check_bounds(text)?;
+    if text.lines().all(is_blank) {
+        return Ok(Map::new());
+    }
+    FileFormat::Yaml.parse(None, text).map_err(|error| {
+        // This message would quote the text that stands in the place of the sections. The crate boxes it twice.
+        if error.is::<ConfigError>() || error.is::<Box<ConfigError>>() {
+            FileFault::NotSections
+        } else {
+            FileFault::Malformed(error)
+        }
+    })
+}
+
+/// A line that sets nothing.
+fn is_blank(line: &str) -> bool {
+    let line = line.trim();
+    line.is_empty() || line.starts_with('#') || line == "---" || line == "..."
+}
+
+fn check_bounds(text: &str) -> Result<(), FileFault> {
+    let mut aliases = 0;
+    // A carriage return alone ends a line in YAML, too. In `\r\n` it must not count as a line of its own.
+    let text = text.replace("\r\n", "\n");
+    for (line, content) in (1..).zip(text.split(['\r', '\n'])) {
+        // Besides blanks, the three indicators that open a block and can stand in front of another one.
+        let start = content.find(|c| !matches!(c, ' ' | '\t' | '-' | '?' | ':')).unwrap_or(content.len());
+        if start > INDENT_MAX {
+            return Err(FileFault::TooDeep { line });
+        }
+        if !content.trim_start().starts_with('#') {
+            aliases += count_aliases(content);
+        }
+        if aliases > ALIASES_MAX {
+            return Err(FileFault::TooManyAliases { line });
+        }
+    }
+    Ok(())
+}
+
+/// What could be an alias: an asterisk at the start of a word. Quoted text is not told apart.
+fn count_aliases(line: &str) -> usize {
+    let before = std::iter::once(' ').chain(line.chars());
+    before
+        .zip(line.chars())
+        .filter(|(before, c)| *c == '*' && (before.is_whitespace() || "[{,:".contains(*before)))
+        .count()
+}
+
+fn flatten(path: &Path, table: Map<String, Value>) -> (Leaves, Vec<Problem>) {
+    let mut leaves = Leaves::new();
+    let mut problems = Vec::new();
+    let mut open = vec![(String::new(), table)];
+    while let Some((parent, table)) = open.pop() {
+        for (part, value) in table {
+            let key = if parent.is_empty() { part.clone() } else { format!("{parent}.{part}") };
+            // Let through, it would pass for a nested key and hide a second value of that one.
+            if part.contains('.') {
+                let origin = Origin::File(path.to_owned());
+                let name = Name { key, origin };
+                problems.push(Problem::Dotted { name });
+                continue;
+            }
+            match value.kind {
+                ValueKind::Table(inner) if !inner.is_empty() => open.push((key, inner)),
+                kind => {
+                    leaves.insert(key, kind);
+                }
+            }
+        }
+    }
+    // The parser's table has no order of its own.
+    problems.sort_by_cached_key(Problem::to_string);
+    (leaves, problems)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(text: &str) -> Result<Vec<String>, String> {
+        let table = parse(text.as_bytes()).map_err(|fault| fault.to_string())?;
+        let (leaves, problems) = flatten(Path::new("f.yaml"), table);
+        match problems.first() {
+            Some(problem) => Err(problem.to_string()),
+            None => Ok(leaves.into_keys().collect()),
+        }
+    }
+
+    #[test]
+    fn keys_come_flat() {
+        for (text, expected) in [
+            ("", &[][..]),
+            ("\u{feff}", &[]),
+            ("---\n# nothing yet\n", &[]),
+            ("\u{feff}a: 1", &["a"]),
+            ("a: 1\r\nb:\r\n  c: 2\r\n", &["a", "b.c"]),
+            ("a: {b: {c: 1, d: []}, e: {}}", &["a.b.c", "a.b.d", "a.e"]),
+            ("a: &x {b: 1}\nc: *x", &["a.b", "c.b"]),
+        ] {
+            let expected = expected.iter().map(ToString::to_string).collect();
+            assert_eq!(keys(text), Ok(expected), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_configuration_is_refused_with_its_line() {
+        for (text, expected) in [
+            ("a: 1\nb: c: 2\n", "line 2"),
+            ("a: 1\nb: 2\na: 3\n", "duplicated key in mapping at byte 13 line 3"),
+            ("s:\n  a: 1\n  a: 2\n", "line 3"),
+            ("a: 1\n---\nb: 1\n", "2 YAML documents"),
+            ("- 1\n", "must hold sections"),
+            ("postgres://u:secret@h\n", "must hold sections"),
+            ("a.b: 1\n", "`a.b` in file f.yaml: keys are nested"),
+            ("a:\n  b.c: 1\n", "`a.b.c` in file f.yaml: keys are nested"),
+            ("a: *b\n", "line 1"),
+        ] {
+            let message = keys(text).unwrap_err();
+            assert!(message.contains(expected), "{text:?}: {message}");
+            assert!(!message.contains("secret"), "{message}");
+        }
+        let message = parse(b"a: 1\nb: \xff\n").unwrap_err().to_string();
+        assert_eq!(message, "line 2: is not valid UTF-8");
+    }
+
+    #[test]
+    fn nesting_does_not_overflow_the_stack() {
+        let nested = 10_000;
+        for open in ["- ", "? ", ": ", "- ? ", "-\t", "[", "{", "{a: ", "[? ", "[a: ", "!t [", "&a - "] {
+            for start in ["", "a:\n  ", "a: ", "--- ", "\r"] {
+                let text = format!("{start}{}", open.repeat(nested));
+                assert!(keys(&text).is_err(), "{open:?} after {start:?}");
+            }
+        }
+        for newline in ["\n", "\r", "\r\n"] {
+            let steps = (0..300).map(|depth| format!("{}a:{newline}", " ".repeat(depth)));
+            let message = keys(&steps.collect::<String>()).unwrap_err();
+            assert_eq!(message, "line 66: indented by more than 64 columns");
+        }
+        // The worst that the bounds let through, on the 2 MiB stack of a test.
+        let blocks: String =
+            (0..INDENT_MAX).map(|depth| " ".repeat(depth)).map(|indent| format!("{indent}a:\n{indent}-\n")).collect();
+        for (open, close) in [("[", "]"), ("{a: ", "}"), ("[{a: ", "}]")] {
+            let depth = 255 / close.len();
+            let flow = format!("{}0{}", open.repeat(depth), close.repeat(depth));
+            let text = format!("{blocks}{}{flow}", " ".repeat(INDENT_MAX));
+            assert_eq!(keys(&text), Ok(vec!["a".to_owned()]), "{open:?}");
+        }
+    }
+
+    #[test]
+    fn size_and_aliases_are_bounded() {
+        assert!(matches!(parse("#\n".repeat(FILE_BYTES_MAX).as_bytes()), Err(FileFault::TooLarge)));
+        let mut text = "a0: &a0 [x]\n".to_owned();
+        for level in 1..20 {
+            let before = level - 1;
+            text.push_str(&format!("a{level}: &a{level} [*a{before}, *a{before}]\n"));
+        }
+        assert_eq!(keys(&text).unwrap_err(), "line 4: more than 4 YAML aliases (`*name`)");
+        let comments = "# * a\n  # * b\n".repeat(10);
+        assert_eq!(keys(&comments), Ok(vec![]));
+    }
+}

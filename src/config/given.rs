@@ -1,0 +1,183 @@
+//! What a key takes: the functions that turn one value, as a source gave it, into a valid one.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ::config::ValueKind;
+
+use super::choice::Choice;
+use super::database_uri::DatabaseUri;
+use super::host::Host;
+use super::quantity::{ByteSize, format_duration, parse_duration};
+
+/// One value as a source gave it.
+pub(super) enum Given<'a> {
+    /// Also everything from the environment and from flags.
+    Text(&'a str),
+    Integer(i64),
+    Boolean(bool),
+    /// Something that no key takes, in words.
+    Other(&'static str),
+}
+
+/// What a key takes, in words that go on from "must be".
+pub(super) type Allowed = String;
+
+impl<'a> From<&'a ValueKind> for Given<'a> {
+    fn from(kind: &'a ValueKind) -> Self {
+        match kind {
+            ValueKind::String(text) => Self::Text(text),
+            ValueKind::I64(number) => Self::Integer(*number),
+            ValueKind::Boolean(value) => Self::Boolean(*value),
+            ValueKind::Float(_) => Self::Other("a fraction"),
+            ValueKind::U64(_) | ValueKind::I128(_) | ValueKind::U128(_) => Self::Other("too large a number"),
+            ValueKind::Nil => Self::Other("empty"),
+            ValueKind::Array(_) => Self::Other("a list"),
+            ValueKind::Table(_) => Self::Other("a section"),
+        }
+    }
+}
+
+impl fmt::Display for Given<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// As much as is needed to recognize a value in an error message.
+        const SHOWN_MAX: usize = 60;
+        match self {
+            Self::Text(text) => {
+                let shown: String = text.chars().take(SHOWN_MAX).collect();
+                let more = if shown.len() < text.len() { "…" } else { "" };
+                write!(f, "{shown:?}{more}")
+            }
+            Self::Integer(number) => write!(f, "{number}"),
+            Self::Boolean(value) => write!(f, "{value}"),
+            Self::Other(words) => f.write_str(words),
+        }
+    }
+}
+
+/// `true` or `false`.
+pub(super) fn boolean(given: &Given<'_>) -> Result<bool, Allowed> {
+    match given {
+        Given::Boolean(value) => Some(*value),
+        Given::Text(text) => text.parse().ok(),
+        _ => None,
+    }
+    .ok_or_else(|| "true or false".to_owned())
+}
+
+/// A whole number in `range`.
+pub(super) fn whole<T: TryFrom<u64>>(range: RangeInclusive<u64>) -> impl Fn(&Given<'_>) -> Result<T, Allowed> {
+    move |given| {
+        match given {
+            Given::Integer(number) => u64::try_from(*number).ok(),
+            Given::Text(text) => text.parse().ok(),
+            _ => None,
+        }
+        .filter(|number| range.contains(number))
+        .and_then(|number| T::try_from(number).ok())
+        .ok_or_else(|| format!("a whole number from {} to {}", range.start(), range.end()))
+    }
+}
+
+/// A number of bytes in `range`.
+pub(super) fn size(range: RangeInclusive<ByteSize>) -> impl Fn(&Given<'_>) -> Result<ByteSize, Allowed> {
+    move |given| {
+        match given {
+            Given::Integer(number) => u64::try_from(*number).ok().map(ByteSize::bytes),
+            Given::Text(text) => ByteSize::parse(text),
+            _ => None,
+        }
+        .filter(|size| range.contains(size))
+        .ok_or_else(|| {
+            format!("a size such as 512KiB, 10GB or a number of bytes, from {} to {}", range.start(), range.end())
+        })
+    }
+}
+
+/// A length of time in `range`.
+pub(super) fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Given<'_>) -> Result<Duration, Allowed> {
+    move |given| {
+        match given {
+            Given::Text(text) => parse_duration(text),
+            _ => None,
+        }
+        .filter(|duration| range.contains(duration))
+        .ok_or_else(|| {
+            format!(
+                "a duration with its unit such as 500ms, 10s or 1m30s, from {} to {}",
+                format_duration(*range.start()),
+                format_duration(*range.end())
+            )
+        })
+    }
+}
+
+/// One of the words of `T`.
+pub(super) fn choice<T: Choice>(given: &Given<'_>) -> Result<T, Allowed> {
+    let found = match given {
+        Given::Text(text) => T::ALL.iter().find(|choice| choice.to_string() == *text),
+        _ => None,
+    };
+    found.copied().ok_or_else(|| {
+        let words: Vec<String> = T::ALL.iter().map(ToString::to_string).collect();
+        match words.as_slice() {
+            [word] => word.clone(),
+            _ => format!("one of {}", words.join(", ")),
+        }
+    })
+}
+
+/// An address to listen on.
+pub(super) fn host(given: &Given<'_>) -> Result<Host, Allowed> {
+    text(given, "an IP address or a DNS name, without a port", Host::parse)
+}
+
+/// A path; its file need not exist.
+pub(super) fn path(given: &Given<'_>) -> Result<PathBuf, Allowed> {
+    text(given, "a path", |text| (!text.is_empty() && !text.contains('\0')).then(|| PathBuf::from(text)))
+}
+
+/// A path, or an empty text for none.
+pub(super) fn optional_path(given: &Given<'_>) -> Result<Option<PathBuf>, Allowed> {
+    match given {
+        Given::Text("") => Ok(None),
+        _ => path(given).map(Some),
+    }
+}
+
+/// Anything but blanks, which stand for none: what a URI may hold is decided where it is used.
+pub(super) fn database_uri(given: &Given<'_>) -> Result<Option<DatabaseUri>, Allowed> {
+    text(given, "a PostgreSQL URI", |text| Some((!text.trim().is_empty()).then(|| DatabaseUri::new(text))))
+}
+
+/// What PostgreSQL takes for the name of a slot (`ReplicationSlotValidateName`).
+pub(super) fn slot(given: &Given<'_>) -> Result<String, Allowed> {
+    text(given, "1 to 63 of the letters a-z, 0-9 and _", |text| {
+        let fits =
+            (1..=63).contains(&text.len()) && text.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_'));
+        fits.then(|| text.to_owned())
+    })
+}
+
+/// A name that needs no escaping in the list of names that `START_REPLICATION` takes.
+pub(super) fn publication(given: &Given<'_>) -> Result<String, Allowed> {
+    let allowed = "1 to 63 bytes without commas, quotes or white space";
+    text(given, allowed, |text| {
+        let fits = (1..=63).contains(&text.len())
+            && !text.chars().any(|c| matches!(c, ',' | '"' | '\'') || c.is_whitespace() || c.is_control());
+        fits.then(|| text.to_owned())
+    })
+}
+
+fn text<T>(given: &Given<'_>, allowed: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, Allowed> {
+    match given {
+        Given::Text(text) => parse(text).ok_or_else(|| allowed.to_owned()),
+        // YAML takes `slot: 007` for the number 7: what was written is lost.
+        Given::Integer(_) | Given::Boolean(_) | Given::Other("a fraction") => {
+            Err(format!("{allowed}; put it in quotes"))
+        }
+        Given::Other(_) => Err(allowed.to_owned()),
+    }
+}

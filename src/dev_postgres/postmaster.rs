@@ -1,0 +1,156 @@
+//! What a running or failed postmaster leaves in files: `postmaster.pid` and the log.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use super::account::Account;
+
+/// As much of the log's end as goes into an error message.
+const TAIL_LINES: usize = 20;
+const TAIL_BYTES: u64 = 8 * 1024;
+
+/// The lines of `postmaster.pid` that matter here (PostgreSQL's `utils/pidfile.h`): the first and the eighth.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct PidFile {
+    pub(super) pid: u32,
+    /// It accepts connections. Before, this line is absent or says "starting".
+    pub(super) ready: bool,
+}
+
+impl PidFile {
+    pub(super) fn read(pgdata: &Path) -> Option<Self> {
+        Self::parse(&fs::read_to_string(pgdata.join("postmaster.pid")).ok()?)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut lines = text.lines().map(str::trim);
+        // Negative for a single-user server, which does not listen and does not concern us.
+        let pid = lines.next()?.parse().ok()?;
+        Some(Self { pid, ready: lines.nth(6) == Some("ready") })
+    }
+}
+
+/// Who has the process id that a `postmaster.pid` names.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// The postmaster of this directory, alive.
+    Postmaster,
+    /// Certainly something else, which was given the number after the postmaster died.
+    Stranger,
+    /// Nobody, or somebody else's process: PostgreSQL can tell by itself that neither is a postmaster.
+    Nobody,
+}
+
+/// PostgreSQL takes any process of its own user for a postmaster if it has the number: it would refuse to start, and
+/// `pg_ctl` would stop the wrong one. So look closer.
+pub(super) fn holder(pid: u32, pgdata: &Path, account: &Account) -> Holder {
+    let is_postmaster = if Path::new("/proc/self").exists() {
+        // A postmaster's working directory is its data directory. Asked as its user: in a container, root may not look.
+        let mut readlink = account.command(Path::new("/bin/sh"));
+        readlink.args(["-c", "readlink \"/proc/$1/cwd\"", "sh", &pid.to_string()]);
+        let canonical = pgdata.canonicalize().unwrap_or_else(|_| pgdata.to_owned());
+        first_line(&mut readlink).map(|line| Path::new(&line) == canonical)
+    } else {
+        let mut ps = Command::new("ps");
+        ps.args(["-o", "command=", "-p", &pid.to_string()]);
+        first_line(&mut ps).map(|line| line.contains(&*pgdata.to_string_lossy()))
+    };
+    match is_postmaster {
+        Some(true) => Holder::Postmaster,
+        Some(false) => Holder::Stranger,
+        None => Holder::Nobody,
+    }
+}
+
+fn first_line(command: &mut Command) -> Option<String> {
+    let output = command.stderr(Stdio::null()).output().ok()?;
+    String::from_utf8_lossy(&output.stdout).lines().next().map(str::to_owned).filter(|line| !line.is_empty())
+}
+
+/// Why a postmaster gave up, where we can do something about it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// Children of a killed postmaster still hold its shared memory. They notice its death and go.
+    Lingering,
+    PortTaken,
+    Other,
+}
+
+impl Cause {
+    /// Messages of PostgreSQL 14 to 18, untranslated since [`Account::command`] sets the locale.
+    pub(super) fn of(log: &str) -> Self {
+        if log.contains("pre-existing shared memory block") {
+            Self::Lingering
+        } else if log.contains("could not bind IPv4 address") {
+            Self::PortTaken
+        } else {
+            Self::Other
+        }
+    }
+}
+
+/// What was written to the log after `from`, or the end of that. Not being able to read it is no reason to fail
+/// differently.
+pub(super) fn log_tail(log: &Path, from: u64) -> String {
+    let read = || -> std::io::Result<String> {
+        let mut file = File::open(log)?;
+        let end = file.seek(SeekFrom::End(0))?;
+        file.seek(SeekFrom::Start(from.max(end.saturating_sub(TAIL_BYTES))))?;
+        let mut bytes = Vec::new();
+        file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let text = read().unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    let tail = lines.get(lines.len().saturating_sub(TAIL_LINES)..).unwrap_or_default();
+    if tail.is_empty() { "(it is empty)".into() } else { tail.join("\n") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pid_files() {
+        let check = |text, expected: Option<(u32, bool)>| {
+            assert_eq!(PidFile::parse(text), expected.map(|(pid, ready)| PidFile { pid, ready }), "{text:?}");
+        };
+        check("12\n/d\n1700000000\n5432\n\n127.0.0.1\n  123  45\nready   \n", Some((12, true)));
+        check("12\n/d\n1700000000\n5432\n\n127.0.0.1\n  123  45\nstarting\n", Some((12, false)));
+        check("12\n/d\n1700000000\n5432\n\n", Some((12, false)));
+        check("-12\n/d\n", None);
+        check("", None);
+    }
+
+    #[test]
+    fn holders() {
+        let dir = tempfile::tempdir().unwrap();
+        let check = |pid, expected| assert_eq!(holder(pid, dir.path(), &Account::Ourselves), expected);
+        check(std::process::id(), Holder::Stranger);
+        // Above the highest id that Linux can give.
+        check(5_000_000, Holder::Nobody);
+        let mut child = Command::new("sleep").arg("60").current_dir(dir.path()).spawn().unwrap();
+        if cfg!(target_os = "linux") {
+            check(child.id(), Holder::Postmaster);
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        check(child.id(), Holder::Nobody);
+    }
+
+    #[test]
+    fn tails() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        assert_eq!(log_tail(&log, 0), "(it is empty)");
+        fs::write(&log, "old\nnew\n").unwrap();
+        assert_eq!(log_tail(&log, 4), "new");
+        assert_eq!(log_tail(&log, 99), "(it is empty)");
+        fs::write(&log, "line\n".repeat(10_000) + "last").unwrap();
+        let tail = log_tail(&log, 0);
+        assert_eq!(tail.lines().count(), TAIL_LINES);
+        assert!(tail.ends_with("last"));
+    }
+}
