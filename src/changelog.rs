@@ -31,7 +31,7 @@ pub mod recorder;
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
-mod model;
+pub(crate) mod model;
 
 pub use fjall_log::{FjallLog, Options};
 
@@ -43,6 +43,9 @@ use crate::timeline::{History, Source};
 use crate::transaction::{Break, Message, Transaction};
 use std::path::PathBuf;
 use std::sync::Arc;
+
+/// Most breaks that are kept; with more, the oldest go, and nobody from before them can resume.
+pub const BREAKS_MAX: usize = 10_000;
 
 /// One thing to append.
 #[derive(Clone, Debug)]

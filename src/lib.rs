@@ -4,6 +4,7 @@ pub mod change;
 pub mod changelog;
 pub mod config;
 pub mod dev_postgres;
+pub mod hub;
 pub mod lsn;
 pub mod mapping;
 pub mod pgoutput;

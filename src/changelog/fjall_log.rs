@@ -16,7 +16,7 @@
 mod segments;
 
 use super::record;
-use super::{Batch, ChangeLog, Entry, Error, Origin, Room, State, Verified};
+use super::{BREAKS_MAX, Batch, ChangeLog, Entry, Error, Origin, Room, State, Verified};
 use crate::change::TenantId;
 use crate::lsn::{Lsn, Position};
 use crate::snap_token::TokenId;
@@ -32,9 +32,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 const FORMAT: u32 = 1;
 const MARKER: &str = "tuplewatch-log.json";
 const DATA: &str = "data";
-
-/// Most breaks that are kept; with more, the oldest go, and nobody from before them can resume.
-const BREAKS_MAX: usize = 10_000;
 
 /// Memory for blocks read from disk, shared by all readers.
 const CACHE_BYTES: u64 = 32 << 20;

@@ -1,0 +1,188 @@
+//! The hub: from the stream of received transactions to any number of subscriptions.
+//!
+//! ```text
+//!               admit                publish                      subscriptions
+//!   session ───────────▶ window ──(visible in Postgres?)──▶ published ──▶ one reader each:
+//!                        (memory, bounded)                                window, or change log
+//!                          │ evicts only what the log can give back
+//!                          ▼
+//!                        change log
+//! ```
+//!
+//! - **Seen means readable.** A transaction is published once a snapshot of PostgreSQL sees it, because PostgreSQL streams a
+//!   commit before it is visible, and a cache that reloads on the message would cache the old state again. One statement
+//!   decides for everything that waits ([`publisher`]).
+//! - **One reader over both tiers.** A [`Subscription`] is a position and nothing else that matters: it yields what follows,
+//!   from memory where memory has it and from the log where not, and then waits. There is no catch-up mode to leave.
+//! - **Nobody holds back anybody.** A slow subscription holds no memory: the window evicts by its own bound, and the
+//!   subscription goes on from the log.
+//! - A full window whose oldest part the log does not have yet makes [`Hub::admit`] wait, and so stops reading the slot.
+//!
+//! This module reads the log and never writes it; it knows nothing of replication.
+
+pub mod publisher;
+pub mod start;
+mod subscription;
+mod window;
+
+#[cfg(test)]
+mod tests;
+
+pub use subscription::{End, Filter, Subscription};
+
+use crate::change::TenantId;
+use crate::changelog::ChangeLog;
+use crate::lsn::{Lsn, Position};
+use crate::timeline::{History, Source};
+use crate::transaction::{Break, Transaction};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{Semaphore, watch};
+use window::Window;
+
+/// Reads of the log that run at the same time; more wait. They are short, and a thread each.
+const DISK_READS_MAX: usize = 4;
+
+/// Bounds and behaviour.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Memory for recent messages, in bytes.
+    pub window_bytes: usize,
+    /// Publish at once, without asking whether PostgreSQL's snapshots see it yet.
+    pub before_visible: bool,
+}
+
+/// See the module. Cheap to clone.
+#[derive(Clone)]
+pub struct Hub {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    log: Arc<dyn ChangeLog>,
+    /// Up to which end LSN the log can give back what memory forgets.
+    appended: watch::Receiver<Lsn>,
+    /// Held for short, bounded work, and never across an await.
+    window: Mutex<Window>,
+    /// Tells the publisher that something waits, and whoever waits for a position how far it got.
+    admitted: watch::Sender<Lsn>,
+    published: watch::Sender<Lsn>,
+    /// What positions belong to; `None` until the first session.
+    source: watch::Sender<Option<(Source, Arc<History>)>>,
+    disk_reads: Semaphore,
+    options: Options,
+}
+
+impl Hub {
+    /// A hub over this log. `appended` follows the log's tail.
+    pub fn new(log: Arc<dyn ChangeLog>, appended: watch::Receiver<Lsn>, options: Options) -> Self {
+        let state = log.state();
+        let window = Window::new(options, state.tail, log.breaks());
+        let source = state.origin.map(|origin| (origin.source, Arc::new(origin.history)));
+        Self {
+            inner: Arc::new(Inner {
+                log,
+                appended,
+                window: Mutex::new(window),
+                admitted: watch::Sender::new(state.tail),
+                published: watch::Sender::new(state.tail),
+                source: watch::Sender::new(source),
+                disk_reads: Semaphore::new(DISK_READS_MAX),
+                options,
+            }),
+        }
+    }
+
+    fn window(&self) -> MutexGuard<'_, Window> {
+        // A panic inside would be a broken invariant of the window; the process does not go on serving from it.
+        self.inner.window.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a transaction in stream order; waits while the window is full of what the log does not have yet.
+    pub async fn admit(&self, transaction: Arc<Transaction>) {
+        let mut appended = self.inner.appended.clone();
+        loop {
+            let tail = *appended.borrow_and_update();
+            if self.window().admit(&transaction, tail) {
+                break;
+            }
+            if appended.changed().await.is_err() {
+                // The log is gone, and the process with it.
+                return;
+            }
+        }
+        self.inner.admitted.send_replace(transaction.end);
+    }
+
+    /// Nothing for us up to this LSN.
+    pub fn progress(&self, lsn: Lsn) {
+        self.window().admit_mark(lsn, None);
+        self.inner.admitted.send_replace(lsn);
+    }
+
+    /// A gap that is not inside a transaction.
+    pub fn interrupt(&self, gap: Break) {
+        let lsn = gap.to.lsn;
+        self.window().admit_mark(lsn, Some(gap));
+        self.inner.admitted.send_replace(lsn);
+    }
+
+    /// The server went on along another history: forget what lies past `at`, and end the streams that have seen it.
+    pub fn diverge(&self, at: Lsn, source: Source, history: History) {
+        self.window().diverge(at);
+        self.set_source(source, history);
+        self.inner.published.send_modify(|published| *published = (*published).min(at));
+    }
+
+    /// What positions belong to from now on.
+    pub fn set_source(&self, source: Source, history: History) {
+        self.inner.source.send_replace(Some((source, Arc::new(history))));
+    }
+
+    /// A log that had nothing begins here.
+    pub fn begin_at(&self, lsn: Lsn) {
+        self.window().begin_at(lsn);
+        self.inner.admitted.send_replace(lsn);
+        self.inner.published.send_replace(lsn);
+    }
+
+    /// What positions belong to; `None` until it is known.
+    pub fn source(&self) -> Option<(Source, Arc<History>)> {
+        self.inner.source.borrow().clone()
+    }
+
+    /// The newest position that a subscription can reach now.
+    pub fn published(&self) -> Lsn {
+        *self.inner.published.borrow()
+    }
+
+    /// Follows [`Hub::published`].
+    pub fn watch_published(&self) -> watch::Receiver<Lsn> {
+        self.inner.published.subscribe()
+    }
+
+    /// Follows how far transactions were received.
+    pub fn watch_admitted(&self) -> watch::Receiver<Lsn> {
+        self.inner.admitted.subscribe()
+    }
+
+    /// Everything up to here is visible to every snapshot taken from now on.
+    fn visible(&self) -> Lsn {
+        self.window().visible()
+    }
+
+    /// Runs a short read of the log on a thread for such.
+    async fn on_disk<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&dyn ChangeLog) -> Result<T, crate::changelog::Error> + Send + 'static,
+    ) -> Result<T, crate::changelog::Error> {
+        let failed = |error: &dyn std::fmt::Display| crate::changelog::Error::Read(error.to_string());
+        let _permit = self.inner.disk_reads.acquire().await.map_err(|error| failed(&error))?;
+        let log = self.inner.log.clone();
+        tokio::task::spawn_blocking(move || read(&*log)).await.map_err(|error| failed(&error))?
+    }
+
+    /// A reader of this tenant's changes after `position`. Whether the log still has them is found out by reading.
+    pub fn subscribe(&self, tenant: TenantId, position: Position, filter: Option<Filter>) -> Subscription {
+        Subscription::new(self.clone(), tenant, position, filter)
+    }
+}

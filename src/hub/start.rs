@@ -1,0 +1,206 @@
+//! Where a subscription starts: now, or after a snap token.
+//!
+//! | token | start |
+//! | --- | --- |
+//! | none | now: one statement gives the server's insert position L and a snapshot S; delivered is every commit at or after L, and every earlier one that S does not see |
+//! | position | there, if it lies on the present history; one ahead of us waits, if the server has written that far |
+//! | transaction | right after that transaction |
+//!
+//! Requests that come in together share one statement ([`Primary::look`] answers all of them).
+
+use super::{Filter, Hub, Subscription};
+use crate::change::{TenantId, TenantIdError};
+use crate::changelog;
+use crate::lsn::{Lsn, Position, Snapshot, Xid8};
+use crate::snap_token::{self, SnapToken, TokenId};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// What the primary says, in one statement.
+#[derive(Clone, Debug)]
+pub struct Look {
+    /// `pg_current_wal_insert_lsn()`.
+    pub insert_lsn: Lsn,
+    /// `pg_current_wal_flush_lsn()`.
+    pub flush_lsn: Lsn,
+    /// `pg_current_snapshot()`, taken before `insert_lsn` was read.
+    pub snapshot: Arc<Snapshot>,
+    /// Whether the tenant that was asked for exists.
+    pub tenant_exists: bool,
+}
+
+/// What became of a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TransactionStatus {
+    /// It runs.
+    InProgress,
+    /// It is over, or so old that nobody knows.
+    Over,
+}
+
+/// PostgreSQL does not answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Unreachable(pub String);
+
+/// What the start of a subscription may ask the primary.
+pub trait Primary: Send + Sync {
+    /// Positions, a snapshot, and whether the tenant exists; as of a moment after the call.
+    fn look(&self, tenant: &TenantId) -> impl Future<Output = Result<Look, Unreachable>> + Send;
+
+    /// `pg_xact_status`.
+    fn transaction_status(&self, xid: Xid8) -> impl Future<Output = Result<TransactionStatus, Unreachable>> + Send;
+
+    /// Writes a transaction that everything committed before the call precedes in the stream; a position that it follows.
+    fn mark(&self) -> impl Future<Output = Result<Lsn, Unreachable>> + Send;
+}
+
+/// Why a subscription cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No tenant id.
+    #[error(transparent)]
+    Tenant(#[from] TenantIdError),
+    /// No snap token.
+    #[error(transparent)]
+    Token(#[from] snap_token::Error),
+    /// Neither the primary nor the log knows it.
+    #[error("tenant '{0}' does not exist")]
+    UnknownTenant(TenantId),
+    /// Made by another database.
+    #[error("the snap token belongs to another database: start without a token and read the state anew")]
+    Foreign,
+    /// From a timeline that is not the server's history, or from past the switch.
+    #[error(
+        "the snap token lies on a part of history that the server has abandoned (a failover or a restore): \
+         start without a token and read the state anew"
+    )]
+    Abandoned,
+    /// Ahead of anything written.
+    #[error("the snap token is ahead of everything that the server has written: it is not of this history")]
+    BeyondHistory,
+    /// Its changes were dropped.
+    #[error(
+        "the snap token is too old: the changes after it are no longer kept; start without a token and read the state anew"
+    )]
+    TooOld {
+        /// From where on the log is complete for the tenant.
+        earliest: Position,
+    },
+    /// The transaction of the token runs on.
+    #[error("the transaction of the snap token is still running after {0:?}: try again when it has ended")]
+    StillRunning(Duration),
+    /// What the answer depends on is out of reach.
+    #[error("PostgreSQL cannot be asked at the moment, try again: {0}")]
+    Unreachable(#[from] Unreachable),
+    /// The log cannot be read.
+    #[error(transparent)]
+    Log(#[from] changelog::Error),
+}
+
+/// How long to wait, between looks, for a transaction to end.
+const STATUS_EVERY: Duration = Duration::from_millis(50);
+
+impl Hub {
+    /// Starts a subscription. When this returns the start is fixed: what commits later will be in it.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn start(
+        &self,
+        primary: &impl Primary,
+        tenant: &str,
+        token: &str,
+        resolve_timeout: Duration,
+    ) -> Result<Subscription, Error> {
+        let tenant = TenantId::new(tenant)?;
+        let token = if token.is_empty() { None } else { Some(token.parse::<SnapToken>()?) };
+
+        // What is published at this moment is visible to the snapshot that is taken next.
+        let visible = self.visible();
+        let look = primary.look(&tenant).await;
+        let exists = match &look {
+            Ok(look) => look.tenant_exists,
+            Err(_) => false,
+        };
+        if !exists && !self.knows(&tenant).await? {
+            // Whether it exists is for PostgreSQL to say.
+            look?;
+            return Err(Error::UnknownTenant(tenant));
+        }
+        let (source, history) =
+            self.source().ok_or_else(|| Unreachable("no session with PostgreSQL was established yet".to_owned()))?;
+
+        let (position, filter) = match token {
+            None => {
+                let look = look?;
+                (Position::at(visible), Some(Filter { lsn: look.insert_lsn, snapshot: look.snapshot }))
+            }
+            Some(token) if token.source() != source.hash() => return Err(Error::Foreign),
+            Some(SnapToken::Position { timeline, position, .. }) => {
+                if !history.holds(timeline, position.lsn) {
+                    return Err(Error::Abandoned);
+                }
+                if position.lsn > self.published() && position.lsn > look?.flush_lsn {
+                    return Err(Error::BeyondHistory);
+                }
+                (position, None)
+            }
+            Some(SnapToken::Transaction { id, xid, floor, .. }) => {
+                let position = self.resolve(primary, id, xid, floor, resolve_timeout).await?;
+                (position, None)
+            }
+        };
+        // Joined first, so that nothing after the check goes by unnoticed.
+        let subscription = self.subscribe(tenant.clone(), position, filter);
+        let horizon = self.on_disk(move |log| log.horizon(&tenant)).await?;
+        if position < horizon {
+            return Err(Error::TooOld { earliest: horizon });
+        }
+        Ok(subscription)
+    }
+
+    async fn knows(&self, tenant: &TenantId) -> Result<bool, changelog::Error> {
+        if self.window().knows(tenant) {
+            return Ok(true);
+        }
+        let tenant = tenant.clone();
+        self.on_disk(move |log| log.knows(&tenant)).await
+    }
+
+    /// Right after the transaction that carried `id`. One that left no trace (rolled back to a savepoint, crashed, or from
+    /// before this log) resolves to its floor: everything after it includes everything after the transaction.
+    async fn resolve(
+        &self,
+        primary: &impl Primary,
+        id: TokenId,
+        xid: Xid8,
+        floor: Lsn,
+        timeout: Duration,
+    ) -> Result<Position, Error> {
+        if let Some(end) = self.on_disk(move |log| log.find_token(id)).await? {
+            return Ok(Position::at(end));
+        }
+        let deadline = Instant::now() + timeout;
+        while primary.transaction_status(xid).await? == TransactionStatus::InProgress {
+            if Instant::now() >= deadline {
+                return Err(Error::StillRunning(timeout));
+            }
+            tokio::time::sleep(STATUS_EVERY).await;
+        }
+        // It is over: if it committed, its commit is in the stream before the mark, and in the log soon after.
+        let mark = primary.mark().await?;
+        let mut appended = self.inner.appended.clone();
+        let reached =
+            tokio::time::timeout_at(deadline.max(Instant::now() + STATUS_EVERY), appended.wait_for(|lsn| *lsn > mark));
+        if reached.await.is_err() {
+            return Err(Unreachable(format!("the stream did not reach {mark} in time, try again")).into());
+        }
+        match self.on_disk(move |log| log.find_token(id)).await? {
+            Some(end) => Ok(Position::at(end)),
+            None if floor > mark => Err(Error::BeyondHistory),
+            None => Ok(Position::at(floor)),
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! One reader of one tenant's changes, over memory and disk.
+
+use super::Hub;
+use super::window::Next;
+use crate::change::TenantId;
+use crate::changelog;
+use crate::lsn::{Lsn, Position, Snapshot};
+use crate::transaction::{Break, Message};
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// Leaves out what a reader that starts *now* has in its own first read: what committed before `lsn` and is visible in
+/// `snapshot`.
+#[derive(Clone, Debug)]
+pub struct Filter {
+    /// The server's insert position at the start.
+    pub lsn: Lsn,
+    /// What was visible then.
+    pub snapshot: Arc<Snapshot>,
+}
+
+/// Why a subscription cannot go on.
+#[derive(Debug)]
+pub enum End {
+    /// History is not continuous: read the state anew and go on from `Break::to`.
+    Broken(Break),
+    /// What was received past this LSN was abandoned by the server.
+    Abandoned {
+        /// The switch LSN.
+        at: Lsn,
+    },
+    /// The log no longer has what comes next.
+    TooOld {
+        /// From where it can still be read.
+        earliest: Position,
+    },
+    /// The log cannot be read.
+    Log(changelog::Error),
+}
+
+/// See [`Hub`]. Dropping it gives back all it holds.
+pub struct Subscription {
+    hub: Hub,
+    tenant: TenantId,
+    /// Everything up to here was yielded, or does not exist.
+    cursor: Position,
+    filter: Option<Filter>,
+    /// Woken when something of the tenant is published.
+    wake: watch::Receiver<()>,
+    divergences_checked: usize,
+}
+
+impl Subscription {
+    pub(super) fn new(hub: Hub, tenant: TenantId, cursor: Position, filter: Option<Filter>) -> Self {
+        let (wake, divergences_checked) = hub.window().join(&tenant);
+        Self { hub, tenant, cursor, filter, wake, divergences_checked }
+    }
+
+    /// Whose changes these are.
+    pub const fn tenant(&self) -> &TenantId {
+        &self.tenant
+    }
+
+    /// Everything up to here was yielded, or does not exist.
+    pub const fn position(&self) -> Position {
+        self.cursor
+    }
+
+    /// The next messages: at least one, and about `bytes_max` bytes where there are more. Waits for them.
+    ///
+    /// Cancel safe: what was not returned comes again.
+    ///
+    /// # Errors
+    /// Where there is no continuing from here; the same again on every later call.
+    pub async fn next(&mut self, bytes_max: usize) -> Result<Vec<Arc<Message>>, End> {
+        loop {
+            // Before looking, so that what is published after the look wakes us.
+            self.wake.mark_unchanged();
+            let next = self.hub.window().next(&self.tenant, self.cursor, &mut self.divergences_checked, bytes_max);
+            let messages = match next {
+                Next::Messages(messages) => messages,
+                Next::Disk { up_to } => self.read_log(up_to, bytes_max).await?,
+                Next::Skip { to } => {
+                    self.cursor = to;
+                    continue;
+                }
+                Next::Wait => {
+                    // The sender lives in the feed, which lives as long as it has a reader.
+                    let _ = self.wake.changed().await;
+                    continue;
+                }
+                Next::Broken(gap) => return Err(End::Broken(gap)),
+                Next::Abandoned { at } => return Err(End::Abandoned { at }),
+            };
+            let messages = self.take(messages);
+            if !messages.is_empty() {
+                return Ok(messages);
+            }
+        }
+    }
+
+    /// Moves past the messages, and leaves out what is not for this reader.
+    fn take(&mut self, messages: Vec<Arc<Message>>) -> Vec<Arc<Message>> {
+        let mut taken = Vec::with_capacity(messages.len());
+        for message in messages {
+            let reached = message.reached();
+            let begins_inside = self.cursor.lsn == message.header.commit && self.cursor.steps > 0;
+            let rest =
+                if begins_inside { message.as_ref().clone().after(self.cursor).map(Arc::new) } else { Some(message) };
+            self.cursor = reached;
+            let Some(rest) = rest else { continue };
+            match &self.filter {
+                Some(filter) if rest.header.commit >= filter.lsn => self.filter = None,
+                Some(filter) if filter.snapshot.sees(rest.header.xid) => continue,
+                _ => {}
+            }
+            taken.push(rest);
+        }
+        taken
+    }
+
+    async fn read_log(&mut self, up_to: Position, bytes_max: usize) -> Result<Vec<Arc<Message>>, End> {
+        // What the log does not have yet is in memory, or not published.
+        let up_to = up_to.min(Position::at(*self.hub.inner.appended.borrow()));
+        let (tenant, cursor) = (self.tenant.clone(), self.cursor);
+        let (batch, horizon) = self
+            .hub
+            .on_disk(move |log| {
+                let batch = log.read(&tenant, cursor, up_to, bytes_max)?;
+                // Afterwards: retention may have gone by while we read.
+                Ok((batch, log.horizon(&tenant)?))
+            })
+            .await
+            .map_err(End::Log)?;
+        if cursor < horizon {
+            return Err(End::TooOld { earliest: horizon });
+        }
+        if batch.messages.is_empty() && !batch.more {
+            self.cursor = self.cursor.max(up_to);
+        }
+        Ok(batch.messages.into_iter().map(Arc::new).collect())
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.hub.window().leave(&self.tenant);
+    }
+}

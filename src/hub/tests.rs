@@ -1,0 +1,342 @@
+use super::start::{Look, Primary, TransactionStatus, Unreachable};
+use super::*;
+use crate::change::{Fact, Operation, Tuple, encode};
+use crate::changelog::model::ModelLog;
+use crate::changelog::{Entry, Origin};
+use crate::lsn::{CommitTime, Snapshot, Xid8};
+use crate::snap_token::{SnapToken, TokenId};
+use crate::timeline::Timeline;
+use crate::transaction::{BreakReason, Header, Message, MessageBuilder};
+use std::time::Duration;
+
+const SOURCE: Source = Source { system_identifier: 1, database_oid: 2 };
+const FIRST: Timeline = Timeline { id: 1, begin: Lsn::ZERO };
+
+/// A hub over the model log, whose `appended` the test moves.
+struct Fixture {
+    hub: Hub,
+    log: Arc<ModelLog>,
+    appended: watch::Sender<Lsn>,
+}
+
+fn tenant(name: &str) -> TenantId {
+    TenantId::new(name).unwrap()
+}
+
+fn message(commit: u64, end: Option<u64>, steps: &[u64]) -> Message {
+    let mut builder = MessageBuilder::default();
+    for step in steps {
+        let tuple = Tuple {
+            entity_type: "doc",
+            entity_id: "1",
+            relation: "viewer",
+            subject_type: "user",
+            subject_id: "1",
+            subject_relation: "",
+        };
+        let mut encoded = Vec::new();
+        encode(Operation::Create, &Fact::Tuple(tuple), &mut encoded);
+        builder.push(*step, &encoded);
+    }
+    let header = Header { commit: Lsn(commit), xid: Xid8(commit), commit_time: CommitTime(0) };
+    builder.finish(header, end.map(Lsn))
+}
+
+/// A transaction that commits at `commit`, ends 10 later, has the xid of its commit LSN and a change for each tenant.
+fn transaction(commit: u64, tenants: &[&str]) -> Transaction {
+    Transaction {
+        header: message(commit, None, &[]).header,
+        end: Lsn(commit + 10),
+        messages: tenants
+            .iter()
+            .zip(1..)
+            .map(|(name, n)| (tenant(name), message(commit, Some(commit + 10), &[n])))
+            .collect(),
+        staged: false,
+        breaks: vec![],
+        token_ids: vec![TokenId([commit as u8; 16])],
+    }
+}
+
+impl Fixture {
+    fn new(window_bytes: usize, before_visible: bool) -> Self {
+        let log = Arc::new(ModelLog::default());
+        let origin = Origin { source: SOURCE, history: History::first(), lsn: Lsn(100) };
+        log.append(&[Entry::Adopt(origin)]).unwrap();
+        let (appended, receiver) = watch::channel(Lsn(100));
+        let hub = Hub::new(log.clone(), receiver, Options { window_bytes, before_visible });
+        Self { hub, log, appended }
+    }
+
+    /// Into the log, as far as a reader of it is concerned.
+    fn append(&self, transaction: Transaction) {
+        let end = transaction.end;
+        self.log.append(&[Entry::Transaction(Arc::new(transaction))]).unwrap();
+        self.appended.send_replace(end);
+    }
+
+    async fn admit(&self, transaction: Transaction) {
+        self.hub.admit(Arc::new(transaction)).await;
+    }
+
+    /// Publishes what a snapshot with this xmax and these running transactions sees.
+    fn publish(&self, xmax: u64, running: &str) {
+        let xmin = running.split(',').next().filter(|xid| !xid.is_empty()).map_or(xmax, |xid| xid.parse().unwrap());
+        let snapshot: Snapshot = format!("{xmin}:{xmax}:{running}").parse().unwrap();
+        let appended = *self.appended.borrow();
+        let published = self.hub.window().advance(Some(&snapshot), appended);
+        self.hub.inner.published.send_replace(published);
+    }
+
+    fn subscribe(&self, name: &str, position: u64) -> Subscription {
+        self.hub.subscribe(tenant(name), Position::at(Lsn(position)), None)
+    }
+}
+
+/// Commit LSNs of the messages that are there; `None` where the subscription waits.
+async fn ready(subscription: &mut Subscription) -> Option<Vec<u64>> {
+    let next = tokio::time::timeout(Duration::from_secs(5), subscription.next(usize::MAX));
+    // With the clock paused, a wait for anything but the timeout itself is none at all.
+    let messages = next.await.ok()?.unwrap();
+    Some(messages.iter().map(|message| message.header.commit.0).collect())
+}
+
+async fn ended(subscription: &mut Subscription) -> End {
+    match subscription.next(usize::MAX).await {
+        Err(end) => end,
+        Ok(messages) => panic!("{messages:?}"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_what_is_visible_is_published_and_in_order() {
+    let fixture = Fixture::new(1 << 20, false);
+    let mut subscription = fixture.subscribe("a", 100);
+    fixture.admit(transaction(200, &["a"])).await;
+    fixture.admit(transaction(210, &["a"])).await;
+    assert_eq!(ready(&mut subscription).await, None);
+    // 210 is visible, 200 before it not yet.
+    fixture.publish(300, "200");
+    assert_eq!(ready(&mut subscription).await, None);
+    fixture.publish(300, "");
+    assert_eq!(ready(&mut subscription).await, Some(vec![200, 210]));
+    assert_eq!(ready(&mut subscription).await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn before_visible_publishes_at_once() {
+    let fixture = Fixture::new(1 << 20, true);
+    let mut subscription = fixture.subscribe("a", 100);
+    fixture.admit(transaction(200, &["a"])).await;
+    fixture.publish(100, "");
+    assert_eq!(ready(&mut subscription).await, Some(vec![200]));
+    assert_eq!(fixture.hub.visible(), Lsn(100));
+    fixture.publish(300, "");
+    assert_eq!(fixture.hub.visible(), Lsn(210));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_memory_forgot_comes_from_the_log() {
+    let fixture = Fixture::new(1000, false);
+    let mut slow = fixture.subscribe("a", 100);
+    let mut idle = fixture.subscribe("b", 100);
+    for n in 0..20 {
+        let next = transaction(200 + n * 10, &["a"]);
+        fixture.append(next.clone());
+        fixture.admit(next).await;
+    }
+    fixture.admit(transaction(400, &["b"])).await;
+    fixture.publish(1000, "");
+    let mut seen = Vec::new();
+    while let Some(more) = ready(&mut slow).await {
+        seen.extend(more);
+    }
+    assert_eq!(seen, (0..20).map(|n| 200 + n * 10).collect::<Vec<_>>());
+    assert_eq!(ready(&mut idle).await, Some(vec![400]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_window_full_of_what_the_log_lacks_takes_no_more() {
+    let fixture = Fixture::new(1000, false);
+    let admitting = async {
+        for n in 0..20 {
+            fixture.admit(transaction(200 + n * 10, &["a"])).await;
+        }
+    };
+    tokio::pin!(admitting);
+    assert!(tokio::time::timeout(Duration::from_secs(60), &mut admitting).await.is_err());
+    fixture.appended.send_replace(Lsn(1000));
+    admitting.await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_staged_transaction_is_read_from_the_log_in_its_place() {
+    let fixture = Fixture::new(1 << 20, false);
+    let mut subscription = fixture.subscribe("a", 100);
+    let large = Transaction { staged: true, ..transaction(300, &["a"]) };
+    fixture.admit(transaction(200, &["a"])).await;
+    fixture.admit(large.clone()).await;
+    fixture.admit(transaction(400, &["a"])).await;
+    fixture.publish(1000, "");
+    // Not before the log can give it.
+    assert_eq!(ready(&mut subscription).await, Some(vec![200]));
+    assert_eq!(ready(&mut subscription).await, None);
+    fixture.append(transaction(200, &["a"]));
+    let staged =
+        crate::assembler::Staged { commit: Lsn(300), messages: vec![(tenant("a"), message(300, None, &[0; 0]))] };
+    fixture.log.append(&[Entry::Staged(Arc::new(staged))]).unwrap();
+    fixture.append(large);
+    fixture.publish(1000, "");
+    let mut seen = Vec::new();
+    while let Some(more) = ready(&mut subscription).await {
+        seen.extend(more);
+    }
+    seen.dedup();
+    assert_eq!(seen, [300, 400]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn breaks_stop_everybody_they_concern() {
+    let fixture = Fixture::new(1 << 20, false);
+    let mut before = fixture.subscribe("a", 100);
+    let mut other = fixture.subscribe("b", 100);
+    fixture.admit(transaction(200, &["a", "b"])).await;
+    let gap = |name: Option<&str>, from, to| Break {
+        tenant: name.map(tenant),
+        from: Position::at(Lsn(from)),
+        to: Position::at(Lsn(to)),
+        reason: BreakReason::SlotMoved,
+    };
+    fixture.hub.interrupt(gap(Some("a"), 250, 260));
+    fixture.admit(transaction(300, &["a", "b"])).await;
+    fixture.publish(1000, "");
+    assert_eq!(ready(&mut before).await, Some(vec![200]));
+    for _ in 0..2 {
+        assert!(matches!(ended(&mut before).await, End::Broken(gap) if gap.to == Position::at(Lsn(260))));
+    }
+    assert_eq!(ready(&mut other).await, Some(vec![200, 300]));
+    let mut inside = fixture.subscribe("a", 255);
+    assert!(matches!(ended(&mut inside).await, End::Broken(_)));
+    let mut after = fixture.subscribe("a", 260);
+    assert_eq!(ready(&mut after).await, Some(vec![300]));
+
+    fixture.hub.interrupt(gap(None, 310, 400));
+    fixture.publish(1000, "");
+    assert!(matches!(ended(&mut other).await, End::Broken(gap) if gap.to == Position::at(Lsn(400))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn streams_that_have_seen_an_abandoned_part_end() {
+    let fixture = Fixture::new(1 << 20, false);
+    let mut ahead = fixture.subscribe("a", 100);
+    let mut behind = fixture.subscribe("b", 100);
+    fixture.admit(transaction(200, &["a", "b"])).await;
+    fixture.admit(transaction(300, &["a"])).await;
+    fixture.publish(1000, "");
+    assert_eq!(ready(&mut ahead).await, Some(vec![200, 300]));
+    let history = History::from_timelines(vec![FIRST, Timeline { id: 2, begin: Lsn(250) }]).unwrap();
+    fixture.hub.diverge(Lsn(250), SOURCE, history);
+    assert!(matches!(ended(&mut ahead).await, End::Abandoned { at: Lsn(250) }));
+    assert_eq!(ready(&mut behind).await, Some(vec![200]));
+    fixture.admit(transaction(260, &["b"])).await;
+    fixture.publish(1000, "");
+    assert_eq!(ready(&mut behind).await, Some(vec![260]));
+}
+
+/// A primary that answers as told.
+struct Scripted {
+    look: Result<Look, Unreachable>,
+    status: TransactionStatus,
+    mark: Lsn,
+}
+
+impl Primary for Scripted {
+    async fn look(&self, _: &TenantId) -> Result<Look, Unreachable> {
+        self.look.clone()
+    }
+    async fn transaction_status(&self, _: Xid8) -> Result<TransactionStatus, Unreachable> {
+        Ok(self.status)
+    }
+    async fn mark(&self) -> Result<Lsn, Unreachable> {
+        Ok(self.mark)
+    }
+}
+
+fn primary(tenant_exists: bool) -> Scripted {
+    let snapshot = Arc::new("200:230:200".parse().unwrap());
+    let look = Look { insert_lsn: Lsn(230), flush_lsn: Lsn(500), snapshot, tenant_exists };
+    Scripted { look: Ok(look), status: TransactionStatus::Over, mark: Lsn(205) }
+}
+
+fn position_token(timeline: Timeline, source: Source, lsn: u64) -> String {
+    SnapToken::Position {
+        source: source.hash(),
+        timeline: timeline.hash(),
+        position: Position::at(Lsn(lsn)),
+        commit_time: CommitTime(0),
+    }
+    .to_string()
+}
+
+async fn start(fixture: &Fixture, primary: &Scripted, name: &str, token: &str) -> Result<Subscription, String> {
+    fixture.hub.start(primary, name, token, Duration::from_secs(10)).await.map_err(|error| format!("{error:?}"))
+}
+
+#[tokio::test(start_paused = true)]
+async fn now_is_what_the_snapshot_does_not_see() {
+    let fixture = Fixture::new(1 << 20, false);
+    let mut subscription = start(&fixture, &primary(true), "a", "").await.unwrap();
+    // 200 committed before the insert position, and the snapshot does not see it; 210 it sees; 230 is after.
+    for commit in [200, 210, 230] {
+        fixture.admit(transaction(commit, &["a"])).await;
+    }
+    fixture.publish(1000, "");
+    assert_eq!(ready(&mut subscription).await, Some(vec![200, 230]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn starts_that_are_refused() {
+    let fixture = Fixture::new(1 << 20, false);
+    fixture.append(transaction(200, &["a"]));
+    let check = async |primary: Scripted, name: &str, token: String, expected: &str| {
+        let error = start(&fixture, &primary, name, &token).await.map(|_| ()).unwrap_err();
+        assert!(error.starts_with(expected), "{error}");
+    };
+    let other = Source { system_identifier: 9, database_oid: 2 };
+    let second = Timeline { id: 2, begin: Lsn(250) };
+    let down = || Scripted { look: Err(Unreachable("down".into())), ..primary(true) };
+    check(primary(true), "", String::new(), "Tenant(Empty)").await;
+    check(primary(true), "a", "?".into(), "Token(NotBase64)").await;
+    check(primary(false), "unknown", String::new(), "UnknownTenant").await;
+    check(down(), "unknown", String::new(), "Unreachable").await;
+    check(down(), "a", String::new(), "Unreachable").await;
+    check(primary(true), "a", position_token(FIRST, other, 200), "Foreign").await;
+    check(primary(true), "a", position_token(second, SOURCE, 300), "Abandoned").await;
+    check(primary(true), "a", position_token(FIRST, SOURCE, 501), "BeyondHistory").await;
+    check(primary(true), "a", position_token(FIRST, SOURCE, 99), "TooOld").await;
+    // Known from the log, and nothing that only PostgreSQL could say.
+    assert!(start(&fixture, &down(), "a", &position_token(FIRST, SOURCE, 100)).await.is_ok());
+    // Ahead of us, and not of the server.
+    assert!(start(&fixture, &primary(true), "a", &position_token(FIRST, SOURCE, 500)).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn transaction_tokens() {
+    let fixture = Fixture::new(1 << 20, false);
+    fixture.append(transaction(200, &["a"]));
+    let token = |id: u8, floor: u64| {
+        let id = TokenId([id; 16]);
+        SnapToken::Transaction { source: SOURCE.hash(), id, xid: Xid8(1), floor: Lsn(floor) }.to_string()
+    };
+    let position = |subscription: Subscription| subscription.position();
+    let found = start(&fixture, &primary(true), "a", &token(200, 150)).await.map(position);
+    assert_eq!(found, Ok(Position::at(Lsn(210))));
+    // The stream is past the mark and there was no such id: a rolled-back savepoint.
+    let lost = start(&fixture, &primary(true), "a", &token(7, 150)).await.map(position);
+    assert_eq!(lost, Ok(Position::at(Lsn(150))));
+    let old = start(&fixture, &primary(true), "a", &token(7, 50)).await.map(position).unwrap_err();
+    assert!(old.starts_with("TooOld"), "{old}");
+    let running = Scripted { status: TransactionStatus::InProgress, ..primary(true) };
+    let running = start(&fixture, &running, "a", &token(7, 150)).await.map(position).unwrap_err();
+    assert!(running.starts_with("StillRunning"), "{running}");
+}

@@ -1,0 +1,355 @@
+//! The recent part of the stream, in memory: per tenant, with what is published of it.
+//!
+//! A *feed* is what is in memory of one tenant. Its floor tells from where on it is complete: a reader at or past the floor
+//! needs no disk, however long it slept. A tenant without a feed has nothing in memory, and the window's own floor counts.
+
+use super::Options;
+use crate::change::TenantId;
+use crate::changelog::BREAKS_MAX;
+use crate::lsn::{Lsn, Position, Snapshot, Xid8};
+use crate::transaction::{Break, Message, Transaction};
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// Transactions that may wait for their visibility (hours of a synchronous standby that is away, at some rate).
+const PENDING_MAX: usize = 1 << 20;
+
+pub(super) struct Window {
+    options: Options,
+    /// Transactions with anything in memory, in stream order.
+    entries: VecDeque<Entry>,
+    bytes: usize,
+    /// Everything after is in memory, but for what is `on disk`.
+    floor: Position,
+    feeds: HashMap<TenantId, Feed>,
+    /// Admitted and not yet visible, in stream order; the first `pending_published` of them are published.
+    pending: VecDeque<Pending>,
+    pending_published: usize,
+    published: Lsn,
+    visible: Lsn,
+    /// In stream order of their ends. Those past `published` do not count yet.
+    breaks: Vec<Break>,
+    /// Every divergence so far; a reader that has not looked since the last one checks itself against it.
+    divergences: Vec<Lsn>,
+}
+
+struct Entry {
+    commit: Lsn,
+    end: Lsn,
+    bytes: usize,
+    /// Some messages are in the log only.
+    on_disk: bool,
+    /// Whose feeds have messages of it; a tenant once for each message.
+    tenants: Vec<TenantId>,
+}
+
+struct Pending {
+    end: Lsn,
+    /// `None` where nothing has to become visible.
+    xid: Option<Xid8>,
+    /// The log must have it before it is published.
+    on_disk: bool,
+    wake: Wake,
+}
+
+enum Wake {
+    Nobody,
+    Tenants(Vec<TenantId>),
+    Everybody,
+}
+
+struct Feed {
+    messages: VecDeque<Arc<Message>>,
+    floor: Position,
+    wake: watch::Sender<()>,
+    subscribers: usize,
+}
+
+impl Feed {
+    fn new(floor: Position) -> Self {
+        Self { messages: VecDeque::new(), floor, wake: watch::Sender::new(()), subscribers: 0 }
+    }
+}
+
+/// What a reader at a position should do next.
+pub(super) enum Next {
+    /// Take these. They are whole: the first may begin before the reader's position.
+    Messages(Vec<Arc<Message>>),
+    /// Read the log, up to here.
+    Disk { up_to: Position },
+    /// There is nothing up to here for the tenant: go there.
+    Skip { to: Position },
+    /// Wait to be woken.
+    Wait,
+    /// History is not continuous here.
+    Broken(Break),
+    /// What was read past here was abandoned.
+    Abandoned { at: Lsn },
+}
+
+impl Window {
+    pub(super) fn new(options: Options, tail: Lsn, breaks: Vec<Break>) -> Self {
+        Self {
+            options,
+            entries: VecDeque::new(),
+            bytes: 0,
+            floor: Position::at(tail),
+            feeds: HashMap::new(),
+            pending: VecDeque::new(),
+            pending_published: 0,
+            published: tail,
+            visible: tail,
+            breaks,
+            divergences: Vec::new(),
+        }
+    }
+
+    pub(super) const fn visible(&self) -> Lsn {
+        self.visible
+    }
+
+    pub(super) const fn published(&self) -> Lsn {
+        self.published
+    }
+
+    pub(super) fn begin_at(&mut self, lsn: Lsn) {
+        assert!(self.entries.is_empty() && self.pending.is_empty(), "a log begins before anything is admitted");
+        self.floor = Position::at(lsn);
+        self.published = lsn;
+        self.visible = lsn;
+        self.feeds.values_mut().for_each(|feed| feed.floor = Position::at(lsn));
+    }
+
+    /// Takes a transaction, unless there is no room that the log (which has everything up to `appended`) could make.
+    pub(super) fn admit(&mut self, transaction: &Transaction, appended: Lsn) -> bool {
+        let bytes = transaction.bytes();
+        if self.pending.len() >= PENDING_MAX {
+            return false;
+        }
+        while self.bytes + bytes > self.options.window_bytes && !self.entries.is_empty() {
+            if !self.evict_oldest(appended) {
+                return false;
+            }
+        }
+        for (tenant, message) in &transaction.messages {
+            let floor = self.floor;
+            let feed = match self.feeds.get_mut(tenant) {
+                Some(feed) => feed,
+                None => self.feeds.entry(tenant.clone()).or_insert_with(|| Feed::new(floor)),
+            };
+            feed.messages.push_back(Arc::new(message.clone()));
+        }
+        let tenants: Vec<TenantId> = transaction.messages.iter().map(|(tenant, _)| tenant.clone()).collect();
+        let everybody = transaction.staged || transaction.breaks.iter().any(|gap| gap.tenant.is_none());
+        let wake = if everybody {
+            Wake::Everybody
+        } else {
+            let broken = transaction.breaks.iter().filter_map(|gap| gap.tenant.clone());
+            let mut woken: Vec<TenantId> = tenants.iter().cloned().chain(broken).collect();
+            woken.dedup();
+            Wake::Tenants(woken)
+        };
+        self.pending.push_back(Pending {
+            end: transaction.end,
+            xid: Some(transaction.header.xid),
+            on_disk: transaction.staged,
+            wake,
+        });
+        self.add_breaks(&transaction.breaks);
+        if !tenants.is_empty() || transaction.staged {
+            self.bytes += bytes;
+            self.entries.push_back(Entry {
+                commit: transaction.header.commit,
+                end: transaction.end,
+                bytes,
+                on_disk: transaction.staged,
+                tenants,
+            });
+        }
+        true
+    }
+
+    /// Takes idle progress, or a gap.
+    pub(super) fn admit_mark(&mut self, lsn: Lsn, gap: Option<Break>) {
+        let wake = match &gap {
+            None => Wake::Nobody,
+            Some(Break { tenant: Some(tenant), .. }) => Wake::Tenants(vec![tenant.clone()]),
+            Some(_) => Wake::Everybody,
+        };
+        self.add_breaks(gap.as_slice());
+        match self.pending.back_mut() {
+            // Progress upon progress is one mark, so that an idle stream does not fill the queue.
+            Some(last) if last.xid.is_none() && matches!((&last.wake, &wake), (Wake::Nobody, Wake::Nobody)) => {
+                last.end = last.end.max(lsn);
+            }
+            _ => self.pending.push_back(Pending { end: lsn, xid: None, on_disk: false, wake }),
+        }
+    }
+
+    /// Keeps as many breaks as the log does. A reader from before a forgotten one is sent to the log, which refuses it.
+    fn add_breaks(&mut self, breaks: &[Break]) {
+        self.breaks.extend(breaks.iter().cloned());
+        while self.breaks.len() > BREAKS_MAX {
+            let to = self.breaks.remove(0).to;
+            self.feeds.values_mut().for_each(|feed| feed.floor = feed.floor.max(to));
+        }
+    }
+
+    /// Forgets the oldest transaction, if the log has it.
+    fn evict_oldest(&mut self, appended: Lsn) -> bool {
+        let Some(entry) = self.entries.pop_front_if(|entry| entry.end <= appended) else { return false };
+        self.bytes -= entry.bytes;
+        self.floor = Position::at(entry.end);
+        for tenant in &entry.tenants {
+            let Some(feed) = self.feeds.get_mut(tenant) else { continue };
+            if let Some(message) = feed.messages.pop_front() {
+                assert!(message.header.commit == entry.commit, "feeds and entries are in the same order");
+                feed.floor = feed.floor.max(message.reached());
+            }
+            if feed.messages.is_empty() && feed.subscribers == 0 {
+                self.feeds.remove(tenant);
+            }
+        }
+        if entry.on_disk {
+            self.feeds.values_mut().for_each(|feed| feed.floor = feed.floor.max(Position::at(entry.end)));
+        }
+        true
+    }
+
+    /// Whether something waits to be published or seen.
+    pub(super) fn is_pending(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Whether what waits first needs a snapshot to be decided.
+    pub(super) fn needs_snapshot(&self) -> bool {
+        self.pending.front().is_some_and(|first| first.xid.is_some())
+    }
+
+    /// Publishes what can be, in stream order; how far. `appended` is how far the log can be read.
+    pub(super) fn advance(&mut self, snapshot: Option<&Snapshot>, appended: Lsn) -> Lsn {
+        let seen = |item: &Pending| item.xid.is_none_or(|xid| snapshot.is_some_and(|snapshot| snapshot.sees(xid)));
+        while let Some(item) = self.pending.get_mut(self.pending_published) {
+            let readable = !item.on_disk || item.end <= appended;
+            if !readable || !(self.options.before_visible || seen(item)) {
+                break;
+            }
+            let wake = std::mem::replace(&mut item.wake, Wake::Nobody);
+            self.published = self.published.max(item.end);
+            self.pending_published += 1;
+            match wake {
+                Wake::Nobody => {}
+                Wake::Everybody => self.wake_everybody(),
+                Wake::Tenants(tenants) => {
+                    for feed in tenants.iter().filter_map(|tenant| self.feeds.get(tenant)) {
+                        feed.wake.send_replace(());
+                    }
+                }
+            }
+        }
+        while self.pending_published > 0
+            && let Some(item) = self.pending.pop_front_if(|item| seen(item))
+        {
+            self.pending_published -= 1;
+            self.visible = self.visible.max(item.end);
+        }
+        self.published
+    }
+
+    fn wake_everybody(&self) {
+        self.feeds.values().for_each(|feed| {
+            feed.wake.send_replace(());
+        });
+    }
+
+    /// Forgets everything past `at`.
+    pub(super) fn diverge(&mut self, at: Lsn) {
+        while let Some(entry) = self.entries.pop_back_if(|entry| entry.end > at) {
+            self.bytes -= entry.bytes;
+            for tenant in &entry.tenants {
+                if let Some(feed) = self.feeds.get_mut(tenant) {
+                    feed.messages.pop_back();
+                }
+            }
+        }
+        self.pending.retain(|item| item.end <= at);
+        self.pending_published = self.pending_published.min(self.pending.len());
+        self.breaks.retain(|gap| gap.to <= Position::at(at));
+        self.published = self.published.min(at);
+        self.visible = self.visible.min(at);
+        let floor = Position::at(at);
+        self.floor = self.floor.min(floor);
+        self.feeds.values_mut().for_each(|feed| feed.floor = feed.floor.min(floor));
+        self.divergences.push(at);
+        self.wake_everybody();
+    }
+
+    /// Registers a reader; what wakes it, and how many divergences there were before its time.
+    pub(super) fn join(&mut self, tenant: &TenantId) -> (watch::Receiver<()>, usize) {
+        let floor = self.floor;
+        let feed = self.feeds.entry(tenant.clone()).or_insert_with(|| Feed::new(floor));
+        feed.subscribers += 1;
+        (feed.wake.subscribe(), self.divergences.len())
+    }
+
+    pub(super) fn leave(&mut self, tenant: &TenantId) {
+        if let Some(feed) = self.feeds.get_mut(tenant) {
+            feed.subscribers -= 1;
+            if feed.subscribers == 0 && feed.messages.is_empty() {
+                self.feeds.remove(tenant);
+            }
+        }
+    }
+
+    /// Whether anything of this tenant is in memory, or somebody reads it.
+    pub(super) fn knows(&self, tenant: &TenantId) -> bool {
+        self.feeds.get(tenant).is_some_and(|feed| !feed.messages.is_empty())
+    }
+
+    /// What a reader of `tenant` at `cursor` does next. `checked` counts the divergences that it knows of.
+    pub(super) fn next(&self, tenant: &TenantId, cursor: Position, checked: &mut usize, bytes_max: usize) -> Next {
+        for at in self.divergences.iter().skip(*checked) {
+            if cursor > Position::at(*at) {
+                return Next::Abandoned { at: *at };
+            }
+        }
+        *checked = self.divergences.len();
+
+        let published = Position::at(self.published);
+        let passed = self.breaks.partition_point(|gap| gap.to <= cursor);
+        let gap =
+            self.breaks.iter().skip(passed).take_while(|gap| gap.to <= published).find(|gap| gap.concerns(tenant));
+        let limit = match gap {
+            Some(gap) if gap.from <= cursor => return Next::Broken(gap.clone()),
+            Some(gap) => gap.from,
+            None => published,
+        };
+        if cursor >= limit {
+            return Next::Wait;
+        }
+        let Some(feed) = self.feeds.get(tenant).filter(|feed| feed.floor <= cursor) else {
+            return Next::Disk { up_to: limit };
+        };
+        // The first transaction that is partly in the log only: nothing behind it may be taken from memory before it.
+        let hole = self.entries.iter().find(|entry| entry.on_disk && Position::at(entry.end) > cursor);
+        let hole = hole.filter(|hole| Position::at(hole.commit) < limit);
+
+        let mut messages = Vec::new();
+        let mut bytes = 0;
+        let first = feed.messages.partition_point(|message| message.order() <= cursor);
+        for message in feed.messages.range(first..) {
+            let behind_hole = hole.is_some_and(|hole| message.header.commit >= hole.commit);
+            if behind_hole || message.reached() > limit || bytes >= bytes_max {
+                break;
+            }
+            bytes += message.changes.len();
+            messages.push(message.clone());
+        }
+        match (messages.is_empty(), hole) {
+            (false, _) => Next::Messages(messages),
+            (true, Some(hole)) => Next::Disk { up_to: Position::at(hole.end).min(limit) },
+            (true, None) => Next::Skip { to: limit },
+        }
+    }
+}
