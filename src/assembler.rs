@@ -85,14 +85,18 @@ pub struct Staged {
     pub messages: Vec<(TenantId, Message)>,
 }
 
+/// Takes what each step of a row message says.
+type Visit<'a> = dyn FnMut(u64, Outcome<'_>) + 'a;
+
 /// See the module.
 #[derive(Debug)]
 pub struct Assembler {
     mapping: Arc<Mapping>,
     limits: Limits,
     on_undecodable: OnUndecodable,
+    /// `None` for tables that are not mapped.
     relations: RelationCache<Option<Arc<Plan>>>,
-    /// Names of relations that are not mapped too: a TRUNCATE of them is none of our business.
+    /// Shared ids, so that a tenant's is allocated once and not once a row.
     tenants: HashSet<TenantId>,
     open: Option<Open>,
     encoded: Vec<u8>,
@@ -228,11 +232,7 @@ impl Assembler {
         })
     }
 
-    fn row(
-        &mut self,
-        relation: RelationId,
-        read: &dyn Fn(&Plan, &mut dyn FnMut(u64, Outcome<'_>)),
-    ) -> Result<(), Error> {
+    fn row(&mut self, relation: RelationId, read: &dyn Fn(&Plan, &mut Visit<'_>)) -> Result<(), Error> {
         let open = self.open.as_mut().ok_or(Error::OutOfOrder("a row outside a transaction"))?;
         let plan = self.relations.get(relation).ok_or(Error::UnknownRelation(relation.0))?;
         let before = open.steps;

@@ -15,6 +15,7 @@
 //!   appended, at least all that was synced.
 //! - Messages that were [`Entry::Staged`] become readable with their [`Entry::Transaction`], and vanish with
 //!   [`Entry::Discard`] or at the next open.
+//! - A transaction that ends at or before the tail is there already, and is ignored.
 //! - [`ChangeLog::read`] gives one tenant's messages in stream order, and costs in proportion to them.
 //! - Below [`ChangeLog::horizon`] something *of that tenant* was dropped by retention. A tenant that was quiet keeps an old
 //!   horizon, however long ago its last change was.

@@ -34,8 +34,9 @@ use crate::change::TenantId;
 use crate::changelog::ChangeLog;
 use crate::lsn::{Lsn, Position};
 use crate::timeline::{History, Source};
-use crate::transaction::{Break, Transaction};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::transaction::{Break, Message, Transaction};
+use bytes::Bytes;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::{Semaphore, watch};
 use window::Window;
 
@@ -49,6 +50,25 @@ pub struct Options {
     pub window_bytes: usize,
     /// Publish at once, without asking whether PostgreSQL's snapshots see it yet.
     pub before_visible: bool,
+}
+
+/// A message on its way to subscribers, with its bytes on the wire: made once, whoever asks first.
+#[derive(Debug)]
+pub struct Item {
+    /// The message.
+    pub message: Message,
+    wire: OnceLock<Bytes>,
+}
+
+impl Item {
+    fn new(message: Message) -> Arc<Self> {
+        Arc::new(Self { message, wire: OnceLock::new() })
+    }
+
+    /// The bytes on the wire; all callers give the same `encode`.
+    pub fn wire(&self, encode: impl FnOnce(&Message) -> Bytes) -> Bytes {
+        self.wire.get_or_init(|| encode(&self.message)).clone()
+    }
 }
 
 /// See the module. Cheap to clone.
@@ -127,9 +147,11 @@ impl Hub {
     }
 
     /// The server went on along another history: forget what lies past `at`, and end the streams that have seen it.
-    pub fn diverge(&self, at: Lsn, source: Source, history: History) {
+    pub fn diverge(&self, at: Lsn, history: History) {
         self.window().diverge(at);
-        self.set_source(source, history);
+        if let Some((source, _)) = self.source() {
+            self.set_source(source, history);
+        }
         self.inner.published.send_modify(|published| *published = (*published).min(at));
     }
 

@@ -275,7 +275,8 @@ impl Transaction {
     pub fn bytes(&self) -> usize {
         /// Per message: the struct, the tenant's id, the bookkeeping of a window.
         const OVERHEAD: usize = 256;
-        let messages: usize = self.messages.iter().map(|(_, m)| m.changes.len() + m.steps.len() + OVERHEAD).sum();
+        // Twice the changes: as they are, and in the response that is made of them.
+        let messages: usize = self.messages.iter().map(|(_, m)| 2 * m.changes.len() + m.steps.len() + OVERHEAD).sum();
         messages + OVERHEAD * (1 + self.breaks.len() + self.token_ids.len())
     }
 }

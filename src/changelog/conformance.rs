@@ -116,6 +116,10 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(reads(log, "a", Position::at(Lsn(120))), [(300, 2)]);
     assert_eq!(reads(log, "a", Position::inside(Lsn(300), 5)), [(300, 1)]);
 
+    // What is there already is ignored.
+    log.append(&[transaction(100, &["c"])]).unwrap();
+    assert_eq!(reads(log, "c", Position::ZERO), []);
+
     assert_eq!(log.find_token(TokenId([110; 16])).unwrap(), Some(Lsn(120)));
     assert_eq!(log.find_token(TokenId([1; 16])).unwrap(), None);
 
@@ -261,7 +265,7 @@ proptest! {
         let mut synced = 0;
         let mut commit = 1000;
         let mut open = None;
-        let mut append = |log: &FjallLog, model: &mut Inner, history: &mut Vec<Inner>, entry: Entry| {
+        let append = |log: &FjallLog, model: &mut Inner, history: &mut Vec<Inner>, entry: Entry| {
             log.append(std::slice::from_ref(&entry)).unwrap();
             model.apply(&entry);
             history.push(model.clone());

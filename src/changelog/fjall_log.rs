@@ -384,6 +384,8 @@ impl Memory {
                     log.segments().remove(batch, Lsn(commit), &open).map_err(|error| poisoned(&error))?;
                 }
             }
+            // Delivered once more, because it was not known to have arrived.
+            Entry::Transaction(transaction) if transaction.end <= self.tail => self.stored.staged = None,
             Entry::Transaction(transaction) => {
                 put_messages(&transaction.messages, active, batch);
                 for id in &transaction.token_ids {

@@ -41,6 +41,7 @@ impl Inner {
             }
             Entry::Staged(staged) => self.staged.extend(staged.messages.iter().cloned()),
             Entry::Discard => self.staged.clear(),
+            Entry::Transaction(transaction) if transaction.end <= self.tail() => self.staged.clear(),
             Entry::Transaction(transaction) => {
                 self.messages.append(&mut self.staged);
                 self.messages.extend(transaction.messages.iter().cloned());

@@ -138,7 +138,7 @@ impl Recorder {
         self.retain()?;
         loop {
             let wake = unsynced_since.map_or(retained_at + RETAIN_EVERY, |since| since + SYNC_DELAY);
-            let next = runtime.block_on(tokio::time::timeout_at(wake.into(), self.commands.recv()));
+            let next = runtime.block_on(async { tokio::time::timeout_at(wake.into(), self.commands.recv()).await });
             let mut flushes = Vec::new();
             match next {
                 Ok(None) => {

@@ -27,6 +27,11 @@ struct Line {
 }
 
 impl Effective {
+    /// Every key in the order of the document, with its value in YAML, secrets redacted.
+    pub fn entries(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.lines.iter().map(|line| (line.key, line.value.as_str()))
+    }
+
     pub(super) fn push(&mut self, key: &'static str, value: String, origin: Origin) {
         self.lines.push(Line { key, value, origin });
     }

@@ -1,11 +1,11 @@
 //! One reader of one tenant's changes, over memory and disk.
 
-use super::Hub;
 use super::window::Next;
+use super::{Hub, Item};
 use crate::change::TenantId;
 use crate::changelog;
 use crate::lsn::{Lsn, Position, Snapshot};
-use crate::transaction::{Break, Message};
+use crate::transaction::Break;
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -72,7 +72,7 @@ impl Subscription {
     ///
     /// # Errors
     /// Where there is no continuing from here; the same again on every later call.
-    pub async fn next(&mut self, bytes_max: usize) -> Result<Vec<Arc<Message>>, End> {
+    pub async fn next(&mut self, bytes_max: usize) -> Result<Vec<Arc<Item>>, End> {
         loop {
             // Before looking, so that what is published after the look wakes us.
             self.wake.mark_unchanged();
@@ -100,18 +100,17 @@ impl Subscription {
     }
 
     /// Moves past the messages, and leaves out what is not for this reader.
-    fn take(&mut self, messages: Vec<Arc<Message>>) -> Vec<Arc<Message>> {
+    fn take(&mut self, messages: Vec<Arc<Item>>) -> Vec<Arc<Item>> {
         let mut taken = Vec::with_capacity(messages.len());
-        for message in messages {
-            let reached = message.reached();
-            let begins_inside = self.cursor.lsn == message.header.commit && self.cursor.steps > 0;
-            let rest =
-                if begins_inside { message.as_ref().clone().after(self.cursor).map(Arc::new) } else { Some(message) };
-            self.cursor = reached;
+        for item in messages {
+            let header = item.message.header;
+            let begins_inside = self.cursor.lsn == header.commit && self.cursor.steps > 0;
+            let rest = if begins_inside { item.message.clone().after(self.cursor).map(Item::new) } else { Some(item) };
             let Some(rest) = rest else { continue };
+            self.cursor = rest.message.reached();
             match &self.filter {
-                Some(filter) if rest.header.commit >= filter.lsn => self.filter = None,
-                Some(filter) if filter.snapshot.sees(rest.header.xid) => continue,
+                Some(filter) if header.commit >= filter.lsn => self.filter = None,
+                Some(filter) if filter.snapshot.sees(header.xid) => continue,
                 _ => {}
             }
             taken.push(rest);
@@ -119,7 +118,7 @@ impl Subscription {
         taken
     }
 
-    async fn read_log(&mut self, up_to: Position, bytes_max: usize) -> Result<Vec<Arc<Message>>, End> {
+    async fn read_log(&mut self, up_to: Position, bytes_max: usize) -> Result<Vec<Arc<Item>>, End> {
         // What the log does not have yet is in memory, or not published.
         let up_to = up_to.min(Position::at(*self.hub.inner.appended.borrow()));
         let (tenant, cursor) = (self.tenant.clone(), self.cursor);
@@ -138,7 +137,7 @@ impl Subscription {
         if batch.messages.is_empty() && !batch.more {
             self.cursor = self.cursor.max(up_to);
         }
-        Ok(batch.messages.into_iter().map(Arc::new).collect())
+        Ok(batch.messages.into_iter().map(Item::new).collect())
     }
 }
 

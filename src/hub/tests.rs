@@ -98,7 +98,7 @@ async fn ready(subscription: &mut Subscription) -> Option<Vec<u64>> {
     let next = tokio::time::timeout(Duration::from_secs(5), subscription.next(usize::MAX));
     // With the clock paused, a wait for anything but the timeout itself is none at all.
     let messages = next.await.ok()?.unwrap();
-    Some(messages.iter().map(|message| message.header.commit.0).collect())
+    Some(messages.iter().map(|item| item.message.header.commit.0).collect())
 }
 
 async fn ended(subscription: &mut Subscription) -> End {
@@ -235,7 +235,7 @@ async fn streams_that_have_seen_an_abandoned_part_end() {
     fixture.publish(1000, "");
     assert_eq!(ready(&mut ahead).await, Some(vec![200, 300]));
     let history = History::from_timelines(vec![FIRST, Timeline { id: 2, begin: Lsn(250) }]).unwrap();
-    fixture.hub.diverge(Lsn(250), SOURCE, history);
+    fixture.hub.diverge(Lsn(250), history);
     assert!(matches!(ended(&mut ahead).await, End::Abandoned { at: Lsn(250) }));
     assert_eq!(ready(&mut behind).await, Some(vec![200]));
     fixture.admit(transaction(260, &["b"])).await;

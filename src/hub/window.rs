@@ -3,11 +3,11 @@
 //! A *feed* is what is in memory of one tenant. Its floor tells from where on it is complete: a reader at or past the floor
 //! needs no disk, however long it slept. A tenant without a feed has nothing in memory, and the window's own floor counts.
 
-use super::Options;
+use super::{Item, Options};
 use crate::change::TenantId;
 use crate::changelog::BREAKS_MAX;
 use crate::lsn::{Lsn, Position, Snapshot, Xid8};
-use crate::transaction::{Break, Message, Transaction};
+use crate::transaction::{Break, Transaction};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -60,7 +60,7 @@ enum Wake {
 }
 
 struct Feed {
-    messages: VecDeque<Arc<Message>>,
+    messages: VecDeque<Arc<Item>>,
     floor: Position,
     wake: watch::Sender<()>,
     subscribers: usize,
@@ -75,7 +75,7 @@ impl Feed {
 /// What a reader at a position should do next.
 pub(super) enum Next {
     /// Take these. They are whole: the first may begin before the reader's position.
-    Messages(Vec<Arc<Message>>),
+    Messages(Vec<Arc<Item>>),
     /// Read the log, up to here.
     Disk { up_to: Position },
     /// There is nothing up to here for the tenant: go there.
@@ -138,7 +138,7 @@ impl Window {
                 Some(feed) => feed,
                 None => self.feeds.entry(tenant.clone()).or_insert_with(|| Feed::new(floor)),
             };
-            feed.messages.push_back(Arc::new(message.clone()));
+            feed.messages.push_back(Item::new(message.clone()));
         }
         let tenants: Vec<TenantId> = transaction.messages.iter().map(|(tenant, _)| tenant.clone()).collect();
         let everybody = transaction.staged || transaction.breaks.iter().any(|gap| gap.tenant.is_none());
@@ -203,9 +203,9 @@ impl Window {
         self.floor = Position::at(entry.end);
         for tenant in &entry.tenants {
             let Some(feed) = self.feeds.get_mut(tenant) else { continue };
-            if let Some(message) = feed.messages.pop_front() {
-                assert!(message.header.commit == entry.commit, "feeds and entries are in the same order");
-                feed.floor = feed.floor.max(message.reached());
+            if let Some(item) = feed.messages.pop_front() {
+                assert!(item.message.header.commit == entry.commit, "feeds and entries are in the same order");
+                feed.floor = feed.floor.max(item.message.reached());
             }
             if feed.messages.is_empty() && feed.subscribers == 0 {
                 self.feeds.remove(tenant);
@@ -337,14 +337,15 @@ impl Window {
 
         let mut messages = Vec::new();
         let mut bytes = 0;
-        let first = feed.messages.partition_point(|message| message.order() <= cursor);
-        for message in feed.messages.range(first..) {
+        let first = feed.messages.partition_point(|item| item.message.order() <= cursor);
+        for item in feed.messages.range(first..) {
+            let message = &item.message;
             let behind_hole = hole.is_some_and(|hole| message.header.commit >= hole.commit);
             if behind_hole || message.reached() > limit || bytes >= bytes_max {
                 break;
             }
             bytes += message.changes.len();
-            messages.push(message.clone());
+            messages.push(item.clone());
         }
         match (messages.is_empty(), hole) {
             (false, _) => Next::Messages(messages),

@@ -1,0 +1,26 @@
+# Every recipe of the project; `.ci/run` calls them.
+
+default: lint test
+
+# Format the code.
+fmt:
+    cargo fmt --all
+
+# Format and lints, as strict as CI.
+lint:
+    cargo fmt --all --check
+    cargo clippy --all-targets --locked -- -D warnings
+
+# All tests, against real PostgreSQL clusters that they start.
+test *args:
+    cargo test {{args}}
+
+# A benchmark, for instance `just bench large_transaction`.
+bench name *args:
+    cargo bench --bench {{name}} -- {{args}}
+
+# API documentation, without warnings.
+doc:
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked
+
+ci: lint doc test

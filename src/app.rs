@@ -1,0 +1,263 @@
+//! The composition root: builds the parts of `serve`, joins them, watches over them, and takes them down in order.
+//!
+//! ```text
+//!  session ──▶ Joined ──┬──▶ recorder ──▶ change log ──┐
+//!                       └──▶ hub ◀── publisher         │ reads
+//!                             └──▶ gRPC streams ◀──────┘
+//! ```
+//!
+//! Taking down goes with the stream: subscribers first (they are told to come back), then the session (its last
+//! acknowledgement waits for the log), then the log.
+
+mod primary;
+
+use crate::assembler::{Limits, OnUndecodable};
+use crate::changelog::recorder::{self, Closed};
+use crate::changelog::{ChangeLog, Entry, FjallLog, Room, State};
+use crate::config::{self, Config, MappingSource, Preset};
+use crate::grpc::{self, watch::WatchService};
+use crate::hub::{self, Hub};
+use crate::lsn::Lsn;
+use crate::mapping::{Mapping, Spec, TUPLES_PRESET};
+use crate::replication::connection::Endpoints;
+use crate::replication::{self, Outlet, Session, Status};
+use anyhow::{Context as _, anyhow};
+use primary::{SqlPrimary, SqlSnapshots};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// gRPC clients refuse messages above 4 MiB by default; a little of it is for the token and the framing.
+const CHANGE_BYTES_MAX: usize = (4 << 20) - 1024;
+/// An open transaction is handed to the log in pieces of this size.
+const STAGE_BYTES: usize = 4 << 20;
+
+/// The mapping that the configuration names.
+///
+/// # Errors
+/// Where the file cannot be read, or is no mapping.
+pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
+    use ::config::{Config as Loader, File, FileFormat};
+    let (what, yaml) = match &config.mapping.source {
+        MappingSource::Preset(Preset::Tuples) => ("preset tuples".to_owned(), TUPLES_PRESET.to_owned()),
+        MappingSource::File(path) => {
+            let what = format!("mapping file {}", path.display());
+            let yaml = std::fs::read_to_string(path).with_context(|| format!("cannot read {what} (mapping.file)"))?;
+            (what, yaml)
+        }
+    };
+    let spec: Spec = Loader::builder()
+        .add_source(File::from_str(&yaml, FileFormat::Yaml))
+        .build()
+        .and_then(Loader::try_deserialize)
+        .with_context(|| format!("{what} does not read"))?;
+    Mapping::new(spec).with_context(|| format!("{what} cannot be used"))
+}
+
+/// Where the configured database is.
+///
+/// # Errors
+/// Where it is not configured, or does not read.
+pub fn endpoints(config: &Config) -> anyhow::Result<Endpoints> {
+    Ok(Endpoints::parse(config.require_database_uri()?.expose())?)
+}
+
+/// What the session is to do.
+fn session_options(config: &Config, mapping: Arc<Mapping>) -> replication::Options {
+    replication::Options {
+        slot: config.replication.slot.clone(),
+        publication: config.replication.publication.clone(),
+        mapping,
+        limits: Limits {
+            message_bytes: config.service.watch.message_size_max.to_usize(),
+            change_bytes: CHANGE_BYTES_MAX,
+            stage_bytes: STAGE_BYTES,
+        },
+        on_undecodable: match config.mapping.on_undecodable {
+            config::OnUndecodable::Break => OnUndecodable::Break,
+            config::OnUndecodable::Halt => OnUndecodable::Halt,
+        },
+    }
+}
+
+/// The log and the hub, as the session sees them.
+struct Joined {
+    recorder: recorder::Handle,
+    hub: Hub,
+}
+
+impl Outlet for Joined {
+    /// The log first: what waits for room in the window waits for the log. The hub's part is the last, and either happens
+    /// or does not, so that a cancelled delivery can be repeated.
+    async fn deliver(&self, entry: Entry) -> Result<(), Closed> {
+        self.recorder.append(entry.clone()).await?;
+        match entry {
+            Entry::Adopt(origin) => {
+                self.hub.set_source(origin.source, origin.history);
+                self.hub.begin_at(origin.lsn);
+            }
+            Entry::Transaction(transaction) => self.hub.admit(transaction).await,
+            Entry::Progress(lsn) => self.hub.progress(lsn),
+            Entry::Break(gap) => self.hub.interrupt(gap),
+            Entry::Diverge { at, history } => {
+                // Readers go to the log for what the hub forgets: it must have forgotten too.
+                self.recorder.flush().await?;
+                self.hub.diverge(at, history);
+            }
+            Entry::Staged(_) | Entry::Discard | Entry::Verified(_) | Entry::Mapping(_) => {}
+        }
+        Ok(())
+    }
+
+    async fn checkpoint(&self) -> Result<State, Closed> {
+        self.recorder.flush().await
+    }
+
+    fn durable(&self) -> watch::Receiver<Lsn> {
+        self.recorder.durable()
+    }
+
+    fn room(&self) -> watch::Receiver<Room> {
+        self.recorder.room()
+    }
+}
+
+/// Serves until `stop` completes. Errors before the first stream say what to repair.
+///
+/// # Errors
+/// Where it cannot start, or the change log fails.
+pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let mapping = Arc::new(load_mapping(config)?);
+    let endpoints = endpoints(config)?;
+    let grpc_config = &config.server.grpc;
+    let listener = grpc::Listener::bind(config.server.host.as_str(), grpc_config.port).await?;
+    let address = listener.address();
+
+    let log = open_log(config, reset_log).await?;
+    let (recorder, recorder_handle) = recorder::new(log.clone());
+    let recorder = RecorderThread::start(recorder)?;
+    let options = hub::Options {
+        window_bytes: config.changelog.memory_window.to_usize(),
+        before_visible: config.service.watch.before_visible,
+    };
+    let hub = Hub::new(log, recorder_handle.appended(), options);
+
+    let joined = Joined { recorder: recorder_handle, hub: hub.clone() };
+    let session = Session::new(session_options(config, mapping.clone()), endpoints.clone(), joined);
+    session.preflight().await.map_err(|error| anyhow!("{error}")).context("cannot start")?;
+
+    let (stop_streams, streams_stopped) = watch::channel(false);
+    let (stop_session, session_stopped) = watch::channel(false);
+    let (primary, answering) = SqlPrimary::new(endpoints.clone(), mapping.tenants());
+    let watch_options = grpc::watch::Options {
+        enabled: config.service.watch.enabled,
+        subscribers_max: usize::try_from(config.service.watch.subscribers_max).unwrap_or(usize::MAX),
+        resolve_timeout: config.service.watch.resolve_timeout,
+    };
+    let service = WatchService::new(hub.clone(), primary, watch_options, streams_stopped.clone());
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+
+    let mut background = JoinSet::new();
+    background.spawn(hub::publisher::run(hub, SqlSnapshots::new(endpoints)));
+    background.spawn(answering);
+    background.spawn(report_health(health, session.status()));
+    let grpc_config = grpc_config.clone();
+    let mut server =
+        tokio::spawn(
+            async move { grpc::serve(listener, &grpc_config, service, health_service, streams_stopped).await },
+        );
+    let mut session = tokio::spawn(session.run(session_stopped));
+    tracing::info!(%address, "gRPC is listening");
+
+    let ended: anyhow::Result<()> = tokio::select! {
+        () = stop => Ok(()),
+        served = &mut server => flatten(served).and(Err(anyhow!("the gRPC server ended by itself"))),
+        streamed = &mut session => flatten(streamed).and(Err(anyhow!("the replication session ended by itself"))),
+    };
+    tracing::info!("shutting down");
+
+    let deadline = tokio::time::Instant::now() + config.shutdown.grace_period;
+    stop_streams.send_replace(true);
+    if !server.is_finished() && tokio::time::timeout_at(deadline, &mut server).await.is_err() {
+        tracing::warn!("streams were still open at the end of shutdown.grace_period and are cut");
+        server.abort();
+    }
+    stop_session.send_replace(true);
+    // However the streams took their time: the log and the slot get a moment of their own.
+    let last = deadline.max(tokio::time::Instant::now() + Duration::from_secs(1));
+    if !session.is_finished() && tokio::time::timeout_at(last, &mut session).await.is_err() {
+        tracing::warn!("PostgreSQL did not take the last acknowledgement in time: some changes will be sent again");
+        session.abort();
+    }
+    background.shutdown().await;
+    // The cause first: a failed log is what ends a session.
+    recorder.finish().await.and(ended)
+}
+
+fn flatten<E: Into<anyhow::Error>>(joined: Result<Result<(), E>, tokio::task::JoinError>) -> anyhow::Result<()> {
+    joined.context("a task panicked")?.map_err(Into::into)
+}
+
+async fn open_log(config: &Config, reset: bool) -> anyhow::Result<Arc<dyn ChangeLog>> {
+    let path = config.changelog.path.clone();
+    let options = crate::changelog::Options {
+        path: path.clone(),
+        age_seconds: config.changelog.retention.age.as_secs(),
+        size_bytes: config.changelog.retention.size.get(),
+        reserve_bytes: config.changelog.disk_reserve.get(),
+    };
+    let open = move || {
+        if reset {
+            FjallLog::reset(&path)?;
+            tracing::warn!("the change log was deleted and begins anew: tokens from before are refused");
+        }
+        FjallLog::open(options)
+    };
+    Ok(Arc::new(tokio::task::spawn_blocking(open).await??))
+}
+
+/// The recorder on its thread.
+struct RecorderThread {
+    done: tokio::sync::oneshot::Receiver<Result<(), crate::changelog::Error>>,
+}
+
+impl RecorderThread {
+    fn start(recorder: recorder::Recorder) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Handle::current();
+        let (result, done) = tokio::sync::oneshot::channel();
+        std::thread::Builder::new()
+            .name("recorder".into())
+            .spawn(move || {
+                let ended = recorder.run(&runtime);
+                if let Err(error) = &ended {
+                    tracing::error!("{error}");
+                }
+                // Whoever started it may be gone.
+                let _ = result.send(ended);
+            })
+            .context("cannot start the recorder's thread")?;
+        Ok(Self { done })
+    }
+
+    /// Waits until everything is on disk, which is when all handles are gone.
+    async fn finish(self) -> anyhow::Result<()> {
+        Ok(self.done.await.context("the recorder's thread panicked")??)
+    }
+}
+
+async fn report_health(health: tonic_health::server::HealthReporter, mut status: watch::Receiver<Status>) {
+    loop {
+        let serving = match *status.borrow_and_update() {
+            Status::Streaming => tonic_health::ServingStatus::Serving,
+            _ => tonic_health::ServingStatus::NotServing,
+        };
+        for service in ["", "base.v1.Watch"] {
+            health.set_service_status(service, serving).await;
+        }
+        if status.changed().await.is_err() {
+            return;
+        }
+    }
+}

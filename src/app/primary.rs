@@ -1,0 +1,223 @@
+//! What the hub asks of the primary, as SQL on connections of their own.
+
+use crate::change::TenantId;
+use crate::hub::publisher::Snapshots;
+use crate::hub::start::{Look, Primary, TransactionStatus, Unreachable};
+use crate::lsn::{Lsn, Snapshot, Xid8};
+use crate::mapping::TenantsSpec;
+use crate::replication::connection::{Connection, Endpoints};
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio_postgres::Statement;
+
+/// Longest wait for an answer, with connecting.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// Requests that wait for the connection.
+const QUEUE_MAX: usize = 4096;
+/// Requests that share one statement.
+const SHARED_MAX: usize = 1024;
+
+/// A connection that is made when it is needed, and again when it was lost, with one prepared statement.
+struct Lazy {
+    endpoints: Endpoints,
+    name: &'static str,
+    statement: String,
+    open: Option<(Connection, Statement)>,
+}
+
+impl Lazy {
+    const fn new(endpoints: Endpoints, name: &'static str, statement: String) -> Self {
+        Self { endpoints, name, statement, open: None }
+    }
+
+    async fn get(&mut self) -> Result<&(Connection, Statement), String> {
+        if self.open.as_ref().is_none_or(|(connection, _)| connection.is_closed()) {
+            self.open = None;
+            let connection = self.endpoints.connect(self.name).await.map_err(|error| error.to_string())?;
+            // A mark must not wait for a synchronous standby.
+            connection
+                .client
+                .batch_execute("SET synchronous_commit = local")
+                .await
+                .map_err(|error| error.to_string())?;
+            let statement = connection.client.prepare(&self.statement).await.map_err(|error| error.to_string())?;
+            self.open = Some((connection, statement));
+        }
+        self.open.as_ref().ok_or_else(|| "no connection".to_owned())
+    }
+}
+
+/// Runs one question within its time; a connection that is late is given up.
+async fn ask<T>(
+    lazy: &mut Lazy,
+    question: impl AsyncFnOnce(&(Connection, Statement)) -> Result<T, String>,
+) -> Result<T, String> {
+    let answer = tokio::time::timeout(ANSWER_MAX, async { question(lazy.get().await?).await }).await;
+    match answer {
+        Ok(answer) => answer,
+        Err(_) => {
+            lazy.open = None;
+            Err(format!("no answer within {} s", ANSWER_MAX.as_secs()))
+        }
+    }
+}
+
+fn sql(error: tokio_postgres::Error) -> String {
+    match error.as_db_error() {
+        Some(db) => format!("{} ({})", db.message(), db.code().code()),
+        None => error.to_string(),
+    }
+}
+
+/// `pg_current_snapshot()`, for the publisher.
+pub(super) struct SqlSnapshots(Lazy);
+
+impl SqlSnapshots {
+    pub(super) fn new(endpoints: Endpoints) -> Self {
+        Self(Lazy::new(endpoints, "tuplewatch snapshots", "SELECT pg_current_snapshot()::text".into()))
+    }
+}
+
+impl Snapshots for SqlSnapshots {
+    type Error = String;
+
+    async fn take(&mut self) -> Result<Snapshot, String> {
+        ask(&mut self.0, async |(connection, statement)| {
+            let row = connection.client.query_one(statement, &[]).await.map_err(sql)?;
+            let snapshot: String = row.get(0);
+            snapshot.parse().map_err(|error: crate::lsn::ParseSnapshotError| error.to_string())
+        })
+        .await
+    }
+}
+
+enum Question {
+    Look { tenant: TenantId, reply: oneshot::Sender<Result<Look, Unreachable>> },
+    Status { xid: Xid8, reply: oneshot::Sender<Result<TransactionStatus, Unreachable>> },
+    Mark { reply: oneshot::Sender<Result<Lsn, Unreachable>> },
+}
+
+/// Asks the task that owns the connection. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct SqlPrimary {
+    questions: mpsc::Sender<Question>,
+}
+
+impl SqlPrimary {
+    /// The handle, and the task to be run. `tenants` tells where tenants are listed; without it every one exists.
+    pub(super) fn new(endpoints: Endpoints, tenants: Option<&TenantsSpec>) -> (Self, impl Future<Output = ()> + use<>) {
+        let (questions, received) = mpsc::channel(QUEUE_MAX);
+        let known = match tenants {
+            Some(spec) => {
+                let (id, table) = (spec.id_to_sql(), spec.table.to_sql());
+                format!("ARRAY(SELECT {id}::text FROM {table} WHERE {id}::text = ANY($1))")
+            }
+            None => "$1::text[]".to_owned(),
+        };
+        // The snapshot of a statement is taken before any of it is evaluated, and so before the insert position is read.
+        let statement = format!(
+            "SELECT pg_current_wal_insert_lsn()::text, pg_current_wal_flush_lsn()::text, pg_current_snapshot()::text, {known}"
+        );
+        let lazy = Lazy::new(endpoints, "tuplewatch starts", statement);
+        (Self { questions }, answer_all(lazy, received))
+    }
+
+    async fn put<T>(
+        &self,
+        question: impl FnOnce(oneshot::Sender<Result<T, Unreachable>>) -> Question,
+    ) -> Result<T, Unreachable> {
+        let gone = || Unreachable("the server is shutting down".to_owned());
+        let (reply, answer) = oneshot::channel();
+        self.questions.send(question(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}
+
+impl Primary for SqlPrimary {
+    async fn look(&self, tenant: &TenantId) -> Result<Look, Unreachable> {
+        let tenant = tenant.clone();
+        self.put(|reply| Question::Look { tenant, reply }).await
+    }
+
+    async fn transaction_status(&self, xid: Xid8) -> Result<TransactionStatus, Unreachable> {
+        self.put(|reply| Question::Status { xid, reply }).await
+    }
+
+    async fn mark(&self) -> Result<Lsn, Unreachable> {
+        self.put(|reply| Question::Mark { reply }).await
+    }
+}
+
+async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
+    let mut batch = Vec::new();
+    while questions.recv_many(&mut batch, SHARED_MAX).await > 0 {
+        let mut looks = Vec::new();
+        for question in batch.drain(..) {
+            match question {
+                Question::Look { tenant, reply } => looks.push((tenant, reply)),
+                // Whoever asked may be gone, here and below.
+                Question::Status { xid, reply } => {
+                    let _ = reply.send(status(&mut lazy, xid).await.map_err(Unreachable));
+                }
+                Question::Mark { reply } => {
+                    let _ = reply.send(mark(&mut lazy).await.map_err(Unreachable));
+                }
+            }
+        }
+        if looks.is_empty() {
+            continue;
+        }
+        let tenants: Vec<&str> = looks.iter().map(|(tenant, _)| tenant.as_str()).collect();
+        let answer = look(&mut lazy, &tenants).await;
+        for (tenant, reply) in looks {
+            let _ = reply.send(match &answer {
+                Ok((look, known)) => Ok(Look { tenant_exists: known.contains(tenant.as_str()), ..look.clone() }),
+                Err(error) => Err(Unreachable(error.clone())),
+            });
+        }
+    }
+}
+
+async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(Look, HashSet<String>), String> {
+    ask(lazy, async |(connection, statement)| {
+        let row = connection.client.query_one(statement, &[&tenants]).await.map_err(sql)?;
+        let lsn = |n: usize| -> Result<Lsn, String> {
+            let text: String = row.get(n);
+            text.parse().map_err(|error: crate::lsn::ParseLsnError| error.to_string())
+        };
+        let snapshot: String = row.get(2);
+        let snapshot: Snapshot = snapshot.parse().map_err(|error: crate::lsn::ParseSnapshotError| error.to_string())?;
+        let known: Vec<String> = row.get(3);
+        let look = Look { insert_lsn: lsn(0)?, flush_lsn: lsn(1)?, snapshot: Arc::new(snapshot), tenant_exists: false };
+        Ok((look, known.into_iter().collect()))
+    })
+    .await
+}
+
+async fn status(lazy: &mut Lazy, xid: Xid8) -> Result<TransactionStatus, String> {
+    ask(lazy, async |(connection, _)| {
+        let statement = "SELECT pg_xact_status($1::text::xid8) IS NOT DISTINCT FROM 'in progress'";
+        match connection.client.query_one(statement, &[&xid.to_string()]).await {
+            Ok(row) if row.get(0) => Ok(TransactionStatus::InProgress),
+            Ok(_) => Ok(TransactionStatus::Over),
+            // An id that was not handed out yet: its transaction was lost in a crash, or the token is forged.
+            Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::INVALID_PARAMETER_VALUE) => {
+                Ok(TransactionStatus::Over)
+            }
+            Err(error) => Err(sql(error)),
+        }
+    })
+    .await
+}
+
+async fn mark(lazy: &mut Lazy) -> Result<Lsn, String> {
+    ask(lazy, async |(connection, _)| {
+        let statement = "SELECT pg_logical_emit_message(true, 'tuplewatch', 'mark')::text";
+        let row = connection.client.query_one(statement, &[]).await.map_err(sql)?;
+        let lsn: String = row.get(0);
+        lsn.parse().map_err(|error: crate::lsn::ParseLsnError| error.to_string())
+    })
+    .await
+}

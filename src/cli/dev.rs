@@ -1,0 +1,89 @@
+//! `tuplewatch dev`: a private PostgreSQL, prepared and served, in one command.
+
+use super::overrides::ConfigArgs;
+use super::{say, setup, stop_signal};
+use crate::app;
+use crate::dev_postgres::{Cluster, ClusterOptions, Installation, StopMode};
+use crate::telemetry;
+use anyhow::{Context as _, anyhow};
+use std::path::PathBuf;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct DevArgs {
+    /// Where the cluster and the change log are kept
+    #[arg(long, default_value = "./tuplewatch-dev", value_name = "DIR")]
+    data_dir: PathBuf,
+    /// Directory with PostgreSQL's programs (postgres, initdb, pg_ctl), where they are not found by themselves
+    #[arg(long, value_name = "DIR")]
+    pg_bin: Option<PathBuf>,
+    /// Port of the private PostgreSQL; a free one is chosen at first and kept
+    #[arg(long, value_name = "PORT")]
+    pg_port: Option<u16>,
+}
+
+const DATABASE: &str = "postgres";
+
+pub(super) async fn run(config: ConfigArgs, args: DevArgs) -> anyhow::Result<()> {
+    let config = config
+        .with_default("server.host", "127.0.0.1".into())
+        .with_default("changelog.path", args.data_dir.join("log").display().to_string());
+    // Wrong flags are said before anything is started.
+    telemetry::init(&config.load()?.logger);
+
+    let installation = Installation::find(args.pg_bin.as_deref())?;
+    let options =
+        ClusterOptions { data_dir: args.data_dir.join("postgres"), port: args.pg_port, ..ClusterOptions::default() };
+    say(&format!("PostgreSQL {} from {}", installation.version(), installation.bin_dir().display()));
+    let mut cluster = Cluster::create_or_open(installation, options).await?;
+    if cluster.is_elsewhere() {
+        say(&format!(
+            "The cluster is in {}: PostgreSQL does not run as root, and an unprivileged user cannot get to {}",
+            cluster.data_dir().display(),
+            args.data_dir.display()
+        ));
+    }
+    // From here on Ctrl-C stops the cluster as well, and Drop does if anything fails.
+    let mut stopping = Box::pin(stop_signal());
+    let ended = tokio::select! {
+        started = cluster.start() => match started {
+            Ok(()) => None,
+            Err(error) => Some(Err(error.into())),
+        },
+        () = &mut stopping => Some(Ok(())),
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            let uri = cluster.uri(DATABASE);
+            let config = config.with_default("database.uri", uri.clone());
+            tokio::select! {
+                served = serve(config, &uri, &mut stopping) => served,
+                status = cluster.exited() => {
+                    let log = cluster.log_path();
+                    Err(anyhow!("PostgreSQL ended by itself ({status:?}): see {}", log.display()))
+                }
+            }
+        }
+    };
+    cluster.stop(StopMode::Fast).await.context("cannot stop PostgreSQL")?;
+    ended
+}
+
+async fn serve(config: ConfigArgs, uri: &str, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let config = config.load()?;
+    let steps = setup::apply(&config, false).await?;
+    if steps > 0 {
+        say("Created tables, publication and replication slot");
+    }
+    let port = config.server.grpc.port;
+    let server = if port == 3478 { String::new() } else { format!(" --server http://127.0.0.1:{port}") };
+    say(&format!(
+        "\nNow, in a second terminal, watch tenant t1:\n\n  \
+         cargo run --release -- watch --tenant t1{server}\n\n\
+         and in a third one, write a tuple:\n\n  \
+         psql {uri} -c \"INSERT INTO tuplewatch.relation_tuples VALUES \
+         ('t1', 'document', '1', 'viewer', 'user', 'alice', '')\"\n\n\
+         Ctrl-C stops tuplewatch and PostgreSQL; the data stays for the next time.\n"
+    ));
+    app::serve(&config, false, stop).await
+}

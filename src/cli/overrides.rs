@@ -1,0 +1,95 @@
+//! A flag for every configuration key: `server.grpc.port` is `--server-grpc-port`.
+
+use crate::config::{Config, Error};
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
+use std::path::PathBuf;
+
+/// Where the configuration comes from: `--config`, and a flag a key.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ConfigArgs {
+    file: Option<PathBuf>,
+    overrides: Vec<(String, String)>,
+}
+
+const FILE: &str = "config";
+const HEADING: &str = "Configuration (each also as a key of the file and as TUPLEWATCH_… in the environment)";
+
+fn flag(key: &str) -> String {
+    key.replace(['.', '_'], "-")
+}
+
+/// The keys, from the configuration with nothing set.
+fn keys() -> Vec<(&'static str, String)> {
+    match Config::load(None, [], &[]) {
+        Ok(config) => config.effective().entries().map(|(key, value)| (key, value.to_owned())).collect(),
+        // The defaults are valid; a test says so.
+        Err(_) => Vec::new(),
+    }
+}
+
+impl ConfigArgs {
+    /// Sets a key as if by a flag, where no flag set it.
+    #[must_use]
+    pub(super) fn with_default(mut self, key: &str, value: String) -> Self {
+        if !self.overrides.iter().any(|(given, _)| given == key) {
+            self.overrides.push((key.to_owned(), value));
+        }
+        self
+    }
+
+    /// Reads file, environment and flags.
+    ///
+    /// # Errors
+    /// All that is wrong with any of them.
+    pub(super) fn load(&self) -> Result<Config, Error> {
+        Config::load(self.file.as_deref(), crate::config::from_env()?, &self.overrides)
+    }
+}
+
+impl Args for ConfigArgs {
+    fn augment_args(command: Command) -> Command {
+        let file = Arg::new(FILE)
+            .long(FILE)
+            .short('c')
+            .value_name("FILE")
+            .env("TUPLEWATCH_CONFIG")
+            .value_parser(clap::value_parser!(PathBuf))
+            .help("Configuration file (YAML)");
+        keys().into_iter().fold(command.arg(file), |command, (key, default)| {
+            let help = if default.is_empty() || default == "\"\"" {
+                key.to_owned()
+            } else {
+                format!("{key} [default: {default}]")
+            };
+            command.arg(
+                Arg::new(key)
+                    .long(flag(key))
+                    .value_name("VALUE")
+                    .help(help)
+                    .help_heading(HEADING)
+                    .hide_short_help(key != "database.uri"),
+            )
+        })
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for ConfigArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut args = Self::default();
+        args.update_from_arg_matches(matches)?;
+        Ok(args)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        self.file = matches.get_one::<PathBuf>(FILE).cloned();
+        self.overrides = keys()
+            .into_iter()
+            .filter_map(|(key, _)| Some((key.to_owned(), matches.get_one::<String>(key)?.clone())))
+            .collect();
+        Ok(())
+    }
+}

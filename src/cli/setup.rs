@@ -1,0 +1,77 @@
+//! `tuplewatch setup` and `tuplewatch teardown`.
+
+use super::overrides::ConfigArgs;
+use super::{say, say_error};
+use crate::app;
+use crate::config::{Config, MappingSource, Preset};
+use crate::replication::setup::{Event, Setup, Teardown};
+use crate::telemetry;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct SetupArgs {
+    /// Print the statements, and run none of them
+    #[arg(long)]
+    dry_run: bool,
+    /// Drop the replication slot and make a new one: the way out when it was lost. Subscribers are told of the gap
+    #[arg(long)]
+    recreate_slot: bool,
+}
+
+/// Says what is being done, as it is.
+fn tell(event: Event<'_>) {
+    match event {
+        Event::Step(step) => say(&format!("{} ...", step.explanation)),
+        Event::Waiting(waiting) => say_error(&waiting.to_string()),
+        Event::Locked => say_error("another setup or teardown is at work in this database: waiting for it"),
+    }
+}
+
+pub(super) async fn setup(config: &ConfigArgs, args: &SetupArgs) -> anyhow::Result<()> {
+    let config = config.load()?;
+    config.require_database_uri()?;
+    telemetry::init(&config.logger);
+    if !args.dry_run {
+        let done = apply(&config, args.recreate_slot).await?;
+        say(if done == 0 { "nothing to do: everything is there" } else { "done" });
+        return Ok(());
+    }
+    let mapping = app::load_mapping(&config)?;
+    let connection = app::endpoints(&config)?.connect("tuplewatch setup").await?;
+    let steps = wanted(&config, &mapping, args.recreate_slot).plan(&connection.client).await?;
+    if steps.is_empty() {
+        say("-- nothing to do: everything is there");
+    }
+    for step in steps {
+        say(&format!("{step}\n"));
+    }
+    Ok(())
+}
+
+fn wanted<'a>(config: &'a Config, mapping: &'a crate::mapping::Mapping, recreate_slot: bool) -> Setup<'a> {
+    Setup {
+        mapping,
+        slot: &config.replication.slot,
+        publication: &config.replication.publication,
+        apply_schema: config.mapping.source == MappingSource::Preset(Preset::Tuples),
+        recreate_slot,
+    }
+}
+
+/// Does what is missing; how many steps that were.
+pub(super) async fn apply(config: &Config, recreate_slot: bool) -> anyhow::Result<usize> {
+    let mapping = app::load_mapping(config)?;
+    let connection = app::endpoints(config)?.connect("tuplewatch setup").await?;
+    let steps = wanted(config, &mapping, recreate_slot).apply(&connection, &mut tell).await?;
+    Ok(steps.len())
+}
+
+pub(super) async fn teardown(config: &ConfigArgs) -> anyhow::Result<()> {
+    let config = config.load()?;
+    config.require_database_uri()?;
+    telemetry::init(&config.logger);
+    let connection = app::endpoints(&config)?.connect("tuplewatch teardown").await?;
+    let teardown = Teardown { slot: &config.replication.slot, publication: &config.replication.publication };
+    let steps = teardown.apply(&connection, &mut tell).await?;
+    say(if steps.is_empty() { "nothing to do: neither slot nor publication is there" } else { "done" });
+    Ok(())
+}

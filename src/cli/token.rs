@@ -1,0 +1,67 @@
+//! `tuplewatch token`: explains one, without a server.
+
+use super::say;
+use crate::snap_token::SnapToken;
+use anyhow::Context as _;
+use std::fmt::Write as _;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct TokenArgs {
+    /// The token, as it was received
+    token: String,
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a String does not fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+pub(super) fn run(args: &TokenArgs) -> anyhow::Result<()> {
+    let token: SnapToken = args.token.parse().context("not a snap token of tuplewatch")?;
+    say(&explain(&token));
+    Ok(())
+}
+
+fn explain(token: &SnapToken) -> String {
+    let source = hex(&token.source());
+    match token {
+        SnapToken::Position { timeline, position, commit_time, .. } => {
+            let place = match position.steps {
+                0 => format!("everything that committed before {}", position.lsn),
+                steps => format!(
+                    "everything that committed before {}, and the first {steps} row steps of the transaction there",
+                    position.lsn
+                ),
+            };
+            let time = if commit_time.0 == 0 { "unknown".to_owned() } else { commit_time.to_string() };
+            format!(
+                "kind:        position\nincludes:    {place}\ncommit time: {time} (of the last transaction in it)\n\
+                 source:      {source}\ntimeline:    {}",
+                hex(timeline)
+            )
+        }
+        SnapToken::Transaction { id, xid, floor, .. } => format!(
+            "kind:        transaction\nincludes:    everything up to and with transaction {xid}\n\
+             committed:   not before {floor}\nsource:      {source}\nid:          {}",
+            hex(&id.0)
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lsn::{CommitTime, Lsn, Position};
+
+    #[test]
+    fn explains() {
+        let position = Position::inside(Lsn(0x16_0000_0000), 4);
+        let token = SnapToken::Position { source: [1; 8], timeline: [2; 8], position, commit_time: CommitTime(1) };
+        let text = explain(&token.to_string().parse().unwrap());
+        assert!(text.contains("before 16/0, and the first 4 row steps"), "{text}");
+        assert!(text.contains("2000-01-01T00:00:00.000001Z"), "{text}");
+    }
+}

@@ -1,0 +1,132 @@
+//! The gRPC edge: `base.v1.Watch`, health and reflection.
+//!
+//! Only the edges know the generated types. A message is encoded once ([`crate::change`]) and framed once, and the codec here
+//! only copies it: see [`watch`]. [`status`] is the one place that turns errors into statuses.
+
+pub mod status;
+pub mod watch;
+
+use crate::config::{Grpc as GrpcConfig, Tls};
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::watch::Receiver;
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic_health::pb::health_server::{Health, HealthServer};
+
+/// The generated types and clients of `proto/`.
+#[expect(missing_docs, clippy::all, clippy::indexing_slicing, clippy::unwrap_used, reason = "generated")]
+pub mod proto {
+    tonic::include_proto!("base.v1");
+
+    /// All of `proto/`, for reflection.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+}
+
+/// Pings on quiet connections keep middleboxes from forgetting them, and find clients that are gone.
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(20);
+/// A client that does not answer a ping for this long is gone, and what it held is given back.
+const KEEPALIVE_MAX: Duration = Duration::from_secs(10);
+/// Streams on one connection. Clients do better with several connections at about a hundred each.
+const STREAMS_MAX: u32 = 1_000;
+/// Longest header list of a request, in bytes.
+const HEADERS_MAX: u32 = 16 << 10;
+
+/// Why the server cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The address is taken or not ours.
+    #[error("cannot listen on {address} for gRPC: {source} (server.host, server.grpc.port)")]
+    Bind {
+        /// The address.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A certificate or key cannot be read.
+    #[error("cannot read {path} (server.grpc.tls): {source}")]
+    Certificate {
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is no certificate or key, or serving failed.
+    #[error("the gRPC server failed: {0}")]
+    Serve(#[from] tonic::transport::Error),
+    /// The descriptors do not read.
+    #[error("the gRPC reflection service failed: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// A bound listener: bound before anything else starts, so that a taken port is said at once.
+pub struct Listener {
+    incoming: TcpIncoming,
+    address: SocketAddr,
+}
+
+impl Listener {
+    /// Binds host and port; port 0 takes any.
+    ///
+    /// # Errors
+    /// Where that is not possible.
+    pub async fn bind(host: &str, port: u16) -> Result<Self, Error> {
+        let bind = |source| Error::Bind { address: format!("{host}:{port}"), source };
+        let listener = TcpListener::bind((host, port)).await.map_err(bind)?;
+        let address = listener.local_addr().map_err(bind)?;
+        Ok(Self { incoming: TcpIncoming::from(listener).with_nodelay(Some(true)), address })
+    }
+
+    /// Where it listens.
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+/// Serves until `stop` turns true and all streams have ended.
+///
+/// # Errors
+/// Where TLS files cannot be read, or serving fails.
+pub async fn serve<P: crate::hub::start::Primary + 'static>(
+    listener: Listener,
+    config: &GrpcConfig,
+    service: watch::WatchService<P>,
+    health: HealthServer<impl Health>,
+    mut stop: Receiver<bool>,
+) -> Result<(), Error> {
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let mut server = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_EVERY))
+        .http2_keepalive_timeout(Some(KEEPALIVE_MAX))
+        .max_concurrent_streams(STREAMS_MAX)
+        .http2_max_header_list_size(HEADERS_MAX);
+    if let Some(tls) = &config.tls {
+        server = server.tls_config(tls_config(tls).await?)?;
+    }
+    let stopped = async move {
+        let _ = stop.wait_for(|stop| *stop).await;
+    };
+    server
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(service)
+        .serve_with_incoming_shutdown(listener.incoming, stopped)
+        .await?;
+    Ok(())
+}
+
+async fn tls_config(tls: &Tls) -> Result<ServerTlsConfig, Error> {
+    let read = async |path: &std::path::Path| {
+        tokio::fs::read(path).await.map_err(|source| Error::Certificate { path: path.display().to_string(), source })
+    };
+    let identity = Identity::from_pem(read(&tls.cert).await?, read(&tls.key).await?);
+    let config = ServerTlsConfig::new().identity(identity);
+    Ok(match &tls.client_ca {
+        Some(path) => config.client_ca_root(Certificate::from_pem(read(path).await?)),
+        None => config,
+    })
+}

@@ -1,0 +1,232 @@
+//! `base.v1.Watch/Watch`.
+//!
+//! What tonic would generate from the service, with one difference: responses are bytes that were encoded before, so the
+//! codec copies instead of encoding, and every subscriber is sent the same ones.
+
+use super::proto;
+use super::status::{self, Tokens};
+use crate::hub::start::Primary;
+use crate::hub::{Hub, Item, Subscription};
+use bytes::{BufMut, Bytes};
+use futures_util::stream::{self, Stream};
+use prost::Message as _;
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tonic::body::Body;
+use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::server::{Grpc, NamedService, ServerStreamingService};
+use tonic::{Request, Response, Status};
+use tower_service::Service;
+
+/// Bytes that a stream takes from the hub at a time, and so holds while its client does not read.
+const TAKE_BYTES: usize = 256 << 10;
+/// What the codec gathers before it writes: many small messages become one frame of several KiB, because clients charge
+/// small unread frames against the connection.
+fn buffers() -> BufferSettings {
+    BufferSettings::new(256, 32 << 10)
+}
+/// Largest request. Both fields are short.
+const REQUEST_BYTES_MAX: usize = 64 << 10;
+
+/// How streams behave.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Whether Watch is on.
+    pub enabled: bool,
+    /// Streams at a time.
+    pub subscribers_max: usize,
+    /// Longest wait for a transaction token to resolve.
+    pub resolve_timeout: Duration,
+}
+
+/// The service. Cheap to clone.
+pub struct WatchService<P> {
+    inner: Arc<Inner<P>>,
+}
+
+struct Inner<P> {
+    hub: Hub,
+    primary: P,
+    options: Options,
+    /// One permit a stream.
+    streams: Arc<Semaphore>,
+    /// Turns true when streams must end.
+    stop: watch::Receiver<bool>,
+}
+
+impl<P> Clone for WatchService<P> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone() }
+    }
+}
+
+impl<P: Primary + 'static> WatchService<P> {
+    /// Streams from this hub; `primary` is asked where a start depends on it.
+    pub fn new(hub: Hub, primary: P, options: Options, stop: watch::Receiver<bool>) -> Self {
+        let streams = Arc::new(Semaphore::new(options.subscribers_max));
+        Self { inner: Arc::new(Inner { hub, primary, options, streams, stop }) }
+    }
+}
+
+type Responses = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
+
+impl<P: Primary + 'static> Inner<P> {
+    async fn watch(self: Arc<Self>, request: proto::WatchRequest) -> Result<Response<Responses>, Status> {
+        if !self.options.enabled {
+            return Err(status::disabled());
+        }
+        if *self.stop.borrow() {
+            return Err(status::shutting_down());
+        }
+        let permit = self.streams.clone().try_acquire_owned();
+        let permit = permit.map_err(|_| status::too_many(self.options.subscribers_max))?;
+        let start =
+            self.hub.start(&self.primary, &request.tenant_id, &request.snap_token, self.options.resolve_timeout);
+        let mut stop = self.stop.clone();
+        let started = tokio::select! {
+            started = start => started,
+            _ = stop.wait_for(|stop| *stop) => return Err(status::shutting_down()),
+        };
+        let tokens = Tokens::of(&self.hub);
+        let subscription = started.map_err(|error| status::of_start(error, tokens.as_ref()))?;
+        let open = Open { hub: self.hub.clone(), subscription, stop, ready: VecDeque::new(), _permit: permit };
+        let responses = stream::unfold(Some(open), async |open| {
+            let mut open = open?;
+            match open.next().await {
+                Ok(response) => Some((Ok(response), Some(open))),
+                Err(status) => Some((Err(status), None)),
+            }
+        });
+        Ok(Response::new(Box::pin(responses)))
+    }
+}
+
+/// An open stream.
+struct Open {
+    hub: Hub,
+    subscription: Subscription,
+    stop: watch::Receiver<bool>,
+    ready: VecDeque<Arc<Item>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Open {
+    async fn next(&mut self) -> Result<Bytes, Status> {
+        loop {
+            if let Some(item) = self.ready.pop_front() {
+                // The hub has a source before it has a message.
+                let tokens = self.tokens()?;
+                return Ok(item.wire(|message| {
+                    message.to_watch_response(&tokens.write(message.reached(), message.header.commit_time))
+                }));
+            }
+            let next = tokio::select! {
+                biased;
+                _ = self.stop.wait_for(|stop| *stop) => return Err(status::shutting_down()),
+                next = self.subscription.next(TAKE_BYTES) => next,
+            };
+            match next {
+                Ok(items) => self.ready.extend(items),
+                Err(end) => {
+                    let tokens = self.tokens()?;
+                    return Err(status::of_end(end, self.subscription.tenant(), &tokens));
+                }
+            }
+        }
+    }
+
+    fn tokens(&self) -> Result<Tokens, Status> {
+        Tokens::of(&self.hub).ok_or_else(|| Status::internal("a message without a source"))
+    }
+}
+
+impl<P: Primary + 'static> ServerStreamingService<proto::WatchRequest> for WatchService<P> {
+    type Response = Bytes;
+    type ResponseStream = Responses;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Responses>, Status>> + Send>>;
+
+    fn call(&mut self, request: Request<proto::WatchRequest>) -> Self::Future {
+        Box::pin(self.inner.clone().watch(request.into_inner()))
+    }
+}
+
+impl<P> NamedService for WatchService<P> {
+    const NAME: &'static str = "base.v1.Watch";
+}
+
+impl<B, P> Service<http::Request<B>> for WatchService<P>
+where
+    B: http_body::Body + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
+    P: Primary + 'static,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let service = self.clone();
+        Box::pin(async move {
+            if request.uri().path() != "/base.v1.Watch/Watch" {
+                return Ok(Status::unimplemented("base.v1.Watch has one method, Watch").into_http());
+            }
+            let mut grpc = Grpc::new(WatchCodec).max_decoding_message_size(REQUEST_BYTES_MAX);
+            Ok(grpc.server_streaming(service, request).await)
+        })
+    }
+}
+
+/// Decodes requests, and copies responses that are encoded already.
+struct WatchCodec;
+
+impl Codec for WatchCodec {
+    type Encode = Bytes;
+    type Decode = proto::WatchRequest;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for WatchCodec {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put(item);
+        Ok(())
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        buffers()
+    }
+}
+
+impl Decoder for WatchCodec {
+    type Item = proto::WatchRequest;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<proto::WatchRequest>, Status> {
+        let request = proto::WatchRequest::decode(buffer);
+        request.map(Some).map_err(|error| Status::invalid_argument(format!("the request is no WatchRequest: {error}")))
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        buffers()
+    }
+}

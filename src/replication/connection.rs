@@ -1,0 +1,436 @@
+//! Where PostgreSQL is, and connections to it.
+//!
+//! `database.uri` may say all that libpq's can. Two drivers have to follow it: tokio-postgres for SQL and
+//! pgwire-replication for the stream, each of which understands only a part. So it is parsed once, here, and resolved
+//! once, to one address of one host:
+//!
+//! ```text
+//! "postgres://…"  ──parse──▶ Endpoints ──connect──▶ Connection (SQL) ──endpoint()──▶ Endpoint
+//!  or "host=…"               every host             the first that is a primary      │
+//!                                                   replication_config(slot, …) ◀────┘
+//! ```
+//!
+//! # Invariants
+//!
+//! - Both connections go to the same *address*, not merely to the same name, which may stand for several servers.
+//! - Both have the same TLS: the replication driver's own upgrade is used for SQL too, and tokio-postgres is handed the
+//!   finished stream.
+//! - Neither goes to a standby: [`Endpoint::connect`] asks.
+//! - No message and no `Debug` output has the password in it.
+//!
+//! # Differences from libpq
+//!
+//! - `sslmode=prefer` takes TLS where the server offers it, and does not try again without when that fails.
+//! - `verify-ca` also compares the host name: the driver (pgwire-replication 0.5 with rustls 0.23) does not recognize
+//!   the error that it means to overlook. That is too strict, never too lax; `host=NAME hostaddr=ADDRESS` is the way.
+//! - Without a host it is `localhost`, over TCP. Without `sslrootcert` and without `~/.postgresql/root.crt`,
+//!   certificates are verified against Mozilla's roots.
+//! - A client certificate is used if it is named, not because it lies in `~/.postgresql`.
+//! - Every host is tried, also after one that refused the password; see [`ConnectError::is_definite`].
+
+mod failure;
+mod passfile;
+mod uri;
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::time::Duration;
+
+use pgwire_replication::tls::rustls::maybe_upgrade_to_tls;
+use pgwire_replication::{PgWireError, ReplicationConfig, TlsConfig};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio::task::JoinHandle;
+use tokio_postgres::{Client, NoTls};
+
+use super::catalog::identifier;
+use failure::{Attempt, Failure};
+use passfile::{Passfile, Wanted};
+
+pub(super) use failure::describe;
+pub use failure::{ConnectError, is_definite, sqlstate};
+pub use uri::UriError;
+
+/// Most hosts of one URI: a bound, far above any cluster.
+const HOSTS_MAX: usize = 16;
+/// Most addresses of one name that are tried. Each may cost a whole connect_timeout.
+const ADDRESSES_MAX: usize = 8;
+
+/// All that `database.uri` says: the hosts in their order, and how to log on to any of them.
+#[derive(Clone, Debug)]
+pub struct Endpoints {
+    hosts: Vec<Host>,
+    user: String,
+    /// Of the URI or of PGPASSWORD; empty where the password file is to be asked.
+    password: Password,
+    passfile: Option<Passfile>,
+    database: String,
+    tls: TlsConfig,
+    connect_timeout: Duration,
+    application_name: Option<String>,
+    options: Option<String>,
+    keepalive: Keepalive,
+}
+
+#[derive(Clone, Debug)]
+struct Host {
+    place: Place,
+    port: u16,
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    /// The name is the address again where only that was given.
+    Tcp { name: String, address: Option<IpAddr> },
+    /// The directory of a Unix socket.
+    Socket { dir: String },
+}
+
+/// Never printed.
+#[derive(Clone, Default, PartialEq, Eq)]
+struct Password(String);
+
+impl fmt::Debug for Password {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+/// TCP keepalive of the SQL connection. (The replication connection notices a dead peer by its own traffic.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Keepalive {
+    enabled: bool,
+    idle: Duration,
+    interval: Duration,
+    retries: u32,
+    /// TCP_USER_TIMEOUT, where there is such a thing.
+    user_timeout: Option<Duration>,
+}
+
+impl Default for Keepalive {
+    /// A dead peer is noticed within a minute: 30 s + 3 × 10 s. The systems' own default is over two hours.
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            idle: Duration::from_secs(30),
+            interval: Duration::from_secs(10),
+            retries: 3,
+            user_timeout: None,
+        }
+    }
+}
+
+impl Endpoints {
+    /// Reads `database.uri`. What it leaves out comes from PGUSER, PGPASSWORD, PGPASSFILE and HOME.
+    ///
+    /// # Errors
+    /// Whatever cannot be understood or honoured, named without the value.
+    pub fn parse(uri: &str) -> Result<Self, UriError> {
+        Self::parse_in(uri, &|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+    }
+
+    fn parse_in(uri: &str, environment: uri::Environment<'_>) -> Result<Self, UriError> {
+        uri::parse(uri, environment)
+    }
+
+    /// Connects to the first address that answers and is a primary. Each has `connect_timeout` (10 s) for everything from
+    /// the first packet to the answer whether it is one.
+    ///
+    /// # Errors
+    /// With what happened at each address.
+    pub async fn connect(&self, application_name: &str) -> Result<Connection, ConnectError> {
+        let mut attempts = Vec::new();
+        for host in &self.hosts {
+            let endpoints = match self.resolve(host, application_name).await {
+                Ok(endpoints) => endpoints,
+                Err(failure) => {
+                    attempts.push(Attempt { endpoint: self.named(host), failure });
+                    continue;
+                }
+            };
+            for endpoint in endpoints {
+                match endpoint.attempt().await {
+                    Ok(connection) => return Ok(connection),
+                    Err(failure) => attempts.push(Attempt { endpoint: endpoint.to_string(), failure }),
+                }
+            }
+        }
+        Err(ConnectError::new(attempts))
+    }
+
+    async fn resolve(&self, host: &Host, application_name: &str) -> Result<Vec<Endpoint>, Failure> {
+        let targets: Vec<Target> = match &host.place {
+            Place::Socket { dir } => vec![Target::Socket { dir: dir.clone() }],
+            Place::Tcp { name, address: Some(address) } => {
+                vec![Target::Tcp { name: name.clone(), address: SocketAddr::new(*address, host.port) }]
+            }
+            Place::Tcp { name, address: None } => {
+                let found = tokio::time::timeout(self.connect_timeout, lookup_host((name.as_str(), host.port))).await;
+                let found = found.map_err(|_| Failure::TimedOut(self.connect_timeout))?.map_err(Failure::Resolve)?;
+                found.take(ADDRESSES_MAX).map(|address| Target::Tcp { name: name.clone(), address }).collect()
+            }
+        };
+        let password = self.password_for(host).await;
+        // Ours first: by it we recognize our own sessions, and the server cuts the whole at 63 bytes.
+        let application_name = match &self.application_name {
+            Some(theirs) => format!("{application_name} {theirs}"),
+            None => application_name.to_owned(),
+        };
+        Ok(targets
+            .into_iter()
+            .map(|target| Endpoint {
+                target,
+                port: host.port,
+                user: self.user.clone(),
+                password: password.clone(),
+                database: self.database.clone(),
+                tls: self.tls.clone(),
+                connect_timeout: self.connect_timeout,
+                application_name: application_name.clone(),
+                options: self.options.clone(),
+                keepalive: self.keepalive,
+            })
+            .collect())
+    }
+
+    async fn password_for(&self, host: &Host) -> Password {
+        let (Some(passfile), true) = (&self.passfile, self.password == Password::default()) else {
+            return self.password.clone();
+        };
+        let hosts: &[&str] = match &host.place {
+            Place::Tcp { name, .. } => &[name],
+            // Under this name libpq looks for sockets in its own directory, and builds differ in which that is.
+            Place::Socket { dir } if ["/tmp", "/run/postgresql", "/var/run/postgresql"].contains(&dir.as_str()) => {
+                &[dir, "localhost"]
+            }
+            Place::Socket { dir } => &[dir],
+        };
+        let wanted = Wanted { hosts, port: host.port, database: &self.database, user: &self.user };
+        passfile.password(wanted).await.unwrap_or_default()
+    }
+
+    fn named(&self, host: &Host) -> String {
+        let (Place::Tcp { name, .. } | Place::Socket { dir: name }) = &host.place;
+        format!("{} (database {}, user {})", with_port(name, host.port), self.database, self.user)
+    }
+}
+
+impl fmt::Display for Endpoints {
+    /// The hosts, the database and the user.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, host) in self.hosts.iter().enumerate() {
+            let (Place::Tcp { name, .. } | Place::Socket { dir: name }) = &host.place;
+            write!(f, "{}{}", if n == 0 { "" } else { "," }, with_port(name, host.port))?;
+        }
+        write!(f, " (database {}, user {})", self.database, self.user)
+    }
+}
+
+/// One address, and how to log on to it.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    target: Target,
+    port: u16,
+    user: String,
+    password: Password,
+    database: String,
+    tls: TlsConfig,
+    connect_timeout: Duration,
+    application_name: String,
+    options: Option<String>,
+    keepalive: Keepalive,
+}
+
+#[derive(Clone, Debug)]
+enum Target {
+    /// The name as it was given: what the certificate is for.
+    Tcp {
+        name: String,
+        address: SocketAddr,
+    },
+    Socket {
+        dir: String,
+    },
+}
+
+impl Endpoint {
+    /// Another SQL connection to the same address.
+    ///
+    /// # Errors
+    /// As [`Endpoints::connect`].
+    pub async fn connect(&self) -> Result<Connection, ConnectError> {
+        let failed = |failure| ConnectError::new(vec![Attempt { endpoint: self.to_string(), failure }]);
+        self.attempt().await.map_err(failed)
+    }
+
+    /// For a replication connection to the same address, with the same TLS, name and options. Positions, intervals and
+    /// bounds are the caller's to set; further `options` go behind those that are there.
+    pub fn replication_config(&self, slot: &str, publication: &str) -> ReplicationConfig {
+        // The server reads the names of publications as identifiers: without quotes it would fold them to lower case.
+        let publication = identifier(publication);
+        let (host, tls) = self.host_and_tls();
+        let mut config =
+            ReplicationConfig::new(host, &self.user, &self.password.0, &self.database, slot, publication.as_str())
+                .with_port(self.port)
+                .with_tls(tls)
+                .with_application_name(&self.application_name);
+        config.options.clone_from(&self.options);
+        config
+    }
+
+    /// What a failure of the replication connection to this address means.
+    pub fn replication_error(&self, error: PgWireError) -> ConnectError {
+        ConnectError::new(vec![Attempt { endpoint: self.to_string(), failure: Failure::Replication(error) }])
+    }
+
+    /// The same for an error of the SQL connection.
+    pub fn sql_error(&self, error: tokio_postgres::Error) -> ConnectError {
+        ConnectError::new(vec![Attempt { endpoint: self.to_string(), failure: Failure::Sql(error) }])
+    }
+
+    /// The name of our sessions in `pg_stat_activity`; the server shows 63 bytes of it.
+    pub fn application_name(&self) -> &str {
+        &self.application_name
+    }
+
+    /// The database's name.
+    pub fn database(&self) -> &str {
+        &self.database
+    }
+
+    /// The role's name.
+    pub fn user(&self) -> &str {
+        &self.user
+    }
+
+    /// The host as the replication driver takes it: always an address, so that it cannot resolve to another one.
+    fn host_and_tls(&self) -> (String, TlsConfig) {
+        match &self.target {
+            Target::Socket { dir } => (dir.clone(), TlsConfig::disabled()),
+            Target::Tcp { name, address } => {
+                let host = match address {
+                    SocketAddr::V6(v6) if v6.scope_id() != 0 => format!("{}%{}", v6.ip(), v6.scope_id()),
+                    address => address.ip().to_string(),
+                };
+                let is_name = name.parse::<IpAddr>().is_err();
+                (host, TlsConfig { sni_hostname: is_name.then(|| name.clone()), ..self.tls.clone() })
+            }
+        }
+    }
+
+    async fn attempt(&self) -> Result<Connection, Failure> {
+        // Boxed: a TLS handshake in progress is large.
+        let attempt = Box::pin(async {
+            let connection = self.log_on().await?;
+            let row = connection.client.query_typed_one("SELECT pg_catalog.pg_is_in_recovery()", &[]).await;
+            let in_recovery = row.and_then(|row| row.try_get(0)).map_err(Failure::Sql)?;
+            if in_recovery { Err(Failure::InRecovery) } else { Ok(connection) }
+        });
+        let timed_out = |_| Failure::TimedOut(self.connect_timeout);
+        tokio::time::timeout(self.connect_timeout, attempt).await.map_err(timed_out)?
+    }
+
+    async fn log_on(&self) -> Result<Connection, Failure> {
+        match &self.target {
+            Target::Socket { dir } => {
+                let path = Path::new(dir).join(format!(".s.PGSQL.{}", self.port));
+                self.start(UnixStream::connect(path).await.map_err(Failure::Dial)?).await
+            }
+            Target::Tcp { address, .. } => {
+                let stream = TcpStream::connect(address).await.map_err(Failure::Dial)?;
+                stream.set_nodelay(true).and_then(|()| self.keepalive.set(&stream)).map_err(Failure::Dial)?;
+                let (host, tls) = self.host_and_tls();
+                self.start(maybe_upgrade_to_tls(stream, &tls, &host).await.map_err(Failure::Replication)?).await
+            }
+        }
+    }
+
+    async fn start<S>(&self, stream: S) -> Result<Connection, Failure>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let mut config = tokio_postgres::Config::new();
+        config.user(&self.user).dbname(&self.database).application_name(&self.application_name);
+        // An empty one too: then the server says that it is wrong, and not the driver that it is missing.
+        config.password(&self.password.0);
+        // The stream is what it shall be.
+        config.ssl_mode(tokio_postgres::config::SslMode::Disable);
+        if let Some(options) = &self.options {
+            config.options(options);
+        }
+        let (client, driver) = config.connect_raw(stream, NoTls).await.map_err(Failure::Sql)?;
+        let endpoint = self.to_string();
+        let driver = tokio::spawn(async move {
+            // Whoever uses the client gets an error too, and handles that.
+            if let Err(error) = driver.await {
+                tracing::debug!(%endpoint, %error, "an SQL connection ended");
+            }
+        });
+        Ok(Connection { client, endpoint: self.clone(), driver })
+    }
+}
+
+impl fmt::Display for Endpoint {
+    /// `db1:5432 [10.0.0.1] (database app, user ada)`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.target {
+            Target::Socket { dir } => f.write_str(&with_port(dir, self.port))?,
+            Target::Tcp { name, address } => {
+                f.write_str(&with_port(name, self.port))?;
+                if *name != address.ip().to_string() {
+                    write!(f, " [{}]", address.ip())?;
+                }
+            }
+        }
+        write!(f, " (database {}, user {})", self.database, self.user)
+    }
+}
+
+fn with_port(host: &str, port: u16) -> String {
+    if host.parse::<std::net::Ipv6Addr>().is_ok() { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+impl Keepalive {
+    fn set(&self, stream: &TcpStream) -> std::io::Result<()> {
+        let socket = socket2::SockRef::from(stream);
+        if self.enabled {
+            let keepalive = socket2::TcpKeepalive::new().with_time(self.idle).with_interval(self.interval);
+            socket.set_tcp_keepalive(&keepalive.with_retries(self.retries))?;
+        }
+        #[cfg(target_os = "linux")]
+        socket.set_tcp_user_timeout(self.user_timeout)?;
+        Ok(())
+    }
+}
+
+/// An SQL connection to a primary. Dropping it ends it.
+#[derive(Debug)]
+pub struct Connection {
+    /// For statements; many may be under way at once.
+    pub client: Client,
+    endpoint: Endpoint,
+    /// Moves the bytes. Ours, so that it does not outlive us where somebody holds on to a statement.
+    driver: JoinHandle<()>,
+}
+
+impl Connection {
+    /// Where it leads.
+    pub const fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// Whether it has ended. A peer that died silently is noticed by keepalive, within a minute.
+    pub fn is_closed(&self) -> bool {
+        self.client.is_closed()
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,170 @@
+//! Passwords from a file, as libpq reads them: `~/.pgpass` and its like.
+//!
+//! A line is `host:port:database:user:password`; `*` stands for anything, `\:` and `\\` for the character, `#` begins a
+//! comment line. The first line that fits counts. The file is read at every connection, so that a password that was
+//! changed there is used without a restart.
+
+use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+
+use super::Password;
+
+/// More than ten thousand lines. What is larger is not a password file.
+const BYTES_MAX: u64 = 1024 * 1024;
+/// Everybody but the owner.
+const GROUP_AND_OTHERS: u32 = 0o077;
+
+/// Where passwords may be.
+#[derive(Clone, Debug)]
+pub(super) struct Passfile {
+    path: PathBuf,
+}
+
+/// What a line must be about.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted<'a> {
+    /// The host as it was given, and the other names under which libpq looks for it.
+    pub(super) hosts: &'a [&'a str],
+    pub(super) port: u16,
+    pub(super) database: &'a str,
+    pub(super) user: &'a str,
+}
+
+impl Passfile {
+    pub(super) const fn new(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// The password of the first line that fits. A file that cannot be used is as good as none: the log says so.
+    pub(super) async fn password(&self, wanted: Wanted<'_>) -> Option<Password> {
+        let content = self.read().await?;
+        content.lines().find_map(|line| password_of(line, wanted)).map(Password)
+    }
+
+    async fn read(&self) -> Option<String> {
+        let passfile = self.path.display();
+        let metadata = match tokio::fs::metadata(&self.path).await {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == ErrorKind::NotFound => return None,
+            Err(error) => {
+                tracing::warn!(%passfile, %error, "the password file cannot be read, and is ignored");
+                return None;
+            }
+        };
+        if !metadata.is_file() || metadata.len() > BYTES_MAX {
+            tracing::warn!(%passfile, "the password file is not a plain file of at most 1 MiB, and is ignored");
+            return None;
+        }
+        if metadata.permissions().mode() & GROUP_AND_OTHERS != 0 {
+            tracing::warn!(%passfile, "others can read the password file, so it is ignored: chmod 0600 it");
+            return None;
+        }
+        match tokio::fs::read_to_string(&self.path).await {
+            Ok(content) => Some(content),
+            Err(error) => {
+                tracing::warn!(%passfile, %error, "the password file cannot be read, and is ignored");
+                None
+            }
+        }
+    }
+}
+
+fn password_of(line: &str, wanted: Wanted<'_>) -> Option<String> {
+    if line.starts_with('#') {
+        return None;
+    }
+    let mut fields = Fields { rest: Some(line) };
+    let mut fits = |values: &[&str]| {
+        let Some(Field { text, plain }) = fields.next() else { return false };
+        (plain && text == "*") || values.contains(&text.as_str())
+    };
+    let port = wanted.port.to_string();
+    if fits(wanted.hosts) && fits(&[&port]) && fits(&[wanted.database]) && fits(&[wanted.user]) {
+        fields.next().map(|field| field.text).filter(|password| !password.is_empty())
+    } else {
+        None
+    }
+}
+
+/// What stands between two colons.
+struct Field {
+    text: String,
+    /// Nothing in it was escaped, so that `*` is the wildcard.
+    plain: bool,
+}
+
+struct Fields<'a> {
+    rest: Option<&'a str>,
+}
+
+impl Iterator for Fields<'_> {
+    type Item = Field;
+
+    fn next(&mut self) -> Option<Field> {
+        let mut field = Field { text: String::new(), plain: true };
+        let mut characters = self.rest.take()?.chars();
+        while let Some(c) = characters.next() {
+            match c {
+                ':' => {
+                    self.rest = Some(characters.as_str());
+                    return Some(field);
+                }
+                '\\' => {
+                    field.plain = false;
+                    field.text.extend(characters.next());
+                }
+                c => field.text.push(c),
+            }
+        }
+        Some(field)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WANTED: Wanted<'_> = Wanted { hosts: &["db1", "localhost"], port: 5433, database: "app", user: "ada" };
+
+    #[test]
+    fn lines() {
+        let check = |line: &str, expected: Option<&str>| {
+            assert_eq!(password_of(line, WANTED).as_deref(), expected, "{line}");
+        };
+        check("db1:5433:app:ada:secret", Some("secret"));
+        check("localhost:5433:app:ada:secret", Some("secret"));
+        check("*:*:*:*:secret", Some("secret"));
+        check("db1:5433:app:ada:", None);
+        check("db1:5433:app:ada", None);
+        check("db2:5433:app:ada:secret", None);
+        check("db1:5432:app:ada:secret", None);
+        check("db1:5433:other:ada:secret", None);
+        check("db1:5433:app:bob:secret", None);
+        check(r"d\b1:5433:app:ada:se\:cr\\et", Some(r"se:cr\et"));
+        check(r"\*:5433:app:ada:secret", None);
+        check("db1:5433:app:ada:secret:more", Some("secret"));
+        check("# db1:5433:app:ada:secret", None);
+        check("#*:*:*:*:secret", None);
+        check("", None);
+        check("db1:5433:app:ada:pass wörd ", Some("pass wörd "));
+    }
+
+    #[tokio::test]
+    async fn the_first_line_that_fits_and_only_from_a_private_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "db2:*:*:*:other\ndb1:*:*:ada:first\n*:*:*:*:second\n").unwrap();
+        let passfile = Passfile::new(file.path().to_owned());
+        let set_mode = |mode| std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+        set_mode(0o600);
+        assert_eq!(passfile.password(WANTED).await.unwrap().0, "first");
+        for open in [0o640, 0o604, 0o660] {
+            set_mode(open);
+            assert!(passfile.password(WANTED).await.is_none(), "{open:o}");
+        }
+        let missing = Passfile::new(file.path().with_extension("missing"));
+        assert!(missing.password(WANTED).await.is_none());
+        let directory = Passfile::new(std::env::temp_dir());
+        assert!(directory.password(WANTED).await.is_none());
+    }
+}

@@ -1,0 +1,256 @@
+//! What comes out of the slot, in order, to entries of the change log.
+//!
+//! Without I/O: the session feeds it with events, and so does a test. It drops what was received before, counts what idle
+//! progress means, and puts breaks that were found by a check into their place in the stream.
+
+use crate::assembler::{self, Assembler};
+use crate::changelog::Entry;
+use crate::lsn::{CommitTime, Lsn, Position, Xid8};
+use crate::transaction::{Break, BreakReason, Header};
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// What the replication driver hands on.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// pgoutput's Begin.
+    Begin {
+        /// Commit LSN (`final_lsn`).
+        commit: Lsn,
+        /// The lower half of the transaction id.
+        xid: u32,
+        /// When it committed.
+        commit_time: CommitTime,
+    },
+    /// Any other pgoutput message.
+    Change(Bytes),
+    /// A transactional logical message.
+    Message {
+        /// Whose.
+        prefix: String,
+        /// Its contents.
+        content: Bytes,
+    },
+    /// pgoutput's Commit.
+    Commit {
+        /// Commit LSN.
+        commit: Lsn,
+        /// End LSN.
+        end: Lsn,
+    },
+    /// The server has sent everything up to here.
+    KeepAlive {
+        /// Its position.
+        wal_end: Lsn,
+    },
+}
+
+/// A break that a check found, waiting for the stream to get to its end.
+#[derive(Clone, Debug)]
+struct PendingBreak {
+    gap: Break,
+    /// What was found, to be recorded with it.
+    then: Vec<Entry>,
+}
+
+/// See the module. Belongs to one session.
+#[derive(Debug)]
+pub struct Intake {
+    assembler: Assembler,
+    /// Everything up to this end LSN was handed on.
+    received: Lsn,
+    /// Transactions are widened from here.
+    xid: Xid8,
+    /// The open transaction was handed on before.
+    skipping: bool,
+    /// How far an idle server has got, beyond `received`.
+    idle: Option<Lsn>,
+    pending: Option<PendingBreak>,
+    out: VecDeque<Entry>,
+}
+
+impl Intake {
+    /// For a session that starts after `received`; `xid` is the server's next transaction id at the time.
+    pub fn new(assembler: Assembler, received: Lsn, xid: Xid8) -> Self {
+        Self { assembler, received, xid, skipping: false, idle: None, pending: None, out: VecDeque::new() }
+    }
+
+    /// Everything up to this end LSN has been turned into entries.
+    pub const fn received(&self) -> Lsn {
+        self.received
+    }
+
+    /// Whether a break waits for the stream to reach its end.
+    pub const fn has_pending_break(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// History is not known to be continuous between `from` and `to` (which is ahead of everything received): a break will
+    /// follow once the stream is there, and then `then`.
+    pub fn interrupt(&mut self, from: Lsn, to: Lsn, reason: BreakReason, then: Vec<Entry>) {
+        let from = Position::at(from.min(self.received));
+        self.pending = Some(match self.pending.take() {
+            // One break covers both.
+            Some(earlier) => PendingBreak {
+                gap: Break { from: earlier.gap.from.min(from), to: Position::at(to), ..earlier.gap },
+                then: earlier.then.into_iter().chain(then).collect(),
+            },
+            None => PendingBreak { gap: Break { tenant: None, from, to: Position::at(to), reason }, then },
+        });
+    }
+
+    /// Takes one event. What comes of it is in [`Intake::pop`].
+    ///
+    /// # Errors
+    /// Where the stream cannot be read on; lasting.
+    pub fn take(&mut self, event: Event) -> Result<(), assembler::Error> {
+        match event {
+            Event::Begin { commit, xid, commit_time } => {
+                // A break ends before the first transaction that is not in it.
+                self.break_up_to(commit);
+                self.xid = self.xid.widen(xid);
+                self.skipping = commit < self.received;
+                self.assembler.begin(Header { commit, xid: self.xid, commit_time })?;
+            }
+            Event::Change(bytes) => {
+                if let Some(staged) = self.assembler.change(&bytes)?
+                    && !self.skipping
+                {
+                    self.out.push_back(Entry::Staged(Arc::new(staged)));
+                }
+            }
+            Event::Message { prefix, content } => self.assembler.logical_message(&prefix, &content),
+            Event::Commit { commit, end } => {
+                let transaction = self.assembler.commit(commit, end)?;
+                if !self.skipping {
+                    self.received = end;
+                    self.out.push_back(Entry::Transaction(Arc::new(transaction)));
+                }
+                self.skipping = false;
+            }
+            Event::KeepAlive { wal_end } => {
+                if !self.assembler.in_transaction() && wal_end > self.received {
+                    self.idle = Some(wal_end);
+                }
+            }
+        }
+        self.idle = self.idle.filter(|idle| *idle > self.received);
+        Ok(())
+    }
+
+    /// The next entry to deliver.
+    pub fn pop(&mut self) -> Option<Entry> {
+        self.out.pop_front()
+    }
+
+    /// Whether the server is ahead of what was received, without anything for us in between.
+    pub fn is_idle_ahead(&self) -> bool {
+        self.idle.is_some() && !self.assembler.in_transaction()
+    }
+
+    /// Turns idle progress into an entry. To be called at most once a second.
+    pub fn advance(&mut self) {
+        if self.assembler.in_transaction() {
+            return;
+        }
+        if let Some(idle) = self.idle.take() {
+            self.break_up_to(idle);
+            self.received = self.received.max(idle);
+            self.out.push_back(Entry::Progress(idle));
+        }
+    }
+
+    fn break_up_to(&mut self, lsn: Lsn) {
+        if let Some(pending) = self.pending.take_if(|pending| pending.gap.to <= Position::at(lsn)) {
+            self.received = self.received.max(pending.gap.to.lsn);
+            self.out.push_back(Entry::Break(pending.gap));
+            self.out.extend(pending.then);
+        }
+    }
+
+    /// Queues an entry behind what was received so far.
+    pub fn record(&mut self, entry: Entry) {
+        self.out.push_back(entry);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::assembler::{Limits, OnUndecodable};
+    use crate::mapping::{Mapping, Spec};
+
+    fn intake(received: u64) -> Intake {
+        let spec: Spec = config::Config::builder()
+            .add_source(config::File::from_str(crate::mapping::TUPLES_PRESET, config::FileFormat::Yaml))
+            .build()
+            .and_then(config::Config::try_deserialize)
+            .unwrap();
+        let limits = Limits { message_bytes: 1 << 20, change_bytes: 4 << 20, stage_bytes: 4 << 20 };
+        let assembler = Assembler::new(Arc::new(Mapping::new(spec).unwrap()), limits, OnUndecodable::Break);
+        Intake::new(assembler, Lsn(received), Xid8(1000))
+    }
+
+    fn transaction(intake: &mut Intake, commit: u64) {
+        let commit = Lsn(commit);
+        intake.take(Event::Begin { commit, xid: 1001, commit_time: CommitTime(0) }).unwrap();
+        intake.take(Event::KeepAlive { wal_end: Lsn(commit.0 + 5) }).unwrap();
+        intake.take(Event::Commit { commit, end: Lsn(commit.0 + 10) }).unwrap();
+    }
+
+    fn out(intake: &mut Intake) -> Vec<String> {
+        std::iter::from_fn(|| intake.pop())
+            .map(|entry| match entry {
+                Entry::Transaction(t) => format!("transaction {}", t.end.0),
+                Entry::Progress(lsn) => format!("progress {}", lsn.0),
+                Entry::Break(gap) => format!("break {}..{}", gap.from.lsn.0, gap.to.lsn.0),
+                Entry::Verified(_) => "verified".into(),
+                Entry::Mapping(_) => "mapping".into(),
+                other => format!("{other:?}"),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_was_received_is_dropped() {
+        let mut intake = intake(300);
+        transaction(&mut intake, 280);
+        assert!(out(&mut intake).is_empty());
+        // Its commit LSN is the end LSN that was received last.
+        transaction(&mut intake, 300);
+        assert_eq!(out(&mut intake), ["transaction 310"]);
+        assert_eq!(intake.received(), Lsn(310));
+    }
+
+    #[test]
+    fn idle_progress_only_outside_transactions_and_forward() {
+        let mut intake = intake(300);
+        intake.take(Event::Begin { commit: Lsn(400), xid: 1, commit_time: CommitTime(0) }).unwrap();
+        intake.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
+        assert!(!intake.is_idle_ahead());
+        intake.take(Event::Commit { commit: Lsn(400), end: Lsn(410) }).unwrap();
+        intake.take(Event::KeepAlive { wal_end: Lsn(405) }).unwrap();
+        assert!(!intake.is_idle_ahead());
+        intake.take(Event::KeepAlive { wal_end: Lsn(600) }).unwrap();
+        assert!(intake.is_idle_ahead());
+        intake.advance();
+        intake.advance();
+        assert_eq!(out(&mut intake), ["transaction 410", "progress 600"]);
+    }
+
+    #[test]
+    fn a_break_stands_before_the_first_transaction_that_is_not_in_it() {
+        let mut intake = intake(300);
+        intake.interrupt(Lsn(250), Lsn(420), BreakReason::MappingChanged, vec![Entry::Mapping([0; 32])]);
+        transaction(&mut intake, 400);
+        transaction(&mut intake, 420);
+        assert_eq!(out(&mut intake), ["transaction 410", "break 250..420", "mapping", "transaction 430"]);
+        intake.interrupt(Lsn(425), Lsn(500), BreakReason::MappingChanged, vec![]);
+        intake.take(Event::KeepAlive { wal_end: Lsn(490) }).unwrap();
+        intake.advance();
+        intake.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
+        intake.advance();
+        assert_eq!(out(&mut intake), ["progress 490", "break 425..500", "progress 500"]);
+    }
+}

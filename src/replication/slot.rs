@@ -1,0 +1,146 @@
+//! The replication slot: what it is like, and making one.
+//!
+//! Making a slot waits until every transaction that was open at the start of it has ended, of the whole cluster. That can
+//! take as long as somebody's forgotten `BEGIN`, so whoever waits is told for whom.
+
+use serde::Deserialize;
+use std::fmt;
+use std::time::{Duration, Instant};
+use tokio_postgres::Client;
+use tokio_postgres::types::{PgLsn, Type};
+
+use super::catalog::Document;
+use super::connection::Connection;
+use crate::lsn::Lsn;
+
+/// Short waits are normal, and not worth a word.
+const TELL_EVERY: Duration = Duration::from_secs(3);
+/// Transactions that are named; more would not help whoever reads it.
+const BLOCKERS_MAX: i64 = 5;
+
+/// A row of `pg_replication_slots`. Columns that this version of PostgreSQL does not have are as if nothing were wrong.
+#[derive(Debug, Deserialize)]
+pub(super) struct Slot {
+    pub(super) plugin: Option<String>,
+    pub(super) slot_type: String,
+    pub(super) database: Option<String>,
+    pub(super) active_pid: Option<i32>,
+    pub(super) wal_status: Option<String>,
+    /// How much may still be written before the slot is lost. None: there is no limit.
+    pub(super) safe_wal_size: Option<i64>,
+    #[serde(default)]
+    pub(super) two_phase: bool,
+    /// From version 16 on.
+    #[serde(default)]
+    pub(super) conflicting: Option<bool>,
+    /// From version 17 on.
+    #[serde(default)]
+    pub(super) invalidation_reason: Option<String>,
+}
+
+impl Slot {
+    pub(super) async fn read(client: &Client, name: &str) -> Result<Option<Self>, tokio_postgres::Error> {
+        let sql = "SELECT row_to_json(slot) FROM pg_catalog.pg_replication_slots AS slot WHERE slot_name::text = $1";
+        let row = client.query_typed_opt(sql, &[(&name, Type::TEXT)]).await?;
+        row.map(|row| row.try_get::<_, Document<Self>>(0).map(|document| document.0)).transpose()
+    }
+
+    /// Why nothing can be read from it any more.
+    pub(super) fn loss(&self) -> Option<String> {
+        if let Some(reason) = &self.invalidation_reason {
+            return Some(reason.clone());
+        }
+        if self.conflicting == Some(true) {
+            return Some("it conflicted with recovery".to_owned());
+        }
+        (self.wal_status.as_deref() == Some("lost")).then(|| "WAL that it needs has been removed".to_owned())
+    }
+}
+
+/// What a slot in the making waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// Since when.
+    pub elapsed: Duration,
+    /// Those that hold it up, each in words. Empty if they ended just now.
+    pub transactions: Vec<String>,
+}
+
+impl fmt::Display for Waiting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "waiting for transactions older than the new replication slot, {} s so far", self.elapsed.as_secs())?;
+        if !self.transactions.is_empty() {
+            write!(f, ": {}", self.transactions.join("; "))?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes the slot and returns its consistent point: it streams every transaction that commits at or after it. The
+/// publication must be there already.
+///
+/// `told` is called every few seconds for as long as older transactions are open. There is no limit: it is for whoever is
+/// told to end them, or to drop this future. Then the server notices within seconds that nobody is left, and there is no
+/// slot.
+///
+/// # Errors
+/// Of PostgreSQL: 42710 if there is a slot of that name, 53400 if there are too many, 55000 if `wal_level` is wrong, 42501
+/// if the role has no REPLICATION.
+pub async fn create_slot(
+    connection: &Connection,
+    name: &str,
+    told: &mut (dyn FnMut(&Waiting) + Send),
+) -> Result<Lsn, tokio_postgres::Error> {
+    let client = &connection.client;
+    let pid: i32 = client.query_typed_one("SELECT pg_backend_pid()", &[]).await?.try_get(0)?;
+    // Waiting is not a statement that hangs, and not a lock that somebody should give way to.
+    client.batch_execute("SET statement_timeout = 0; SET lock_timeout = 0").await?;
+    // Not to be had on every system that PostgreSQL runs on; then an abandoned wait goes on.
+    let unavailable = client.batch_execute("SET client_connection_check_interval = '1s'").await.is_err();
+    tracing::debug!(unavailable, "asked the server to notice when a client that waits has gone");
+
+    let started = Instant::now();
+    let sql = "SELECT lsn FROM pg_catalog.pg_create_logical_replication_slot($1, 'pgoutput')";
+    let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 1] = [(&name, Type::NAME)];
+    let mut creation = std::pin::pin!(client.query_typed_one(sql, &parameters));
+    // A second connection, made only if there is something to tell.
+    let mut observer: Option<Connection> = None;
+    let created = loop {
+        if let Ok(created) = tokio::time::timeout(TELL_EVERY, &mut creation).await {
+            break created;
+        }
+        if observer.as_ref().is_none_or(Connection::is_closed) {
+            observer = connection.endpoint().connect().await.ok();
+        }
+        let transactions = match &observer {
+            Some(observer) => blockers(&observer.client, pid).await.unwrap_or_default(),
+            None => Vec::new(),
+        };
+        told(&Waiting { elapsed: started.elapsed(), transactions });
+    };
+    let reset = "RESET statement_timeout; RESET lock_timeout; RESET client_connection_check_interval";
+    let reset = client.batch_execute(reset).await;
+    let consistent_point: PgLsn = created?.try_get(0)?;
+    reset.map(|()| Lsn(consistent_point.into()))
+}
+
+/// The oldest transactions that have written (or may have: they have an id), which is what a slot waits for.
+///
+/// The ids are visible to every role; what else `pg_stat_activity` says of strangers, only to members of
+/// `pg_read_all_stats`.
+async fn blockers(client: &Client, waiting_pid: i32) -> Result<Vec<String>, tokio_postgres::Error> {
+    let sql = "
+        SELECT concat(
+                   'transaction ', xid, ' of process ', pid, ' (', concat_ws(', ', 'user ' || usename,
+                   'database ' || datname, NULLIF(application_name, ''), state, 'open since ' || xact_start), ')')
+          FROM (SELECT backend_xid AS xid, pid, usename, datname, application_name, state, xact_start
+                  FROM pg_catalog.pg_stat_activity
+                 WHERE backend_xid IS NOT NULL AND pid <> $1
+                 ORDER BY age(backend_xid) DESC LIMIT $2) AS open
+        UNION ALL
+        SELECT concat('prepared transaction ', quote_literal(gid), ' (user ', owner, ', database ', database,
+                      ', since ', prepared, ': COMMIT PREPARED or ROLLBACK PREPARED ends it)')
+          FROM (SELECT * FROM pg_catalog.pg_prepared_xacts ORDER BY age(transaction) DESC LIMIT $2) AS prepared";
+    let rows = client.query_typed(sql, &[(&waiting_pid, Type::INT4), (&BLOCKERS_MAX, Type::INT8)]).await?;
+    rows.iter().map(|row| row.try_get(0)).collect()
+}

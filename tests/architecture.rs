@@ -1,0 +1,164 @@
+//! Holds the dependency rules of ARCHITECTURE.md: reads every path that a module names, and says which it may.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Pure: no tokio, I/O, clock or logging.
+const CORE: [&str; 8] = ["lsn", "timeline", "change", "transaction", "snap_token", "pgoutput", "mapping", "assembler"];
+
+/// What each module may name of `crate`, beside itself.
+fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
+    let core_and = |more: &[&'static str]| [&CORE[..], more].concat();
+    BTreeMap::from([
+        ("lsn", vec![]),
+        ("timeline", vec!["lsn"]),
+        ("change", vec![]),
+        ("snap_token", vec!["lsn"]),
+        ("transaction", vec!["change", "lsn", "snap_token"]),
+        ("pgoutput", vec![]),
+        ("mapping", vec!["change", "pgoutput"]),
+        ("assembler", vec!["change", "lsn", "mapping", "pgoutput", "snap_token", "transaction"]),
+        ("changelog", core_and(&[])),
+        ("hub", core_and(&["changelog"])),
+        ("replication", core_and(&["changelog"])),
+        ("config", vec![]),
+        ("telemetry", vec!["config"]),
+        ("dev_postgres", vec![]),
+        ("grpc", core_and(&["hub", "config"])),
+        ("app", core_and(&["changelog", "hub", "replication", "grpc", "config"])),
+        ("cli", core_and(&["app", "replication", "grpc", "config", "telemetry", "dev_postgres"])),
+        ("lib", vec![]),
+        ("main", vec![]),
+    ])
+}
+
+/// Crates that only some modules may name.
+const CONFINED: [(&str, &[&str]); 7] = [
+    ("pgwire_replication", &["replication"]),
+    ("tokio_postgres", &["replication", "app", "cli"]),
+    ("fjall", &["changelog"]),
+    ("tonic", &["grpc", "app", "cli"]),
+    ("clap", &["cli", "main"]),
+    ("anyhow", &["app", "cli", "main"]),
+    ("tracing_subscriber", &["telemetry"]),
+];
+
+/// What the core may not name.
+const IMPURE: [&str; 11] = [
+    "tokio",
+    "tracing",
+    "std::fs",
+    "std::net",
+    "std::io",
+    "std::env",
+    "std::process",
+    "std::thread",
+    "Instant::now",
+    "SystemTime::now",
+    "fastrand",
+];
+
+fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// The top-level module that a file belongs to.
+fn module(root: &Path, path: &Path) -> String {
+    let first = path.strip_prefix(root).unwrap().components().next().unwrap();
+    first.as_os_str().to_str().unwrap().trim_end_matches(".rs").to_owned()
+}
+
+/// Code without comments and tests.
+fn code(path: &Path) -> String {
+    let is_test =
+        path.file_stem().is_some_and(|stem| ["tests", "model", "conformance"].iter().any(|name| stem == *name));
+    if is_test {
+        return String::new();
+    }
+    let text = std::fs::read_to_string(path).unwrap();
+    let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+    text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+}
+
+/// Whether `name` stands in the code as a word of its own that begins a path.
+fn names(code: &str, name: &str) -> bool {
+    code.match_indices(name).any(|(at, _)| {
+        let word = |c: char| c.is_alphanumeric() || c == '_';
+        let before = code[..at].chars().next_back();
+        let after = code[at + name.len()..].chars().next();
+        !before.is_some_and(|c| word(c) || c == '"' || c == '.') && !after.is_some_and(word)
+    })
+}
+
+/// The modules named as `crate::module`, also in braces.
+fn crate_modules(code: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for (at, _) in code.match_indices("crate::") {
+        let before = code[..at].chars().next_back();
+        if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '$') {
+            continue;
+        }
+        let rest = &code[at + "crate::".len()..];
+        let list = rest.strip_prefix('{').map_or(rest, |inner| inner.split(';').next().unwrap());
+        let first =
+            |path: &str| path.trim().split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap().to_owned();
+        if rest.starts_with('{') {
+            found.extend(list.split(',').map(first));
+        } else {
+            found.insert(first(list));
+        }
+    }
+    found
+}
+
+#[test]
+fn modules_keep_to_their_layers() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut paths = Vec::new();
+    sources(&root, &mut paths);
+    assert!(paths.len() > 20, "the sources were not found");
+    let allowed = allowed();
+    let mut wrong = Vec::new();
+    for path in paths {
+        let module = module(&root, &path);
+        let code = code(&path);
+        let shown = path.strip_prefix(&root).unwrap().display().to_string();
+        let Some(may) = allowed.get(module.as_str()) else {
+            wrong.push(format!("{shown}: module '{module}' is in no layer: give it one in tests/architecture.rs"));
+            continue;
+        };
+        for used in crate_modules(&code) {
+            if used != module && !may.contains(&used.as_str()) {
+                wrong.push(format!("{shown} names crate::{used}"));
+            }
+        }
+        for (confined, homes) in CONFINED {
+            if names(&code, confined) && !homes.contains(&module.as_str()) {
+                wrong.push(format!("{shown} names {confined}"));
+            }
+        }
+        if CORE.contains(&module.as_str()) {
+            for impure in IMPURE {
+                if names(&code, impure) {
+                    wrong.push(format!("{shown} is pure and names {impure}"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "dependency rules are broken:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_reader_sees_what_it_should() {
+    let code = "use crate::{hub::Hub, lsn};\nlet x = crate::config::load(); tokio::spawn(x); my_tokio; $crate::no";
+    assert_eq!(crate_modules(code), ["config", "hub", "lsn"].map(String::from).into());
+    assert!(names(code, "tokio"));
+    assert!(!names("my_tokio tokios \"tokio", "tokio"));
+}

@@ -1,0 +1,36 @@
+//! tuplewatch against real PostgreSQL: clusters that the tests start, and the program itself as a process.
+//!
+//! - `support`: a cluster, a server, a subscriber, writers, and an independent reading of what was committed.
+//! - `scenarios`: a file for each hazard.
+//!
+//! Every test has a cluster of its own: a slot's creation waits for all transactions of its cluster, and half of the tests
+//! stop theirs. `TUPLEWATCH_PG_BIN` chooses the PostgreSQL; where there is none, every test fails and says so.
+//! `TUPLEWATCH_SEED` repeats the random choices of a run that failed (not the scheduling of processes).
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    reason = "a test fails where it expected something, and tells what led to it"
+)]
+
+mod support {
+    pub(crate) mod change;
+    pub(crate) mod postgres;
+    pub(crate) mod reference;
+    pub(crate) mod server;
+    pub(crate) mod sql;
+    pub(crate) mod stream;
+    pub(crate) mod wait;
+    pub(crate) mod writer;
+}
+
+mod scenarios {
+    mod lifecycle;
+    mod long_transaction;
+    mod oracle;
+    mod timestamps;
+    mod tokens;
+    mod visibility;
+}

@@ -1,0 +1,258 @@
+//! Starting, stopping, and what the other side does meanwhile: restarts, TRUNCATE, rows that do not decode.
+
+use crate::support::change::Change;
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use crate::support::sql::Sql;
+use crate::support::stream::{changes, metadata, reason};
+use crate::support::wait::{eventually, within};
+use crate::support::writer::{Habits, Writers, add_tenants, seed};
+use std::time::{Duration, Instant};
+use tokio_stream::StreamExt as _;
+use tonic::Code;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+use tuplewatch::dev_postgres::StopMode;
+use tuplewatch::snap_token::SnapToken;
+
+fn created(id: &str) -> Change {
+    Change::create(Change::viewer(id))
+}
+
+async fn confirmed_reaches(sql: &Sql, lsn: &str) -> bool {
+    sql.is_true(&format!(
+        "(SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 'tuplewatch') >= '{lsn}'"
+    ))
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sigterm_ends_streams_and_acknowledges_what_was_delivered() {
+    let postgres = Postgres::start().await;
+    let mut server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    add_tenants(&sql).await;
+    let mut stream = server.watch("t1", "").await;
+    // One that nobody reads must not hold up the others.
+    let _unread = server.watch("t1", "").await;
+    let writers = Writers::start(&postgres.uri(), 4, seed(), Habits::default());
+    let mut messages = Vec::new();
+    while messages.len() < 1000 {
+        messages.push(stream.next().await);
+    }
+    server.terminate().await;
+    let began = Instant::now();
+    let (rest, status) = stream.ending().await;
+    assert_eq!(reason(&status), (Code::Unavailable, "SHUTTING_DOWN".into()));
+    let exit = server.ended().await;
+    assert_eq!(exit.code(), Some(0));
+    // The grace period is 10 s, and the last acknowledgement has a moment of its own.
+    assert!(began.elapsed() < Duration::from_secs(13), "{:?}", began.elapsed());
+    messages.extend(rest);
+
+    let last = messages.pop().unwrap().token;
+    let SnapToken::Position { position, .. } = last.parse().unwrap() else { panic!("a position token") };
+    assert!(confirmed_reaches(&sql, &position.lsn.to_string()).await, "what was delivered is acknowledged: {position}");
+
+    writers.stop().await;
+    sql.insert("t1", "end").await;
+    let state_before: Vec<Change> = changes(&messages);
+    server.start().await;
+    let resumed = server.watch("t1", &last).await.up_to(&created("end")).await;
+    // All of it, once: it adds up, and every change changes something.
+    let all_but_popped = server.watch("t1", &messages.last().unwrap().token).await.up_to(&created("end")).await;
+    let mut state = std::collections::BTreeSet::new();
+    for change in state_before.iter().chain(&changes(&all_but_popped)) {
+        assert!(change.apply(&mut state), "{change:?} came twice");
+    }
+    assert_eq!(state, sql.facts("t1").await);
+    assert!(changes(&all_but_popped).ends_with(&changes(&resumed)));
+}
+
+#[tokio::test]
+async fn health_follows_the_slot() {
+    use ServingStatus::{NotServing, Serving};
+    let mut postgres = Postgres::start().await;
+    let mut server = Server::prepare(&postgres, &[]).await;
+    postgres.stop(StopMode::Fast).await;
+    server.start().await;
+    assert_eq!(server.health("").await, Ok(NotServing));
+    assert_eq!(server.health("base.v1.Watch").await, Ok(NotServing));
+    assert_eq!(server.health("another.Service").await, Err(Code::NotFound));
+    let status = server.try_watch("t1", "").await.err().expect("no PostgreSQL");
+    assert_eq!(reason(&status), (Code::Unavailable, "POSTGRES_UNREACHABLE".into()));
+
+    for mode in [StopMode::Fast, StopMode::Immediate] {
+        postgres.start_again().await;
+        server.serving().await;
+        assert_eq!(server.health("base.v1.Watch").await, Ok(Serving));
+        postgres.stop(mode).await;
+        eventually("health is NOT_SERVING", async || server.health("").await == Ok(NotServing)).await;
+        assert_eq!(server.health("base.v1.Watch").await, Ok(NotServing));
+    }
+}
+
+#[tokio::test]
+async fn reflection_lists_what_is_served() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let request = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut client = ServerReflectionClient::new(server.channel().await);
+    let mut responses = client.server_reflection_info(tokio_stream::once(request)).await.unwrap().into_inner();
+    let response = within("the answer", responses.next()).await.unwrap().unwrap();
+    let Some(MessageResponse::ListServicesResponse(list)) = response.message_response else { panic!("{response:?}") };
+    let names: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
+    for name in ["base.v1.Watch", "grpc.health.v1.Health"] {
+        assert!(names.contains(&name), "{names:?}");
+    }
+}
+
+/// Nothing of what is watched changes, and the slot still does not keep the WAL of everything else.
+#[tokio::test]
+async fn idle_progress_is_acknowledged() {
+    let postgres = Postgres::start().await;
+    let mut server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    let token = stream.expect(created("before")).await.token;
+    sql.run("CREATE TABLE busy (n int)").await;
+    for _ in 0..3 {
+        sql.run("INSERT INTO busy SELECT generate_series(1, 10000)").await;
+        let lsn = sql.value("SELECT pg_current_wal_flush_lsn()").await;
+        eventually("the slot advances", async || confirmed_reaches(&sql, &lsn).await).await;
+    }
+    // And a token from before still gives what comes now, also to a new process.
+    server.kill_9().await;
+    server.start().await;
+    sql.insert("t1", "after").await;
+    server.watch("t1", &token).await.expect(created("after")).await;
+}
+
+/// Streams stay open while PostgreSQL restarts, and nobody is sent anything twice.
+#[tokio::test]
+async fn streams_outlive_restarts_of_postgres() {
+    let mut postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let mut stream = server.watch("t1", "").await;
+    for (n, mode) in [StopMode::Fast, StopMode::Immediate, StopMode::Fast].into_iter().enumerate() {
+        let sql = postgres.sql().await;
+        for id in ["a", "b", "c"].map(|id| format!("{id}{n}")) {
+            sql.insert("t1", &id).await;
+        }
+        // Delivered before, or not yet.
+        if n % 2 == 0 {
+            for id in ["a", "b", "c"].map(|id| format!("{id}{n}")) {
+                stream.expect(created(&id)).await;
+            }
+        }
+        drop(sql);
+        let took = postgres.stop(mode).await;
+        // A walsender that waits for us would hold it up for as long as its timeout.
+        assert!(took < Duration::from_secs(10), "{mode:?} shutdown took {took:?} with an open stream");
+        postgres.start_again().await;
+        if n % 2 == 1 {
+            for id in ["a", "b", "c"].map(|id| format!("{id}{n}")) {
+                stream.expect(created(&id)).await;
+            }
+        }
+    }
+    let sql = postgres.sql().await;
+    sql.insert("t1", "last").await;
+    stream.expect(created("last")).await;
+    assert!(!server.has_said("panicked"));
+}
+
+#[tokio::test]
+async fn truncate_is_a_break_for_everybody() {
+    let postgres = Postgres::start().await;
+    let mut server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    add_tenants(&sql).await;
+    let mut streams = [server.watch("t1", "").await, server.watch("t2", "").await];
+    let mut tokens = Vec::new();
+    for (stream, tenant) in streams.iter_mut().zip(["t1", "t2"]) {
+        sql.insert(tenant, "before").await;
+        tokens.push(stream.expect(created("before")).await.token);
+        sql.insert(tenant, "between").await;
+    }
+    sql.run("BEGIN").await;
+    sql.insert("t1", "inside").await;
+    sql.run("TRUNCATE tuplewatch.relation_tuples, tuplewatch.attributes").await;
+    sql.insert("t1", "beneath").await;
+    sql.run("COMMIT").await;
+    sql.insert("t1", "after").await;
+    sql.insert("t2", "after").await;
+
+    let expected = [vec![created("between"), created("inside")], vec![created("between")]];
+    for how in ["live", "resumed", "by another process"] {
+        for ((stream, tenant), expected) in streams.iter_mut().zip(["t1", "t2"]).zip(&expected) {
+            let (messages, status) = stream.ending().await;
+            assert_eq!(&changes(&messages), expected, "{how}: {tenant} has what was before");
+            assert_eq!(reason(&status), (Code::Aborted, "TRUNCATE".into()));
+            assert!(status.message().contains("tuplewatch.relation_tuples"), "{}", status.message());
+            let next = metadata(&status, "next_snap_token");
+            server.watch(tenant, &next).await.expect(created("after")).await;
+            // The last token before it leads to it too.
+            let last = &messages.last().unwrap().token;
+            let (messages, status) = server.watch(tenant, last).await.ending().await;
+            assert_eq!((changes(&messages), status.code()), (vec![], Code::Aborted));
+        }
+        if how == "resumed" {
+            server.kill_9().await;
+            server.start().await;
+            server.serving().await;
+        }
+        streams = [server.watch("t1", &tokens[0]).await, server.watch("t2", &tokens[1]).await];
+    }
+}
+
+#[tokio::test]
+async fn a_row_that_does_not_decode_is_a_break_for_its_tenant_alone() {
+    let postgres = Postgres::start().await;
+    let mut server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    add_tenants(&sql).await;
+    sql.run("ALTER TABLE tuplewatch.attributes DROP CONSTRAINT attributes_value_form").await;
+    let (mut harmed, mut other) = (server.watch("t1", "").await, server.watch("t2", "").await);
+    sql.insert("t1", "before").await;
+    let token = harmed.expect(created("before")).await.token;
+
+    sql.run("BEGIN").await;
+    sql.insert("t1", "inside").await;
+    sql.insert("t2", "inside").await;
+    sql.run(
+        r#"INSERT INTO tuplewatch.attributes VALUES ('t1', 'document', 'd', 'secret', '{"@type": "other.Value"}')"#,
+    )
+    .await;
+    sql.insert("t1", "beneath").await;
+    sql.run("COMMIT").await;
+    sql.insert("t1", "after").await;
+    sql.insert("t2", "after").await;
+
+    for process in 0..2 {
+        let (messages, status) = harmed.ending().await;
+        assert_eq!(changes(&messages), [created("inside")]);
+        assert_eq!(reason(&status), (Code::Aborted, "UNDECODABLE_ROW".into()));
+        assert!(status.message().contains("tuplewatch.attributes"), "{}", status.message());
+        assert!(!status.message().contains("secret"), "no values in messages: {}", status.message());
+        let next = metadata(&status, "next_snap_token");
+        server.watch("t1", &next).await.expect(created("after")).await;
+        if process == 0 {
+            other.expect(created("inside")).await;
+            other.expect(created("after")).await;
+            server.kill_9().await;
+            server.start().await;
+            server.serving().await;
+            harmed = server.watch("t1", &token).await;
+        }
+    }
+    let lsn = sql.value("SELECT pg_current_wal_flush_lsn()").await;
+    eventually("acknowledgement goes on", async || confirmed_reaches(&sql, &lsn).await).await;
+}

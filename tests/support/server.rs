@@ -1,0 +1,177 @@
+//! tuplewatch itself, as a process.
+
+use super::postgres::Postgres;
+use super::stream::Stream;
+use super::wait::{eventually, within};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::sync::watch;
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+/// One node: a slot, a log directory, and a process that comes and goes. Killed when dropped.
+pub(crate) struct Server {
+    flags: Vec<String>,
+    directory: TempDir,
+    process: Option<Child>,
+    /// Chosen by the first process, and kept by the later ones.
+    address: Option<SocketAddr>,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+/// The program, with nothing of our environment that configures it.
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tuplewatch"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("TUPLEWATCH_") {
+            command.env_remove(name);
+        }
+    }
+    command.kill_on_drop(true).stdin(Stdio::null());
+    command
+}
+
+impl Server {
+    /// Prepares the database, and makes ready a node with the slot `tuplewatch`. `flags` are pairs of a flag and its value.
+    pub(crate) async fn prepare(postgres: &Postgres, flags: &[(&str, &str)]) -> Self {
+        Self::prepare_slot(&postgres.uri(), "tuplewatch", flags).await
+    }
+
+    pub(crate) async fn prepare_slot(uri: &str, slot: &str, flags: &[(&str, &str)]) -> Self {
+        let mut all = vec![("--database-uri", uri), ("--replication-slot", slot)];
+        all.extend(flags);
+        let flags: Vec<String> =
+            all.iter().flat_map(|(flag, value)| [(*flag).to_owned(), (*value).to_owned()]).collect();
+        let output = within("setup", program().arg("setup").args(&flags).output()).await.unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "setup: {:?} {said}", output.status);
+        let directory = tempfile::tempdir().unwrap();
+        Self { flags, directory, process: None, address: None, log: Arc::default() }
+    }
+
+    /// [`Server::prepare`], [`Server::start`], and wait until the slot streams.
+    pub(crate) async fn serve(postgres: &Postgres, flags: &[(&str, &str)]) -> Self {
+        let mut server = Self::prepare(postgres, flags).await;
+        server.start().await;
+        server.serving().await;
+        server
+    }
+
+    /// Starts the process; returns once it listens.
+    pub(crate) async fn start(&mut self) {
+        assert!(self.process.is_none(), "one process at a time");
+        let port = self.address.map_or(0, |address| address.port()).to_string();
+        let mut command = program();
+        command.arg("serve").args(&self.flags);
+        command.args(["--server-host", "127.0.0.1", "--server-grpc-port", &port, "--logger-format", "json"]);
+        command.args(["--changelog-disk-reserve", "16MiB", "--changelog-path"]).arg(self.changelog());
+        let mut process = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+
+        let (found, mut address) = watch::channel(None);
+        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
+        let log = self.log.clone();
+        log.lock().unwrap().push(format!("--- process {:?}", process.id()));
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = lines.next_line().await {
+                if let Some(address) = listening(&line) {
+                    found.send_replace(Some(address));
+                }
+                log.lock().unwrap().push(line);
+            }
+        });
+        self.process = Some(process);
+        let address = within("the server listens", address.wait_for(Option::is_some)).await;
+        let address = address.map(|address| *address).unwrap_or_else(|_| panic!("the server ended before it listened"));
+        self.address = address;
+    }
+
+    /// Waits until it says that the slot streams.
+    pub(crate) async fn serving(&self) {
+        eventually("health is SERVING", async || self.health("").await == Ok(ServingStatus::Serving)).await;
+    }
+
+    pub(crate) async fn health(&self, service: &str) -> Result<ServingStatus, tonic::Code> {
+        let channel = self.endpoint().connect().await.map_err(|_| tonic::Code::Unavailable)?;
+        let request = HealthCheckRequest { service: service.to_owned() };
+        let response = HealthClient::new(channel).check(request).await.map_err(|status| status.code())?;
+        Ok(response.into_inner().status())
+    }
+
+    /// SIGKILL.
+    pub(crate) async fn kill_9(&mut self) {
+        let mut process = self.process.take().expect("a process to kill");
+        process.kill().await.unwrap();
+    }
+
+    /// SIGTERM. [`Server::ended`] tells what came of it.
+    pub(crate) async fn terminate(&self) {
+        let id = self.process.as_ref().and_then(Child::id).expect("a process to end");
+        let status = Command::new("kill").args(["-TERM", &id.to_string()]).status().await.unwrap();
+        assert!(status.success());
+    }
+
+    /// Waits until the process has ended by itself.
+    pub(crate) async fn ended(&mut self) -> ExitStatus {
+        let mut process = self.process.take().expect("a process that ends");
+        within("the server ends", process.wait()).await.unwrap()
+    }
+
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        let address = self.address.expect("a server that was started");
+        Endpoint::from_shared(format!("http://{address}")).unwrap()
+    }
+
+    pub(crate) async fn channel(&self) -> Channel {
+        self.endpoint().connect().await.unwrap()
+    }
+
+    /// Opens a stream and fails where that does not work.
+    pub(crate) async fn watch(&self, tenant: &str, token: &str) -> Stream {
+        match self.try_watch(tenant, token).await {
+            Ok(stream) => stream,
+            Err(status) => panic!("watch of {tenant} after '{token}': {status:?}"),
+        }
+    }
+
+    /// Opens a stream; returns when the response headers are there, or the refusal is.
+    pub(crate) async fn try_watch(&self, tenant: &str, token: &str) -> Result<Stream, Status> {
+        within("the stream starts or is refused", Stream::open(&self.endpoint(), tenant, token)).await
+    }
+
+    fn changelog(&self) -> std::path::PathBuf {
+        self.directory.path().join("log")
+    }
+
+    /// Whether any line of the log holds this.
+    pub(crate) fn has_said(&self, text: &str) -> bool {
+        self.log.lock().unwrap().iter().any(|line| line.contains(text))
+    }
+
+    #[expect(dead_code, reason = "for whoever looks into a failure")]
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+/// The address in the line that tells it.
+fn listening(line: &str) -> Option<SocketAddr> {
+    let line: serde_json::Value = serde_json::from_str(line).ok()?;
+    let says = line.get("message")?.as_str()?.contains("gRPC is listening");
+    says.then(|| line.get("address")?.as_str()?.parse().ok())?
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the server's log:\n{}", self.log.lock().unwrap().join("\n"));
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! A connection to PostgreSQL.
+
+use super::change::Change;
+use std::collections::BTreeSet;
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+
+/// Fails the test where a statement fails, and reads everything as text.
+pub(crate) struct Sql(Client);
+
+impl std::ops::Deref for Sql {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.0
+    }
+}
+
+impl Sql {
+    pub(crate) async fn connect(uri: &str) -> Self {
+        match Self::try_connect(uri).await {
+            Ok(sql) => sql,
+            Err(error) => panic!("cannot connect to {uri}: {error}"),
+        }
+    }
+
+    pub(crate) async fn try_connect(uri: &str) -> Result<Self, tokio_postgres::Error> {
+        let (client, connection) = tokio_postgres::connect(uri, NoTls).await?;
+        // Ends with the client, or with the server; the next statement tells.
+        tokio::spawn(connection);
+        Ok(Self(client))
+    }
+
+    pub(crate) async fn run(&self, statements: &str) {
+        if let Err(error) = self.0.batch_execute(statements).await {
+            panic!("{statements}: {error} {:?}", error.as_db_error());
+        }
+    }
+
+    /// The rows of the last statement.
+    pub(crate) async fn rows(&self, statement: &str) -> Vec<Vec<String>> {
+        let messages = match self.0.simple_query(statement).await {
+            Ok(messages) => messages,
+            Err(error) => panic!("{statement}: {error} {:?}", error.as_db_error()),
+        };
+        let row = |message| match message {
+            SimpleQueryMessage::Row(row) => {
+                Some((0..row.len()).map(|n| row.get(n).unwrap_or_default().to_owned()).collect())
+            }
+            _ => None,
+        };
+        messages.into_iter().filter_map(row).collect()
+    }
+
+    /// The only value of the only row.
+    pub(crate) async fn value(&self, statement: &str) -> String {
+        let mut rows = self.rows(statement).await;
+        assert_eq!(rows.len(), 1, "{statement}: {rows:?}");
+        rows.remove(0).remove(0)
+    }
+
+    pub(crate) async fn is_true(&self, condition: &str) -> bool {
+        self.value(&format!("SELECT ({condition})::text")).await == "true"
+    }
+
+    /// What holds for a tenant now: the facts of all its rows.
+    pub(crate) async fn facts(&self, tenant: &str) -> BTreeSet<String> {
+        let statement = format!(
+            "SELECT entity_type, entity_id, relation, subject_type, subject_id, subject_relation, '' \
+               FROM tuplewatch.relation_tuples WHERE tenant_id = '{tenant}' UNION ALL \
+             SELECT entity_type, entity_id, '', '', '', attribute, value::text \
+               FROM tuplewatch.attributes WHERE tenant_id = '{tenant}'"
+        );
+        let fact = |row: Vec<String>| {
+            let [entity_type, entity_id, relation, subject_type, subject_id, last, value] =
+                <[String; 7]>::try_from(row).unwrap();
+            if value.is_empty() {
+                Change::tuple(&entity_type, &entity_id, &relation, &subject_type, &subject_id, &last)
+            } else {
+                Change::attribute(&entity_type, &entity_id, &last, &value)
+            }
+        };
+        let rows = self.rows(&statement).await;
+        let count = rows.len();
+        let facts: BTreeSet<String> = rows.into_iter().map(fact).collect();
+        assert_eq!(facts.len(), count, "facts that differ have different texts");
+        facts
+    }
+
+    /// Inserts one tuple `document:{id}#viewer@user:u`, in a transaction of its own.
+    pub(crate) async fn insert(&self, tenant: &str, id: &str) {
+        self.run(&format!(
+            "INSERT INTO tuplewatch.relation_tuples VALUES ('{tenant}', 'document', '{id}', 'viewer', 'user', 'u')"
+        ))
+        .await;
+    }
+}

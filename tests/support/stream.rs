@@ -1,0 +1,115 @@
+//! A subscriber's stream.
+
+use super::change::Change;
+use super::wait::within;
+use prost::Message as _;
+use std::time::Duration;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status, Streaming};
+use tonic_types::StatusExt;
+use tuplewatch::grpc::proto::watch_client::WatchClient;
+use tuplewatch::grpc::proto::{WatchRequest, WatchResponse};
+
+/// An open stream of one tenant's changes.
+pub(crate) struct Stream(Streaming<WatchResponse>);
+
+/// One message of a stream.
+#[derive(Clone, Debug)]
+pub(crate) struct Message {
+    pub(crate) token: String,
+    pub(crate) changes: Vec<Change>,
+    /// On the wire.
+    pub(crate) bytes: usize,
+}
+
+impl Stream {
+    /// Returns when the response headers are there: the start is fixed then.
+    pub(crate) async fn open(endpoint: &Endpoint, tenant: &str, token: &str) -> Result<Self, Status> {
+        let channel = endpoint.connect().await.map_err(|error| Status::unavailable(error.to_string()))?;
+        Self::open_on(channel, tenant, token).await
+    }
+
+    pub(crate) async fn open_on(channel: Channel, tenant: &str, token: &str) -> Result<Self, Status> {
+        let request = WatchRequest { tenant_id: tenant.to_owned(), snap_token: token.to_owned() };
+        Ok(Self(WatchClient::new(channel).watch(request).await?.into_inner()))
+    }
+
+    /// The next message, or why there is none. A stream never ends without a status.
+    pub(crate) async fn try_next(&mut self) -> Result<Message, Status> {
+        let Some(response) = self.0.message().await? else { panic!("a stream ended without a status") };
+        let bytes = response.encoded_len();
+        let changes = response.changes.expect("a response with changes");
+        assert!(!changes.tuple_changes.is_empty(), "a message without changes");
+        assert!(!changes.snap_token.is_empty(), "a message without a token");
+        let decoded = changes.tuple_changes.into_iter().map(Change::decode).collect();
+        Ok(Message { token: changes.snap_token, changes: decoded, bytes })
+    }
+
+    pub(crate) async fn next(&mut self) -> Message {
+        match within("the next message", self.try_next()).await {
+            Ok(message) => message,
+            Err(status) => panic!("the stream ended: {status:?}"),
+        }
+    }
+
+    /// The next message, which has this one change.
+    pub(crate) async fn expect(&mut self, change: Change) -> Message {
+        let message = self.next().await;
+        assert_eq!(message.changes, [change]);
+        message
+    }
+
+    /// All messages up to and including the one that has this change.
+    pub(crate) async fn up_to(&mut self, last: &Change) -> Vec<Message> {
+        let mut messages = Vec::new();
+        loop {
+            let message = self.next().await;
+            let is_last = message.changes.contains(last);
+            messages.push(message);
+            if is_last {
+                return messages;
+            }
+        }
+    }
+
+    /// How the stream ends, after any further messages.
+    pub(crate) async fn ending(&mut self) -> (Vec<Message>, Status) {
+        let mut messages = Vec::new();
+        loop {
+            match within("the stream ends", self.try_next()).await {
+                Ok(message) => messages.push(message),
+                Err(status) => return (messages, status),
+            }
+        }
+    }
+
+    /// Fails where there is a message. To be called once something has happened after which there would be one: the
+    /// moment is only for its way through the sockets.
+    pub(crate) async fn expect_silence(&mut self) {
+        if let Ok(next) = tokio::time::timeout(Duration::from_millis(200), self.try_next()).await {
+            panic!("nothing should have come, but there is {next:?}");
+        }
+    }
+}
+
+/// All changes of these messages.
+pub(crate) fn changes(messages: &[Message]) -> Vec<Change> {
+    messages.iter().flat_map(|message| message.changes.iter().cloned()).collect()
+}
+
+/// Code and `ErrorInfo.reason` of a refusal.
+pub(crate) fn reason(status: &Status) -> (Code, String) {
+    let details = status.get_error_details();
+    let info = details.error_info();
+    if let Some(info) = info {
+        assert_eq!(info.domain, "tuplewatch");
+    }
+    (status.code(), info.map(|info| info.reason.clone()).unwrap_or_default())
+}
+
+/// A value of `ErrorInfo.metadata`.
+pub(crate) fn metadata(status: &Status, key: &str) -> String {
+    let details = status.get_error_details();
+    let value = details.error_info().and_then(|info| info.metadata.get(key)).cloned();
+    value.unwrap_or_else(|| panic!("no {key} in {status:?}"))
+}
