@@ -93,10 +93,7 @@ impl Outlet for Joined {
     async fn deliver(&self, entry: Entry) -> Result<(), Closed> {
         self.recorder.append(entry.clone()).await?;
         match entry {
-            Entry::Adopt(origin) => {
-                self.hub.set_source(origin.source, origin.history);
-                self.hub.begin_at(origin.lsn);
-            }
+            Entry::Adopt(origin) => self.hub.begin_at(origin.source, origin.history, origin.lsn),
             Entry::Transaction(transaction) => self.hub.admit(transaction).await,
             Entry::Progress(lsn) => self.hub.progress(lsn),
             Entry::Break(gap) => self.hub.interrupt(gap),
@@ -105,7 +102,7 @@ impl Outlet for Joined {
                 self.recorder.flush().await?;
                 self.hub.diverge(at, history);
             }
-            Entry::Staged(_) | Entry::Discard | Entry::Verified(_) | Entry::Mapping(_) => {}
+            Entry::Staged(_) | Entry::Discard | Entry::Verified(_) | Entry::Mapping(_) | Entry::Visible(_) => {}
         }
         Ok(())
     }
@@ -141,15 +138,26 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
         window_bytes: config.changelog.memory_window.to_usize(),
         before_visible: config.service.watch.before_visible,
     };
-    let hub = Hub::new(log, recorder_handle.appended(), options);
+    let state = log.state();
+    let hub = open_hub(log, recorder_handle.appended(), options).await?;
 
+    let recorded = recorder_handle.clone();
     let joined = Joined { recorder: recorder_handle, hub: hub.clone() };
-    let session = Session::new(session_options(config, mapping.clone()), endpoints.clone(), joined);
-    session.preflight().await.map_err(|error| anyhow!("{error}")).context("cannot start")?;
+    let session = Session::new(session_options(config, mapping.clone()), endpoints, joined);
+    let mut stop = std::pin::pin!(stop);
+    let ready = tokio::select! {
+        ready = session.preflight(&state) => ready.map(|()| true),
+        () = &mut stop => Ok(false),
+    };
+    if !matches!(ready, Ok(true)) {
+        drop((session, recorded));
+        recorder.finish().await?;
+        return ready.map(drop).map_err(|error| anyhow!("{error}")).context("cannot start");
+    }
 
     let (stop_streams, streams_stopped) = watch::channel(false);
     let (stop_session, session_stopped) = watch::channel(false);
-    let (primary, answering) = SqlPrimary::new(endpoints.clone(), mapping.tenants());
+    let (primary, answering) = SqlPrimary::new(session.endpoint(), mapping.tenants());
     let watch_options = grpc::watch::Options {
         enabled: config.service.watch.enabled,
         subscribers_max: usize::try_from(config.service.watch.subscribers_max).unwrap_or(usize::MAX),
@@ -160,9 +168,10 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
 
     let mut background = JoinSet::new();
-    background.spawn(hub::publisher::run(hub, SqlSnapshots::new(endpoints)));
+    background.spawn(record_visible(hub.watch_visible(), recorded));
+    background.spawn(hub::publisher::run(hub, SqlSnapshots::new(session.endpoint())));
     background.spawn(answering);
-    background.spawn(report_health(health, session.status()));
+    let reporting = tokio::spawn(report_health(health.clone(), session.status()));
     let grpc_config = grpc_config.clone();
     let mut server =
         tokio::spawn(
@@ -172,7 +181,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     tracing::info!(%address, "gRPC is listening");
 
     let ended: anyhow::Result<()> = tokio::select! {
-        () = stop => Ok(()),
+        () = &mut stop => Ok(()),
         served = &mut server => flatten(served).and(Err(anyhow!("the gRPC server ended by itself"))),
         streamed = &mut session => flatten(streamed).and(Err(anyhow!("the replication session ended by itself"))),
     };
@@ -180,6 +189,12 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
 
     let deadline = tokio::time::Instant::now() + config.shutdown.grace_period;
     stop_streams.send_replace(true);
+    reporting.abort();
+    for service in SERVICES {
+        health.set_service_status(service, tonic_health::ServingStatus::NotServing).await;
+        // Ends the streams of those who watch it, which would hold up the server.
+        health.clone().clear_service_status(service).await;
+    }
     if !server.is_finished() && tokio::time::timeout_at(deadline, &mut server).await.is_err() {
         tracing::warn!("streams were still open at the end of shutdown.grace_period and are cut");
         server.abort();
@@ -247,13 +262,38 @@ impl RecorderThread {
     }
 }
 
+/// Names that health knows: the server as a whole, and Watch.
+const SERVICES: [&str; 2] = ["", "base.v1.Watch"];
+
+/// Most often that the visible mark is recorded. What is past it is asked for again after a restart.
+const VISIBLE_EVERY: Duration = Duration::from_secs(1);
+
+async fn record_visible(mut visible: watch::Receiver<Lsn>, recorder: recorder::Handle) {
+    while visible.changed().await.is_ok() {
+        let lsn = *visible.borrow_and_update();
+        if recorder.append(Entry::Visible(lsn)).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(VISIBLE_EVERY).await;
+    }
+}
+
+/// Reads what was not visible when the log was closed.
+async fn open_hub(
+    log: Arc<dyn ChangeLog>,
+    appended: watch::Receiver<Lsn>,
+    options: hub::Options,
+) -> anyhow::Result<Hub> {
+    Ok(tokio::task::spawn_blocking(move || Hub::new(log, appended, options)).await??)
+}
+
 async fn report_health(health: tonic_health::server::HealthReporter, mut status: watch::Receiver<Status>) {
     loop {
         let serving = match *status.borrow_and_update() {
             Status::Streaming => tonic_health::ServingStatus::Serving,
             _ => tonic_health::ServingStatus::NotServing,
         };
-        for service in ["", "base.v1.Watch"] {
+        for service in SERVICES {
             health.set_service_status(service, serving).await;
         }
         if status.changed().await.is_err() {

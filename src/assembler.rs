@@ -322,7 +322,7 @@ impl Open {
 
     /// A gap for one tenant or all, after `steps`, up to the end of the transaction.
     fn interrupt(&mut self, tenant: Option<TenantId>, steps: u64, reason: BreakReason) {
-        let tenant = tenant.filter(|_| self.broken.len() < BROKEN_TENANTS_MAX);
+        let tenant = tenant.filter(|tenant| self.broken.len() < BROKEN_TENANTS_MAX || self.broken.contains(tenant));
         match &tenant {
             _ if self.broken_for_all => return,
             Some(tenant) if !self.broken.insert(tenant.clone()) => return,

@@ -10,7 +10,7 @@
 //!
 //! [`ChangeLog`] is the contract; [`FjallLog`] keeps it on local disk. The contract in full:
 //!
-//! - [`ChangeLog::append`] takes entries in stream order and applies them atomically, in memory and to the operating
+//! - [`ChangeLog::append`] takes entries in stream order and applies each atomically, in memory and to the operating
 //!   system; they are *durable* once [`ChangeLog::sync`] returned. After a crash the log is some prefix of what was
 //!   appended, at least all that was synced.
 //! - Messages that were [`Entry::Staged`] become readable with their [`Entry::Transaction`], and vanish with
@@ -38,7 +38,7 @@ pub use fjall_log::{FjallLog, Options};
 
 use crate::assembler::Staged;
 use crate::change::TenantId;
-use crate::lsn::{Lsn, Position};
+use crate::lsn::{Lsn, Position, Xid8};
 use crate::snap_token::TokenId;
 use crate::timeline::{History, Source};
 use crate::transaction::{Break, Message, Transaction};
@@ -74,6 +74,8 @@ pub enum Entry {
     Verified(Verified),
     /// The mapping in use from the tail on.
     Mapping([u8; 32]),
+    /// Everything up to here is visible to every new snapshot of PostgreSQL.
+    Visible(Lsn),
 }
 
 /// Where a log began.
@@ -109,6 +111,8 @@ pub struct State {
     pub verified: Option<Verified>,
     /// The mapping that the log was written with.
     pub mapping: Option<[u8; 32]>,
+    /// Everything up to here was visible when it was last recorded; not past the tail.
+    pub visible: Lsn,
 }
 
 /// What [`ChangeLog::read`] found.
@@ -188,7 +192,7 @@ pub trait ChangeLog: Send + Sync + 'static {
     /// What the log knows of itself, as of the last append.
     fn state(&self) -> State;
 
-    /// Applies entries atomically. Not durable before [`ChangeLog::sync`].
+    /// Applies entries in order. Not durable before [`ChangeLog::sync`].
     ///
     /// # Errors
     /// Only [`Error::Poisoned`], and then from there on for ever.
@@ -206,6 +210,12 @@ pub trait ChangeLog: Send + Sync + 'static {
     /// # Errors
     /// Where the disk cannot be read.
     fn read(&self, tenant: &TenantId, after: Position, up_to: Position, bytes_max: usize) -> Result<Batch, Error>;
+
+    /// End LSN and id of every transaction with changes that committed at or after `from`, in stream order.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    fn transactions_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, Error>;
 
     /// The earliest position from which this tenant's changes are complete.
     ///

@@ -334,9 +334,9 @@ impl Database {
     fn read(read: &mut Reader) -> Self {
         Self {
             uri: read.get("database.uri", None, database_uri),
-            // Four cover the visibility query, the checks and two look-ups at once; Postgres itself allows 100 by
+            // Three are used: visibility, the checks, and starts. Postgres itself allows 100 by
             // default, and they belong to the application.
-            max_connections: read.get("database.max_connections", 4, whole(1..=64)),
+            max_connections: read.get("database.max_connections", 4, whole(3..=64)),
         }
     }
 }

@@ -71,6 +71,9 @@ impl Item {
     }
 }
 
+/// What positions belong to. Cheap to clone.
+pub type Origin = (Source, Arc<History>);
+
 /// See the module. Cheap to clone.
 #[derive(Clone)]
 pub struct Hub {
@@ -83,33 +86,40 @@ struct Inner {
     appended: watch::Receiver<Lsn>,
     /// Held for short, bounded work, and never across an await.
     window: Mutex<Window>,
-    /// Tells the publisher that something waits, and whoever waits for a position how far it got.
+    /// Tells the publisher that something waits.
     admitted: watch::Sender<Lsn>,
-    published: watch::Sender<Lsn>,
-    /// What positions belong to; `None` until the first session.
-    source: watch::Sender<Option<(Source, Arc<History>)>>,
-    disk_reads: Semaphore,
+    /// Follows the window's visible mark; also tells who waits for room in it.
+    visible: watch::Sender<Lsn>,
+    disk_reads: Arc<Semaphore>,
     options: Options,
 }
 
 impl Hub {
     /// A hub over this log. `appended` follows the log's tail.
-    pub fn new(log: Arc<dyn ChangeLog>, appended: watch::Receiver<Lsn>, options: Options) -> Self {
+    ///
+    /// # Errors
+    /// Where the log cannot be read.
+    pub fn new(
+        log: Arc<dyn ChangeLog>,
+        appended: watch::Receiver<Lsn>,
+        options: Options,
+    ) -> Result<Self, crate::changelog::Error> {
         let state = log.state();
-        let window = Window::new(options, state.tail, log.breaks());
-        let source = state.origin.map(|origin| (origin.source, Arc::new(origin.history)));
-        Self {
+        // What the log has and PostgreSQL may not show yet waits like what is received.
+        let in_doubt = log.transactions_since(state.visible)?;
+        let origin = state.origin.map(|origin| (origin.source, Arc::new(origin.history)));
+        let window = Window::new(options, origin, state.visible, &in_doubt, state.tail, log.breaks());
+        Ok(Self {
             inner: Arc::new(Inner {
                 log,
                 appended,
                 window: Mutex::new(window),
                 admitted: watch::Sender::new(state.tail),
-                published: watch::Sender::new(state.tail),
-                source: watch::Sender::new(source),
-                disk_reads: Semaphore::new(DISK_READS_MAX),
+                visible: watch::Sender::new(state.visible),
+                disk_reads: Arc::new(Semaphore::new(DISK_READS_MAX)),
                 options,
             }),
-        }
+        })
     }
 
     fn window(&self) -> MutexGuard<'_, Window> {
@@ -117,17 +127,23 @@ impl Hub {
         self.inner.window.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a transaction in stream order; waits while the window is full of what the log does not have yet.
+    /// Takes a transaction in stream order; waits while the window is full of what the log does not have yet, or of what is
+    /// not visible yet.
     pub async fn admit(&self, transaction: Arc<Transaction>) {
         let mut appended = self.inner.appended.clone();
+        let mut visible = self.inner.visible.subscribe();
         loop {
+            visible.mark_unchanged();
             let tail = *appended.borrow_and_update();
             if self.window().admit(&transaction, tail) {
                 break;
             }
-            if appended.changed().await.is_err() {
-                // The log is gone, and the process with it.
-                return;
+            tokio::select! {
+                changed = appended.changed() => if changed.is_err() {
+                    // The log is gone, and the process with it.
+                    return;
+                },
+                _ = visible.changed() => {}
             }
         }
         self.inner.admitted.send_replace(transaction.end);
@@ -148,48 +164,24 @@ impl Hub {
 
     /// The server went on along another history: forget what lies past `at`, and end the streams that have seen it.
     pub fn diverge(&self, at: Lsn, history: History) {
-        self.window().diverge(at);
-        if let Some((source, _)) = self.source() {
-            self.set_source(source, history);
-        }
-        self.inner.published.send_modify(|published| *published = (*published).min(at));
-    }
-
-    /// What positions belong to from now on.
-    pub fn set_source(&self, source: Source, history: History) {
-        self.inner.source.send_replace(Some((source, Arc::new(history))));
+        self.window().diverge(at, Arc::new(history));
     }
 
     /// A log that had nothing begins here.
-    pub fn begin_at(&self, lsn: Lsn) {
-        self.window().begin_at(lsn);
+    pub fn begin_at(&self, source: Source, history: History, lsn: Lsn) {
+        self.window().begin_at((source, Arc::new(history)), lsn);
+        self.inner.visible.send_replace(lsn);
         self.inner.admitted.send_replace(lsn);
-        self.inner.published.send_replace(lsn);
     }
 
     /// What positions belong to; `None` until it is known.
-    pub fn source(&self) -> Option<(Source, Arc<History>)> {
-        self.inner.source.borrow().clone()
+    pub fn origin(&self) -> Option<Origin> {
+        self.window().origin().cloned()
     }
 
-    /// The newest position that a subscription can reach now.
-    pub fn published(&self) -> Lsn {
-        *self.inner.published.borrow()
-    }
-
-    /// Follows [`Hub::published`].
-    pub fn watch_published(&self) -> watch::Receiver<Lsn> {
-        self.inner.published.subscribe()
-    }
-
-    /// Follows how far transactions were received.
-    pub fn watch_admitted(&self) -> watch::Receiver<Lsn> {
-        self.inner.admitted.subscribe()
-    }
-
-    /// Everything up to here is visible to every snapshot taken from now on.
-    fn visible(&self) -> Lsn {
-        self.window().visible()
+    /// Follows up to where everything is visible to new snapshots. May repeat itself.
+    pub fn watch_visible(&self) -> watch::Receiver<Lsn> {
+        self.inner.visible.subscribe()
     }
 
     /// Runs a short read of the log on a thread for such.
@@ -198,13 +190,13 @@ impl Hub {
         read: impl FnOnce(&dyn ChangeLog) -> Result<T, crate::changelog::Error> + Send + 'static,
     ) -> Result<T, crate::changelog::Error> {
         let failed = |error: &dyn std::fmt::Display| crate::changelog::Error::Read(error.to_string());
-        let _permit = self.inner.disk_reads.acquire().await.map_err(|error| failed(&error))?;
+        let permit = self.inner.disk_reads.clone().acquire_owned().await.map_err(|error| failed(&error))?;
         let log = self.inner.log.clone();
-        tokio::task::spawn_blocking(move || read(&*log)).await.map_err(|error| failed(&error))?
-    }
-
-    /// A reader of this tenant's changes after `position`. Whether the log still has them is found out by reading.
-    pub fn subscribe(&self, tenant: TenantId, position: Position, filter: Option<Filter>) -> Subscription {
-        Subscription::new(self.clone(), tenant, position, filter)
+        let reading = tokio::task::spawn_blocking(move || {
+            // Held for as long as the read runs, also when nobody waits for it any more.
+            let _permit = permit;
+            read(&*log)
+        });
+        reading.await.map_err(|error| failed(&error))?
     }
 }

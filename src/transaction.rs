@@ -60,6 +60,11 @@ impl Message {
         }
     }
 
+    /// The row step of the first change; `None` where there are no changes.
+    pub fn first_step(&self) -> Option<u64> {
+        decode_varint(&mut &self.steps[..]).ok()
+    }
+
     /// What of this message a reader at `position` has not had yet: all, a part (where another node cut its messages
     /// elsewhere), or nothing.
     pub fn after(mut self, position: Position) -> Option<Self> {
@@ -242,6 +247,12 @@ pub struct Break {
 }
 
 impl Break {
+    /// What remains of it when everything past `at` is abandoned; `None` where it lay there altogether.
+    pub fn up_to(self, at: Lsn) -> Option<Self> {
+        let to = self.to.min(Position::at(at));
+        (self.from < to).then_some(Self { to, ..self })
+    }
+
     /// Whether it concerns this tenant.
     pub fn concerns(&self, tenant: &TenantId) -> bool {
         self.tenant.as_ref().is_none_or(|own| own == tenant)

@@ -5,48 +5,81 @@ use crate::hub::publisher::Snapshots;
 use crate::hub::start::{Look, Primary, TransactionStatus, Unreachable};
 use crate::lsn::{Lsn, Snapshot, Xid8};
 use crate::mapping::TenantsSpec;
-use crate::replication::connection::{Connection, Endpoints};
+use crate::replication::connection::{Connection, Endpoint};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_postgres::Statement;
 
-/// Longest wait for an answer, with connecting.
+/// Longest wait for one answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// Longest wait of one caller, with connecting and with those before it.
+const CALL_MAX: Duration = Duration::from_secs(30);
+/// After a failure to connect, the next try is not before this.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// Requests that wait for the connection.
 const QUEUE_MAX: usize = 4096;
 /// Requests that share one statement.
 const SHARED_MAX: usize = 1024;
 
-/// A connection that is made when it is needed, and again when it was lost, with one prepared statement.
+/// Follows which server to ask: the one that the session reads from.
+pub(super) type Primaries = watch::Receiver<Option<Endpoint>>;
+
+/// A connection that is made when it is needed, and again when it was lost or the session found another primary, with one
+/// prepared statement.
 struct Lazy {
-    endpoints: Endpoints,
-    name: &'static str,
+    primaries: Primaries,
     statement: String,
     open: Option<(Connection, Statement)>,
+    /// When connecting failed last, and why: not tried again for everybody who asks.
+    failed: Option<(Instant, String)>,
 }
 
 impl Lazy {
-    const fn new(endpoints: Endpoints, name: &'static str, statement: String) -> Self {
-        Self { endpoints, name, statement, open: None }
+    const fn new(primaries: Primaries, statement: String) -> Self {
+        Self { primaries, statement, open: None, failed: None }
     }
 
     async fn get(&mut self) -> Result<&(Connection, Statement), String> {
-        if self.open.as_ref().is_none_or(|(connection, _)| connection.is_closed()) {
+        let moved = self.primaries.has_changed().unwrap_or(false);
+        if moved || self.open.as_ref().is_none_or(|(connection, _)| connection.is_closed()) {
             self.open = None;
-            let connection = self.endpoints.connect(self.name).await.map_err(|error| error.to_string())?;
-            // A mark must not wait for a synchronous standby.
-            connection
-                .client
-                .batch_execute("SET synchronous_commit = local")
-                .await
-                .map_err(|error| error.to_string())?;
-            let statement = connection.client.prepare(&self.statement).await.map_err(|error| error.to_string())?;
-            self.open = Some((connection, statement));
+            if let Some((at, error)) = &self.failed
+                && !moved
+                && at.elapsed() < RETRY_AFTER
+            {
+                return Err(error.clone());
+            }
+            // Bounded by the connect timeout of the URI.
+            self.open = match self.connect().await {
+                Ok(open) => Some(open),
+                Err(error) => {
+                    self.failed = Some((Instant::now(), error.clone()));
+                    return Err(error);
+                }
+            };
         }
         self.open.as_ref().ok_or_else(|| "no connection".to_owned())
     }
+
+    async fn connect(&mut self) -> Result<(Connection, Statement), String> {
+        let endpoint = self.primaries.borrow_and_update().clone();
+        let endpoint = endpoint.ok_or("no session with PostgreSQL was established yet")?;
+        let connection = endpoint.connect().await.map_err(|error| error.to_string())?;
+        let prepare = async {
+            // A mark must not wait for a synchronous standby.
+            connection.client.batch_execute("SET synchronous_commit = local").await.map_err(sql)?;
+            connection.client.prepare(&self.statement).await.map_err(sql)
+        };
+        let statement = tokio::time::timeout(ANSWER_MAX, prepare).await.map_err(|_| late())??;
+        Ok((connection, statement))
+    }
+}
+
+fn late() -> String {
+    format!("no answer within {} s", ANSWER_MAX.as_secs())
 }
 
 /// Runs one question within its time; a connection that is late is given up.
@@ -54,12 +87,12 @@ async fn ask<T>(
     lazy: &mut Lazy,
     question: impl AsyncFnOnce(&(Connection, Statement)) -> Result<T, String>,
 ) -> Result<T, String> {
-    let answer = tokio::time::timeout(ANSWER_MAX, async { question(lazy.get().await?).await }).await;
-    match answer {
+    let open = lazy.get().await?;
+    match tokio::time::timeout(ANSWER_MAX, question(open)).await {
         Ok(answer) => answer,
         Err(_) => {
             lazy.open = None;
-            Err(format!("no answer within {} s", ANSWER_MAX.as_secs()))
+            Err(late())
         }
     }
 }
@@ -75,8 +108,8 @@ fn sql(error: tokio_postgres::Error) -> String {
 pub(super) struct SqlSnapshots(Lazy);
 
 impl SqlSnapshots {
-    pub(super) fn new(endpoints: Endpoints) -> Self {
-        Self(Lazy::new(endpoints, "tuplewatch snapshots", "SELECT pg_current_snapshot()::text".into()))
+    pub(super) fn new(primaries: Primaries) -> Self {
+        Self(Lazy::new(primaries, "SELECT pg_current_snapshot()::text".into()))
     }
 }
 
@@ -107,7 +140,7 @@ pub(super) struct SqlPrimary {
 
 impl SqlPrimary {
     /// The handle, and the task to be run. `tenants` tells where tenants are listed; without it every one exists.
-    pub(super) fn new(endpoints: Endpoints, tenants: Option<&TenantsSpec>) -> (Self, impl Future<Output = ()> + use<>) {
+    pub(super) fn new(primaries: Primaries, tenants: Option<&TenantsSpec>) -> (Self, impl Future<Output = ()> + use<>) {
         let (questions, received) = mpsc::channel(QUEUE_MAX);
         let known = match tenants {
             Some(spec) => {
@@ -120,7 +153,7 @@ impl SqlPrimary {
         let statement = format!(
             "SELECT pg_current_wal_insert_lsn()::text, pg_current_wal_flush_lsn()::text, pg_current_snapshot()::text, {known}"
         );
-        let lazy = Lazy::new(endpoints, "tuplewatch starts", statement);
+        let lazy = Lazy::new(primaries, statement);
         (Self { questions }, answer_all(lazy, received))
     }
 
@@ -130,8 +163,12 @@ impl SqlPrimary {
     ) -> Result<T, Unreachable> {
         let gone = || Unreachable("the server is shutting down".to_owned());
         let (reply, answer) = oneshot::channel();
-        self.questions.send(question(reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        let asked = async {
+            self.questions.send(question(reply)).await.map_err(|_| gone())?;
+            answer.await.map_err(|_| gone())?
+        };
+        let late = |_| Unreachable(format!("no answer within {} s", CALL_MAX.as_secs()));
+        tokio::time::timeout(CALL_MAX, asked).await.map_err(late)?
     }
 }
 
@@ -156,8 +193,11 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
         let mut looks = Vec::new();
         for question in batch.drain(..) {
             match question {
-                Question::Look { tenant, reply } => looks.push((tenant, reply)),
-                // Whoever asked may be gone, here and below.
+                Question::Look { tenant, reply } if !reply.is_closed() => looks.push((tenant, reply)),
+                // Whoever asked may be gone, before and after.
+                Question::Look { .. } => {}
+                Question::Status { reply, .. } if reply.is_closed() => {}
+                Question::Mark { reply } if reply.is_closed() => {}
                 Question::Status { xid, reply } => {
                     let _ = reply.send(status(&mut lazy, xid).await.map_err(Unreachable));
                 }

@@ -116,7 +116,15 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(reads(log, "a", Position::at(Lsn(120))), [(300, 2)]);
     assert_eq!(reads(log, "a", Position::inside(Lsn(300), 5)), [(300, 1)]);
 
-    // What is there already is ignored.
+    let since = |from: u64| log.transactions_since(Lsn(from)).unwrap();
+    assert_eq!(since(111), [(Lsn(230), Xid8(220)), (Lsn(310), Xid8(300))]);
+    assert_eq!(since(110).len(), 3);
+    log.append(&[Entry::Visible(Lsn(230))]).unwrap();
+    assert_eq!(log.state().visible, Lsn(230));
+
+    // What is there already is ignored, and not taken for a transaction that is open.
+    log.append(&[staged(100, "a", &[1]), Entry::Discard]).unwrap();
+    assert_eq!(reads(log, "a", Position::ZERO), [(100, 2), (110, 2), (300, 2)]);
     log.append(&[transaction(100, &["c"])]).unwrap();
     assert_eq!(reads(log, "c", Position::ZERO), []);
 
@@ -138,6 +146,10 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(reads(log, "a", Position::ZERO), [(100, 2), (110, 2)]);
     assert_eq!(reads(log, "b", Position::at(Lsn(120))), [(220, 2)]);
     assert_eq!(log.breaks(), []);
+    // A gap that spans the switch remains, up to it.
+    log.append(&[Entry::Break(gap(None, 303, 320)), Entry::Diverge { at: Lsn(305), history: history.clone() }])
+        .unwrap();
+    assert_eq!(log.breaks(), [gap(None, 303, 305)]);
     assert_eq!(log.find_token(TokenId([300u64 as u8; 16])).unwrap(), None);
 
     let verified = Verified { fingerprint: "x".into(), at: Lsn(305) };

@@ -18,7 +18,7 @@ mod segments;
 use super::record;
 use super::{BREAKS_MAX, Batch, ChangeLog, Entry, Error, Origin, Room, State, Verified};
 use crate::change::TenantId;
-use crate::lsn::{Lsn, Position};
+use crate::lsn::{Lsn, Position, Xid8};
 use crate::snap_token::TokenId;
 use crate::timeline::{History, Source, Timeline};
 use crate::transaction::{Break, BreakReason, Message};
@@ -31,6 +31,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 const FORMAT: u32 = 1;
 const MARKER: &str = "tuplewatch-log.json";
+/// Before it has its name.
+const MARKER_NEW: &str = "tuplewatch-log.json.new";
 const DATA: &str = "data";
 
 /// Memory for blocks read from disk, shared by all readers.
@@ -66,6 +68,9 @@ struct Stored {
     origin: Option<StoredOrigin>,
     verified: Option<(String, u64)>,
     mapping: Option<[u8; 32]>,
+    /// Not past the tail.
+    #[serde(default)]
+    visible: u64,
     /// Commit LSN of the transaction with staged messages, and their highest row step.
     staged: Option<(u64, u64)>,
     /// Breaks that ended here or before were forgotten.
@@ -148,14 +153,14 @@ impl FjallLog {
                 marker
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                if std::fs::read_dir(&path).map_err(open)?.next().is_some() {
+                if !is_unused(&path).map_err(open)? {
                     return Err(Error::Foreign(path));
                 }
                 let marker = Marker { format: FORMAT, node_id: format!("{:016x}", fastrand::u64(..)) };
                 // The data directory first: a marker without one means that somebody deleted it.
-                std::fs::create_dir(&data).map_err(open)?;
+                std::fs::create_dir_all(&data).map_err(open)?;
                 let json = serde_json::to_vec(&marker).map_err(|error| damaged(error.to_string()))?;
-                write_synced(&path, MARKER, &json).map_err(open)?;
+                write_synced(&path.join(MARKER_NEW), &path.join(MARKER), &json).map_err(open)?;
                 marker
             }
             Err(error) => return Err(open(error)),
@@ -169,6 +174,9 @@ impl FjallLog {
             },
         )?;
         let read = |error: fjall::Error| damaged(error.to_string());
+        if !db.keyspace_exists("meta") && !db.list_keyspace_names().is_empty() {
+            return Err(damaged("its keyspace meta is missing".into()));
+        }
         let meta = db.keyspace("meta", segment_options).map_err(read)?;
         let stored: Stored = match meta.get(META_STATE).map_err(read)? {
             Some(json) => serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?,
@@ -212,7 +220,7 @@ impl FjallLog {
         let foreign = entries.any(|entry| {
             entry.map_or(true, |entry| {
                 let name = entry.file_name();
-                name != MARKER && name != DATA
+                name != MARKER && name != MARKER_NEW && name != DATA
             })
         });
         if foreign {
@@ -231,6 +239,7 @@ impl FjallLog {
             }
         }
         missing_is_fine(std::fs::remove_dir_all(path.join(DATA)))?;
+        missing_is_fine(std::fs::remove_file(path.join(MARKER_NEW)))?;
         missing_is_fine(std::fs::remove_file(path.join(MARKER)))
     }
 
@@ -273,7 +282,8 @@ impl FjallLog {
     fn drop_oldest(&self, segments: &Segments) -> Result<Segments, Error> {
         let Some((oldest, rest)) = segments.without_oldest() else { return Ok(segments.clone()) };
         let mut batch = self.db.batch();
-        for (tenant, newest) in oldest.tenants() {
+        for item in oldest.tenants() {
+            let (tenant, newest) = item.map_err(|error| poisoned(&error))?;
             batch.insert(&self.meta, meta_horizon(&tenant), record::write_position(newest));
         }
         rest.store(&mut batch, &self.meta)?;
@@ -291,15 +301,27 @@ impl FjallLog {
     }
 }
 
+/// Whether a directory is empty, or has what is left of a log that was being made when the process ended.
+fn is_unused(path: &Path) -> std::io::Result<bool> {
+    for entry in std::fs::read_dir(path)? {
+        let entry = entry?;
+        let leftover = entry.file_name() == MARKER_NEW
+            || (entry.file_name() == DATA && std::fs::read_dir(entry.path())?.next().is_none());
+        if !leftover {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Writes a file so that it is there whole, or not at all.
-fn write_synced(directory: &Path, name: &str, contents: &[u8]) -> std::io::Result<()> {
+fn write_synced(temporary: &Path, path: &Path, contents: &[u8]) -> std::io::Result<()> {
     use std::io::Write;
-    let temporary = directory.join(format!("{name}.new"));
-    let mut file = std::fs::File::create(&temporary)?;
+    let mut file = std::fs::File::create(temporary)?;
     file.write_all(contents)?;
     file.sync_all()?;
-    std::fs::rename(&temporary, directory.join(name))?;
-    std::fs::File::open(directory)?.sync_all()
+    std::fs::rename(temporary, path)?;
+    std::fs::File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
 const META_STATE: &[u8] = b"state";
@@ -371,8 +393,11 @@ impl Memory {
         match entry {
             Entry::Adopt(origin) => {
                 self.stored.origin = Some(write_origin(origin));
+                self.stored.visible = origin.lsn.0;
                 self.tail = origin.lsn;
             }
+            // Delivered once more, because it was not known to have arrived; what is there must not be taken for open.
+            Entry::Staged(staged) if staged.commit < self.tail => {}
             Entry::Staged(staged) => {
                 let steps = staged.messages.iter().map(|(_, message)| message.last_step).max().unwrap_or(0);
                 self.stored.staged = Some((staged.commit.0, steps));
@@ -412,16 +437,21 @@ impl Memory {
                 log.segments()
                     .remove(batch, abandoned.first().copied().unwrap_or(*at), &past)
                     .map_err(|error| poisoned(&error))?;
-                for gap in self.breaks.extract_if(.., |gap| gap.to > Position::at(*at)) {
+                for gap in self.breaks.extract_if(.., |gap| gap.to > Position::at(*at)).collect::<Vec<_>>() {
                     batch.remove(&log.meta, meta_break(&gap));
+                    if let Some(rest) = gap.up_to(*at) {
+                        self.add_break(rest, log, batch)?;
+                    }
                 }
                 self.tail = self.tail.min(*at);
+                self.stored.visible = self.stored.visible.min(at.0);
                 if let Some(origin) = &mut self.stored.origin {
                     origin.timelines = history.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect();
                 }
             }
             Entry::Verified(verified) => self.stored.verified = Some((verified.fingerprint.clone(), verified.at.0)),
             Entry::Mapping(fingerprint) => self.stored.mapping = Some(*fingerprint),
+            Entry::Visible(lsn) => self.stored.visible = lsn.0.min(self.tail.0),
         }
         Ok(())
     }
@@ -441,6 +471,31 @@ impl Memory {
             self.stored.breaks_floor = pair(unpair(self.stored.breaks_floor).max(oldest.to));
         }
         Ok(())
+    }
+}
+
+/// Entries on their way to the disk together.
+struct Written {
+    batch: WriteBatch,
+    tail_before: Lsn,
+    /// More than the tail changed.
+    rare: bool,
+}
+
+impl Written {
+    fn new(log: &FjallLog, memory: &Memory) -> Self {
+        Self { batch: log.db.batch(), tail_before: memory.tail, rare: false }
+    }
+
+    fn commit(mut self, log: &FjallLog, memory: &Memory) -> Result<(), Error> {
+        if self.rare {
+            let json = serde_json::to_vec(&memory.stored).map_err(|error| Error::Poisoned(error.to_string()))?;
+            self.batch.insert(&log.meta, META_STATE, json);
+        }
+        if memory.tail != self.tail_before {
+            self.batch.insert(&log.meta, META_TAIL, record::write_lsn(memory.tail));
+        }
+        self.batch.commit().map_err(|error| poisoned(&error))
     }
 }
 
@@ -464,29 +519,26 @@ impl ChangeLog for FjallLog {
                 .as_ref()
                 .map(|(fingerprint, at)| Verified { fingerprint: fingerprint.clone(), at: Lsn(*at) }),
             mapping: memory.stored.mapping,
+            visible: Lsn(memory.stored.visible),
         }
     }
 
     fn append(&self, entries: &[Entry]) -> Result<(), Error> {
         let segments = self.segments();
         let active = segments.active();
-        let mut batch = self.db.batch();
         let mut memory = self.memory();
-        let before = memory.tail;
-        let mut rare = false;
+        let mut written = Written::new(self, &memory);
         for entry in entries {
-            rare |= !matches!(entry, Entry::Transaction(t) if !t.staged && t.breaks.is_empty())
+            // These look for what is there already, which a batch is not before it is committed.
+            if matches!(entry, Entry::Discard | Entry::Diverge { .. }) {
+                written.commit(self, &memory)?;
+                written = Written::new(self, &memory);
+            }
+            written.rare |= !matches!(entry, Entry::Transaction(t) if !t.staged && t.breaks.is_empty())
                 && !matches!(entry, Entry::Progress(_));
-            memory.apply(entry, self, active, &mut batch)?;
+            memory.apply(entry, self, active, &mut written.batch)?;
         }
-        if rare {
-            let json = serde_json::to_vec(&memory.stored).map_err(|error| Error::Poisoned(error.to_string()))?;
-            batch.insert(&self.meta, META_STATE, json);
-        }
-        if memory.tail != before {
-            batch.insert(&self.meta, META_TAIL, record::write_lsn(memory.tail));
-        }
-        batch.commit().map_err(|error| poisoned(&error))
+        written.commit(self, &memory)
     }
 
     fn sync(&self) -> Result<(), Error> {
@@ -518,6 +570,12 @@ impl ChangeLog for FjallLog {
             }
         }
         Ok(batch)
+    }
+
+    fn transactions_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, Error> {
+        let tail = self.memory().tail;
+        let found = self.segments().transactions_since(from).map_err(|error| unreadable(&error))?;
+        Ok(found.into_values().filter(|(end, _)| *end <= tail).collect())
     }
 
     fn horizon(&self, tenant: &TenantId) -> Result<Position, Error> {

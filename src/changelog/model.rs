@@ -2,7 +2,7 @@
 
 use super::{Batch, ChangeLog, Entry, Error, Room, State};
 use crate::change::TenantId;
-use crate::lsn::{Lsn, Position};
+use crate::lsn::{Lsn, Position, Xid8};
 use crate::snap_token::TokenId;
 use crate::transaction::{Break, Message};
 use std::sync::Mutex;
@@ -30,6 +30,7 @@ impl Inner {
             tail: Lsn::ZERO,
             verified: None,
             mapping: None,
+            visible: Lsn::ZERO,
         })
     }
 
@@ -37,8 +38,10 @@ impl Inner {
         match entry {
             Entry::Adopt(origin) => {
                 self.state().tail = origin.lsn;
+                self.state().visible = origin.lsn;
                 self.state().origin = Some(origin.clone());
             }
+            Entry::Staged(staged) if staged.commit < self.tail() => {}
             Entry::Staged(staged) => self.staged.extend(staged.messages.iter().cloned()),
             Entry::Discard => self.staged.clear(),
             Entry::Transaction(transaction) if transaction.end <= self.tail() => self.staged.clear(),
@@ -60,14 +63,16 @@ impl Inner {
                     self.ends.iter().filter(|(_, end)| end > at).map(|(commit, _)| *commit).collect();
                 self.messages.retain(|(_, m)| m.header.commit < *at && !crossing.contains(&m.header.commit));
                 self.tokens.retain(|(_, end)| end <= at);
-                self.breaks.retain(|gap| gap.to <= Position::at(*at));
+                self.breaks = std::mem::take(&mut self.breaks).into_iter().filter_map(|gap| gap.up_to(*at)).collect();
                 self.state().tail = self.state().tail.min(*at);
+                self.state().visible = self.state().visible.min(*at);
                 if let Some(origin) = &mut self.state().origin {
                     origin.history = history.clone();
                 }
             }
             Entry::Verified(verified) => self.state().verified = Some(verified.clone()),
             Entry::Mapping(fingerprint) => self.state().mapping = Some(*fingerprint),
+            Entry::Visible(lsn) => self.state().visible = (*lsn).min(self.tail()),
         }
     }
 
@@ -118,6 +123,22 @@ impl ChangeLog for ModelLog {
             batch.messages.push(message);
         }
         Ok(batch)
+    }
+
+    fn transactions_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, Error> {
+        let inner = self.inner.lock().unwrap();
+        let mut found: Vec<_> = inner
+            .messages
+            .iter()
+            .filter(|(_, message)| message.header.commit >= from)
+            .filter_map(|(_, message)| {
+                let end = inner.ends.iter().find(|(commit, _)| *commit == message.header.commit)?;
+                Some((end.1, message.header.xid))
+            })
+            .collect();
+        found.sort_unstable();
+        found.dedup();
+        Ok(found)
     }
 
     fn horizon(&self, _: &TenantId) -> Result<Position, Error> {

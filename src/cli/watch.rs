@@ -9,8 +9,9 @@ use crate::snap_token::SnapToken;
 use anyhow::{Context as _, anyhow};
 use serde_json::{Value as Json, json};
 use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
@@ -28,6 +29,9 @@ pub(super) struct WatchArgs {
     /// Where the server is
     #[arg(long, default_value = "http://127.0.0.1:3478", value_name = "URL")]
     server: String,
+    /// Certificate authority of an https server (PEM), where it is none of the system's
+    #[arg(long, value_name = "FILE")]
+    ca_cert: Option<PathBuf>,
     /// For people, or one JSON object a line
     #[arg(long, value_enum, default_value_t = Output::Text)]
     output: Output,
@@ -46,14 +50,14 @@ const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
 pub(super) async fn run(args: WatchArgs) -> anyhow::Result<()> {
-    let endpoint = endpoint(&args.server)?;
+    let endpoint = endpoint(&args.server, args.ca_cert.as_deref())?;
     tokio::select! {
         ended = follow(&args, endpoint) => ended,
         () = stop_signal() => Ok(()),
     }
 }
 
-fn endpoint(server: &str) -> anyhow::Result<Endpoint> {
+fn endpoint(server: &str, ca_cert: Option<&Path>) -> anyhow::Result<Endpoint> {
     let endpoint = Endpoint::from_shared(server.to_owned())
         .with_context(|| format!("'{server}' is no address of a server: write http://host:port"))?
         .connect_timeout(Duration::from_secs(5))
@@ -61,11 +65,17 @@ fn endpoint(server: &str) -> anyhow::Result<Endpoint> {
         .keep_alive_timeout(Duration::from_secs(10))
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW);
-    if server.starts_with("https:") {
-        Ok(endpoint.tls_config(ClientTlsConfig::new().with_enabled_roots())?)
-    } else {
-        Ok(endpoint)
+    if !server.starts_with("https:") {
+        return Ok(endpoint);
     }
+    let tls = match ca_cert {
+        Some(path) => {
+            let pem = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem))
+        }
+        None => ClientTlsConfig::new().with_enabled_roots(),
+    };
+    Ok(endpoint.tls_config(tls)?)
 }
 
 async fn follow(args: &WatchArgs, endpoint: Endpoint) -> anyhow::Result<()> {
@@ -99,11 +109,18 @@ async fn follow(args: &WatchArgs, endpoint: Endpoint) -> anyhow::Result<()> {
     }
 }
 
+/// The status with its causes, each said once.
 fn reason(status: &Status) -> String {
-    match std::error::Error::source(status).and_then(std::error::Error::source) {
-        Some(cause) => format!("{}: {cause}", status.message()),
-        None => status.message().to_owned(),
+    let mut parts = vec![status.message().to_owned()];
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !parts.contains(&text) {
+            parts.push(text);
+        }
+        cause = error.source();
     }
+    parts.join(": ")
 }
 
 async fn stream(

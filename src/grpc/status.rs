@@ -5,10 +5,10 @@
 
 use crate::change::TenantId;
 use crate::hub::start::Error as StartError;
-use crate::hub::{End, Hub};
+use crate::hub::{End, Origin};
 use crate::lsn::{CommitTime, Position};
 use crate::snap_token::SnapToken;
-use crate::timeline::{History, Source};
+use crate::timeline::History;
 use std::collections::HashMap;
 use std::sync::Arc;
 use tonic::{Code, Status};
@@ -30,13 +30,8 @@ pub struct Tokens {
 
 impl Tokens {
     /// For positions of this source and history.
-    pub fn new(source: Source, history: Arc<History>) -> Self {
-        Self { source: source.hash(), history }
-    }
-
-    /// For the positions of this hub, once it knows its source.
-    pub fn of(hub: &Hub) -> Option<Self> {
-        hub.source().map(|(source, history)| Self::new(source, history))
+    pub fn new((source, history): &Origin) -> Self {
+        Self { source: source.hash(), history: history.clone() }
     }
 
     /// The token of a position.

@@ -30,8 +30,8 @@ const TAKE_BYTES: usize = 256 << 10;
 fn buffers() -> BufferSettings {
     BufferSettings::new(256, 32 << 10)
 }
-/// Largest request. Both fields are short.
-const REQUEST_BYTES_MAX: usize = 64 << 10;
+/// Largest request. Both fields are short, but what is too long in them should be said of them.
+const REQUEST_BYTES_MAX: usize = 4 << 20;
 
 /// How streams behave.
 #[derive(Clone, Copy, Debug)]
@@ -92,9 +92,9 @@ impl<P: Primary + 'static> Inner<P> {
             started = start => started,
             _ = stop.wait_for(|stop| *stop) => return Err(status::shutting_down()),
         };
-        let tokens = Tokens::of(&self.hub);
+        let tokens = self.hub.origin().map(|origin| Tokens::new(&origin));
         let subscription = started.map_err(|error| status::of_start(error, tokens.as_ref()))?;
-        let open = Open { hub: self.hub.clone(), subscription, stop, ready: VecDeque::new(), _permit: permit };
+        let open = Open { subscription, stop, ready: VecDeque::new(), _permit: permit };
         let responses = stream::unfold(Some(open), async |open| {
             let mut open = open?;
             match open.next().await {
@@ -108,7 +108,6 @@ impl<P: Primary + 'static> Inner<P> {
 
 /// An open stream.
 struct Open {
-    hub: Hub,
     subscription: Subscription,
     stop: watch::Receiver<bool>,
     ready: VecDeque<Arc<Item>>,
@@ -141,7 +140,8 @@ impl Open {
     }
 
     fn tokens(&self) -> Result<Tokens, Status> {
-        Tokens::of(&self.hub).ok_or_else(|| Status::internal("a message without a source"))
+        // Of the batch, and not of what the server may have gone on to since.
+        self.subscription.origin().map(Tokens::new).ok_or_else(|| Status::internal("a message without a source"))
     }
 }
 
@@ -180,9 +180,18 @@ where
                 return Ok(Status::unimplemented("base.v1.Watch has one method, Watch").into_http());
             }
             let mut grpc = Grpc::new(WatchCodec).max_decoding_message_size(REQUEST_BYTES_MAX);
-            Ok(grpc.server_streaming(service, request).await)
+            Ok(told_apart(grpc.server_streaming(service, request).await))
         })
     }
+}
+
+/// tonic calls a request that is too large OUT_OF_RANGE, which here is what a token is that is too old. Ours have details.
+fn told_apart(response: http::Response<Body>) -> http::Response<Body> {
+    let out_of_range = response.headers().get("grpc-status").is_some_and(|code| code == "11");
+    if out_of_range && !response.headers().contains_key("grpc-status-details-bin") {
+        return Status::invalid_argument("the request is larger than any WatchRequest").into_http();
+    }
+    response
 }
 
 /// Decodes requests, and copies responses that are encoded already.

@@ -26,9 +26,33 @@ const WAIT_MAX: Duration = Duration::from_millis(16);
 /// Without PostgreSQL nothing can be known to be visible.
 const WAIT_ON_ERROR: Duration = Duration::from_millis(250);
 
-/// Runs until dropped.
-pub async fn run(hub: Hub, mut snapshots: impl Snapshots) {
-    let mut admitted = hub.watch_admitted();
+/// Runs until dropped, or until the log is gone.
+pub async fn run(hub: Hub, snapshots: impl Snapshots) {
+    if hub.inner.options.before_visible {
+        // Subscribers need not wait; what is visible is found out for those who start now.
+        tokio::join!(publish_at_once(hub.clone()), publish_visible(hub, snapshots));
+    } else {
+        publish_visible(hub, snapshots).await;
+    }
+}
+
+async fn publish_at_once(hub: Hub) {
+    let mut admitted = hub.inner.admitted.subscribe();
+    let mut appended = hub.inner.appended.clone();
+    loop {
+        advance(&hub, None);
+        let changed = tokio::select! {
+            changed = admitted.changed() => changed,
+            changed = appended.changed() => changed,
+        };
+        if changed.is_err() {
+            return;
+        }
+    }
+}
+
+async fn publish_visible(hub: Hub, mut snapshots: impl Snapshots) {
+    let mut admitted = hub.inner.admitted.subscribe();
     let mut appended = hub.inner.appended.clone();
     let mut tries = 0;
     let mut failing = false;
@@ -43,10 +67,6 @@ pub async fn run(hub: Hub, mut snapshots: impl Snapshots) {
                 return;
             }
             continue;
-        }
-        if hub.inner.options.before_visible {
-            // Subscribers need not wait; what is visible is found out for those who start now.
-            advance(&hub, None);
         }
         let snapshot = if needs_snapshot {
             match snapshots.take().await {
@@ -76,7 +96,9 @@ pub async fn run(hub: Hub, mut snapshots: impl Snapshots) {
         if tries > IMMEDIATE_TRIES {
             let wait = WAIT_MAX.min(WAIT_MIN * (1 << (tries - IMMEDIATE_TRIES).min(5)));
             // What waits may wait for the log, or for a standby.
-            let _ = tokio::time::timeout(wait, appended.changed()).await;
+            if let Ok(Err(_)) = tokio::time::timeout(wait, appended.changed()).await {
+                return;
+            }
         }
     }
 }
@@ -84,14 +106,12 @@ pub async fn run(hub: Hub, mut snapshots: impl Snapshots) {
 /// Whether it got any further.
 fn advance(hub: &Hub, snapshot: Option<&Snapshot>) -> bool {
     let appended = *hub.inner.appended.borrow();
-    let (before, published, visible_before, visible) = {
-        let mut window = hub.window();
-        let (before, visible_before) = (window.published(), window.visible());
-        let published = window.advance(snapshot, appended);
-        (before, published, visible_before, window.visible())
-    };
-    if published != before {
-        hub.inner.published.send_replace(published);
+    let mut window = hub.window();
+    let before = (window.published(), window.visible(), window.pending());
+    window.advance(snapshot, appended);
+    let after = (window.published(), window.visible(), window.pending());
+    if after.1 != before.1 || after.2 != before.2 {
+        hub.inner.visible.send_replace(after.1);
     }
-    published != before || visible != visible_before
+    after != before
 }

@@ -6,13 +6,16 @@
 //! | position | there, if it lies on the present history; one ahead of us waits, if the server has written that far |
 //! | transaction | right after that transaction |
 //!
-//! Requests that come in together share one statement ([`Primary::look`] answers all of them).
+//! Requests that come in together share one statement ([`Primary::look`] answers all of them). A tenant that the log knows
+//! resumes without any: a thousand subscribers that come back at once cost PostgreSQL nothing, and need it not to be there.
 
-use super::{Filter, Hub, Subscription};
+use super::window::Anchor;
+use super::{Filter, Hub, Origin, Subscription};
 use crate::change::{TenantId, TenantIdError};
 use crate::changelog;
 use crate::lsn::{Lsn, Position, Snapshot, Xid8};
 use crate::snap_token::{self, SnapToken, TokenId};
+use crate::timeline::History;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -102,6 +105,38 @@ pub enum Error {
 /// How long to wait, between looks, for a transaction to end.
 const STATUS_EVERY: Duration = Duration::from_millis(50);
 
+fn origin(anchor: &Anchor) -> Result<&Origin, Unreachable> {
+    let missing = || Unreachable("no session with PostgreSQL was established yet".to_owned());
+    anchor.origin.as_ref().ok_or_else(missing)
+}
+
+fn check_source(anchor: &Anchor, hash: [u8; 8]) -> Result<&History, Error> {
+    let (source, history) = origin(anchor)?;
+    if hash == source.hash() { Ok(history) } else { Err(Error::Foreign) }
+}
+
+/// A position must lie on our history, and not ahead of what the server has written.
+async fn check_position(
+    anchor: &Anchor,
+    primary: &impl Primary,
+    tenant: &TenantId,
+    source: [u8; 8],
+    timeline: [u8; 8],
+    position: Position,
+) -> Result<(), Error> {
+    if !check_source(anchor, source)?.holds(timeline, position.lsn) {
+        return Err(Error::Abandoned);
+    }
+    if position.lsn > anchor.published && position.lsn > primary.look(tenant).await?.flush_lsn {
+        return Err(Error::BeyondHistory);
+    }
+    Ok(())
+}
+
+fn require(tenant: &TenantId, exists: bool) -> Result<(), Error> {
+    if exists { Ok(()) } else { Err(Error::UnknownTenant(tenant.clone())) }
+}
+
 impl Hub {
     /// Starts a subscription. When this returns the start is fixed: what commits later will be in it.
     ///
@@ -117,43 +152,34 @@ impl Hub {
         let tenant = TenantId::new(tenant)?;
         let token = if token.is_empty() { None } else { Some(token.parse::<SnapToken>()?) };
 
-        // What is published at this moment is visible to the snapshot that is taken next.
-        let visible = self.visible();
-        let look = primary.look(&tenant).await;
-        let exists = match &look {
-            Ok(look) => look.tenant_exists,
-            Err(_) => false,
-        };
-        if !exists && !self.knows(&tenant).await? {
-            // Whether it exists is for PostgreSQL to say.
-            look?;
-            return Err(Error::UnknownTenant(tenant));
-        }
-        let (source, history) =
-            self.source().ok_or_else(|| Unreachable("no session with PostgreSQL was established yet".to_owned()))?;
-
+        // First: a divergence that comes while we look is the subscription's to notice.
+        let anchor = self.window().anchor();
+        let known = self.knows(&tenant).await?;
         let (position, filter) = match token {
+            Some(SnapToken::Position { source, timeline, position, .. }) => {
+                if !known {
+                    require(&tenant, primary.look(&tenant).await?.tenant_exists)?;
+                }
+                check_position(&anchor, primary, &tenant, source, timeline, position).await?;
+                (position, None)
+            }
+            Some(SnapToken::Transaction { source, id, xid, floor }) => {
+                if !known {
+                    require(&tenant, primary.look(&tenant).await?.tenant_exists)?;
+                }
+                check_source(&anchor, source)?;
+                (self.resolve(primary, id, xid, floor, resolve_timeout).await?, None)
+            }
             None => {
-                let look = look?;
-                (Position::at(visible), Some(Filter { lsn: look.insert_lsn, snapshot: look.snapshot }))
-            }
-            Some(token) if token.source() != source.hash() => return Err(Error::Foreign),
-            Some(SnapToken::Position { timeline, position, .. }) => {
-                if !history.holds(timeline, position.lsn) {
-                    return Err(Error::Abandoned);
-                }
-                if position.lsn > self.published() && position.lsn > look?.flush_lsn {
-                    return Err(Error::BeyondHistory);
-                }
-                (position, None)
-            }
-            Some(SnapToken::Transaction { id, xid, floor, .. }) => {
-                let position = self.resolve(primary, id, xid, floor, resolve_timeout).await?;
-                (position, None)
+                // What was visible before is visible to the snapshot that is taken now.
+                let look = primary.look(&tenant).await?;
+                require(&tenant, look.tenant_exists || known)?;
+                origin(&anchor)?;
+                (Position::at(anchor.visible), Some(Filter { lsn: look.insert_lsn, snapshot: look.snapshot }))
             }
         };
         // Joined first, so that nothing after the check goes by unnoticed.
-        let subscription = self.subscribe(tenant.clone(), position, filter);
+        let subscription = Subscription::new(self.clone(), tenant.clone(), position, filter, anchor.divergences);
         let horizon = self.on_disk(move |log| log.horizon(&tenant)).await?;
         if position < horizon {
             return Err(Error::TooOld { earliest: horizon });

@@ -1,7 +1,7 @@
 //! One reader of one tenant's changes, over memory and disk.
 
 use super::window::Next;
-use super::{Hub, Item};
+use super::{Hub, Item, Origin};
 use crate::change::TenantId;
 use crate::changelog;
 use crate::lsn::{Lsn, Position, Snapshot};
@@ -48,12 +48,22 @@ pub struct Subscription {
     /// Woken when something of the tenant is published.
     wake: watch::Receiver<()>,
     divergences_checked: usize,
+    /// What the positions of the last batch belong to.
+    origin: Option<Origin>,
 }
 
 impl Subscription {
-    pub(super) fn new(hub: Hub, tenant: TenantId, cursor: Position, filter: Option<Filter>) -> Self {
-        let (wake, divergences_checked) = hub.window().join(&tenant);
-        Self { hub, tenant, cursor, filter, wake, divergences_checked }
+    /// A reader of this tenant's changes after `cursor`, which was decided on when there had been `divergences`. Whether the
+    /// log still has them is found out by reading.
+    pub(super) fn new(
+        hub: Hub,
+        tenant: TenantId,
+        cursor: Position,
+        filter: Option<Filter>,
+        divergences: usize,
+    ) -> Self {
+        let wake = hub.window().join(&tenant);
+        Self { hub, tenant, cursor, filter, wake, divergences_checked: divergences, origin: None }
     }
 
     /// Whose changes these are.
@@ -66,6 +76,11 @@ impl Subscription {
         self.cursor
     }
 
+    /// What the positions of the last batch belong to: not what the server went on to since.
+    pub const fn origin(&self) -> Option<&Origin> {
+        self.origin.as_ref()
+    }
+
     /// The next messages: at least one, and about `bytes_max` bytes where there are more. Waits for them.
     ///
     /// Cancel safe: what was not returned comes again.
@@ -76,7 +91,11 @@ impl Subscription {
         loop {
             // Before looking, so that what is published after the look wakes us.
             self.wake.mark_unchanged();
-            let next = self.hub.window().next(&self.tenant, self.cursor, &mut self.divergences_checked, bytes_max);
+            let next = {
+                let window = self.hub.window();
+                self.origin = window.origin().cloned();
+                window.next(&self.tenant, self.cursor, &mut self.divergences_checked, bytes_max)
+            };
             let messages = match next {
                 Next::Messages(messages) => messages,
                 Next::Disk { up_to } => self.read_log(up_to, bytes_max).await?,
@@ -104,8 +123,10 @@ impl Subscription {
         let mut taken = Vec::with_capacity(messages.len());
         for item in messages {
             let header = item.message.header;
-            let begins_inside = self.cursor.lsn == header.commit && self.cursor.steps > 0;
-            let rest = if begins_inside { item.message.clone().after(self.cursor).map(Item::new) } else { Some(item) };
+            let had = |step| self.cursor.lsn == header.commit && step <= self.cursor.steps;
+            let begins_before = item.message.first_step().is_some_and(had);
+            // Shared as it is, but where another node cut its messages elsewhere.
+            let rest = if begins_before { item.message.clone().after(self.cursor).map(Item::new) } else { Some(item) };
             let Some(rest) = rest else { continue };
             self.cursor = rest.message.reached();
             match &self.filter {

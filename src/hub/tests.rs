@@ -64,7 +64,7 @@ impl Fixture {
         let origin = Origin { source: SOURCE, history: History::first(), lsn: Lsn(100) };
         log.append(&[Entry::Adopt(origin)]).unwrap();
         let (appended, receiver) = watch::channel(Lsn(100));
-        let hub = Hub::new(log.clone(), receiver, Options { window_bytes, before_visible });
+        let hub = Hub::new(log.clone(), receiver, Options { window_bytes, before_visible }).unwrap();
         Self { hub, log, appended }
     }
 
@@ -84,12 +84,11 @@ impl Fixture {
         let xmin = running.split(',').next().filter(|xid| !xid.is_empty()).map_or(xmax, |xid| xid.parse().unwrap());
         let snapshot: Snapshot = format!("{xmin}:{xmax}:{running}").parse().unwrap();
         let appended = *self.appended.borrow();
-        let published = self.hub.window().advance(Some(&snapshot), appended);
-        self.hub.inner.published.send_replace(published);
+        self.hub.window().advance(Some(&snapshot), appended);
     }
 
     fn subscribe(&self, name: &str, position: u64) -> Subscription {
-        self.hub.subscribe(tenant(name), Position::at(Lsn(position)), None)
+        Subscription::new(self.hub.clone(), tenant(name), Position::at(Lsn(position)), None, 0)
     }
 }
 
@@ -130,9 +129,9 @@ async fn before_visible_publishes_at_once() {
     fixture.admit(transaction(200, &["a"])).await;
     fixture.publish(100, "");
     assert_eq!(ready(&mut subscription).await, Some(vec![200]));
-    assert_eq!(fixture.hub.visible(), Lsn(100));
+    assert_eq!(fixture.hub.window().visible(), Lsn(100));
     fixture.publish(300, "");
-    assert_eq!(fixture.hub.visible(), Lsn(210));
+    assert_eq!(fixture.hub.window().visible(), Lsn(210));
 }
 
 #[tokio::test(start_paused = true)]
@@ -262,9 +261,13 @@ impl Primary for Scripted {
     }
 }
 
+fn look(snapshot: &str) -> Look {
+    let snapshot = Arc::new(snapshot.parse().unwrap());
+    Look { insert_lsn: Lsn(230), flush_lsn: Lsn(500), snapshot, tenant_exists: true }
+}
+
 fn primary(tenant_exists: bool) -> Scripted {
-    let snapshot = Arc::new("200:230:200".parse().unwrap());
-    let look = Look { insert_lsn: Lsn(230), flush_lsn: Lsn(500), snapshot, tenant_exists };
+    let look = Look { tenant_exists, ..look("200:230:200") };
     Scripted { look: Ok(look), status: TransactionStatus::Over, mark: Lsn(205) }
 }
 
@@ -292,6 +295,46 @@ async fn now_is_what_the_snapshot_does_not_see() {
     }
     fixture.publish(1000, "");
     assert_eq!(ready(&mut subscription).await, Some(vec![200, 230]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_log_has_and_nobody_sees_yet_waits_after_a_restart() {
+    let before = Fixture::new(1 << 20, false);
+    for commit in [200, 210, 230] {
+        before.append(transaction(commit, &["a"]));
+    }
+    before.log.append(&[Entry::Visible(Lsn(210))]).unwrap();
+    let options = Options { window_bytes: 1 << 20, before_visible: false };
+    let hub = Hub::new(before.log.clone(), before.appended.subscribe(), options).unwrap();
+    let after = Fixture { hub, ..before };
+    let mut resumed = after.subscribe("a", 100);
+    after.publish(1000, "210");
+    assert_eq!(ready(&mut resumed).await, Some(vec![200]));
+    // Its snapshot does not see 210, which the log has had for long.
+    let mut now = start(
+        &after,
+        &Scripted { look: Ok(Look { insert_lsn: Lsn(240), ..look("210:240:210") }), ..primary(true) },
+        "a",
+        "",
+    )
+    .await
+    .unwrap();
+    after.publish(1000, "");
+    assert_eq!(ready(&mut resumed).await, Some(vec![210, 230]));
+    assert_eq!(ready(&mut now).await, Some(vec![210]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_that_a_divergence_overtakes_ends() {
+    let fixture = Fixture::new(1 << 20, false);
+    fixture.admit(transaction(200, &["a"])).await;
+    fixture.publish(1000, "");
+    let anchor = fixture.hub.window().anchor();
+    let history = History::from_timelines(vec![FIRST, Timeline { id: 2, begin: Lsn(150) }]).unwrap();
+    fixture.hub.diverge(Lsn(150), history);
+    let mut late =
+        Subscription::new(fixture.hub.clone(), tenant("a"), Position::at(anchor.visible), None, anchor.divergences);
+    assert!(matches!(ended(&mut late).await, End::Abandoned { at: Lsn(150) }));
 }
 
 #[tokio::test(start_paused = true)]

@@ -3,10 +3,11 @@
 //! A *feed* is what is in memory of one tenant. Its floor tells from where on it is complete: a reader at or past the floor
 //! needs no disk, however long it slept. A tenant without a feed has nothing in memory, and the window's own floor counts.
 
-use super::{Item, Options};
+use super::{Item, Options, Origin};
 use crate::change::TenantId;
 use crate::changelog::BREAKS_MAX;
 use crate::lsn::{Lsn, Position, Snapshot, Xid8};
+use crate::timeline::History;
 use crate::transaction::{Break, Transaction};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -30,6 +31,10 @@ pub(super) struct Window {
     visible: Lsn,
     /// In stream order of their ends. Those past `published` do not count yet.
     breaks: Vec<Break>,
+    /// What positions belong to.
+    origin: Option<Origin>,
+    /// Transactions that are partly in the log only, commit and end LSN, as far as they are in `entries`.
+    holes: VecDeque<(Lsn, Lsn)>,
     /// Every divergence so far; a reader that has not looked since the last one checks itself against it.
     divergences: Vec<Lsn>,
 }
@@ -38,8 +43,6 @@ struct Entry {
     commit: Lsn,
     end: Lsn,
     bytes: usize,
-    /// Some messages are in the log only.
-    on_disk: bool,
     /// Whose feeds have messages of it; a tenant once for each message.
     tenants: Vec<TenantId>,
 }
@@ -72,6 +75,16 @@ impl Feed {
     }
 }
 
+/// What a start is decided on. A divergence that comes after it is noticed by the subscription.
+#[derive(Clone)]
+pub(super) struct Anchor {
+    pub(super) visible: Lsn,
+    pub(super) published: Lsn,
+    pub(super) origin: Option<Origin>,
+    /// How many there were.
+    pub(super) divergences: usize,
+}
+
 /// What a reader at a position should do next.
 pub(super) enum Next {
     /// Take these. They are whole: the first may begin before the reader's position.
@@ -89,18 +102,36 @@ pub(super) enum Next {
 }
 
 impl Window {
-    pub(super) fn new(options: Options, tail: Lsn, breaks: Vec<Break>) -> Self {
+    /// A window in front of a log that reaches to `tail`, of which everything up to `visible` is visible; end LSN and id of
+    /// what is past that are `in_doubt`.
+    pub(super) fn new(
+        options: Options,
+        origin: Option<Origin>,
+        visible: Lsn,
+        in_doubt: &[(Lsn, Xid8)],
+        tail: Lsn,
+        breaks: Vec<Break>,
+    ) -> Self {
+        let in_doubt = in_doubt.iter().map(|(end, xid)| (*end, Some(*xid)));
+        let pending = in_doubt.chain(std::iter::once((tail, None))).map(|(end, xid)| Pending {
+            end,
+            xid,
+            on_disk: true,
+            wake: Wake::Everybody,
+        });
         Self {
             options,
             entries: VecDeque::new(),
             bytes: 0,
             floor: Position::at(tail),
             feeds: HashMap::new(),
-            pending: VecDeque::new(),
+            pending: pending.collect(),
             pending_published: 0,
-            published: tail,
-            visible: tail,
+            published: visible,
+            visible,
             breaks,
+            origin,
+            holes: VecDeque::new(),
             divergences: Vec::new(),
         }
     }
@@ -113,8 +144,15 @@ impl Window {
         self.published
     }
 
-    pub(super) fn begin_at(&mut self, lsn: Lsn) {
-        assert!(self.entries.is_empty() && self.pending.is_empty(), "a log begins before anything is admitted");
+    pub(super) const fn origin(&self) -> Option<&Origin> {
+        self.origin.as_ref()
+    }
+
+    pub(super) fn begin_at(&mut self, origin: Origin, lsn: Lsn) {
+        assert!(self.entries.is_empty(), "a log begins before anything is admitted");
+        self.origin = Some(origin);
+        self.pending.clear();
+        self.pending_published = 0;
         self.floor = Position::at(lsn);
         self.published = lsn;
         self.visible = lsn;
@@ -159,13 +197,10 @@ impl Window {
         self.add_breaks(&transaction.breaks);
         if !tenants.is_empty() || transaction.staged {
             self.bytes += bytes;
-            self.entries.push_back(Entry {
-                commit: transaction.header.commit,
-                end: transaction.end,
-                bytes,
-                on_disk: transaction.staged,
-                tenants,
-            });
+            if transaction.staged {
+                self.holes.push_back((transaction.header.commit, transaction.end));
+            }
+            self.entries.push_back(Entry { commit: transaction.header.commit, end: transaction.end, bytes, tenants });
         }
         true
     }
@@ -178,9 +213,12 @@ impl Window {
             Some(_) => Wake::Everybody,
         };
         self.add_breaks(gap.as_slice());
+        let unpublished = self.pending.len() > self.pending_published;
         match self.pending.back_mut() {
             // Progress upon progress is one mark, so that an idle stream does not fill the queue.
-            Some(last) if last.xid.is_none() && matches!((&last.wake, &wake), (Wake::Nobody, Wake::Nobody)) => {
+            Some(last)
+                if unpublished && last.xid.is_none() && matches!((&last.wake, &wake), (Wake::Nobody, Wake::Nobody)) =>
+            {
                 last.end = last.end.max(lsn);
             }
             _ => self.pending.push_back(Pending { end: lsn, xid: None, on_disk: false, wake }),
@@ -211,7 +249,7 @@ impl Window {
                 self.feeds.remove(tenant);
             }
         }
-        if entry.on_disk {
+        if self.holes.pop_front_if(|(_, end)| *end <= entry.end).is_some() {
             self.feeds.values_mut().for_each(|feed| feed.floor = feed.floor.max(Position::at(entry.end)));
         }
         true
@@ -222,13 +260,18 @@ impl Window {
         !self.pending.is_empty()
     }
 
+    /// How much waits.
+    pub(super) fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
     /// Whether what waits first needs a snapshot to be decided.
     pub(super) fn needs_snapshot(&self) -> bool {
         self.pending.front().is_some_and(|first| first.xid.is_some())
     }
 
-    /// Publishes what can be, in stream order; how far. `appended` is how far the log can be read.
-    pub(super) fn advance(&mut self, snapshot: Option<&Snapshot>, appended: Lsn) -> Lsn {
+    /// Publishes what can be, in stream order. `appended` is how far the log can be read.
+    pub(super) fn advance(&mut self, snapshot: Option<&Snapshot>, appended: Lsn) {
         let seen = |item: &Pending| item.xid.is_none_or(|xid| snapshot.is_some_and(|snapshot| snapshot.sees(xid)));
         while let Some(item) = self.pending.get_mut(self.pending_published) {
             let readable = !item.on_disk || item.end <= appended;
@@ -254,7 +297,6 @@ impl Window {
             self.pending_published -= 1;
             self.visible = self.visible.max(item.end);
         }
-        self.published
     }
 
     fn wake_everybody(&self) {
@@ -264,7 +306,9 @@ impl Window {
     }
 
     /// Forgets everything past `at`.
-    pub(super) fn diverge(&mut self, at: Lsn) {
+    pub(super) fn diverge(&mut self, at: Lsn, history: Arc<History>) {
+        self.origin = self.origin.take().map(|(source, _)| (source, history));
+        self.holes.retain(|(_, end)| *end <= at);
         while let Some(entry) = self.entries.pop_back_if(|entry| entry.end > at) {
             self.bytes -= entry.bytes;
             for tenant in &entry.tenants {
@@ -275,7 +319,7 @@ impl Window {
         }
         self.pending.retain(|item| item.end <= at);
         self.pending_published = self.pending_published.min(self.pending.len());
-        self.breaks.retain(|gap| gap.to <= Position::at(at));
+        self.breaks = std::mem::take(&mut self.breaks).into_iter().filter_map(|gap| gap.up_to(at)).collect();
         self.published = self.published.min(at);
         self.visible = self.visible.min(at);
         let floor = Position::at(at);
@@ -285,12 +329,22 @@ impl Window {
         self.wake_everybody();
     }
 
-    /// Registers a reader; what wakes it, and how many divergences there were before its time.
-    pub(super) fn join(&mut self, tenant: &TenantId) -> (watch::Receiver<()>, usize) {
+    /// Where everything stands, as one look.
+    pub(super) fn anchor(&self) -> Anchor {
+        Anchor {
+            visible: self.visible,
+            published: self.published,
+            origin: self.origin.clone(),
+            divergences: self.divergences.len(),
+        }
+    }
+
+    /// Registers a reader; what wakes it.
+    pub(super) fn join(&mut self, tenant: &TenantId) -> watch::Receiver<()> {
         let floor = self.floor;
         let feed = self.feeds.entry(tenant.clone()).or_insert_with(|| Feed::new(floor));
         feed.subscribers += 1;
-        (feed.wake.subscribe(), self.divergences.len())
+        feed.wake.subscribe()
     }
 
     pub(super) fn leave(&mut self, tenant: &TenantId) {
@@ -332,15 +386,15 @@ impl Window {
             return Next::Disk { up_to: limit };
         };
         // The first transaction that is partly in the log only: nothing behind it may be taken from memory before it.
-        let hole = self.entries.iter().find(|entry| entry.on_disk && Position::at(entry.end) > cursor);
-        let hole = hole.filter(|hole| Position::at(hole.commit) < limit);
+        let passed = self.holes.partition_point(|(_, end)| Position::at(*end) <= cursor);
+        let hole = self.holes.get(passed).filter(|(commit, _)| Position::at(*commit) < limit);
 
         let mut messages = Vec::new();
         let mut bytes = 0;
         let first = feed.messages.partition_point(|item| item.message.order() <= cursor);
         for item in feed.messages.range(first..) {
             let message = &item.message;
-            let behind_hole = hole.is_some_and(|hole| message.header.commit >= hole.commit);
+            let behind_hole = hole.is_some_and(|(commit, _)| message.header.commit >= *commit);
             if behind_hole || message.reached() > limit || bytes >= bytes_max {
                 break;
             }
@@ -349,7 +403,7 @@ impl Window {
         }
         match (messages.is_empty(), hole) {
             (false, _) => Next::Messages(messages),
-            (true, Some(hole)) => Next::Disk { up_to: Position::at(hole.end).min(limit) },
+            (true, Some((_, end))) => Next::Disk { up_to: Position::at(*end).min(limit) },
             (true, None) => Next::Skip { to: limit },
         }
     }

@@ -1,6 +1,6 @@
 //! One session after the other: connect, check, stream, and again.
 
-use super::connection::{Connection, Endpoints};
+use super::connection::{Connection, Endpoint, Endpoints};
 use super::intake::{Event, Intake};
 use super::publication::{self, Published};
 use super::requirements::{self, Severity};
@@ -15,7 +15,7 @@ use pgwire_replication::{ReplicationClient, ReplicationEvent};
 
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 
 /// `wal_sender_timeout` of the session. Feedback suppresses the server's own pings, so it is sent only when there is
 /// something to say, and the server pings at half of this: whoever hears nothing for the whole of it talks to nobody.
@@ -30,8 +30,10 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 const VERIFY_EVERY: Duration = Duration::from_secs(5);
 /// A statement on the side connection that takes longer means that the server does not answer.
 const STATEMENT_MAX: Duration = Duration::from_secs(15);
+/// Longest wait for the slot: it has to be read in, and may still be given up by somebody else.
+const START_MAX: Duration = Duration::from_secs(60);
 /// Events between the driver and us. A row is one event of whatever size PostgreSQL allows, so this is kept small.
-const EVENTS_MAX: usize = 1024;
+const EVENTS_MAX: usize = 128;
 /// Longest wait for the last acknowledgement when stopping.
 const LAST_STATUS_MAX: Duration = Duration::from_secs(2);
 
@@ -41,6 +43,8 @@ pub struct Session<O> {
     endpoints: Endpoints,
     outlet: O,
     status: watch::Sender<Status>,
+    /// The primary of the present or last session.
+    endpoint: watch::Sender<Option<Endpoint>>,
     /// Everything up to this end LSN was handed on by this process; `None` before the first session.
     received: Option<Lsn>,
 }
@@ -58,7 +62,14 @@ struct Prepared {
 impl<O: Outlet> Session<O> {
     /// A session that reads from `endpoints` and hands on to `outlet`.
     pub fn new(options: Options, endpoints: Endpoints, outlet: O) -> Self {
-        Self { options, endpoints, outlet, status: watch::Sender::new(Status::Connecting), received: None }
+        Self {
+            options,
+            endpoints,
+            outlet,
+            status: watch::Sender::new(Status::Connecting),
+            endpoint: watch::Sender::new(None),
+            received: None,
+        }
     }
 
     /// Follows what it is doing.
@@ -66,17 +77,22 @@ impl<O: Outlet> Session<O> {
         self.status.subscribe()
     }
 
+    /// Follows which server the session found to be the primary of its source. Whoever asks it anything asks this one, and
+    /// again after every change.
+    pub fn endpoint(&self) -> watch::Receiver<Option<Endpoint>> {
+        self.endpoint.subscribe()
+    }
+
     /// Looks whether it could stream, before anything is promised. What may pass (a server that is still starting) is no
     /// error: the session will get there.
     ///
     /// # Errors
     /// What somebody has to repair first.
-    pub async fn preflight(&self) -> Result<(), Error> {
+    pub async fn preflight(&self, state: &State) -> Result<(), Error> {
         let look = async {
-            let state = self.outlet.checkpoint().await?;
             let sql = self.endpoints.connect("tuplewatch").await.map_err(connect_error)?;
-            own_source(&sql, &state).await?;
-            self.check(&sql, &state).await
+            own_source(&sql, state).await?;
+            self.check(&sql, state).await
         };
         match look.await {
             Err(Error::Transient(what)) => {
@@ -103,7 +119,10 @@ impl<O: Outlet> Session<O> {
             let wait = backoff.after(&error);
             self.tell(&error, wait);
             // What the session had staged will come again.
-            self.outlet.deliver(Entry::Discard).await.map_err(Fatal::Log)?;
+            tokio::select! {
+                discarded = self.outlet.deliver(Entry::Discard) => discarded.map_err(Fatal::Log)?,
+                () = stopped(&mut stop) => return Ok(()),
+            }
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 () = stopped(&mut stop) => return Ok(()),
@@ -138,11 +157,10 @@ impl<O: Outlet> Session<O> {
             prepared = self.prepare() => prepared?,
             () = stopped(stop) => return Ok(()),
         };
-        backoff.reset();
         if self.status.send_replace(Status::Streaming) != Status::Streaming {
             tracing::info!(slot = %self.options.slot, position = %prepared.intake.received(), "streaming");
         }
-        self.stream(prepared, stop, &mut room).await
+        self.stream(prepared, stop, &mut room, backoff).await
     }
 
     /// Everything between nothing and a stream that may be acknowledged.
@@ -157,11 +175,12 @@ impl<O: Outlet> Session<O> {
             self.create_slot(&sql).await?;
         }
 
-        let config = sql
-            .endpoint()
-            .replication_config(&self.options.slot, &self.options.publication)
+        let config = sql.endpoint().replication_config(&self.options.slot, &self.options.publication);
+        // Behind those of the URI.
+        let given = config.options.clone().unwrap_or_default();
+        let config = config
+            .with_options(format!("{given} -c wal_sender_timeout={}", SILENCE_MAX.as_millis()).trim_start())
             .with_application_name(name)
-            .with_options(format!("-c wal_sender_timeout={}", SILENCE_MAX.as_millis()))
             .with_status_interval(STATUS_EVERY)
             .with_wakeup_interval(WAKEUP)
             .with_buffer_size(EVENTS_MAX)
@@ -170,7 +189,10 @@ impl<O: Outlet> Session<O> {
 
         let (mut client, history, resume) = self.connect_on_history(config, source, state).await?;
         client.start().await.map_err(driver_error)?;
-        client.wait_started().await.map_err(driver_error)?;
+        timeout(START_MAX, client.wait_started())
+            .await
+            .map_err(|_| Error::transient(format!("replication did not start within {} s", START_MAX.as_secs())))?
+            .map_err(driver_error)?;
 
         // The slot is ours now, so nobody moves it any more.
         let (confirmed, xid) = slot_position(&sql, &self.options.slot).await?;
@@ -198,6 +220,7 @@ impl<O: Outlet> Session<O> {
             Some(resume) => resume,
         };
         self.received = Some(received);
+        self.endpoint.send_replace(Some(sql.endpoint().clone()));
         let assembler = Assembler::new(self.options.mapping.clone(), self.options.limits, self.options.on_undecodable);
         let mut intake = Intake::new(assembler, received, xid);
         let state = self.outlet.checkpoint().await?;
@@ -326,12 +349,14 @@ impl<O: Outlet> Session<O> {
         prepared: Prepared,
         stop: &mut Stop,
         room: &mut watch::Receiver<Room>,
+        backoff: &mut Backoff,
     ) -> Result<(), Error> {
         let Prepared { sql, mut client, mut intake } = prepared;
         let mut durable = self.outlet.durable();
         let mut progress = every(PROGRESS_EVERY);
         let mut verify = every(VERIFY_EVERY);
         let mut last_check: Option<Published> = None;
+        let mut last_heard = Instant::now();
         loop {
             while let Some(entry) = intake.pop() {
                 let reached = reached(&entry);
@@ -340,7 +365,11 @@ impl<O: Outlet> Session<O> {
                     error = no_room(room) => return Err(error),
                     () = stopped(stop) => return Ok(()),
                 }
-                self.received = reached.or(self.received);
+                if reached.is_some() {
+                    self.received = reached;
+                    // Only now: a session that connects and then fails has not got anywhere.
+                    backoff.reset();
+                }
             }
             self.acknowledge(&client, &durable);
             tokio::select! {
@@ -349,11 +378,18 @@ impl<O: Outlet> Session<O> {
                 error = no_room(room) => return Err(error),
                 changed = durable.changed() => changed.map_err(|_| super::Closed)?,
                 _ = progress.tick(), if intake.is_idle_ahead() => intake.advance(),
-                _ = verify.tick() => self.verify(&sql, &mut intake, &mut last_check).await?,
-                event = timeout(SILENCE_MAX, client.recv()) => {
+                _ = verify.tick() => {
+                    tokio::select! {
+                        verified = self.verify(&sql, &mut intake, &mut last_check) => verified?,
+                        error = no_room(room) => return Err(error),
+                        () = stopped(stop) => return self.finish(client, durable).await,
+                    }
+                }
+                event = timeout_at(last_heard + SILENCE_MAX, client.recv()) => {
                     let event = event.map_err(|_| Error::transient(format!(
                         "nothing was heard from the server for {} s: the connection is dead", SILENCE_MAX.as_secs()
                     )))?;
+                    last_heard = Instant::now();
                     let event = event.map_err(driver_error)?;
                     let event = event.ok_or_else(|| Error::transient("the server ended the stream"))?;
                     if let Some(event) = convert(event) {

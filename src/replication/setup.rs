@@ -11,7 +11,7 @@
 //! # Failure and recovery
 //!
 //! Every step is whole or not done, so a run that was broken off is repaired by another. Two runs at once wait for each
-//! other (an advisory lock of the session, which goes with it). Steps that lock tables give up after [`LOCK_TIMEOUT`]: while
+//! other (an advisory lock of the session, which goes with it). Steps that lock tables give up after 5 s: while
 //! they wait behind a long transaction, all who come after them wait too.
 
 use std::fmt;
@@ -23,10 +23,10 @@ use tokio_postgres::{Client, error::DbError};
 use super::catalog::{Catalog, Publication, identifier, literal};
 use super::connection::Connection;
 use super::requirements::{ALL_OPERATIONS, creation};
-use super::slot::{Slot, Waiting};
+use super::slot::Slot;
 use crate::mapping::{Mapping, TableName};
 
-pub use super::slot::create_slot;
+pub use super::slot::{Waiting, create_slot};
 
 /// The tables of the preset `tuples`: version, name and text of each file. Each adds its own row to
 /// `tuplewatch.schema_version`.
@@ -34,7 +34,7 @@ const FILES: [(i32, &str, &str); 2] = [
     (1, "0001_tables.sql", include_str!("../../sql/0001_tables.sql")),
     (2, "0002_snap_token.sql", include_str!("../../sql/0002_snap_token.sql")),
 ];
-/// As setting. Ordinary transactions are over by then, and writers can bear to wait as long.
+/// For a table's lock. Ordinary transactions are over by then, and writers can bear to wait as long.
 const LOCK_TIMEOUT: &str = "5s";
 /// Of the advisory lock: "tuplewat" in ASCII, so that nobody has it by chance.
 const LOCK: i64 = 0x7475_706C_6577_6174;

@@ -257,7 +257,7 @@ impl Writer {
 
     /// Few, so that transactions meet.
     fn id(&mut self) -> u8 {
-        self.random.u8(10..30)
+        self.random.u8(10..40)
     }
 
     fn relation(&mut self) -> &'static str {

@@ -3,12 +3,12 @@
 use super::super::{Error, record};
 use super::{META_SEGMENTS, poisoned, segment_options};
 use crate::change::TenantId;
-use crate::lsn::{Lsn, Position};
+use crate::lsn::{Lsn, Position, Xid8};
 use crate::transaction::Message;
 use bytes::Bytes;
 use fjall::{Database, Keyspace, OwnedWriteBatch as WriteBatch};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Cheap to clone: readers take the list as it is, and keep deleted segments readable for themselves.
@@ -146,19 +146,11 @@ impl Segments {
         pick: &dyn Fn(Position, &Message) -> bool,
     ) -> fjall::Result<()> {
         for segment in self.since(Position::at(commit)) {
-            for (tenant, _) in segment.tenants() {
-                let from = record::message_key(&tenant, Position::at(commit));
-                for item in segment.keyspace.range(from..record::behind_tenant(&tenant)) {
-                    let (key, value) = item.into_inner()?;
-                    let order = record::read_message_key(&key).map(|(_, order)| order);
-                    let message = order.and_then(|order| record::read_message(order.lsn, &Bytes::from(value)));
-                    if let (Some(order), Some(message)) = (order, message)
-                        && pick(order, &message)
-                    {
-                        batch.remove(&segment.keyspace, key);
-                    }
+            segment.each_message(commit, Lsn(u64::MAX), &mut |key, order, message| {
+                if pick(order, message) {
+                    batch.remove(&segment.keyspace, key);
                 }
-            }
+            })?;
             for item in segment.keyspace.prefix(record::TOKENS) {
                 let (key, value) = item.into_inner()?;
                 if record::read_lsn(&value).is_some_and(|end| end > commit) {
@@ -169,41 +161,36 @@ impl Segments {
         Ok(())
     }
 
+    /// Transactions with messages that committed at or after `from`: end LSN and id by commit LSN.
+    pub(super) fn transactions_since(&self, from: Lsn) -> fjall::Result<BTreeMap<Lsn, (Lsn, Xid8)>> {
+        let mut found: BTreeMap<Lsn, (Option<Lsn>, Xid8)> = BTreeMap::new();
+        for segment in self.since(Position::at(from)) {
+            segment.each_message(from, Lsn(u64::MAX), &mut |_, _, message| {
+                let (end, _) = found.entry(message.header.commit).or_insert((None, message.header.xid));
+                *end = end.or(message.end);
+            })?;
+            for item in segment.keyspace.range(record::end_key(from)..record::end_key(Lsn(u64::MAX))) {
+                let (key, value) = item.into_inner()?;
+                if let Some((end, _)) = record::read_end_key(&key).and_then(|commit| found.get_mut(&commit)) {
+                    *end = end.or(record::read_lsn(&value));
+                }
+            }
+        }
+        Ok(found.into_iter().filter_map(|(commit, (end, xid))| Some((commit, (end?, xid)))).collect())
+    }
+
     /// Commit LSNs before `at` of transactions that end past it: their commit record crosses it.
     pub(super) fn commits_ending_past(&self, at: Lsn) -> fjall::Result<BTreeSet<Lsn>> {
         /// Far above the size of any commit record.
         const COMMIT_RECORD_BYTES_MAX: u64 = 64 << 20;
-        let from = Lsn(at.0.saturating_sub(COMMIT_RECORD_BYTES_MAX));
-        let mut commits = BTreeSet::new();
-        for segment in self.since(Position::at(from)) {
-            for item in segment.keyspace.range(record::end_key(from)..record::end_key(at)) {
-                let (key, value) = item.into_inner()?;
-                if record::read_lsn(&value).is_some_and(|end| end > at) {
-                    commits.extend(record::read_end_key(&key));
-                }
-            }
-            for (tenant, _) in segment.tenants() {
-                let range =
-                    record::message_key(&tenant, Position::at(from))..record::message_key(&tenant, Position::at(at));
-                for item in segment.keyspace.range(range) {
-                    let (key, value) = item.into_inner()?;
-                    let order = record::read_message_key(&key).map(|(_, order)| order);
-                    let message = order.and_then(|order| record::read_message(order.lsn, &Bytes::from(value)));
-                    if let Some(message) = message
-                        && message.end.is_some_and(|end| end > at)
-                    {
-                        commits.insert(message.header.commit);
-                    }
-                }
-            }
-        }
-        Ok(commits)
+        let found = self.transactions_since(Lsn(at.0.saturating_sub(COMMIT_RECORD_BYTES_MAX)))?;
+        Ok(found.into_iter().filter(|(commit, (end, _))| *commit < at && *end > at).map(|(commit, _)| commit).collect())
     }
 }
 
 impl Segment {
+    /// On disk. What is still in memory is not counted: a memtable at the most.
     pub(super) fn bytes(&self) -> u64 {
-        // What is still in memory counts too: it will be on disk soon.
         self.keyspace.disk_space()
     }
 
@@ -212,22 +199,50 @@ impl Segment {
     }
 
     /// Every tenant with messages here, and its newest position: two seeks a tenant, whatever the number of messages.
-    pub(super) fn tenants(&self) -> impl Iterator<Item = (TenantId, Position)> + '_ {
+    pub(super) fn tenants(&self) -> impl Iterator<Item = fjall::Result<(TenantId, Position)>> + '_ {
         let (start, end) = record::MESSAGES;
         let mut from = start.to_vec();
         std::iter::from_fn(move || {
-            let first = self.keyspace.range(from.clone()..end.to_vec()).next()?.key().ok()?;
+            let first = match self.keyspace.range(from.clone()..end.to_vec()).next()?.key() {
+                Ok(key) => key,
+                Err(error) => return Some(Err(error)),
+            };
+            // Keys in this range were written by us; what does not read as one is damage that checksums would have found.
             let (tenant, first) = record::read_message_key(&first)?;
             from = record::behind_tenant(&tenant);
-            let newest = self
-                .keyspace
-                .prefix(record::tenant_prefix(&tenant))
-                .next_back()
-                .and_then(|item| item.key().ok())
-                .and_then(|key| record::read_message_key(&key))
-                .map_or(first, |(_, newest)| newest);
-            Some((tenant, newest))
+            let newest = match self.keyspace.prefix(record::tenant_prefix(&tenant)).next_back().map(fjall::Guard::key) {
+                Some(Ok(key)) => record::read_message_key(&key).map_or(first, |(_, newest)| newest),
+                Some(Err(error)) => return Some(Err(error)),
+                None => first,
+            };
+            Some(Ok((tenant, newest)))
         })
+    }
+
+    /// Visits every message with a commit LSN in this range: key, place, message.
+    fn each_message(
+        &self,
+        from: Lsn,
+        to: Lsn,
+        visit: &mut dyn FnMut(fjall::Slice, Position, &Message),
+    ) -> fjall::Result<()> {
+        for item in self.tenants() {
+            let (tenant, newest) = item?;
+            if newest.lsn < from {
+                continue;
+            }
+            let range =
+                record::message_key(&tenant, Position::at(from))..record::message_key(&tenant, Position::at(to));
+            for item in self.keyspace.range(range) {
+                let (key, value) = item.into_inner()?;
+                let order = record::read_message_key(&key).map(|(_, order)| order);
+                let message = order.and_then(|order| record::read_message(order.lsn, &Bytes::from(value)));
+                if let (Some(order), Some(message)) = (order, message) {
+                    visit(key, order, &message);
+                }
+            }
+        }
+        Ok(())
     }
 }
 

@@ -84,7 +84,9 @@ pub fn is_definite(error: &PgWireError) -> bool {
     match error {
         PgWireError::Server(text) => sqlstate(error).is_some_and(|code| is_definite_code(code, text)),
         // A handshake that the peer broke off is told from one that failed by its cause alone.
-        PgWireError::Tls(text) => !(text.contains("os error") || text.contains("handshake eof")),
+        PgWireError::Tls(text) => {
+            !(text.starts_with("TLS handshake failed") && (text.contains("os error") || text.contains("handshake eof")))
+        }
         PgWireError::Auth(_) | PgWireError::MessageTooLarge { .. } => true,
         _ => false,
     }

@@ -47,7 +47,7 @@ fn hosts_database_and_user() {
     check("hostaddr=10.0.0.1 user=u", "10.0.0.1:5432 (database u, user u)");
     check("host=name hostaddr=10.0.0.1 user=u", "name:5432 (database u, user u)");
     check(r"user=a\ b password=x", "localhost:5432 (database a b, user a b)");
-    check("user=u password= dbname=db host=''", "localhost:5432 (database db, user u)");
+    check("user=u password='' dbname=db host=''", "localhost:5432 (database db, user u)");
 }
 
 #[test]
@@ -140,7 +140,6 @@ fn what_is_refused_is_named_and_never_repeated() {
     check("password=se cret host=h", "single quotes");
     check("host=h sslpassword=secret", "'sslpassword'");
     check("postgres://u:secret@[::1/db", "a parameter has no value");
-    check("postgres://u@@secret", "'host'");
     assert_eq!(Endpoints::parse_in("postgres://h", &|_| None).unwrap_err(), UriError::NoUser);
     assert!(parse("host=name hostaddr=10.0.0.1 sslmode=verify-full").is_ok());
 }
@@ -195,7 +194,7 @@ impl Guarded {
             ("hba_file", &path("pg_hba.conf")),
         ];
         let mut cluster = cluster(place.0.join("cluster"), &settings).await;
-        let owner = std::fs::metadata(cluster.data_dir()).unwrap();
+        let owner = std::fs::metadata(cluster.data_dir().join("pgdata")).unwrap();
         for file in std::fs::read_dir(&files).unwrap() {
             let file = file.unwrap().path();
             chown(&file, Some(owner.uid()), Some(owner.gid())).unwrap();
@@ -348,6 +347,9 @@ async fn the_first_primary_that_answers() {
     check(&host(there), false, "it is a standby").await;
     check(&host(closed), false, "Nothing listens there").await;
     check(&host(mute), false, "no answer within 1s").await;
+    let uri = format!("postgres://postgres@{}/postgres?sslmode=require", host(there));
+    let error = Endpoints::parse(&uri).unwrap().connect("tests").await.err().unwrap();
+    assert!(error.is_definite() && error.to_string().contains("Turn on ssl"), "{error}");
     let barred = |port| format!("127.0.0.1:{port}/postgres?user=barred&connect_timeout=1&hostaddr=");
     let uris = [(format!("{},", host(there)), true), (format!("{},", host(closed)), false), (String::new(), true)];
     for (before, definite) in uris {

@@ -73,8 +73,10 @@ pub(super) fn parse(text: &str, environment: Environment<'_>) -> Result<Endpoint
     };
     let endpoints = given.endpoints(environment)?;
     given.ignore_harmless()?;
-    match given.0.into_keys().next() {
-        Some(name) => Err(UriError::Unknown(name)),
+    match given.0.into_iter().next() {
+        // With an @ behind it, the ? was most likely the password's, and so is the name.
+        Some((_, value)) if value.contains('@') => Err(UriError::Punctuation),
+        Some((name, _)) => Err(UriError::Unknown(name)),
         None => Ok(endpoints),
     }
 }
@@ -103,10 +105,6 @@ fn from_uri(text: &str) -> Result<Given, UriError> {
 
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').ok_or(UriError::Punctuation)?;
-        // An @ behind the ? where there was none before it: the ? is most likely the password's.
-        if user_info.is_empty() && !authority.is_empty() && value.contains('@') {
-            return Err(UriError::Punctuation);
-        }
         let name = decode("the name of a parameter", name)?;
         let value = decode("the value of a parameter", value)?;
         match (name.as_str(), value.as_str()) {

@@ -1,0 +1,156 @@
+//! The watched tables, and the one that lists tenants.
+
+use serde::Deserialize;
+use tokio_postgres::Client;
+
+use super::super::catalog::{Document, Publication, Table, identifier};
+use super::server::Server;
+use super::{Expectation, Report};
+use crate::mapping::TableName;
+
+/// Whether a watched table can be read, is published, and its old rows are complete.
+pub(super) fn check_table(
+    table: &Table,
+    expected: &Expectation<'_>,
+    server: &Server,
+    publication: Option<&Publication>,
+    report: &mut Report,
+) {
+    let name = table.name();
+    let subject = format!("table {name}");
+    let before = report.findings.len();
+    if table.oid.is_none() {
+        let fix =
+            "tuplewatch setup  -- it creates the tables of the preset 'tuples'; those of other mappings are yours";
+        return report.error(subject, "does not exist", fix.to_owned());
+    }
+    let spec = expected.mapping.tables().iter().find(|spec| spec.table == name);
+    for wanted in spec.map(crate::mapping::TableSpec::columns).unwrap_or_default() {
+        if !table.columns.iter().any(|column| column.name == wanted) {
+            let fix = "-- correct the mapping, or add the column".to_owned();
+            report.error(&subject, format!("has no column {wanted}, which the mapping names"), fix);
+        }
+    }
+    check_access(&name, table.schema_usable, table.selectable, &server.role, report);
+    for relation in &table.relations {
+        let relation_subject = format!("table {}", relation.name());
+        if relation.persistence != "p" {
+            let fix =
+                format!("ALTER TABLE {} SET LOGGED;  -- rewrites it under an exclusive lock", relation.name().to_sql());
+            report.error(&relation_subject, "is not logged: its changes are not in the WAL", fix);
+        }
+        if let Some(column) = relation.uncovered(&table.columns) {
+            let what = format!("old rows lack column {}: the replica identity does not cover it", column.name);
+            let fix = format!("ALTER TABLE {} REPLICA IDENTITY FULL;  -- at once, no reload", relation.name().to_sql());
+            report.error(&relation_subject, what, fix);
+        }
+    }
+    if let Some(publication) = publication {
+        check_membership(table, expected, publication, report);
+    }
+    if report.is_fine_since(before) {
+        report.ok(subject, "can be read, is published, and its old rows are complete");
+    }
+}
+
+fn check_access(table: &TableName, schema_usable: bool, selectable: bool, role: &str, report: &mut Report) {
+    let role = identifier(role);
+    let subject = format!("table {table}");
+    if !schema_usable {
+        let fix = format!("GRANT USAGE ON SCHEMA {} TO {role};  -- at once, no reload", identifier(&table.schema));
+        report.error(&subject, format!("the role has no USAGE on schema {}", table.schema), fix);
+    }
+    if !selectable {
+        let fix = format!("GRANT SELECT ON {} TO {role};  -- at once, no reload", table.to_sql());
+        report.error(&subject, "the role has no SELECT", fix);
+    }
+}
+
+fn check_membership(table: &Table, expected: &Expectation<'_>, publication: &Publication, report: &mut Report) {
+    let name = table.name();
+    let subject = format!("table {name}");
+    let published = identifier(expected.publication);
+    if !table.is_published(publication) {
+        let fix = format!("ALTER PUBLICATION {published} ADD TABLE {};  -- at once, no reload", name.to_sql());
+        return report.error(subject, format!("is not in publication {}", expected.publication), fix);
+    }
+    if table.is_published_as_its_root(publication) {
+        let fix =
+            format!("ALTER PUBLICATION {published} SET (publish_via_partition_root = false);  -- or map the root");
+        report.error(&subject, "is a partition, and its changes are published as those of the root", fix);
+    }
+    if table.is_partitioned() && !publication.via_root {
+        let fix =
+            format!("ALTER PUBLICATION {published} SET (publish_via_partition_root = true);  -- at once, no reload");
+        report.error(&subject, "is partitioned, and its changes are published under the names of its partitions", fix);
+    }
+    let Some(member) = table.own_member() else { return };
+    let afresh = format!(
+        "BEGIN; ALTER PUBLICATION {published} DROP TABLE {table}; ALTER PUBLICATION {published} ADD TABLE {table}; COMMIT;  \
+         -- at once, no reload",
+        table = name.to_sql()
+    );
+    if member.filter.is_some() {
+        let what = "has a row filter in the publication: what it hides would be missing without a trace";
+        report.error(&subject, what, afresh.clone());
+    }
+    let hidden = table.columns.iter().find(|column| match &member.columns {
+        Some(list) => !list.contains(&column.name),
+        None => false,
+    });
+    if let Some(column) = hidden {
+        let what = format!("column {} is not in the column list of the publication", column.name);
+        report.error(&subject, what, afresh);
+    }
+    let listed = |name: &String| member.columns.as_ref().is_some_and(|list| list.contains(name));
+    let all_generated = publication.generated.as_deref() == Some("s");
+    let generated = table.columns.iter().find(|column| column.generated && !all_generated && !listed(&column.name));
+    if let Some(column) = generated {
+        let fix = format!("ALTER PUBLICATION {published} SET (publish_generated_columns = stored);  -- 18 or newer");
+        report.error(&subject, format!("column {} is generated, and not published", column.name), fix);
+    }
+}
+
+/// The table that lists tenants: it is not watched, only read.
+#[derive(Debug, Deserialize)]
+pub(super) struct Tenants {
+    exists: bool,
+    has_column: bool,
+    selectable: bool,
+    schema_usable: bool,
+}
+
+impl Tenants {
+    pub(super) async fn read(client: &Client, table: &TableName, id: &str) -> Result<Self, tokio_postgres::Error> {
+        let sql = "
+            SELECT json_build_object('exists', c.oid IS NOT NULL, 'has_column', a.attname IS NOT NULL,
+                       'selectable', COALESCE(has_table_privilege(c.oid, 'SELECT'), false),
+                       'schema_usable', COALESCE(has_schema_privilege(n.oid, 'USAGE'), false))
+              FROM (SELECT) AS one
+              LEFT JOIN pg_namespace AS n ON n.nspname = $1
+              LEFT JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = $2
+              LEFT JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attname = $3 AND NOT a.attisdropped";
+        let text = tokio_postgres::types::Type::TEXT;
+        let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), _); 3] =
+            [(&table.schema, text.clone()), (&table.name, text.clone()), (&id, text)];
+        client.query_typed_one(sql, &parameters).await?.try_get::<_, Document<Self>>(0).map(|document| document.0)
+    }
+
+    pub(super) fn check(&self, table: &TableName, id: &str, server: &Server, report: &mut Report) {
+        let subject = format!("table {table}");
+        let before = report.findings.len();
+        if !self.exists {
+            let fix =
+                "tuplewatch setup  -- it creates the tables of the preset 'tuples'; those of other mappings are yours";
+            return report.error(subject, "does not exist, and tenants are looked up in it", fix.to_owned());
+        }
+        if !self.has_column {
+            let fix = "-- correct the mapping, or add the column".to_owned();
+            report.error(&subject, format!("has no column {id}, which the mapping names"), fix);
+        }
+        check_access(table, self.schema_usable, self.selectable, &server.role, report);
+        if report.is_fine_since(before) {
+            report.ok(subject, "can be read");
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! What `serve` refuses to start without, and that what it says repairs it.
+
+use super::process::{Process, Ran, program, run, tuplewatch};
+use crate::support::postgres::Postgres;
+use crate::support::sql::Sql;
+use std::path::Path;
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::process::Command;
+use tuplewatch::dev_postgres::StopMode;
+
+/// `serve` at any port, with its log in the directory.
+pub(super) fn serve(uri: &str, directory: &Path) -> Command {
+    let mut command = program(directory);
+    command.args(["serve", "--database-uri", uri, "--changelog-path", "log", "--changelog-disk-reserve", "16MiB"]);
+    command.args(["--server-host", "127.0.0.1", "--server-grpc-port", "0"]);
+    command
+}
+
+/// A node that is refused, and so never gets as far as a log.
+async fn refused(uri: &str, flags: &[&str]) -> Ran {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = serve(uri, directory.path());
+    command.args(flags);
+    run(command).await
+}
+
+/// Starts, and comes to stream; with a new log.
+async fn works(uri: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    starts(uri, &directory).await;
+}
+
+async fn starts(uri: &str, directory: &TempDir) {
+    let mut process = Process::start(serve(uri, directory.path()));
+    process.comes_to("streaming").await;
+    process.signal("TERM");
+    assert_eq!(process.ended().await.code(), Some(0));
+}
+
+/// The statements that were offered.
+fn fixes(ran: &Ran) -> Vec<String> {
+    ran.err.lines().filter_map(|line| line.trim().strip_prefix("fix: ").map(str::to_owned)).collect()
+}
+
+fn only_fix(ran: &Ran) -> String {
+    let mut fixes = fixes(ran);
+    assert_eq!(fixes.len(), 1, "{ran:?}");
+    fixes.remove(0)
+}
+
+async fn slots(sql: &Sql) -> String {
+    sql.value("SELECT COALESCE(string_agg(slot_name, ','), '') FROM pg_replication_slots").await
+}
+
+#[tokio::test]
+async fn every_refusal_names_what_repairs_it() {
+    let postgres = Postgres::start().await;
+    let sql = postgres.sql().await;
+
+    let ran = refused(&postgres.uri(), &[]).await;
+    assert_eq!(slots(&sql).await, "", "nothing was begun");
+    ran.failed(&[
+        "table tuplewatch.relation_tuples: does not exist",
+        "table tuplewatch.attributes: does not exist",
+        "table tuplewatch.tenants: does not exist",
+        "publication tuplewatch: does not exist",
+        "fix: tuplewatch setup",
+    ]);
+
+    refused(&postgres.uri_of("nowhere"), &[]).await.failed(&[
+        "database \"nowhere\" does not exist (SQLSTATE 3D000)",
+        "Create the database, or correct its name in database.uri",
+    ]);
+    let stranger = postgres.uri().replace("postgres@", "stranger@");
+    refused(&stranger, &[])
+        .await
+        .failed(&["role \"stranger\" does not exist (SQLSTATE 28000)", "Check the user in database.uri"]);
+
+    let setup = ["setup", "--database-uri", &postgres.uri()];
+    tuplewatch(&setup).await.succeeded();
+    sql.run("CREATE ROLE \"a reader\" LOGIN").await;
+    let reader = postgres.uri().replace("postgres@", "a%20reader@");
+    let ran = refused(&reader, &[]).await;
+    for fix in fixes(&ran) {
+        sql.run(&fix).await;
+    }
+    ran.failed(&[
+        "role a reader: has no REPLICATION",
+        "fix: ALTER ROLE \"a reader\" REPLICATION;",
+        "fix: GRANT SELECT ON \"tuplewatch\".\"relation_tuples\" TO \"a reader\";",
+    ]);
+    works(&reader).await;
+
+    for (breaking, says) in [
+        (
+            "ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes",
+            "table tuplewatch.attributes: is not in publication tuplewatch",
+        ),
+        ("ALTER PUBLICATION tuplewatch SET (publish = 'insert')", "does not publish update, delete, truncate"),
+        ("ALTER TABLE tuplewatch.attributes REPLICA IDENTITY DEFAULT", "the replica identity does not cover it"),
+        ("REVOKE SELECT ON tuplewatch.tenants FROM \"a reader\"", "table tuplewatch.tenants: the role has no SELECT"),
+    ] {
+        sql.run(breaking).await;
+        let ran = refused(&reader, &[]).await;
+        for fix in fixes(&ran) {
+            sql.run(&fix).await;
+        }
+        ran.failed(&[says]);
+        works(&reader).await;
+    }
+    sql.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
+    sql.run("SELECT pg_create_physical_replication_slot('tuplewatch')").await;
+    refused(&reader, &[]).await.failed(&["is a physical slot", "choose another name in replication.slot"]);
+}
+
+/// The slot is older than a publication that was dropped and made again, and reads from before it.
+#[tokio::test]
+async fn a_publication_that_was_dropped_is_repaired_by_what_is_said() {
+    let postgres = Postgres::start().await;
+    let sql = postgres.sql().await;
+    tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
+    let directory = tempfile::tempdir().unwrap();
+    starts(&postgres.uri(), &directory).await;
+    sql.run("DROP PUBLICATION tuplewatch").await;
+    sql.insert("t1", "unpublished").await;
+
+    let ran = run(serve(&postgres.uri(), directory.path())).await;
+    let fix = only_fix(&ran);
+    ran.failed(&["publication tuplewatch: does not exist"]);
+    let (program, _) = fix.split_once("  --").unwrap_or((&fix, ""));
+    let arguments: Vec<&str> = program.split(' ').skip(1).chain(["--database-uri"]).collect();
+    let uri = postgres.uri();
+    tuplewatch(&[&arguments[..], &[&uri]].concat()).await.succeeded();
+    starts(&uri, &directory).await;
+}
+
+#[tokio::test]
+async fn wal_level_takes_a_restart() {
+    let mut postgres = Postgres::with(&[("wal_level", "replica")]).await;
+    let sql = postgres.sql().await;
+    tuplewatch(&["setup", "--database-uri", &postgres.uri()])
+        .await
+        .failed(&["could not create replication slot tuplewatch", "wal_level"]);
+    let ran = refused(&postgres.uri(), &[]).await;
+    assert_eq!(slots(&sql).await, "");
+    let fix = only_fix(&ran);
+    assert_eq!(
+        fix, "ALTER SYSTEM SET wal_level = logical;  -- then restart PostgreSQL: a reload is not enough",
+        "{ran:?}"
+    );
+    ran.failed(&["wal_level: is replica"]);
+
+    sql.run(&fix).await;
+    sql.run("SELECT pg_reload_conf()").await;
+    let pending = "(SELECT pending_restart FROM pg_settings WHERE name = 'wal_level')";
+    crate::support::wait::eventually("the reload is seen", async || sql.is_true(pending).await).await;
+    refused(&postgres.uri(), &[]).await.failed(&["another value stands in the configuration and waits for a restart"]);
+    drop(sql);
+    postgres.stop(StopMode::Fast).await;
+    postgres.start_again().await;
+    tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
+    works(&postgres.uri()).await;
+}
+
+#[tokio::test]
+async fn what_is_in_the_way_on_our_own_side() {
+    let postgres = Postgres::start().await;
+    let sql = postgres.sql().await;
+    tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
+
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = program(directory.path());
+    command.args(["serve", "--database-uri", &postgres.uri(), "--server-host", "127.0.0.1", "--server-grpc-port"]);
+    command.arg(port.to_string());
+    run(command)
+        .await
+        .failed(&[&format!("cannot listen on 127.0.0.1:{port} for gRPC: Address already in use"), "server.grpc.port"]);
+    let mut command = program(directory.path());
+    command.args(["serve", "--database-uri", &postgres.uri(), "--changelog-path", "/dev/null/log"]);
+    run({
+        command.args(["--server-grpc-port", "0"]);
+        command
+    })
+    .await
+    .failed(&["the change log at /dev/null/log cannot be opened: Not a directory"]);
+
+    let pem = directory.path().join("nonsense.pem");
+    std::fs::write(&pem, "nonsense").unwrap();
+    for (cert, says) in
+        [("nowhere.pem", "cannot read nowhere.pem (server.grpc.tls"), (pem.to_str().unwrap(), "server.grpc.tls")]
+    {
+        let tls = ["--server-grpc-tls-enabled", "true", "--server-grpc-tls-cert", cert, "--server-grpc-tls-key", cert];
+        refused(&postgres.uri(), &tls).await.failed(&[says]);
+    }
+    let confirmed = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'tuplewatch' AND NOT active";
+    assert_eq!(sql.value(confirmed).await, "1", "the slot is free for the next attempt");
+    works(&postgres.uri()).await;
+}

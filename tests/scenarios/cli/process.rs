@@ -1,0 +1,185 @@
+//! The program, run to its end or in the background.
+
+use crate::support::wait::{eventually, within};
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::process::{Child, Command};
+
+/// What chooses the PostgreSQL of `dev`: of all our environment, the one variable that it gets.
+pub(crate) const PG_BIN: &str = "TUPLEWATCH_PG_BIN";
+
+/// The program in a directory of the caller's, with nothing of our environment that configures it.
+pub(crate) fn program(directory: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tuplewatch"));
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("PG") || text.starts_with("TUPLEWATCH_") && text != PG_BIN {
+            command.env_remove(name);
+        }
+    }
+    command.current_dir(directory).kill_on_drop(true).stdin(Stdio::null());
+    command
+}
+
+/// How a run ended, and what it said.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+/// Runs it to its end.
+pub(crate) async fn run(mut command: Command) -> Ran {
+    let what = format!("{:?} ends", command.as_std());
+    let output = within(&what, command.output()).await.unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    let ran = Ran { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) };
+    assert!(!ran.err.contains("panicked"), "{ran:?}");
+    ran
+}
+
+/// Runs the program with these arguments; where does not matter.
+pub(crate) async fn tuplewatch(arguments: &[&str]) -> Ran {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = program(directory.path());
+    command.args(arguments);
+    run(command).await
+}
+
+impl Ran {
+    /// Ended well; what it printed.
+    #[track_caller]
+    pub(crate) fn succeeded(self) -> String {
+        assert_eq!(self.code, Some(0), "{self:?}");
+        self.out
+    }
+
+    /// Failed, having said all of these.
+    #[track_caller]
+    pub(crate) fn failed(self, says: &[&str]) {
+        self.ended(1, says);
+    }
+
+    /// Refused what it was told, having said all of these and printed nothing.
+    #[track_caller]
+    pub(crate) fn misused(self, says: &[&str]) {
+        assert_eq!(self.out, "", "{self:?}");
+        self.ended(2, says);
+    }
+
+    #[track_caller]
+    fn ended(&self, code: i32, says: &[&str]) {
+        assert_eq!(self.code, Some(code), "{self:?}");
+        for text in says {
+            assert!(self.err.contains(text), "not said: {text}\n{}", self.err);
+        }
+    }
+}
+
+/// The program in the background. Killed when dropped.
+pub(crate) struct Process {
+    child: Child,
+    out: Lines,
+    err: Lines,
+}
+
+/// What was said so far, line by line.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<String>>>);
+
+impl Lines {
+    fn read(from: impl AsyncRead + Send + Unpin + 'static) -> Self {
+        let lines = Self::default();
+        let kept = lines.clone();
+        tokio::spawn(async move {
+            let mut lines = BufReader::new(from).lines();
+            while let Ok(Some(line)) = lines.next_line().await {
+                kept.0.lock().unwrap().push(line);
+            }
+        });
+        lines
+    }
+
+    fn all(&self) -> Vec<String> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+impl Process {
+    pub(crate) fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let out = Lines::read(child.stdout.take().unwrap());
+        let err = Lines::read(child.stderr.take().unwrap());
+        Self { child, out, err }
+    }
+
+    /// The lines that it printed.
+    pub(crate) fn printed(&self) -> Vec<String> {
+        self.out.all()
+    }
+
+    /// The lines that it logged, or complained with.
+    pub(crate) fn complained(&self) -> Vec<String> {
+        self.err.all()
+    }
+
+    /// Waits until it has printed so many lines; all of them.
+    pub(crate) async fn prints(&self, count: usize) -> Vec<String> {
+        eventually(&format!("{count} lines are printed"), async || self.printed().len() >= count).await;
+        self.printed()
+    }
+
+    /// Waits for a complaint with this text.
+    pub(crate) async fn complains(&self, text: &str) {
+        let is_there = async || self.complained().iter().any(|line| line.contains(text));
+        eventually(&format!("'{text}' is said"), is_there).await;
+    }
+
+    /// Waits for a complaint with this text, unless the process ends before.
+    pub(crate) async fn comes_to(&mut self, text: &str) {
+        let what = format!("'{text}' is said, or the process ends");
+        let is_there = |lines: Vec<String>| lines.iter().any(|line| line.contains(text));
+        eventually(&what, async || is_there(self.complained()) || !self.is_running()).await;
+        assert!(is_there(self.complained()), "ended without saying '{text}'");
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id().expect("a process that runs")
+    }
+
+    /// By its name, such as INT.
+    pub(crate) fn signal(&self, name: &str) {
+        signal(self.id(), name);
+    }
+
+    pub(crate) async fn kill_9(&mut self) {
+        self.child.kill().await.unwrap();
+    }
+
+    /// Waits until it ends by itself.
+    pub(crate) async fn ended(&mut self) -> ExitStatus {
+        within("the process ends", self.child.wait()).await.unwrap()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let (out, err) = (self.printed().join("\n"), self.complained().join("\n"));
+            eprintln!("process {:?} printed:\n{out}\nand complained:\n{err}", self.child.id());
+        }
+    }
+}
+
+/// Sends a signal to a process that may be gone.
+pub(crate) fn signal(id: u32, name: &str) {
+    let mut kill = std::process::Command::new("kill");
+    let _ = kill.args([format!("-{name}"), id.to_string()]).stderr(Stdio::null()).status();
+}

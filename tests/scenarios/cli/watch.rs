@@ -1,0 +1,176 @@
+//! `watch` and `token`.
+
+use super::process::{Process, program, tuplewatch};
+use crate::support::change::Change;
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use serde_json::{Value as Json, json};
+use tokio::net::TcpListener;
+use tuplewatch::snap_token::SnapToken;
+
+/// `watch` of a server, in the background.
+pub(crate) fn watch(server: &str, flags: &[&str]) -> Process {
+    let mut command = program(&std::env::temp_dir());
+    command.args(["watch", "--server", server]).args(flags);
+    Process::start(command)
+}
+
+fn url(server: &Server) -> String {
+    server.endpoint().uri().to_string()
+}
+
+#[tokio::test]
+async fn a_change_is_a_line() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    sql.insert("t1", "before").await;
+    let (text, lines) =
+        (watch(&url(&server), &["--tenant", "t1"]), watch(&url(&server), &["--tenant", "t1", "--output", "json"]));
+    // Nothing tells when they have started but what they print: so until they do.
+    let mut n = 0;
+    while text.printed().is_empty() || lines.printed().is_empty() {
+        sql.insert("t1", &format!("warming-up-{n}")).await;
+        n += 1;
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    sql.run(
+        "BEGIN; INSERT INTO tuplewatch.relation_tuples VALUES ('t1', 'doc', '1', 'viewer', 'team', 'a', 'member');
+         INSERT INTO tuplewatch.attributes VALUES ('t1', 'doc', '1', 'public',
+             '{\"@type\": \"type.googleapis.com/base.v1.BooleanValue\", \"data\": true}');
+         DELETE FROM tuplewatch.relation_tuples WHERE entity_id = 'before'; COMMIT",
+    )
+    .await;
+    sql.insert("t1", "last").await;
+    let is_last = |line: &String| line.contains("last");
+    crate::support::wait::eventually("all is printed", async || {
+        text.printed().iter().any(is_last) && lines.printed().iter().any(is_last)
+    })
+    .await;
+
+    let printed = text.printed();
+    let shown: Vec<&str> = printed[printed.len() - 4..].iter().map(|line| line.split_once(' ').unwrap().1).collect();
+    assert_eq!(
+        shown,
+        [
+            "+ doc:1#viewer@team:a#member",
+            "+ doc:1$public = true",
+            "- document:before#viewer@user:u",
+            "+ document:last#viewer@user:u"
+        ]
+    );
+    let printed: Vec<Json> = lines.printed().iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let [.., transaction, last] = &printed[..] else { panic!("{printed:?}") };
+    let subject = |kind: &str, id: &str, relation: &str| json!({"type": kind, "id": id, "relation": relation});
+    assert_eq!(
+        transaction["changes"]["tuple_changes"],
+        json!([
+            { "operation": "OPERATION_CREATE", "tuple": {
+                "entity": {"type": "doc", "id": "1"}, "relation": "viewer", "subject": subject("team", "a", "member") } },
+            { "operation": "OPERATION_CREATE", "attribute": {
+                "entity": {"type": "doc", "id": "1"}, "attribute": "public",
+                "value": {"@type": "type.googleapis.com/base.v1.BooleanValue", "data": true} } },
+            { "operation": "OPERATION_DELETE", "tuple": {
+                "entity": {"type": "document", "id": "before"}, "relation": "viewer", "subject": subject("user", "u", "") } },
+        ])
+    );
+    assert_eq!(last["changes"]["tuple_changes"].as_array().unwrap().len(), 1);
+
+    // From a token that was printed, the rest.
+    let token = transaction["changes"]["snap_token"].as_str().unwrap();
+    let resumed = watch(&url(&server), &["--tenant", "t1", "--snap-token", token]);
+    assert!(resumed.prints(1).await[0].ends_with(" + document:last#viewer@user:u"));
+    for mut process in [resumed, text, lines] {
+        process.signal("INT");
+        assert_eq!(process.ended().await.code(), Some(0));
+        assert_eq!(process.complained(), [""; 0]);
+    }
+}
+
+#[tokio::test]
+async fn refusals_are_final_and_absence_is_not() {
+    let postgres = Postgres::start().await;
+    let mut server = Server::serve(&postgres, &[]).await;
+    let address = url(&server);
+    for (flags, says) in [
+        (&["--tenant", "nobody"][..], "tenant 'nobody' does not exist"),
+        (&["--tenant", ""], "the tenant id is empty"),
+        (&["--tenant", "t1", "--snap-token", "garbage"], "pass it back exactly as it was received"),
+        (&["--tenant", "t1", "--snap-token", "?"], "the snap token is not base64"),
+    ] {
+        let refused = ["watch", "--server", &address];
+        tuplewatch(&[&refused[..], flags].concat()).await.failed(&["tuplewatch: the server refused", says]);
+    }
+
+    // Something that is no tuplewatch, nothing at all, and then a server.
+    let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let foreign = format!("http://{}", other.local_addr().unwrap());
+    tokio::spawn(async move {
+        use tokio::io::AsyncWriteExt as _;
+        while let Ok((mut connection, _)) = other.accept().await {
+            let _ = connection.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
+        }
+    });
+    let mut puzzled = watch(&foreign, &["--tenant", "t1"]);
+    puzzled.complains("; reconnecting").await;
+    puzzled.signal("TERM");
+    assert_eq!(puzzled.ended().await.code(), Some(0));
+
+    server.kill_9().await;
+    let mut patient = watch(&address, &["--tenant", "t1"]);
+    patient.complains("Connection refused (os error 111); reconnecting").await;
+    patient.complains(&address.trim_end_matches('/')["http://".len()..]).await;
+    server.start().await;
+    patient.complains("connected again, resuming from now on").await;
+    postgres.sql().await.insert("t1", "a").await;
+    assert!(patient.prints(1).await[0].ends_with("+ document:a#viewer@user:u"));
+    patient.signal("INT");
+    assert_eq!(patient.ended().await.code(), Some(0));
+    assert_eq!(patient.complained().len(), 2, "once, however often it was tried");
+}
+
+#[tokio::test]
+async fn tokens_are_explained() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "a").await;
+    let position = stream.expect(Change::create(Change::viewer("a"))).await.token;
+    let SnapToken::Position { position: place, commit_time, .. } = position.parse().unwrap() else { panic!() };
+    let said = tuplewatch(&["token", &position]).await.succeeded();
+    for line in [
+        "kind:        position\n".to_owned(),
+        format!("includes:    everything that committed before {}\n", place.lsn),
+        format!("commit time: {commit_time} (of the last transaction in it)\n"),
+    ] {
+        assert!(said.contains(&line), "no {line} in\n{said}");
+    }
+    let source = said.lines().find(|line| line.starts_with("source:")).unwrap().to_owned();
+
+    let mut rows = sql.rows("SELECT tuplewatch.snap_token(), pg_current_xact_id()::text").await.remove(0);
+    let (xid, transaction) = (rows.remove(1), rows.remove(0));
+    let said = tuplewatch(&["token", &transaction]).await.succeeded();
+    for line in [
+        "kind:        transaction\n".to_owned(),
+        format!("includes:    everything up to and with transaction {xid}\n"),
+        format!("{source}\n"),
+    ] {
+        assert!(said.contains(&line), "no {line} in\n{said}");
+    }
+
+    let mut changed = position.clone();
+    changed.replace_range(20..21, if position.as_bytes()[20] == b'A' { "B" } else { "A" });
+    let (cut, doubled, long) = (&position[..40], position.repeat(2), "A".repeat(100_000));
+    for (garbage, says) in [
+        ("", "damaged, cut short, or of an unknown version"),
+        (cut, "damaged, cut short, or of an unknown version"),
+        (&changed, "damaged, cut short, or of an unknown version"),
+        (&doubled, "damaged, cut short, or of an unknown version"),
+        (&long, "longer than 4096 bytes"),
+        ("größer", "is not base64"),
+        ("a b", "is not base64"),
+    ] {
+        tuplewatch(&["token", garbage]).await.misused(&[says]);
+    }
+}
