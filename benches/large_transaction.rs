@@ -4,6 +4,8 @@
 //! `cargo bench --bench large_transaction [-- TUPLES]` (default 1,000,000). Prints what it measured; fails where something
 //! is missing, doubled or too large.
 
+#![expect(clippy::print_stdout, reason = "what was measured is its output")]
+
 use anyhow::{Context as _, ensure};
 use std::io::{BufRead, BufReader};
 use std::path::Path;

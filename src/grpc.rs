@@ -16,7 +16,7 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic_health::pb::health_server::{Health, HealthServer};
 
 /// The generated types and clients of `proto/`.
-#[expect(missing_docs, clippy::all, clippy::indexing_slicing, clippy::unwrap_used, reason = "generated")]
+#[expect(missing_docs, clippy::all, reason = "generated")]
 pub mod proto {
     tonic::include_proto!("base.v1");
 

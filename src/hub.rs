@@ -30,9 +30,8 @@ mod tests;
 
 pub use subscription::{End, Filter, Subscription};
 
-use crate::change::TenantId;
 use crate::changelog::ChangeLog;
-use crate::lsn::{Lsn, Position};
+use crate::lsn::Lsn;
 use crate::timeline::{History, Source};
 use crate::transaction::{Break, Message, Transaction};
 use bytes::Bytes;

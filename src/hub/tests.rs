@@ -1,9 +1,9 @@
 use super::start::{Look, Primary, TransactionStatus, Unreachable};
 use super::*;
-use crate::change::{Fact, Operation, Tuple, encode};
+use crate::change::{Fact, Operation, TenantId, Tuple, encode};
 use crate::changelog::model::ModelLog;
 use crate::changelog::{Entry, Origin};
-use crate::lsn::{CommitTime, Snapshot, Xid8};
+use crate::lsn::{CommitTime, Position, Snapshot, Xid8};
 use crate::snap_token::{SnapToken, TokenId};
 use crate::timeline::Timeline;
 use crate::transaction::{BreakReason, Header, Message, MessageBuilder};

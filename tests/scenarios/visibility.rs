@@ -237,7 +237,7 @@ async fn subscribe_then_read_then_apply() {
         let mut observers = Vec::new();
         for _ in 0..OBSERVERS {
             // Somewhere in the course of things.
-            tokio::time::sleep(Duration::from_millis(fastrand::u64(0..40))).await;
+            tokio::time::sleep(Duration::from_millis(fastrand::u64(0..20))).await;
             let stream = within("headers", Stream::open_on(channel.clone(), &tenant, "")).await.unwrap();
             let state = sql.facts(&tenant).await;
             observers.push(tokio::spawn(follow(stream, state)));
