@@ -73,6 +73,8 @@ const USAGE: u8 = 2;
 
 /// Runs the program; its exit code.
 pub async fn run(cli: Cli) -> ExitCode {
+    // Two implementations are in the tree, so that rustls does not choose; where one is installed already, it stays.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let ended = match cli.command {
         Command::Serve { config, reset_log } => serve(&config, reset_log).await,
         Command::Setup { config, args } => setup::setup(&config, &args).await,

@@ -17,6 +17,8 @@ use tokio_postgres::Statement;
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Longest wait of one caller, with connecting and with those before it.
 const CALL_MAX: Duration = Duration::from_secs(30);
+/// Longest wait for the session to find a primary, when there was none before.
+const FIRST_SESSION_MAX: Duration = Duration::from_secs(5);
 /// After a failure to connect, the next try is not before this.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// Requests that wait for the connection.
@@ -65,7 +67,9 @@ impl Lazy {
     }
 
     async fn connect(&mut self) -> Result<(Connection, Statement), String> {
-        let endpoint = self.primaries.borrow_and_update().clone();
+        // A process that has just started gets there soon.
+        let found = tokio::time::timeout(FIRST_SESSION_MAX, self.primaries.wait_for(Option::is_some)).await.map(drop);
+        let endpoint = found.ok().and_then(|()| self.primaries.borrow_and_update().clone());
         let endpoint = endpoint.ok_or("no session with PostgreSQL was established yet")?;
         let connection = endpoint.connect().await.map_err(|error| error.to_string())?;
         let prepare = async {

@@ -34,7 +34,12 @@ pub(super) async fn run(config: ConfigArgs, args: DevArgs) -> anyhow::Result<()>
     let options =
         ClusterOptions { data_dir: args.data_dir.join("postgres"), port: args.pg_port, ..ClusterOptions::default() };
     say(&format!("PostgreSQL {} from {}", installation.version(), installation.bin_dir().display()));
-    let mut cluster = Cluster::create_or_open(installation, options).await?;
+    // From here on Ctrl-C stops the cluster as well, and Drop does if anything fails.
+    let mut stopping = Box::pin(stop_signal());
+    let mut cluster = tokio::select! {
+        cluster = Cluster::create_or_open(installation, options) => cluster?,
+        () = &mut stopping => return Ok(()),
+    };
     if cluster.is_elsewhere() {
         say(&format!(
             "The cluster is in {}: PostgreSQL does not run as root, and an unprivileged user cannot get to {}",
@@ -42,8 +47,6 @@ pub(super) async fn run(config: ConfigArgs, args: DevArgs) -> anyhow::Result<()>
             args.data_dir.display()
         ));
     }
-    // From here on Ctrl-C stops the cluster as well, and Drop does if anything fails.
-    let mut stopping = Box::pin(stop_signal());
     let ended = tokio::select! {
         started = cluster.start() => match started {
             Ok(()) => None,

@@ -80,12 +80,9 @@ pub(super) fn reader_of(installation: Installation, major: u32, data_dir: &Path)
 }
 
 pub(super) async fn initdb(installation: &Installation, account: &Account, data_dir: &Path) -> Result<(), Error> {
-    let unfinished = data_dir.join("pgdata.new");
-    match fs::remove_dir_all(&unfinished) {
-        Ok(()) => tracing::info!("starting over: the last initdb was interrupted"),
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => return Err(Error::io("delete", &unfinished)(error)),
-    }
+    remove_unfinished(data_dir)?;
+    // A new name each time: an initdb that outlived the kill of its parent may still be writing to the old one.
+    let unfinished = data_dir.join(format!("{UNFINISHED}{:08x}", fastrand::u32(..)));
     fs::create_dir(&unfinished).map_err(Error::io("create", &unfinished))?;
     account.give(&unfinished)?;
 
@@ -104,6 +101,23 @@ pub(super) async fn initdb(installation: &Installation, account: &Account, data_
 
     let pgdata = data_dir.join("pgdata");
     fs::rename(&unfinished, &pgdata).map_err(Error::io("rename the new cluster to", &pgdata))
+}
+
+/// What the directories begin with that initdb works in; they get their name when they are whole.
+pub(super) const UNFINISHED: &str = "pgdata.new-";
+
+/// Deletes what interrupted initdbs left. What still changes under our hands stays for the next time.
+fn remove_unfinished(data_dir: &Path) -> Result<(), Error> {
+    for entry in fs::read_dir(data_dir).map_err(Error::io("read", data_dir))? {
+        let entry = entry.map_err(Error::io("read", data_dir))?;
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+            tracing::info!("starting over: the last initdb was interrupted");
+            if let Err(error) = fs::remove_dir_all(entry.path()) {
+                tracing::debug!("{} could not be deleted: {error}", entry.path().display());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Readable for PostgreSQL's user whatever our umask, and never half written.

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::account::Account;
+use super::directory::UNFINISHED;
 use super::*;
 
 /// A directory of its own, gone afterwards. Not created, so that PostgreSQL's user can reach it whatever our umask.
@@ -223,8 +224,9 @@ async fn drop_leaves_nothing_behind() {
 async fn an_interrupted_initdb_is_begun_again() {
     let place = Place::new();
     begin(open(place.data_dir())).await;
-    let unfinished = place.data_dir().join("pgdata.new");
-    assert!(unfinished.exists() && !place.data_dir().join("pgdata").exists());
+    let unfinished = fs::read_dir(place.data_dir()).unwrap().map(|entry| entry.unwrap().path());
+    let unfinished = unfinished.into_iter().find(|path| path.to_string_lossy().contains(UNFINISHED)).unwrap();
+    assert!(!place.data_dir().join("pgdata").exists());
     fs::write(unfinished.join("PG_VERSION"), "15").unwrap();
 
     let cluster = started(&place).await;

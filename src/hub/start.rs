@@ -123,11 +123,13 @@ async fn check_position(
     source: [u8; 8],
     timeline: [u8; 8],
     position: Position,
+    appended: Lsn,
 ) -> Result<(), Error> {
     if !check_source(anchor, source)?.holds(timeline, position.lsn) {
         return Err(Error::Abandoned);
     }
-    if position.lsn > anchor.published && position.lsn > primary.look(tenant).await?.flush_lsn {
+    // What the log has was sent by the server, whether it is published yet or not.
+    if position.lsn > anchor.published.max(appended) && position.lsn > primary.look(tenant).await?.flush_lsn {
         return Err(Error::BeyondHistory);
     }
     Ok(())
@@ -160,7 +162,8 @@ impl Hub {
                 if !known {
                     require(&tenant, primary.look(&tenant).await?.tenant_exists)?;
                 }
-                check_position(&anchor, primary, &tenant, source, timeline, position).await?;
+                let appended = *self.inner.appended.borrow();
+                check_position(&anchor, primary, &tenant, source, timeline, position, appended).await?;
                 (position, None)
             }
             Some(SnapToken::Transaction { source, id, xid, floor }) => {

@@ -361,9 +361,10 @@ impl<O: Outlet> Session<O> {
             while let Some(entry) = intake.pop() {
                 let reached = reached(&entry);
                 tokio::select! {
+                    biased;
                     delivered = self.outlet.deliver(entry) => delivered?,
                     error = no_room(room) => return Err(error),
-                    () = stopped(stop) => return Ok(()),
+                    () = stopped(stop) => return self.finish(&sql, client, durable).await,
                 }
                 if reached.is_some() {
                     self.received = reached;
@@ -374,7 +375,7 @@ impl<O: Outlet> Session<O> {
             self.acknowledge(&client, &durable);
             tokio::select! {
                 biased;
-                () = stopped(stop) => return self.finish(client, durable).await,
+                () = stopped(stop) => return self.finish(&sql, client, durable).await,
                 error = no_room(room) => return Err(error),
                 changed = durable.changed() => changed.map_err(|_| super::Closed)?,
                 _ = progress.tick(), if intake.is_idle_ahead() => intake.advance(),
@@ -382,7 +383,7 @@ impl<O: Outlet> Session<O> {
                     tokio::select! {
                         verified = self.verify(&sql, &mut intake, &mut last_check) => verified?,
                         error = no_room(room) => return Err(error),
-                        () = stopped(stop) => return self.finish(client, durable).await,
+                        () = stopped(stop) => return self.finish(&sql, client, durable).await,
                     }
                 }
                 event = timeout_at(last_heard + SILENCE_MAX, client.recv()) => {
@@ -436,18 +437,26 @@ impl<O: Outlet> Session<O> {
     }
 
     /// Stops in order: what was handed on becomes durable and is acknowledged.
-    async fn finish(&self, mut client: ReplicationClient, durable: watch::Receiver<Lsn>) -> Result<(), Error> {
+    async fn finish(
+        &self,
+        sql: &Connection,
+        mut client: ReplicationClient,
+        durable: watch::Receiver<Lsn>,
+    ) -> Result<(), Error> {
         self.outlet.checkpoint().await?;
         self.acknowledge(&client, &durable);
         let target = self.received.unwrap_or_default().min(*durable.borrow());
-        let metrics = client.metrics();
-        let told = async {
-            while Lsn(metrics.last_applied_lsn().as_u64()) < target && client.is_running() {
-                tokio::time::sleep(Duration::from_millis(10)).await;
+        let taken = async {
+            // The driver tells the server within its status interval. That the server took note has to be seen: a connection
+            // that is closed with unread data on its way takes what it said last with it.
+            while slot_position(sql, &self.options.slot).await?.0 < target {
+                tokio::time::sleep(STATUS_EVERY / 5).await;
             }
+            Ok::<(), Error>(())
         };
-        // The driver tells the server within its status interval, and does not say when.
-        let _ = timeout(LAST_STATUS_MAX, told).await;
+        if !matches!(timeout(LAST_STATUS_MAX, taken).await, Ok(Ok(()))) {
+            tracing::warn!("PostgreSQL did not take the last acknowledgement in time: some changes will be sent again");
+        }
         let _ = timeout(LAST_STATUS_MAX, client.shutdown()).await;
         Ok(())
     }

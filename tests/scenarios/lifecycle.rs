@@ -55,12 +55,16 @@ async fn sigterm_ends_streams_and_acknowledges_what_was_delivered() {
 
     let last = messages.pop().unwrap().token;
     let SnapToken::Position { position, .. } = last.parse().unwrap() else { panic!("a position token") };
+    // The process is gone, so this is what it said; its walsender may take a moment to take note.
+    let is_free = "EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'tuplewatch' AND NOT active)";
+    eventually("the slot is free", async || sql.is_true(is_free).await).await;
     assert!(confirmed_reaches(&sql, &position.lsn.to_string()).await, "what was delivered is acknowledged: {position}");
 
     writers.stop().await;
     sql.insert("t1", "end").await;
     let state_before: Vec<Change> = changes(&messages);
     server.start().await;
+    server.serving().await;
     let resumed = server.watch("t1", &last).await.up_to(&created("end")).await;
     // All of it, once: it adds up, and every change changes something.
     let all_but_popped = server.watch("t1", &messages.last().unwrap().token).await.up_to(&created("end")).await;
@@ -131,6 +135,7 @@ async fn idle_progress_is_acknowledged() {
     // And a token from before still gives what comes now, also to a new process.
     server.kill_9().await;
     server.start().await;
+    server.serving().await;
     sql.insert("t1", "after").await;
     server.watch("t1", &token).await.expect(created("after")).await;
 }

@@ -117,7 +117,7 @@ async fn received_everything(admin: &Sql) {
 /// Waits until tuplewatch has looked several times for what is visible.
 async fn looked_again(admin: &Sql) {
     let statement = "SELECT coalesce(max(query_start), 'epoch')::text FROM pg_stat_activity \
-                     WHERE application_name = 'tuplewatch snapshots'";
+                     WHERE application_name LIKE 'tuplewatch%' AND query = 'SELECT pg_current_snapshot()::text'";
     for _ in 0..3 {
         let before = admin.value(statement).await;
         eventually("it looks for what is visible", async || admin.value(statement).await > before).await;

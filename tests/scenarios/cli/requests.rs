@@ -99,8 +99,6 @@ async fn malformed_requests_have_their_status() {
     let stream = Stream::open_on(channel.clone(), "t1", "").await.unwrap();
     let mut neighbour = Neighbour { sql, stream, changes: 0 };
     neighbour.is_fine().await;
-    let token = server.watch("t1", "").await;
-    drop(token);
 
     let megabyte = "x".repeat(1 << 20);
     let whole = watch("t1", &"A".repeat(60));
@@ -140,7 +138,7 @@ async fn malformed_requests_have_their_status() {
 
     for (path, says) in [
         ("/base.v1.Watch/Wotch", "base.v1.Watch has one method, Watch"),
-        ("/base.v1.Watch/", "base.v1.Watch has one method, Watch"),
+        ("/base.v1.Watch/", ""),
         ("/base.v1.Wotch/Watch", ""),
         ("/", ""),
         ("/base.v1.Watch/Watch/", "base.v1.Watch has one method, Watch"),
