@@ -33,6 +33,18 @@ const CHANGE_BYTES_MAX: usize = (4 << 20) - 1024;
 /// An open transaction is handed to the log in pieces of this size.
 const STAGE_BYTES: usize = 4 << 20;
 
+/// Marks an error that the configuration is to blame for, although only its use brought it to light.
+#[derive(Debug)]
+pub struct Misconfigured(pub String);
+
+impl std::fmt::Display for Misconfigured {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Misconfigured {}
+
 /// The mapping that the configuration names.
 ///
 /// # Errors
@@ -43,7 +55,8 @@ pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
         MappingSource::Preset(Preset::Tuples) => ("preset tuples".to_owned(), TUPLES_PRESET.to_owned()),
         MappingSource::File(path) => {
             let what = format!("mapping file {}", path.display());
-            let yaml = std::fs::read_to_string(path).with_context(|| format!("cannot read {what} (mapping.file)"))?;
+            let cannot = || Misconfigured(format!("cannot read {what} (mapping.file)"));
+            let yaml = std::fs::read_to_string(path).with_context(cannot)?;
             (what, yaml)
         }
     };
@@ -51,8 +64,8 @@ pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
         .add_source(File::from_str(&yaml, FileFormat::Yaml))
         .build()
         .and_then(Loader::try_deserialize)
-        .with_context(|| format!("{what} does not read"))?;
-    Mapping::new(spec).with_context(|| format!("{what} cannot be used"))
+        .with_context(|| Misconfigured(format!("{what} does not read")))?;
+    Mapping::new(spec).with_context(|| Misconfigured(format!("{what} cannot be used")))
 }
 
 /// Where the configured database is.
@@ -60,7 +73,8 @@ pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
 /// # Errors
 /// Where it is not configured, or does not read.
 pub fn endpoints(config: &Config) -> anyhow::Result<Endpoints> {
-    Ok(Endpoints::parse(config.require_database_uri()?.expose())?)
+    let uri = config.require_database_uri()?;
+    Endpoints::parse(uri.expose()).with_context(|| Misconfigured("database.uri cannot be used".to_owned()))
 }
 
 /// What the session is to do.
@@ -127,8 +141,7 @@ impl Outlet for Joined {
 pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let mapping = Arc::new(load_mapping(config)?);
     let endpoints = endpoints(config)?;
-    let grpc_config = &config.server.grpc;
-    let listener = grpc::Listener::bind(config.server.host.as_str(), grpc_config.port).await?;
+    let listener = grpc::Listener::bind(config.server.host.as_str(), &config.server.grpc).await?;
     let address = listener.address();
 
     let log = open_log(config, reset_log).await?;
@@ -172,11 +185,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.spawn(hub::publisher::run(hub, SqlSnapshots::new(session.endpoint())));
     background.spawn(answering);
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
-    let grpc_config = grpc_config.clone();
-    let mut server =
-        tokio::spawn(
-            async move { grpc::serve(listener, &grpc_config, service, health_service, streams_stopped).await },
-        );
+    let mut server = tokio::spawn(grpc::serve(listener, service, health_service, streams_stopped));
     let mut session = tokio::spawn(session.run(session_stopped));
     tracing::info!(%address, "gRPC is listening");
 

@@ -81,14 +81,18 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Teardown { config } => setup::teardown(&config).await,
         Command::Dev { config, args } => Box::pin(dev::run(config, args)).await,
         Command::Watch(args) => watch::run(args).await,
-        Command::Token(args) => token::run(&args),
+        Command::Token(args) => {
+            token::run(&args);
+            Ok(())
+        }
         Command::Config { config } => print_config(&config),
     };
     match ended {
         Ok(()) => OK.into(),
         Err(error) => {
             say_error(&format!("{error:#}"));
-            if error.is::<config::Error>() { USAGE.into() } else { FAILURE.into() }
+            let misconfigured = error.is::<config::Error>() || error.is::<app::Misconfigured>();
+            if misconfigured { USAGE.into() } else { FAILURE.into() }
         }
     }
 }

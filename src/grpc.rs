@@ -52,7 +52,10 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
-    /// It is no certificate or key, or serving failed.
+    /// They are no certificate and key, or do not belong together.
+    #[error("the certificate, key or client_ca of server.grpc.tls cannot be used: {}", cause(.0))]
+    Tls(tonic::transport::Error),
+    /// Serving failed.
     #[error("the gRPC server failed: {0}")]
     Serve(#[from] tonic::transport::Error),
     /// The descriptors do not read.
@@ -60,22 +63,33 @@ pub enum Error {
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
+/// What lies behind tonic's "transport error".
+fn cause(error: &tonic::transport::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 /// A bound listener: bound before anything else starts, so that a taken port is said at once.
 pub struct Listener {
     incoming: TcpIncoming,
+    tls: Option<ServerTlsConfig>,
     address: SocketAddr,
 }
 
 impl Listener {
-    /// Binds host and port; port 0 takes any.
+    /// Binds host and port (port 0 takes any), and reads certificates and keys.
     ///
     /// # Errors
     /// Where that is not possible.
-    pub async fn bind(host: &str, port: u16) -> Result<Self, Error> {
+    pub async fn bind(host: &str, config: &GrpcConfig) -> Result<Self, Error> {
+        let port = config.port;
+        let tls = match &config.tls {
+            Some(tls) => Some(tls_config(tls).await?),
+            None => None,
+        };
         let bind = |source| Error::Bind { address: format!("{host}:{port}"), source };
         let listener = TcpListener::bind((host, port)).await.map_err(bind)?;
         let address = listener.local_addr().map_err(bind)?;
-        Ok(Self { incoming: TcpIncoming::from(listener).with_nodelay(Some(true)), address })
+        Ok(Self { incoming: TcpIncoming::from(listener).with_nodelay(Some(true)), tls, address })
     }
 
     /// Where it listens.
@@ -87,10 +101,9 @@ impl Listener {
 /// Serves until `stop` turns true and all streams have ended.
 ///
 /// # Errors
-/// Where TLS files cannot be read, or serving fails.
+/// Where serving fails.
 pub async fn serve<P: crate::hub::start::Primary + 'static>(
     listener: Listener,
-    config: &GrpcConfig,
     service: watch::WatchService<P>,
     health: HealthServer<impl Health>,
     mut stop: Receiver<bool>,
@@ -104,8 +117,8 @@ pub async fn serve<P: crate::hub::start::Primary + 'static>(
         .http2_keepalive_timeout(Some(KEEPALIVE_MAX))
         .max_concurrent_streams(STREAMS_MAX)
         .http2_max_header_list_size(HEADERS_MAX);
-    if let Some(tls) = &config.tls {
-        server = server.tls_config(tls_config(tls).await?)?;
+    if let Some(tls) = listener.tls {
+        server = server.tls_config(tls)?;
     }
     let stopped = async move {
         let _ = stop.wait_for(|stop| *stop).await;
@@ -125,8 +138,11 @@ async fn tls_config(tls: &Tls) -> Result<ServerTlsConfig, Error> {
     };
     let identity = Identity::from_pem(read(&tls.cert).await?, read(&tls.key).await?);
     let config = ServerTlsConfig::new().identity(identity);
-    Ok(match &tls.client_ca {
+    let config = match &tls.client_ca {
         Some(path) => config.client_ca_root(Certificate::from_pem(read(path).await?)),
         None => config,
-    })
+    };
+    // tonic looks into them only here.
+    Server::builder().tls_config(config.clone()).map_err(Error::Tls)?;
+    Ok(config)
 }

@@ -27,6 +27,8 @@ mod support {
 }
 
 mod scenarios {
+    mod cli;
+    mod dev;
     mod lifecycle;
     mod long_transaction;
     mod oracle;

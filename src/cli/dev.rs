@@ -17,13 +17,17 @@ pub(super) struct DevArgs {
     #[arg(long, value_name = "DIR")]
     pg_bin: Option<PathBuf>,
     /// Port of the private PostgreSQL; a free one is chosen at first and kept
-    #[arg(long, value_name = "PORT")]
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pg_port: Option<u16>,
 }
 
 const DATABASE: &str = "postgres";
 
 pub(super) async fn run(config: ConfigArgs, args: DevArgs) -> anyhow::Result<()> {
+    if config.sets("database.uri") {
+        let what = "dev starts a PostgreSQL of its own: leave --database-uri out, or use serve";
+        return Err(app::Misconfigured(what.to_owned()).into());
+    }
     let config = config
         .with_default("server.host", "127.0.0.1".into())
         .with_default("changelog.path", args.data_dir.join("log").display().to_string());

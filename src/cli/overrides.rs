@@ -28,10 +28,15 @@ fn keys() -> Vec<(&'static str, String)> {
 }
 
 impl ConfigArgs {
+    /// Whether a flag set this key.
+    pub(super) fn sets(&self, key: &str) -> bool {
+        self.overrides.iter().any(|(given, _)| given == key)
+    }
+
     /// Sets a key as if by a flag, where no flag set it.
     #[must_use]
     pub(super) fn with_default(mut self, key: &str, value: String) -> Self {
-        if !self.overrides.iter().any(|(given, _)| given == key) {
+        if !self.sets(key) {
             self.overrides.push((key.to_owned(), value));
         }
         self

@@ -2,13 +2,12 @@
 
 use super::say;
 use crate::snap_token::SnapToken;
-use anyhow::Context as _;
 use std::fmt::Write as _;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct TokenArgs {
     /// The token, as it was received
-    token: String,
+    token: SnapToken,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -19,10 +18,8 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-pub(super) fn run(args: &TokenArgs) -> anyhow::Result<()> {
-    let token: SnapToken = args.token.parse().context("not a snap token of tuplewatch")?;
-    say(&explain(&token));
-    Ok(())
+pub(super) fn run(args: &TokenArgs) {
+    say(&explain(&args.token));
 }
 
 fn explain(token: &SnapToken) -> String {

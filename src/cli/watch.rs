@@ -27,7 +27,7 @@ pub(super) struct WatchArgs {
     #[arg(long, value_name = "TOKEN")]
     snap_token: Option<String>,
     /// Where the server is
-    #[arg(long, default_value = "http://127.0.0.1:3478", value_name = "URL")]
+    #[arg(long, default_value = "http://127.0.0.1:3478", value_name = "URL", value_parser = server_url)]
     server: String,
     /// Certificate authority of an https server (PEM), where it is none of the system's
     #[arg(long, value_name = "FILE")]
@@ -41,6 +41,14 @@ pub(super) struct WatchArgs {
 enum Output {
     Text,
     Json,
+}
+
+fn server_url(text: &str) -> Result<String, String> {
+    let is_http = ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
+    match Endpoint::from_shared(text.to_owned()) {
+        Ok(_) if is_http => Ok(text.to_owned()),
+        _ => Err("write http://host:port or https://host:port".to_owned()),
+    }
 }
 
 const WAIT_MIN: Duration = Duration::from_millis(100);
@@ -58,8 +66,7 @@ pub(super) async fn run(args: WatchArgs) -> anyhow::Result<()> {
 }
 
 fn endpoint(server: &str, ca_cert: Option<&Path>) -> anyhow::Result<Endpoint> {
-    let endpoint = Endpoint::from_shared(server.to_owned())
-        .with_context(|| format!("'{server}' is no address of a server: write http://host:port"))?
+    let endpoint = Endpoint::from_shared(server.to_owned())?
         .connect_timeout(Duration::from_secs(5))
         .http2_keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(10))
@@ -91,7 +98,7 @@ async fn follow(args: &WatchArgs, endpoint: Endpoint) -> anyhow::Result<()> {
             // What passes: a server that restarts, a network that comes and goes.
             Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal | Code::ResourceExhausted => {
                 if !lost {
-                    say_error(&format!("{}; reconnecting", reason(&status)));
+                    say_error(&format!("{}: {}; reconnecting", args.server, reason(&status)));
                 }
                 lost = true;
                 tokio::time::sleep(wait).await;

@@ -135,7 +135,7 @@ impl TryFrom<String> for TableName {
 
 /// Where a text comes from: a column (a plain string in the file), a constant, or a template.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a column, {constant: text} or {template: text}")]
 pub enum ValueSpec {
     /// The column of that name.
     Column(String),

@@ -1,7 +1,7 @@
 //! What PostgreSQL must be like, and what to do where it is not.
 //!
-//! `serve` refuses to start, and `doctor` reports, by the same [`check`]. Each finding has the statement that fixes it, to
-//! be pasted into psql as it is: what a statement alone does not do (a restart) stands behind it as a comment.
+//! `serve` refuses to start where [`check`] finds an error. Each finding has the statement that fixes it, to be pasted into
+//! psql as it is: what a statement alone does not do (a restart) stands behind it as a comment.
 //!
 //! The role needs nothing to be able to ask: everything is read from catalogs that are open to all.
 
@@ -99,7 +99,7 @@ pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Fi
     if let (Some(tenants), Some(spec)) = (tenants, expected.mapping.tenants()) {
         tenants.check(&spec.table, &spec.id, &server, &mut report);
     }
-    check_publication(&catalog, expected, &mut report);
+    check_publication(&catalog, expected, slot.is_some(), &mut report);
     check_slot(slot.as_ref(), expected, &server, &mut report);
     Ok(report.findings)
 }
@@ -132,12 +132,20 @@ impl Report {
     }
 }
 
-fn check_publication(catalog: &Catalog, expected: &Expectation<'_>, report: &mut Report) {
+/// The way out where the slot is of no use any more.
+const RECREATE: &str = "tuplewatch setup --recreate-slot  -- what changed in between is lost, and subscribers are told";
+
+fn check_publication(catalog: &Catalog, expected: &Expectation<'_>, has_slot: bool, report: &mut Report) {
     let name = identifier(expected.publication);
     let subject = format!("publication {}", expected.publication);
     let Some(publication) = &catalog.publication else {
         let tables: Vec<String> = catalog.tables.iter().map(|table| table.name().to_sql()).collect();
-        let fix = format!("{}  -- or: tuplewatch setup", creation(expected.publication, &tables));
+        let fix = if has_slot {
+            // A slot that is older than the publication cannot be read with it.
+            RECREATE.to_owned()
+        } else {
+            format!("{}  -- or: tuplewatch setup", creation(expected.publication, &tables))
+        };
         return report.error(subject, "does not exist", fix);
     };
     let operations = [
@@ -169,8 +177,6 @@ pub(super) fn creation(publication: &str, tables: &[String]) -> String {
 }
 
 fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, report: &mut Report) {
-    const RECREATE: &str =
-        "tuplewatch setup --recreate-slot  -- what changed in between is lost, and subscribers are told";
     let subject = format!("replication slot {}", expected.slot);
     let Some(slot) = slot else {
         if expected.slot_expected {

@@ -134,7 +134,7 @@ fn remedy(error: &tokio_postgres::Error) -> &'static str {
     } else if *code == SqlState::LOCK_NOT_AVAILABLE {
         ". A long transaction is using the table: run setup again when it has ended"
     } else if *code == SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE || *code == SqlState::CONFIGURATION_LIMIT_EXCEEDED {
-        ". Run tuplewatch doctor: it names the setting"
+        ". tuplewatch serve checks this when it starts: it names the setting"
     } else {
         ""
     }

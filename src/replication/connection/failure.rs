@@ -177,12 +177,16 @@ fn code_remedy(code: &str, message: &str) -> Option<&'static str> {
         "28000" if message.contains("pg_hba.conf") => "Add a line to the server's pg_hba.conf and reload it",
         "28000" => "Check the user in database.uri, and the server's pg_hba.conf",
         "3D000" => "Create the database, or correct its name in database.uri",
-        "42501" => "Run tuplewatch doctor: it names the privilege and the statement that grants it",
+        "42501" => {
+            "tuplewatch serve checks this when it starts: it names the privilege and the statement that grants it"
+        }
         "53300" => {
             "All connections are taken: wait, or raise max_connections (for replication, max_wal_senders) and restart it"
         }
         "57P03" => "It is starting or stopping, or is a standby that takes no queries: wait",
-        "42704" | "55000" | "58P01" => "Run tuplewatch doctor: it says what is missing and how to get it back",
+        "42704" | "55000" | "58P01" => {
+            "tuplewatch serve checks this when it starts: it says what is missing and how to get it back"
+        }
         _ => return None,
     })
 }

@@ -408,5 +408,5 @@ async fn replication_of_a_publication_with_any_name() {
     let mut replication = ReplicationClient::connect(config).await.unwrap();
     let error = connection.endpoint().replication_error(replication.wait_started().await.unwrap_err());
     assert!(error.is_definite() && error.sqlstate() == Some("42704"), "{error}");
-    assert!(error.to_string().contains("doctor"), "{error}");
+    assert!(error.to_string().contains("tuplewatch serve"), "{error}");
 }

@@ -108,7 +108,6 @@ async fn the_preset() {
             "does not publish update, truncate",
         ),
         ("ALTER PUBLICATION feed DROP TABLE tuplewatch.attributes", attributes, "is not in publication feed"),
-        ("DROP PUBLICATION feed", "publication feed", "does not exist"),
         ("ALTER TABLE tuplewatch.attributes REPLICA IDENTITY DEFAULT", attributes, "old rows lack column value"),
         ("ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY NOTHING", tuples, "old rows lack column"),
         ("REVOKE SELECT ON tuplewatch.attributes FROM {role}", attributes, "no SELECT"),
@@ -118,6 +117,21 @@ async fn the_preset() {
     ] {
         ready.heals(damage, subject, what).await;
     }
+    ready.database.execute("DROP PUBLICATION feed").await;
+    let found = ready.errors().await;
+    let [finding] = found.as_slice() else { panic!("{found:#?}") };
+    assert_eq!((finding.subject.as_str(), finding.what.as_str()), ("publication feed", "does not exist"));
+    assert!(finding.fix.as_deref().unwrap().starts_with("tuplewatch setup --recreate-slot"), "{finding}");
+    let mapping = super::super::test_postgres::tuples();
+    let setup = Setup {
+        mapping: &mapping,
+        slot: &ready.database.name,
+        publication: "feed",
+        apply_schema: true,
+        recreate_slot: true,
+    };
+    setup.apply(&ready.database.connection, &mut silent).await.unwrap();
+    assert_eq!(ready.errors().await, []);
     if ready.database.major().await >= 15 {
         let filter = "ALTER PUBLICATION feed SET TABLE tuplewatch.attributes, tuplewatch.relation_tuples WHERE (tenant_id <> 'x')";
         ready.heals(filter, tuples, "row filter").await;

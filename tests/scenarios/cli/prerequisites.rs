@@ -193,7 +193,10 @@ async fn what_is_in_the_way_on_our_own_side() {
         [("nowhere.pem", "cannot read nowhere.pem (server.grpc.tls"), (pem.to_str().unwrap(), "server.grpc.tls")]
     {
         let tls = ["--server-grpc-tls-enabled", "true", "--server-grpc-tls-cert", cert, "--server-grpc-tls-key", cert];
-        refused(&postgres.uri(), &tls).await.failed(&[says]);
+        // Also where nobody has used TLS before: to no server at all.
+        for uri in [&postgres.uri(), "postgres://u@127.0.0.1:1/d"] {
+            refused(uri, &tls).await.failed(&[says]);
+        }
     }
     let confirmed = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'tuplewatch' AND NOT active";
     assert_eq!(sql.value(confirmed).await, "1", "the slot is free for the next attempt");
