@@ -14,20 +14,24 @@
 //! of the disk: the session notices, because the slot is then ahead of the log.
 
 mod segments;
+mod stored;
 
 use super::record;
-use super::{BREAKS_MAX, Batch, ChangeLog, Entry, Error, Origin, Room, State, Verified};
+use super::{BREAKS_MAX, Batch, ChangeLog, Entry, Error, Room, State, Verified};
 use crate::change::TenantId;
 use crate::lsn::{Lsn, Position, Xid8};
 use crate::snap_token::TokenId;
-use crate::timeline::{History, Source, Timeline};
-use crate::transaction::{Break, BreakReason, Message};
+use crate::transaction::{Break, Message};
 use bytes::Bytes;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, OwnedWriteBatch as WriteBatch, PersistMode};
 use segments::{Segment, Segments};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use stored::{
+    META_BREAK, META_STATE, META_TAIL, Stored, meta_break, meta_horizon, pair, read_break, read_origin, unpair,
+    write_break, write_origin,
+};
 
 const FORMAT: u32 = 1;
 const MARKER: &str = "tuplewatch-log.json";
@@ -60,40 +64,6 @@ pub struct Options {
 struct Marker {
     format: u32,
     node_id: String,
-}
-
-/// The part of [`State`] that rarely changes, as JSON under `meta/state`.
-#[derive(Clone, Default, Serialize, Deserialize)]
-struct Stored {
-    origin: Option<StoredOrigin>,
-    verified: Option<(String, u64)>,
-    mapping: Option<[u8; 32]>,
-    /// Not past the tail.
-    #[serde(default)]
-    visible: u64,
-    /// Commit LSN of the transaction with staged messages, and their highest row step.
-    staged: Option<(u64, u64)>,
-    /// Breaks that ended here or before were forgotten.
-    breaks_floor: (u64, u64),
-}
-
-#[derive(Clone, Serialize, Deserialize)]
-struct StoredOrigin {
-    system_identifier: u64,
-    database_oid: u32,
-    /// Id and begin.
-    timelines: Vec<(u32, u64)>,
-    lsn: u64,
-}
-
-#[derive(Serialize, Deserialize)]
-struct StoredBreak {
-    tenant: Option<String>,
-    from: (u64, u64),
-    to: (u64, u64),
-    code: String,
-    table: String,
-    detail: String,
 }
 
 /// See the module.
@@ -322,69 +292,6 @@ fn write_synced(temporary: &Path, path: &Path, contents: &[u8]) -> std::io::Resu
     file.sync_all()?;
     std::fs::rename(temporary, path)?;
     std::fs::File::open(path.parent().unwrap_or(path))?.sync_all()
-}
-
-const META_STATE: &[u8] = b"state";
-const META_TAIL: &[u8] = b"tail";
-const META_SEGMENTS: &[u8] = b"segments";
-const META_BREAK: &[u8] = b"break/";
-const META_HORIZON: &[u8] = b"horizon/";
-
-fn meta_horizon(tenant: &TenantId) -> Vec<u8> {
-    [META_HORIZON, tenant.as_str().as_bytes()].concat()
-}
-
-fn meta_break(gap: &Break) -> Vec<u8> {
-    // In stream order of the ends; the tenant makes it unique.
-    let tenant = gap.tenant.as_ref().map_or("", TenantId::as_str);
-    [META_BREAK, &record::write_position(gap.to), &record::write_position(gap.from), tenant.as_bytes()].concat()
-}
-
-fn pair(position: Position) -> (u64, u64) {
-    (position.lsn.0, position.steps)
-}
-
-fn unpair((lsn, steps): (u64, u64)) -> Position {
-    Position { lsn: Lsn(lsn), steps }
-}
-
-fn write_break(gap: &Break) -> StoredBreak {
-    let (table, detail) = gap.reason.details();
-    StoredBreak {
-        tenant: gap.tenant.as_ref().map(|tenant| tenant.as_str().to_owned()),
-        from: pair(gap.from),
-        to: pair(gap.to),
-        code: gap.reason.code().to_owned(),
-        table: table.to_owned(),
-        detail: detail.to_owned(),
-    }
-}
-
-fn read_break(stored: StoredBreak) -> Option<Break> {
-    Some(Break {
-        tenant: stored.tenant.map(|tenant| TenantId::new(&tenant)).transpose().ok()?,
-        from: unpair(stored.from),
-        to: unpair(stored.to),
-        reason: BreakReason::from_code(&stored.code, &stored.table, &stored.detail)?,
-    })
-}
-
-fn write_origin(origin: &Origin) -> StoredOrigin {
-    StoredOrigin {
-        system_identifier: origin.source.system_identifier,
-        database_oid: origin.source.database_oid,
-        timelines: origin.history.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect(),
-        lsn: origin.lsn.0,
-    }
-}
-
-fn read_origin(stored: &StoredOrigin) -> Option<Origin> {
-    let timelines = stored.timelines.iter().map(|(id, begin)| Timeline { id: *id, begin: Lsn(*begin) }).collect();
-    Some(Origin {
-        source: Source { system_identifier: stored.system_identifier, database_oid: stored.database_oid },
-        history: History::from_timelines(timelines)?,
-        lsn: Lsn(stored.lsn),
-    })
 }
 
 impl Memory {

@@ -1,7 +1,8 @@
 //! The list of segments: each a keyspace, in stream order, the last one active.
 
 use super::super::{Error, record};
-use super::{META_SEGMENTS, poisoned, segment_options};
+use super::stored::{META_SEGMENTS, pair, unpair};
+use super::{poisoned, segment_options};
 use crate::change::TenantId;
 use crate::lsn::{Lsn, Position, Xid8};
 use crate::transaction::Message;
@@ -58,7 +59,7 @@ impl Segments {
             }
             segments.push(Segment {
                 id: segment.id,
-                first: super::unpair(segment.first),
+                first: unpair(segment.first),
                 created_unix_seconds: segment.created_unix_seconds,
                 keyspace: db.keyspace(&name, segment_options).map_err(read)?,
             });
@@ -85,7 +86,7 @@ impl Segments {
             .iter()
             .map(|segment| StoredSegment {
                 id: segment.id,
-                first: super::pair(segment.first),
+                first: pair(segment.first),
                 created_unix_seconds: segment.created_unix_seconds,
             })
             .collect();

@@ -1,0 +1,113 @@
+//! What the keyspace `meta` holds: its keys, and the JSON of what rarely changes.
+//!
+//! | key | value |
+//! | --- | --- |
+//! | `state` | [`Stored`], JSON |
+//! | `tail` | LSN (8, big endian) |
+//! | `segments` | see [`super::segments`] |
+//! | `break/`, end position (16), start position (16), tenant | [`StoredBreak`], JSON |
+//! | `horizon/`, tenant | position (16, big endian) |
+
+use super::super::{Origin, record};
+use crate::change::TenantId;
+use crate::lsn::{Lsn, Position};
+use crate::timeline::{History, Source, Timeline};
+use crate::transaction::{Break, BreakReason};
+use serde::{Deserialize, Serialize};
+
+pub(super) const META_STATE: &[u8] = b"state";
+pub(super) const META_TAIL: &[u8] = b"tail";
+pub(super) const META_SEGMENTS: &[u8] = b"segments";
+pub(super) const META_BREAK: &[u8] = b"break/";
+pub(super) const META_HORIZON: &[u8] = b"horizon/";
+
+pub(super) fn meta_horizon(tenant: &TenantId) -> Vec<u8> {
+    [META_HORIZON, tenant.as_str().as_bytes()].concat()
+}
+
+pub(super) fn meta_break(gap: &Break) -> Vec<u8> {
+    // In stream order of the ends; the tenant makes it unique.
+    let tenant = gap.tenant.as_ref().map_or("", TenantId::as_str);
+    [META_BREAK, &record::write_position(gap.to), &record::write_position(gap.from), tenant.as_bytes()].concat()
+}
+
+pub(super) fn pair(position: Position) -> (u64, u64) {
+    (position.lsn.0, position.steps)
+}
+
+pub(super) fn unpair((lsn, steps): (u64, u64)) -> Position {
+    Position { lsn: Lsn(lsn), steps }
+}
+
+pub(super) fn write_break(gap: &Break) -> StoredBreak {
+    let (table, detail) = gap.reason.details();
+    StoredBreak {
+        tenant: gap.tenant.as_ref().map(|tenant| tenant.as_str().to_owned()),
+        from: pair(gap.from),
+        to: pair(gap.to),
+        code: gap.reason.code().to_owned(),
+        table: table.to_owned(),
+        detail: detail.to_owned(),
+    }
+}
+
+pub(super) fn read_break(stored: StoredBreak) -> Option<Break> {
+    Some(Break {
+        tenant: stored.tenant.map(|tenant| TenantId::new(&tenant)).transpose().ok()?,
+        from: unpair(stored.from),
+        to: unpair(stored.to),
+        reason: BreakReason::from_code(&stored.code, &stored.table, &stored.detail)?,
+    })
+}
+
+pub(super) fn write_origin(origin: &Origin) -> StoredOrigin {
+    StoredOrigin {
+        system_identifier: origin.source.system_identifier,
+        database_oid: origin.source.database_oid,
+        timelines: origin.history.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect(),
+        lsn: origin.lsn.0,
+    }
+}
+
+pub(super) fn read_origin(stored: &StoredOrigin) -> Option<Origin> {
+    let timelines = stored.timelines.iter().map(|(id, begin)| Timeline { id: *id, begin: Lsn(*begin) }).collect();
+    Some(Origin {
+        source: Source { system_identifier: stored.system_identifier, database_oid: stored.database_oid },
+        history: History::from_timelines(timelines)?,
+        lsn: Lsn(stored.lsn),
+    })
+}
+
+/// The part of [`State`] that rarely changes, as JSON under `meta/state`.
+#[derive(Clone, Default, Serialize, Deserialize)]
+pub(super) struct Stored {
+    pub(super) origin: Option<StoredOrigin>,
+    pub(super) verified: Option<(String, u64)>,
+    pub(super) mapping: Option<[u8; 32]>,
+    /// Not past the tail.
+    #[serde(default)]
+    pub(super) visible: u64,
+    /// Commit LSN of the transaction with staged messages, and their highest row step.
+    pub(super) staged: Option<(u64, u64)>,
+    /// Breaks that ended here or before were forgotten.
+    pub(super) breaks_floor: (u64, u64),
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+pub(super) struct StoredOrigin {
+    pub(super) system_identifier: u64,
+    pub(super) database_oid: u32,
+    /// Id and begin.
+    pub(super) timelines: Vec<(u32, u64)>,
+    pub(super) lsn: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(super) struct StoredBreak {
+    pub(super) tenant: Option<String>,
+    pub(super) from: (u64, u64),
+    pub(super) to: (u64, u64),
+    pub(super) code: String,
+    pub(super) table: String,
+    pub(super) detail: String,
+}
