@@ -90,11 +90,25 @@ pub async fn run(cli: Cli) -> ExitCode {
     match ended {
         Ok(()) => OK.into(),
         Err(error) => {
-            say_error(&format!("{error:#}"));
+            say_error(&describe(error.as_ref()));
             let misconfigured = error.is::<config::Error>() || error.is::<app::Misconfigured>();
             if misconfigured { USAGE.into() } else { FAILURE.into() }
         }
     }
+}
+
+/// An error with its causes, but for those that it tells itself.
+fn describe(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
 }
 
 async fn serve(config: &ConfigArgs, reset_log: bool) -> anyhow::Result<()> {

@@ -62,7 +62,7 @@ pub(super) async fn run(config: ConfigArgs, args: DevArgs) -> anyhow::Result<()>
         Some(ended) => ended,
         None => {
             let uri = cluster.uri(DATABASE);
-            let config = config.with_default("database.uri", uri.clone());
+            let config = config.with("database.uri", uri.clone());
             tokio::select! {
                 served = serve(config, &uri, &mut stopping) => served,
                 status = cluster.exited() => {

@@ -33,12 +33,19 @@ impl ConfigArgs {
         self.overrides.iter().any(|(given, _)| given == key)
     }
 
-    /// Sets a key as if by a flag, where no flag set it.
+    /// Sets a key as if by a flag, where neither flag nor environment nor file sets it.
     #[must_use]
-    pub(super) fn with_default(mut self, key: &str, value: String) -> Self {
-        if !self.sets(key) {
-            self.overrides.push((key.to_owned(), value));
-        }
+    pub(super) fn with_default(self, key: &str, value: String) -> Self {
+        // Where something is wrong with them, `load` says so afterwards.
+        let is_given = self.load().is_ok_and(|config| !config.effective().is_default(key));
+        if is_given { self } else { self.with(key, value) }
+    }
+
+    /// Sets a key as if by a flag, whoever else sets it.
+    #[must_use]
+    pub(super) fn with(mut self, key: &str, value: String) -> Self {
+        self.overrides.retain(|(given, _)| given != key);
+        self.overrides.push((key.to_owned(), value));
         self
     }
 

@@ -32,6 +32,11 @@ impl Effective {
         self.lines.iter().map(|line| (line.key, line.value.as_str()))
     }
 
+    /// Whether no source sets `key`.
+    pub fn is_default(&self, key: &str) -> bool {
+        self.lines.iter().any(|line| line.key == key && line.origin == Origin::Default)
+    }
+
     pub(super) fn push(&mut self, key: &'static str, value: String, origin: Origin) {
         self.lines.push(Line { key, value, origin });
     }

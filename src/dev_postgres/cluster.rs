@@ -356,8 +356,16 @@ impl Cluster {
         let mut reason = String::new();
         for mode in [StopMode::Fast, StopMode::Immediate] {
             let output = run(self.pg_ctl_stop(mode, &["-w", "-t", &seconds])).await?;
-            if holder(pid, &pgdata, &self.account) != Holder::Postmaster {
-                return Ok(());
+            // pg_ctl looks at the file alone, which the postmaster deletes a moment before it ends.
+            let deadline = Instant::now() + LINGERING_MAX;
+            loop {
+                if holder(pid, &pgdata, &self.account) != Holder::Postmaster {
+                    return Ok(());
+                }
+                if PidFile::read(&pgdata).is_some() || Instant::now() > deadline {
+                    break;
+                }
+                sleep(POLL).await;
             }
             reason = said(&output);
         }

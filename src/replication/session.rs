@@ -512,6 +512,12 @@ fn driver_lsn(lsn: Lsn) -> pgwire_replication::Lsn {
 }
 
 fn driver_error(error: pgwire_replication::PgWireError) -> Error {
+    if connection::sqlstate(&error) == Some("42704") && error.to_string().contains("publication") {
+        return Error::definite(format!(
+            "{error}. The slot reads from before the publication was created: run tuplewatch setup --recreate-slot; what has \
+             changed in between is lost, and subscribers are told"
+        ));
+    }
     if connection::is_definite(&error) { Error::definite(error) } else { Error::transient(error) }
 }
 
