@@ -30,6 +30,9 @@ use tokio::task::JoinSet;
 
 /// gRPC clients refuse messages above 4 MiB by default; a little of it is for the token and the framing.
 const CHANGE_BYTES_MAX: usize = (4 << 20) - 1024;
+/// What a response has around its changes: a token of 60 characters, keys and lengths. Far below the smallest
+/// `message_size_max`.
+const RESPONSE_BYTES: usize = 80;
 /// An open transaction is handed to the log in pieces of this size.
 const STAGE_BYTES: usize = 4 << 20;
 
@@ -84,7 +87,7 @@ fn session_options(config: &Config, mapping: Arc<Mapping>) -> replication::Optio
         publication: config.replication.publication.clone(),
         mapping,
         limits: Limits {
-            message_bytes: config.service.watch.message_size_max.to_usize(),
+            message_bytes: config.service.watch.message_size_max.to_usize() - RESPONSE_BYTES,
             change_bytes: CHANGE_BYTES_MAX,
             stage_bytes: STAGE_BYTES,
         },

@@ -142,9 +142,11 @@ fn processes() -> Vec<(u32, u32, String)> {
 
 fn postmasters(cluster: &Path) -> Vec<u32> {
     let data = format!("-D {} ", cluster.join("pgdata").display());
-    let ours =
-        |(id, _, command): (u32, u32, String)| (command.contains("postgres ") && command.contains(&data)).then_some(id);
-    processes().into_iter().filter_map(ours).collect()
+    let is_ours = |process: &(u32, u32, String)| process.2.contains("postgres ") && process.2.contains(&data);
+    let ours: Vec<_> = processes().into_iter().filter(is_ours).collect();
+    // A child has its parent's command line until it has chosen its own.
+    let is_child = |parent: u32| ours.iter().any(|process| process.0 == parent);
+    ours.iter().filter(|process| !is_child(process.1)).map(|process| process.0).collect()
 }
 
 fn children(parent: u32) -> Vec<u32> {

@@ -128,6 +128,13 @@ async fn a_publication_that_was_dropped_is_repaired_by_what_is_said() {
     let ran = run(serve(&postgres.uri(), directory.path())).await;
     let fix = only_fix(&ran);
     ran.failed(&["publication tuplewatch: does not exist"]);
+    // Whoever does the obvious instead is told what is missing now.
+    sql.run("CREATE PUBLICATION tuplewatch FOR TABLE tuplewatch.relation_tuples, tuplewatch.attributes").await;
+    let mut process = Process::start(serve(&postgres.uri(), directory.path()));
+    process.comes_to("nothing is read from PostgreSQL until this is repaired").await;
+    process.complains("tuplewatch setup --recreate-slot").await;
+    process.signal("TERM");
+    process.ended().await;
     let (program, _) = fix.split_once("  --").unwrap_or((&fix, ""));
     let arguments: Vec<&str> = program.split(' ').skip(1).chain(["--database-uri"]).collect();
     let uri = postgres.uri();
@@ -175,9 +182,10 @@ async fn what_is_in_the_way_on_our_own_side() {
     let mut command = program(directory.path());
     command.args(["serve", "--database-uri", &postgres.uri(), "--server-host", "127.0.0.1", "--server-grpc-port"]);
     command.arg(port.to_string());
-    run(command)
-        .await
-        .failed(&[&format!("cannot listen on 127.0.0.1:{port} for gRPC: Address already in use"), "server.grpc.port"]);
+    run(command).await.failed(&[
+        &format!("cannot listen on 127.0.0.1:{port} for gRPC: Address already in use (os error "),
+        " (server.host, server.grpc.port)\n",
+    ]);
     let mut command = program(directory.path());
     command.args(["serve", "--database-uri", &postgres.uri(), "--changelog-path", "/dev/null/log"]);
     run({
@@ -185,7 +193,7 @@ async fn what_is_in_the_way_on_our_own_side() {
         command
     })
     .await
-    .failed(&["the change log at /dev/null/log cannot be opened: Not a directory"]);
+    .failed(&["the change log at /dev/null/log cannot be opened: Not a directory (os error 20)\n"]);
 
     let pem = directory.path().join("nonsense.pem");
     std::fs::write(&pem, "nonsense").unwrap();
