@@ -19,8 +19,8 @@ pub(crate) fn program(directory: &Path) -> Command {
             command.env_remove(name);
         }
     }
-    // Who we are is not the user in a URI that names none.
-    command.env_remove("USER");
+    // A URI that names no user would mean us.
+    command.env_remove("USER").env_remove("LOGNAME");
     command.current_dir(directory).kill_on_drop(true).stdin(Stdio::null());
     command
 }
