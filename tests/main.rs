@@ -15,9 +15,11 @@
     reason = "a test fails where it expected something, and tells what led to it"
 )]
 
+#[expect(dead_code, reason = "the scenarios to come")]
 mod support {
     pub(crate) mod change;
     pub(crate) mod postgres;
+    pub(crate) mod proxy;
     pub(crate) mod reference;
     pub(crate) mod server;
     pub(crate) mod sql;

@@ -3,7 +3,6 @@
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
-use crate::support::sql::Sql;
 use crate::support::stream::{changes, metadata, reason};
 use crate::support::wait::{eventually, within};
 use crate::support::writer::{Habits, Writers, add_tenants, seed};
@@ -17,17 +16,6 @@ use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use tuplewatch::dev_postgres::StopMode;
 use tuplewatch::snap_token::SnapToken;
-
-fn created(id: &str) -> Change {
-    Change::create(Change::viewer(id))
-}
-
-async fn confirmed_reaches(sql: &Sql, lsn: &str) -> bool {
-    sql.is_true(&format!(
-        "(SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 'tuplewatch') >= '{lsn}'"
-    ))
-    .await
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sigterm_ends_streams_and_acknowledges_what_was_delivered() {
@@ -58,16 +46,16 @@ async fn sigterm_ends_streams_and_acknowledges_what_was_delivered() {
     // The process is gone, so this is what it said; its walsender may take a moment to take note.
     let is_free = "EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'tuplewatch' AND NOT active)";
     eventually("the slot is free", async || sql.is_true(is_free).await).await;
-    assert!(confirmed_reaches(&sql, &position.lsn.to_string()).await, "what was delivered is acknowledged: {position}");
+    assert!(sql.confirmed_reaches(&position.lsn.to_string()).await, "what was delivered is acknowledged: {position}");
 
     writers.stop().await;
     sql.insert("t1", "end").await;
     let state_before: Vec<Change> = changes(&messages);
     server.start().await;
     server.serving().await;
-    let resumed = server.watch("t1", &last).await.up_to(&created("end")).await;
+    let resumed = server.watch("t1", &last).await.up_to(&Change::created("end")).await;
     // All of it, once: it adds up, and every change changes something.
-    let all_but_popped = server.watch("t1", &messages.last().unwrap().token).await.up_to(&created("end")).await;
+    let all_but_popped = server.watch("t1", &messages.last().unwrap().token).await.up_to(&Change::created("end")).await;
     let mut state = std::collections::BTreeSet::new();
     for change in state_before.iter().chain(&changes(&all_but_popped)) {
         assert!(change.apply(&mut state), "{change:?} came twice");
@@ -125,19 +113,19 @@ async fn idle_progress_is_acknowledged() {
     let sql = postgres.sql().await;
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "before").await;
-    let token = stream.expect(created("before")).await.token;
+    let token = stream.expect(Change::created("before")).await.token;
     sql.run("CREATE TABLE busy (n int)").await;
     for _ in 0..3 {
         sql.run("INSERT INTO busy SELECT generate_series(1, 10000)").await;
-        let lsn = sql.value("SELECT pg_current_wal_flush_lsn()").await;
-        eventually("the slot advances", async || confirmed_reaches(&sql, &lsn).await).await;
+        let lsn = sql.flushed().await;
+        eventually("the slot advances", async || sql.confirmed_reaches(&lsn).await).await;
     }
     // And a token from before still gives what comes now, also to a new process.
     server.kill_9().await;
     server.start().await;
     server.serving().await;
     sql.insert("t1", "after").await;
-    server.watch("t1", &token).await.expect(created("after")).await;
+    server.watch("t1", &token).await.expect(Change::created("after")).await;
 }
 
 /// Streams stay open while PostgreSQL restarts, and nobody is sent anything twice.
@@ -154,7 +142,7 @@ async fn streams_outlive_restarts_of_postgres() {
         // Delivered before, or not yet.
         if n % 2 == 0 {
             for id in ["a", "b", "c"].map(|id| format!("{id}{n}")) {
-                stream.expect(created(&id)).await;
+                stream.expect(Change::created(&id)).await;
             }
         }
         drop(sql);
@@ -164,13 +152,13 @@ async fn streams_outlive_restarts_of_postgres() {
         postgres.start_again().await;
         if n % 2 == 1 {
             for id in ["a", "b", "c"].map(|id| format!("{id}{n}")) {
-                stream.expect(created(&id)).await;
+                stream.expect(Change::created(&id)).await;
             }
         }
     }
     let sql = postgres.sql().await;
     sql.insert("t1", "last").await;
-    stream.expect(created("last")).await;
+    stream.expect(Change::created("last")).await;
     assert!(!server.has_said("panicked"));
 }
 
@@ -184,7 +172,7 @@ async fn truncate_is_a_break_for_everybody() {
     let mut tokens = Vec::new();
     for (stream, tenant) in streams.iter_mut().zip(["t1", "t2"]) {
         sql.insert(tenant, "before").await;
-        tokens.push(stream.expect(created("before")).await.token);
+        tokens.push(stream.expect(Change::created("before")).await.token);
         sql.insert(tenant, "between").await;
     }
     sql.run("BEGIN").await;
@@ -195,7 +183,7 @@ async fn truncate_is_a_break_for_everybody() {
     sql.insert("t1", "after").await;
     sql.insert("t2", "after").await;
 
-    let expected = [vec![created("between"), created("inside")], vec![created("between")]];
+    let expected = [vec![Change::created("between"), Change::created("inside")], vec![Change::created("between")]];
     for how in ["live", "resumed", "by another process"] {
         for ((stream, tenant), expected) in streams.iter_mut().zip(["t1", "t2"]).zip(&expected) {
             let (messages, status) = stream.ending().await;
@@ -203,7 +191,7 @@ async fn truncate_is_a_break_for_everybody() {
             assert_eq!(reason(&status), (Code::Aborted, "TRUNCATE".into()));
             assert!(status.message().contains("tuplewatch.relation_tuples"), "{}", status.message());
             let next = metadata(&status, "next_snap_token");
-            server.watch(tenant, &next).await.expect(created("after")).await;
+            server.watch(tenant, &next).await.expect(Change::created("after")).await;
             // The last token before it leads to it too.
             let last = &messages.last().unwrap().token;
             let (messages, status) = server.watch(tenant, last).await.ending().await;
@@ -227,7 +215,7 @@ async fn a_row_that_does_not_decode_is_a_break_for_its_tenant_alone() {
     sql.run("ALTER TABLE tuplewatch.attributes DROP CONSTRAINT attributes_value_form").await;
     let (mut harmed, mut other) = (server.watch("t1", "").await, server.watch("t2", "").await);
     sql.insert("t1", "before").await;
-    let token = harmed.expect(created("before")).await.token;
+    let token = harmed.expect(Change::created("before")).await.token;
 
     sql.run("BEGIN").await;
     sql.insert("t1", "inside").await;
@@ -243,21 +231,21 @@ async fn a_row_that_does_not_decode_is_a_break_for_its_tenant_alone() {
 
     for process in 0..2 {
         let (messages, status) = harmed.ending().await;
-        assert_eq!(changes(&messages), [created("inside")]);
+        assert_eq!(changes(&messages), [Change::created("inside")]);
         assert_eq!(reason(&status), (Code::Aborted, "UNDECODABLE_ROW".into()));
         assert!(status.message().contains("tuplewatch.attributes"), "{}", status.message());
         assert!(!status.message().contains("secret"), "no values in messages: {}", status.message());
         let next = metadata(&status, "next_snap_token");
-        server.watch("t1", &next).await.expect(created("after")).await;
+        server.watch("t1", &next).await.expect(Change::created("after")).await;
         if process == 0 {
-            other.expect(created("inside")).await;
-            other.expect(created("after")).await;
+            other.expect(Change::created("inside")).await;
+            other.expect(Change::created("after")).await;
             server.kill_9().await;
             server.start().await;
             server.serving().await;
             harmed = server.watch("t1", &token).await;
         }
     }
-    let lsn = sql.value("SELECT pg_current_wal_flush_lsn()").await;
-    eventually("acknowledgement goes on", async || confirmed_reaches(&sql, &lsn).await).await;
+    let lsn = sql.flushed().await;
+    eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
 }

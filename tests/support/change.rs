@@ -38,6 +38,11 @@ impl Change {
         Self::tuple("document", id, "viewer", "user", "u", "")
     }
 
+    /// That the tuple of [`super::sql::Sql::insert`] was created.
+    pub(crate) fn created(id: &str) -> Self {
+        Self::create(Self::viewer(id))
+    }
+
     /// The text of an attribute, from the JSON that is in the table.
     pub(crate) fn attribute(entity_type: &str, entity_id: &str, attribute: &str, json: &str) -> String {
         let json: Json = serde_json::from_str(json).unwrap();

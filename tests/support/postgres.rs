@@ -8,6 +8,7 @@ use tuplewatch::dev_postgres::{Cluster, ClusterOptions, Installation, StopMode};
 pub(crate) struct Postgres {
     // Stops when dropped, and so before its directory goes.
     cluster: Cluster,
+    settings: Vec<(String, String)>,
     _directory: Directory,
 }
 
@@ -40,16 +41,24 @@ impl Postgres {
 
     /// With further settings.
     pub(crate) async fn with(settings: &[(&str, &str)]) -> Self {
+        let directory = Directory(std::env::temp_dir().join(Self::new_name()));
+        let settings: Vec<_> =
+            SETTINGS.iter().chain(settings).map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        let mut postgres = Self::open(directory, &settings).await;
+        postgres.start_again().await;
+        postgres
+    }
+
+    fn new_name() -> String {
+        format!("tuplewatch-tests-{}-{:08x}", std::process::id(), fastrand::u32(..))
+    }
+
+    async fn open(directory: Directory, settings: &[(String, String)]) -> Self {
         // Says what to install where there is none.
         let installation = Installation::find(None).unwrap_or_else(|error| panic!("{error}"));
-        let name = format!("tuplewatch-tests-{}-{:08x}", std::process::id(), fastrand::u32(..));
-        let directory = Directory(std::env::temp_dir().join(name));
-        let settings = SETTINGS.iter().chain(settings).map(|(name, value)| ((*name).into(), (*value).into())).collect();
-        let options = ClusterOptions { data_dir: directory.0.join("cluster"), port: None, settings };
-        let mut cluster =
-            Cluster::create_or_open(installation, options).await.unwrap_or_else(|error| panic!("{error}"));
-        cluster.start().await.unwrap_or_else(|error| panic!("{error}"));
-        Self { cluster, _directory: directory }
+        let options = ClusterOptions { data_dir: directory.0.join("cluster"), port: None, settings: settings.to_vec() };
+        let cluster = Cluster::create_or_open(installation, options).await.unwrap_or_else(|error| panic!("{error}"));
+        Self { cluster, settings: settings.to_vec(), _directory: directory }
     }
 
     pub(crate) fn uri(&self) -> String {
@@ -62,6 +71,44 @@ impl Postgres {
 
     pub(crate) async fn sql(&self) -> Sql {
         Sql::connect(&self.uri()).await
+    }
+
+    /// Changes settings in force at the next start; the last value of a name counts.
+    pub(crate) async fn stop_and_set(&mut self, settings: &[(&str, &str)]) {
+        self.stop(StopMode::Fast).await;
+        let lines: String = settings.iter().map(|(name, value)| format!("{name} = '{value}'\n")).collect();
+        let path = self.pgdata().join("postgresql.auto.conf");
+        let before = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, before + &lines).unwrap();
+    }
+
+    /// A second cluster with a copy of the data of this one, which must not be running. Not started.
+    pub(crate) async fn copy(&self) -> Self {
+        let directory = Directory(std::env::temp_dir().join(Self::new_name()));
+        std::fs::create_dir_all(&directory.0).unwrap();
+        let target = directory.0.join("cluster");
+        // Owners, too: as root the files are another user's.
+        let copied = std::process::Command::new("cp").arg("-a").arg(self.cluster.data_dir()).arg(&target).status();
+        assert!(copied.unwrap().success());
+        for left in ["port", "postgres.log"] {
+            let _ = std::fs::remove_file(target.join(left));
+        }
+        Self::open(directory, &self.settings).await
+    }
+
+    /// PostgreSQL's own data directory.
+    pub(crate) fn pgdata(&self) -> PathBuf {
+        self.cluster.data_dir().join("pgdata")
+    }
+
+    /// Where `postgres` is; other programs of the installation may be there too.
+    pub(crate) fn bin(&self) -> PathBuf {
+        self.cluster.installation().bin_dir().to_owned()
+    }
+
+    /// 15 in 15.18.
+    pub(crate) fn major(&self) -> u32 {
+        self.cluster.installation().major()
     }
 
     /// How long it took.

@@ -4,7 +4,6 @@ use super::postgres::Postgres;
 use super::stream::Stream;
 use super::wait::{eventually, within};
 use std::net::SocketAddr;
-use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
@@ -113,8 +112,7 @@ impl Server {
 
     /// SIGTERM. [`Server::ended`] tells what came of it.
     pub(crate) async fn terminate(&self) {
-        let id = self.process.as_ref().and_then(Child::id).expect("a process to end");
-        let status = Command::new("kill").args(["-TERM", &id.to_string()]).status().await.unwrap();
+        let status = Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().await.unwrap();
         assert!(status.success());
     }
 
@@ -125,8 +123,7 @@ impl Server {
     }
 
     pub(crate) fn endpoint(&self) -> Endpoint {
-        let address = self.address.expect("a server that was started");
-        Endpoint::from_shared(format!("http://{address}")).unwrap()
+        Endpoint::from_shared(format!("http://{}", self.address())).unwrap()
     }
 
     pub(crate) async fn channel(&self) -> Channel {
@@ -146,7 +143,8 @@ impl Server {
         within("the stream starts or is refused", Stream::open(&self.endpoint(), tenant, token)).await
     }
 
-    fn changelog(&self) -> std::path::PathBuf {
+    /// Where its change log is.
+    pub(crate) fn changelog(&self) -> std::path::PathBuf {
         self.directory.path().join("log")
     }
 
@@ -155,9 +153,25 @@ impl Server {
         self.log.lock().unwrap().iter().any(|line| line.contains(text))
     }
 
-    #[expect(dead_code, reason = "for whoever looks into a failure")]
-    pub(crate) fn directory(&self) -> &Path {
-        self.directory.path()
+    /// How many lines of the log hold this.
+    pub(crate) fn times_said(&self, text: &str) -> usize {
+        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
+    }
+
+    /// Of the process that runs.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.as_ref().and_then(Child::id).expect("a process that runs")
+    }
+
+    /// A line of /proc/PID/status, in KiB: `VmRSS` is what is resident, `VmHWM` the most that was.
+    pub(crate) fn memory_kib(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    pub(crate) const fn address(&self) -> SocketAddr {
+        self.address.expect("a server that was started")
     }
 }
 

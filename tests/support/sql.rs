@@ -62,6 +62,19 @@ impl Sql {
         self.value(&format!("SELECT ({condition})::text")).await == "true"
     }
 
+    /// The end of what PostgreSQL has flushed of its WAL.
+    pub(crate) async fn flushed(&self) -> String {
+        self.value("SELECT pg_current_wal_flush_lsn()").await
+    }
+
+    /// Whether tuplewatch has acknowledged its slot up to this LSN.
+    pub(crate) async fn confirmed_reaches(&self, lsn: &str) -> bool {
+        self.is_true(&format!(
+            "(SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 'tuplewatch') >= '{lsn}'"
+        ))
+        .await
+    }
+
     /// What holds for a tenant now: the facts of all its rows.
     pub(crate) async fn facts(&self, tenant: &str) -> BTreeSet<String> {
         let statement = format!(
