@@ -20,7 +20,7 @@ use crate::hub::{self, Hub};
 use crate::lsn::Lsn;
 use crate::mapping::{Mapping, Spec, TUPLES_PRESET};
 use crate::replication::connection::Endpoints;
-use crate::replication::{self, Outlet, Session, Status};
+use crate::replication::{self, Outlet, Postgres, Session, Status};
 use anyhow::{Context as _, anyhow};
 use primary::{SqlPrimary, SqlSnapshots};
 use std::sync::Arc;
@@ -159,21 +159,24 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
 
     let recorded = recorder_handle.clone();
     let joined = Joined { recorder: recorder_handle, hub: hub.clone() };
-    let session = Session::new(session_options(config, mapping.clone()), endpoints, joined);
+    let session_options = session_options(config, mapping.clone());
+    let postgres = Postgres::new(session_options.clone(), endpoints);
+    let endpoint = postgres.endpoint();
     let mut stop = std::pin::pin!(stop);
     let ready = tokio::select! {
-        ready = session.preflight(&state) => ready.map(|()| true),
+        ready = postgres.preflight(&state) => ready.map(|()| true),
         () = &mut stop => Ok(false),
     };
     if !matches!(ready, Ok(true)) {
-        drop((session, recorded));
+        drop((joined, recorded));
         recorder.finish().await?;
         return ready.map(drop).map_err(|error| anyhow!("{error}")).context("cannot start");
     }
 
+    let session = Session::new(session_options, postgres, joined);
     let (stop_streams, streams_stopped) = watch::channel(false);
     let (stop_session, session_stopped) = watch::channel(false);
-    let (primary, answering) = SqlPrimary::new(session.endpoint(), mapping.tenants());
+    let (primary, answering) = SqlPrimary::new(endpoint.clone(), mapping.tenants());
     let watch_options = grpc::watch::Options {
         enabled: config.service.watch.enabled,
         subscribers_max: usize::try_from(config.service.watch.subscribers_max).unwrap_or(usize::MAX),
@@ -185,7 +188,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
 
     let mut background = JoinSet::new();
     background.spawn(record_visible(hub.watch_visible(), recorded));
-    background.spawn(hub::publisher::run(hub, SqlSnapshots::new(session.endpoint())));
+    background.spawn(hub::publisher::run(hub, SqlSnapshots::new(endpoint)));
     background.spawn(answering);
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
     let mut server = tokio::spawn(grpc::serve(listener, service, health_service, streams_stopped));
@@ -257,7 +260,7 @@ impl RecorderThread {
         std::thread::Builder::new()
             .name("recorder".into())
             .spawn(move || {
-                let ended = recorder.run(&runtime);
+                let ended = runtime.block_on(recorder.run());
                 if let Err(error) = &ended {
                     tracing::error!("{error}");
                 }

@@ -211,6 +211,11 @@ pub trait ChangeLog: Send + Sync + 'static {
     /// Where the disk cannot be read.
     fn read(&self, tenant: &TenantId, after: Position, up_to: Position, bytes_max: usize) -> Result<Batch, Error>;
 
+    /// Whether reading may wait for a disk, and so belongs on a thread for such. A log in memory answers at once.
+    fn reads_block(&self) -> bool {
+        true
+    }
+
     /// End LSN and id of every transaction with changes that committed at or after `from`, in stream order.
     ///
     /// # Errors

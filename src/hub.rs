@@ -138,6 +138,7 @@ impl Hub {
                 break;
             }
             tokio::select! {
+                biased;
                 changed = appended.changed() => if changed.is_err() {
                     // The log is gone, and the process with it.
                     return;
@@ -183,11 +184,14 @@ impl Hub {
         self.inner.visible.subscribe()
     }
 
-    /// Runs a short read of the log on a thread for such.
+    /// Runs a short read of the log, on a thread for such where it may block.
     async fn on_disk<T: Send + 'static>(
         &self,
         read: impl FnOnce(&dyn ChangeLog) -> Result<T, crate::changelog::Error> + Send + 'static,
     ) -> Result<T, crate::changelog::Error> {
+        if !self.inner.log.reads_block() {
+            return read(&*self.inner.log);
+        }
         let failed = |error: &dyn std::fmt::Display| crate::changelog::Error::Read(error.to_string());
         let permit = self.inner.disk_reads.clone().acquire_owned().await.map_err(|error| failed(&error))?;
         let log = self.inner.log.clone();

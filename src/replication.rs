@@ -23,6 +23,7 @@
 mod catalog;
 pub mod connection;
 mod intake;
+mod postgres;
 pub mod publication;
 pub mod requirements;
 mod session;
@@ -30,8 +31,10 @@ pub mod setup;
 mod slot;
 #[cfg(test)]
 pub(crate) mod test_postgres;
+pub mod upstream;
 
 pub use intake::{Event, Intake};
+pub use postgres::Postgres;
 pub use session::Session;
 
 use crate::assembler::{Limits, OnUndecodable};

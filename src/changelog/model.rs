@@ -23,7 +23,7 @@ pub(crate) struct Inner {
 }
 
 impl Inner {
-    fn state(&mut self) -> &mut State {
+    pub(crate) fn state(&mut self) -> &mut State {
         self.state.get_or_insert_with(|| State {
             node_id: "model".into(),
             origin: None,

@@ -7,8 +7,9 @@
 use super::{ChangeLog, Entry, Error, Room, State};
 use crate::lsn::Lsn;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 /// Longest that something appended stays unsynced.
 ///
@@ -127,18 +128,18 @@ fn bytes(entry: &Entry) -> usize {
 }
 
 impl Recorder {
-    /// Appends until all handles are gone, then syncs and returns. Blocks; to be run on its own thread.
+    /// Appends until all handles are gone, then syncs and returns. Blocks on the disk: to be run on its own thread.
     ///
     /// # Errors
     /// Where a write or sync failed.
-    pub fn run(mut self, runtime: &tokio::runtime::Handle) -> Result<(), Error> {
+    pub async fn run(mut self) -> Result<(), Error> {
         let mut unsynced_since: Option<Instant> = None;
         let mut retained_at = Instant::now();
         let mut retained_bytes = 0;
-        self.retain()?;
+        self.retain().await?;
         loop {
             let wake = unsynced_since.map_or(retained_at + RETAIN_EVERY, |since| since + SYNC_DELAY);
-            let next = runtime.block_on(async { tokio::time::timeout_at(wake.into(), self.commands.recv()).await });
+            let next = tokio::time::timeout_at(wake, self.commands.recv()).await;
             let mut flushes = Vec::new();
             match next {
                 Ok(None) => {
@@ -166,7 +167,7 @@ impl Recorder {
                 let _ = flush.send(self.log.state());
             }
             if retained_at.elapsed() >= RETAIN_EVERY || retained_bytes >= RETAIN_BYTES {
-                self.retain()?;
+                self.retain().await?;
                 retained_at = Instant::now();
                 retained_bytes = 0;
             }
@@ -209,7 +210,7 @@ impl Recorder {
     }
 
     /// Enforces retention. Where the disk has no room left even so, waits for it: nothing is appended meanwhile.
-    fn retain(&self) -> Result<(), Error> {
+    async fn retain(&self) -> Result<(), Error> {
         loop {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
             let room = self.log.retain(now)?;
@@ -232,7 +233,7 @@ impl Recorder {
                     if self.commands.is_closed() {
                         return Ok(());
                     }
-                    std::thread::sleep(ROOM_EVERY);
+                    tokio::time::sleep(ROOM_EVERY).await;
                 }
             }
         }

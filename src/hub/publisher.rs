@@ -42,6 +42,7 @@ async fn publish_at_once(hub: Hub) {
     loop {
         advance(&hub, None);
         let changed = tokio::select! {
+            biased;
             changed = admitted.changed() => changed,
             changed = appended.changed() => changed,
         };

@@ -1,0 +1,321 @@
+//! A real server: two connections, one for SQL (tokio-postgres) and one that replicates (pgwire-replication).
+
+use super::connection::{self, Connection, Endpoint, Endpoints};
+use super::publication::{self, Published};
+use super::requirements::{self, Severity};
+use super::slot::{self, Slot, Waiting};
+use super::upstream::{Link, Server, Started, Upstream};
+use super::{Error, Event, Fatal, Options};
+use crate::changelog::State;
+use crate::lsn::{CommitTime, Lsn, Snapshot, Xid8};
+use crate::timeline::{History, Source};
+use pgwire_replication::{ReplicationClient, ReplicationConfig, ReplicationEvent};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+/// `wal_sender_timeout` of the session. Feedback suppresses the server's own pings, so it is sent only when there is
+/// something to say, and the server pings at half of this: whoever hears nothing for the whole of it talks to nobody.
+pub(super) const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// Longer than [`SILENCE_MAX`], so that the driver's own feedback never suppresses the server's pings.
+const WAKEUP: Duration = Duration::from_secs(30);
+/// Most often that the server is told how far we are.
+const STATUS_EVERY: Duration = Duration::from_millis(250);
+/// A statement on the side connection that takes longer means that the server does not answer.
+const STATEMENT_MAX: Duration = Duration::from_secs(15);
+/// Longest wait for the slot: it has to be read in, and may still be given up by somebody else.
+const START_MAX: Duration = Duration::from_secs(60);
+/// Events between the driver and us. A row is one event of whatever size PostgreSQL allows, so this is kept small.
+const EVENTS_MAX: usize = 128;
+/// Longest wait for the last acknowledgement when stopping.
+const CLOSE_MAX: Duration = Duration::from_secs(2);
+
+/// The name that connections of the node with this id have, in `pg_stat_activity` and `pg_stat_replication`.
+pub(super) fn application_name(node_id: &str) -> String {
+    format!("tuplewatch {node_id}")
+}
+
+/// The server that `database.uri` leads to.
+pub struct Postgres {
+    options: Options,
+    endpoints: Endpoints,
+    /// The primary of the present or last session.
+    endpoint: watch::Sender<Option<Endpoint>>,
+}
+
+impl Postgres {
+    /// Reads from the primary among `endpoints`.
+    pub fn new(options: Options, endpoints: Endpoints) -> Self {
+        Self { options, endpoints, endpoint: watch::Sender::new(None) }
+    }
+
+    /// Follows which server the session found to be the primary of its source. Whoever asks it anything asks this one, and
+    /// again after every change.
+    pub fn endpoint(&self) -> watch::Receiver<Option<Endpoint>> {
+        self.endpoint.subscribe()
+    }
+
+    /// Looks whether it could stream, before anything is promised. What may pass (a server that is still starting) is no
+    /// error: the session will get there.
+    ///
+    /// # Errors
+    /// What somebody has to repair first.
+    pub async fn preflight(&self, state: &State) -> Result<(), Error> {
+        let look = async {
+            let sql = self.endpoints.connect(&application_name(&state.node_id)).await.map_err(connect_error)?;
+            own_source(&sql, state).await?;
+            self.check(&sql, state).await
+        };
+        match look.await {
+            Err(Error::Transient(what)) => {
+                tracing::warn!("PostgreSQL cannot be reached yet: {what}");
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// What PostgreSQL must be like.
+    async fn check(&self, sql: &Connection, state: &State) -> Result<(), Error> {
+        let expectation = requirements::Expectation {
+            mapping: &self.options.mapping,
+            slot: &self.options.slot,
+            publication: &self.options.publication,
+            slot_expected: state.origin.is_some(),
+        };
+        let findings = bounded(requirements::check(&sql.client, &expectation)).await?.map_err(sql_error)?;
+        let errors: Vec<String> =
+            findings.iter().filter(|finding| finding.severity == Severity::Error).map(ToString::to_string).collect();
+        if !errors.is_empty() {
+            return Err(Error::definite(errors.join("\n")));
+        }
+        Ok(())
+    }
+
+    /// Makes the slot, if there is none.
+    async fn create_slot(&self, sql: &Connection) -> Result<(), Error> {
+        if Slot::read(&sql.client, &self.options.slot).await.map_err(sql_error)?.is_some() {
+            return Ok(());
+        }
+        let mut waiting = |waiting: &Waiting| tracing::info!("{waiting}");
+        let created = slot::create_slot(sql, &self.options.slot, &mut waiting).await.map_err(sql_error)?;
+        tracing::info!(slot = %self.options.slot, position = %created, "created the replication slot");
+        Ok(())
+    }
+
+    fn replication_config(&self, endpoint: &Endpoint, name: &str, start: Lsn) -> ReplicationConfig {
+        let config = endpoint.replication_config(&self.options.slot, &self.options.publication);
+        // Behind those of the URI.
+        let given = config.options.clone().unwrap_or_default();
+        config
+            .with_options(format!("{given} -c wal_sender_timeout={}", SILENCE_MAX.as_millis()).trim_start())
+            .with_application_name(name)
+            .with_status_interval(STATUS_EVERY)
+            .with_wakeup_interval(WAKEUP)
+            .with_buffer_size(EVENTS_MAX)
+            .with_start_lsn(driver_lsn(start))
+            // PostgreSQL takes 0/0 for "nothing to report": nothing is acknowledged before the checks have passed.
+            .with_ack_lsn(pgwire_replication::Lsn::ZERO)
+    }
+}
+
+impl Upstream for Postgres {
+    type Link = PostgresLink;
+
+    async fn connect(&self, state: &State, start: Lsn) -> Result<PostgresLink, Error> {
+        let name = application_name(&state.node_id);
+        let sql = self.endpoints.connect(&name).await.map_err(connect_error)?;
+        let source = own_source(&sql, state).await?;
+        self.check(&sql, state).await?;
+        if state.origin.is_none() {
+            // Only while the log is empty: a slot made later would begin with a gap, and say nothing of it.
+            self.create_slot(&sql).await?;
+        }
+        let config = self.replication_config(sql.endpoint(), &name, start);
+        let mut client = ReplicationClient::connect_gated(config).await.map_err(driver_error)?;
+        let identity = bounded(client.identify_system()).await?.map_err(driver_error)?;
+        if identity.system_id != source.system_identifier.to_string() {
+            return Err(Error::transient("the two connections lead to different servers"));
+        }
+        let history = history(&mut client, identity.timeline).await?;
+        let server = Server { source, history, wal_end: Lsn(identity.xlogpos.as_u64()) };
+        Ok(PostgresLink { options: self.options.clone(), endpoint: self.endpoint.clone(), name, sql, client, server })
+    }
+}
+
+/// See the module.
+pub struct PostgresLink {
+    options: Options,
+    endpoint: watch::Sender<Option<Endpoint>>,
+    /// Of both connections.
+    name: String,
+    sql: Connection,
+    client: ReplicationClient,
+    server: Server,
+}
+
+impl PostgresLink {
+    /// Ends the walsender that holds the slot, if it is one that this node left behind: after a connection that died without
+    /// a word the server goes on waiting for an answer of it. Anybody else's is left alone.
+    async fn evict_own(&self) -> Result<bool, Error> {
+        let statement = "SELECT pg_terminate_backend(activity.pid)
+                           FROM pg_stat_activity AS activity JOIN pg_replication_slots AS slot ON slot.active_pid = activity.pid
+                          WHERE slot.slot_name = $1 AND activity.application_name = $2
+                            AND activity.backend_type = 'walsender'";
+        let row = bounded(self.sql.client.query_opt(statement, &[&self.options.slot, &self.name])).await?;
+        Ok(row.map_err(sql_error)?.is_some())
+    }
+
+    /// The slot's confirmed flush, and the next transaction id.
+    async fn slot_position(&self) -> Result<Started, Error> {
+        let slot = &self.options.slot;
+        let statement = "SELECT confirmed_flush_lsn::text, pg_current_snapshot()::text FROM pg_replication_slots \
+                         WHERE slot_name = $1";
+        let row = bounded(self.sql.client.query_opt(statement, &[slot])).await?.map_err(sql_error)?;
+        let row = row.ok_or_else(|| Error::transient(format!("slot {slot} has just disappeared")))?;
+        let confirmed: Option<String> = row.get(0);
+        let confirmed = confirmed.ok_or_else(|| Error::definite(format!("slot {slot} has no confirmed position")))?;
+        let snapshot: String = row.get(1);
+        let snapshot: Snapshot = snapshot.parse().map_err(Error::definite)?;
+        let xid: Xid8 = snapshot.xmax();
+        Ok(Started { confirmed: confirmed.parse().map_err(Error::definite)?, xid })
+    }
+}
+
+impl Link for PostgresLink {
+    fn server(&self) -> &Server {
+        &self.server
+    }
+
+    async fn start(&mut self) -> Result<Started, Error> {
+        self.client.start().await.map_err(driver_error)?;
+        let started = timeout(START_MAX, self.client.wait_started())
+            .await
+            .map_err(|_| Error::transient(format!("replication did not start within {} s", START_MAX.as_secs())))?;
+        if let Err(error) = started {
+            // object_in_use: the slot is active for another process.
+            if connection::sqlstate(&error) == Some("55006") && self.evict_own().await? {
+                return Err(Error::transient(format!("{error}, which this node left behind: ended it")));
+            }
+            return Err(driver_error(error));
+        }
+        // The slot is ours now, so nobody moves it any more.
+        self.slot_position().await
+    }
+
+    fn announce(&self) {
+        self.endpoint.send_replace(Some(self.sql.endpoint().clone()));
+    }
+
+    async fn next(&mut self) -> Result<Event, Error> {
+        loop {
+            let event = self.client.recv().await.map_err(driver_error)?;
+            let event = event.ok_or_else(|| Error::transient("the server ended the stream"))?;
+            if let Some(event) = convert(event) {
+                return Ok(event);
+            }
+        }
+    }
+
+    fn acknowledge(&self, lsn: Lsn) {
+        self.client.update_applied_lsn(driver_lsn(lsn));
+    }
+
+    async fn published(&self) -> Result<Published, Error> {
+        bounded(publication::fingerprint(&self.sql.client, &self.options.publication, &self.options.mapping))
+            .await?
+            .map_err(sql_error)
+    }
+
+    async fn mark(&self) -> Result<Lsn, Error> {
+        let sql = &self.sql.client;
+        let statement = "SELECT pg_logical_emit_message(true, 'tuplewatch', 'mark')";
+        bounded(sql.batch_execute("SET synchronous_commit = local")).await?.map_err(sql_error)?;
+        bounded(sql.query_one(statement, &[])).await?.map_err(sql_error)?;
+        let row = bounded(sql.query_one("SELECT pg_current_wal_insert_lsn()::text", &[])).await?.map_err(sql_error)?;
+        let lsn: String = row.get(0);
+        lsn.parse().map_err(Error::definite)
+    }
+
+    async fn confirmed(&self) -> Result<Lsn, Error> {
+        Ok(self.slot_position().await?.confirmed)
+    }
+
+    async fn close(mut self) {
+        let _ = timeout(CLOSE_MAX, self.client.shutdown()).await;
+    }
+}
+
+fn convert(event: ReplicationEvent) -> Option<Event> {
+    let lsn = |lsn: pgwire_replication::Lsn| Lsn(lsn.as_u64());
+    Some(match event {
+        ReplicationEvent::Begin { final_lsn, xid, commit_time_micros } => {
+            Event::Begin { commit: lsn(final_lsn), xid, commit_time: CommitTime(commit_time_micros) }
+        }
+        ReplicationEvent::XLogData { data, .. } => Event::Change(data),
+        ReplicationEvent::Commit { lsn: commit, end_lsn, .. } => {
+            Event::Commit { commit: lsn(commit), end: lsn(end_lsn) }
+        }
+        ReplicationEvent::Message { transactional: true, prefix, content, .. } => Event::Message { prefix, content },
+        ReplicationEvent::KeepAlive { wal_end, .. } => Event::KeepAlive { wal_end: lsn(wal_end) },
+        ReplicationEvent::Message { .. } | ReplicationEvent::StoppedAt { .. } => return None,
+    })
+}
+
+fn driver_lsn(lsn: Lsn) -> pgwire_replication::Lsn {
+    pgwire_replication::Lsn::from_u64(lsn.0)
+}
+
+fn driver_error(error: pgwire_replication::PgWireError) -> Error {
+    if connection::sqlstate(&error) == Some("42704") && error.to_string().contains("publication") {
+        return Error::definite(format!(
+            "{error}. The slot reads from before the publication was created: run tuplewatch setup --recreate-slot; what has \
+             changed in between is lost, and subscribers are told"
+        ));
+    }
+    if connection::is_definite(&error) { Error::definite(error) } else { Error::transient(error) }
+}
+
+fn connect_error(error: connection::ConnectError) -> Error {
+    if error.is_definite() { Error::definite(error) } else { Error::transient(error) }
+}
+
+fn sql_error(error: tokio_postgres::Error) -> Error {
+    match error.as_db_error() {
+        Some(db) => Error::transient(format!("{} ({})", db.message(), db.code().code())),
+        None => Error::transient(error),
+    }
+}
+
+async fn bounded<T>(work: impl Future<Output = T>) -> Result<T, Error> {
+    let late = |_| Error::transient(format!("the server did not answer within {} s", STATEMENT_MAX.as_secs()));
+    timeout(STATEMENT_MAX, work).await.map_err(late)
+}
+
+/// Which database this is; an error where the log is another one's.
+async fn own_source(sql: &Connection, state: &State) -> Result<Source, Error> {
+    let found = source(sql).await?;
+    match state.origin.as_ref().map(|origin| origin.source).filter(|recorded| *recorded != found) {
+        Some(recorded) => Err(Fatal::ForeignSource { recorded, found }.into()),
+        None => Ok(found),
+    }
+}
+
+/// Which database of which cluster this is.
+async fn source(sql: &Connection) -> Result<Source, Error> {
+    let statement = "SELECT c.system_identifier, d.oid FROM pg_control_system() c, pg_database d \
+                     WHERE d.datname = current_database()";
+    let row = bounded(sql.client.query_one(statement, &[])).await?.map_err(sql_error)?;
+    let (system, oid): (i64, u32) = (row.get(0), row.get(1));
+    // SQL has no unsigned integers: the bits are what counts.
+    Ok(Source { system_identifier: system.cast_unsigned(), database_oid: oid })
+}
+
+/// The timelines that lead to this one.
+async fn history(client: &mut ReplicationClient, timeline: u32) -> Result<History, Error> {
+    if timeline == 1 {
+        return Ok(History::first());
+    }
+    let file = bounded(client.timeline_history(timeline)).await?.map_err(driver_error)?;
+    History::parse(timeline, &String::from_utf8_lossy(&file.content)).map_err(Error::definite)
+}

@@ -1,0 +1,88 @@
+//! The server as a session sees it: PostgreSQL ([`super::Postgres`]), or a script in a test.
+//!
+//! Everything that decides what is lost, doubled or acknowledged is on the session's side of this contract, so that a test
+//! can run it against a server that fails at any moment.
+
+use super::publication::Published;
+use super::{Error, Event};
+use crate::changelog::State;
+use crate::lsn::{Lsn, Xid8};
+use crate::timeline::{History, Source};
+
+/// Makes links.
+pub trait Upstream: Send + Sync {
+    /// A connection.
+    type Link: Link;
+
+    /// Connects to the primary and checks that it is fit to be read from; where the log has no origin yet, makes the slot
+    /// if it is missing. Nothing is read and nothing acknowledged before [`Link::start`].
+    ///
+    /// # Errors
+    /// Fatal where the log belongs to another source.
+    fn connect(&self, state: &State, start: Lsn) -> impl Future<Output = Result<Self::Link, Error>> + Send;
+}
+
+/// What a new link leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Server {
+    /// The database.
+    pub source: Source,
+    /// The timelines that led to where it is.
+    pub history: History,
+    /// The end of its WAL.
+    pub wal_end: Lsn,
+}
+
+/// A slot that is ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Started {
+    /// Its confirmed flush: whatever was asked for, nothing that committed before comes.
+    pub confirmed: Lsn,
+    /// The server's next transaction id.
+    pub xid: Xid8,
+}
+
+/// One connection to the server, which nothing revives once it has failed.
+pub trait Link: Send {
+    /// Where it leads.
+    fn server(&self) -> &Server;
+
+    /// Starts replication behind the LSN that it was made with. Nobody else can move the slot from then on.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    fn start(&mut self) -> impl Future<Output = Result<Started, Error>> + Send;
+
+    /// The log follows this server now: whoever else asks something of the server asks this one.
+    fn announce(&self);
+
+    /// The next event. Cancel safe. How long to wait for it is the caller's business: a peer that died says nothing.
+    ///
+    /// # Errors
+    /// Where the link is of no more use.
+    fn next(&mut self) -> impl Future<Output = Result<Event, Error>> + Send;
+
+    /// Tells the slot that everything up to this end LSN is durable here. Never goes back.
+    fn acknowledge(&self, lsn: Lsn);
+
+    /// What is published at present.
+    ///
+    /// # Errors
+    /// Where the server cannot be asked.
+    fn published(&self) -> impl Future<Output = Result<Published, Error>> + Send;
+
+    /// Writes something that comes out of the slot, and returns a position past it and past everything so far.
+    ///
+    /// # Errors
+    /// Where the server cannot be asked.
+    fn mark(&self) -> impl Future<Output = Result<Lsn, Error>> + Send;
+
+    /// The slot's confirmed flush at present.
+    ///
+    /// # Errors
+    /// Where the server cannot be asked.
+    fn confirmed(&self) -> impl Future<Output = Result<Lsn, Error>> + Send;
+
+    /// Ends it in good order.
+    fn close(self) -> impl Future<Output = ()> + Send;
+}
