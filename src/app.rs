@@ -9,6 +9,8 @@
 //! Taking down goes with the stream: subscribers first (they are told to come back), then the session (its last
 //! acknowledgement waits for the log), then the log.
 
+#[cfg(test)]
+mod pipeline;
 mod primary;
 
 use crate::assembler::{Limits, OnUndecodable};
@@ -20,6 +22,7 @@ use crate::hub::{self, Hub};
 use crate::lsn::Lsn;
 use crate::mapping::{Mapping, Spec, TUPLES_PRESET};
 use crate::replication::connection::Endpoints;
+use crate::replication::monitor::{Monitor, Thresholds};
 use crate::replication::{self, Outlet, Postgres, Session, Status};
 use anyhow::{Context as _, anyhow};
 use primary::{SqlPrimary, SqlSnapshots};
@@ -160,6 +163,13 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let recorded = recorder_handle.clone();
     let joined = Joined { recorder: recorder_handle, hub: hub.clone() };
     let session_options = session_options(config, mapping.clone());
+    let warn = &config.replication.warn;
+    let thresholds = Thresholds {
+        retained_wal_bytes: warn.retained_wal.get(),
+        safe_wal_bytes: warn.safe_wal_size.get(),
+        lag: warn.lag,
+    };
+    let monitor = Monitor::new(endpoints.clone(), &config.replication.slot, &state.node_id, thresholds);
     let postgres = Postgres::new(session_options.clone(), endpoints);
     let endpoint = postgres.endpoint();
     let mut stop = std::pin::pin!(stop);
@@ -190,6 +200,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.spawn(record_visible(hub.watch_visible(), recorded));
     background.spawn(hub::publisher::run(hub, SqlSnapshots::new(endpoint)));
     background.spawn(answering);
+    background.spawn(monitor.run());
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
     let mut server = tokio::spawn(grpc::serve(listener, service, health_service, streams_stopped));
     let mut session = tokio::spawn(session.run(session_stopped));

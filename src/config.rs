@@ -148,6 +148,19 @@ pub struct Replication {
     pub slot: String,
     /// The publication that says which tables are read.
     pub publication: String,
+    /// When a warning about the slot is logged.
+    pub warn: SlotWarnings,
+}
+
+/// From where on the slot is worth a warning; zero turns one off.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotWarnings {
+    /// The server keeps more WAL than this for the slot.
+    pub retained_wal: ByteSize,
+    /// Less than this may still be written before the slot is lost.
+    pub safe_wal_size: ByteSize,
+    /// The slot is where the server was longer ago than this.
+    pub lag: Duration,
 }
 
 /// How rows become changes.
@@ -334,9 +347,9 @@ impl Database {
     fn read(read: &mut Reader) -> Self {
         Self {
             uri: read.get("database.uri", None, database_uri),
-            // Three are used: visibility, the checks, and starts. Postgres itself allows 100 by
-            // default, and they belong to the application.
-            max_connections: read.get("database.max_connections", 4, whole(3..=64)),
+            // Four are used: visibility, the session's checks, starts, and the slot's monitor. Postgres itself allows 100
+            // by default, and they belong to the application.
+            max_connections: read.get("database.max_connections", 4, whole(4..=64)),
         }
     }
 }
@@ -346,6 +359,25 @@ impl Replication {
         Self {
             slot: read.get("replication.slot", "tuplewatch".to_owned(), slot),
             publication: read.get("replication.publication", "tuplewatch".to_owned(), publication),
+            warn: SlotWarnings {
+                // Far above what a checkpoint keeps anyway, far below what fills a disk.
+                retained_wal: read.get(
+                    "replication.warn.retained_wal",
+                    ByteSize::gib(1),
+                    size(ByteSize::bytes(0)..=ByteSize::gib(1024 * 1024)),
+                ),
+                // Some minutes of a busy server.
+                safe_wal_size: read.get(
+                    "replication.warn.safe_wal_size",
+                    ByteSize::mib(256),
+                    size(ByteSize::bytes(0)..=ByteSize::gib(1024 * 1024)),
+                ),
+                lag: read.get(
+                    "replication.warn.lag",
+                    Duration::from_secs(MINUTE_SECS),
+                    duration(Duration::ZERO..=Duration::from_secs(365 * DAY_SECS)),
+                ),
+            },
         }
     }
 }

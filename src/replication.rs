@@ -23,6 +23,7 @@
 mod catalog;
 pub mod connection;
 mod intake;
+pub mod monitor;
 mod postgres;
 pub mod publication;
 pub mod requirements;

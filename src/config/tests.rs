@@ -111,7 +111,7 @@ changelog.path: /data
             "`logger.level` in FILE is a list: must be one of trace, debug, info, warn, error",
             "environment variable TUPLEWATCH_SERVICE__WATCH__RESOLVE_TIMEOUT is \"10\": \
              must be a duration with its unit such as 500ms, 10s or 1m30s, from 0s to 5m",
-            "flag --database-max-connections is \"0\": must be a whole number from 3 to 64",
+            "flag --database-max-connections is \"0\": must be a whole number from 4 to 64",
             "`server.hots` in FILE: unknown; did you mean `server.host`?",
             "environment variable TUPLEWATCH_DATABASE_URI: unknown; \
              did you mean TUPLEWATCH_DATABASE__URI?",
@@ -287,8 +287,8 @@ server:
   grpc: { port: 0, tls: { enabled: true, cert: "a b.pem", key: 'C:\k"', client_ca: "1" } }
 logger: { level: trace, format: json }
 service: { watch: { enabled: false, message_size_max: 4MiB, resolve_timeout: 1m30s } }
-database: { uri: "postgres://u@h/db", max_connections: 3 }
-replication: { slot: "123", publication: "é#" }
+database: { uri: "postgres://u@h/db", max_connections: 5 }
+replication: { slot: "123", publication: "é#", warn: { retained_wal: 0, lag: 2h } }
 mapping: { file: "~" }
 snap_token: { format: native }
 changelog: { path: "./d: #x", retention: { age: 1d, size: 1TB }, memory_window: 4194305 }
@@ -339,6 +339,10 @@ database:
 replication:
   slot: tuplewatch # default
   publication: tuplewatch # default
+  warn:
+    retained_wal: 1GiB # default
+    safe_wal_size: 256MiB # default
+    lag: 1m # default
 mapping:
   preset: tuples # default
   file: "" # default

@@ -236,8 +236,13 @@ impl<'a, T: DeserializeOwned> FromSql<'a> for Document<T> {
     accepts!(JSON);
 }
 
-fn lsn<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Lsn, D::Error> {
+pub(super) fn lsn<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Lsn, D::Error> {
     String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+}
+
+pub(super) fn optional_lsn<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Lsn>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    text.map(|text| text.parse().map_err(serde::de::Error::custom)).transpose()
 }
 
 /// $1 publication, $2 and $3 schemas and names of the tables, $4 and $5 the mapped columns: number of table, name.

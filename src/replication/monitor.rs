@@ -1,0 +1,374 @@
+//! Watches the slot from outside: how much WAL it keeps, whether it is about to be lost, and who has it.
+//!
+//! On a connection of its own, because what it warns of goes on while no session does: with the disk of the change log full,
+//! with the slot in somebody else's hands. It changes nothing. Each condition is said once when it begins and once when it is
+//! over; what makes a session fail is the session's to say.
+
+use serde::Deserialize;
+use std::collections::VecDeque;
+use std::fmt;
+use std::time::Duration;
+use tokio::time::{Instant, MissedTickBehavior, timeout};
+use tokio_postgres::types::Type;
+
+use super::catalog::Document;
+use super::connection::{Connection, Endpoints};
+use super::postgres::application_name;
+use super::slot::Slot;
+use crate::lsn::Lsn;
+
+/// How often the slot is looked at: whatever is wrong with it is said within twice this.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Longest wait for an answer.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Positions of the server that are remembered to tell how long ago it was where the slot is. With more, the lag is that of
+/// the oldest, and grows on.
+const SAMPLES_MAX: usize = 1024;
+
+/// From where on somebody should know. Zero: never.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Thresholds {
+    /// WAL that the server keeps for the slot, in bytes.
+    pub retained_wal_bytes: u64,
+    /// WAL that may still be written before the slot is lost (`safe_wal_size`), in bytes.
+    pub safe_wal_bytes: u64,
+    /// How long ago the server was where the slot is.
+    pub lag: Duration,
+}
+
+/// What one look found.
+#[derive(Debug, Deserialize)]
+struct Sight {
+    /// None: there is no such slot.
+    slot: Option<Slot>,
+    /// The application name of the backend that has it.
+    holder: Option<String>,
+    /// How far the WAL is written.
+    #[serde(deserialize_with = "super::catalog::lsn")]
+    wal_end: Lsn,
+    /// From the oldest WAL that is kept for the slot.
+    retained_bytes: Option<u64>,
+    #[serde(deserialize_with = "super::catalog::optional_lsn")]
+    confirmed: Option<Lsn>,
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Condition {
+    Missing,
+    Lost(String),
+    Held { pid: i32, name: String },
+    Retained { bytes: u64 },
+    Unsafe { bytes: u64 },
+    Lagging { behind_bytes: u64, lag: Duration },
+}
+
+impl Condition {
+    /// Conditions of one kind are one condition, whatever its numbers.
+    fn is_same(&self, other: &Self) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other)
+    }
+
+    const fn is_error(&self) -> bool {
+        matches!(self, Self::Missing | Self::Lost(_))
+    }
+
+    /// What it is that is over.
+    const fn over(&self) -> &'static str {
+        match self {
+            Self::Missing => "is there again",
+            Self::Lost(_) => "can be read again",
+            Self::Held { .. } => "is not held by anybody else any more",
+            Self::Retained { .. } => "keeps less WAL again",
+            Self::Unsafe { .. } => "is not about to be lost any more",
+            Self::Lagging { .. } => "has caught up",
+        }
+    }
+}
+
+/// Bytes as people read them.
+struct Mebibytes(u64);
+
+impl fmt::Display for Mebibytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} MiB", self.0 >> 20)
+    }
+}
+
+impl fmt::Display for Condition {
+    /// Continues "replication slot NAME".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing => write!(
+                f,
+                "does not exist any more: run tuplewatch setup --recreate-slot; what changes meanwhile is lost, and \
+                 subscribers are told"
+            ),
+            Self::Lost(reason) => write!(
+                f,
+                "is lost ({reason}): run tuplewatch setup --recreate-slot; what has changed since is lost, and subscribers are \
+                 told"
+            ),
+            Self::Held { pid, name } => write!(
+                f,
+                "is in use by process {pid} ({name}): stop that one, or give this tuplewatch a slot of its own in \
+                 replication.slot"
+            ),
+            Self::Retained { bytes } => write!(
+                f,
+                "keeps {} of WAL on the server (replication.warn.retained_wal). Either this tuplewatch does not keep up, or a \
+                 transaction has been open for long: SELECT pid, xact_start, query FROM pg_stat_activity WHERE backend_xid IS \
+                 NOT NULL ORDER BY xact_start",
+                Mebibytes(*bytes)
+            ),
+            Self::Unsafe { bytes } => write!(
+                f,
+                "is lost when another {} of WAL are written (replication.warn.safe_wal_size): let tuplewatch catch up, or raise \
+                 max_slot_wal_keep_size and reload",
+                Mebibytes(*bytes)
+            ),
+            Self::Lagging { behind_bytes, lag } => write!(
+                f,
+                "is {} behind, where the server was {} s ago (replication.warn.lag)",
+                Mebibytes(*behind_bytes),
+                lag.as_secs()
+            ),
+        }
+    }
+}
+
+/// Turns looks into conditions.
+#[derive(Debug, Default)]
+struct Watch {
+    /// Whether the slot was ever there: before that, it is the session's to make or miss it.
+    was_there: bool,
+    /// Where the server was when; in order, and only what is past the slot.
+    samples: VecDeque<(Lsn, Instant)>,
+    present: Vec<Condition>,
+}
+
+/// What began, and what is over.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct News {
+    began: Vec<Condition>,
+    over: Vec<Condition>,
+}
+
+impl Watch {
+    fn look(&mut self, sight: &Sight, own_name: &str, thresholds: &Thresholds, now: Instant) -> News {
+        let found = self.conditions(sight, own_name, thresholds, now);
+        let before = std::mem::take(&mut self.present);
+        let began = found.iter().filter(|new| !before.iter().any(|old| old.is_same(new))).cloned().collect();
+        let over = before.into_iter().filter(|old| !found.iter().any(|new| new.is_same(old))).collect();
+        self.present = found;
+        News { began, over }
+    }
+
+    /// Whether a threshold is passed. What has begun is over only when it is clearly on the right side again.
+    fn passes(&self, kind: &Condition, value: u64, threshold: u64) -> bool {
+        let is_present = self.present.iter().any(|present| present.is_same(kind));
+        let threshold = if is_present { threshold - threshold / 4 } else { threshold };
+        threshold > 0 && value >= threshold
+    }
+
+    fn conditions(&mut self, sight: &Sight, own_name: &str, thresholds: &Thresholds, now: Instant) -> Vec<Condition> {
+        let Some(slot) = &sight.slot else {
+            return if self.was_there { vec![Condition::Missing] } else { Vec::new() };
+        };
+        self.was_there = true;
+        if let Some(reason) = slot.loss() {
+            return vec![Condition::Lost(reason)];
+        }
+        let mut found = Vec::new();
+        if let Some(pid) = slot.active_pid
+            && let Some(name) = sight.holder.as_ref().filter(|name| *name != own_name)
+        {
+            let name = if name.is_empty() { "without a name".to_owned() } else { name.clone() };
+            found.push(Condition::Held { pid, name });
+        }
+        if let Some(bytes) = sight.retained_bytes {
+            let retained = Condition::Retained { bytes };
+            if self.passes(&retained, bytes, thresholds.retained_wal_bytes) {
+                found.push(retained);
+            }
+        }
+        if let Some(left) = slot.safe_wal_size {
+            // Below zero the next checkpoint takes it.
+            let bytes = u64::try_from(left).unwrap_or(0);
+            let limit = thresholds.safe_wal_bytes;
+            let unsafe_now = Condition::Unsafe { bytes };
+            let is_present = self.present.iter().any(|present| present.is_same(&unsafe_now));
+            let limit = if is_present { limit.saturating_add(limit / 4) } else { limit };
+            if limit > 0 && bytes < limit {
+                found.push(unsafe_now);
+            }
+        }
+        if let Some(confirmed) = sight.confirmed {
+            let lag = self.lag(sight.wal_end, confirmed, now);
+            let lagging = Condition::Lagging { behind_bytes: sight.wal_end.0.saturating_sub(confirmed.0), lag };
+            let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+            if self.passes(&lagging, ms(lag), ms(thresholds.lag)) {
+                found.push(lagging);
+            }
+        }
+        found
+    }
+
+    fn lag(&mut self, wal_end: Lsn, confirmed: Lsn, now: Instant) -> Duration {
+        while self.samples.pop_front_if(|(lsn, _)| *lsn <= confirmed).is_some() {}
+        let is_ahead = self.samples.back().is_none_or(|(last, _)| *last < wal_end);
+        if wal_end > confirmed && is_ahead && self.samples.len() < SAMPLES_MAX {
+            self.samples.push_back((wal_end, now));
+        }
+        self.samples.front().map_or(Duration::ZERO, |(_, since)| now.saturating_duration_since(*since))
+    }
+}
+
+/// Looks at the slot for as long as it is polled, and logs.
+pub struct Monitor {
+    endpoints: Endpoints,
+    slot: String,
+    /// Of the connections of this node.
+    own_name: String,
+    thresholds: Thresholds,
+}
+
+impl Monitor {
+    /// Of the slot with this name on the primary among `endpoints`; `node_id` is that of the change log.
+    pub fn new(endpoints: Endpoints, slot: &str, node_id: &str, thresholds: Thresholds) -> Self {
+        Self { endpoints, slot: slot.to_owned(), own_name: application_name(node_id), thresholds }
+    }
+
+    /// Runs until dropped.
+    pub async fn run(self) {
+        let mut watch = Watch::default();
+        let mut open: Option<Connection> = None;
+        let mut ticks = tokio::time::interval(LOOK_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let connection = match open.take().filter(|connection| !connection.is_closed()) {
+                Some(connection) => connection,
+                // That PostgreSQL is out of reach is the session's to say.
+                None => match self.endpoints.connect(&self.own_name).await {
+                    Ok(connection) => connection,
+                    Err(_) => continue,
+                },
+            };
+            match timeout(ANSWER_MAX, self.look(&connection)).await {
+                Ok(Ok(sight)) => {
+                    self.tell(&watch.look(&sight, &self.own_name, &self.thresholds, Instant::now()));
+                    open = Some(connection);
+                }
+                Ok(Err(error)) => tracing::debug!(%error, "the slot could not be looked at"),
+                Err(_) => tracing::debug!("the slot could not be looked at in time"),
+            }
+        }
+    }
+
+    async fn look(&self, connection: &Connection) -> Result<Sight, tokio_postgres::Error> {
+        let statement = "
+            SELECT json_build_object(
+                       'slot', CASE WHEN slot.slot_name IS NOT NULL THEN row_to_json(slot) END,
+                       'holder', (SELECT application_name FROM pg_catalog.pg_stat_activity WHERE pid = slot.active_pid),
+                       'wal_end', now.wal_end,
+                       'retained_bytes', GREATEST(pg_wal_lsn_diff(now.wal_end, slot.restart_lsn), 0),
+                       'confirmed', slot.confirmed_flush_lsn)
+              FROM (SELECT pg_current_wal_lsn() AS wal_end) AS now
+              LEFT JOIN pg_catalog.pg_replication_slots AS slot ON slot.slot_name::text = $1";
+        let row = connection.client.query_typed_one(statement, &[(&self.slot, Type::TEXT)]).await?;
+        row.try_get::<_, Document<Sight>>(0).map(|document| document.0)
+    }
+
+    fn tell(&self, news: &News) {
+        for condition in &news.began {
+            if condition.is_error() {
+                tracing::error!(slot = %self.slot, "replication slot {} {condition}", self.slot);
+            } else {
+                tracing::warn!(slot = %self.slot, "replication slot {} {condition}", self.slot);
+            }
+        }
+        for condition in &news.over {
+            tracing::info!(slot = %self.slot, "replication slot {} {}", self.slot, condition.over());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const THRESHOLDS: Thresholds =
+        Thresholds { retained_wal_bytes: 1000, safe_wal_bytes: 100, lag: Duration::from_secs(60) };
+
+    fn sight(retained: u64, safe: i64, wal_end: u64, confirmed: u64) -> Sight {
+        let slot = serde_json::json!({
+            "plugin": "pgoutput", "slot_type": "logical", "database": "d", "active_pid": 7,
+            "wal_status": "reserved", "safe_wal_size": safe,
+        });
+        Sight {
+            slot: Some(serde_json::from_value(slot).unwrap()),
+            holder: Some("tuplewatch me".into()),
+            wal_end: Lsn(wal_end),
+            retained_bytes: Some(retained),
+            confirmed: Some(Lsn(confirmed)),
+        }
+    }
+
+    /// What is said, in short.
+    fn look(watch: &mut Watch, sight: &Sight, now: Instant) -> Vec<String> {
+        let news = watch.look(sight, "tuplewatch me", &THRESHOLDS, now);
+        let began = news.began.iter().map(ToString::to_string);
+        began.chain(news.over.iter().map(|condition| condition.over().to_owned())).collect()
+    }
+
+    #[test]
+    fn thresholds_are_said_once_and_over_once() {
+        let mut watch = Watch::default();
+        let now = Instant::now();
+        let check = |watch: &mut Watch, sight: &Sight, seconds: u64, expected: &[&str]| {
+            let said = look(watch, sight, now + Duration::from_secs(seconds));
+            assert_eq!(said.len(), expected.len(), "{said:?}");
+            assert!(said.iter().zip(expected).all(|(said, expected)| said.contains(expected)), "{said:?}");
+        };
+        check(&mut watch, &sight(999, 100, 10, 10), 0, &[]);
+        check(&mut watch, &sight(1000, 100, 10, 10), 5, &["retained_wal"]);
+        check(&mut watch, &sight(5000, 99, 10, 10), 10, &["safe_wal_size"]);
+        // Around the threshold nothing is over yet.
+        check(&mut watch, &sight(800, 110, 10, 10), 15, &[]);
+        check(&mut watch, &sight(700, 130, 10, 10), 20, &["keeps less WAL again", "not about to be lost"]);
+        check(&mut watch, &sight(0, -5, 10, 10), 25, &["is lost when another 0 MiB"]);
+    }
+
+    #[test]
+    fn lag_is_how_long_ago_the_server_was_where_the_slot_is() {
+        let mut watch = Watch::default();
+        let now = Instant::now();
+        let at = |seconds: u64| now + Duration::from_secs(seconds);
+        assert!(look(&mut watch, &sight(0, 1000, 100, 50), at(0)).is_empty());
+        assert!(look(&mut watch, &sight(0, 1000, 200, 50), at(30)).is_empty());
+        // It moves, and is still a minute behind at no time.
+        assert!(look(&mut watch, &sight(0, 1000, 300, 100), at(65)).is_empty());
+        let said = look(&mut watch, &sight(0, 1000, 400, 199), at(95));
+        assert!(said.len() == 1 && said[0].contains("65 s ago"), "{said:?}");
+        assert_eq!(look(&mut watch, &sight(0, 1000, 400, 400), at(100)), ["has caught up"]);
+    }
+
+    #[test]
+    fn a_slot_that_is_gone_lost_or_in_other_hands() {
+        let mut watch = Watch::default();
+        let now = Instant::now();
+        let none = || Sight { slot: None, ..sight(0, 1000, 10, 10) };
+        // It is the session that makes it.
+        assert!(look(&mut watch, &none(), now).is_empty());
+        assert!(look(&mut watch, &sight(0, 1000, 10, 10), now).is_empty());
+        let other = Sight { holder: Some("pg_recvlogical".into()), ..sight(0, 1000, 10, 10) };
+        assert!(look(&mut watch, &other, now)[0].contains("in use by process 7 (pg_recvlogical)"));
+        assert!(look(&mut watch, &other, now).is_empty());
+        let mut lost = sight(0, 1000, 10, 10);
+        lost.slot.as_mut().unwrap().wal_status = Some("lost".into());
+        assert!(look(&mut watch, &lost, now)[0].contains("is lost (WAL that it needs has been removed)"));
+        assert!(look(&mut watch, &none(), now)[0].contains("does not exist any more"));
+        assert_eq!(look(&mut watch, &sight(0, 1000, 10, 10), now), ["is there again"]);
+    }
+}
