@@ -96,6 +96,12 @@ impl Interruption {
             let (_, status) = server.watch(name, &token).await.ending().await;
             self.go_on(&server, status).await.expect(Change::created("after")).await;
             if process == 0 {
+                // A break that is not on disk yet would be found again, and then also cover what came after.
+                let on_disk = format!(
+                    "(SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{name}') >= '{}'",
+                    sql.flushed().await
+                );
+                eventually(&format!("{name}: it is on disk"), async || sql.is_true(&on_disk).await).await;
                 server.kill_9().await;
                 server.start().await;
                 server.serving().await;
