@@ -6,7 +6,8 @@
 //! the transaction's Commit. A transaction is never held in memory whole.
 //!
 //! A row that cannot be decoded breaks its tenant's history from there to the end of the transaction (everybody's, where
-//! not even the tenant can be read, or for TRUNCATE); everybody else's changes go on.
+//! not even the tenant can be read, or for TRUNCATE); everybody else's changes go on. A row of a mapped table that has got
+//! another name is such a row.
 //!
 //! Pure: no clock, no I/O. Belongs to one replication session.
 
@@ -94,12 +95,29 @@ pub struct Assembler {
     mapping: Arc<Mapping>,
     limits: Limits,
     on_undecodable: OnUndecodable,
-    /// `None` for tables that are not mapped.
-    relations: RelationCache<Option<Arc<Plan>>>,
+    relations: RelationCache<Reading>,
     /// Shared ids, so that a tenant's is allocated once and not once a row.
     tenants: HashSet<TenantId>,
     open: Option<Open>,
     encoded: Vec<u8>,
+}
+
+/// How rows of a relation are read.
+#[derive(Clone, Debug)]
+enum Reading {
+    /// By this plan.
+    As(Arc<Plan>),
+    /// Not at all: it is not mapped.
+    Not,
+    /// It was mapped, and then got another name. It may get the old one back before any check notices, so its rows are not
+    /// passed over in silence.
+    Renamed { from: String, to: String },
+}
+
+impl Reading {
+    fn renamed(from: &str, to: &str) -> BreakReason {
+        BreakReason::Undecodable { table: to.to_owned(), detail: format!("the table was {from} before it was renamed") }
+    }
 }
 
 /// The transaction between its Begin and its Commit.
@@ -174,7 +192,17 @@ impl Assembler {
         match decode(bytes)? {
             Row::Type | Row::Origin => return Ok(None),
             Row::Relation(relation) => {
-                self.relations.define(relation.id, self.mapping.plan(&relation).map(Arc::new));
+                let reading = match (self.mapping.plan(&relation), self.relations.get(relation.id)) {
+                    (Some(plan), _) => Reading::As(Arc::new(plan)),
+                    (None, None | Some(Reading::Not)) => Reading::Not,
+                    (None, Some(Reading::As(before))) => {
+                        Reading::Renamed { from: before.table().to_owned(), to: relation.to_string() }
+                    }
+                    (None, Some(Reading::Renamed { from, .. })) => {
+                        Reading::Renamed { from: from.clone(), to: relation.to_string() }
+                    }
+                };
+                self.relations.define(relation.id, reading);
                 return Ok(None);
             }
             Row::Insert { relation, new } => self.row(relation, &|plan, visit| plan.insert(new, visit))?,
@@ -234,10 +262,19 @@ impl Assembler {
 
     fn row(&mut self, relation: RelationId, read: &dyn Fn(&Plan, &mut Visit<'_>)) -> Result<(), Error> {
         let open = self.open.as_mut().ok_or(Error::OutOfOrder("a row outside a transaction"))?;
-        let plan = self.relations.get(relation).ok_or(Error::UnknownRelation(relation.0))?;
+        let reading = self.relations.get(relation).ok_or(Error::UnknownRelation(relation.0))?;
         let before = open.steps;
         open.steps += 2;
-        let Some(plan) = plan.as_ref().filter(|_| !open.broken_for_all) else { return Ok(()) };
+        let plan = match reading {
+            Reading::Not => return Ok(()),
+            _ if open.broken_for_all => return Ok(()),
+            Reading::As(plan) => plan,
+            Reading::Renamed { from, to } => {
+                let reason = Reading::renamed(from, to);
+                open.interrupt(None, before, reason.clone());
+                return halt_on(self.on_undecodable, Some(reason), open.header.commit);
+            }
+        };
 
         let (tenants, encoded, limits) = (&mut self.tenants, &mut self.encoded, self.limits);
         let mut undecodable = None;
@@ -269,21 +306,28 @@ impl Assembler {
             open.interrupt(tenant, before + step - 1, reason.clone());
             undecodable.get_or_insert(reason);
         });
-        match (self.on_undecodable, undecodable) {
-            (OnUndecodable::Halt, Some(BreakReason::Undecodable { table, detail })) => {
-                Err(Error::Halted { table, detail, commit: open.header.commit })
-            }
-            _ => Ok(()),
-        }
+        halt_on(self.on_undecodable, undecodable, open.header.commit)
     }
 
     fn truncate(&mut self, relation: RelationId) -> Result<(), Error> {
         let open = self.open.as_mut().ok_or(Error::OutOfOrder("TRUNCATE outside a transaction"))?;
-        let plan = self.relations.get(relation).ok_or(Error::UnknownRelation(relation.0))?;
-        if let Some(plan) = plan {
-            open.interrupt(None, open.steps, BreakReason::Truncate { table: plan.table().to_owned() });
-        }
+        let table = match self.relations.get(relation).ok_or(Error::UnknownRelation(relation.0))? {
+            Reading::Not => return Ok(()),
+            Reading::As(plan) => plan.table().to_owned(),
+            Reading::Renamed { to, .. } => to.clone(),
+        };
+        open.interrupt(None, open.steps, BreakReason::Truncate { table });
         Ok(())
+    }
+}
+
+/// An error where what cannot be decoded is to stop the stream.
+fn halt_on(on_undecodable: OnUndecodable, reason: Option<BreakReason>, commit: Lsn) -> Result<(), Error> {
+    match (on_undecodable, reason) {
+        (OnUndecodable::Halt, Some(BreakReason::Undecodable { table, detail })) => {
+            Err(Error::Halted { table, detail, commit })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -136,6 +136,13 @@ impl History {
         false
     }
 
+    /// Whether the `recorded` history goes on where this one ends: whoever recorded it has followed a promotion, and a server
+    /// on this history was left behind by it.
+    pub fn was_left_behind_by(&self, recorded: &Self) -> bool {
+        let mut theirs = recorded.timelines();
+        self.timelines().all(|our| theirs.next() == Some(our)) && theirs.next().is_some()
+    }
+
     /// Where the `recorded` history leaves this one: everything recorded past that LSN was abandoned. `None` where the
     /// recorded history ends on the present timeline.
     pub fn divergence_from(&self, recorded: &Self) -> Option<Lsn> {
@@ -184,6 +191,16 @@ mod tests {
         assert_eq!(now.writer_of(Lsn(0x300)), first);
         assert_eq!(now.writer_of(Lsn(0x301)), second);
         assert_eq!(now.writer_of(Lsn::ZERO), first);
+    }
+
+    #[test]
+    fn left_behind() {
+        let (one, two, three) = (History::first(), history(2, "1 0/300 x"), history(3, "1 0/300 x\n2 0/500 y"));
+        let other_two = history(2, "1 0/200 x");
+        assert!(one.was_left_behind_by(&two) && one.was_left_behind_by(&three) && two.was_left_behind_by(&three));
+        for (ours, recorded) in [(&one, &one), (&two, &one), (&other_two, &two), (&other_two, &three)] {
+            assert!(!ours.was_left_behind_by(recorded), "{ours:?} {recorded:?}");
+        }
     }
 
     #[test]

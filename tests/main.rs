@@ -18,6 +18,7 @@
 #[expect(dead_code, reason = "the scenarios to come")]
 mod support {
     pub(crate) mod change;
+    pub(crate) mod interruption;
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     pub(crate) mod reference;
@@ -34,6 +35,9 @@ mod scenarios {
     mod lifecycle;
     mod long_transaction;
     mod oracle;
+    mod publication;
+    mod schema;
+    mod timeline;
     mod timestamps;
     mod tokens;
     mod visibility;

@@ -14,22 +14,26 @@ fn mapping() -> Arc<Mapping> {
 /// An assembler that knows `relation_tuples` as relation 1 and something unmapped as relation 2.
 fn assembler(limits: Limits, on_undecodable: OnUndecodable) -> Assembler {
     let mut assembler = Assembler::new(mapping(), limits, on_undecodable);
-    for (id, name) in [(1u32, "relation_tuples"), (2, "else")] {
-        let columns =
-            ["tenant_id", "entity_type", "entity_id", "relation", "subject_type", "subject_id", "subject_relation"];
-        let mut bytes = vec![b'R'];
-        bytes.extend(id.to_be_bytes());
-        bytes.extend(b"tuplewatch\0");
-        bytes.extend(name.as_bytes());
-        bytes.extend([0, b'd', 0, columns.len() as u8]);
-        for column in columns {
-            bytes.push(1);
-            bytes.extend(column.as_bytes());
-            bytes.extend([0, 0, 0, 0, 25, 0xFF, 0xFF, 0xFF, 0xFF]);
-        }
-        assert_eq!(assembler.change(&bytes), Ok(None));
-    }
+    assembler.change(&relation(1, "relation_tuples")).unwrap();
+    assembler.change(&relation(2, "else")).unwrap();
     assembler
+}
+
+/// A Relation message.
+fn relation(id: u32, name: &str) -> Vec<u8> {
+    let columns =
+        ["tenant_id", "entity_type", "entity_id", "relation", "subject_type", "subject_id", "subject_relation"];
+    let mut bytes = vec![b'R'];
+    bytes.extend(id.to_be_bytes());
+    bytes.extend(b"tuplewatch\0");
+    bytes.extend(name.as_bytes());
+    bytes.extend([0, b'd', 0, columns.len() as u8]);
+    for column in columns {
+        bytes.push(1);
+        bytes.extend(column.as_bytes());
+        bytes.extend([0, 0, 0, 0, 25, 0xFF, 0xFF, 0xFF, 0xFF]);
+    }
+    bytes
 }
 
 const LIMITS: Limits = Limits { message_bytes: 1 << 20, change_bytes: 4 << 20, stage_bytes: 4 << 20 };
@@ -175,4 +179,28 @@ fn out_of_order() {
     assert!(assembler.begin(header()).is_err());
     assert_eq!(assembler.change(&insert(3, "a", "1")), Err(Error::UnknownRelation(3)));
     assert!(assembler.commit(Lsn(101), Lsn(200)).is_err());
+}
+
+#[test]
+fn rows_of_a_mapped_table_under_another_name_are_a_break_for_all() {
+    let mut assembler = assembler(LIMITS, OnUndecodable::Break);
+    for name in ["renamed", "renamed_again"] {
+        assembler.change(&relation(1, name)).unwrap();
+        assembler.begin(header()).unwrap();
+        assembler.change(&insert(2, "a", "1")).unwrap();
+        assembler.change(&insert(1, "a", "1")).unwrap();
+        let transaction = assembler.commit(Lsn(100), Lsn(110)).unwrap();
+        let [gap] = &transaction.breaks[..] else { panic!("{transaction:?}") };
+        assert_eq!(
+            (gap.tenant.as_ref(), gap.from, gap.to),
+            (None, Position::inside(Lsn(100), 2), Position::at(Lsn(110)))
+        );
+        let says =
+            format!("a row of table tuplewatch.{name} could not be decoded: the table was tuplewatch.relation_tuples");
+        assert!(gap.reason.to_string().starts_with(&says), "{}", gap.reason);
+    }
+    assembler.change(&relation(1, "relation_tuples")).unwrap();
+    assembler.begin(header()).unwrap();
+    assembler.change(&insert(1, "a", "1")).unwrap();
+    assert_eq!(assembler.commit(Lsn(100), Lsn(110)).unwrap().breaks, []);
 }

@@ -352,6 +352,10 @@ impl Memory {
                 }
                 self.tail = self.tail.min(*at);
                 self.stored.visible = self.stored.visible.min(at.0);
+                // What was verified past it was verified of another history.
+                if let Some((_, verified)) = &mut self.stored.verified {
+                    *verified = (*verified).min(at.0);
+                }
                 if let Some(origin) = &mut self.stored.origin {
                     origin.timelines = history.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect();
                 }

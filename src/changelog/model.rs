@@ -66,6 +66,9 @@ impl Inner {
                 self.breaks = std::mem::take(&mut self.breaks).into_iter().filter_map(|gap| gap.up_to(*at)).collect();
                 self.state().tail = self.state().tail.min(*at);
                 self.state().visible = self.state().visible.min(*at);
+                if let Some(verified) = &mut self.state().verified {
+                    verified.at = verified.at.min(*at);
+                }
                 if let Some(origin) = &mut self.state().origin {
                     origin.history = history.clone();
                 }

@@ -157,32 +157,35 @@ impl Hub {
         // First: a divergence that comes while we look is the subscription's to notice.
         let anchor = self.window().anchor();
         let known = self.knows(&tenant).await?;
-        let (position, filter) = match token {
+        // What the subscriber has a state of may lie behind where it starts, and never the other way round.
+        let (position, seen, filter) = match token {
             Some(SnapToken::Position { source, timeline, position, .. }) => {
                 if !known {
                     require(&tenant, primary.look(&tenant).await?.tenant_exists)?;
                 }
                 let appended = *self.inner.appended.borrow();
                 check_position(&anchor, primary, &tenant, source, timeline, position, appended).await?;
-                (position, None)
+                (position, position, None)
             }
             Some(SnapToken::Transaction { source, id, xid, floor }) => {
                 if !known {
                     require(&tenant, primary.look(&tenant).await?.tenant_exists)?;
                 }
                 check_source(&anchor, source)?;
-                (self.resolve(primary, id, xid, floor, resolve_timeout).await?, None)
+                let (position, seen) = self.resolve(primary, id, xid, floor, resolve_timeout).await?;
+                (position, seen, None)
             }
             None => {
                 // What was visible before is visible to the snapshot that is taken now.
                 let look = primary.look(&tenant).await?;
                 require(&tenant, look.tenant_exists || known)?;
                 origin(&anchor)?;
-                (Position::at(anchor.visible), Some(Filter { lsn: look.insert_lsn, snapshot: look.snapshot }))
+                let filter = Filter { lsn: look.insert_lsn, snapshot: look.snapshot };
+                (Position::at(anchor.visible), Position::at(look.insert_lsn), Some(filter))
             }
         };
         // Joined first, so that nothing after the check goes by unnoticed.
-        let subscription = Subscription::new(self.clone(), tenant.clone(), position, filter, anchor.divergences);
+        let subscription = Subscription::new(self.clone(), tenant.clone(), position, seen, filter, anchor.divergences);
         let horizon = self.on_disk(move |log| log.horizon(&tenant)).await?;
         if position < horizon {
             return Err(Error::TooOld { earliest: horizon });
@@ -199,7 +202,8 @@ impl Hub {
     }
 
     /// Right after the transaction that carried `id`. One that left no trace (rolled back to a savepoint, crashed, or from
-    /// before this log) resolves to its floor: everything after it includes everything after the transaction.
+    /// before this log) resolves to its floor: everything after it includes everything after the transaction. With it, no
+    /// earlier than where the transaction ended.
     async fn resolve(
         &self,
         primary: &impl Primary,
@@ -207,9 +211,9 @@ impl Hub {
         xid: Xid8,
         floor: Lsn,
         timeout: Duration,
-    ) -> Result<Position, Error> {
+    ) -> Result<(Position, Position), Error> {
         if let Some(end) = self.on_disk(move |log| log.find_token(id)).await? {
-            return Ok(Position::at(end));
+            return Ok((Position::at(end), Position::at(end)));
         }
         let deadline = Instant::now() + timeout;
         while primary.transaction_status(xid).await? == TransactionStatus::InProgress {
@@ -227,9 +231,9 @@ impl Hub {
             return Err(Unreachable(format!("the stream did not reach {mark} in time, try again")).into());
         }
         match self.on_disk(move |log| log.find_token(id)).await? {
-            Some(end) => Ok(Position::at(end)),
+            Some(end) => Ok((Position::at(end), Position::at(end))),
             None if floor > mark => Err(Error::BeyondHistory),
-            None => Ok(Position::at(floor)),
+            None => Ok((Position::at(floor), Position::at(mark))),
         }
     }
 }

@@ -44,6 +44,9 @@ pub struct Subscription {
     tenant: TenantId,
     /// Everything up to here was yielded, or does not exist.
     cursor: Position,
+    /// The newest that the reader has: what was yielded last, or the state that it had at the start. Behind the cursor, where
+    /// there was nothing for it.
+    seen: Position,
     filter: Option<Filter>,
     /// Woken when something of the tenant is published.
     wake: watch::Receiver<()>,
@@ -53,17 +56,18 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// A reader of this tenant's changes after `cursor`, which was decided on when there had been `divergences`. Whether the
-    /// log still has them is found out by reading.
+    /// A reader of this tenant's changes after `cursor`, who has a state of no later than `seen`; decided on when there had
+    /// been `divergences`. Whether the log still has them is found out by reading.
     pub(super) fn new(
         hub: Hub,
         tenant: TenantId,
         cursor: Position,
+        seen: Position,
         filter: Option<Filter>,
         divergences: usize,
     ) -> Self {
         let wake = hub.window().join(&tenant);
-        Self { hub, tenant, cursor, filter, wake, divergences_checked: divergences, origin: None }
+        Self { hub, tenant, cursor, seen, filter, wake, divergences_checked: divergences, origin: None }
     }
 
     /// Whose changes these are.
@@ -94,12 +98,12 @@ impl Subscription {
             let next = {
                 let window = self.hub.window();
                 self.origin = window.origin().cloned();
-                window.next(&self.tenant, self.cursor, &mut self.divergences_checked, bytes_max)
+                window.next(&self.tenant, self.cursor, self.seen, &mut self.divergences_checked, bytes_max)
             };
             let messages = match next {
                 Next::Messages(messages) => messages,
                 Next::Disk { up_to } => self.read_log(up_to, bytes_max).await?,
-                Next::Skip { to } => {
+                Next::Skip { to } | Next::Back { to } => {
                     self.cursor = to;
                     continue;
                 }
@@ -135,6 +139,7 @@ impl Subscription {
                 _ => {}
             }
             taken.push(rest);
+            self.seen = self.seen.max(self.cursor);
         }
         taken
     }

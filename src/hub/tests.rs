@@ -88,7 +88,8 @@ impl Fixture {
     }
 
     fn subscribe(&self, name: &str, position: u64) -> Subscription {
-        Subscription::new(self.hub.clone(), tenant(name), Position::at(Lsn(position)), None, 0)
+        let position = Position::at(Lsn(position));
+        Subscription::new(self.hub.clone(), tenant(name), position, position, None, 0)
     }
 }
 
@@ -229,17 +230,21 @@ async fn streams_that_have_seen_an_abandoned_part_end() {
     let fixture = Fixture::new(1 << 20, false);
     let mut ahead = fixture.subscribe("a", 100);
     let mut behind = fixture.subscribe("b", 100);
+    let mut idle = fixture.subscribe("c", 100);
     fixture.admit(transaction(200, &["a", "b"])).await;
     fixture.admit(transaction(300, &["a"])).await;
     fixture.publish(1000, "");
     assert_eq!(ready(&mut ahead).await, Some(vec![200, 300]));
+    // There was nothing for it, and so nothing that was abandoned.
+    assert_eq!(ready(&mut idle).await, None);
     let history = History::from_timelines(vec![FIRST, Timeline { id: 2, begin: Lsn(250) }]).unwrap();
     fixture.hub.diverge(Lsn(250), history);
     assert!(matches!(ended(&mut ahead).await, End::Abandoned { at: Lsn(250) }));
     assert_eq!(ready(&mut behind).await, Some(vec![200]));
-    fixture.admit(transaction(260, &["b"])).await;
+    fixture.admit(transaction(260, &["b", "c"])).await;
     fixture.publish(1000, "");
     assert_eq!(ready(&mut behind).await, Some(vec![260]));
+    assert_eq!(ready(&mut idle).await, Some(vec![260]));
 }
 
 /// A primary that answers as told.
@@ -332,8 +337,8 @@ async fn a_start_that_a_divergence_overtakes_ends() {
     let anchor = fixture.hub.window().anchor();
     let history = History::from_timelines(vec![FIRST, Timeline { id: 2, begin: Lsn(150) }]).unwrap();
     fixture.hub.diverge(Lsn(150), history);
-    let mut late =
-        Subscription::new(fixture.hub.clone(), tenant("a"), Position::at(anchor.visible), None, anchor.divergences);
+    let visible = Position::at(anchor.visible);
+    let mut late = Subscription::new(fixture.hub.clone(), tenant("a"), visible, visible, None, anchor.divergences);
     assert!(matches!(ended(&mut late).await, End::Abandoned { at: Lsn(150) }));
 }
 

@@ -93,6 +93,8 @@ pub(super) enum Next {
     Disk { up_to: Position },
     /// There is nothing up to here for the tenant: go there.
     Skip { to: Position },
+    /// What there was nothing in was abandoned: go back to here.
+    Back { to: Position },
     /// Wait to be woken.
     Wait,
     /// History is not continuous here.
@@ -361,14 +363,27 @@ impl Window {
         self.feeds.get(tenant).is_some_and(|feed| !feed.messages.is_empty())
     }
 
-    /// What a reader of `tenant` at `cursor` does next. `checked` counts the divergences that it knows of.
-    pub(super) fn next(&self, tenant: &TenantId, cursor: Position, checked: &mut usize, bytes_max: usize) -> Next {
+    /// What a reader of `tenant` at `cursor` does next, who has a state of no later than `seen`. `checked` counts the
+    /// divergences that it knows of.
+    pub(super) fn next(
+        &self,
+        tenant: &TenantId,
+        cursor: Position,
+        seen: Position,
+        checked: &mut usize,
+        bytes_max: usize,
+    ) -> Next {
+        let mut back = cursor;
         for at in self.divergences.iter().skip(*checked) {
-            if cursor > Position::at(*at) {
+            if seen > Position::at(*at) {
                 return Next::Abandoned { at: *at };
             }
+            back = back.min(Position::at(*at));
         }
         *checked = self.divergences.len();
+        if back < cursor {
+            return Next::Back { to: back };
+        }
 
         let published = Position::at(self.published);
         let passed = self.breaks.partition_point(|gap| gap.to <= cursor);

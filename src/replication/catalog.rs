@@ -98,6 +98,8 @@ pub(super) struct Relation {
     pub(super) name: String,
     /// `relpersistence`: p is the one that is in the WAL.
     pub(super) persistence: String,
+    /// `relfilenode` of a partition below the mapped table: another one after TRUNCATE, and after a rewrite.
+    pub(super) storage: Option<u32>,
     /// `relreplident`: d(efault: primary key), i(ndex), f(ull), n(othing).
     pub(super) identity: String,
     /// Key columns of that index.
@@ -309,6 +311,7 @@ SELECT json_build_object(
         'relations', COALESCE((
             SELECT json_agg(json_build_object('oid', c.oid::int8, 'schema', n.nspname, 'name', c.relname,
                     'persistence', c.relpersistence, 'identity', c.relreplident,
+                    'storage', CASE WHEN c.oid <> wanted.oid THEN c.relfilenode::int8 END,
                     'identity_columns', COALESCE((
                         SELECT json_agg(json_build_object('name', a.attname, 'number', a.attnum) ORDER BY a.attnum)
                           FROM pg_index AS x

@@ -127,6 +127,8 @@ impl Intake {
                     self.received = end;
                     self.out.push_back(Entry::Transaction(Arc::new(transaction)));
                 }
+                // On an idle server nothing comes behind the marker that a break ends at.
+                self.break_up_to(end);
                 self.skipping = false;
             }
             Event::KeepAlive { wal_end } => {
@@ -252,5 +254,9 @@ mod tests {
         intake.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
         intake.advance();
         assert_eq!(out(&mut intake), ["progress 490", "break 425..500", "progress 500"]);
+        // The marker itself is the last thing that an idle server has to say.
+        intake.interrupt(Lsn(500), Lsn(610), BreakReason::MappingChanged, vec![]);
+        transaction(&mut intake, 600);
+        assert_eq!(out(&mut intake), ["transaction 610", "break 500..610"]);
     }
 }

@@ -207,6 +207,11 @@ impl Setup<'_> {
                 applied.push(row.try_get(0)?);
             }
         }
+        // A table that was dropped since comes back: applying a file again changes nothing else.
+        let catalog = Catalog::read(client, self.publication, self.mapping).await?;
+        if catalog.tables.iter().any(|table| table.oid.is_none()) {
+            applied.clear();
+        }
         let missing = FILES.iter().filter(|(version, ..)| !applied.contains(version));
         Ok(missing.map(|(_, name, sql)| Step::new(format!("apply {name}"), (*sql).to_owned())).collect())
     }

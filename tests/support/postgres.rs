@@ -1,6 +1,7 @@
 //! A private cluster, gone with the test.
 
 use super::sql::Sql;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tuplewatch::dev_postgres::{Cluster, ClusterOptions, Installation, StopMode};
@@ -94,6 +95,15 @@ impl Postgres {
             let _ = std::fs::remove_file(target.join(left));
         }
         Self::open(directory, &self.settings).await
+    }
+
+    /// Has the next start do recovery: `standby.signal` or `recovery.signal`.
+    pub(crate) fn put_signal(&self, name: &str) {
+        let path = self.pgdata().join(name);
+        std::fs::write(&path, "").unwrap();
+        // PostgreSQL removes it when it is done, and as root it runs as another user.
+        let owner = std::fs::metadata(self.pgdata()).unwrap();
+        std::os::unix::fs::chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
     }
 
     /// PostgreSQL's own data directory.

@@ -49,11 +49,24 @@ impl Server {
         all.extend(flags);
         let flags: Vec<String> =
             all.iter().flat_map(|(flag, value)| [(*flag).to_owned(), (*value).to_owned()]).collect();
-        let output = within("setup", program().arg("setup").args(&flags).output()).await.unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "setup: {:?} {said}", output.status);
         let directory = tempfile::tempdir().unwrap();
-        Self { flags, directory, process: None, address: None, log: Arc::default() }
+        let server = Self { flags, directory, process: None, address: None, log: Arc::default() };
+        server.setup(&[]).await;
+        server
+    }
+
+    /// `tuplewatch setup` as this node is configured.
+    pub(crate) async fn setup(&self, further: &[&str]) {
+        let output = within("setup", program().arg("setup").args(&self.flags).args(further).output()).await.unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "setup {further:?}: {:?} {said}", output.status);
+    }
+
+    /// Has later processes use another database.
+    pub(crate) fn point_to(&mut self, uri: &str) {
+        assert!(self.process.is_none(), "a process keeps the database that it was started with");
+        let place = self.flags.iter().position(|flag| flag == "--database-uri").unwrap();
+        self.flags[place + 1] = uri.to_owned();
     }
 
     /// [`Server::prepare`], [`Server::start`], and wait until the slot streams.
@@ -67,12 +80,7 @@ impl Server {
     /// Starts the process; returns once it listens.
     pub(crate) async fn start(&mut self) {
         assert!(self.process.is_none(), "one process at a time");
-        let port = self.address.map_or(0, |address| address.port()).to_string();
-        let mut command = program();
-        command.arg("serve").args(&self.flags);
-        command.args(["--server-host", "127.0.0.1", "--server-grpc-port", &port, "--logger-format", "json"]);
-        command.args(["--changelog-disk-reserve", "16MiB", "--changelog-path"]).arg(self.changelog());
-        let mut process = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut process = self.command().stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
 
         let (found, mut address) = watch::channel(None);
         let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
@@ -90,6 +98,24 @@ impl Server {
         let address = within("the server listens", address.wait_for(Option::is_some)).await;
         let address = address.map(|address| *address).unwrap_or_else(|_| panic!("the server ended before it listened"));
         self.address = address;
+    }
+
+    fn command(&self) -> Command {
+        let port = self.address.map_or(0, |address| address.port()).to_string();
+        let mut command = program();
+        command.arg("serve").args(&self.flags);
+        command.args(["--server-host", "127.0.0.1", "--server-grpc-port", &port, "--logger-format", "json"]);
+        command.args(["--changelog-disk-reserve", "16MiB", "--changelog-path"]).arg(self.changelog());
+        command
+    }
+
+    /// Starts a process that refuses to serve; what it said.
+    pub(crate) async fn start_refused(&self) -> String {
+        assert!(self.process.is_none(), "one process at a time");
+        let output = within("the server refuses to start", self.command().output()).await.unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        said
     }
 
     /// Waits until it says that the slot streams.

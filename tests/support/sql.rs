@@ -102,7 +102,9 @@ impl Sql {
     /// Inserts one tuple `document:{id}#viewer@user:u`, in a transaction of its own.
     pub(crate) async fn insert(&self, tenant: &str, id: &str) {
         self.run(&format!(
-            "INSERT INTO tuplewatch.relation_tuples VALUES ('{tenant}', 'document', '{id}', 'viewer', 'user', 'u')"
+            "INSERT INTO tuplewatch.relation_tuples \
+                 (tenant_id, entity_type, entity_id, relation, subject_type, subject_id) \
+             VALUES ('{tenant}', 'document', '{id}', 'viewer', 'user', 'u')"
         ))
         .await;
     }

@@ -1,0 +1,352 @@
+//! Watched tables change their shape while tuplewatch runs: columns come, go, move and get other names and types, tables are
+//! renamed, dropped, partitioned. Columns are found by name, so most of it changes nothing; what makes rows unreadable or sends
+//! them elsewhere is told. No value ever ends up in the place of another.
+
+use super::publication::create_partitioned;
+use crate::support::change::Change;
+use crate::support::interruption::{Interruption, Lasting, Remedy, side_by_side};
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use crate::support::stream::{Stream, changes, metadata, reason};
+use crate::support::wait::eventually;
+use tonic::Code;
+use tonic_health::pb::health_check_response::ServingStatus;
+
+const SCHEMA_CHANGED: &[&str] = &["SCHEMA_CHANGED"];
+const UNDECODABLE_ROW: &[&str] = &["UNDECODABLE_ROW"];
+
+#[tokio::test]
+async fn columns_that_are_not_mapped_come_and_go() {
+    let postgres = Postgres::start().await;
+    let mut server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "first").await;
+    let token = stream.expect(Change::created("first")).await.token;
+    let insert = "INSERT INTO tuplewatch.relation_tuples (subject_id, tenant_id, entity_type, relation, subject_type, \
+                  entity_id) VALUES ('u', 't1', 'document', 'viewer', 'user', ";
+    for (n, statement) in [
+        "ADD COLUMN note text DEFAULT 'viewer'",
+        "ADD COLUMN number int, ADD COLUMN more text",
+        "DROP COLUMN note",
+        "ALTER COLUMN number TYPE text",
+        "RENAME COLUMN more TO tenant",
+        "DROP COLUMN number",
+    ]
+    .iter()
+    .enumerate()
+    {
+        // In one transaction with rows before and after it, too: pgoutput tells the new shape in the middle.
+        sql.run(&format!("BEGIN; {insert} 'b{n}')")).await;
+        sql.run(&format!("ALTER TABLE tuplewatch.relation_tuples {statement}")).await;
+        sql.run(&format!("{insert} 'c{n}'); COMMIT")).await;
+        sql.run(&format!("UPDATE tuplewatch.relation_tuples SET entity_id = 'd{n}' WHERE entity_id = 'b{n}'")).await;
+        sql.run(&format!("DELETE FROM tuplewatch.relation_tuples WHERE entity_id = 'c{n}'")).await;
+    }
+    let expected: Vec<Change> = (0..6)
+        .flat_map(|n| {
+            let [b, c, d] = ["b", "c", "d"].map(|id| Change::viewer(&format!("{id}{n}")));
+            [
+                Change::create(b.clone()),
+                Change::create(c.clone()),
+                Change::delete(b),
+                Change::create(d),
+                Change::delete(c),
+            ]
+        })
+        .collect();
+    let last = expected.last().unwrap();
+    assert_eq!(changes(&stream.up_to(last).await), expected);
+    // Several checks have found nothing either, and the slot can be read again from before all of it.
+    verified_again(&postgres).await;
+    stream.expect_silence().await;
+    server.kill_9().await;
+    server.start().await;
+    server.serving().await;
+    assert_eq!(changes(&server.watch("t1", &token).await.up_to(last).await), expected);
+}
+
+/// Waits until what is published was checked twice from now on.
+async fn verified_again(postgres: &Postgres) {
+    let sql = postgres.sql().await;
+    let statement = "SELECT coalesce(max(query_start), 'epoch')::text FROM pg_stat_activity \
+                     WHERE application_name LIKE 'tuplewatch%' AND query LIKE '%pg_publication%' \
+                       AND pid <> pg_backend_pid()";
+    for _ in 0..2 {
+        let before = sql.value(statement).await;
+        eventually("what is published is checked", async || sql.value(statement).await > before).await;
+    }
+}
+
+/// Each on a cluster of its own: they share the table.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mapped_columns_and_tables_that_change_are_breaks_and_errors_where_nothing_can_flow() {
+    let cases = [
+        // Its values went with it, and no row event tells.
+        Interruption {
+            name: "moved",
+            fault: &["BEGIN; ALTER TABLE tuplewatch.relation_tuples DROP COLUMN relation, \
+                      ADD COLUMN relation text NOT NULL DEFAULT 'viewer'; \
+                      ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY FULL; COMMIT"],
+            reasons: SCHEMA_CHANGED,
+            detail: "a mapped column and the replica identity of table tuplewatch.relation_tuples changed",
+            lasts: None,
+        },
+        Interruption {
+            name: "retyped",
+            fault: &["ALTER TABLE tuplewatch.relation_tuples ALTER COLUMN entity_id TYPE varchar(200)"],
+            reasons: SCHEMA_CHANGED,
+            detail: "a mapped column of table tuplewatch.relation_tuples changed",
+            lasts: None,
+        },
+        Interruption {
+            name: "column_renamed",
+            fault: &[
+                "ALTER TABLE tuplewatch.relation_tuples RENAME COLUMN subject_id TO subject",
+                "INSERT INTO tuplewatch.relation_tuples VALUES ('$NAME', 'document', 'lost', 'viewer', 'user', 'u')",
+            ],
+            reasons: UNDECODABLE_ROW,
+            detail: "subject_id cannot be read: the table has no column subject_id",
+            lasts: Some(Lasting {
+                says: &["table tuplewatch.relation_tuples: has no column subject_id, which the mapping names"],
+                remedy: Remedy::Sql(&["ALTER TABLE tuplewatch.relation_tuples RENAME COLUMN subject TO subject_id"]),
+            }),
+        },
+        Interruption {
+            name: "table_renamed",
+            fault: &[
+                "ALTER TABLE tuplewatch.relation_tuples RENAME TO renamed",
+                "INSERT INTO tuplewatch.renamed VALUES ('$NAME', 'document', 'lost', 'viewer', 'user', 'u')",
+            ],
+            reasons: UNDECODABLE_ROW,
+            detail: "a row of table tuplewatch.renamed could not be decoded",
+            lasts: Some(Lasting {
+                says: &["table tuplewatch.relation_tuples: does not exist"],
+                remedy: Remedy::Sql(&["ALTER TABLE tuplewatch.renamed RENAME TO relation_tuples"]),
+            }),
+        },
+        Interruption {
+            name: "table_dropped",
+            fault: &["DROP TABLE tuplewatch.relation_tuples"],
+            reasons: SCHEMA_CHANGED,
+            detail: "table tuplewatch.relation_tuples was created, dropped, renamed or replaced by another",
+            lasts: Some(Lasting {
+                says: &["table tuplewatch.relation_tuples: does not exist", "tuplewatch setup"],
+                remedy: Remedy::Setup(&[]),
+            }),
+        },
+    ];
+    let mut clusters = Vec::new();
+    let mut runs = Vec::new();
+    for case in cases {
+        let postgres = Postgres::start().await;
+        let server = case.prepare(&postgres).await;
+        runs.push((case, postgres.sql().await, server));
+        clusters.push(postgres);
+    }
+    side_by_side(runs).await;
+}
+
+/// What is written meanwhile comes under a name that nobody watches.
+#[tokio::test]
+async fn a_table_that_is_renamed_and_gets_its_name_back_between_two_checks_is_a_break() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    let token = stream.expect(Change::created("before")).await.token;
+    sql.run("ALTER TABLE tuplewatch.relation_tuples RENAME TO renamed").await;
+    sql.run("INSERT INTO tuplewatch.renamed VALUES ('t1', 'document', 'lost', 'viewer', 'user', 'u')").await;
+    sql.run("ALTER TABLE tuplewatch.renamed RENAME TO relation_tuples").await;
+    sql.insert("t1", "after").await;
+    for mut stream in [stream, server.watch("t1", &token).await] {
+        let (messages, status) = stream.ending().await;
+        assert_eq!(changes(&messages), []);
+        assert_eq!(reason(&status), (Code::Aborted, "UNDECODABLE_ROW".into()));
+        assert!(status.message().contains("tuplewatch.renamed"), "{}", status.message());
+        server.watch("t1", &metadata(&status, "next_snap_token")).await.expect(Change::created("after")).await;
+    }
+}
+
+/// The same table with each replica identity, in a cluster and a mapping of its own.
+struct Shares {
+    postgres: Postgres,
+    server: Server,
+    _mapping: tempfile::TempDir,
+}
+
+impl Shares {
+    async fn with(identity: &str) -> Self {
+        let postgres = Postgres::start().await;
+        postgres
+            .sql()
+            .await
+            .run(&format!(
+                "CREATE SCHEMA shop; \
+                 CREATE TABLE shop.shares (note text, person int NOT NULL, company text NOT NULL, role text NOT NULL, \
+                     document int NOT NULL, large text); \
+                 ALTER TABLE shop.shares ALTER COLUMN large SET STORAGE EXTERNAL; {identity}"
+            ))
+            .await;
+        let mapping = tempfile::tempdir().unwrap();
+        let file = mapping.path().join("shares.yaml");
+        let yaml = "tables: [{table: shop.shares, tenant: company, tuple: {entity_type: {constant: document}, \
+                    entity_id: document, relation: role, subject_type: {constant: user}, subject_id: person}}]";
+        std::fs::write(&file, yaml).unwrap();
+        let server = Server::serve(&postgres, &[("--mapping-file", file.to_str().unwrap())]).await;
+        Self { postgres, server, _mapping: mapping }
+    }
+
+    fn share(document: u32, role: &str, person: u32) -> String {
+        Change::tuple("document", &document.to_string(), role, "user", &person.to_string(), "")
+    }
+}
+
+#[tokio::test]
+async fn deletes_and_updates_are_whole_under_each_replica_identity_that_covers_the_mapping() {
+    for identity in [
+        "ALTER TABLE shop.shares ADD PRIMARY KEY (company, document, person, role)",
+        "ALTER TABLE shop.shares REPLICA IDENTITY FULL",
+        "CREATE UNIQUE INDEX wide ON shop.shares (role, person, document, company) INCLUDE (note); \
+         ALTER TABLE shop.shares REPLICA IDENTITY USING INDEX wide",
+        // `setup` makes it FULL.
+        "ALTER TABLE shop.shares REPLICA IDENTITY NOTHING",
+        "CREATE UNIQUE INDEX narrow ON shop.shares (company, document); \
+         ALTER TABLE shop.shares REPLICA IDENTITY USING INDEX narrow",
+    ] {
+        let shares = Shares::with(identity).await;
+        let sql = shares.postgres.sql().await;
+        let mut stream = shares.server.watch("acme", "").await;
+        // The large value is not sent again where it stays as it is.
+        sql.run(
+            "INSERT INTO shop.shares SELECT 'n', person, 'acme', 'viewer', 10 * person, repeat('x', 5000) \
+             FROM generate_series(1, 3) person",
+        )
+        .await;
+        sql.run("UPDATE shop.shares SET note = 'other' WHERE person = 1").await;
+        sql.run("UPDATE shop.shares SET role = 'editor', note = NULL WHERE person IN (1, 2)").await;
+        sql.run("UPDATE shop.shares SET person = person").await;
+        sql.run("DELETE FROM shop.shares WHERE person IN (2, 3)").await;
+        let [one, two, three] = [1, 2, 3].map(|person| Shares::share(10 * person, "viewer", person));
+        let [one_edits, two_edits] = [1, 2].map(|person| Shares::share(10 * person, "editor", person));
+        let last = Change::delete(three.clone());
+        let mut all = changes(&stream.up_to(&last).await);
+        // Which of two rows of one statement comes first is PostgreSQL's affair.
+        all[3..7].sort();
+        all[7..].sort();
+        let mut expected = vec![Change::create(one.clone()), Change::create(two.clone()), Change::create(three)];
+        let mut updated = vec![
+            Change::delete(one),
+            Change::create(one_edits),
+            Change::delete(two),
+            Change::create(two_edits.clone()),
+        ];
+        updated.sort();
+        let mut deleted = vec![Change::delete(two_edits), last];
+        deleted.sort();
+        expected.extend(updated);
+        expected.extend(deleted);
+        assert_eq!(all, expected, "{identity}");
+    }
+}
+
+/// Before the next check notices: what the old row lacks is a break, and never made up.
+#[tokio::test]
+async fn a_change_whose_old_row_is_incomplete_is_a_break_at_once() {
+    let shares = Shares::with("ALTER TABLE shop.shares ADD PRIMARY KEY (company, document, person, role)").await;
+    let sql = shares.postgres.sql().await;
+    let mut streams: Vec<Stream> = vec![
+        shares.server.watch("acme", "").await,
+        shares.server.watch("acme", "").await,
+        shares.server.watch("other", "").await,
+    ];
+    sql.run("INSERT INTO shop.shares VALUES ('', 1, 'acme', 'viewer', 10), ('', 2, 'other', 'viewer', 20)").await;
+    for (stream, share) in streams.iter_mut().zip([
+        Shares::share(10, "viewer", 1),
+        Shares::share(10, "viewer", 1),
+        Shares::share(20, "viewer", 2),
+    ]) {
+        stream.expect(Change::create(share)).await;
+    }
+    sql.run("CREATE UNIQUE INDEX narrow ON shop.shares (company)").await;
+    sql.run("ALTER TABLE shop.shares REPLICA IDENTITY USING INDEX narrow").await;
+    sql.run("UPDATE shop.shares SET role = 'editor' WHERE company = 'acme'").await;
+    sql.run("DELETE FROM shop.shares WHERE company = 'other'").await;
+    for mut stream in streams {
+        let (messages, status) = stream.ending().await;
+        assert_eq!(changes(&messages), [], "nothing that the old row does not tell");
+        assert_eq!(reason(&status), (Code::Aborted, "UNDECODABLE_ROW".into()));
+        let says = "the replica identity lacks it (ALTER TABLE shop.shares REPLICA IDENTITY FULL)";
+        assert!(status.message().contains(says), "{}", status.message());
+    }
+}
+
+#[tokio::test]
+async fn without_a_replica_identity_postgresql_refuses_and_health_tells() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    stream.expect(Change::created("before")).await;
+    sql.run("ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY NOTHING").await;
+    for statement in
+        ["DELETE FROM tuplewatch.relation_tuples", "UPDATE tuplewatch.relation_tuples SET subject_id = 'other'"]
+    {
+        let error = sql.batch_execute(statement).await.expect_err(statement);
+        assert_eq!(error.code().map(|code| code.code().to_owned()).as_deref(), Some("55000"), "{statement}: {error}");
+    }
+    let not_serving = Ok(ServingStatus::NotServing);
+    eventually("health is NOT_SERVING", async || server.health("").await == not_serving).await;
+    assert!(server.has_said("old rows lack column entity_id: the replica identity does not cover it"));
+    sql.run("ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY DEFAULT").await;
+    sql.run("DELETE FROM tuplewatch.relation_tuples").await;
+    // Nothing was lost, so nothing is broken.
+    stream.expect(Change::delete(Change::viewer("before"))).await;
+}
+
+#[tokio::test]
+async fn changes_of_partitions_come_under_their_root() {
+    let postgres = Postgres::start().await;
+    let sql = postgres.sql().await;
+    create_partitioned(&sql).await;
+    let mut server = Server::serve(&postgres, &[]).await;
+    let mut stream = server.watch("t1", "").await;
+    let tuple = |kind: &str, id: &str| Change::tuple(kind, id, "viewer", "user", "u", "");
+    sql.insert("t1", "a").await;
+    let token = stream.expect(Change::created("a")).await.token;
+    sql.run("INSERT INTO tuplewatch.folders VALUES ('t1', 'folder', 'f', 'viewer', 'user', 'u')").await;
+    // From one partition to the other: PostgreSQL deletes and inserts.
+    sql.run("UPDATE tuplewatch.relation_tuples SET entity_type = 'folder' WHERE entity_id = 'a'").await;
+    // Inside a partition, and by the partition's name.
+    sql.run("UPDATE tuplewatch.folders SET entity_id = 'b' WHERE entity_id = 'a'").await;
+    sql.run("DELETE FROM tuplewatch.relation_tuples").await;
+    let mut expected = vec![
+        Change::create(tuple("folder", "f")),
+        Change::delete(tuple("document", "a")),
+        Change::create(tuple("folder", "a")),
+        Change::delete(tuple("folder", "a")),
+        Change::create(tuple("folder", "b")),
+    ];
+    let mut all = Vec::new();
+    while all.len() < 7 {
+        all.extend(stream.next().await.changes);
+    }
+    all[5..].sort();
+    expected.extend([Change::delete(tuple("folder", "b")), Change::delete(tuple("folder", "f"))]);
+    assert_eq!(all, expected);
+
+    sql.insert("t1", "last").await;
+    server.kill_9().await;
+    server.start().await;
+    let again = changes(&server.watch("t1", &token).await.up_to(&Change::created("last")).await);
+    assert_eq!(again.len(), 8);
+    assert_eq!(again[..5], expected[..5]);
+
+    // Of all of them at once PostgreSQL does tell, under the name of the root.
+    let mut stream = server.watch("t1", "").await;
+    sql.run("TRUNCATE tuplewatch.relation_tuples").await;
+    let (_, status) = stream.ending().await;
+    assert_eq!(reason(&status), (Code::Aborted, "TRUNCATE".into()));
+}

@@ -1,0 +1,285 @@
+//! 16. The server goes on along another timeline: a standby was promoted, or a backup was recovered to a point in time. What
+//! the old timeline wrote past the switch never happened on the new one. So it is cut from the log, streams that passed it
+//! end, and its tokens are refused for ever, also when the new timeline has written further than they point; and everything
+//! from before goes on.
+//!
+//! Standbys are copies of a stopped primary, with its replication slots; a base backup has none, and neither have the copies
+//! that are recovered here.
+
+use crate::support::change::Change;
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use crate::support::sql::Sql;
+use crate::support::stream::{metadata, reason};
+use crate::support::wait::eventually;
+use crate::support::writer::add_tenants;
+use tonic::Code;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tuplewatch::dev_postgres::StopMode;
+
+/// A primary with a standby that streams from it, and a node that knows both.
+struct Pair {
+    primary: Postgres,
+    standby: Postgres,
+    server: Server,
+}
+
+impl Pair {
+    async fn start() -> Self {
+        let mut primary = Postgres::start().await;
+        drop(Server::prepare(&primary, &[]).await);
+        add_tenants(&primary.sql().await).await;
+        primary.stop(StopMode::Fast).await;
+        let mut standby = primary.copy().await;
+        standby.stop_and_set(&[("primary_conninfo", &primary.uri())]).await;
+        standby.put_signal("standby.signal");
+        primary.start_again().await;
+        standby.start_again().await;
+        let [first, second] = [primary.uri(), standby.uri()].map(|uri| port(&uri));
+        let uri = format!("postgres://postgres@127.0.0.1:{first},127.0.0.1:{second}/postgres");
+        let mut server = Server::prepare_slot(&uri, "tuplewatch", &[]).await;
+        server.start().await;
+        server.serving().await;
+        Self { primary, standby, server }
+    }
+
+    /// Waits until the standby has all that the primary has.
+    async fn in_step(&self) {
+        let lsn = self.primary.sql().await.flushed().await;
+        let sql = self.standby.sql().await;
+        let condition = format!("pg_last_wal_replay_lsn() >= '{lsn}'");
+        eventually("the standby has everything", async || sql.is_true(&condition).await).await;
+    }
+
+    /// From now on the standby gets nothing.
+    async fn separate(&self) {
+        let sql = self.standby.sql().await;
+        sql.run("ALTER SYSTEM SET primary_conninfo = ''").await;
+        sql.run("SELECT pg_reload_conf()").await;
+        let is_over = "NOT EXISTS (SELECT FROM pg_stat_wal_receiver)";
+        eventually("the standby receives nothing", async || sql.is_true(is_over).await).await;
+    }
+
+    /// The primary ends, and the standby takes its place.
+    async fn fail_over(&mut self, mode: StopMode) -> Sql {
+        self.primary.stop(mode).await;
+        let not_serving = Ok(ServingStatus::NotServing);
+        eventually("health is NOT_SERVING", async || self.server.health("").await == not_serving).await;
+        let sql = self.standby.sql().await;
+        sql.run("SELECT pg_promote()").await;
+        sql
+    }
+}
+
+fn port(uri: &str) -> u16 {
+    uri.parse::<tokio_postgres::Config>().unwrap().get_ports()[0]
+}
+
+/// Writes until the WAL is past this token's position, so that nothing but its timeline can tell that it is not of here.
+async fn write_past(sql: &Sql, token: &str) {
+    let tuplewatch::snap_token::SnapToken::Position { position, .. } = token.parse().unwrap() else {
+        panic!("a position token")
+    };
+    let condition = format!("pg_current_wal_flush_lsn() > '{}'", position.lsn);
+    while !sql.is_true(&condition).await {
+        sql.run("SELECT pg_logical_emit_message(true, 'other', repeat('x', 100000))").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promoted_standby_that_has_everything_goes_on() {
+    let mut pair = Pair::start().await;
+    let sql = pair.primary.sql().await;
+    let mut stream = pair.server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    let token = stream.expect(Change::created("before")).await.token;
+    sql.insert("t1", "last").await;
+    let last = stream.expect(Change::created("last")).await.token;
+    pair.in_step().await;
+
+    let sql = pair.fail_over(StopMode::Fast).await;
+    pair.server.serving().await;
+    sql.insert("t1", "after").await;
+    let after = stream.expect(Change::created("after")).await.token;
+    let mut new = pair.server.watch("t2", "").await;
+    sql.insert("t2", "after").await;
+    new.expect(Change::created("after")).await;
+
+    for process in 0..2 {
+        pair.server.watch("t1", &last).await.expect(Change::created("after")).await;
+        let mut resumed = pair.server.watch("t1", &token).await;
+        resumed.expect(Change::created("last")).await;
+        resumed.expect(Change::created("after")).await;
+        if process == 0 {
+            pair.server.kill_9().await;
+            pair.server.start().await;
+            pair.server.serving().await;
+        }
+    }
+    sql.insert("t1", "end").await;
+    pair.server.watch("t1", &after).await.expect(Change::created("end")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_promoted_standby_lacks_is_abandoned() {
+    let mut pair = Pair::start().await;
+    let sql = pair.primary.sql().await;
+    let mut stream = pair.server.watch("t1", "").await;
+    let mut unharmed = pair.server.watch("t2", "").await;
+    sql.insert("t1", "kept").await;
+    sql.insert("t2", "kept").await;
+    let kept = stream.expect(Change::created("kept")).await.token;
+    unharmed.expect(Change::created("kept")).await;
+    pair.in_step().await;
+    pair.separate().await;
+    for id in ["lost", "lost too"] {
+        sql.insert("t1", &id.replace(' ', "_")).await;
+    }
+    stream.expect(Change::created("lost")).await;
+    let lost = stream.expect(Change::created("lost_too")).await.token;
+    // Of a state that will not have been: whoever read it is as wrong as whoever streamed it.
+    let mut read = pair.server.watch("t3", "").await;
+
+    let sql = pair.fail_over(StopMode::Immediate).await;
+    let (messages, status) = stream.ending().await;
+    assert!(messages.is_empty(), "{messages:?}");
+    assert_eq!(reason(&status), (Code::Aborted, "TIMELINE_DIVERGED".into()));
+    let next = metadata(&status, "next_snap_token");
+    let (_, status) = read.ending().await;
+    assert_eq!(reason(&status), (Code::Aborted, "TIMELINE_DIVERGED".into()));
+    pair.server.serving().await;
+    sql.insert("t1", "new").await;
+    sql.insert("t2", "new").await;
+    // It never got anything that is not so.
+    unharmed.expect(Change::created("new")).await;
+    write_past(&sql, &lost).await;
+
+    for process in 0..2 {
+        for token in [&kept, &next] {
+            pair.server.watch("t1", token).await.expect(Change::created("new")).await;
+        }
+        let status = pair.server.try_watch("t1", &lost).await.err().expect("refused");
+        assert_eq!(reason(&status), (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN".into()));
+        if process == 0 {
+            pair.server.kill_9().await;
+            pair.server.start().await;
+            pair.server.serving().await;
+        }
+    }
+}
+
+/// It is the first in the list, answers, and is not in recovery; and its history ended with the promotion.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_primary_that_comes_back_is_not_followed() {
+    let mut pair = Pair::start().await;
+    pair.in_step().await;
+    let sql = pair.fail_over(StopMode::Fast).await;
+    pair.server.serving().await;
+    let mut stream = pair.server.watch("t1", "").await;
+    sql.insert("t1", "new").await;
+    let token = stream.expect(Change::created("new")).await.token;
+
+    pair.server.kill_9().await;
+    pair.primary.start_again().await;
+    pair.primary.sql().await.insert("t1", "astray").await;
+    pair.server.start().await;
+    let tells = "was left behind";
+    eventually("the log tells of the old primary", async || pair.server.has_said(tells)).await;
+    let mut stream = pair.server.watch("t1", &token).await;
+    pair.primary.stop(StopMode::Fast).await;
+    sql.insert("t1", "after").await;
+    stream.expect(Change::created("after")).await;
+}
+
+/// A copy of a primary that was recovered up to a restore point.
+async fn recover(copy: &mut Postgres, primary: &Postgres, restore_point: &str) -> Sql {
+    let archive = primary.pgdata().join("pg_wal");
+    let command = format!("cp {}/%f %p", archive.display());
+    copy.stop_and_set(&[
+        ("restore_command", &command),
+        ("recovery_target_name", restore_point),
+        ("recovery_target_action", "promote"),
+    ])
+    .await;
+    copy.put_signal("recovery.signal");
+    copy.start_again().await;
+    let sql = copy.sql().await;
+    eventually("the recovery ends", async || sql.is_true("NOT pg_is_in_recovery()").await).await;
+    sql
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_point_in_time_recovery_abandons_what_came_after_it() {
+    let mut primary = Postgres::start().await;
+    let mut server = Server::prepare(&primary, &[]).await;
+    primary.stop(StopMode::Fast).await;
+    let mut copies = [primary.copy().await, primary.copy().await];
+    for copy in &copies {
+        std::fs::remove_dir_all(copy.pgdata().join("pg_replslot/tuplewatch")).unwrap();
+    }
+    primary.start_again().await;
+    server.start().await;
+    server.serving().await;
+
+    let sql = primary.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "kept").await;
+    let kept = stream.expect(Change::created("kept")).await.token;
+    sql.run("SELECT pg_create_restore_point('earlier')").await;
+    sql.insert("t1", "kept_by_the_other").await;
+    sql.run("SELECT pg_create_restore_point('later')").await;
+    sql.insert("t1", "mistake").await;
+    stream.expect(Change::created("kept_by_the_other")).await;
+    let mistake = stream.expect(Change::created("mistake")).await.token;
+    // With the mistake in its log.
+    server.terminate().await;
+    server.ended().await;
+    drop(sql);
+    primary.stop(StopMode::Fast).await;
+
+    // Without its slot: serve says so, setup makes one, and everybody is told of the gap.
+    let [one, two] = &mut copies;
+    let sql = recover(one, &primary, "earlier").await;
+    server.point_to(&one.uri());
+    let said = server.start_refused().await;
+    assert!(said.contains("replication slot tuplewatch: does not exist"), "{said}");
+    server.setup(&[]).await;
+    server.start().await;
+    server.serving().await;
+    let status = server.try_watch("t1", &mistake).await.err().expect("refused");
+    assert_eq!(reason(&status), (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN".into()));
+    let (_, status) = server.watch("t1", &kept).await.ending().await;
+    assert_eq!(reason(&status), (Code::Aborted, "SLOT_MOVED".into()));
+    let mut stream = server.watch("t1", &metadata(&status, "next_snap_token")).await;
+    sql.insert("t1", "of_one").await;
+    let of_one = stream.expect(Change::created("of_one")).await.token;
+
+    // Another recovery of the same backup is on timeline 2 as well, and it is another timeline.
+    let sql = recover(two, &primary, "later").await;
+    let other = Server::serve(two, &[]).await;
+    assert_eq!(sql.value("SELECT substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)").await, "00000002");
+    let mut stream = other.watch("t1", "").await;
+    sql.insert("t1", "of_two").await;
+    let of_two = stream.expect(Change::created("of_two")).await.token;
+    for (server, sql, token) in [(&server, one.sql().await, &of_two), (&other, two.sql().await, &of_one)] {
+        write_past(&sql, token).await;
+        let status = server.try_watch("t1", token).await.err().expect("refused");
+        assert_eq!(reason(&status), (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN".into()));
+    }
+
+    // And a log of the one is not taken for a log of the other.
+    server.kill_9().await;
+    drop(other);
+    server.point_to(&two.uri());
+    server.start().await;
+    server.serving().await;
+    for token in [&mistake, &of_one] {
+        let status = server.try_watch("t1", token).await.err().expect("refused");
+        assert_eq!(reason(&status), (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN".into()));
+    }
+    let (_, status) = server.watch("t1", &kept).await.ending().await;
+    assert_eq!(status.code(), Code::Aborted);
+    sql.insert("t1", "last").await;
+    let next = server.watch("t1", &metadata(&status, "next_snap_token")).await.next().await;
+    assert!(next.changes.iter().all(|change| change.is_create), "{next:?}");
+}

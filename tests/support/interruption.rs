@@ -1,0 +1,143 @@
+//! Faults after which changes may be missing without a trace in the stream, and what must come of each: it is noticed, it is
+//! told to everybody, and it is over once the remedy was applied.
+
+use super::change::Change;
+use super::postgres::Postgres;
+use super::server::Server;
+use super::sql::Sql;
+use super::stream::{Stream, metadata, reason};
+use super::wait::{eventually, within};
+use std::time::{Duration, Instant};
+use tonic::{Code, Status};
+use tonic_health::pb::health_check_response::ServingStatus;
+
+/// The contract's limit for noticing what the stream does not tell.
+const NOTICED_WITHIN: Duration = Duration::from_secs(10);
+
+/// In statements and phrases, `$NAME` stands for the case's name: that of its publication, its slot and its tenant.
+#[derive(Clone, Copy)]
+pub(crate) struct Interruption {
+    pub(crate) name: &'static str,
+    /// What is done, each as a statement of its own. A row of the case's tenant that is written meanwhile may be lost.
+    pub(crate) fault: &'static [&'static str],
+    /// `ErrorInfo.reason` of the breaks that subscribers get, one after the other where it is several.
+    pub(crate) reasons: &'static [&'static str],
+    /// What the last of them says.
+    pub(crate) detail: &'static str,
+    pub(crate) lasts: Option<Lasting>,
+}
+
+/// Nothing can flow until somebody has repaired it.
+#[derive(Clone, Copy)]
+pub(crate) struct Lasting {
+    /// What the log says: what is wrong, and the remedy.
+    pub(crate) says: &'static [&'static str],
+    pub(crate) remedy: Remedy,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum Remedy {
+    Sql(&'static [&'static str]),
+    Setup(&'static [&'static str]),
+}
+
+impl Interruption {
+    /// A node with a publication of its own, so that several cases can share a cluster.
+    pub(crate) async fn prepare(&self, postgres: &Postgres) -> Server {
+        let server =
+            Server::prepare_slot(&postgres.uri(), self.name, &[("--replication-publication", self.name)]).await;
+        let name = self.name;
+        postgres.sql().await.run(&format!("INSERT INTO tuplewatch.tenants (id, name) VALUES ('{name}', '')")).await;
+        server
+    }
+
+    async fn run_all(&self, sql: &Sql, statements: &[&str]) {
+        for statement in statements {
+            sql.run(&statement.replace("$NAME", self.name)).await;
+        }
+    }
+
+    /// The whole course of it.
+    pub(crate) async fn happens(self, sql: Sql, mut server: Server) {
+        let name = self.name;
+        server.start().await;
+        server.serving().await;
+        let mut stream = server.watch(name, "").await;
+        sql.insert(name, "before").await;
+        let token = stream.expect(Change::created("before")).await.token;
+
+        self.run_all(&sql, self.fault).await;
+        let began = Instant::now();
+        if let Some(lasting) = self.lasts {
+            let not_serving = Ok(ServingStatus::NotServing);
+            eventually(&format!("{name}: health is NOT_SERVING"), async || server.health("").await == not_serving)
+                .await;
+            assert!(began.elapsed() < NOTICED_WITHIN, "{name}: noticed after {:?}", began.elapsed());
+            for says in lasting.says {
+                // Within a retry or two: the stream may have failed before the checks told why.
+                eventually(&format!("{name}: the log says '{says}'"), async || server.has_said(says)).await;
+            }
+            assert_eq!(server.health("").await, not_serving, "{name}: it lasts");
+            match lasting.remedy {
+                Remedy::Sql(statements) => self.run_all(&sql, statements).await,
+                Remedy::Setup(further) => server.setup(further).await,
+            }
+        }
+        let (_, status) = within(&format!("{name}: the live stream ends"), stream.ending()).await;
+        if self.lasts.is_none() {
+            assert!(began.elapsed() < NOTICED_WITHIN, "{name}: noticed after {:?}", began.elapsed());
+        }
+        let mut rest = self.go_on(&server, status).await;
+        server.serving().await;
+        sql.insert(name, "after").await;
+        rest.expect(Change::created("after")).await;
+
+        for process in 0..2 {
+            let (_, status) = server.watch(name, &token).await.ending().await;
+            self.go_on(&server, status).await.expect(Change::created("after")).await;
+            if process == 0 {
+                // A break that is not on disk yet would be found again, and then also cover what came after.
+                let on_disk = format!(
+                    "(SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{name}') >= '{}'",
+                    sql.flushed().await
+                );
+                eventually(&format!("{name}: it is on disk"), async || sql.is_true(&on_disk).await).await;
+                server.kill_9().await;
+                server.start().await;
+                server.serving().await;
+            }
+        }
+        eprintln!("{name}: {:?}", began.elapsed());
+    }
+
+    /// The stream behind the breaks, the first of which ended a stream with this status.
+    async fn go_on(&self, server: &Server, mut status: Status) -> Stream {
+        for (n, expected) in self.reasons.iter().enumerate() {
+            assert_eq!(reason(&status), (Code::Aborted, (*expected).to_owned()), "{}: {}", self.name, status.message());
+            let mut stream = server.watch(self.name, &metadata(&status, "next_snap_token")).await;
+            if n + 1 == self.reasons.len() {
+                let detail = self.detail.replace("$NAME", self.name);
+                assert!(status.message().contains(&detail), "{}: {}", self.name, status.message());
+                return stream;
+            }
+            let (messages, next) = stream.ending().await;
+            assert!(messages.is_empty(), "{}: {messages:?}", self.name);
+            status = next;
+        }
+        panic!("an interruption has a reason")
+    }
+}
+
+/// Runs cases side by side: most of it is waiting.
+pub(crate) async fn side_by_side(runs: Vec<(Interruption, Sql, Server)>) {
+    let local = tokio::task::LocalSet::new();
+    let runs: Vec<_> =
+        runs.into_iter().map(|(case, sql, server)| local.spawn_local(case.happens(sql, server))).collect();
+    local
+        .run_until(async {
+            for run in runs {
+                run.await.unwrap();
+            }
+        })
+        .await;
+}
