@@ -23,11 +23,9 @@ use tokio::time::Instant;
 /// What the primary says, in one statement.
 #[derive(Clone, Debug)]
 pub struct Look {
-    /// `pg_current_wal_insert_lsn()`.
-    pub insert_lsn: Lsn,
     /// `pg_current_wal_flush_lsn()`.
     pub flush_lsn: Lsn,
-    /// `pg_current_snapshot()`, taken before `insert_lsn` was read.
+    /// `pg_current_snapshot()`, taken before `flush_lsn` was read.
     pub snapshot: Arc<Snapshot>,
     /// Whether the tenant that was asked for exists.
     pub tenant_exists: bool,
@@ -178,7 +176,7 @@ impl Hub {
                 let look = primary.look(&tenant).await?;
                 require(&tenant, look.tenant_exists || known)?;
                 origin(&anchor)?;
-                (Position::at(anchor.visible), Some(Filter { lsn: look.insert_lsn, snapshot: look.snapshot }))
+                (Position::at(anchor.visible), Some(Filter { lsn: look.flush_lsn, snapshot: look.snapshot }))
             }
         };
         // Joined first, so that nothing after the check goes by unnoticed.
