@@ -21,6 +21,7 @@ mod support {
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     pub(crate) mod reference;
+    pub(crate) mod reset_wal;
     pub(crate) mod server;
     pub(crate) mod sql;
     pub(crate) mod stream;
@@ -34,7 +35,10 @@ mod scenarios {
     mod lifecycle;
     mod long_transaction;
     mod oracle;
+    mod rows;
     mod timestamps;
     mod tokens;
+    mod transactions;
     mod visibility;
+    mod xid;
 }
