@@ -43,7 +43,9 @@ async fn step(sql: &Sql, stream: &mut Stream, statements: &str, expected: &[Chan
     }
     let got = stream.next().await.changes;
     // Nobody wants to read 100 kB.
-    let brief = |changes: &[Change]| -> Vec<String> { changes.iter().map(|c| format!("{c:?}")[..60].into()).collect() };
+    let brief = |changes: &[Change]| -> Vec<String> {
+        changes.iter().map(|change| format!("{change:?}").chars().take(100).collect()).collect()
+    };
     assert!(got == expected, "{statements:.200}\n  got {:#?}\n  expected {:#?}", brief(&got), brief(expected));
 }
 
@@ -245,16 +247,17 @@ tables:
     tuple: { entity_type: kind, entity_id: id, relation: role, subject_type: who_kind, subject_id: who, subject_relation: who_role }
 ";
 
+const ODD_TABLE: &str = "
+CREATE SCHEMA shop;
+CREATE TABLE shop.odd (company text, kind text, id text, role text, who_kind text, who text, who_role text,
+    PRIMARY KEY (company, kind, id, role, who_kind, who, who_role))";
+
 /// Tables of one's own may hold whatever PostgreSQL calls text, also as a tenant.
 #[tokio::test]
 async fn texts_arrive_as_they_are() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
-    sql.run(
-        "CREATE SCHEMA shop; CREATE TABLE shop.odd (company text, kind text, id text, role text, who_kind text, who text, \
-         who_role text, PRIMARY KEY (company, kind, id, role, who_kind, who, who_role))",
-    )
-    .await;
+    sql.run(ODD_TABLE).await;
     let file = mapping_file(ODD);
     let mut server = Server::serve(&postgres, &[("--mapping-file", file.path().to_str().unwrap())]).await;
     let long = "i".repeat(128);
@@ -367,11 +370,7 @@ async fn values_of_a_latin1_database_arrive_in_unicode() {
     let uri = database(&postgres, "latin1", "LATIN1").await;
     let sql = Sql::connect(&uri).await;
     let file = mapping_file(ODD);
-    sql.run(
-        "CREATE SCHEMA shop; CREATE TABLE shop.odd (company text, kind text, id text, role text, who_kind text, who text, \
-         who_role text, PRIMARY KEY (company, kind, id, role, who_kind, who, who_role))",
-    )
-    .await;
+    sql.run(ODD_TABLE).await;
     let flags = [("--mapping-file", file.path().to_str().unwrap())];
     let mut server = Server::prepare_slot(&uri, "tuplewatch", &flags).await;
     server.start().await;

@@ -325,7 +325,7 @@ async fn ten_thousand_open_transactions_come_in_the_order_of_their_commits() {
     let mut order: Vec<usize> = (0..OPEN).collect();
     fastrand::Rng::with_seed(seed()).shuffle(&mut order);
     let end = |n: usize| {
-        let verb = if n % 10 == 0 { "ROLLBACK" } else { "COMMIT" };
+        let verb = if n.is_multiple_of(10) { "ROLLBACK" } else { "COMMIT" };
         format!("{verb} PREPARED '{n}'")
     };
     run_all(&postgres, CONNECTIONS, order.into_iter().map(end).collect()).await;

@@ -14,6 +14,7 @@ use crate::support::stream::changes;
 use crate::support::wait::eventually;
 use crate::support::writer::{TENANTS, add_tenants};
 use std::collections::HashMap;
+use tokio::process::Command;
 use tuplewatch::dev_postgres::StopMode;
 use tuplewatch::lsn::Lsn;
 use tuplewatch::snap_token::SnapToken;
@@ -165,28 +166,28 @@ async fn a_stream_crosses_the_epoch_boundary() {
     stream.expect(Change::created("open")).await;
 }
 
-/// No WAL is flushed behind the backs of the tests below: only a commit that waits for it does that.
-const LAZY: [(&str, &str); 2] = [("wal_writer_delay", "10s"), ("checkpoint_timeout", "1h")];
+/// From now on WAL is flushed for commits that wait for it, and for nothing else. (An immediate stop of PostgreSQL kills the
+/// walwriter after five seconds.)
+async fn stop_walwriter(sql: &Sql) {
+    let walwriter = sql.value("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'").await;
+    let status = Command::new("kill").args(["-STOP", &walwriter]).status().await.unwrap();
+    assert!(status.success());
+}
 
 /// A transaction that committed, was seen by everybody, and that the next crash takes away: its token and its id. Before it
 /// WAL was written that goes the same way.
 async fn insert_to_be_lost(sql: &Sql, id: &str) -> (String, u64) {
+    stop_walwriter(sql).await;
     sql.run("SET synchronous_commit = off").await;
-    loop {
-        sql.run("SELECT pg_logical_emit_message(false, 'padding', repeat('x', 2000))").await;
-        let (token, xid) = insert_with_token(sql, "t1", id).await;
-        // The walwriter writes whole pages: what ends on one that is not full is still in memory.
-        let is_written = "pg_current_wal_lsn() >= pg_current_wal_insert_lsn()";
-        if !sql.is_true(is_written).await {
-            return (token, xid);
-        }
-        sql.run(&format!("DELETE FROM tuplewatch.relation_tuples WHERE entity_id = '{id}'")).await;
-    }
+    sql.run("SELECT pg_logical_emit_message(false, 'padding', repeat('x', 2000))").await;
+    let (token, xid) = insert_with_token(sql, "t1", id).await;
+    assert!(sql.is_true("pg_current_wal_lsn() < pg_current_wal_insert_lsn()").await, "it is in memory alone");
+    (token, xid)
 }
 
 #[tokio::test]
 async fn the_token_of_a_transaction_that_a_crash_took_does_not_resolve_to_the_next_with_its_id() {
-    let mut postgres = Postgres::with(&LAZY).await;
+    let mut postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
     sql.insert("t1", "before").await;
@@ -228,14 +229,12 @@ async fn use_ids_up_to(last: u64, sql: &Sql, mut each: impl AsyncFnMut(String)) 
 /// Who starts now reads a state with the transaction in it that will be lost; the stranger with its id is not in that state.
 #[tokio::test]
 async fn a_start_now_before_a_crash_does_not_miss_the_next_transaction_with_a_lost_id() {
-    let mut postgres = Postgres::with(&LAZY).await;
+    let mut postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
     sql.insert("t1", "before").await;
     let (_, lost_xid) = insert_to_be_lost(&sql, "lost").await;
     let mut now = server.watch("t1", "").await;
-    let is_lost = sql.is_true("pg_current_wal_lsn() < pg_current_wal_insert_lsn()").await;
-    assert!(is_lost, "what was written is not flushed yet");
     postgres.stop(StopMode::Immediate).await;
     postgres.start_again().await;
     let sql = postgres.sql().await;
