@@ -20,7 +20,7 @@
 --        1      8  source: first 8 bytes of sha256(system identifier as 8 bytes, oid of the database as 4)
 --        9     16  id: random, chosen here
 --       25      8  the transaction's 64-bit id (xid8)
---       33      8  LSN floor: a WAL position before the commit of this transaction
+--       33      8  LSN floor: a flushed WAL position before the commit of this transaction
 --       41      4  check: first 4 bytes of sha256(bytes 0 to 40)
 --
 -- The id, not the transaction id, is what finds the transaction in the stream: after a crash PostgreSQL gives an
@@ -35,8 +35,10 @@ LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    -- First of all: WAL that is written from here on, the commit record included, lies at or above the floor.
-    lsn_floor CONSTANT pg_lsn := pg_current_wal_insert_lsn();
+    -- First of all: what is flushed from here on, the commit record included, lies at or above the floor. Flushed, not merely
+    -- written: a crash can take the rest of the WAL, this transaction in it, and then others commit where it was. Whoever
+    -- starts at the floor must not miss those.
+    lsn_floor CONSTANT pg_lsn := pg_current_wal_flush_lsn();
     id        CONSTANT bytea  := uuid_send(gen_random_uuid());
     source    bytea;
     body      bytea;

@@ -65,7 +65,8 @@ pub enum Error {
     /// As configured: `mapping.on_undecodable: halt`.
     #[error(
         "a row of table {table} could not be decoded: {detail} (transaction {commit}; \
-         mapping.on_undecodable is 'halt': repair the row or set it to 'break')"
+         mapping.on_undecodable is 'halt'). Repairing the row is not enough, as the WAL keeps it as it was: then start once \
+         with 'break', which tells the subscribers of its tenant to read their state anew"
     )]
     Halted {
         /// The table.

@@ -112,6 +112,8 @@ pub enum Value<'a> {
     Unchanged,
     /// The value's text, in UTF-8 by the session's `client_encoding`.
     Text(&'a str),
+    /// Text that is not UTF-8: a database with the encoding SQL_ASCII holds any bytes, and they cannot be converted.
+    Bytes(&'a [u8]),
 }
 
 /// The values of a row, in the order of its relation's columns. Checked when decoded, so that iterating cannot fail.
@@ -141,7 +143,7 @@ pub enum Error {
         /// The byte.
         tag: u8,
     },
-    /// Text that is not UTF-8.
+    /// A name that is not UTF-8. (A value is [`Value::Bytes`] then.)
     #[error("{0} in a pgoutput message is not UTF-8")]
     NotUtf8(&'static str),
     /// A negative count or length.
@@ -262,7 +264,7 @@ fn value<'a>(reader: &mut Reader<'a>) -> Result<Value<'a>, Error> {
             let length = reader.i32("a value's length")?;
             let length = usize::try_from(length).map_err(|_| Error::Negative("value length"))?;
             let text = reader.bytes(length, "a column value")?;
-            std::str::from_utf8(text).map(Value::Text).map_err(|_| Error::NotUtf8("a column value"))
+            Ok(std::str::from_utf8(text).map_or(Value::Bytes(text), Value::Text))
         }
         tag => Err(Error::UnknownTag { what: "a column value (is the binary format on?)", tag }),
     }

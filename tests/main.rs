@@ -22,6 +22,7 @@ mod support {
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     pub(crate) mod reference;
+    pub(crate) mod reset_wal;
     pub(crate) mod server;
     pub(crate) mod sql;
     pub(crate) mod stream;
@@ -38,7 +39,10 @@ mod scenarios {
     mod publication;
     mod schema;
     mod timeline;
+    mod rows;
     mod timestamps;
     mod tokens;
+    mod transactions;
     mod visibility;
+    mod xid;
 }

@@ -153,10 +153,8 @@ impl SqlPrimary {
             }
             None => "$1::text[]".to_owned(),
         };
-        // The snapshot of a statement is taken before any of it is evaluated, and so before the insert position is read.
-        let statement = format!(
-            "SELECT pg_current_wal_insert_lsn()::text, pg_current_wal_flush_lsn()::text, pg_current_snapshot()::text, {known}"
-        );
+        // The snapshot of a statement is taken before any of it is evaluated, and so before the flush position is read.
+        let statement = format!("SELECT pg_current_wal_flush_lsn()::text, pg_current_snapshot()::text, {known}");
         let lazy = Lazy::new(primaries, statement);
         (Self { questions }, answer_all(lazy, received))
     }
@@ -227,14 +225,12 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
 async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(Look, HashSet<String>), String> {
     ask(lazy, async |(connection, statement)| {
         let row = connection.client.query_one(statement, &[&tenants]).await.map_err(sql)?;
-        let lsn = |n: usize| -> Result<Lsn, String> {
-            let text: String = row.get(n);
-            text.parse().map_err(|error: crate::lsn::ParseLsnError| error.to_string())
-        };
-        let snapshot: String = row.get(2);
+        let flush_lsn: String = row.get(0);
+        let flush_lsn = flush_lsn.parse().map_err(|error: crate::lsn::ParseLsnError| error.to_string())?;
+        let snapshot: String = row.get(1);
         let snapshot: Snapshot = snapshot.parse().map_err(|error: crate::lsn::ParseSnapshotError| error.to_string())?;
-        let known: Vec<String> = row.get(3);
-        let look = Look { insert_lsn: lsn(0)?, flush_lsn: lsn(1)?, snapshot: Arc::new(snapshot), tenant_exists: false };
+        let known: Vec<String> = row.get(2);
+        let look = Look { flush_lsn, snapshot: Arc::new(snapshot), tenant_exists: false };
         Ok((look, known.into_iter().collect()))
     })
     .await

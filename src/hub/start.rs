@@ -23,11 +23,9 @@ use tokio::time::Instant;
 /// What the primary says, in one statement.
 #[derive(Clone, Debug)]
 pub struct Look {
-    /// `pg_current_wal_insert_lsn()`.
-    pub insert_lsn: Lsn,
     /// `pg_current_wal_flush_lsn()`.
     pub flush_lsn: Lsn,
-    /// `pg_current_snapshot()`, taken before `insert_lsn` was read.
+    /// `pg_current_snapshot()`, taken before `flush_lsn` was read.
     pub snapshot: Arc<Snapshot>,
     /// Whether the tenant that was asked for exists.
     pub tenant_exists: bool,
@@ -180,8 +178,8 @@ impl Hub {
                 let look = primary.look(&tenant).await?;
                 require(&tenant, look.tenant_exists || known)?;
                 origin(&anchor)?;
-                let filter = Filter { lsn: look.insert_lsn, snapshot: look.snapshot };
-                (Position::at(anchor.visible), Position::at(look.insert_lsn), Some(filter))
+                let filter = Filter { lsn: look.flush_lsn, snapshot: look.snapshot };
+                (Position::at(anchor.visible), Position::at(look.flush_lsn), Some(filter))
             }
         };
         // Joined first, so that nothing after the check goes by unnoticed.

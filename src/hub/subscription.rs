@@ -13,7 +13,8 @@ use tokio::sync::watch;
 /// `snapshot`.
 #[derive(Clone, Debug)]
 pub struct Filter {
-    /// The server's insert position at the start.
+    /// The server's flush position at the start, and not its insert position: what is visible and not flushed (by
+    /// `synchronous_commit = off`) can go in a crash, and then its id and its place in the WAL are another transaction's.
     pub lsn: Lsn,
     /// What was visible then.
     pub snapshot: Arc<Snapshot>,

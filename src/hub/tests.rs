@@ -268,7 +268,7 @@ impl Primary for Scripted {
 
 fn look(snapshot: &str) -> Look {
     let snapshot = Arc::new(snapshot.parse().unwrap());
-    Look { insert_lsn: Lsn(230), flush_lsn: Lsn(500), snapshot, tenant_exists: true }
+    Look { flush_lsn: Lsn(500), snapshot, tenant_exists: true }
 }
 
 fn primary(tenant_exists: bool) -> Scripted {
@@ -293,8 +293,9 @@ async fn start(fixture: &Fixture, primary: &Scripted, name: &str, token: &str) -
 #[tokio::test(start_paused = true)]
 async fn now_is_what_the_snapshot_does_not_see() {
     let fixture = Fixture::new(1 << 20, false);
-    let mut subscription = start(&fixture, &primary(true), "a", "").await.unwrap();
-    // 200 committed before the insert position, and the snapshot does not see it; 210 it sees; 230 is after.
+    let primary = Scripted { look: Ok(Look { flush_lsn: Lsn(230), ..look("200:230:200") }), ..primary(true) };
+    let mut subscription = start(&fixture, &primary, "a", "").await.unwrap();
+    // 200 committed before the flush position, and the snapshot does not see it; 210 it sees; 230 is after.
     for commit in [200, 210, 230] {
         fixture.admit(transaction(commit, &["a"])).await;
     }
@@ -318,7 +319,7 @@ async fn what_the_log_has_and_nobody_sees_yet_waits_after_a_restart() {
     // Its snapshot does not see 210, which the log has had for long.
     let mut now = start(
         &after,
-        &Scripted { look: Ok(Look { insert_lsn: Lsn(240), ..look("210:240:210") }), ..primary(true) },
+        &Scripted { look: Ok(Look { flush_lsn: Lsn(240), ..look("210:240:210") }), ..primary(true) },
         "a",
         "",
     )

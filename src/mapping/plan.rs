@@ -176,6 +176,8 @@ impl Plan {
             Source::Slot(slot) => match slots.get(usize::from(*slot)) {
                 Some(Value::Text(text)) => soft.live.iter().any(|live| live == text),
                 Some(Value::Null) => soft.null_is_live,
+                // Whatever it says, it is none of the mapping's words.
+                Some(Value::Bytes(_)) => false,
                 _ => true,
             },
             // Whether it lives cannot be told; reading its values will say what is missing.
@@ -248,6 +250,7 @@ impl Plan {
 enum Unreadable<'a> {
     Null,
     Unchanged,
+    NotUtf8,
     Missing(&'a str),
 }
 
@@ -256,6 +259,9 @@ impl std::fmt::Display for Unreadable<'_> {
         match self {
             Self::Null => f.write_str("is NULL"),
             Self::Unchanged => f.write_str("is a TOASTed value that was not sent (REPLICA IDENTITY FULL sends it)"),
+            Self::NotUtf8 => {
+                f.write_str("is not UTF-8, and a database with the encoding SQL_ASCII does not say what it is")
+            }
             Self::Missing(column) => write!(f, "cannot be read: the table has no column {column}"),
         }
     }
@@ -269,6 +275,7 @@ impl Source {
             Self::Slot(slot) => match slots.get(usize::from(*slot)) {
                 Some(Value::Text(text)) => Ok(Cow::Borrowed(*text)),
                 Some(Value::Unchanged) => Err(Unreadable::Unchanged),
+                Some(Value::Bytes(_)) => Err(Unreadable::NotUtf8),
                 Some(Value::Null) | None => Err(Unreadable::Null),
             },
             Self::Template(parts) => {

@@ -36,7 +36,7 @@ fn preset() -> Mapping {
     Mapping::new(spec(TUPLES_PRESET)).unwrap()
 }
 
-/// A row as words: `-` is NULL, `~` an unchanged TOASTed value.
+/// A row as words: `-` is NULL, `~` an unchanged TOASTed value, `?` and `??` bytes that are not UTF-8.
 fn wire(rows: &[(u8, &str)], kind: u8) -> Vec<u8> {
     let mut bytes = vec![kind, 0, 0, 0, 1];
     for (tag, row) in rows {
@@ -48,10 +48,15 @@ fn wire(rows: &[(u8, &str)], kind: u8) -> Vec<u8> {
                 "-" => bytes.push(b'n'),
                 "~" => bytes.push(b'u'),
                 word => {
-                    let word = if word == "''" { "" } else { word };
+                    let word: &[u8] = match word {
+                        "''" => b"",
+                        "?" => b"\xE9",
+                        "??" => b"\xFF",
+                        word => word.as_bytes(),
+                    };
                     bytes.push(b't');
                     bytes.extend((word.len() as u32).to_be_bytes());
-                    bytes.extend(word.as_bytes());
+                    bytes.extend(word);
                 }
             }
         }
@@ -171,6 +176,13 @@ fn what_cannot_be_decoded() {
     check(&plan, b'I', &[(b'N', "t1 doc - viewer user 7 ''")], &["2! Some(\"t1\") entity_id is NULL"]);
     check(&plan, b'I', &[(b'N', "- doc 1 viewer user 7 ''")], &["2! None tenant is NULL"]);
     check(&plan, b'I', &[(b'N', "'' doc 1 viewer user 7 ''")], &["2! None the tenant is empty"]);
+
+    let not_utf8 =
+        "Some(\"t1\") entity_id is not UTF-8, and a database with the encoding SQL_ASCII does not say what it is";
+    let (one, other) = ("t1 doc ? viewer user 7 ''", "t1 doc ?? viewer user 7 ''");
+    check(&plan, b'I', &[(b'N', one)], &[&format!("2! {not_utf8}")]);
+    check(&plan, b'U', &[(b'K', one), (b'N', one)], &[]);
+    check(&plan, b'U', &[(b'K', one), (b'N', other)], &[&format!("1! {not_utf8}"), &format!("2! {not_utf8}")]);
 
     let mut columns = TUPLE_COLUMNS;
     columns[3] = "relation";

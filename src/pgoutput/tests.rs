@@ -25,17 +25,19 @@ impl Wire {
         self.0.extend(text.as_bytes());
         self.u8(0)
     }
+    fn value(self, bytes: &[u8]) -> Self {
+        let mut wire = self.u8(b't').u32(bytes.len() as u32);
+        wire.0.extend(bytes);
+        wire
+    }
     fn row(mut self, tag: u8, values: &[Value<'_>]) -> Self {
         self = self.u8(tag).u16(values.len() as u16);
         for value in values {
             self = match value {
                 Value::Null => self.u8(b'n'),
                 Value::Unchanged => self.u8(b'u'),
-                Value::Text(text) => {
-                    let mut wire = self.u8(b't').u32(text.len() as u32);
-                    wire.0.extend(text.as_bytes());
-                    wire
-                }
+                Value::Text(text) => self.value(text.as_bytes()),
+                Value::Bytes(bytes) => self.value(bytes),
             };
         }
         self
@@ -59,7 +61,7 @@ fn relation_message() {
 
 #[test]
 fn row_messages() {
-    let new = [Value::Text("é"), Value::Null, Value::Unchanged, Value::Text("")];
+    let new = [Value::Text("é"), Value::Null, Value::Unchanged, Value::Text(""), Value::Bytes(b"\xE9")];
     let expected: Vec<_> = new.iter().map(|value| format!("{value:?}")).collect();
 
     let wire = Wire::of(b'I').u32(7).row(b'N', &new);
@@ -100,7 +102,7 @@ fn malformed_messages() {
     check(Wire::of(b'T').u32(u32::MAX).u8(0), Error::Negative("relation count"));
     check(Wire::of(b'T').u32(1 << 30).u8(0), Error::Truncated("a relation id"));
     check(Wire::of(b'I').u32(7).u8(b'N').u16(1).u8(b't').u32(u32::MAX), Error::Negative("value length"));
-    check(Wire::of(b'I').u32(7).u8(b'N').u16(1).u8(b't').u32(1).u8(0xFF), Error::NotUtf8("a column value"));
+    check(Wire::of(b'O').u32(0).u32(9).u8(0xFF).u8(0), Error::NotUtf8("an origin's name"));
     check(
         Wire::of(b'I').u32(7).u8(b'N').u16(1).u8(b'b'),
         Error::UnknownTag { what: "a column value (is the binary format on?)", tag: b'b' },

@@ -1,9 +1,9 @@
-//! Starting, stopping, and what the other side does meanwhile: restarts, TRUNCATE, rows that do not decode.
+//! Starting, stopping, and what the other side does meanwhile: restarts.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
-use crate::support::stream::{changes, metadata, reason};
+use crate::support::stream::{changes, reason};
 use crate::support::wait::{eventually, within};
 use crate::support::writer::{Habits, Writers, add_tenants, seed};
 use std::time::{Duration, Instant};
@@ -160,92 +160,4 @@ async fn streams_outlive_restarts_of_postgres() {
     sql.insert("t1", "last").await;
     stream.expect(Change::created("last")).await;
     assert!(!server.has_said("panicked"));
-}
-
-#[tokio::test]
-async fn truncate_is_a_break_for_everybody() {
-    let postgres = Postgres::start().await;
-    let mut server = Server::serve(&postgres, &[]).await;
-    let sql = postgres.sql().await;
-    add_tenants(&sql).await;
-    let mut streams = [server.watch("t1", "").await, server.watch("t2", "").await];
-    let mut tokens = Vec::new();
-    for (stream, tenant) in streams.iter_mut().zip(["t1", "t2"]) {
-        sql.insert(tenant, "before").await;
-        tokens.push(stream.expect(Change::created("before")).await.token);
-        sql.insert(tenant, "between").await;
-    }
-    sql.run("BEGIN").await;
-    sql.insert("t1", "inside").await;
-    sql.run("TRUNCATE tuplewatch.relation_tuples, tuplewatch.attributes").await;
-    sql.insert("t1", "beneath").await;
-    sql.run("COMMIT").await;
-    sql.insert("t1", "after").await;
-    sql.insert("t2", "after").await;
-
-    let expected = [vec![Change::created("between"), Change::created("inside")], vec![Change::created("between")]];
-    for how in ["live", "resumed", "by another process"] {
-        for ((stream, tenant), expected) in streams.iter_mut().zip(["t1", "t2"]).zip(&expected) {
-            let (messages, status) = stream.ending().await;
-            assert_eq!(&changes(&messages), expected, "{how}: {tenant} has what was before");
-            assert_eq!(reason(&status), (Code::Aborted, "TRUNCATE".into()));
-            assert!(status.message().contains("tuplewatch.relation_tuples"), "{}", status.message());
-            let next = metadata(&status, "next_snap_token");
-            server.watch(tenant, &next).await.expect(Change::created("after")).await;
-            // The last token before it leads to it too.
-            let last = &messages.last().unwrap().token;
-            let (messages, status) = server.watch(tenant, last).await.ending().await;
-            assert_eq!((changes(&messages), status.code()), (vec![], Code::Aborted));
-        }
-        if how == "resumed" {
-            server.kill_9().await;
-            server.start().await;
-            server.serving().await;
-        }
-        streams = [server.watch("t1", &tokens[0]).await, server.watch("t2", &tokens[1]).await];
-    }
-}
-
-#[tokio::test]
-async fn a_row_that_does_not_decode_is_a_break_for_its_tenant_alone() {
-    let postgres = Postgres::start().await;
-    let mut server = Server::serve(&postgres, &[]).await;
-    let sql = postgres.sql().await;
-    add_tenants(&sql).await;
-    sql.run("ALTER TABLE tuplewatch.attributes DROP CONSTRAINT attributes_value_form").await;
-    let (mut harmed, mut other) = (server.watch("t1", "").await, server.watch("t2", "").await);
-    sql.insert("t1", "before").await;
-    let token = harmed.expect(Change::created("before")).await.token;
-
-    sql.run("BEGIN").await;
-    sql.insert("t1", "inside").await;
-    sql.insert("t2", "inside").await;
-    sql.run(
-        r#"INSERT INTO tuplewatch.attributes VALUES ('t1', 'document', 'd', 'secret', '{"@type": "other.Value"}')"#,
-    )
-    .await;
-    sql.insert("t1", "beneath").await;
-    sql.run("COMMIT").await;
-    sql.insert("t1", "after").await;
-    sql.insert("t2", "after").await;
-
-    for process in 0..2 {
-        let (messages, status) = harmed.ending().await;
-        assert_eq!(changes(&messages), [Change::created("inside")]);
-        assert_eq!(reason(&status), (Code::Aborted, "UNDECODABLE_ROW".into()));
-        assert!(status.message().contains("tuplewatch.attributes"), "{}", status.message());
-        assert!(!status.message().contains("secret"), "no values in messages: {}", status.message());
-        let next = metadata(&status, "next_snap_token");
-        server.watch("t1", &next).await.expect(Change::created("after")).await;
-        if process == 0 {
-            other.expect(Change::created("inside")).await;
-            other.expect(Change::created("after")).await;
-            server.kill_9().await;
-            server.start().await;
-            server.serving().await;
-            harmed = server.watch("t1", &token).await;
-        }
-    }
-    let lsn = sql.flushed().await;
-    eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
 }

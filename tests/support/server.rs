@@ -118,6 +118,14 @@ impl Server {
         said
     }
 
+    /// Another value for a flag, from the next process on.
+    pub(crate) fn set(&mut self, flag: &str, value: &str) {
+        if let Some(at) = self.flags.iter().position(|given| given == flag) {
+            self.flags.drain(at..at + 2);
+        }
+        self.flags.extend([flag.to_owned(), value.to_owned()]);
+    }
+
     /// Waits until it says that the slot streams.
     pub(crate) async fn serving(&self) {
         eventually("health is SERVING", async || self.health("").await == Ok(ServingStatus::Serving)).await;
