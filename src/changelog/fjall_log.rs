@@ -28,6 +28,7 @@ use segments::{Segment, Segments};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 use stored::{
     META_BREAK, META_STATE, META_TAIL, Stored, meta_break, meta_horizon, pair, read_break, read_origin, unpair,
     write_break, write_origin,
@@ -263,6 +264,26 @@ impl FjallLog {
         self.replace_segments(rest.clone());
         self.db.delete_keyspace(oldest.keyspace).map_err(|error| poisoned(&error))?;
         Ok(rest)
+    }
+
+    fn journal_bytes(&self) -> Result<u64, Error> {
+        self.db.journal_disk_space().map_err(|error| poisoned(&error))
+    }
+
+    /// Writes out the write buffers, so that only the present journal is left. The others are a second copy of what is in the
+    /// buffers, and keep the files of dropped segments from going too. Needs less room for it than the journals take.
+    fn shed_journals(&self, segments: &Segments) -> Result<(), Error> {
+        /// The disk may be slow; what goes later is seen the next time.
+        const WAIT_MAX: Duration = Duration::from_secs(2);
+        const POLL: Duration = Duration::from_millis(10);
+        for keyspace in segments.newest_first().map(|segment| &segment.keyspace).chain([&self.meta]) {
+            keyspace.rotate_memtable().map_err(|error| poisoned(&error))?;
+        }
+        let deadline = Instant::now() + WAIT_MAX;
+        while self.db.journal_count() > 1 && Instant::now() < deadline {
+            std::thread::sleep(POLL);
+        }
+        Ok(())
     }
 
     fn free_bytes(&self) -> u64 {
@@ -526,11 +547,19 @@ impl ChangeLog for FjallLog {
     fn retain(&self, now_unix_seconds: u64) -> Result<Room, Error> {
         let frontier = self.memory().frontier();
         let mut segments = self.roll(&self.segments(), frontier, now_unix_seconds)?;
+        let free = self.free_bytes();
+        if free < self.options.reserve_bytes && self.db.journal_count() > 1 && self.journal_bytes()? < free {
+            // Costs no history.
+            self.shed_journals(&segments)?;
+        }
+        // A reader may keep the files of a dropped segment for a moment: that is no reason to drop the next one. A journal may
+        // keep them for long: then only what is really free counts.
+        let mut expected = if self.db.journal_count() == 1 { self.free_bytes() } else { 0 };
         loop {
             let expired = segments
                 .oldest_ended_unix_seconds()
                 .is_some_and(|ended| now_unix_seconds.saturating_sub(ended) >= self.options.age_seconds);
-            let free = self.free_bytes();
+            let free = self.free_bytes().max(expected);
             let short = free < self.options.reserve_bytes;
             if !expired && !short && segments.bytes() <= self.options.size_bytes {
                 return Ok(Room::Enough);
@@ -545,7 +574,9 @@ impl ChangeLog for FjallLog {
                 }
                 segments = segments.rolled(&self.db, frontier, now_unix_seconds)?;
             }
+            let before = segments.bytes();
             segments = self.drop_oldest(&segments)?;
+            expected = expected.saturating_add(before.saturating_sub(segments.bytes()));
         }
     }
 }
