@@ -18,6 +18,7 @@
 #[expect(dead_code, reason = "the scenarios to come")]
 mod support {
     pub(crate) mod change;
+    pub(crate) mod disk;
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     pub(crate) mod reference;
@@ -31,6 +32,7 @@ mod support {
 mod scenarios {
     mod cli;
     mod dev;
+    mod disk;
     mod lifecycle;
     mod long_transaction;
     mod oracle;
