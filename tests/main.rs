@@ -36,6 +36,7 @@ mod scenarios {
     mod lifecycle;
     mod long_transaction;
     mod oracle;
+    mod retention;
     mod timestamps;
     mod tokens;
     mod visibility;
