@@ -37,6 +37,7 @@ mod scenarios {
     mod long_transaction;
     mod oracle;
     mod retention;
+    mod subscribers;
     mod timestamps;
     mod tokens;
     mod visibility;
