@@ -35,6 +35,7 @@ mod scenarios {
     mod disk;
     mod lifecycle;
     mod long_transaction;
+    mod memory;
     mod oracle;
     mod retention;
     mod subscribers;
