@@ -39,6 +39,8 @@ const MARKER: &str = "tuplewatch-log.json";
 /// Before it has its name.
 const MARKER_NEW: &str = "tuplewatch-log.json.new";
 const DATA: &str = "data";
+/// fjall's own marker in there.
+const FJALL_VERSION: &str = "version";
 
 /// Memory for blocks read from disk, shared by all readers.
 const CACHE_BYTES: u64 = 32 << 20;
@@ -137,9 +139,17 @@ impl FjallLog {
             Err(error) => return Err(open(error)),
         };
 
+        // Without this file fjall begins a database anew, over what is left of the one that was there.
+        if !data.join(FJALL_VERSION).exists() && std::fs::read_dir(&data).map_err(open)?.next().is_some() {
+            return Err(damaged(format!("{DATA}/{FJALL_VERSION} is missing")));
+        }
         let db = Database::builder(&data).cache_size(CACHE_BYTES).max_journaling_size(JOURNAL_BYTES).open().map_err(
             |error| match error {
                 fjall::Error::Locked => Error::Locked(path.clone()),
+                // The directory is there, and was whole once: what is not as it was is somebody's doing.
+                fjall::Error::Io(source) if is_damage(source.kind()) => {
+                    damaged(format!("a file of it is missing or does not read: {source}"))
+                }
                 fjall::Error::Io(source) => Error::Open { path: path.clone(), source },
                 error => damaged(error.to_string()),
             },
@@ -290,6 +300,11 @@ impl FjallLog {
         // Where the file system does not say, there is nothing to go by.
         rustix::fs::statvfs(&self.options.path).map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
     }
+}
+
+fn is_damage(kind: std::io::ErrorKind) -> bool {
+    use std::io::ErrorKind::{AlreadyExists, InvalidData, NotFound, UnexpectedEof};
+    matches!(kind, NotFound | AlreadyExists | UnexpectedEof | InvalidData)
 }
 
 /// Whether a directory is empty, or has what is left of a log that was being made when the process ended.
@@ -570,7 +585,7 @@ impl ChangeLog for FjallLog {
                 }
                 // The active segment goes as well before the disk fills up: history is what the log is asked to give up.
                 if segments.active().is_empty() {
-                    return Ok(Room::Short { free });
+                    return Ok(Room::Short { free: self.free_bytes() });
                 }
                 segments = segments.rolled(&self.db, frontier, now_unix_seconds)?;
             }
