@@ -19,6 +19,7 @@
 mod support {
     pub(crate) mod change;
     pub(crate) mod interruption;
+    pub(crate) mod disk;
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     pub(crate) mod reference;
@@ -33,13 +34,17 @@ mod support {
 mod scenarios {
     mod cli;
     mod dev;
+    mod disk;
     mod lifecycle;
     mod long_transaction;
+    mod memory;
     mod oracle;
     mod publication;
     mod schema;
     mod timeline;
     mod rows;
+    mod retention;
+    mod subscribers;
     mod timestamps;
     mod tokens;
     mod transactions;

@@ -28,6 +28,7 @@ use segments::{Segment, Segments};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 use stored::{
     META_BREAK, META_STATE, META_TAIL, Stored, meta_break, meta_horizon, pair, read_break, read_origin, unpair,
     write_break, write_origin,
@@ -38,6 +39,8 @@ const MARKER: &str = "tuplewatch-log.json";
 /// Before it has its name.
 const MARKER_NEW: &str = "tuplewatch-log.json.new";
 const DATA: &str = "data";
+/// fjall's own marker in there.
+const FJALL_VERSION: &str = "version";
 
 /// Memory for blocks read from disk, shared by all readers.
 const CACHE_BYTES: u64 = 32 << 20;
@@ -136,9 +139,17 @@ impl FjallLog {
             Err(error) => return Err(open(error)),
         };
 
+        // Without this file fjall begins a database anew, over what is left of the one that was there.
+        if !data.join(FJALL_VERSION).exists() && std::fs::read_dir(&data).map_err(open)?.next().is_some() {
+            return Err(damaged(format!("{DATA}/{FJALL_VERSION} is missing")));
+        }
         let db = Database::builder(&data).cache_size(CACHE_BYTES).max_journaling_size(JOURNAL_BYTES).open().map_err(
             |error| match error {
                 fjall::Error::Locked => Error::Locked(path.clone()),
+                // The directory is there, and was whole once: what is not as it was is somebody's doing.
+                fjall::Error::Io(source) if is_damage(source.kind()) => {
+                    damaged(format!("a file of it is missing or does not read: {source}"))
+                }
                 fjall::Error::Io(source) => Error::Open { path: path.clone(), source },
                 error => damaged(error.to_string()),
             },
@@ -265,10 +276,35 @@ impl FjallLog {
         Ok(rest)
     }
 
+    fn journal_bytes(&self) -> Result<u64, Error> {
+        self.db.journal_disk_space().map_err(|error| poisoned(&error))
+    }
+
+    /// Writes out the write buffers, so that only the present journal is left. The others are a second copy of what is in the
+    /// buffers, and keep the files of dropped segments from going too. Needs less room for it than the journals take.
+    fn shed_journals(&self, segments: &Segments) -> Result<(), Error> {
+        /// The disk may be slow; what goes later is seen the next time.
+        const WAIT_MAX: Duration = Duration::from_secs(2);
+        const POLL: Duration = Duration::from_millis(10);
+        for keyspace in segments.newest_first().map(|segment| &segment.keyspace).chain([&self.meta]) {
+            keyspace.rotate_memtable().map_err(|error| poisoned(&error))?;
+        }
+        let deadline = Instant::now() + WAIT_MAX;
+        while self.db.journal_count() > 1 && Instant::now() < deadline {
+            std::thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
     fn free_bytes(&self) -> u64 {
         // Where the file system does not say, there is nothing to go by.
         rustix::fs::statvfs(&self.options.path).map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
     }
+}
+
+fn is_damage(kind: std::io::ErrorKind) -> bool {
+    use std::io::ErrorKind::{AlreadyExists, InvalidData, NotFound, UnexpectedEof};
+    matches!(kind, NotFound | AlreadyExists | UnexpectedEof | InvalidData)
 }
 
 /// Whether a directory is empty, or has what is left of a log that was being made when the process ended.
@@ -530,11 +566,19 @@ impl ChangeLog for FjallLog {
     fn retain(&self, now_unix_seconds: u64) -> Result<Room, Error> {
         let frontier = self.memory().frontier();
         let mut segments = self.roll(&self.segments(), frontier, now_unix_seconds)?;
+        let free = self.free_bytes();
+        if free < self.options.reserve_bytes && self.db.journal_count() > 1 && self.journal_bytes()? < free {
+            // Costs no history.
+            self.shed_journals(&segments)?;
+        }
+        // A reader may keep the files of a dropped segment for a moment: that is no reason to drop the next one. A journal may
+        // keep them for long: then only what is really free counts.
+        let mut expected = if self.db.journal_count() == 1 { self.free_bytes() } else { 0 };
         loop {
             let expired = segments
                 .oldest_ended_unix_seconds()
                 .is_some_and(|ended| now_unix_seconds.saturating_sub(ended) >= self.options.age_seconds);
-            let free = self.free_bytes();
+            let free = self.free_bytes().max(expected);
             let short = free < self.options.reserve_bytes;
             if !expired && !short && segments.bytes() <= self.options.size_bytes {
                 return Ok(Room::Enough);
@@ -545,11 +589,13 @@ impl ChangeLog for FjallLog {
                 }
                 // The active segment goes as well before the disk fills up: history is what the log is asked to give up.
                 if segments.active().is_empty() {
-                    return Ok(Room::Short { free });
+                    return Ok(Room::Short { free: self.free_bytes() });
                 }
                 segments = segments.rolled(&self.db, frontier, now_unix_seconds)?;
             }
+            let before = segments.bytes();
             segments = self.drop_oldest(&segments)?;
+            expected = expected.saturating_add(before.saturating_sub(segments.bytes()));
         }
     }
 }

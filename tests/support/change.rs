@@ -50,6 +50,12 @@ impl Change {
         format!("{entity_type}:{entity_id}${attribute}={kind}:{}", json["data"])
     }
 
+    /// The number of an attribute that [`super::sql::Sql::insert_large`] inserted.
+    pub(crate) fn large_number(&self) -> u64 {
+        let number = self.fact.strip_prefix("large:").and_then(|rest| rest.split('$').next());
+        number.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("no large attribute: {self:?}"))
+    }
+
     pub(crate) fn decode(change: DataChange) -> Self {
         let is_create = match change.operation() {
             data_change::Operation::Create => true,

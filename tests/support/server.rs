@@ -26,6 +26,9 @@ pub(crate) struct Server {
     log: Arc<Mutex<Vec<String>>>,
 }
 
+/// The machine that runs the tests may have a disk with less room than the default wants.
+const RESERVE: &str = "--changelog-disk-reserve";
+
 /// The program, with nothing of our environment that configures it.
 fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tuplewatch"));
@@ -77,6 +80,12 @@ impl Server {
         server
     }
 
+    /// Has its change log on another disk, to be called before it is started.
+    pub(crate) fn keep_log_in(&mut self, directory: TempDir) {
+        assert!(self.address.is_none(), "the log stays where it is");
+        self.directory = directory;
+    }
+
     /// Starts the process; returns once it listens.
     pub(crate) async fn start(&mut self) {
         assert!(self.process.is_none(), "one process at a time");
@@ -105,7 +114,10 @@ impl Server {
         let mut command = program();
         command.arg("serve").args(&self.flags);
         command.args(["--server-host", "127.0.0.1", "--server-grpc-port", &port, "--logger-format", "json"]);
-        command.args(["--changelog-disk-reserve", "16MiB", "--changelog-path"]).arg(self.changelog());
+        if !self.flags.iter().any(|flag| flag == RESERVE) {
+            command.args([RESERVE, "16MiB"]);
+        }
+        command.arg("--changelog-path").arg(self.changelog());
         command
     }
 

@@ -2,6 +2,7 @@
 
 use super::change::Change;
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
 /// Fails the test where a statement fails, and reads everything as text.
@@ -105,6 +106,19 @@ impl Sql {
             "INSERT INTO tuplewatch.relation_tuples \
                  (tenant_id, entity_type, entity_id, relation, subject_type, subject_id) \
              VALUES ('{tenant}', 'document', '{id}', 'viewer', 'user', 'u')"
+        ))
+        .await;
+    }
+
+    /// Inserts an attribute of about 2 kB for each of these numbers, in one transaction; [`Change::large_number`] reads them.
+    /// The values are hexadecimal noise, so that they take room on disk too.
+    pub(crate) async fn insert_large(&self, tenant: &str, numbers: RangeInclusive<u64>) {
+        let (first, last) = numbers.into_inner();
+        self.run(&format!(
+            "INSERT INTO tuplewatch.attributes SELECT '{tenant}', 'large', n, 'noise', jsonb_build_object( \
+                 '@type', 'type.googleapis.com/base.v1.StringValue', \
+                 'data', (SELECT string_agg(md5(n || '.' || k), '') FROM generate_series(1, 60) k) \
+             ) FROM generate_series({first}, {last}) n"
         ))
         .await;
     }

@@ -6,7 +6,7 @@ use crate::support::change::Change;
 use crate::support::postgres::Postgres;
 use crate::support::stream::{Stream, reason};
 use crate::support::wait::{eventually, within};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use tonic::transport::Endpoint;
 use tonic::{Code, Status};
@@ -157,23 +157,39 @@ async fn a_damaged_log_is_refused_or_repaired() {
     std::fs::remove_dir_all(log.join("data")).unwrap();
     run(serve(&uri, directory.path())).await.failed(&["its directory data is missing", remedy]);
 
-    // Every file of the database beneath: emptied, or with a part of it overwritten.
+    restore();
+    std::fs::remove_file(&marker).unwrap();
+    run(serve(&uri, directory.path())).await.failed(&["is not empty and holds no change log of tuplewatch"]);
+
+    // Every file of the database beneath: deleted, emptied, or with a part of it overwritten.
     for path in whole.keys().filter(|path| **path != marker) {
-        for (what, damage) in [("emptied", 0), ("overwritten", 1)] {
+        for what in ["deleted", "emptied", "overwritten"] {
             restore();
             let mut contents = whole[path].clone();
-            if contents.is_empty() {
+            if contents.is_empty() && what != "deleted" {
                 continue;
             }
-            if damage == 0 {
+            if what == "emptied" {
                 contents.clear();
             } else {
                 let middle = contents.len() / 2;
                 contents[middle..].iter_mut().take(64).for_each(|byte| *byte = !*byte);
             }
             std::fs::write(path, contents).unwrap();
+            if what == "deleted" {
+                std::fs::remove_file(path).unwrap();
+            }
             check_damaged(&uri, directory.path(), &token, &format!("{} {what}", path.display())).await;
         }
+    }
+
+    // Directories of it: gone with all that was in them.
+    let directories: BTreeSet<&Path> =
+        whole.keys().filter_map(|path| path.parent()).filter(|path| **path != log).collect();
+    for path in directories {
+        restore();
+        std::fs::remove_dir_all(path).unwrap();
+        check_damaged(&uri, directory.path(), &token, &format!("{} deleted", path.display())).await;
     }
 
     // And what it says is what helps.
@@ -195,10 +211,8 @@ async fn check_damaged(uri: &str, directory: &Path, token: &str, what: &str) {
     eventually("it starts or ends", async || said(&process, "streaming") || !process.is_running()).await;
     if !process.is_running() {
         assert_eq!(process.ended().await.code(), Some(1), "{what}");
-        eventually(&format!("it says what to do: {what}"), async || {
-            said(&process, "--reset-log") && !said(&process, "panicked")
-        })
-        .await;
+        eventually(&format!("it says what to do: {what}"), async || said(&process, "--reset-log")).await;
+        assert!(!said(&process, "panicked"), "{what}");
         return;
     }
     process.complains("gRPC is listening").await;

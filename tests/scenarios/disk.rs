@@ -1,0 +1,203 @@
+//! The disk of the change log fills up (hazard 20).
+//!
+//! The log is a copy, and the disk is often somebody else's too. So history is given up before the disk is full, the oldest
+//! first; and where none is left to give up, the slot is let go of: a walsender that waits for an acknowledgement which
+//! cannot come would hold up every shutdown of PostgreSQL. The WAL that PostgreSQL keeps meanwhile is what nothing is lost by.
+
+use crate::support::change::Change;
+use crate::support::disk::Disk;
+use crate::support::postgres::Postgres;
+use crate::support::reference;
+use crate::support::server::Server;
+use crate::support::sql::Sql;
+use crate::support::stream::{Message, Stream, changes, metadata, reason};
+use crate::support::wait::{eventually, within};
+use crate::support::writer::{Habits, Writers, add_tenants, seed};
+use std::time::Duration;
+use tonic::Code;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tuplewatch::dev_postgres::StopMode;
+
+const MIB: u64 = 1 << 20;
+
+/// Said when there is nothing left to drop.
+const FULL: &str = "the disk of the change log is full up to changelog.disk_reserve";
+
+/// Whether somebody reads the slot.
+async fn is_read(sql: &Sql) -> bool {
+    sql.is_true("(SELECT active FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await
+}
+
+/// Pieces that the log can drop.
+fn segments(server: &Server) -> usize {
+    std::fs::read_dir(server.changelog().join("data/keyspaces")).unwrap().count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_oldest_history_goes_before_the_reserve_does() {
+    let postgres = Postgres::start().await;
+    let mut disk = Disk::new().await;
+    // Pieces of 8 MiB; the window is small, so that what was dropped is not in memory either.
+    let flags = [("--changelog-retention-size", "128MiB"), ("--changelog-memory-window", "1MiB")];
+    let mut server = disk.serve(&postgres, &flags).await;
+    let sql = postgres.sql().await;
+    add_tenants(&sql).await;
+    let mut live = server.watch("t2", "").await;
+    let mut reader = server.watch("t1", "").await;
+    sql.insert("t1", "first").await;
+    let mut tokens = vec![reader.expect(Change::created("first")).await.token];
+    // More than a write buffer each, so that some of it is on disk.
+    const BATCH: u64 = 12_000;
+    for n in 0..3 {
+        let before = segments(&server);
+        sql.insert_large("t1", n * BATCH + 1..=(n + 1) * BATCH).await;
+        tokens.push(last_of(&mut reader, (n + 1) * BATCH).await.token);
+        eventually("the log begins another piece", async || segments(&server) > before).await;
+    }
+    drop(reader);
+
+    // The journals go first, which costs nobody anything; then the oldest piece does, and no other.
+    eventually("the oldest is gone", async || {
+        disk.leave_below_reserve(4 * MIB);
+        server.try_watch("t1", &tokens[0]).await.is_err()
+    })
+    .await;
+    let status = server.try_watch("t1", &tokens[0]).await.err().unwrap();
+    assert_eq!(reason(&status), (Code::OutOfRange, "SNAP_TOKEN_TOO_OLD".into()));
+    let earliest = metadata(&status, "earliest_snap_token");
+    for is_same_process in [true, false] {
+        // What need not go is there, and all of it.
+        for (after, token) in [(1, &tokens[1]), (2, &tokens[2])] {
+            let messages = numbered(&mut server.watch("t1", token).await, 3 * BATCH).await;
+            assert!(messages.into_iter().eq(after * BATCH + 1..=3 * BATCH), "whole after batch {after}");
+        }
+        let rest = numbered(&mut server.watch("t1", &earliest).await, 3 * BATCH).await;
+        let first = rest[0];
+        assert!(first <= BATCH + 1, "from {first}");
+        assert!(rest.into_iter().eq(first..=3 * BATCH), "whole after the earliest token");
+        // And nobody notices.
+        assert!(!server.has_said("is full"));
+        assert!(is_read(&sql).await);
+        sql.insert("t2", if is_same_process { "still" } else { "again" }).await;
+        if is_same_process {
+            live.expect(Change::created("still")).await;
+            server.kill_9().await;
+            server.start().await;
+            server.serving().await;
+        }
+    }
+}
+
+/// Reads up to the attribute with this number.
+async fn last_of(stream: &mut Stream, number: u64) -> Message {
+    loop {
+        let message = stream.next().await;
+        if message.changes.last().unwrap().large_number() == number {
+            return message;
+        }
+    }
+}
+
+/// The numbers of the attributes up to this one.
+async fn numbered(stream: &mut Stream, last: u64) -> Vec<u64> {
+    let mut numbers = Vec::new();
+    while numbers.last() != Some(&last) {
+        numbers.extend(stream.next().await.changes.iter().map(Change::large_number));
+    }
+    numbers
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_lets_go_of_the_slot_and_loses_nothing() {
+    let mut postgres = Postgres::start().await;
+    let mut disk = Disk::new().await;
+    let mut server = disk.serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    add_tenants(&sql).await;
+    reference::begin(&sql).await;
+    let mut stream = server.watch("t1", "").await;
+    let mut received: Vec<Message> = Vec::new();
+    let is_patient = Habits { is_patient: true, ..Habits::default() };
+    let writers = Writers::start(&postgres.uri(), 2, seed(), is_patient);
+    while received.len() < 100 {
+        received.push(stream.next().await);
+    }
+
+    // Far more than the whole log.
+    eventually("the slot is let go of", async || {
+        disk.leave_below_reserve(200 * MIB);
+        !is_read(&sql).await
+    })
+    .await;
+    eventually("health is NOT_SERVING", async || server.health("").await == Ok(ServingStatus::NotServing)).await;
+    eventually("it says so", async || server.has_said(FULL)).await;
+    let before = writers.committed();
+    eventually("more is written", async || writers.committed() > before + 50).await;
+    // Those that had come are delivered; the stream is open, and a new one is too.
+    drain(&mut stream, &mut received).await;
+    let mut now = server.watch("t1", "").await;
+    now.expect_silence().await;
+    // Nothing holds up PostgreSQL, and that it was away changes nothing.
+    drop(sql);
+    let took = postgres.stop(StopMode::Fast).await;
+    assert!(took < Duration::from_secs(5), "a fast shutdown took {took:?}");
+    postgres.start_again().await;
+    let sql = postgres.sql().await;
+    assert!(!is_read(&sql).await);
+    drain(&mut stream, &mut received).await;
+    assert_eq!(server.times_said(FULL), 1, "said once");
+    assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
+
+    disk.give_room();
+    server.serving().await;
+    assert!(is_read(&sql).await);
+    assert!(server.has_said("has room again"));
+    let more = received.len() + 100;
+    while received.len() < more {
+        received.push(stream.next().await);
+    }
+    now.next().await;
+
+    // Once more, and now the process ends while it is full, one way and the other.
+    eventually("the slot is let go of", async || {
+        disk.leave_below_reserve(200 * MIB);
+        !is_read(&sql).await
+    })
+    .await;
+    drain(&mut stream, &mut received).await;
+    server.kill_9().await;
+    for said in [3, 4] {
+        server.start().await;
+        eventually("it says that the disk is full", async || server.times_said(FULL) == said).await;
+        assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
+        assert!(!is_read(&sql).await);
+        // It resumes at once; or later, where it had got further than the log and PostgreSQL has to be asked.
+        match server.try_watch("t1", &received.last().unwrap().token).await {
+            Ok(mut stream) => drain(&mut stream, &mut received).await,
+            Err(status) => assert_eq!(reason(&status), (Code::Unavailable, "POSTGRES_UNREACHABLE".into())),
+        }
+        if said == 3 {
+            server.terminate().await;
+            let exit = within("it does not wait for room", server.ended()).await;
+            assert_eq!(exit.code(), Some(0));
+        }
+    }
+    disk.give_room();
+    server.serving().await;
+    let mut stream = server.watch("t1", &received.last().unwrap().token).await;
+    writers.stop().await;
+    let last = Change::created("end");
+    sql.insert("t1", "end").await;
+    received.extend(stream.up_to(&last).await);
+    let transactions = reference::read(&sql).await;
+    let expected = reference::of_tenant(&transactions, "t1");
+    assert!(changes(&received) == expected, "everything once: {} of {}", changes(&received).len(), expected.len());
+    assert!(!server.has_said("panicked"));
+}
+
+/// What is there of messages.
+async fn drain(stream: &mut Stream, received: &mut Vec<Message>) {
+    while let Ok(next) = tokio::time::timeout(Duration::from_millis(200), stream.try_next()).await {
+        received.push(next.expect("the stream stays open"));
+    }
+}
