@@ -49,11 +49,18 @@ impl Server {
         all.extend(flags);
         let flags: Vec<String> =
             all.iter().flat_map(|(flag, value)| [(*flag).to_owned(), (*value).to_owned()]).collect();
-        let output = within("setup", program().arg("setup").args(&flags).output()).await.unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let server = Self { flags, directory, process: None, address: None, log: Arc::default() };
+        server.setup(&[]).await;
+        server
+    }
+
+    /// Runs `setup`, with further arguments.
+    pub(crate) async fn setup(&self, arguments: &[&str]) {
+        let setup = program().arg("setup").args(&self.flags).args(arguments).output();
+        let output = within("setup", setup).await.unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "setup: {:?} {said}", output.status);
-        let directory = tempfile::tempdir().unwrap();
-        Self { flags, directory, process: None, address: None, log: Arc::default() }
     }
 
     /// [`Server::prepare`], [`Server::start`], and wait until the slot streams.
@@ -66,15 +73,36 @@ impl Server {
 
     /// Starts the process; returns once it listens.
     pub(crate) async fn start(&mut self) {
+        self.start_with(&[]).await;
+    }
+
+    /// [`Server::start`] with further arguments.
+    pub(crate) async fn start_with(&mut self, arguments: &[&str]) {
+        let mut address = self.spawn(arguments);
+        let address = within("the server listens", address.wait_for(Option::is_some)).await;
+        let address = address.map(|address| *address).unwrap_or_else(|_| panic!("the server ended before it listened"));
+        self.address = address;
+    }
+
+    /// Starts a process that ends by itself with exit code 1, having said this.
+    pub(crate) async fn refuses_to_start(&mut self, says: &str) {
+        let mut address = self.spawn(&[]);
+        assert_eq!(self.ended().await.code(), Some(1));
+        // The pipe ends with the process, and its reader with the pipe.
+        let listened = within("the last line", address.wait_for(Option::is_some)).await.is_ok();
+        assert!(!listened && self.has_said(says), "it should have ended with: {says}");
+    }
+
+    fn spawn(&mut self, arguments: &[&str]) -> watch::Receiver<Option<SocketAddr>> {
         assert!(self.process.is_none(), "one process at a time");
         let port = self.address.map_or(0, |address| address.port()).to_string();
         let mut command = program();
         command.arg("serve").args(&self.flags);
         command.args(["--server-host", "127.0.0.1", "--server-grpc-port", &port, "--logger-format", "json"]);
-        command.args(["--changelog-disk-reserve", "16MiB", "--changelog-path"]).arg(self.changelog());
+        command.args(["--changelog-disk-reserve", "16MiB", "--changelog-path"]).arg(self.changelog()).args(arguments);
         let mut process = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
 
-        let (found, mut address) = watch::channel(None);
+        let (found, address) = watch::channel(None);
         let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
         let log = self.log.clone();
         log.lock().unwrap().push(format!("--- process {:?}", process.id()));
@@ -87,9 +115,7 @@ impl Server {
             }
         });
         self.process = Some(process);
-        let address = within("the server listens", address.wait_for(Option::is_some)).await;
-        let address = address.map(|address| *address).unwrap_or_else(|_| panic!("the server ended before it listened"));
-        self.address = address;
+        address
     }
 
     /// Waits until it says that the slot streams.
@@ -112,7 +138,21 @@ impl Server {
 
     /// SIGTERM. [`Server::ended`] tells what came of it.
     pub(crate) async fn terminate(&self) {
-        let status = Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().await.unwrap();
+        self.signal("-TERM").await;
+    }
+
+    /// SIGSTOP: nothing of it runs, and its connections stay.
+    pub(crate) async fn suspend(&self) {
+        self.signal("-STOP").await;
+    }
+
+    /// SIGCONT.
+    pub(crate) async fn resume(&self) {
+        self.signal("-CONT").await;
+    }
+
+    async fn signal(&self, signal: &str) {
+        let status = Command::new("kill").args([signal, &self.pid().to_string()]).status().await.unwrap();
         assert!(status.success());
     }
 
