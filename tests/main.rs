@@ -31,9 +31,12 @@ mod support {
 mod scenarios {
     mod cli;
     mod dev;
+    mod feedback;
     mod lifecycle;
     mod long_transaction;
     mod oracle;
+    mod position;
+    mod slot;
     mod timestamps;
     mod tokens;
     mod visibility;
