@@ -69,6 +69,7 @@ async fn a_session_that_does_not_read_keeps_its_walsender() {
     insert_many(&sql, "stalled", 20_000).await;
     sql.insert("t1", "after").await;
     hold().await;
+    // It does not read meanwhile: otherwise this shows nothing.
     stream.expect_silence().await;
     assert_eq!(sql.walsender().await.as_ref(), Some(&walsender), "the server is as patient as that");
     holder.run("ROLLBACK").await;
@@ -118,6 +119,58 @@ async fn a_big_transaction_on_a_slow_link_arrives_in_one_session() {
     assert!(began.elapsed() > 2 * TIMEOUT, "that was too quick to show anything: {:?}", began.elapsed());
     eventually("it is acknowledged", async || sql.confirmed_reaches(&lsn).await).await;
     assert_eq!(sql.walsender().await, Some(walsender), "one session all the time");
+}
+
+/// There are stretches of decoding in which PostgreSQL neither speaks nor listens: here while it works through the rows of a
+/// table that is rewritten, which are for nobody. Right after, it looks when it last heard from us: whoever speaks only when
+/// spoken to is given up then, and has to begin anew, for ever.
+#[tokio::test]
+async fn a_transaction_that_takes_long_to_decode_is_got_over_in_one_session() {
+    let postgres = Postgres::start().await;
+    let (_proxy, mut server) = impatient(&postgres).await;
+    // It is not to see the attempts.
+    server.terminate().await;
+    server.ended().await;
+    let sql = postgres.sql().await;
+    let rows = rows_to_decode_for(2 * TIMEOUT, &sql).await;
+    sql.run("SELECT pg_replication_slot_advance('tuplewatch', pg_current_wal_insert_lsn())").await;
+    server.start_with(&["--reset-log"]).await;
+    server.serving().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    stream.expect(created("before")).await;
+    let walsender = sql.walsender().await.expect("a session");
+
+    sql.run(REWRITE).await;
+    sql.insert("t1", "after").await;
+    let began = Instant::now();
+    // Had it to begin anew, it would not come as far as this.
+    stream.expect(created("after")).await;
+    eprintln!("{rows} rows were decoded within {:?}", began.elapsed());
+    assert_eq!(sql.walsender().await, Some(walsender), "one session all the time");
+}
+
+const REWRITE: &str = "ALTER TABLE unwatched ALTER COLUMN n TYPE bigint USING n + 1";
+
+/// Fills a table that is not watched with so many rows that a rewrite of it takes this long to decode, on this machine.
+async fn rows_to_decode_for(least: Duration, sql: &Sql) -> usize {
+    sql.run("CREATE TABLE unwatched (n bigint)").await;
+    let mut rows = 250_000;
+    loop {
+        sql.run(&format!("INSERT INTO unwatched SELECT generate_series(1, {rows})")).await;
+        sql.run("SELECT pg_create_logical_replication_slot('probe', 'pgoutput')").await;
+        sql.run(REWRITE).await;
+        let began = Instant::now();
+        let decode = "SELECT count(*) FROM pg_logical_slot_peek_binary_changes('probe', NULL, NULL, \
+                      'proto_version', '1', 'publication_names', 'tuplewatch')";
+        sql.value(decode).await;
+        sql.run("SELECT pg_drop_replication_slot('probe')").await;
+        if began.elapsed() > least {
+            return rows;
+        }
+        sql.run("TRUNCATE unwatched").await;
+        rows *= 2;
+    }
 }
 
 /// A machine that was asleep, or a process that was stopped.

@@ -210,8 +210,8 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared, 
         let pace = shared.pace.load(Ordering::Relaxed);
         if direction == Direction::ToClient {
             shared.returned.fetch_add(length, Ordering::Relaxed);
-            if pace > 0 {
-                tokio::time::sleep(Duration::from_micros(length * 1_000_000 / pace)).await;
+            if let Some(micros) = (length * 1_000_000).checked_div(pace) {
+                tokio::time::sleep(Duration::from_micros(micros)).await;
             }
         }
     }
