@@ -35,6 +35,7 @@ mod scenarios {
     mod cli;
     mod dev;
     mod disk;
+    mod feedback;
     mod lifecycle;
     mod long_transaction;
     mod memory;
@@ -45,6 +46,8 @@ mod scenarios {
     mod rows;
     mod retention;
     mod subscribers;
+    mod position;
+    mod slot;
     mod timestamps;
     mod tokens;
     mod transactions;

@@ -11,7 +11,7 @@ mod tables;
 use std::fmt;
 use tokio_postgres::Client;
 
-use super::catalog::{Catalog, identifier, literal};
+use super::catalog::{Catalog, identifier};
 use super::slot::Slot;
 use crate::mapping::Mapping;
 use server::Server;
@@ -180,8 +180,7 @@ fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, 
     let subject = format!("replication slot {}", expected.slot);
     let Some(slot) = slot else {
         if expected.slot_expected {
-            let fix = format!("SELECT pg_create_logical_replication_slot({}, 'pgoutput');", literal(expected.slot));
-            report.error(subject, "does not exist", fix);
+            report.error(subject, "does not exist", RECREATE.to_owned());
         }
         return;
     };

@@ -106,6 +106,22 @@ impl Postgres {
         std::os::unix::fs::chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
     }
 
+    /// Keeps a copy of the data, which must not be in use.
+    pub(crate) fn save(&self) {
+        let status = std::process::Command::new("cp").arg("-a").arg(self.pgdata()).arg(self.saved()).status();
+        assert!(status.unwrap().success());
+    }
+
+    /// Puts the saved data back in place of the present: a storage that is rolled back.
+    pub(crate) fn put_back(&self) {
+        std::fs::remove_dir_all(self.pgdata()).unwrap();
+        std::fs::rename(self.saved(), self.pgdata()).unwrap();
+    }
+
+    fn saved(&self) -> PathBuf {
+        self.cluster.data_dir().join("saved")
+    }
+
     /// PostgreSQL's own data directory.
     pub(crate) fn pgdata(&self) -> PathBuf {
         self.cluster.data_dir().join("pgdata")

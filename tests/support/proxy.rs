@@ -3,52 +3,100 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// What the proxy does with its connections.
+/// What the proxy does with its connections. A generation ends with every [`Proxy::cut`] and [`Proxy::strand`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Line {
     /// Forwards.
     Open,
     /// Forwards nothing, and ends nothing: a cable that was pulled.
     Silent,
+    /// The same, for those of before this generation.
+    Stranded(u64),
     /// Ended those of before this generation, the hard way.
     Cut(u64),
+}
+
+impl Line {
+    /// Whether nothing goes through a connection of this generation.
+    const fn is_silent(self, generation: u64) -> bool {
+        match self {
+            Self::Silent => true,
+            Self::Stranded(first) => generation < first,
+            Self::Open | Self::Cut(_) => false,
+        }
+    }
+
+    const fn is_cut(self, generation: u64) -> bool {
+        matches!(self, Self::Cut(first) if generation < first)
+    }
+}
+
+/// What all connections share.
+struct Shared {
+    target: SocketAddr,
+    line: watch::Sender<Line>,
+    generation: AtomicU64,
+    accepted: AtomicU64,
+    /// Bytes that went to the client side.
+    returned: AtomicU64,
+    /// Most bytes a second to the client side; 0 is no limit.
+    pace: AtomicU64,
+    /// Stands in for other text, of the same length, in what clients send.
+    rewrite: Option<(Vec<u8>, Vec<u8>)>,
 }
 
 /// Listens on loopback and forwards to one address. Gone, with its connections, when dropped.
 pub(crate) struct Proxy {
     address: SocketAddr,
-    line: watch::Sender<Line>,
-    cuts: AtomicU64,
-    /// Bytes that went to the client side.
-    returned: Arc<AtomicU64>,
+    shared: Arc<Shared>,
     accepting: JoinHandle<()>,
 }
 
 impl Proxy {
     pub(crate) async fn to(target: SocketAddr) -> Self {
+        Self::start(target, None).await
+    }
+
+    async fn start(target: SocketAddr, rewrite: Option<(Vec<u8>, Vec<u8>)>) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let line = watch::Sender::new(Line::Open);
-        let returned = Arc::new(AtomicU64::new(0));
-        let (lines, count) = (line.subscribe(), returned.clone());
+        let shared = Arc::new(Shared {
+            target,
+            line: watch::Sender::new(Line::Open),
+            generation: AtomicU64::new(0),
+            accepted: AtomicU64::new(0),
+            returned: AtomicU64::new(0),
+            pace: AtomicU64::new(0),
+            rewrite,
+        });
+        let serving = shared.clone();
         let accepting = tokio::spawn(async move {
             loop {
                 let (client, _) = listener.accept().await.unwrap();
-                tokio::spawn(forward(client, target, lines.clone(), count.clone()));
+                serving.accepted.fetch_add(1, Ordering::Relaxed);
+                tokio::spawn(forward(client, serving.clone()));
             }
         });
-        Self { address, line, cuts: AtomicU64::new(0), returned, accepting }
+        Self { address, shared, accepting }
     }
 
     /// In front of the server that a URI leads to.
     pub(crate) async fn to_postgres(uri: &str) -> Self {
-        let config: tokio_postgres::Config = uri.parse().unwrap();
-        Self::to(SocketAddr::from(([127, 0, 0, 1], config.get_ports()[0]))).await
+        Self::to(address_of(uri)).await
+    }
+
+    /// The same, with one text in what clients send replaced by another one of the same length. Short texts at the begin of a
+    /// connection only: what is cut in two by the network is not found.
+    pub(crate) async fn to_postgres_rewriting(uri: &str, from: &str, to: &str) -> Self {
+        assert_eq!(from.len(), to.len(), "lengths are part of the protocol");
+        Self::start(address_of(uri), Some((from.into(), to.into()))).await
     }
 
     pub(crate) const fn address(&self) -> SocketAddr {
@@ -57,29 +105,49 @@ impl Proxy {
 
     /// `uri`, through the proxy.
     pub(crate) fn uri(&self, uri: &str) -> String {
-        let config: tokio_postgres::Config = uri.parse().unwrap();
-        uri.replace(&format!(":{}/", config.get_ports()[0]), &format!(":{}/", self.address.port()))
+        uri.replace(&format!(":{}/", address_of(uri).port()), &format!(":{}/", self.address.port()))
     }
 
     /// From now on nothing goes through, in neither direction, also on new connections; and nobody is told.
     pub(crate) fn silence(&self) {
-        self.line.send_replace(Line::Silent);
+        self.shared.line.send_replace(Line::Silent);
+    }
+
+    /// From now on nothing goes through the connections that there are, and nobody is told; new ones work. A firewall that
+    /// has forgotten them.
+    pub(crate) fn strand(&self) {
+        let generation = self.next_generation();
+        self.shared.line.send_replace(Line::Stranded(generation));
     }
 
     /// Ends all connections; new ones work.
     pub(crate) fn cut(&self) {
-        let generation = self.cuts.fetch_add(1, Ordering::Relaxed) + 1;
-        self.line.send_replace(Line::Cut(generation));
+        let generation = self.next_generation();
+        self.shared.line.send_replace(Line::Cut(generation));
     }
 
-    /// Forwards again what was held back by [`Proxy::silence`].
+    fn next_generation(&self) -> u64 {
+        self.shared.generation.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Forwards again what was held back by [`Proxy::silence`] or [`Proxy::strand`].
     pub(crate) fn restore(&self) {
-        self.line.send_replace(Line::Open);
+        self.shared.line.send_replace(Line::Open);
+    }
+
+    /// From now on each connection has this many bytes a second for what the server sends; 0 is no limit.
+    pub(crate) fn slow_down(&self, bytes_per_second: u64) {
+        self.shared.pace.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// Connections so far.
+    pub(crate) fn accepted(&self) -> u64 {
+        self.shared.accepted.load(Ordering::Relaxed)
     }
 
     /// Bytes that went from the server to clients so far.
     pub(crate) fn returned_bytes(&self) -> u64 {
-        self.returned.load(Ordering::Relaxed)
+        self.shared.returned.load(Ordering::Relaxed)
     }
 }
 
@@ -90,9 +158,15 @@ impl Drop for Proxy {
     }
 }
 
-async fn forward(client: TcpStream, target: SocketAddr, mut line: watch::Receiver<Line>, returned: Arc<AtomicU64>) {
-    let born = *line.borrow_and_update();
-    let Ok(server) = TcpStream::connect(target).await else { return };
+fn address_of(uri: &str) -> SocketAddr {
+    let config: tokio_postgres::Config = uri.parse().unwrap();
+    SocketAddr::from(([127, 0, 0, 1], config.get_ports()[0]))
+}
+
+async fn forward(client: TcpStream, shared: Arc<Shared>) {
+    let mut line = shared.line.subscribe();
+    let generation = shared.generation.load(Ordering::Relaxed);
+    let Ok(server) = TcpStream::connect(shared.target).await else { return };
     for side in [&client, &server] {
         // What is lost in a cut is lost at once: no goodbye.
         let _ = side.set_nodelay(true);
@@ -100,30 +174,45 @@ async fn forward(client: TcpStream, target: SocketAddr, mut line: watch::Receive
     }
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
-    let uncounted = Arc::new(AtomicU64::new(0));
     tokio::select! {
-        () = pump(from_client, to_server, line.clone(), uncounted) => {}
-        () = pump(from_server, to_client, line.clone(), returned) => {}
-        _ = line.wait_for(|line| *line != born && matches!(line, Line::Cut(_))) => {}
+        () = pump(from_client, to_server, &shared, generation, Direction::ToServer) => {}
+        () = pump(from_server, to_client, &shared, generation, Direction::ToClient) => {}
+        _ = line.wait_for(|line| line.is_cut(generation)) => {}
     }
 }
 
-async fn pump(
-    mut from: tokio::net::tcp::OwnedReadHalf,
-    mut to: tokio::net::tcp::OwnedWriteHalf,
-    mut line: watch::Receiver<Line>,
-    count: Arc<AtomicU64>,
-) {
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    ToServer,
+    ToClient,
+}
+
+async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared, generation: u64, direction: Direction) {
+    let mut line = shared.line.subscribe();
     let mut buffer = vec![0; 64 << 10];
     loop {
         let Ok(length) = from.read(&mut buffer).await else { return };
         // Silence holds back what was read, and the end of the other side too.
-        if line.wait_for(|line| *line != Line::Silent).await.is_err() || length == 0 {
+        if line.wait_for(|line| !line.is_silent(generation)).await.is_err() || length == 0 {
             return;
         }
-        if to.write_all(&buffer[..length]).await.is_err() {
+        let chunk = &mut buffer[..length];
+        if direction == Direction::ToServer
+            && let Some((found, replacement)) = &shared.rewrite
+            && let Some(at) = chunk.windows(found.len()).position(|window| window == found)
+        {
+            chunk[at..at + found.len()].copy_from_slice(replacement);
+        }
+        if to.write_all(chunk).await.is_err() {
             return;
         }
-        count.fetch_add(u64::try_from(length).unwrap(), Ordering::Relaxed);
+        let length = u64::try_from(length).unwrap();
+        let pace = shared.pace.load(Ordering::Relaxed);
+        if direction == Direction::ToClient {
+            shared.returned.fetch_add(length, Ordering::Relaxed);
+            if let Some(micros) = (length * 1_000_000).checked_div(pace) {
+                tokio::time::sleep(Duration::from_micros(micros)).await;
+            }
+        }
     }
 }

@@ -88,10 +88,32 @@ impl Server {
 
     /// Starts the process; returns once it listens.
     pub(crate) async fn start(&mut self) {
-        assert!(self.process.is_none(), "one process at a time");
-        let mut process = self.command().stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        self.start_with(&[]).await;
+    }
 
-        let (found, mut address) = watch::channel(None);
+    /// [`Server::start`] with further arguments.
+    pub(crate) async fn start_with(&mut self, arguments: &[&str]) {
+        let mut address = self.spawn(arguments);
+        let address = within("the server listens", address.wait_for(Option::is_some)).await;
+        let address = address.map(|address| *address).unwrap_or_else(|_| panic!("the server ended before it listened"));
+        self.address = address;
+    }
+
+    /// Starts a process that ends by itself with exit code 1, having said this.
+    pub(crate) async fn refuses_to_start(&mut self, says: &str) {
+        let mut address = self.spawn(&[]);
+        assert_eq!(self.ended().await.code(), Some(1));
+        // The pipe ends with the process, and its reader with the pipe.
+        let listened = within("the last line", address.wait_for(Option::is_some)).await.is_ok();
+        assert!(!listened && self.has_said(says), "it should have ended with: {says}");
+    }
+
+    fn spawn(&mut self, arguments: &[&str]) -> watch::Receiver<Option<SocketAddr>> {
+        assert!(self.process.is_none(), "one process at a time");
+        let mut process =
+            self.command().args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+
+        let (found, address) = watch::channel(None);
         let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
         let log = self.log.clone();
         log.lock().unwrap().push(format!("--- process {:?}", process.id()));
@@ -104,9 +126,7 @@ impl Server {
             }
         });
         self.process = Some(process);
-        let address = within("the server listens", address.wait_for(Option::is_some)).await;
-        let address = address.map(|address| *address).unwrap_or_else(|_| panic!("the server ended before it listened"));
-        self.address = address;
+        address
     }
 
     fn command(&self) -> Command {
@@ -158,7 +178,21 @@ impl Server {
 
     /// SIGTERM. [`Server::ended`] tells what came of it.
     pub(crate) async fn terminate(&self) {
-        let status = Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().await.unwrap();
+        self.signal("-TERM").await;
+    }
+
+    /// SIGSTOP: nothing of it runs, and its connections stay.
+    pub(crate) async fn suspend(&self) {
+        self.signal("-STOP").await;
+    }
+
+    /// SIGCONT.
+    pub(crate) async fn resume(&self) {
+        self.signal("-CONT").await;
+    }
+
+    async fn signal(&self, signal: &str) {
+        let status = Command::new("kill").args([signal, &self.pid().to_string()]).status().await.unwrap();
         assert!(status.success());
     }
 

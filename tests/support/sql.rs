@@ -76,6 +76,14 @@ impl Sql {
         .await
     }
 
+    /// The process that streams tuplewatch's slot now, if any, and since when: another one after every reconnect.
+    pub(crate) async fn walsender(&self) -> Option<(String, String)> {
+        let statement = "SELECT pid, backend_start FROM pg_replication_slots JOIN pg_stat_activity ON pid = active_pid \
+                         WHERE slot_name = 'tuplewatch'";
+        let mut rows = self.rows(statement).await;
+        rows.pop().map(|row| (row[0].clone(), row[1].clone()))
+    }
+
     /// What holds for a tenant now: the facts of all its rows.
     pub(crate) async fn facts(&self, tenant: &str) -> BTreeSet<String> {
         let statement = format!(

@@ -1,0 +1,263 @@
+//! The two ends must know of each other that they live, also while one of them has nothing to say or no time to listen.
+//!
+//! PostgreSQL ends a session that it has not heard from for `wal_sender_timeout`, and sends everything unacknowledged again
+//! to the next one: a consumer that is merely slow would never get any further. The other way round a connection that dies
+//! without a word looks like one on which nothing happens. tuplewatch asks for 20 s; here a proxy makes 2 s of it, so that
+//! what takes long need not take minutes.
+
+use crate::support::change::Change;
+use crate::support::postgres::Postgres;
+use crate::support::proxy::Proxy;
+use crate::support::server::Server;
+use crate::support::sql::Sql;
+use crate::support::stream::changes;
+use crate::support::wait::eventually;
+use std::time::{Duration, Instant};
+use tonic_health::pb::health_check_response::ServingStatus;
+use tuplewatch::dev_postgres::StopMode;
+
+/// What becomes of tuplewatch's own `wal_sender_timeout`.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
+fn created(id: &str) -> Change {
+    Change::created(id)
+}
+
+/// A server behind a proxy which sees to [`TIMEOUT`].
+async fn impatient(postgres: &Postgres) -> (Proxy, Server) {
+    let (asked, instead) = ("wal_sender_timeout=20000", "wal_sender_timeout=2000 ");
+    let proxy = Proxy::to_postgres_rewriting(&postgres.uri(), asked, instead).await;
+    let server = serve_through(postgres, &proxy).await;
+    (proxy, server)
+}
+
+async fn serve_through(postgres: &Postgres, proxy: &Proxy) -> Server {
+    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
+    server.start().await;
+    server.serving().await;
+    server
+}
+
+/// `count` tuples with long ids, in one transaction. Some 250 bytes each in the stream.
+async fn insert_many(sql: &Sql, name: &str, count: usize) {
+    let long = "x".repeat(100);
+    sql.run(&format!(
+        "INSERT INTO tuplewatch.relation_tuples \
+         SELECT 't1', 'document', '{name}.{long}.' || n, 'viewer', 'user', '{long}', '' FROM generate_series(1, {count}) n"
+    ))
+    .await;
+}
+
+/// Longer than anybody is patient.
+async fn hold() {
+    tokio::time::sleep(3 * TIMEOUT).await;
+}
+
+/// A session that waits for something else, here for an answer on its other connection, and does not come to read.
+#[tokio::test]
+async fn a_session_that_does_not_read_keeps_its_walsender() {
+    let mut postgres = Postgres::start().await;
+    let (_proxy, server) = impatient(&postgres).await;
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    stream.expect(created("before")).await;
+    let walsender = sql.walsender().await.expect("a session");
+
+    let holder = postgres.sql().await;
+    stall(&sql, &holder).await;
+    insert_many(&sql, "stalled", 20_000).await;
+    sql.insert("t1", "after").await;
+    hold().await;
+    // It does not read meanwhile: otherwise this shows nothing.
+    stream.expect_silence().await;
+    assert_eq!(sql.walsender().await.as_ref(), Some(&walsender), "the server is as patient as that");
+    holder.run("ROLLBACK").await;
+    let messages = stream.up_to(&created("after")).await;
+    assert_eq!(changes(&messages).len(), 20_001);
+    let lsn = sql.flushed().await;
+    eventually("it is acknowledged", async || sql.confirmed_reaches(&lsn).await).await;
+    assert_eq!(sql.walsender().await, Some(walsender), "one session all the time");
+
+    // Nor does it hold up a shutdown.
+    stall(&sql, &holder).await;
+    insert_many(&sql, "shutdown", 20_000).await;
+    sql.insert("t1", "last").await;
+    let took = postgres.stop(StopMode::Fast).await;
+    assert!(took < Duration::from_secs(10), "the shutdown took {took:?}");
+    postgres.start_again().await;
+    assert_eq!(changes(&stream.up_to(&created("last")).await).len(), 20_001);
+    stream.expect_silence().await;
+}
+
+/// Locks what the session looks at every few seconds, and waits until it does.
+async fn stall(sql: &Sql, holder: &Sql) {
+    holder.run("BEGIN; LOCK TABLE pg_catalog.pg_publication IN ACCESS EXCLUSIVE MODE").await;
+    let waits = "EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'tuplewatch%' \
+                 AND wait_event_type = 'Lock')";
+    eventually("the session waits", async || sql.is_true(waits).await).await;
+}
+
+/// What the server asks lies in the queue behind what it has sent before, for longer than it waits for the answer.
+#[tokio::test]
+async fn a_big_transaction_on_a_slow_link_arrives_in_one_session() {
+    const ROWS: usize = 60_000;
+    let postgres = Postgres::start().await;
+    let (proxy, server) = impatient(&postgres).await;
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    stream.expect(created("before")).await;
+    let walsender = sql.walsender().await.expect("a session");
+
+    proxy.slow_down(2 << 20);
+    let began = Instant::now();
+    insert_many(&sql, "big", ROWS).await;
+    sql.insert("t1", "after").await;
+    let lsn = sql.flushed().await;
+    assert_eq!(changes(&stream.up_to(&created("after")).await).len(), ROWS + 1);
+    assert!(began.elapsed() > 2 * TIMEOUT, "that was too quick to show anything: {:?}", began.elapsed());
+    eventually("it is acknowledged", async || sql.confirmed_reaches(&lsn).await).await;
+    assert_eq!(sql.walsender().await, Some(walsender), "one session all the time");
+}
+
+/// There are stretches of decoding in which PostgreSQL neither speaks nor listens: here while it works through the rows of a
+/// table that is rewritten, which are for nobody. Right after, it looks when it last heard from us: whoever speaks only when
+/// spoken to is given up then, and has to begin anew, for ever.
+#[tokio::test]
+async fn a_transaction_that_takes_long_to_decode_is_got_over_in_one_session() {
+    let postgres = Postgres::start().await;
+    let (_proxy, mut server) = impatient(&postgres).await;
+    // It is not to see the attempts.
+    server.terminate().await;
+    server.ended().await;
+    let sql = postgres.sql().await;
+    let rows = rows_to_decode_for(2 * TIMEOUT, &sql).await;
+    sql.run("SELECT pg_replication_slot_advance('tuplewatch', pg_current_wal_insert_lsn())").await;
+    server.start_with(&["--reset-log"]).await;
+    server.serving().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    stream.expect(created("before")).await;
+    let walsender = sql.walsender().await.expect("a session");
+
+    sql.run(REWRITE).await;
+    sql.insert("t1", "after").await;
+    let began = Instant::now();
+    // Had it to begin anew, it would not come as far as this.
+    stream.expect(created("after")).await;
+    eprintln!("{rows} rows were decoded within {:?}", began.elapsed());
+    assert_eq!(sql.walsender().await, Some(walsender), "one session all the time");
+}
+
+const REWRITE: &str = "ALTER TABLE unwatched ALTER COLUMN n TYPE bigint USING n + 1";
+
+/// Fills a table that is not watched with so many rows that a rewrite of it takes this long to decode, on this machine.
+async fn rows_to_decode_for(least: Duration, sql: &Sql) -> usize {
+    sql.run("CREATE TABLE unwatched (n bigint)").await;
+    let mut rows = 250_000;
+    loop {
+        sql.run(&format!("INSERT INTO unwatched SELECT generate_series(1, {rows})")).await;
+        sql.run("SELECT pg_create_logical_replication_slot('probe', 'pgoutput')").await;
+        sql.run(REWRITE).await;
+        let began = Instant::now();
+        let decode = "SELECT count(*) FROM pg_logical_slot_peek_binary_changes('probe', NULL, NULL, \
+                      'proto_version', '1', 'publication_names', 'tuplewatch')";
+        sql.value(decode).await;
+        sql.run("SELECT pg_drop_replication_slot('probe')").await;
+        if began.elapsed() > least {
+            return rows;
+        }
+        sql.run("TRUNCATE unwatched").await;
+        rows *= 2;
+    }
+}
+
+/// A machine that was asleep, or a process that was stopped.
+#[tokio::test]
+async fn a_process_that_was_suspended_goes_on_and_holds_up_no_shutdown() {
+    let mut postgres = Postgres::start().await;
+    let (_proxy, server) = impatient(&postgres).await;
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    stream.expect(created("before")).await;
+
+    server.suspend().await;
+    sql.insert("t1", "meanwhile").await;
+    let since = Instant::now();
+    // Which shows that the proxy does its part, too.
+    eventually("the server gives up on it", async || sql.walsender().await.is_none()).await;
+    assert!(since.elapsed() < 3 * TIMEOUT, "{:?}", since.elapsed());
+    server.resume().await;
+    stream.expect(created("meanwhile")).await;
+    sql.insert("t1", "after").await;
+    stream.expect(created("after")).await;
+    server.serving().await;
+    assert_eq!(server.times_said("reconnecting"), 1, "one new session");
+
+    server.suspend().await;
+    sql.insert("t1", "last").await;
+    drop(sql);
+    let took = postgres.stop(StopMode::Fast).await;
+    assert!(took < Duration::from_secs(10), "the shutdown took {took:?}");
+    server.resume().await;
+    postgres.start_again().await;
+    stream.expect(created("last")).await;
+    stream.expect_silence().await;
+}
+
+/// How long nobody may notice that the other end is gone.
+const NOTICED_WITHIN: Duration = Duration::from_secs(30);
+
+#[tokio::test]
+async fn connections_that_die_without_a_word_are_noticed() {
+    let postgres = Postgres::start().await;
+    let proxy = Proxy::to_postgres(&postgres.uri()).await;
+    let server = serve_through(&postgres, &proxy).await;
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    stream.expect(created("before")).await;
+
+    proxy.silence();
+    sql.insert("t1", "meanwhile").await;
+    let since = Instant::now();
+    let is_noticed = async || server.health("").await == Ok(ServingStatus::NotServing);
+    eventually("health is NOT_SERVING", is_noticed).await;
+    assert!(since.elapsed() < NOTICED_WITHIN, "{:?}", since.elapsed());
+    stream.expect_silence().await;
+    // What was on its way arrives late, too.
+    proxy.restore();
+    server.serving().await;
+    sql.insert("t1", "after").await;
+    stream.expect(created("meanwhile")).await;
+    stream.expect(created("after")).await;
+    stream.expect_silence().await;
+}
+
+/// A firewall forgets the connections; the server keeps its end, and with it the slot, until it notices too.
+#[tokio::test]
+async fn connections_that_were_forgotten_on_the_way_are_replaced() {
+    let postgres = Postgres::start().await;
+    let proxy = Proxy::to_postgres(&postgres.uri()).await;
+    let server = serve_through(&postgres, &proxy).await;
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    stream.expect(created("before")).await;
+    let walsender = sql.walsender().await.expect("a session");
+
+    proxy.strand();
+    let since = Instant::now();
+    sql.insert("t1", "meanwhile").await;
+    stream.expect(created("meanwhile")).await;
+    assert!(since.elapsed() < NOTICED_WITHIN, "{:?}", since.elapsed());
+    assert_ne!(sql.walsender().await, Some(walsender), "another session");
+    server.serving().await;
+    // Whatever the old ones had still to say does not count.
+    proxy.restore();
+    sql.insert("t1", "after").await;
+    stream.expect(created("after")).await;
+    stream.expect_silence().await;
+}

@@ -1,0 +1,240 @@
+//! Who knows how far we are: the slot, the change log and the WAL do not always agree.
+//!
+//! The slot may lag behind what it was told (PostgreSQL writes its position down at checkpoints only), and must lag behind
+//! what is not whole yet. The WAL may end before what the log has, on the same timeline, when a storage is rolled back; then
+//! PostgreSQL accepts a start past its end and silently leaves out what is written next.
+
+use crate::support::change::Change;
+use crate::support::postgres::Postgres;
+use crate::support::proxy::Proxy;
+use crate::support::server::Server;
+use crate::support::stream::{changes, reason};
+use crate::support::wait::eventually;
+use std::time::{Duration, Instant};
+use tonic::Code;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tuplewatch::dev_postgres::StopMode;
+
+const CONFIRMED: &str = "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 'tuplewatch'";
+
+fn created(id: &str) -> Change {
+    Change::created(id)
+}
+
+/// Writes, stops the server, and puts its data back to before that. Returns with the server running, and the last token of
+/// what is undone.
+async fn roll_back(postgres: &mut Postgres, server: &Server) -> String {
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "before").await;
+    stream.expect(created("before")).await;
+    drop(sql);
+    postgres.stop(StopMode::Fast).await;
+    postgres.save();
+    postgres.start_again().await;
+
+    let sql = postgres.sql().await;
+    // So much that a few rows after the rollback do not reach as far.
+    sql.run("SELECT pg_logical_emit_message(true, 'other', repeat('x', 1 << 20))").await;
+    sql.insert("t1", "undone").await;
+    let token = stream.expect(created("undone")).await.token;
+    let lsn = sql.flushed().await;
+    eventually("it is in the log", async || sql.confirmed_reaches(&lsn).await).await;
+    drop(sql);
+    postgres.stop(StopMode::Fast).await;
+    postgres.put_back();
+    token
+}
+
+const ROLLED_BACK: &str = "storage was rolled back";
+
+#[tokio::test]
+async fn a_storage_that_was_rolled_back_is_an_error_until_the_log_is_begun_anew() {
+    let mut postgres = Postgres::start().await;
+    let mut server = Server::serve(&postgres, &[]).await;
+    let token = roll_back(&mut postgres, &server).await;
+    let mut streams = vec![server.watch("t1", &token).await];
+    postgres.start_again().await;
+    let sql = postgres.sql().await;
+    let noticed = Instant::now();
+    eventually("it says what is wrong", async || server.has_said(ROLLED_BACK)).await;
+    // The longest backoff, and a little.
+    assert!(noticed.elapsed() < Duration::from_secs(15), "{:?}", noticed.elapsed());
+    assert!(server.has_said("--reset-log"), "and what to do");
+
+    sql.insert("t1", "after").await;
+    for process in 1..=2 {
+        eventually("it says so", async || server.times_said(ROLLED_BACK) == process).await;
+        assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
+        assert!(sql.walsender().await.is_none());
+        // Neither on streams that are open or resumed, nor to who starts now, if anybody can.
+        streams.push(server.watch("t1", &token).await);
+        streams.extend(server.try_watch("t1", "").await);
+        for stream in &mut streams {
+            stream.expect_silence().await;
+        }
+        streams.clear();
+        server.kill_9().await;
+        if process == 1 {
+            server.start().await;
+        }
+    }
+
+    server.start_with(&["--reset-log"]).await;
+    server.serving().await;
+    let status = server.try_watch("t1", &token).await.err().expect("a token of what was undone");
+    assert_eq!(reason(&status), (Code::FailedPrecondition, "SNAP_TOKEN_BEYOND_HISTORY".into()));
+    let mut stream = server.watch("t1", "").await;
+    assert_eq!(sql.facts("t1").await, ["before", "after"].map(Change::viewer).into());
+    sql.insert("t1", "anew").await;
+    stream.expect(created("anew")).await;
+}
+
+/// Then its end is no sign any more, and whoever starts there leaves out what was written below it.
+#[tokio::test]
+async fn a_storage_that_was_rolled_back_and_has_grown_past_the_log_is_no_silent_gap() {
+    let mut postgres = Postgres::start().await;
+    let mut server = Server::serve(&postgres, &[]).await;
+    let token = roll_back(&mut postgres, &server).await;
+    server.kill_9().await;
+    postgres.start_again().await;
+    let sql = postgres.sql().await;
+    sql.insert("t1", "below").await;
+    sql.run("SELECT pg_logical_emit_message(true, 'other', repeat('x', 2 << 20))").await;
+    server.start().await;
+    let settled = async || server.has_said(ROLLED_BACK) || server.health("").await == Ok(ServingStatus::Serving);
+    eventually("it streams, or says why not", settled).await;
+    // Where it streams, everybody has to be told.
+    sql.insert("t1", "after").await;
+    if !server.has_said(ROLLED_BACK) {
+        match server.try_watch("t1", &token).await {
+            Ok(mut stream) => {
+                let (messages, status) = stream.ending().await;
+                assert_eq!((messages.len(), status.code()), (0, Code::Aborted));
+            }
+            Err(status) => assert_eq!(status.code(), Code::FailedPrecondition),
+        }
+    }
+}
+
+/// Rows of the big transaction: some 15 MiB of stream, several times what is staged at once.
+const ROWS: usize = 60_000;
+
+#[tokio::test]
+async fn a_transaction_is_not_acknowledged_before_it_is_whole() {
+    let postgres = Postgres::start().await;
+    let proxy = Proxy::to_postgres(&postgres.uri()).await;
+    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
+    server.start().await;
+    server.serving().await;
+    let sql = postgres.sql().await;
+    let mut stream = server.watch("t1", "").await;
+    sql.insert("t1", "first").await;
+    let token = stream.expect(created("first")).await.token;
+
+    // A few seconds' worth.
+    proxy.slow_down(3 << 20);
+    let other = postgres.sql().await;
+    sql.run("BEGIN").await;
+    let long = "x".repeat(100);
+    sql.run(&format!(
+        "INSERT INTO tuplewatch.relation_tuples \
+         SELECT 't1', 'document', '{long}' || n, 'viewer', 'user', '{long}', '' FROM generate_series(1, {ROWS}) n"
+    ))
+    .await;
+    // It lies between rows of the big one, and is committed before it.
+    other.insert("t1", "small").await;
+    stream.expect(created("small")).await;
+    sql.insert("t1", "last").await;
+    sql.run("COMMIT").await;
+    let end = sql.flushed().await;
+    for _ in 0..2 {
+        // Past what is staged at once, twice.
+        let received = proxy.returned_bytes() + (9 << 20);
+        eventually("a good part of it is received", async || {
+            assert!(!sql.confirmed_reaches(&end).await, "acknowledged before it was whole");
+            proxy.returned_bytes() >= received
+        })
+        .await;
+        server.kill_9().await;
+        assert!(!sql.confirmed_reaches(&end).await, "acknowledged before it was whole");
+        server.start().await;
+        server.serving().await;
+    }
+    proxy.slow_down(0);
+    let messages = server.watch("t1", &token).await.up_to(&created("last")).await;
+    let all = changes(&messages);
+    assert_eq!(all.len(), 1 + ROWS + 1);
+    assert_eq!(all[0], created("small"));
+    let facts = sql.facts("t1").await;
+    let mut once: Vec<&str> = all.iter().map(|change| change.fact.as_str()).collect();
+    once.sort_unstable();
+    once.dedup();
+    assert_eq!(once.len() + 1, facts.len(), "each of them, once");
+    eventually("now it is acknowledged", async || sql.confirmed_reaches(&end).await).await;
+}
+
+#[tokio::test]
+async fn what_a_crashed_server_sends_again_reaches_nobody() {
+    let mut postgres = Postgres::start().await;
+    let proxy = Proxy::to_postgres(&postgres.uri()).await;
+    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
+    server.start().await;
+    server.serving().await;
+    let mut stream = server.watch("t1", "").await;
+    let mut token = String::new();
+
+    for round in ["server", "both"] {
+        // PostgreSQL may have written the position down for another reason, just then: then once more.
+        let mut has_gone_back = false;
+        for attempt in 0..5 {
+            let sql = postgres.sql().await;
+            for n in 0..5 {
+                let id = format!("{round}{attempt}.{n}");
+                sql.insert("t1", &id).await;
+                let message = stream.expect(created(&id)).await;
+                if token.is_empty() {
+                    token = message.token;
+                }
+            }
+            let lsn = sql.flushed().await;
+            eventually("all of it is acknowledged", async || sql.confirmed_reaches(&lsn).await).await;
+            drop(sql);
+            if round == "both" {
+                server.kill_9().await;
+            }
+            postgres.stop(StopMode::Immediate).await;
+            proxy.silence();
+            postgres.start_again().await;
+            let sql = postgres.sql().await;
+            has_gone_back = !sql.confirmed_reaches(&lsn).await;
+            let confirmed = sql.value(CONFIRMED).await;
+            eprintln!("acknowledged {lsn}; the slot has {confirmed} after the crash");
+            proxy.cut();
+            if round == "both" {
+                server.start().await;
+            }
+            server.serving().await;
+            let id = format!("{round}{attempt}.after");
+            sql.insert("t1", &id).await;
+            if round == "both" {
+                // The first token of all: everything after it, once.
+                let messages = server.watch("t1", &token).await.up_to(&created(&id)).await;
+                let mut facts: Vec<String> = changes(&messages).into_iter().map(|change| change.fact).collect();
+                let count = facts.len();
+                facts.sort();
+                facts.dedup();
+                assert_eq!((facts.len(), count), (count, sql.facts("t1").await.len() - 1), "each, once");
+                stream = server.watch("t1", &messages.last().unwrap().token).await;
+            } else {
+                // The next message, and not one of those before.
+                stream.expect(created(&id)).await;
+            }
+            if has_gone_back {
+                break;
+            }
+        }
+        assert!(has_gone_back, "{round}: the slot's position was never older, so nothing was shown");
+    }
+    assert!(!server.has_said("moved on without"), "no break");
+}
