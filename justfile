@@ -15,6 +15,10 @@ lint:
 test *args:
     cargo test {{args}}
 
+# Tests on a major version of PostgreSQL that is fetched, for instance `just test-on 17 scenarios::oracle`.
+test-on major *filter:
+    bin=$(tests/postgres/fetch {{major}}) && TUPLEWATCH_PG_BIN=$bin cargo test --locked --test main {{filter}}
+
 # A benchmark, for instance `just bench large_transaction`.
 bench name *args:
     cargo bench --bench {{name}} -- {{args}}
