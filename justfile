@@ -23,6 +23,10 @@ test-on major *filter:
 bench name *args:
     cargo bench --bench {{name}} -- {{args}}
 
+# Load and random faults for some minutes, with every change compared.
+soak minutes="20":
+    cargo bench --bench soak --profile dev -- --minutes {{minutes}}
+
 # API documentation, without warnings.
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked

@@ -18,6 +18,8 @@
 #[expect(dead_code, reason = "the scenarios to come")]
 mod support {
     pub(crate) mod change;
+    pub(crate) mod faults;
+    pub(crate) mod oracle;
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     pub(crate) mod reference;

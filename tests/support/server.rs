@@ -16,6 +16,9 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
+/// Lines of the server's log that are shown where a test fails.
+const LOG_TAIL: usize = 500;
+
 /// One node: a slot, a log directory, and a process that comes and goes. Killed when dropped.
 pub(crate) struct Server {
     flags: Vec<String>,
@@ -25,6 +28,9 @@ pub(crate) struct Server {
     address: Option<SocketAddr>,
     log: Arc<Mutex<Vec<String>>>,
 }
+
+/// The machine that runs the tests may have a disk with less room than the default wants.
+const RESERVE: &str = "--changelog-disk-reserve";
 
 /// The program, with nothing of our environment that configures it.
 fn program() -> Command {
@@ -64,6 +70,12 @@ impl Server {
         server
     }
 
+    /// Has its change log on another disk, to be called before it is started.
+    pub(crate) fn keep_log_in(&mut self, directory: TempDir) {
+        assert!(self.address.is_none(), "the log stays where it is");
+        self.directory = directory;
+    }
+
     /// Starts the process; returns once it listens.
     pub(crate) async fn start(&mut self) {
         assert!(self.process.is_none(), "one process at a time");
@@ -71,7 +83,10 @@ impl Server {
         let mut command = program();
         command.arg("serve").args(&self.flags);
         command.args(["--server-host", "127.0.0.1", "--server-grpc-port", &port, "--logger-format", "json"]);
-        command.args(["--changelog-disk-reserve", "16MiB", "--changelog-path"]).arg(self.changelog());
+        if !self.flags.iter().any(|flag| flag == RESERVE) {
+            command.args([RESERVE, "16MiB"]);
+        }
+        command.arg("--changelog-path").arg(self.changelog());
         let mut process = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
 
         let (found, mut address) = watch::channel(None);
@@ -185,7 +200,9 @@ fn listening(line: &str) -> Option<SocketAddr> {
 impl Drop for Server {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("the server's log:\n{}", self.log.lock().unwrap().join("\n"));
+            let log = self.log.lock().unwrap();
+            let tail = &log[log.len().saturating_sub(LOG_TAIL)..];
+            eprintln!("the last of {} lines of the server's log:\n{}", log.len(), tail.join("\n"));
         }
     }
 }
