@@ -174,7 +174,7 @@ impl World {
         if fault == Fault::Silence {
             self.line().silence();
             // Mostly a hiccup; now and then longer than both sides bear.
-            let for_ms = if self.random.u8(..4) == 0 { 21_000..26_000 } else { 100..4_000 };
+            let for_ms = if self.random.u8(..4) == 0 { 21_000..25_000 } else { 100..4_000 };
             self.moment(for_ms).await;
         } else {
             load.history_is_dropped();

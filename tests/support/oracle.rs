@@ -276,7 +276,8 @@ impl Subscriber {
     }
 
     async fn come_back(&mut self) -> Stream {
-        let deadline = Instant::now() + PATIENCE;
+        // PostgreSQL may be needed for it, and out of reach for as long as several faults take together.
+        let deadline = Instant::now() + 2 * PATIENCE;
         let mut token = self.kept.last().map_or(&self.first_token, |message| &message.token).clone();
         assert!(!token.is_empty(), "a subscriber of {} got nothing before its first stream ended", self.tenant);
         loop {

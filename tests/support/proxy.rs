@@ -91,6 +91,11 @@ impl Drop for Proxy {
 }
 
 async fn forward(client: TcpStream, target: SocketAddr, mut line: watch::Receiver<Line>, returned: Arc<AtomicU64>) {
+    // Behind a cable that was pulled nobody hears of a new client. PostgreSQL in particular would wait for what it has to say,
+    // for a minute even when shutting down.
+    if line.wait_for(|line| *line != Line::Silent).await.is_err() {
+        return;
+    }
     let born = *line.borrow_and_update();
     let Ok(server) = TcpStream::connect(target).await else { return };
     for side in [&client, &server] {
