@@ -45,6 +45,8 @@ const FAULTS: [Fault; 14] =
     [Kill, Kill, Kill, Terminate, Terminate, Crash, Crash, Restart, Restart, CrashBoth, Cut, Cut, Silence, FullDisk];
 /// Those that tuplewatch survives as a process, and its streams with it.
 const SURVIVED: [Fault; 8] = [Crash, Crash, Restart, Restart, Cut, Cut, Silence, FullDisk];
+/// Twice what its caches, memtables and queues come to at their most: more is a leak.
+const MEMORY_MIB_MAX: u64 = 512;
 /// As in production, rows come and go for ever.
 const SETTINGS: [(&str, &str); 1] = [("autovacuum", "on")];
 const MESSAGE_BYTES: usize = 4 << 10;
@@ -76,16 +78,17 @@ async fn main() {
         changes += round.changes_compared;
         returns += round.returns;
         faults.add(&tally);
+        let memory_mib = world.server.memory_kib("VmRSS") / 1024;
         println!(
             "{:>6.1?} round {rounds}: {} transactions, {} changes compared, {} returns ({} to history that was given up); \
-             {tally}; {} MiB",
+             {tally}; {memory_mib} MiB",
             began.elapsed(),
             round.transactions,
             round.changes_compared,
             round.returns,
             round.refusals,
-            world.server.memory_kib("VmRSS") / 1024,
         );
+        assert!(memory_mib < MEMORY_MIB_MAX, "tuplewatch takes {memory_mib} MiB");
     }
     world.server.terminate().await;
     assert!(world.server.ended().await.success(), "a stop that was asked for is no failure");
