@@ -15,9 +15,17 @@ lint:
 test *args:
     cargo test {{args}}
 
+# Tests on a major version of PostgreSQL that is fetched, for instance `just test-on 17 scenarios::oracle`.
+test-on major *filter:
+    bin=$(tests/postgres/fetch {{major}}) && TUPLEWATCH_PG_BIN=$bin cargo test --locked --test main {{filter}}
+
 # A benchmark, for instance `just bench large_transaction`.
 bench name *args:
     cargo bench --bench {{name}} -- {{args}}
+
+# Load and random faults for some minutes, with every change compared.
+soak minutes="20":
+    cargo bench --bench soak --profile dev -- --minutes {{minutes}}
 
 # API documentation, without warnings.
 doc:

@@ -19,7 +19,7 @@ use crate::changelog::{ChangeLog, Entry, FjallLog, Room, State};
 use crate::config::{self, Config, MappingSource, Preset};
 use crate::grpc::{self, watch::WatchService};
 use crate::hub::{self, Hub};
-use crate::lsn::Lsn;
+use crate::lsn::{Lsn, Xid8};
 use crate::mapping::{Mapping, Spec, TUPLES_PRESET};
 use crate::replication::connection::Endpoints;
 use crate::replication::monitor::{Monitor, Thresholds};
@@ -129,6 +129,10 @@ impl Outlet for Joined {
 
     async fn checkpoint(&self) -> Result<State, Closed> {
         self.recorder.flush().await
+    }
+
+    async fn recorded_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, replication::Error> {
+        self.hub.recorded_since(from).await.map_err(|error| replication::Error::Transient(error.to_string()))
     }
 
     fn durable(&self) -> watch::Receiver<Lsn> {

@@ -31,7 +31,7 @@ mod tests;
 pub use subscription::{End, Filter, Subscription};
 
 use crate::changelog::ChangeLog;
-use crate::lsn::Lsn;
+use crate::lsn::{Lsn, Xid8};
 use crate::timeline::{History, Source};
 use crate::transaction::{Break, Message, Transaction};
 use bytes::Bytes;
@@ -182,6 +182,14 @@ impl Hub {
     /// Follows up to where everything is visible to new snapshots. May repeat itself.
     pub fn watch_visible(&self) -> watch::Receiver<Lsn> {
         self.inner.visible.subscribe()
+    }
+
+    /// End LSN and id of the transactions with changes that the log has from `from` on.
+    ///
+    /// # Errors
+    /// Where the log cannot be read.
+    pub async fn recorded_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, crate::changelog::Error> {
+        self.on_disk(move |log| log.transactions_since(from)).await
     }
 
     /// Runs a short read of the log, on a thread for such where it may block.

@@ -40,7 +40,7 @@ pub use session::Session;
 
 use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::{Entry, Room, State, recorder::Closed};
-use crate::lsn::Lsn;
+use crate::lsn::{Lsn, Xid8};
 use crate::mapping::Mapping;
 use crate::timeline::Source;
 use std::fmt;
@@ -71,6 +71,9 @@ pub trait Outlet: Send + Sync {
 
     /// The state of the log, once all that was delivered is durable.
     fn checkpoint(&self) -> impl Future<Output = Result<State, Closed>> + Send;
+
+    /// End LSN and id of the transactions with changes that are in the log and committed at or after `from`, in stream order.
+    fn recorded_since(&self, from: Lsn) -> impl Future<Output = Result<Vec<(Lsn, Xid8)>, Error>> + Send;
 
     /// Up to which end LSN the log survives a crash.
     fn durable(&self) -> watch::Receiver<Lsn>;

@@ -15,11 +15,14 @@
     reason = "a test fails where it expected something, and tells what led to it"
 )]
 
-#[expect(dead_code, reason = "the scenarios to come")]
 mod support {
     pub(crate) mod change;
-    pub(crate) mod interruption;
     pub(crate) mod disk;
+    #[expect(dead_code, reason = "the soak uses the rest")]
+    pub(crate) mod faults;
+    pub(crate) mod interruption;
+    #[expect(dead_code, reason = "the soak uses the rest")]
+    pub(crate) mod oracle;
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     pub(crate) mod reference;
@@ -40,14 +43,14 @@ mod scenarios {
     mod long_transaction;
     mod memory;
     mod oracle;
-    mod publication;
-    mod schema;
-    mod timeline;
-    mod rows;
-    mod retention;
-    mod subscribers;
     mod position;
+    mod publication;
+    mod retention;
+    mod rows;
+    mod schema;
     mod slot;
+    mod subscribers;
+    mod timeline;
     mod timestamps;
     mod tokens;
     mod transactions;

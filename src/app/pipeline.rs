@@ -218,9 +218,7 @@ impl Run {
         }
         // In the end the process is stopped in good order.
         parts.push(Box::pin(async {
-            while !self.readers.iter().all(|reader| reader.lock().unwrap().is_done) {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
+            self.world.all_done(self.readers.len()).await;
             stop.send_replace(true);
             std::future::pending::<()>().await;
         }));

@@ -6,7 +6,7 @@
 use crate::assembler::{self, Assembler};
 use crate::changelog::Entry;
 use crate::lsn::{CommitTime, Lsn, Position, Xid8};
-use crate::transaction::{Break, BreakReason, Header};
+use crate::transaction::{Break, BreakReason, Header, Transaction};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -46,6 +46,23 @@ pub enum Event {
     },
 }
 
+/// Why the stream cannot be read on. All of these are lasting.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// See there.
+    #[error(transparent)]
+    Assembler(#[from] assembler::Error),
+    /// The server has another history than the log.
+    #[error(
+        "the change log has a transaction that ends at {at}, and the server no longer has it, on the same timeline: its storage \
+         was rolled back, and the log holds changes that never happened there. Start the log anew with --reset-log"
+    )]
+    Rewritten {
+        /// The end LSN.
+        at: Lsn,
+    },
+}
+
 /// A break that a check found, waiting for the stream to get to its end.
 #[derive(Clone, Debug)]
 struct PendingBreak {
@@ -67,13 +84,23 @@ pub struct Intake {
     /// How far an idle server has got, beyond `received`.
     idle: Option<Lsn>,
     pending: Option<PendingBreak>,
+    /// End LSN and id of what the log has and the slot sends again: it has to come.
+    recorded: VecDeque<(Lsn, Xid8)>,
     out: VecDeque<Entry>,
 }
 
 impl Intake {
-    /// For a session that starts after `received`; `xid` is the server's next transaction id at the time.
+    /// For a session whose slot begins at or before `received`; `xid` is the server's next transaction id at the time.
     pub fn new(assembler: Assembler, received: Lsn, xid: Xid8) -> Self {
-        Self { assembler, received, xid, skipping: false, idle: None, pending: None, out: VecDeque::new() }
+        let (pending, recorded, out) = (None, VecDeque::new(), VecDeque::new());
+        Self { assembler, received, xid, skipping: false, idle: None, pending, recorded, out }
+    }
+
+    /// What the log has of that which the slot is going to send again, in stream order. Where it does not come the server's
+    /// storage was rolled back, and what is written there since must not be taken for what was.
+    pub fn expect(&mut self, recorded: Vec<(Lsn, Xid8)>) {
+        let received = self.received;
+        self.recorded = recorded.into_iter().filter(|(end, _)| *end <= received).collect();
     }
 
     /// Everything up to this end LSN has been turned into entries.
@@ -104,9 +131,10 @@ impl Intake {
     ///
     /// # Errors
     /// Where the stream cannot be read on; lasting.
-    pub fn take(&mut self, event: Event) -> Result<(), assembler::Error> {
+    pub fn take(&mut self, event: Event) -> Result<(), Error> {
         match event {
             Event::Begin { commit, xid, commit_time } => {
+                self.expect_nothing_before(commit)?;
                 // A break ends before the first transaction that is not in it.
                 self.break_up_to(commit);
                 self.xid = self.xid.widen(xid);
@@ -123,15 +151,21 @@ impl Intake {
             Event::Message { prefix, content } => self.assembler.logical_message(&prefix, &content),
             Event::Commit { commit, end } => {
                 let transaction = self.assembler.commit(commit, end)?;
-                if !self.skipping {
+                if self.skipping {
+                    self.check_off(&transaction)?;
+                } else if self.break_up_to(end) {
+                    // The marker, which ends where the gap does: it is inside, and nobody gets past it before the break.
+                    self.out.extend(transaction.staged.then_some(Entry::Discard));
+                } else {
                     self.received = end;
                     self.out.push_back(Entry::Transaction(Arc::new(transaction)));
                 }
-                // On an idle server nothing comes behind the marker that a break ends at.
-                self.break_up_to(end);
                 self.skipping = false;
             }
             Event::KeepAlive { wal_end } => {
+                if !self.assembler.in_transaction() {
+                    self.expect_nothing_before(wal_end)?;
+                }
                 if !self.assembler.in_transaction() && wal_end > self.received {
                     self.idle = Some(wal_end);
                 }
@@ -157,17 +191,37 @@ impl Intake {
             return;
         }
         if let Some(idle) = self.idle.take() {
-            self.break_up_to(idle);
+            let _ = self.break_up_to(idle);
             self.received = self.received.max(idle);
             self.out.push_back(Entry::Progress(idle));
         }
     }
 
-    fn break_up_to(&mut self, lsn: Lsn) {
-        if let Some(pending) = self.pending.take_if(|pending| pending.gap.to <= Position::at(lsn)) {
-            self.received = self.received.max(pending.gap.to.lsn);
-            self.out.push_back(Entry::Break(pending.gap));
-            self.out.extend(pending.then);
+    /// Tells of the pending break, if the stream has got to its end; whether it did.
+    fn break_up_to(&mut self, lsn: Lsn) -> bool {
+        let Some(pending) = self.pending.take_if(|pending| pending.gap.to <= Position::at(lsn)) else { return false };
+        self.received = self.received.max(pending.gap.to.lsn);
+        self.out.push_back(Entry::Break(pending.gap));
+        self.out.extend(pending.then);
+        true
+    }
+
+    /// A transaction came again. It is the one that the log has, if the server's history is the one that we followed.
+    fn check_off(&mut self, transaction: &Transaction) -> Result<(), Error> {
+        let known = |(end, xid): &mut (Lsn, Xid8)| *end == transaction.end && *xid == transaction.header.xid;
+        if self.recorded.pop_front_if(known).is_none()
+            && self.recorded.front().is_some_and(|(end, _)| *end <= transaction.end)
+        {
+            return Err(Error::Rewritten { at: transaction.end });
+        }
+        Ok(())
+    }
+
+    /// Everything that ends at or before here has come, if it was there.
+    fn expect_nothing_before(&self, lsn: Lsn) -> Result<(), Error> {
+        match self.recorded.front() {
+            Some((end, _)) if *end <= lsn => Err(Error::Rewritten { at: *end }),
+            _ => Ok(()),
         }
     }
 
@@ -226,6 +280,31 @@ mod tests {
     }
 
     #[test]
+    fn what_the_log_has_must_come_again() {
+        let check = |recorded: &[(u64, u64)], commits: &[u64], expected: Option<u64>| {
+            let mut intake = intake(300);
+            intake.expect(recorded.iter().map(|(end, xid)| (Lsn(*end), Xid8(*xid))).collect());
+            let events = commits.iter().flat_map(|commit| {
+                let commit = Lsn(*commit);
+                let begin = Event::Begin { commit, xid: 1001, commit_time: CommitTime(0) };
+                [begin, Event::Commit { commit, end: Lsn(commit.0 + 10) }]
+            });
+            let last = Event::KeepAlive { wal_end: Lsn(400) };
+            let failed = events.chain([last]).find_map(|event| intake.take(event).err());
+            assert_eq!(failed, expected.map(|at| Error::Rewritten { at: Lsn(at) }), "{recorded:?} {commits:?}");
+        };
+        check(&[], &[100, 200], None);
+        check(&[(110, 1001), (210, 1001)], &[100, 200, 300], None);
+        // Without changes it is not in the log.
+        check(&[(210, 1001)], &[100, 200], None);
+        check(&[(210, 1001)], &[100], Some(210));
+        check(&[(210, 1001)], &[100, 300], Some(210));
+        check(&[(210, 999)], &[200], Some(210));
+        // Beyond what was received.
+        check(&[(310, 1001)], &[200], None);
+    }
+
+    #[test]
     fn idle_progress_only_outside_transactions_and_forward() {
         let mut intake = intake(300);
         intake.take(Event::Begin { commit: Lsn(400), xid: 1, commit_time: CommitTime(0) }).unwrap();
@@ -257,6 +336,6 @@ mod tests {
         // The marker itself is the last thing that an idle server has to say.
         intake.interrupt(Lsn(500), Lsn(610), BreakReason::MappingChanged, vec![]);
         transaction(&mut intake, 600);
-        assert_eq!(out(&mut intake), ["transaction 610", "break 500..610"]);
+        assert_eq!(out(&mut intake), ["break 500..610"]);
     }
 }

@@ -14,11 +14,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-/// `wal_sender_timeout` of the session. Feedback suppresses the server's own pings, so it is sent only when there is
-/// something to say, and the server pings at half of this: whoever hears nothing for the whole of it talks to nobody.
-pub(super) const SILENCE_MAX: Duration = Duration::from_secs(20);
-/// Longer than [`SILENCE_MAX`], so that the driver's own feedback never suppresses the server's pings.
-const WAKEUP: Duration = Duration::from_secs(30);
+/// `wal_sender_timeout` of the session: the server gives up a peer that says nothing for so long.
+const SENDER_TIMEOUT: Duration = Duration::from_secs(20);
+/// How often we say something unasked. While PostgreSQL decodes what is not for us it does not ping, and looks at the last reply
+/// only when it is done.
+const WAKEUP: Duration = Duration::from_secs(6);
 /// Most often that the server is told how far we are.
 const STATUS_EVERY: Duration = Duration::from_millis(250);
 /// A statement on the side connection that takes longer means that the server does not answer.
@@ -64,7 +64,7 @@ impl Postgres {
         let look = async {
             let sql = self.endpoints.connect(&application_name(&state.node_id)).await.map_err(connect_error)?;
             own_source(&sql, state).await?;
-            self.check(&sql, state).await
+            check(&sql, &self.options, state.origin.is_some()).await
         };
         match look.await {
             Err(Error::Transient(what)) => {
@@ -73,23 +73,6 @@ impl Postgres {
             }
             result => result,
         }
-    }
-
-    /// What PostgreSQL must be like.
-    async fn check(&self, sql: &Connection, state: &State) -> Result<(), Error> {
-        let expectation = requirements::Expectation {
-            mapping: &self.options.mapping,
-            slot: &self.options.slot,
-            publication: &self.options.publication,
-            slot_expected: state.origin.is_some(),
-        };
-        let findings = bounded(requirements::check(&sql.client, &expectation)).await?.map_err(sql_error)?;
-        let errors: Vec<String> =
-            findings.iter().filter(|finding| finding.severity == Severity::Error).map(ToString::to_string).collect();
-        if !errors.is_empty() {
-            return Err(Error::definite(errors.join("\n")));
-        }
-        Ok(())
     }
 
     /// Makes the slot, if there is none.
@@ -103,43 +86,75 @@ impl Postgres {
         Ok(())
     }
 
-    fn replication_config(&self, endpoint: &Endpoint, name: &str, start: Lsn) -> ReplicationConfig {
+    fn replication_config(&self, endpoint: &Endpoint, name: &str) -> ReplicationConfig {
         let config = endpoint.replication_config(&self.options.slot, &self.options.publication);
         // Behind those of the URI.
         let given = config.options.clone().unwrap_or_default();
         config
-            .with_options(format!("{given} -c wal_sender_timeout={}", SILENCE_MAX.as_millis()).trim_start())
+            .with_options(format!("{given} -c wal_sender_timeout={}", SENDER_TIMEOUT.as_millis()).trim_start())
             .with_application_name(name)
             .with_status_interval(STATUS_EVERY)
             .with_wakeup_interval(WAKEUP)
             .with_buffer_size(EVENTS_MAX)
-            .with_start_lsn(driver_lsn(start))
+            // From where the slot is: what we have of it must come again as we have it.
+            .with_start_lsn(pgwire_replication::Lsn::ZERO)
             // PostgreSQL takes 0/0 for "nothing to report": nothing is acknowledged before the checks have passed.
             .with_ack_lsn(pgwire_replication::Lsn::ZERO)
     }
 }
 
+/// What PostgreSQL must be like.
+async fn check(sql: &Connection, options: &Options, slot_expected: bool) -> Result<(), Error> {
+    let expectation = requirements::Expectation {
+        mapping: &options.mapping,
+        slot: &options.slot,
+        publication: &options.publication,
+        slot_expected,
+    };
+    let findings = bounded(requirements::check(&sql.client, &expectation)).await?.map_err(sql_error)?;
+    let errors: Vec<String> =
+        findings.iter().filter(|finding| finding.severity == Severity::Error).map(ToString::to_string).collect();
+    if !errors.is_empty() {
+        return Err(Error::definite(errors.join("\n")));
+    }
+    Ok(())
+}
+
 impl Upstream for Postgres {
     type Link = PostgresLink;
 
-    async fn connect(&self, state: &State, start: Lsn) -> Result<PostgresLink, Error> {
+    async fn connect(&self, state: &State) -> Result<PostgresLink, Error> {
         let name = application_name(&state.node_id);
         let sql = self.endpoints.connect(&name).await.map_err(connect_error)?;
         let source = own_source(&sql, state).await?;
-        self.check(&sql, state).await?;
+        check(&sql, &self.options, state.origin.is_some()).await?;
         if state.origin.is_none() {
             // Only while the log is empty: a slot made later would begin with a gap, and say nothing of it.
             self.create_slot(&sql).await?;
         }
-        let config = self.replication_config(sql.endpoint(), &name, start);
+        let config = self.replication_config(sql.endpoint(), &name);
         let mut client = ReplicationClient::connect_gated(config).await.map_err(driver_error)?;
+        // Such a database holds any bytes. Asked for UTF-8, the walsender would fail on those that are not, each time that it
+        // came to them; as they are, they are a break for their tenant.
+        let as_they_are = "SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false) \
+                           WHERE pg_catalog.current_setting('server_encoding') = 'SQL_ASCII'";
+        bounded(client.simple_query(as_they_are)).await?.map_err(driver_error)?;
         let identity = bounded(client.identify_system()).await?.map_err(driver_error)?;
         if identity.system_id != source.system_identifier.to_string() {
             return Err(Error::transient("the two connections lead to different servers"));
         }
         let history = history(&mut client, identity.timeline).await?;
+        let pid = walsender_pid(&mut client).await?;
         let server = Server { source, history, wal_end: Lsn(identity.xlogpos.as_u64()) };
-        Ok(PostgresLink { options: self.options.clone(), endpoint: self.endpoint.clone(), name, sql, client, server })
+        Ok(PostgresLink {
+            options: self.options.clone(),
+            endpoint: self.endpoint.clone(),
+            name,
+            pid,
+            sql,
+            client,
+            server,
+        })
     }
 }
 
@@ -149,6 +164,8 @@ pub struct PostgresLink {
     endpoint: watch::Sender<Option<Endpoint>>,
     /// Of both connections.
     name: String,
+    /// Of the walsender.
+    pid: i32,
     sql: Connection,
     client: ReplicationClient,
     server: Server,
@@ -219,6 +236,20 @@ impl Link for PostgresLink {
 
     fn acknowledge(&self, lsn: Lsn) {
         self.client.update_applied_lsn(driver_lsn(lsn));
+    }
+
+    async fn check_alive(&self) -> Result<(), Error> {
+        let statement = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = $1";
+        let row = bounded(self.sql.client.query_opt(statement, &[&self.options.slot])).await?.map_err(sql_error)?;
+        let holder: Option<i32> = row.and_then(|row| row.get(0));
+        if holder == Some(self.pid) {
+            return Ok(());
+        }
+        Err(Error::transient("the server has given up the replication connection: it died on the way"))
+    }
+
+    async fn check_fit(&self) -> Result<(), Error> {
+        check(&self.sql, &self.options, true).await
     }
 
     async fn published(&self) -> Result<Published, Error> {
@@ -309,6 +340,13 @@ async fn source(sql: &Connection) -> Result<Source, Error> {
     let (system, oid): (i64, u32) = (row.get(0), row.get(1));
     // SQL has no unsigned integers: the bits are what counts.
     Ok(Source { system_identifier: system.cast_unsigned(), database_oid: oid })
+}
+
+async fn walsender_pid(client: &mut ReplicationClient) -> Result<i32, Error> {
+    let rows = bounded(client.simple_query("SELECT pg_catalog.pg_backend_pid()")).await?.map_err(driver_error)?;
+    let pid = rows.first().and_then(|row| row.first()).and_then(Option::as_ref);
+    let pid = pid.and_then(|text| std::str::from_utf8(text).ok()).and_then(|text| text.parse().ok());
+    pid.ok_or_else(|| Error::transient("the walsender did not tell its process id"))
 }
 
 /// The timelines that lead to this one.

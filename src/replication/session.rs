@@ -10,10 +10,8 @@ use crate::lsn::{Lsn, Position};
 use crate::transaction::{Break, BreakReason};
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
-/// Whoever hears nothing for so long talks to nobody: the server pings at half of it.
-const SILENCE_MAX: Duration = super::postgres::SILENCE_MAX;
 /// Most often that idle progress is recorded.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How often what is published is checked.
@@ -152,6 +150,10 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         let state = self.outlet.checkpoint().await?;
         let published = link.published().await?;
         self.compare(&link, &published, &state, &mut intake).await?;
+        if !intake.has_pending_break() {
+            // Under another mapping or publication other transactions would have changes.
+            intake.expect(self.outlet.recorded_since(started.confirmed).await?);
+        }
         Ok(Opened { link, intake })
     }
 
@@ -161,24 +163,32 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
             let state = self.outlet.checkpoint().await?;
             // A process that goes on, goes on behind what its hub has; a new one behind what the log has.
             let resume = state.origin.as_ref().map(|_| self.received.unwrap_or(state.tail));
-            let start = resume.unwrap_or(Lsn::ZERO);
-            let link = self.upstream.connect(&state, start).await?;
+            let link = self.upstream.connect(&state).await?;
             let server = link.server();
             if let Some(origin) = &state.origin
                 && origin.history != server.history
             {
                 let history = server.history.clone();
+                if history.was_left_behind_by(&origin.history) {
+                    return Err(Error::definite(format!(
+                        "the server is on timeline {}, and was left behind when the change log followed a promotion to timeline \
+                         {}: it is an old primary, or its storage was rolled back. Point database.uri at the present primary, or \
+                         start the log anew with --reset-log",
+                        history.current().id,
+                        origin.history.current().id
+                    )));
+                }
                 let at = history.divergence_from(&origin.history).unwrap_or(state.tail);
                 tracing::warn!(
                     timeline = history.current().id, switch_lsn = %at, "the server goes on along another timeline"
                 );
                 self.outlet.deliver(Entry::Diverge { at, history }).await?;
                 self.received = self.received.map(|received| received.min(at));
-                // The start is part of the link: connect again.
+                // What is abandoned is not expected to come again: look at the log once more.
                 continue;
             }
-            if server.wal_end < start {
-                // START_REPLICATION past the end is accepted silently, and then skips what is written next.
+            if let Some(start) = resume.filter(|resume| server.wal_end < *resume) {
+                // What is written there next would be taken for what we have.
                 return Err(Error::definite(format!(
                     "the server's WAL ends at {}, before what the change log has ({start}), on the same timeline: its \
                      storage was rolled back, and the log holds changes that never happened there. Start the log anew with \
@@ -227,7 +237,8 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
 
     fn no_publication(&self) -> Error {
         Error::definite(format!(
-            "publication {} does not exist: run tuplewatch setup, or CREATE PUBLICATION",
+            "publication {} does not exist. The slot is older than a new one would be: run tuplewatch setup --recreate-slot; \
+             what has changed since it was dropped is lost, and subscribers are told",
             self.options.publication
         ))
     }
@@ -244,7 +255,6 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         let mut progress = every(PROGRESS_EVERY);
         let mut verify = every(VERIFY_EVERY);
         let mut last_check: Option<Published> = None;
-        let mut last_heard = Instant::now();
         loop {
             while let Some(entry) = intake.pop() {
                 let reached = reached(&entry);
@@ -275,13 +285,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                         () = stopped(stop) => return self.finish(link, durable).await,
                     }
                 }
-                event = timeout_at(last_heard + SILENCE_MAX, link.next()) => {
-                    let event = event.map_err(|_| Error::transient(format!(
-                        "nothing was heard from the server for {} s: the connection is dead", SILENCE_MAX.as_secs()
-                    )))?;
-                    last_heard = Instant::now();
-                    intake.take(event?).map_err(Error::definite)?;
-                }
+                event = link.next() => intake.take(event?).map_err(Error::definite)?,
             }
         }
     }
@@ -301,6 +305,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         intake: &mut Intake,
         last_check: &mut Option<Published>,
     ) -> Result<(), Error> {
+        link.check_alive().await?;
         if intake.has_pending_break() {
             return Ok(());
         }
@@ -314,6 +319,8 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
             Some(_) => {}
             None => {
                 let state = self.outlet.checkpoint().await?;
+                // Where less is published than there is, nothing may flow: an error that lasts, and the break when it is over.
+                link.check_fit().await?;
                 self.compare(link, &published, &state, intake).await?;
             }
         }

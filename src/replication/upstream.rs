@@ -19,7 +19,7 @@ pub trait Upstream: Send + Sync {
     ///
     /// # Errors
     /// Fatal where the log belongs to another source.
-    fn connect(&self, state: &State, start: Lsn) -> impl Future<Output = Result<Self::Link, Error>> + Send;
+    fn connect(&self, state: &State) -> impl Future<Output = Result<Self::Link, Error>> + Send;
 }
 
 /// What a new link leads to.
@@ -36,7 +36,7 @@ pub struct Server {
 /// A slot that is ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Started {
-    /// Its confirmed flush: whatever was asked for, nothing that committed before comes.
+    /// Its confirmed flush: nothing that committed before comes.
     pub confirmed: Lsn,
     /// The server's next transaction id.
     pub xid: Xid8,
@@ -47,7 +47,7 @@ pub trait Link: Send {
     /// Where it leads.
     fn server(&self) -> &Server;
 
-    /// Starts replication behind the LSN that it was made with. Nobody else can move the slot from then on.
+    /// Starts replication where the slot is. Nobody else can move the slot from then on.
     ///
     /// # Errors
     /// Where the server refuses.
@@ -56,7 +56,7 @@ pub trait Link: Send {
     /// The log follows this server now: whoever else asks something of the server asks this one.
     fn announce(&self);
 
-    /// The next event. Cancel safe. How long to wait for it is the caller's business: a peer that died says nothing.
+    /// The next event. Cancel safe. A peer that died says nothing: see [`Link::check_alive`].
     ///
     /// # Errors
     /// Where the link is of no more use.
@@ -64,6 +64,19 @@ pub trait Link: Send {
 
     /// Tells the slot that everything up to this end LSN is durable here. Never goes back.
     fn acknowledge(&self, lsn: Lsn);
+
+    /// Whether the server still has this link; asked every few seconds. Silence says nothing: a server that decodes for minutes
+    /// what is not for us neither sends nor listens meanwhile.
+    ///
+    /// # Errors
+    /// Where it does not, or cannot be asked.
+    fn check_alive(&self) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Whether the server is still fit to be read from.
+    ///
+    /// # Errors
+    /// Definite where it is not: less is published than the mapping needs, or old rows are incomplete.
+    fn check_fit(&self) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// What is published at present.
     ///

@@ -127,11 +127,6 @@ impl Postgres {
         self.cluster.data_dir().join("pgdata")
     }
 
-    /// Where `postgres` is; other programs of the installation may be there too.
-    pub(crate) fn bin(&self) -> PathBuf {
-        self.cluster.installation().bin_dir().to_owned()
-    }
-
     /// 15 in 15.18.
     pub(crate) fn major(&self) -> u32 {
         self.cluster.installation().major()

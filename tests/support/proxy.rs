@@ -165,6 +165,11 @@ fn address_of(uri: &str) -> SocketAddr {
 
 async fn forward(client: TcpStream, shared: Arc<Shared>) {
     let mut line = shared.line.subscribe();
+    // Behind a cable that was pulled nobody hears of a new client. PostgreSQL in particular would wait for what it has to say,
+    // for a minute even when shutting down.
+    if line.wait_for(|line| *line != Line::Silent).await.is_err() {
+        return;
+    }
     let generation = shared.generation.load(Ordering::Relaxed);
     let Ok(server) = TcpStream::connect(shared.target).await else { return };
     for side in [&client, &server] {

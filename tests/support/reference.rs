@@ -26,9 +26,20 @@ pub(crate) async fn begin(sql: &Sql) {
 
 /// All that was committed since [`begin`].
 pub(crate) async fn read(sql: &Sql) -> Vec<Transaction> {
+    read_by("pg_logical_slot_peek_binary_changes", sql).await
+}
+
+/// What was committed after this commit LSN. PostgreSQL keeps none of it for a later call.
+pub(crate) async fn consume(sql: &Sql, after: u64) -> Vec<Transaction> {
+    let mut transactions = read_by("pg_logical_slot_get_binary_changes", sql).await;
+    // A crash of PostgreSQL takes the slot back to its last checkpoint: then some come again.
+    transactions.retain(|transaction| transaction.commit_lsn > after);
+    transactions
+}
+
+async fn read_by(function: &str, sql: &Sql) -> Vec<Transaction> {
     let statement = format!(
-        "SELECT data FROM pg_logical_slot_peek_binary_changes('{SLOT}', NULL, NULL, \
-         'proto_version', '1', 'publication_names', 'tuplewatch')"
+        "SELECT data FROM {function}('{SLOT}', NULL, NULL, 'proto_version', '1', 'publication_names', 'tuplewatch')"
     );
     let mut reader = Reader::default();
     for row in sql.query(&statement, &[]).await.unwrap() {

@@ -16,6 +16,9 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
+/// Lines of the server's log that are shown where a test fails.
+const LOG_TAIL: usize = 500;
+
 /// One node: a slot, a log directory, and a process that comes and goes. Killed when dropped.
 pub(crate) struct Server {
     flags: Vec<String>,
@@ -110,8 +113,7 @@ impl Server {
 
     fn spawn(&mut self, arguments: &[&str]) -> watch::Receiver<Option<SocketAddr>> {
         assert!(self.process.is_none(), "one process at a time");
-        let mut process =
-            self.command().args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut process = self.command().args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
 
         let (found, address) = watch::channel(None);
         let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
@@ -265,7 +267,9 @@ fn listening(line: &str) -> Option<SocketAddr> {
 impl Drop for Server {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("the server's log:\n{}", self.log.lock().unwrap().join("\n"));
+            let log = self.log.lock().unwrap();
+            let tail = &log[log.len().saturating_sub(LOG_TAIL)..];
+            eprintln!("the last of {} lines of the server's log:\n{}", log.len(), tail.join("\n"));
         }
     }
 }

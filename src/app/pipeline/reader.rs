@@ -180,12 +180,14 @@ fn ids(changes: &[u8]) -> Vec<String> {
 pub(super) async fn read(world: World, server: Server, hub: Hub, reader: Arc<Mutex<Reader>>) {
     while !reader.lock().unwrap().is_done {
         if !prepare(&server, &reader) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         }
         if stream(&world, &server, &hub, &reader).await {
             let mut reader = reader.lock().unwrap();
-            if !reader.is_done {
+            if reader.is_done {
+                world.tell_done();
+            } else {
                 reader.forget();
             }
         } else {

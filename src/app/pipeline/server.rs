@@ -144,7 +144,7 @@ impl Server {
 
     /// Commits a transaction with these changes.
     pub(super) fn commit(&self, changes: Vec<(&'static str, String)>) -> Committed {
-        let has_token = self.world.once_in(3);
+        let has_token = self.world.once_in(3) || self.inner().committed.is_empty();
         // One transaction may end where the next one commits.
         let gap = self.world.below(2) * self.world.below(40);
         let visible_at = Instant::now() + Duration::from_millis(self.world.below(2) * self.world.below(40));
@@ -289,7 +289,7 @@ impl Primary for Asked<'_> {
         let snapshot = Arc::new(self.server.snapshot());
         *self.snapshot.lock().unwrap() = Some(snapshot.clone());
         let inner = self.server.inner();
-        Ok(Look { insert_lsn: inner.wal_end, flush_lsn: inner.wal_end, snapshot, tenant_exists: true })
+        Ok(Look { flush_lsn: inner.wal_end, snapshot, tenant_exists: true })
     }
 
     async fn transaction_status(&self, _: Xid8) -> Result<TransactionStatus, Unreachable> {
@@ -307,8 +307,8 @@ impl Primary for Asked<'_> {
 impl Upstream for Server {
     type Link = ServerLink;
 
-    async fn connect(&self, _: &State, start: Lsn) -> Result<ServerLink, Error> {
-        if !self.world.step(|| format!("connect from {start}")) || self.world.once_in(10) {
+    async fn connect(&self, _: &State) -> Result<ServerLink, Error> {
+        if !self.world.step(|| "connect".into()) || self.world.once_in(10) {
             return Err(Error::Transient("connection refused".into()));
         }
         let mut inner = self.inner();
@@ -318,7 +318,6 @@ impl Upstream for Server {
             server: self.clone(),
             identity,
             number: inner.holder,
-            start,
             sent: Lsn::ZERO,
             is_described: false,
             queue: VecDeque::new(),
@@ -332,7 +331,6 @@ pub(super) struct ServerLink {
     server: Server,
     identity: Identity,
     number: u64,
-    start: Lsn,
     /// Every transaction that commits before is sent, or not wanted.
     sent: Lsn,
     is_described: bool,
@@ -390,7 +388,7 @@ impl Link for ServerLink {
             return Err(Error::Transient("dead".into()));
         }
         let inner = self.server.inner();
-        self.sent = self.start.max(inner.confirmed);
+        self.sent = inner.confirmed;
         Ok(Started { confirmed: inner.confirmed, xid: Xid8(inner.next_xid) })
     }
 
@@ -443,6 +441,14 @@ impl Link for ServerLink {
         inner.confirmed = lsn;
         drop(inner);
         self.server.world.step(|| format!("acknowledge {lsn}"));
+    }
+
+    async fn check_alive(&self) -> Result<(), Error> {
+        self.check()
+    }
+
+    async fn check_fit(&self) -> Result<(), Error> {
+        self.check()
     }
 
     async fn published(&self) -> Result<Published, Error> {

@@ -14,6 +14,8 @@ pub(super) struct World {
     inner: Arc<Mutex<Inner>>,
     /// Whether the process of the present life is dead.
     dead: watch::Sender<bool>,
+    /// How many readers have everything.
+    done: watch::Sender<usize>,
 }
 
 struct Inner {
@@ -30,7 +32,7 @@ struct Inner {
 impl World {
     pub(super) fn new(seed: u64, crashes: BTreeSet<u64>) -> Self {
         let inner = Inner { random: Rng::with_seed(seed), steps: 0, crashes, trace: Vec::new(), violation: None };
-        Self { inner: Arc::new(Mutex::new(inner)), dead: watch::Sender::new(false) }
+        Self { inner: Arc::new(Mutex::new(inner)), dead: watch::Sender::new(false), done: watch::Sender::new(0) }
     }
 
     /// Counts a step of the process; it dies here if this is the one. Whether it lives.
@@ -67,6 +69,16 @@ impl World {
     /// Completes when the process dies.
     pub(super) async fn died(&self) {
         let _ = self.dead.subscribe().wait_for(|dead| *dead).await;
+    }
+
+    /// A reader has everything.
+    pub(super) fn tell_done(&self) {
+        self.done.send_modify(|done| *done += 1);
+    }
+
+    /// Completes when so many have everything.
+    pub(super) async fn all_done(&self, count: usize) {
+        let _ = self.done.subscribe().wait_for(|done| *done >= count).await;
     }
 
     /// Another process begins.

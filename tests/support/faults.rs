@@ -1,0 +1,240 @@
+//! A node, its PostgreSQL and what is between them; and what can go wrong with each, at random.
+
+use super::oracle::Load;
+use super::postgres::Postgres;
+use super::proxy::Proxy;
+use super::server::Server;
+use super::wait::{PATIENCE, eventually};
+use fastrand::Rng;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use tuplewatch::dev_postgres::StopMode;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Fault {
+    /// SIGKILL of tuplewatch.
+    Kill,
+    /// SIGTERM of tuplewatch.
+    Terminate,
+    /// An immediate stop of PostgreSQL.
+    Crash,
+    /// A fast stop of PostgreSQL.
+    Restart,
+    /// [`Fault::Kill`] while PostgreSQL is down after [`Fault::Crash`].
+    CrashBoth,
+    /// All connections between the two are reset.
+    Cut,
+    /// Nothing goes through between the two for a while, and neither is told.
+    Silence,
+    /// The disk of the change log is full for a while.
+    FullDisk,
+}
+
+impl Fault {
+    /// Whether subscribers lose their streams.
+    pub(crate) const fn ends_tuplewatch(self) -> bool {
+        matches!(self, Self::Kill | Self::Terminate | Self::CrashBoth)
+    }
+
+    /// Whether writers lose their connections.
+    pub(crate) const fn ends_postgres(self) -> bool {
+        matches!(self, Self::Crash | Self::Restart | Self::CrashBoth)
+    }
+
+    /// Whether it takes a while, in the midst of which others may come.
+    const fn lasts(self) -> bool {
+        matches!(self, Self::Silence | Self::FullDisk)
+    }
+}
+
+/// How often each fault was.
+#[derive(Default)]
+pub(crate) struct Tally(BTreeMap<Fault, usize>);
+
+impl Tally {
+    fn count(&mut self, fault: Fault) {
+        *self.0.entry(fault).or_default() += 1;
+    }
+
+    pub(crate) fn of(&self, fault: Fault) -> usize {
+        self.0.get(&fault).copied().unwrap_or_default()
+    }
+
+    pub(crate) fn add(&mut self, other: &Self) {
+        for (fault, count) in &other.0 {
+            *self.0.entry(*fault).or_default() += count;
+        }
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counts: Vec<String> = self.0.iter().map(|(fault, count)| format!("{count} {fault:?}")).collect();
+        f.write_str(&if counts.is_empty() { "none".to_owned() } else { counts.join(", ") })
+    }
+}
+
+pub(crate) struct World {
+    pub(crate) postgres: Postgres,
+    pub(crate) server: Server,
+    random: Rng,
+    /// Between the two.
+    line: Option<Proxy>,
+    disk: Option<Disk>,
+}
+
+impl World {
+    /// A cluster, and a node that serves it, ready for these faults.
+    pub(crate) async fn start(faults: &[Fault], settings: &[(&str, &str)], flags: &[(&str, &str)], seed: u64) -> Self {
+        let postgres = Postgres::with(settings).await;
+        let mut uri = postgres.uri();
+        let mut line = None;
+        if faults.iter().any(|fault| matches!(fault, Fault::Cut | Fault::Silence)) {
+            let proxy = line.insert(Proxy::to_postgres(&uri).await);
+            uri = proxy.uri(&uri);
+        }
+        let disk = faults.contains(&Fault::FullDisk).then(Disk::new);
+        let mut flags = flags.to_vec();
+        let reserve = disk.as_ref().map(|disk| disk.reserve_bytes.to_string());
+        flags.extend(reserve.as_ref().map(|reserve| ("--changelog-disk-reserve", reserve.as_str())));
+        let mut server = Server::prepare_slot(&uri, "tuplewatch", &flags).await;
+        if let Some(disk) = &disk {
+            server.keep_log_in(tempfile::tempdir_in(disk.directory.path()).unwrap());
+        }
+        server.start().await;
+        server.serving().await;
+        Self { postgres, server, random: Rng::with_seed(seed.wrapping_add(1000)), line, disk }
+    }
+
+    /// Random ones of these faults, one after the other, for so long, and until each was so often. All is well in the end.
+    pub(crate) async fn disturb(
+        &mut self,
+        faults: &[Fault],
+        load: &Load<'_>,
+        lasting: Duration,
+        least: usize,
+    ) -> Tally {
+        let mut tally = Tally::default();
+        let began = Instant::now();
+        while began.elapsed() < lasting || faults.iter().any(|fault| tally.of(*fault) < least) {
+            assert!(began.elapsed() < lasting + 3 * PATIENCE, "the faults took too long: {tally}");
+            load.goes_on().await;
+            self.moment(200..1200).await;
+            match self.random.choice(faults).copied() {
+                Some(fault) if fault.lasts() => self.inflict_lasting(fault, faults, load, &mut tally).await,
+                Some(fault) => self.inflict(fault, &mut tally).await,
+                None => {}
+            }
+        }
+        tally
+    }
+
+    async fn inflict(&mut self, fault: Fault, tally: &mut Tally) {
+        tally.count(fault);
+        match fault {
+            Fault::Kill => {
+                self.server.kill_9().await;
+                self.server.start().await;
+            }
+            Fault::Terminate => {
+                self.server.terminate().await;
+                assert!(self.server.ended().await.success(), "a stop that was asked for is no failure");
+                self.server.start().await;
+            }
+            Fault::Crash => {
+                self.postgres.stop(StopMode::Immediate).await;
+                self.postgres.start_again().await;
+            }
+            Fault::Restart => {
+                self.postgres.stop(StopMode::Fast).await;
+                self.postgres.start_again().await;
+            }
+            Fault::CrashBoth => {
+                self.postgres.stop(StopMode::Immediate).await;
+                self.server.kill_9().await;
+                self.postgres.start_again().await;
+                self.server.start().await;
+            }
+            Fault::Cut => self.line().cut(),
+            Fault::Silence | Fault::FullDisk => unreachable!("{fault:?} lasts"),
+        }
+    }
+
+    /// As likely as not, another of `faults` comes in the midst of it.
+    async fn inflict_lasting(&mut self, fault: Fault, faults: &[Fault], load: &Load<'_>, tally: &mut Tally) {
+        tally.count(fault);
+        // A line that is cut speaks again.
+        let others: Vec<Fault> =
+            faults.iter().copied().filter(|other| !other.lasts() && *other != Fault::Cut).collect();
+        let other = self.random.choice(others).filter(|_| self.random.bool());
+        if fault == Fault::Silence {
+            self.line().silence();
+            // Mostly a hiccup; now and then longer than both sides bear.
+            let for_ms = if self.random.u8(..4) == 0 { 21_000..25_000 } else { 100..4_000 };
+            self.moment(for_ms).await;
+        } else {
+            load.history_is_dropped();
+            let said = |server: &Server| server.times_said("the disk of the change log is full");
+            let said_before = said(&self.server);
+            self.disk().fill();
+            eventually("the full disk is noticed", async || said(&self.server) > said_before).await;
+            self.moment(0..3_000).await;
+        }
+        if let Some(other) = other {
+            self.inflict(other, tally).await;
+            self.moment(0..3_000).await;
+        }
+        if fault == Fault::Silence { self.line().restore() } else { self.disk().free() }
+    }
+
+    async fn moment(&mut self, ms: std::ops::Range<u64>) {
+        tokio::time::sleep(Duration::from_millis(self.random.u64(ms))).await;
+    }
+
+    fn line(&self) -> &Proxy {
+        self.line.as_ref().expect("made where it is needed")
+    }
+
+    fn disk(&self) -> &Disk {
+        self.disk.as_ref().expect("made where it is needed")
+    }
+}
+
+/// A file system that nobody else fills, with a reserve that leaves the change log little of it.
+struct Disk {
+    directory: TempDir,
+    reserve_bytes: u64,
+}
+
+impl Disk {
+    /// What the change log has before it is short of space; several times what it takes.
+    const ROOM_BYTES: u64 = 1 << 30;
+
+    /// In `TUPLEWATCH_DISK`, or in memory.
+    fn new() -> Self {
+        let parent = std::env::var_os("TUPLEWATCH_DISK").unwrap_or("/dev/shm".into());
+        let directory = tempfile::tempdir_in(&parent).expect("a directory in TUPLEWATCH_DISK");
+        let stat = rustix::fs::statvfs(directory.path()).unwrap();
+        let free = stat.f_bavail * stat.f_frsize;
+        assert!(free > 2 * Self::ROOM_BYTES, "only {free} bytes are free in {parent:?}; TUPLEWATCH_DISK names another");
+        Self { directory, reserve_bytes: free - Self::ROOM_BYTES }
+    }
+
+    fn fill(&self) {
+        let file = File::create(self.filler()).unwrap();
+        let bytes = Self::ROOM_BYTES + (64 << 20);
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes).unwrap();
+    }
+
+    fn free(&self) {
+        std::fs::remove_file(self.filler()).unwrap();
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.directory.path().join("filler")
+    }
+}

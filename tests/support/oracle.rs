@@ -1,0 +1,375 @@
+//! Every committed change, exactly once, in commit order, to everybody: against what PostgreSQL itself says was committed.
+//!
+//! Writers run random transactions, while subscribers disconnect at random and come back with a random token of a message
+//! that they kept, forgetting what came after it. What each of them has at the end of a round must be, change by change,
+//! what an independent reading of a second slot has; and that must add up to what is in the tables.
+//!
+//! One exception is told, and held to what was told: where the disk of the change log was full, history is given up, and a
+//! token from before is refused with the earliest one that works. Then exactly the changes before that one are missing.
+
+use super::change::Change;
+use super::faults::{Fault, World};
+use super::reference::{self, Transaction};
+use super::sql::Sql;
+use super::stream::{Message, Stream, metadata, reason};
+use super::wait::{PATIENCE, eventually, within};
+use super::writer::{Habits, TENANTS, Writers, add_tenants};
+use fastrand::Rng;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
+use tonic::transport::Endpoint;
+use tonic::{Code, Status};
+use tuplewatch::lsn::Position;
+use tuplewatch::snap_token::SnapToken;
+
+const WRITERS: u64 = 8;
+const SUBSCRIBERS: u64 = 6;
+/// Tokens to come back with are mostly among those of the last messages, so that a run gets on.
+const RECENT: usize = 64;
+/// What a message has besides its changes: the token and the framing.
+const FRAMING_BYTES_MAX: usize = 128;
+
+/// The subscribers, and what is known to be right.
+pub(crate) struct Oracle {
+    /// PostgreSQL's own.
+    uri: String,
+    seed: u64,
+    shared: Arc<Shared>,
+    subscribers: Vec<(Subscriber, Stream)>,
+    /// Commit LSN of the last transaction of the rounds before.
+    compared: u64,
+    /// What held for each tenant at the end of the round before.
+    facts: HashMap<&'static str, BTreeSet<String>>,
+    rounds: u64,
+}
+
+/// What the subscribers of a round have in common.
+#[derive(Default)]
+struct Shared {
+    /// Messages of all of them.
+    received: AtomicU64,
+    /// Nobody leaves any more.
+    is_over: AtomicBool,
+    /// The change log was made to give up history.
+    history_was_dropped: AtomicBool,
+    /// Times that a subscriber was told so.
+    refusals: AtomicU64,
+    /// How often somebody disconnected and came back.
+    returns: AtomicU64,
+}
+
+/// A round that is being run, for whoever disturbs it.
+pub(crate) struct Load<'a> {
+    writers: &'a Writers,
+    readers: &'a [JoinHandle<(Subscriber, Stream)>],
+    shared: &'a Shared,
+}
+
+/// What came of a round.
+pub(crate) struct Round {
+    pub(crate) transactions: usize,
+    /// Summed over the subscribers.
+    pub(crate) changes_compared: usize,
+    pub(crate) returns: u64,
+    /// Returns that were refused, since the change log had given up what came next.
+    pub(crate) refusals: u64,
+}
+
+impl Shared {
+    fn reset(&self) {
+        for flag in [&self.is_over, &self.history_was_dropped] {
+            flag.store(false, Ordering::Relaxed);
+        }
+        for count in [&self.received, &self.refusals, &self.returns] {
+            count.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Load<'_> {
+    /// Waits until we are in the midst of things: somebody writes, and somebody receives.
+    pub(crate) async fn goes_on(&self) {
+        let received = || self.shared.received.load(Ordering::Relaxed);
+        let (committed_before, received_before) = (self.writers.committed(), received());
+        eventually("the load goes on", async || {
+            assert!(!self.readers.iter().any(JoinHandle::is_finished), "a subscriber failed");
+            self.writers.committed() > committed_before && received() > received_before
+        })
+        .await;
+    }
+
+    /// From now on, and for this round, the change log may have less than a subscriber asks for.
+    pub(crate) fn history_is_dropped(&self) {
+        self.shared.history_was_dropped.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Oracle {
+    /// To be called before anything is written.
+    pub(crate) async fn begin(world: &World, seed: u64, message_bytes: usize) -> Self {
+        let sql = world.postgres.sql().await;
+        add_tenants(&sql).await;
+        reference::begin(&sql).await;
+        let shared = Arc::new(Shared::default());
+        let mut subscribers = Vec::new();
+        for n in 0..SUBSCRIBERS {
+            let tenant = TENANTS[usize::try_from(n).unwrap() % TENANTS.len()];
+            // Some start now, some after a transaction.
+            let token = if n % 2 == 0 { String::new() } else { sql.value("SELECT tuplewatch.snap_token()").await };
+            let stream = world.server.watch(tenant, &token).await;
+            let subscriber = Subscriber {
+                endpoint: world.server.endpoint(),
+                tenant,
+                first_token: token,
+                random: Rng::with_seed(seed.wrapping_add(100 + n)),
+                faults: &[],
+                message_bytes,
+                shared: shared.clone(),
+                kept: Vec::new(),
+                gaps: Vec::new(),
+            };
+            subscribers.push((subscriber, stream));
+        }
+        Self { uri: world.postgres.uri(), seed, shared, subscribers, compared: 0, facts: HashMap::new(), rounds: 0 }
+    }
+
+    /// Lets everybody write and read while `disturb` runs, which inflicts no other than these faults; then everybody catches up, and all is compared. The same
+    /// subscribers go on in the next round.
+    pub(crate) async fn round(&mut self, faults: &'static [Fault], disturb: impl AsyncFnOnce(&Load<'_>)) -> Round {
+        self.shared.reset();
+        let last = Change::tuple("end", &self.rounds.to_string(), "end", "end", "end", "");
+        let last = Change::create(last);
+        let read = |(subscriber, stream)| {
+            let subscriber = Subscriber { faults, ..subscriber };
+            tokio::spawn(subscriber.run(stream, last.clone()))
+        };
+        let readers: Vec<_> = self.subscribers.drain(..).map(read).collect();
+        let habits = Habits { is_big: true, is_patient: faults.iter().any(|fault| fault.ends_postgres()) };
+        let writers = Writers::start(&self.uri, WRITERS, self.seed.wrapping_add(1000 * self.rounds), habits);
+        disturb(&Load { writers: &writers, readers: &readers, shared: &self.shared }).await;
+        writers.stop().await;
+
+        let sql = Sql::connect(&self.uri).await;
+        let rows = TENANTS.map(|tenant| format!("('{tenant}', 'end', '{}', 'end', 'end', 'end')", self.rounds));
+        sql.run(&format!("INSERT INTO tuplewatch.relation_tuples VALUES {}", rows.join(", "))).await;
+        self.shared.is_over.store(true, Ordering::Relaxed);
+        self.rounds += 1;
+
+        let transactions = reference::consume(&sql, self.compared).await;
+        self.compared = transactions.last().expect("the last change").commit_lsn;
+        for tenant in TENANTS {
+            let facts = self.facts.entry(tenant).or_default();
+            for (_, change) in of_tenant(&transactions, tenant) {
+                assert!(change.apply(facts), "tenant {tenant}: {change:?} changes nothing");
+            }
+            assert_eq!(facts, &sql.facts(tenant).await, "tenant {tenant}: the changes add up to something else");
+        }
+        let mut changes_compared = 0;
+        for reader in readers {
+            let (mut subscriber, stream) = within("everybody has everything", reader).await.unwrap();
+            changes_compared += subscriber.check(&of_tenant(&transactions, subscriber.tenant));
+            subscriber.let_go();
+            self.subscribers.push((subscriber, stream));
+        }
+        Round {
+            transactions: transactions.len(),
+            changes_compared,
+            returns: self.shared.returns.load(Ordering::Relaxed),
+            refusals: self.shared.refusals.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// One tenant's changes, with the commit LSNs of their transactions.
+fn of_tenant<'a>(transactions: &'a [Transaction], tenant: &str) -> Vec<(u64, &'a Change)> {
+    let of = |transaction: &'a Transaction| {
+        let own = transaction.changes.iter().filter(move |(owner, _)| owner == tenant);
+        own.map(|(_, change)| (transaction.commit_lsn, change))
+    };
+    transactions.iter().flat_map(of).collect()
+}
+
+struct Subscriber {
+    endpoint: Endpoint,
+    tenant: &'static str,
+    /// What this round began with.
+    first_token: String,
+    random: Rng,
+    /// What may happen in this round.
+    faults: &'static [Fault],
+    message_bytes: usize,
+    shared: Arc<Shared>,
+    kept: Vec<Message>,
+    /// Where history was given up: how many messages were kept before, and from where on there are all again.
+    gaps: Vec<(usize, Position)>,
+}
+
+impl Subscriber {
+    /// Until it has the last change of the round.
+    async fn run(mut self, first: Stream, last: Change) -> (Self, Stream) {
+        let mut stream = first;
+        loop {
+            let patience = self.random.usize(1..300);
+            if self.read(&mut stream, patience, &last).await {
+                return (self, stream);
+            }
+            drop(stream);
+            self.forget();
+            self.shared.returns.fetch_add(1, Ordering::Relaxed);
+            stream = self.come_back().await;
+        }
+    }
+
+    /// Keeps some messages; whether the last change of all was among them.
+    async fn read(&mut self, stream: &mut Stream, count: usize, last: &Change) -> bool {
+        let mut read = 0;
+        // Near the end nobody leaves any more.
+        while read < count || self.shared.is_over.load(Ordering::Relaxed) {
+            let next = match tokio::time::timeout(Duration::from_millis(500), stream.try_next()).await {
+                Ok(next) => next,
+                // Nothing new: as good a moment to leave as any. (Or the end came meanwhile.)
+                Err(_) => {
+                    read += count;
+                    continue;
+                }
+            };
+            match next {
+                Ok(message) => {
+                    let is_alone = message.changes.len() == 1;
+                    let bytes = message.bytes;
+                    assert!(is_alone || bytes <= self.message_bytes + FRAMING_BYTES_MAX, "a message of {bytes} bytes");
+                    let is_last = message.changes.contains(last);
+                    self.kept.push(message);
+                    self.shared.received.fetch_add(1, Ordering::Relaxed);
+                    read += 1;
+                    if is_last {
+                        return true;
+                    }
+                }
+                Err(status) => {
+                    // Streams survive what happens to PostgreSQL, to the way there, and to the disk.
+                    let may_end = self.faults.iter().any(|fault| fault.ends_tuplewatch());
+                    assert!(
+                        (may_end && is_lost_connection(&status)) || self.is_dropped_history(&status),
+                        "{}: {status:?}",
+                        self.tenant
+                    );
+                    return false;
+                }
+            }
+        }
+        false
+    }
+
+    /// Chooses a message to go on behind, and forgets what came after it.
+    fn forget(&mut self) {
+        // Who started now must come back with a token to have everything.
+        let least = usize::from(self.first_token.is_empty()).min(self.kept.len());
+        let from = if self.random.u8(..20) == 0 { least } else { self.kept.len().saturating_sub(RECENT).max(least) };
+        let keep = self.random.usize(from..=self.kept.len());
+        self.kept.truncate(keep);
+        // With nothing kept behind a gap, the token is one from before it.
+        self.gaps.retain(|(kept_before, _)| *kept_before < keep);
+    }
+
+    async fn come_back(&mut self) -> Stream {
+        // PostgreSQL may be needed for it, and out of reach for as long as several faults take together.
+        let deadline = Instant::now() + 2 * PATIENCE;
+        let mut token = self.kept.last().map_or(&self.first_token, |message| &message.token).clone();
+        assert!(!token.is_empty(), "a subscriber of {} got nothing before its first stream ended", self.tenant);
+        loop {
+            let status = match within("a stream", Stream::open(&self.endpoint, self.tenant, &token)).await {
+                Ok(stream) => return stream,
+                Err(status) => status,
+            };
+            if self.is_dropped_history(&status) {
+                token = metadata(&status, "earliest_snap_token");
+                // More may have gone since the last time that we asked.
+                self.gaps.retain(|(kept_before, _)| *kept_before < self.kept.len());
+                self.gaps.push((self.kept.len(), position(&token)));
+                self.shared.refusals.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            assert!(!self.faults.is_empty() && is_lost_connection(&status), "{}: {status:?}", self.tenant);
+            assert!(Instant::now() < deadline, "cannot come back: {status:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn is_dropped_history(&self, status: &Status) -> bool {
+        self.shared.history_was_dropped.load(Ordering::Relaxed)
+            && reason(status) == (Code::OutOfRange, "SNAP_TOKEN_TOO_OLD".to_owned())
+    }
+
+    /// Change by change what was committed, but for what was told to be gone. How many were compared.
+    fn check(&self, expected: &[(u64, &Change)]) -> usize {
+        let bounds = self.gaps.iter().map(|(kept_before, _)| *kept_before);
+        let ends = bounds.clone().chain([self.kept.len()]);
+        let mut next = 0;
+        for (n, (begin, end)) in [0].into_iter().chain(bounds).zip(ends).enumerate() {
+            let messages = &self.kept[begin..end];
+            let had: Vec<&Change> = messages.iter().flat_map(|message| &message.changes).collect();
+            if n > 0 {
+                next = self.after_gap(self.gaps[n - 1].1, next, &had, expected);
+            }
+            let differs = had.iter().zip(next..).find(|(change, at)| expected.get(*at).map(|(_, c)| c) != Some(change));
+            if let Some((_, at)) = differs {
+                self.fail(&had, at - next, expected, at);
+            }
+            next += had.len();
+        }
+        if next != expected.len() {
+            self.fail(&[], 0, expected, next);
+        }
+        self.kept.iter().map(|message| message.changes.len()).sum()
+    }
+
+    /// Which change comes first behind a gap that ends at a position.
+    fn after_gap(&self, to: Position, next: usize, had: &[&Change], expected: &[(u64, &Change)]) -> usize {
+        let first_at = expected.partition_point(|(commit_lsn, _)| *commit_lsn < to.lsn.0);
+        let first_past = expected.partition_point(|(commit_lsn, _)| *commit_lsn <= to.lsn.0);
+        assert!(next <= first_past, "tenant {}: sent back to {to}, behind what it had", self.tenant);
+        // Inside a transaction rows are counted, which may be of other tenants: any of its changes may be the first.
+        let last = if to.steps == 0 { first_at } else { first_past };
+        let begins_here = |at: &usize| expected[*at..].iter().map(|(_, change)| change).zip(had).all(|(a, b)| a == b);
+        (first_at..=last).find(begins_here).unwrap_or(last)
+    }
+
+    fn fail(&self, had: &[&Change], had_at: usize, expected: &[(u64, &Change)], expected_at: usize) -> ! {
+        let had: Vec<_> = had.iter().enumerate().skip(had_at.saturating_sub(5)).take(15).collect();
+        let around: Vec<_> = expected.iter().enumerate().skip(expected_at.saturating_sub(5)).take(15).collect();
+        panic!(
+            "tenant {}: change {expected_at} of {} differs\n  got {had:#?}\n  expected {around:#?}\n  gaps {:?}\n  from '{}'",
+            self.tenant,
+            expected.len(),
+            self.gaps,
+            self.first_token,
+        );
+    }
+
+    /// Keeps only where it is, for the next round.
+    fn let_go(&mut self) {
+        self.first_token = self.kept.pop().expect("the last message").token;
+        self.kept = Vec::new();
+        self.gaps.clear();
+    }
+}
+
+fn position(token: &str) -> Position {
+    match token.parse() {
+        Ok(SnapToken::Position { position, .. }) => position,
+        other => panic!("not the token of a position: {other:?}"),
+    }
+}
+
+/// What a client sees when its server is killed, or is not ready yet.
+fn is_lost_connection(status: &Status) -> bool {
+    match status.code() {
+        Code::Unavailable | Code::Unknown | Code::Cancelled => true,
+        Code::Internal => status.message().contains("h2"),
+        _ => false,
+    }
+}
