@@ -69,6 +69,12 @@ impl Position {
         Self { lsn, steps: 0 }
     }
 
+    /// How far the WAL must agree for the position to mean the same: inside a transaction its commit record counts too, which
+    /// starts at the LSN.
+    pub const fn extent(self) -> Lsn {
+        if self.steps == 0 { self.lsn } else { Lsn(self.lsn.0.saturating_add(1)) }
+    }
+
     /// Inside the transaction with this commit LSN, after `steps` of its row steps.
     pub const fn inside(commit: Lsn, steps: u64) -> Self {
         Self { lsn: commit, steps }

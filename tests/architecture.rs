@@ -159,6 +159,33 @@ fn modules_keep_to_their_layers() {
     assert!(wrong.is_empty(), "dependency rules are broken:\n{}", wrong.join("\n"));
 }
 
+/// Every hazard has a test, and every test that is named for one exists.
+#[test]
+fn every_hazard_is_held_by_a_test() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let table = std::fs::read_to_string(root.join("docs/hazards.md")).unwrap();
+    let rows = table.lines().filter_map(|line| {
+        let mut cells = line.strip_prefix("| ")?.split(" | ");
+        let number: u32 = cells.next()?.parse().ok()?;
+        let tests: Vec<&str> = cells.last()?.split('`').skip(1).step_by(2).collect();
+        Some((number, tests))
+    });
+    let mut numbers = Vec::new();
+    for (number, tests) in rows {
+        numbers.push(number);
+        assert!(!tests.is_empty(), "hazard {number} has no test");
+        for test in tests {
+            let (module, name) = test.rsplit_once("::").unwrap_or_else(|| panic!("{test} is no path"));
+            let path = module.replace("::", "/");
+            let places = [format!("tests/scenarios/{path}.rs"), format!("src/app/{path}.rs"), format!("src/{path}.rs")];
+            let source = places.iter().find_map(|place| std::fs::read_to_string(root.join(place)).ok());
+            let source = source.unwrap_or_else(|| panic!("hazard {number}: there is no module {module}"));
+            assert!(source.contains(&format!("fn {name}()")), "hazard {number}: there is no test {test}");
+        }
+    }
+    assert_eq!(numbers, (1..=44).collect::<Vec<_>>());
+}
+
 #[test]
 fn the_reader_sees_what_it_should() {
     let code = "use crate::{hub::Hub, lsn};\nlet x = crate::config::load(); tokio::spawn(x); my_tokio; $crate::no";

@@ -36,7 +36,7 @@ impl Tokens {
 
     /// The token of a position.
     pub fn write(&self, position: Position, commit_time: CommitTime) -> String {
-        let timeline = self.history.writer_of(position.lsn).hash();
+        let timeline = self.history.writer_of(position.extent()).hash();
         SnapToken::Position { source: self.source, timeline, position, commit_time }.to_string()
     }
 }

@@ -123,7 +123,7 @@ async fn check_position(
     position: Position,
     appended: Lsn,
 ) -> Result<(), Error> {
-    if !check_source(anchor, source)?.holds(timeline, position.lsn) {
+    if !check_source(anchor, source)?.holds(timeline, position.extent()) {
         return Err(Error::Abandoned);
     }
     // What the log has was sent by the server, whether it is published yet or not.

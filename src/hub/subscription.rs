@@ -127,12 +127,16 @@ impl Subscription {
     fn take(&mut self, messages: Vec<Arc<Item>>) -> Vec<Arc<Item>> {
         let mut taken = Vec::with_capacity(messages.len());
         for item in messages {
-            let header = item.message.header;
+            let (header, reached) = (item.message.header, item.message.reached());
             let had = |step| self.cursor.lsn == header.commit && step <= self.cursor.steps;
             let begins_before = item.message.first_step().is_some_and(had);
             // Shared as it is, but where another node cut its messages elsewhere.
             let rest = if begins_before { item.message.clone().after(self.cursor).map(Item::new) } else { Some(item) };
-            let Some(rest) = rest else { continue };
+            // Cut elsewhere than what was had: nothing of it is left.
+            let Some(rest) = rest else {
+                self.cursor = self.cursor.max(reached);
+                continue;
+            };
             self.cursor = rest.message.reached();
             match &self.filter {
                 Some(filter) if header.commit >= filter.lsn => self.filter = None,
@@ -147,7 +151,17 @@ impl Subscription {
 
     async fn read_log(&mut self, up_to: Position, bytes_max: usize) -> Result<Vec<Arc<Item>>, End> {
         // What the log does not have yet is in memory, or not published.
-        let up_to = up_to.min(Position::at(*self.hub.inner.appended.borrow()));
+        let mut appended = self.hub.inner.appended.clone();
+        let up_to = up_to.min(Position::at(*appended.borrow_and_update()));
+        if up_to <= self.cursor {
+            // Not there yet: look again when it is, or when something else is to be told.
+            tokio::select! {
+                biased;
+                _ = appended.changed() => {}
+                _ = self.wake.changed() => {}
+            }
+            return Ok(Vec::new());
+        }
         let (tenant, cursor) = (self.tenant.clone(), self.cursor);
         let (batch, horizon) = self
             .hub

@@ -18,7 +18,7 @@ use tokio::time::timeout;
 const SENDER_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often we say something unasked. While PostgreSQL decodes what is not for us it does not ping, and looks at the last reply
 /// only when it is done.
-const WAKEUP: Duration = Duration::from_secs(6);
+const WAKEUP: Duration = Duration::from_millis(500);
 /// Most often that the server is told how far we are.
 const STATUS_EVERY: Duration = Duration::from_millis(250);
 /// A statement on the side connection that takes longer means that the server does not answer.

@@ -1,4 +1,4 @@
-//! 16. The server goes on along another timeline: a standby was promoted, or a backup was recovered to a point in time. What
+//! Hazard 16: the server goes on along another timeline: a standby was promoted, or a backup was recovered to a point in time. What
 //! the old timeline wrote past the switch never happened on the new one. So it is cut from the log, streams that passed it
 //! end, and its tokens are refused for ever, also when the new timeline has written further than they point; and everything
 //! from before goes on.

@@ -113,7 +113,6 @@ async fn the_preset() {
         ("REVOKE SELECT ON tuplewatch.attributes FROM {role}", attributes, "no SELECT"),
         ("REVOKE SELECT ON tuplewatch.tenants FROM {role}", "table tuplewatch.tenants", "no SELECT"),
         ("ALTER ROLE {role} NOREPLICATION", "role {role}", "no REPLICATION"),
-        ("SELECT pg_drop_replication_slot('{slot}')", "replication slot {slot}", "does not exist"),
     ] {
         ready.heals(damage, subject, what).await;
     }
@@ -130,6 +129,12 @@ async fn the_preset() {
         apply_schema: true,
         recreate_slot: true,
     };
+    setup.apply(&ready.database.connection, &mut silent).await.unwrap();
+    assert_eq!(ready.errors().await, []);
+    ready.database.execute(&format!("SELECT pg_drop_replication_slot('{}')", ready.database.name)).await;
+    let found = ready.errors().await;
+    let [finding] = found.as_slice() else { panic!("{found:#?}") };
+    assert!(finding.fix.as_deref().unwrap().starts_with("tuplewatch setup --recreate-slot"), "{finding}");
     setup.apply(&ready.database.connection, &mut silent).await.unwrap();
     assert_eq!(ready.errors().await, []);
     if ready.database.major().await >= 15 {
