@@ -97,6 +97,8 @@ pub struct Assembler {
     limits: Limits,
     on_undecodable: OnUndecodable,
     relations: RelationCache<Reading>,
+    /// Mapped tables whose rows have not come yet.
+    awaited: HashMap<RelationId, String>,
     /// Shared ids, so that a tenant's is allocated once and not once a row.
     tenants: HashSet<TenantId>,
     open: Option<Open>,
@@ -150,10 +152,16 @@ impl Assembler {
             limits,
             on_undecodable,
             relations: RelationCache::default(),
+            awaited: HashMap::new(),
             tenants: HashSet::new(),
             open: None,
             encoded: Vec::new(),
         }
+    }
+
+    /// Mapped tables by their oid: should one of them come under another name first, it was renamed.
+    pub fn await_tables(&mut self, tables: HashMap<RelationId, String>) {
+        self.awaited = tables;
     }
 
     /// Whether a transaction has begun and not ended.
@@ -193,15 +201,15 @@ impl Assembler {
         match decode(bytes)? {
             Row::Type | Row::Origin => return Ok(None),
             Row::Relation(relation) => {
-                let reading = match (self.mapping.plan(&relation), self.relations.get(relation.id)) {
+                let before = match self.relations.get(relation.id) {
+                    Some(Reading::As(plan)) => Some(plan.table()),
+                    Some(Reading::Renamed { from, .. }) => Some(from.as_str()),
+                    Some(Reading::Not) | None => self.awaited.get(&relation.id).map(String::as_str),
+                };
+                let reading = match (self.mapping.plan(&relation), before) {
                     (Some(plan), _) => Reading::As(Arc::new(plan)),
-                    (None, None | Some(Reading::Not)) => Reading::Not,
-                    (None, Some(Reading::As(before))) => {
-                        Reading::Renamed { from: before.table().to_owned(), to: relation.to_string() }
-                    }
-                    (None, Some(Reading::Renamed { from, .. })) => {
-                        Reading::Renamed { from: from.clone(), to: relation.to_string() }
-                    }
+                    (None, None) => Reading::Not,
+                    (None, Some(from)) => Reading::Renamed { from: from.to_owned(), to: relation.to_string() },
                 };
                 self.relations.define(relation.id, reading);
                 return Ok(None);

@@ -6,9 +6,10 @@
 use crate::assembler::{self, Assembler};
 use crate::changelog::Entry;
 use crate::lsn::{CommitTime, Lsn, Position, Xid8};
+use crate::pgoutput::RelationId;
 use crate::transaction::{Break, BreakReason, Header, Transaction};
 use bytes::Bytes;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 /// What the replication driver hands on.
@@ -103,6 +104,11 @@ impl Intake {
         self.recorded = recorded.into_iter().filter(|(end, _)| *end <= received).collect();
     }
 
+    /// The mapped tables that there are; see [`Assembler::await_tables`].
+    pub fn await_tables(&mut self, tables: HashMap<RelationId, String>) {
+        self.assembler.await_tables(tables);
+    }
+
     /// Everything up to this end LSN has been turned into entries.
     pub const fn received(&self) -> Lsn {
         self.received
@@ -165,9 +171,7 @@ impl Intake {
             Event::KeepAlive { wal_end } => {
                 if !self.assembler.in_transaction() {
                     self.expect_nothing_before(wal_end)?;
-                }
-                if !self.assembler.in_transaction() && wal_end > self.received {
-                    self.idle = Some(wal_end);
+                    self.idle = self.idle.max(Some(wal_end));
                 }
             }
         }

@@ -33,7 +33,7 @@
 //! Unmapped columns, and everything else that does not decide which rows come out: owners, privileges, statistics. A table
 //! that gets another name and its old one back between two checks: what is written meanwhile comes under the other name.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::fmt::Write as _;
 use tokio_postgres::Client;
@@ -41,6 +41,7 @@ use tokio_postgres::Client;
 use super::catalog::{Catalog, Publication, Table};
 use crate::lsn::Lsn;
 use crate::mapping::Mapping;
+use crate::pgoutput::RelationId;
 
 /// What a check saw.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +51,8 @@ pub struct Published {
     /// The WAL insert position after the check's snapshot was taken. The *next* check that is equal verifies everything
     /// before it.
     pub lsn: Lsn,
+    /// The mapped tables that exist, by oid.
+    pub tables: HashMap<RelationId, String>,
 }
 
 /// Reads the fingerprint: one statement, with its LSN (and one for the server's version). Costs the
@@ -71,7 +74,8 @@ pub async fn fingerprint(
         }
         lines.0
     });
-    Ok(Published { fingerprint, lsn: catalog.lsn })
+    let tables = catalog.tables.iter().filter_map(|table| Some((RelationId(table.oid?), table.name().to_string())));
+    Ok(Published { fingerprint, lsn: catalog.lsn, tables: tables.collect() })
 }
 
 const PUBLICATION: &str = "publication";

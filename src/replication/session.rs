@@ -153,6 +153,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         if !intake.has_pending_break() {
             // Under another mapping or publication other transactions would have changes.
             intake.expect(self.outlet.recorded_since(started.confirmed).await?);
+            intake.await_tables(published.tables);
         }
         Ok(Opened { link, intake })
     }

@@ -27,15 +27,8 @@ fn created(id: &str) -> Change {
 async fn impatient(postgres: &Postgres) -> (Proxy, Server) {
     let (asked, instead) = ("wal_sender_timeout=20000", "wal_sender_timeout=2000 ");
     let proxy = Proxy::to_postgres_rewriting(&postgres.uri(), asked, instead).await;
-    let server = serve_through(postgres, &proxy).await;
+    let server = Server::serve_through(&proxy, postgres).await;
     (proxy, server)
-}
-
-async fn serve_through(postgres: &Postgres, proxy: &Proxy) -> Server {
-    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
-    server.start().await;
-    server.serving().await;
-    server
 }
 
 /// `count` tuples with long ids, in one transaction. Some 250 bytes each in the stream.
@@ -214,7 +207,7 @@ const NOTICED_WITHIN: Duration = Duration::from_secs(30);
 async fn connections_that_die_without_a_word_are_noticed() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
-    let server = serve_through(&postgres, &proxy).await;
+    let server = Server::serve_through(&proxy, &postgres).await;
     let sql = postgres.sql().await;
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "before").await;
@@ -241,7 +234,7 @@ async fn connections_that_die_without_a_word_are_noticed() {
 async fn connections_that_were_forgotten_on_the_way_are_replaced() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
-    let server = serve_through(&postgres, &proxy).await;
+    let server = Server::serve_through(&proxy, &postgres).await;
     let sql = postgres.sql().await;
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "before").await;

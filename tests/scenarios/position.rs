@@ -124,9 +124,7 @@ const ROWS: usize = 60_000;
 async fn a_transaction_is_not_acknowledged_before_it_is_whole() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
-    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
-    server.start().await;
-    server.serving().await;
+    let mut server = Server::serve_through(&proxy, &postgres).await;
     let sql = postgres.sql().await;
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "first").await;
@@ -178,9 +176,7 @@ async fn a_transaction_is_not_acknowledged_before_it_is_whole() {
 async fn what_a_crashed_server_sends_again_reaches_nobody() {
     let mut postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
-    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
-    server.start().await;
-    server.serving().await;
+    let mut server = Server::serve_through(&proxy, &postgres).await;
     let mut stream = server.watch("t1", "").await;
     let mut token = String::new();
 

@@ -7,6 +7,7 @@ use crate::support::change::Change;
 use crate::support::interruption::{Interruption, Lasting, Remedy, side_by_side};
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
+use crate::support::sql::Sql;
 use crate::support::stream::{Stream, changes, metadata, reason};
 use crate::support::wait::eventually;
 use tonic::Code;
@@ -151,22 +152,36 @@ async fn mapped_columns_and_tables_that_change_are_breaks_and_errors_where_nothi
 #[tokio::test]
 async fn a_table_that_is_renamed_and_gets_its_name_back_between_two_checks_is_a_break() {
     let postgres = Postgres::start().await;
-    let server = Server::serve(&postgres, &[]).await;
+    let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "before").await;
     let token = stream.expect(Change::created("before")).await.token;
+    let token = check_renamed_and_back(&server, &sql, &token, "described").await;
+
+    // A session to which the table was not described yet.
+    server.kill_9().await;
+    server.start().await;
+    server.serving().await;
+    check_renamed_and_back(&server, &sql, &token, "undescribed").await;
+}
+
+async fn check_renamed_and_back(server: &Server, sql: &Sql, token: &str, after: &str) -> String {
+    let stream = server.watch("t1", token).await;
     sql.run("ALTER TABLE tuplewatch.relation_tuples RENAME TO renamed").await;
-    sql.run("INSERT INTO tuplewatch.renamed VALUES ('t1', 'document', 'lost', 'viewer', 'user', 'u')").await;
+    sql.run("INSERT INTO tuplewatch.renamed SELECT 't1', 'document', md5(random()::text), 'viewer', 'user', 'u'").await;
     sql.run("ALTER TABLE tuplewatch.renamed RENAME TO relation_tuples").await;
-    sql.insert("t1", "after").await;
-    for mut stream in [stream, server.watch("t1", &token).await] {
+    sql.insert("t1", after).await;
+    let mut last = String::new();
+    for mut stream in [stream, server.watch("t1", token).await] {
         let (messages, status) = stream.ending().await;
         assert_eq!(changes(&messages), []);
         assert_eq!(reason(&status), (Code::Aborted, "UNDECODABLE_ROW".into()));
         assert!(status.message().contains("tuplewatch.renamed"), "{}", status.message());
-        server.watch("t1", &metadata(&status, "next_snap_token")).await.expect(Change::created("after")).await;
+        let mut next = server.watch("t1", &metadata(&status, "next_snap_token")).await;
+        last = next.expect(Change::created(after)).await.token;
     }
+    last
 }
 
 /// The same table with each replica identity, in a cluster and a mapping of its own.

@@ -115,9 +115,7 @@ async fn a_slot_that_moved_on_while_we_were_down_is_a_break_for_everybody() {
 async fn a_slot_that_was_recreated_while_we_were_cut_off_is_a_break_for_open_streams() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
-    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
-    server.start().await;
-    server.serving().await;
+    let server = Server::serve_through(&proxy, &postgres).await;
     let sql = postgres.sql().await;
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "before").await;
@@ -181,9 +179,7 @@ async fn idle(sql: &Sql) {
 /// `lose` is called while nobody reads the slot: once while tuplewatch is cut off, and once while it is down.
 async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
-    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
-    server.start().await;
-    server.serving().await;
+    let mut server = Server::serve_through(&proxy, postgres).await;
     let sql = postgres.sql().await;
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "before").await;
@@ -286,9 +282,7 @@ async fn a_slot_that_another_node_holds_is_taken_over_when_it_is_free() {
 async fn a_slot_that_a_stranger_reads_is_taken_over_when_it_is_free() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
-    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
-    server.start().await;
-    server.serving().await;
+    let server = Server::serve_through(&proxy, &postgres).await;
     let sql = postgres.sql().await;
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "before").await;
@@ -325,9 +319,7 @@ async fn a_slot_that_a_stranger_reads_is_taken_over_when_it_is_free() {
 async fn a_walsender_that_our_own_process_left_behind_is_ended() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
-    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
-    server.start().await;
-    server.serving().await;
+    let mut server = Server::serve_through(&proxy, &postgres).await;
     let sql = postgres.sql().await;
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "before").await;

@@ -241,8 +241,7 @@ async fn a_point_in_time_recovery_abandons_what_came_after_it() {
     let [one, two] = &mut copies;
     let sql = recover(one, &primary, "earlier").await;
     server.point_to(&one.uri());
-    let said = server.start_refused().await;
-    assert!(said.contains("replication slot tuplewatch: does not exist"), "{said}");
+    server.refuses_to_start("replication slot tuplewatch: does not exist").await;
     server.setup(&[]).await;
     server.start().await;
     server.serving().await;

@@ -1,6 +1,7 @@
 //! tuplewatch itself, as a process.
 
 use super::postgres::Postgres;
+use super::proxy::Proxy;
 use super::stream::Stream;
 use super::wait::{eventually, within};
 use std::net::SocketAddr;
@@ -89,6 +90,14 @@ impl Server {
         self.directory = directory;
     }
 
+    /// [`Server::serve`], with a proxy between it and PostgreSQL.
+    pub(crate) async fn serve_through(proxy: &Proxy, postgres: &Postgres) -> Self {
+        let mut server = Self::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
+        server.start().await;
+        server.serving().await;
+        server
+    }
+
     /// Starts the process; returns once it listens.
     pub(crate) async fn start(&mut self) {
         self.start_with(&[]).await;
@@ -141,15 +150,6 @@ impl Server {
         }
         command.arg("--changelog-path").arg(self.changelog());
         command
-    }
-
-    /// Starts a process that refuses to serve; what it said.
-    pub(crate) async fn start_refused(&self) -> String {
-        assert!(self.process.is_none(), "one process at a time");
-        let output = within("the server refuses to start", self.command().output()).await.unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        said
     }
 
     /// Another value for a flag, from the next process on.

@@ -16,7 +16,7 @@ use crate::replication::{Error, Event};
 use crate::snap_token::{SnapToken, TokenId};
 use crate::timeline::{History, Source, Timeline};
 use bytes::Bytes;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -455,7 +455,7 @@ impl Link for ServerLink {
         self.check()?;
         let inner = self.server.inner();
         let fingerprint = Some(format!("publication\tversion\t{}\n", inner.publication));
-        Ok(Published { fingerprint, lsn: inner.wal_end })
+        Ok(Published { fingerprint, lsn: inner.wal_end, tables: HashMap::new() })
     }
 
     async fn mark(&self) -> Result<Lsn, Error> {
