@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let descriptors = protox::compile(["base/v1/watch.proto"], ["proto"])?;
+    let descriptors =
+        protox::compile(["base/v1/watch.proto", "base/v1/data.proto", "base/v1/tenancy.proto"], ["proto"])?;
 
     let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
     // Served by gRPC reflection.

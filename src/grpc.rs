@@ -6,6 +6,7 @@
 pub mod status;
 pub mod watch;
 
+use crate::authn::Caller;
 use crate::config::{Grpc as GrpcConfig, Tls};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch::Receiver;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::{Request, Status};
 use tonic_health::pb::health_server::{Health, HealthServer};
 
 /// The generated types and clients of `proto/`.
@@ -130,6 +132,12 @@ pub async fn serve<P: crate::hub::start::Primary + 'static>(
         .serve_with_incoming_shutdown(listener.incoming, stopped)
         .await?;
     Ok(())
+}
+
+/// An error unless who makes the request may use the tenant.
+pub(crate) fn authorize<T>(request: &Request<T>, tenant: &str) -> Result<(), Status> {
+    let caller = request.extensions().get::<Caller>();
+    if caller.is_none_or(|caller| caller.may_use(tenant)) { Ok(()) } else { Err(status::forbidden(tenant)) }
 }
 
 async fn tls_config(tls: &Tls) -> Result<ServerTlsConfig, Error> {

@@ -34,13 +34,14 @@
 //!    attributes, their bytes), [`transaction`] (messages and breaks), [`snap_token`].
 //! 2. Rows to changes, without I/O: [`pgoutput`], [`mapping`], [`assembler`].
 //! 3. The engine: [`changelog`], [`hub`], [`replication`].
-//! 4. The edges: [`grpc`], [`cli`]; and what they need: [`config`], [`telemetry`], [`dev_postgres`].
+//! 4. The edges: [`grpc`], [`authn`], [`cli`]; and what they need: [`config`], [`telemetry`], [`dev_postgres`].
 //! 5. [`app`], which joins all of it.
 //!
 //! What may use what is held by a test (`tests/architecture.rs`); why it is so is in ARCHITECTURE.md.
 
 pub mod app;
 pub mod assembler;
+pub mod authn;
 pub mod change;
 pub mod changelog;
 pub mod cli;

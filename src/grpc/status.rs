@@ -104,6 +104,12 @@ fn too_old(message: &str, earliest: Position, tokens: Option<&Tokens>) -> Status
     with_reason(Code::OutOfRange, message.to_owned(), "SNAP_TOKEN_TOO_OLD", earliest.into_iter().collect())
 }
 
+/// Somebody else's tenant.
+pub fn forbidden(tenant: &str) -> Status {
+    let message = format!("these credentials are not for tenant '{tenant}'");
+    with_reason(Code::PermissionDenied, message, "TENANT_FORBIDDEN", vec![])
+}
+
 /// The process is ending.
 pub fn shutting_down() -> Status {
     let message = "the server is shutting down: reconnect with the last snap token".to_owned();

@@ -71,9 +71,19 @@ impl<P: Primary + 'static> WatchService<P> {
         let streams = Arc::new(Semaphore::new(options.subscribers_max));
         Self { inner: Arc::new(Inner { hub, primary, options, streams, stop }) }
     }
+
+    /// Starts a stream. When this returns the start is fixed.
+    ///
+    /// # Errors
+    /// See [`status`].
+    pub async fn watch(&self, request: Request<proto::WatchRequest>) -> Result<Response<Responses>, Status> {
+        super::authorize(&request, &request.get_ref().tenant_id)?;
+        self.inner.clone().watch(request.into_inner()).await
+    }
 }
 
-type Responses = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
+/// Encoded `WatchResponse`s.
+pub type Responses = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
 
 impl<P: Primary + 'static> Inner<P> {
     async fn watch(self: Arc<Self>, request: proto::WatchRequest) -> Result<Response<Responses>, Status> {
@@ -151,7 +161,8 @@ impl<P: Primary + 'static> ServerStreamingService<proto::WatchRequest> for Watch
     type Future = Pin<Box<dyn Future<Output = Result<Response<Responses>, Status>> + Send>>;
 
     fn call(&mut self, request: Request<proto::WatchRequest>) -> Self::Future {
-        Box::pin(self.inner.clone().watch(request.into_inner()))
+        let service = self.clone();
+        Box::pin(async move { service.watch(request).await })
     }
 }
 
