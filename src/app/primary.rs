@@ -2,7 +2,7 @@
 
 use crate::change::TenantId;
 use crate::hub::publisher::Snapshots;
-use crate::hub::start::{Look, Primary, TransactionStatus, Unreachable};
+use crate::hub::start::{Look, NO_SESSION, Primary, TransactionStatus, Unreachable};
 use crate::lsn::{Lsn, Snapshot, Xid8};
 use crate::mapping::TenantsSpec;
 use crate::replication::connection::{Connection, Endpoint};
@@ -70,7 +70,7 @@ impl Lazy {
         // A process that has just started gets there soon.
         let found = tokio::time::timeout(FIRST_SESSION_MAX, self.primaries.wait_for(Option::is_some)).await.map(drop);
         let endpoint = found.ok().and_then(|()| self.primaries.borrow_and_update().clone());
-        let endpoint = endpoint.ok_or("no session with PostgreSQL was established yet")?;
+        let endpoint = endpoint.ok_or(NO_SESSION)?;
         let connection = endpoint.connect().await.map_err(|error| error.to_string())?;
         let prepare = async {
             // A mark must not wait for a synchronous standby.

@@ -45,6 +45,9 @@ pub enum TransactionStatus {
 #[error("{0}")]
 pub struct Unreachable(pub String);
 
+/// Where PostgreSQL was not reached yet, or is not read for want of room on the disk.
+pub const NO_SESSION: &str = "no session with PostgreSQL was established yet: the log of tuplewatch says why";
+
 /// What the start of a subscription may ask the primary.
 pub trait Primary: Send + Sync {
     /// Positions, a snapshot, and whether the tenant exists; as of a moment after the call.
@@ -104,8 +107,7 @@ pub enum Error {
 const STATUS_EVERY: Duration = Duration::from_millis(50);
 
 fn origin(anchor: &Anchor) -> Result<&Origin, Unreachable> {
-    let missing = || Unreachable("no session with PostgreSQL was established yet".to_owned());
-    anchor.origin.as_ref().ok_or_else(missing)
+    anchor.origin.as_ref().ok_or_else(|| Unreachable(NO_SESSION.to_owned()))
 }
 
 fn check_source(anchor: &Anchor, hash: [u8; 8]) -> Result<&History, Error> {

@@ -81,9 +81,7 @@ async fn the_oldest_history_goes_before_the_reserve_does() {
         sql.insert("t2", if is_same_process { "still" } else { "again" }).await;
         if is_same_process {
             live.expect(Change::created("still")).await;
-            server.kill_9().await;
-            server.start().await;
-            server.serving().await;
+            server.die_and_return().await;
         }
     }
 }

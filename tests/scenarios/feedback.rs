@@ -51,10 +51,7 @@ async fn hold() {
 async fn a_session_that_does_not_read_keeps_its_walsender() {
     let mut postgres = Postgres::start().await;
     let (_proxy, server) = impatient(&postgres).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    stream.expect(created("before")).await;
+    let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
     let walsender = sql.walsender().await.expect("a session");
 
     let holder = postgres.sql().await;
@@ -97,10 +94,7 @@ async fn a_big_transaction_on_a_slow_link_arrives_in_one_session() {
     const ROWS: usize = 60_000;
     let postgres = Postgres::start().await;
     let (proxy, server) = impatient(&postgres).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    stream.expect(created("before")).await;
+    let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
     let walsender = sql.walsender().await.expect("a session");
 
     proxy.slow_down(2 << 20);
@@ -171,10 +165,7 @@ async fn rows_to_decode_for(least: Duration, sql: &Sql) -> usize {
 async fn a_process_that_was_suspended_goes_on_and_holds_up_no_shutdown() {
     let mut postgres = Postgres::start().await;
     let (_proxy, server) = impatient(&postgres).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    stream.expect(created("before")).await;
+    let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
 
     server.suspend().await;
     sql.insert("t1", "meanwhile").await;
@@ -208,10 +199,7 @@ async fn connections_that_die_without_a_word_are_noticed() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let server = Server::serve_through(&proxy, &postgres).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    stream.expect(created("before")).await;
+    let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
 
     proxy.silence();
     sql.insert("t1", "meanwhile").await;
@@ -235,10 +223,7 @@ async fn connections_that_were_forgotten_on_the_way_are_replaced() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let server = Server::serve_through(&proxy, &postgres).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    stream.expect(created("before")).await;
+    let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
     let walsender = sql.walsender().await.expect("a session");
 
     proxy.strand();

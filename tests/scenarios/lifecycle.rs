@@ -110,10 +110,7 @@ async fn reflection_lists_what_is_served() {
 async fn idle_progress_is_acknowledged() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    let token = stream.expect(Change::created("before")).await.token;
+    let (sql, _stream, token) = server.first_delivered(&postgres, "before").await;
     sql.run("CREATE TABLE busy (n int)").await;
     for _ in 0..3 {
         sql.run("INSERT INTO busy SELECT generate_series(1, 10000)").await;
@@ -121,9 +118,7 @@ async fn idle_progress_is_acknowledged() {
         eventually("the slot advances", async || sql.confirmed_reaches(&lsn).await).await;
     }
     // And a token from before still gives what comes now, also to a new process.
-    server.kill_9().await;
-    server.start().await;
-    server.serving().await;
+    server.die_and_return().await;
     sql.insert("t1", "after").await;
     server.watch("t1", &token).await.expect(Change::created("after")).await;
 }

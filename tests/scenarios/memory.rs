@@ -91,9 +91,7 @@ async fn a_million_tuples_pass_two_thousand_idle_streams_and_one_that_is_not_rea
     eprintln!("read again from its middle and from its begin: VmHWM {} MiB", most >> 10);
     assert!(most < MEMORY_MAX_KIB, "{most} KiB");
 
-    server.kill_9().await;
-    server.start().await;
-    server.serving().await;
+    server.die_and_return().await;
     let (last, message) = middle(3);
     read_from(&mut server.watch("t1", &message.token).await, last + 1).await;
     let most = server.memory_kib("VmHWM");

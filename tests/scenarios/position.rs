@@ -24,10 +24,7 @@ fn created(id: &str) -> Change {
 /// Writes, stops the server, and puts its data back to before that. Returns with the server running, and the last token of
 /// what is undone.
 async fn roll_back(postgres: &mut Postgres, server: &Server) -> String {
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    stream.expect(created("before")).await;
+    let (sql, mut stream, _) = server.first_delivered(postgres, "before").await;
     drop(sql);
     postgres.stop(StopMode::Fast).await;
     postgres.save();
@@ -125,10 +122,7 @@ async fn a_transaction_is_not_acknowledged_before_it_is_whole() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, &postgres).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "first").await;
-    let token = stream.expect(created("first")).await.token;
+    let (sql, mut stream, token) = server.first_delivered(&postgres, "first").await;
 
     // A few seconds' worth.
     proxy.slow_down(3 << 20);

@@ -127,9 +127,7 @@ async fn by_size_only_the_busy_are_too_old() {
         if is_same_process {
             // The change that it names is gone; but the same token had nothing after it for the others.
             assert_too_old(&server.try_watch("t2", &quiet.before_change).await.err().unwrap());
-            server.kill_9().await;
-            server.start().await;
-            server.serving().await;
+            server.die_and_return().await;
         }
     }
 }

@@ -310,9 +310,7 @@ async fn texts_arrive_as_they_are() {
             assert_eq!(message.changes, [Change::delete(was), Change::create(is)], "{text:?}");
             *stream = server.watch(text, token).await;
         }
-        server.kill_9().await;
-        server.start().await;
-        server.serving().await;
+        server.die_and_return().await;
         streams.clear();
         for (text, token) in texts.iter().zip(&tokens) {
             streams.push(server.watch(text, token).await);
@@ -427,9 +425,7 @@ async fn bytes_that_are_not_utf_8_are_a_break_for_their_tenant_alone() {
         assert_eq!((changes(&messages), reason(&status)), (vec![], (Code::Aborted, "UNDECODABLE_ROW".into())));
         let next = metadata(&status, "next_snap_token");
         server.watch("t1", &next).await.expect(Change::created("after")).await;
-        server.kill_9().await;
-        server.start().await;
-        server.serving().await;
+        server.die_and_return().await;
         harmed = server.watch("t1", &token).await;
     }
     let lsn = sql.flushed().await;
@@ -470,9 +466,7 @@ async fn a_row_that_does_not_decode_is_a_break_for_its_tenant_alone() {
         if process == 0 {
             other.expect(Change::created("inside")).await;
             other.expect(Change::created("after")).await;
-            server.kill_9().await;
-            server.start().await;
-            server.serving().await;
+            server.die_and_return().await;
             harmed = server.watch("t1", &token).await;
         }
     }
@@ -631,9 +625,7 @@ async fn truncate_is_a_break_for_everybody() {
             assert_eq!((changes(&messages), status.code()), (vec![], Code::Aborted));
         }
         if how == "resumed" {
-            server.kill_9().await;
-            server.start().await;
-            server.serving().await;
+            server.die_and_return().await;
         }
         streams = [server.watch("t1", &tokens[0]).await, server.watch("t2", &tokens[1]).await];
     }
@@ -688,9 +680,7 @@ async fn truncate_with_cascade_is_one_break_where_it_was_executed() {
             server.watch(tenant, &next).await.expect(Change::created("after")).await;
         }
         if how == "resumed" {
-            server.kill_9().await;
-            server.start().await;
-            server.serving().await;
+            server.die_and_return().await;
         }
         streams = [server.watch("t1", &tokens[0]).await, server.watch("t2", &tokens[1]).await];
     }

@@ -20,10 +20,7 @@ const UNDECODABLE_ROW: &[&str] = &["UNDECODABLE_ROW"];
 async fn columns_that_are_not_mapped_come_and_go() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "first").await;
-    let token = stream.expect(Change::created("first")).await.token;
+    let (sql, mut stream, token) = server.first_delivered(&postgres, "first").await;
     let insert = "INSERT INTO tuplewatch.relation_tuples (subject_id, tenant_id, entity_type, relation, subject_type, \
                   entity_id) VALUES ('u', 't1', 'document', 'viewer', 'user', ";
     for (n, statement) in [
@@ -61,9 +58,7 @@ async fn columns_that_are_not_mapped_come_and_go() {
     // Several checks have found nothing either, and the slot can be read again from before all of it.
     verified_again(&postgres).await;
     stream.expect_silence().await;
-    server.kill_9().await;
-    server.start().await;
-    server.serving().await;
+    server.die_and_return().await;
     assert_eq!(changes(&server.watch("t1", &token).await.up_to(last).await), expected);
 }
 
@@ -153,16 +148,11 @@ async fn mapped_columns_and_tables_that_change_are_breaks_and_errors_where_nothi
 async fn a_table_that_is_renamed_and_gets_its_name_back_between_two_checks_is_a_break() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    let token = stream.expect(Change::created("before")).await.token;
+    let (sql, _stream, token) = server.first_delivered(&postgres, "before").await;
     let token = check_renamed_and_back(&server, &sql, &token, "described").await;
 
     // A session to which the table was not described yet.
-    server.kill_9().await;
-    server.start().await;
-    server.serving().await;
+    server.die_and_return().await;
     check_renamed_and_back(&server, &sql, &token, "undescribed").await;
 }
 
@@ -301,10 +291,7 @@ async fn a_change_whose_old_row_is_incomplete_is_a_break_at_once() {
 async fn without_a_replica_identity_postgresql_refuses_and_health_tells() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    stream.expect(Change::created("before")).await;
+    let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
     sql.run("ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY NOTHING").await;
     for statement in
         ["DELETE FROM tuplewatch.relation_tuples", "UPDATE tuplewatch.relation_tuples SET subject_id = 'other'"]

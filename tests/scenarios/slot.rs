@@ -102,9 +102,7 @@ async fn a_slot_that_moved_on_while_we_were_down_is_a_break_for_everybody() {
             breaks(&mut server.watch("quiet", &early).await, &[]).await;
             stream = server.watch("t1", &next).await;
             stream.expect(created(&after)).await;
-            server.kill_9().await;
-            server.start().await;
-            server.serving().await;
+            server.die_and_return().await;
         }
         assert_eq!(server.times_said("the slot has moved on without this change log"), n + 1, "said once each");
         stream = server.watch("t1", "").await;
@@ -116,10 +114,7 @@ async fn a_slot_that_was_recreated_while_we_were_cut_off_is_a_break_for_open_str
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let server = Server::serve_through(&proxy, &postgres).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    let token = stream.expect(created("before")).await.token;
+    let (sql, mut stream, token) = server.first_delivered(&postgres, "before").await;
 
     proxy.silence();
     disconnect(&sql).await;
@@ -180,10 +175,7 @@ async fn idle(sql: &Sql) {
 async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, postgres).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    let token = stream.expect(created("before")).await.token;
+    let (sql, mut stream, token) = server.first_delivered(postgres, "before").await;
 
     proxy.silence();
     disconnect(&sql).await;
@@ -283,10 +275,7 @@ async fn a_slot_that_a_stranger_reads_is_taken_over_when_it_is_free() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let server = Server::serve_through(&proxy, &postgres).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    let token = stream.expect(created("before")).await.token;
+    let (sql, mut stream, token) = server.first_delivered(&postgres, "before").await;
     let lsn = sql.flushed().await;
     eventually("what was delivered is acknowledged", async || sql.confirmed_reaches(&lsn).await).await;
 
@@ -320,10 +309,7 @@ async fn a_walsender_that_our_own_process_left_behind_is_ended() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, &postgres).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    let token = stream.expect(created("before")).await.token;
+    let (sql, _stream, token) = server.first_delivered(&postgres, "before").await;
 
     proxy.strand();
     server.kill_9().await;

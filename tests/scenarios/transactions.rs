@@ -282,9 +282,7 @@ async fn a_transaction_over_500_tenants_gives_each_its_part() {
             server.watch(tenant, &tokens[0]).await.expect(created("after")).await;
         }
     }
-    server.kill_9().await;
-    server.start().await;
-    server.serving().await;
+    server.die_and_return().await;
     for tenant in tenants.iter().filter(|tenant| tenant.ends_with("00")) {
         server.watch(tenant, &tokens[0]).await.expect(created("after")).await;
     }
@@ -369,10 +367,7 @@ async fn run_all(postgres: &Postgres, connections: usize, statements: Vec<String
 async fn logical_messages_of_others_are_ignored() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
-    let sql = postgres.sql().await;
-    let mut stream = server.watch("t1", "").await;
-    sql.insert("t1", "before").await;
-    let token = stream.expect(created("before")).await.token;
+    let (sql, mut stream, token) = server.first_delivered(&postgres, "before").await;
 
     // Empty, of the length of a token's id, a little off, of 1 MB, and no text.
     let contents = ["''", "'garbage'", "repeat('x', 15)", "repeat('x', 16)", "repeat('x', 17)", "repeat('x', 1000000)"];
@@ -407,9 +402,7 @@ async fn logical_messages_of_others_are_ignored() {
     sql.insert("t1", "own").await;
     let own = sql.value("SELECT tuplewatch.snap_token()").await;
     sql.insert("t1", "last").await;
-    server.kill_9().await;
-    server.start().await;
-    server.serving().await;
+    server.die_and_return().await;
     server.watch("t1", &own).await.expect(created("last")).await;
     let all = changes(&server.watch("t1", &token).await.up_to(&created("last")).await);
     expected.push(vec![created("own"), created("last")]);

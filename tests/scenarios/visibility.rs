@@ -196,9 +196,7 @@ async fn a_server_that_comes_back_delivers_a_commit_that_waited_to_who_started_m
 /// Killed and started again, with everything so far in the change log.
 async fn come_back(server: &mut Server, admin: &Sql) {
     received_everything(admin).await;
-    server.kill_9().await;
-    server.start().await;
-    server.serving().await;
+    server.die_and_return().await;
 }
 
 #[tokio::test]

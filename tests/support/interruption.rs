@@ -102,9 +102,7 @@ impl Interruption {
                     sql.flushed().await
                 );
                 eventually(&format!("{name}: it is on disk"), async || sql.is_true(&on_disk).await).await;
-                server.kill_9().await;
-                server.start().await;
-                server.serving().await;
+                server.die_and_return().await;
             }
         }
         eprintln!("{name}: {:?}", began.elapsed());

@@ -1,7 +1,9 @@
 //! tuplewatch itself, as a process.
 
+use super::change::Change;
 use super::postgres::Postgres;
 use super::proxy::Proxy;
+use super::sql::Sql;
 use super::stream::Stream;
 use super::wait::{eventually, within};
 use std::net::SocketAddr;
@@ -178,6 +180,13 @@ impl Server {
         process.kill().await.unwrap();
     }
 
+    /// SIGKILL, and up again.
+    pub(crate) async fn die_and_return(&mut self) {
+        self.kill_9().await;
+        self.start().await;
+        self.serving().await;
+    }
+
     /// SIGTERM. [`Server::ended`] tells what came of it.
     pub(crate) async fn terminate(&self) {
         self.signal("-TERM").await;
@@ -218,6 +227,15 @@ impl Server {
             Ok(stream) => stream,
             Err(status) => panic!("watch of {tenant} after '{token}': {status:?}"),
         }
+    }
+
+    /// A stream of t1 that has had its first change, the tuple with this entity id; and that message's token.
+    pub(crate) async fn first_delivered(&self, postgres: &Postgres, id: &str) -> (Sql, Stream, String) {
+        let sql = postgres.sql().await;
+        let mut stream = self.watch("t1", "").await;
+        sql.insert("t1", id).await;
+        let token = stream.expect(Change::created(id)).await.token;
+        (sql, stream, token)
     }
 
     /// Opens a stream; returns when the response headers are there, or the refusal is.
