@@ -15,7 +15,7 @@
 //! - Both connections go to the same *address*, not merely to the same name, which may stand for several servers.
 //! - Both have the same TLS: the replication driver's own upgrade is used for SQL too, and tokio-postgres is handed the
 //!   finished stream.
-//! - Neither goes to a standby: [`Endpoint::connect`] asks.
+//! - Neither goes to a standby: [`Endpoint::connect`] asks. Nor to an old primary, while there is a newer one.
 //! - No message and no `Debug` output has the password in it.
 //!
 //! # Differences from libpq
@@ -35,6 +35,8 @@ mod uri;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use pgwire_replication::tls::rustls::maybe_upgrade_to_tls;
@@ -51,6 +53,10 @@ use passfile::{Passfile, Wanted};
 pub(super) use failure::describe;
 pub use failure::{ConnectError, is_definite, sqlstate};
 pub use uri::UriError;
+
+/// The timeline that a primary writes; NULL on a standby. The first eight digits of a WAL file's name are its timeline.
+const TIMELINE: &str = "SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery() THEN
+    ('x' || pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int8 END";
 
 /// Most hosts of one URI: a bound, far above any cluster.
 const HOSTS_MAX: usize = 16;
@@ -71,6 +77,8 @@ pub struct Endpoints {
     application_name: Option<String>,
     options: Option<String>,
     keepalive: Keepalive,
+    /// See [`Endpoints::prefer_timeline`]. Shared by all clones.
+    timeline: Arc<AtomicU32>,
 }
 
 #[derive(Clone, Debug)]
@@ -134,12 +142,20 @@ impl Endpoints {
         uri::parse(uri, environment)
     }
 
+    /// From now on a primary on an older timeline is taken only where there is no other: one that was replaced and came back, or
+    /// never went, still answers and is not in recovery.
+    pub fn prefer_timeline(&self, id: u32) {
+        self.timeline.store(id, Ordering::Relaxed);
+    }
+
     /// Connects to the first address that answers and is a primary. Each has `connect_timeout` (10 s) for everything from
     /// the first packet to the answer whether it is one.
     ///
     /// # Errors
     /// With what happened at each address.
     pub async fn connect(&self, application_name: &str) -> Result<Connection, ConnectError> {
+        let timeline = self.timeline.load(Ordering::Relaxed);
+        let mut older = None;
         let mut attempts = Vec::new();
         for host in &self.hosts {
             let endpoints = match self.resolve(host, application_name).await {
@@ -151,12 +167,13 @@ impl Endpoints {
             };
             for endpoint in endpoints {
                 match endpoint.attempt().await {
-                    Ok(connection) => return Ok(connection),
+                    Ok(primary) if primary.timeline >= timeline => return Ok(primary.connection),
+                    Ok(primary) => older = older.or(Some(primary.connection)),
                     Err(failure) => attempts.push(Attempt { endpoint: endpoint.to_string(), failure }),
                 }
             }
         }
-        Err(ConnectError::new(attempts))
+        older.ok_or_else(|| ConnectError::new(attempts))
     }
 
     async fn resolve(&self, host: &Host, application_name: &str) -> Result<Vec<Endpoint>, Failure> {
@@ -261,7 +278,7 @@ impl Endpoint {
     /// As [`Endpoints::connect`].
     pub async fn connect(&self) -> Result<Connection, ConnectError> {
         let failed = |failure| ConnectError::new(vec![Attempt { endpoint: self.to_string(), failure }]);
-        self.attempt().await.map_err(failed)
+        self.attempt().await.map(|primary| primary.connection).map_err(failed)
     }
 
     /// For a replication connection to the same address, with the same TLS, name and options. Positions, intervals and
@@ -319,13 +336,14 @@ impl Endpoint {
         }
     }
 
-    async fn attempt(&self) -> Result<Connection, Failure> {
+    async fn attempt(&self) -> Result<Primary, Failure> {
         // Boxed: a TLS handshake in progress is large.
         let attempt = Box::pin(async {
             let connection = self.log_on().await?;
-            let row = connection.client.query_typed_one("SELECT pg_catalog.pg_is_in_recovery()", &[]).await;
-            let in_recovery = row.and_then(|row| row.try_get(0)).map_err(Failure::Sql)?;
-            if in_recovery { Err(Failure::InRecovery) } else { Ok(connection) }
+            let row = connection.client.query_typed_one(TIMELINE, &[]).await;
+            let timeline: Option<i64> = row.and_then(|row| row.try_get(0)).map_err(Failure::Sql)?;
+            let timeline = timeline.ok_or(Failure::InRecovery)?;
+            Ok(Primary { connection, timeline: u32::try_from(timeline).unwrap_or_default() })
         });
         let timed_out = |_| Failure::TimedOut(self.connect_timeout);
         tokio::time::timeout(self.connect_timeout, attempt).await.map_err(timed_out)?
@@ -402,6 +420,12 @@ impl Keepalive {
         socket.set_tcp_user_timeout(self.user_timeout)?;
         Ok(())
     }
+}
+
+/// What an address led to.
+struct Primary {
+    connection: Connection,
+    timeline: u32,
 }
 
 /// An SQL connection to a primary. Dropping it ends it.

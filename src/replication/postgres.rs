@@ -125,6 +125,9 @@ impl Upstream for Postgres {
 
     async fn connect(&self, state: &State) -> Result<PostgresLink, Error> {
         let name = application_name(&state.node_id);
+        if let Some(origin) = &state.origin {
+            self.endpoints.prefer_timeline(origin.history.current().id);
+        }
         let sql = self.endpoints.connect(&name).await.map_err(connect_error)?;
         let source = own_source(&sql, state).await?;
         check(&sql, &self.options, state.origin.is_some()).await?;

@@ -183,12 +183,17 @@ async fn an_old_primary_that_comes_back_is_not_followed() {
     pair.primary.start_again().await;
     pair.primary.sql().await.insert("t1", "astray").await;
     pair.server.start().await;
-    let tells = "was left behind";
-    eventually("the log tells of the old primary", async || pair.server.has_said(tells)).await;
     let mut stream = pair.server.watch("t1", &token).await;
-    pair.primary.stop(StopMode::Fast).await;
     sql.insert("t1", "after").await;
     stream.expect(Change::created("after")).await;
+    let tells = "was left behind";
+    assert!(!pair.server.has_said(tells));
+
+    pair.standby.stop(StopMode::Fast).await;
+    eventually("the log tells of the old primary", async || pair.server.has_said(tells)).await;
+    pair.standby.start_again().await;
+    pair.standby.sql().await.insert("t1", "end").await;
+    stream.expect(Change::created("end")).await;
 }
 
 /// A copy of a primary that was recovered up to a restore point.

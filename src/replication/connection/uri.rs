@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pgwire_replication::{SslMode, TlsConfig};
@@ -249,6 +250,7 @@ impl Given {
             application_name: given_name.or(fallback_name),
             options: self.take("options"),
             keepalive: self.keepalive()?,
+            timeline: Arc::default(),
         })
     }
 
