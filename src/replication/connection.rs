@@ -48,8 +48,7 @@ use super::catalog::identifier;
 use failure::{Attempt, Failure};
 use passfile::{Passfile, Wanted};
 
-pub(super) use failure::describe;
-pub use failure::{ConnectError, is_definite, sqlstate};
+pub use failure::{ConnectError, describe, is_definite, sqlstate};
 pub use uri::UriError;
 
 /// Most hosts of one URI: a bound, far above any cluster.
