@@ -4,6 +4,8 @@
 //!  session ──▶ Joined ──┬──▶ recorder ──▶ change log ──┐
 //!                       └──▶ hub ◀── publisher         │ reads
 //!                             └──▶ gRPC streams ◀──────┘
+//!
+//!  gRPC calls of Data and Tenancy ◀──▶ store ◀──▶ PostgreSQL
 //! ```
 //!
 //! Taking down goes with the stream: subscribers first (they are told to come back), then the session (its last
@@ -17,13 +19,17 @@ use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::recorder::{self, Closed};
 use crate::changelog::{ChangeLog, Entry, FjallLog, Room, State};
 use crate::config::{self, Config, MappingSource, Preset};
-use crate::grpc::{self, watch::WatchService};
+use crate::grpc::data::DataService;
+use crate::grpc::tenancy::TenancyService;
+use crate::grpc::watch::WatchService;
+use crate::grpc::{self, Services};
 use crate::hub::{self, Hub};
 use crate::lsn::{Lsn, Xid8};
 use crate::mapping::{Mapping, Spec, TUPLES_PRESET};
 use crate::replication::connection::Endpoints;
 use crate::replication::monitor::{Monitor, Thresholds};
-use crate::replication::{self, Outlet, Postgres, Session, Status};
+use crate::replication::{self, Outlet, Postgres, Primaries, Session, Status};
+use crate::store::Store;
 use anyhow::{Context as _, anyhow};
 use primary::{SqlPrimary, SqlSnapshots};
 use std::sync::Arc;
@@ -144,6 +150,33 @@ impl Outlet for Joined {
     }
 }
 
+/// The services, for every way to reach them.
+fn services(
+    config: &Config,
+    hub: &Hub,
+    primary: SqlPrimary,
+    primaries: Primaries,
+    stop: watch::Receiver<bool>,
+) -> Services<SqlPrimary> {
+    let watch = grpc::watch::Options {
+        enabled: config.service.watch.enabled,
+        subscribers_max: usize::try_from(config.service.watch.subscribers_max).unwrap_or(usize::MAX),
+        resolve_timeout: config.service.watch.resolve_timeout,
+    };
+    let data = grpc::data::Options {
+        rows_per_write_max: config.database.max_data_per_write,
+        resolve_timeout: config.service.watch.resolve_timeout,
+    };
+    // Other tables are other programs' to write.
+    let is_ours = config.mapping.source == MappingSource::Preset(Preset::Tuples);
+    let store = is_ours.then(|| Store::new(primaries, config.database.connections_for_store()));
+    Services {
+        watch: WatchService::new(hub.clone(), primary.clone(), watch, stop.clone()),
+        data: Arc::new(DataService::new(store.clone(), hub.clone(), primary, data, stop)),
+        tenancy: Arc::new(TenancyService::new(store)),
+    }
+}
+
 /// Serves until `stop` completes. Errors before the first stream say what to repair.
 ///
 /// # Errors
@@ -175,7 +208,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     };
     let monitor = Monitor::new(endpoints.clone(), &config.replication.slot, &state.node_id, thresholds);
     let postgres = Postgres::new(session_options.clone(), endpoints);
-    let endpoint = postgres.endpoint();
+    let primaries = postgres.primaries();
     let mut stop = std::pin::pin!(stop);
     let ready = tokio::select! {
         ready = postgres.preflight(&state) => ready.map(|()| true),
@@ -190,23 +223,18 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let session = Session::new(session_options, postgres, joined);
     let (stop_streams, streams_stopped) = watch::channel(false);
     let (stop_session, session_stopped) = watch::channel(false);
-    let (primary, answering) = SqlPrimary::new(endpoint.clone(), mapping.tenants());
-    let watch_options = grpc::watch::Options {
-        enabled: config.service.watch.enabled,
-        subscribers_max: usize::try_from(config.service.watch.subscribers_max).unwrap_or(usize::MAX),
-        resolve_timeout: config.service.watch.resolve_timeout,
-    };
-    let service = WatchService::new(hub.clone(), primary, watch_options, streams_stopped.clone());
+    let (primary, answering) = SqlPrimary::new(primaries.clone(), mapping.tenants());
+    let services = services(config, &hub, primary, primaries.clone(), streams_stopped.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
 
     let mut background = JoinSet::new();
     background.spawn(record_visible(hub.watch_visible(), recorded));
-    background.spawn(hub::publisher::run(hub, SqlSnapshots::new(endpoint)));
+    background.spawn(hub::publisher::run(hub, SqlSnapshots::new(primaries)));
     background.spawn(answering);
     background.spawn(monitor.run());
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
-    let mut server = tokio::spawn(grpc::serve(listener, service, health_service, streams_stopped));
+    let mut server = tokio::spawn(grpc::serve(listener, services, health_service, streams_stopped));
     let mut session = tokio::spawn(session.run(session_stopped));
     tracing::info!(%address, "gRPC is listening");
 
@@ -292,8 +320,8 @@ impl RecorderThread {
     }
 }
 
-/// Names that health knows: the server as a whole, and Watch.
-const SERVICES: [&str; 2] = ["", "base.v1.Watch"];
+/// Names that health knows: the server as a whole, and its services.
+const SERVICES: [&str; 4] = ["", "base.v1.Watch", "base.v1.Data", "base.v1.Tenancy"];
 
 /// Most often that the visible mark is recorded. What is past it is asked for again after a restart.
 const VISIBLE_EVERY: Duration = Duration::from_secs(1);

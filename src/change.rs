@@ -77,8 +77,8 @@ pub enum Operation {
     Delete,
 }
 
-/// A relation tuple: the subject has the relation to the entity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A relation tuple: the subject has the relation to the entity. In the order of the `tuples` preset's primary key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[expect(missing_docs, reason = "the fields are the words of the model")]
 pub struct Tuple<'a> {
     pub entity_type: &'a str,
@@ -261,7 +261,7 @@ impl AttributeValue {
     }
 
     /// The message's own bytes: field 1, left out where it has its default.
-    fn encode_data(&self) -> Vec<u8> {
+    pub fn encode_data(&self) -> Vec<u8> {
         use prost::encoding as p;
         let mut out = Vec::new();
         let number = field::DATA;

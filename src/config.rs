@@ -138,7 +138,19 @@ pub struct Database {
     /// `None` where nothing was given: see [`Config::require_database_uri`].
     pub uri: Option<DatabaseUri>,
     /// SQL connections; the replication connection comes on top.
-    pub max_connections: u32,
+    pub max_connections: usize,
+    /// Tuples and attributes that one call may write.
+    pub max_data_per_write: usize,
+}
+
+/// SQL connections that streaming takes: visibility, the session's checks, starts, and the slot's monitor.
+const STREAMING_CONNECTIONS: usize = 4;
+
+impl Database {
+    /// What is left of `max_connections` for Data and Tenancy.
+    pub const fn connections_for_store(&self) -> usize {
+        self.max_connections - STREAMING_CONNECTIONS
+    }
 }
 
 /// Names of the objects in Postgres that feed this process.
@@ -347,9 +359,11 @@ impl Database {
     fn read(read: &mut Reader) -> Self {
         Self {
             uri: read.get("database.uri", None, database_uri),
-            // Four are used: visibility, the session's checks, starts, and the slot's monitor. Postgres itself allows 100
-            // by default, and they belong to the application.
-            max_connections: read.get("database.max_connections", 4, whole(4..=64)),
+            // One at least is left for Data and Tenancy. Postgres itself allows 100 by default, and they belong to the
+            // application.
+            max_connections: read.get("database.max_connections", 12, whole(STREAMING_CONNECTIONS as u64 + 1..=64)),
+            // Permify's default; a request of 4 MiB holds at most some 100,000.
+            max_data_per_write: read.get("database.max_data_per_write", 1_000, whole(1..=100_000)),
         }
     }
 }

@@ -1,14 +1,19 @@
-//! The gRPC edge: `base.v1.Watch`, health and reflection.
+//! The gRPC edge: `base.v1.Watch`, `base.v1.Data`, `base.v1.Tenancy`, health and reflection.
 //!
 //! Only the edges know the generated types. A message is encoded once ([`crate::change`]) and framed once, and the codec here
 //! only copies it: see [`watch`]. [`status`] is the one place that turns errors into statuses.
 
+pub mod data;
+mod fact;
 pub mod status;
+pub mod tenancy;
+mod validation;
 pub mod watch;
 
 use crate::authn::Caller;
 use crate::config::{Grpc as GrpcConfig, Tls};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch::Receiver;
@@ -100,13 +105,22 @@ impl Listener {
     }
 }
 
+/// The services of `proto/`, whoever they are served to. Cheap to clone.
+#[derive(Clone)]
+#[expect(missing_docs, reason = "the fields are the services' names")]
+pub struct Services<P> {
+    pub watch: watch::WatchService<P>,
+    pub data: Arc<data::DataService<P>>,
+    pub tenancy: Arc<tenancy::TenancyService>,
+}
+
 /// Serves until `stop` turns true and all streams have ended.
 ///
 /// # Errors
 /// Where serving fails.
 pub async fn serve<P: crate::hub::start::Primary + 'static>(
     listener: Listener,
-    service: watch::WatchService<P>,
+    services: Services<P>,
     health: HealthServer<impl Health>,
     mut stop: Receiver<bool>,
 ) -> Result<(), Error> {
@@ -128,7 +142,9 @@ pub async fn serve<P: crate::hub::start::Primary + 'static>(
     server
         .add_service(health)
         .add_service(reflection)
-        .add_service(service)
+        .add_service(services.watch)
+        .add_service(proto::data_server::DataServer::from_arc(services.data))
+        .add_service(proto::tenancy_server::TenancyServer::from_arc(services.tenancy))
         .serve_with_incoming_shutdown(listener.incoming, stopped)
         .await?;
     Ok(())

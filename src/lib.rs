@@ -26,6 +26,8 @@
 //!                   hub::Subscription      one reader over both tiers, per subscriber
 //!                                               ▼
 //!                   grpc::watch            base.v1.Watch
+//!
+//!  grpc::data, grpc::tenancy ──▶ store ──SQL──▶ PostgreSQL     base.v1.Data, base.v1.Tenancy: one more writer
 //! ```
 //!
 //! To read it from the ground up:
@@ -33,7 +35,7 @@
 //! 1. The words: [`lsn`] (LSNs, positions, transaction ids), [`timeline`] (sources and histories), [`change`] (tuples,
 //!    attributes, their bytes), [`transaction`] (messages and breaks), [`snap_token`].
 //! 2. Rows to changes, without I/O: [`pgoutput`], [`mapping`], [`assembler`].
-//! 3. The engine: [`changelog`], [`hub`], [`replication`].
+//! 3. The engine: [`changelog`], [`hub`], [`replication`], and [`store`], which writes the tables of the `tuples` preset.
 //! 4. The edges: [`grpc`], [`authn`], [`cli`]; and what they need: [`config`], [`telemetry`], [`dev_postgres`].
 //! 5. [`app`], which joins all of it.
 //!
@@ -54,6 +56,7 @@ pub mod mapping;
 pub mod pgoutput;
 pub mod replication;
 pub mod snap_token;
+pub mod store;
 pub mod telemetry;
 pub mod timeline;
 pub mod transaction;

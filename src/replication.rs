@@ -25,6 +25,7 @@ pub mod connection;
 mod intake;
 pub mod monitor;
 mod postgres;
+pub mod primaries;
 pub mod publication;
 pub mod requirements;
 mod session;
@@ -36,6 +37,7 @@ pub mod upstream;
 
 pub use intake::{Event, Intake};
 pub use postgres::Postgres;
+pub use primaries::Primaries;
 pub use session::Session;
 
 use crate::assembler::{Limits, OnUndecodable};

@@ -23,12 +23,13 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("changelog", core_and(&[])),
         ("hub", core_and(&["changelog"])),
         ("replication", core_and(&["changelog"])),
+        ("store", core_and(&["replication"])),
         ("config", vec![]),
         ("telemetry", vec!["config"]),
         ("dev_postgres", vec![]),
         ("authn", vec![]),
-        ("grpc", core_and(&["hub", "config", "authn"])),
-        ("app", core_and(&["changelog", "hub", "replication", "grpc", "config"])),
+        ("grpc", core_and(&["hub", "store", "config", "authn"])),
+        ("app", core_and(&["changelog", "hub", "replication", "store", "grpc", "config"])),
         ("cli", core_and(&["app", "replication", "grpc", "config", "telemetry", "dev_postgres"])),
         ("lib", vec![]),
         ("main", vec![]),
@@ -36,9 +37,10 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
 }
 
 /// Crates that only some modules may name.
-const CONFINED: [(&str, &[&str]); 7] = [
+const CONFINED: [(&str, &[&str]); 8] = [
     ("pgwire_replication", &["replication"]),
-    ("tokio_postgres", &["replication", "app", "cli"]),
+    ("tokio_postgres", &["replication", "store", "app", "cli"]),
+    ("deadpool", &["store"]),
     ("fjall", &["changelog"]),
     ("tonic", &["grpc", "app", "cli"]),
     ("clap", &["cli", "main"]),
@@ -158,6 +160,22 @@ fn modules_keep_to_their_layers() {
         }
     }
     assert!(wrong.is_empty(), "dependency rules are broken:\n{}", wrong.join("\n"));
+}
+
+/// The tables of the `tuples` preset are known to its mapping and to its store.
+#[test]
+fn tables_of_the_preset_are_named_where_they_belong() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut paths = Vec::new();
+    sources(&root, &mut paths);
+    for path in paths {
+        // What `dev` prints is an example for people to paste.
+        let is_home = ["mapping", "store"].contains(&module(&root, &path).as_str()) || path.ends_with("cli/dev.rs");
+        let code = code(&path);
+        for table in ["relation_tuples", "tuplewatch.attributes", "tuplewatch.tenants"] {
+            assert!(is_home || !code.contains(table), "{} names {table}", path.display());
+        }
+    }
 }
 
 /// Every hazard has a test, and every test that is named for one exists.

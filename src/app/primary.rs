@@ -2,14 +2,15 @@
 
 use crate::change::TenantId;
 use crate::hub::publisher::Snapshots;
-use crate::hub::start::{Look, NO_SESSION, Primary, TransactionStatus, Unreachable};
+use crate::hub::start::{Look, Primary, TransactionStatus, Unreachable};
 use crate::lsn::{Lsn, Snapshot, Xid8};
 use crate::mapping::TenantsSpec;
-use crate::replication::connection::{Connection, Endpoint};
+use crate::replication::Primaries;
+use crate::replication::connection::Connection;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_postgres::Statement;
 
@@ -17,17 +18,12 @@ use tokio_postgres::Statement;
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Longest wait of one caller, with connecting and with those before it.
 const CALL_MAX: Duration = Duration::from_secs(30);
-/// Longest wait for the session to find a primary, when there was none before.
-const FIRST_SESSION_MAX: Duration = Duration::from_secs(5);
 /// After a failure to connect, the next try is not before this.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// Requests that wait for the connection.
 const QUEUE_MAX: usize = 4096;
 /// Requests that share one statement.
 const SHARED_MAX: usize = 1024;
-
-/// Follows which server to ask: the one that the session reads from.
-pub(super) type Primaries = watch::Receiver<Option<Endpoint>>;
 
 /// A connection that is made when it is needed, and again when it was lost or the session found another primary, with one
 /// prepared statement.
@@ -45,7 +41,7 @@ impl Lazy {
     }
 
     async fn get(&mut self) -> Result<&(Connection, Statement), String> {
-        let moved = self.primaries.has_changed().unwrap_or(false);
+        let moved = self.primaries.has_moved();
         if moved || self.open.as_ref().is_none_or(|(connection, _)| connection.is_closed()) {
             self.open = None;
             if let Some((at, error)) = &self.failed
@@ -67,11 +63,7 @@ impl Lazy {
     }
 
     async fn connect(&mut self) -> Result<(Connection, Statement), String> {
-        // A process that has just started gets there soon.
-        let found = tokio::time::timeout(FIRST_SESSION_MAX, self.primaries.wait_for(Option::is_some)).await.map(drop);
-        let endpoint = found.ok().and_then(|()| self.primaries.borrow_and_update().clone());
-        let endpoint = endpoint.ok_or(NO_SESSION)?;
-        let connection = endpoint.connect().await.map_err(|error| error.to_string())?;
+        let connection = self.primaries.connect().await.map_err(|error| error.to_string())?;
         let prepare = async {
             // A mark must not wait for a synchronous standby.
             connection.client.batch_execute("SET synchronous_commit = local").await.map_err(sql)?;

@@ -83,7 +83,7 @@ macro_rules! plain_settings {
     };
 }
 
-plain_settings!(bool, u16, u32, ByteSize);
+plain_settings!(bool, u16, u32, usize, ByteSize);
 
 impl Setting for Duration {
     fn to_yaml(&self) -> String {

@@ -111,7 +111,7 @@ changelog.path: /data
             "`logger.level` in FILE is a list: must be one of trace, debug, info, warn, error",
             "environment variable TUPLEWATCH_SERVICE__WATCH__RESOLVE_TIMEOUT is \"10\": \
              must be a duration with its unit such as 500ms, 10s or 1m30s, from 0s to 5m",
-            "flag --database-max-connections is \"0\": must be a whole number from 4 to 64",
+            "flag --database-max-connections is \"0\": must be a whole number from 5 to 64",
             "`server.hots` in FILE: unknown; did you mean `server.host`?",
             "environment variable TUPLEWATCH_DATABASE_URI: unknown; \
              did you mean TUPLEWATCH_DATABASE__URI?",
@@ -287,7 +287,7 @@ server:
   grpc: { port: 0, tls: { enabled: true, cert: "a b.pem", key: 'C:\k"', client_ca: "1" } }
 logger: { level: trace, format: json }
 service: { watch: { enabled: false, message_size_max: 4MiB, resolve_timeout: 1m30s } }
-database: { uri: "postgres://u@h/db", max_connections: 5 }
+database: { uri: "postgres://u@h/db", max_connections: 5, max_data_per_write: 7 }
 replication: { slot: "123", publication: "é#", warn: { retained_wal: 0, lag: 2h } }
 mapping: { file: "~" }
 snap_token: { format: native }
@@ -335,7 +335,8 @@ service:
     subscribers_max: 10000 # default
 database:
   uri: "" # default
-  max_connections: 4 # default
+  max_connections: 12 # default
+  max_data_per_write: 1000 # default
 replication:
   slot: tuplewatch # default
   publication: tuplewatch # default

@@ -2,17 +2,22 @@
 //!
 //! Every status says what to do next. Where a token would help, it is in `google.rpc.ErrorInfo`, domain `tuplewatch`,
 //! metadata `next_snap_token` (after a break) or `earliest_snap_token` (for a token that is too old).
+//!
+//! Clients of Data and Tenancy compare the *message* of a status with Permify's names of errors. So there the message is
+//! such a name, and what it means here, and what to do, is in `google.rpc.LocalizedMessage`; the fields that are wrong are in
+//! `google.rpc.BadRequest`.
 
 use crate::change::TenantId;
 use crate::hub::start::Error as StartError;
 use crate::hub::{End, Origin};
 use crate::lsn::{CommitTime, Position};
 use crate::snap_token::SnapToken;
+use crate::store;
 use crate::timeline::History;
 use std::collections::HashMap;
 use std::sync::Arc;
 use tonic::{Code, Status};
-use tonic_types::{ErrorDetails, StatusExt};
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 /// Domain of `google.rpc.ErrorInfo`.
 pub const DOMAIN: &str = "tuplewatch";
@@ -102,6 +107,74 @@ pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
 fn too_old(message: &str, earliest: Position, tokens: Option<&Tokens>) -> Status {
     let earliest = tokens.map(|tokens| (EARLIEST_SNAP_TOKEN, tokens.write(earliest, CommitTime::default())));
     with_reason(Code::OutOfRange, message.to_owned(), "SNAP_TOKEN_TOO_OLD", earliest.into_iter().collect())
+}
+
+/// A status whose message is `ERROR_CODE_` and the reason.
+fn with_name(code: Code, reason: &str, says: impl Into<String>, violations: Vec<FieldViolation>) -> Status {
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::<String, String>::new());
+    details.set_localized_message("en", says);
+    if !violations.is_empty() {
+        details.set_bad_request(violations);
+    }
+    Status::with_error_details(code, format!("ERROR_CODE_{reason}"), details)
+}
+
+/// Why the store did not do it.
+pub fn of_store(error: store::Error) -> Status {
+    let says = error.to_string();
+    let (code, reason) = match error {
+        store::Error::UnknownTenant(_) => (Code::NotFound, "TENANT_NOT_FOUND"),
+        store::Error::TenantExists(_) => (Code::AlreadyExists, "UNIQUE_CONSTRAINT"),
+        store::Error::Collisions => (Code::Aborted, "ERROR_MAX_RETRIES"),
+        store::Error::Busy => (Code::ResourceExhausted, "DATASTORE"),
+        store::Error::Unreachable(_) => (Code::Unavailable, "DATASTORE"),
+        store::Error::Refused(_) => (Code::Internal, "EXECUTION"),
+        store::Error::Unreadable(_) => (Code::Internal, "SCAN"),
+    };
+    if code == Code::Internal {
+        tracing::error!("a call of Data or Tenancy failed: {says}");
+    }
+    with_name(code, reason, says, vec![])
+}
+
+/// Fields that are not as they must be.
+pub fn invalid(violations: Vec<FieldViolation>) -> Status {
+    let fields: Vec<&str> = violations.iter().map(|violation| violation.field.as_str()).collect();
+    let says = format!("the request is not valid: see {}", fields.join(", "));
+    with_name(Code::InvalidArgument, "VALIDATION", says, violations)
+}
+
+/// A tuple of something with itself.
+pub fn entity_is_subject(field: String) -> Status {
+    let violation = FieldViolation::new(field, "nothing has a relation to itself through the same relation");
+    let says = "entity and relation are the same as the subject's";
+    with_name(Code::InvalidArgument, "ENTITY_AND_SUBJECT_CANNOT_BE_EQUAL", says, vec![violation])
+}
+
+/// More rows than one write may have.
+pub fn too_much_data(rows: usize, max: usize) -> Status {
+    let says =
+        format!("{rows} tuples and attributes in one request, and {max} are allowed (database.max_data_per_write)");
+    with_name(Code::InvalidArgument, "MAX_DATA_PER_WRITE_EXCEEDED", says, vec![])
+}
+
+/// No token of a page.
+pub fn bad_continuous_token(error: store::ParseKeyError) -> Status {
+    let violation = FieldViolation::new("continuous_token", error.to_string());
+    let says = "begin with an empty continuous_token";
+    with_name(Code::InvalidArgument, "INVALID_CONTINUOUS_TOKEN", says, vec![violation])
+}
+
+/// Data and Tenancy over tables that somebody else writes.
+pub fn not_our_store() -> Status {
+    let message = "this server only watches the tables of its mapping, and does not write or read them for clients: use                    the program that owns them (for Permify's tables, Permify itself). Data and Tenancy are served over                    tuplewatch's own tables, with mapping.preset: tuples";
+    with_reason(Code::Unimplemented, message.to_owned(), "NOT_IMPLEMENTED", vec![])
+}
+
+/// Bundles are Permify's.
+pub fn no_bundles() -> Status {
+    let message = "bundles are Permify's: write what a bundle would with Data.Write and Data.Delete".to_owned();
+    with_reason(Code::Unimplemented, message, "NOT_IMPLEMENTED", vec![])
 }
 
 /// Somebody else's tenant.

@@ -46,7 +46,7 @@ pub enum TransactionStatus {
 pub struct Unreachable(pub String);
 
 /// Where PostgreSQL was not reached yet, or is not read for want of room on the disk.
-pub const NO_SESSION: &str = "no session with PostgreSQL was established yet: the log of tuplewatch says why";
+const NO_SESSION: &str = "no session with PostgreSQL was established yet: the log of tuplewatch says why";
 
 /// What the start of a subscription may ask the primary.
 pub trait Primary: Send + Sync {
@@ -101,6 +101,17 @@ pub enum Error {
     /// The log cannot be read.
     #[error(transparent)]
     Log(#[from] changelog::Error),
+}
+
+/// Waits for a transaction to end.
+async fn wait_for_end(primary: &impl Primary, xid: Xid8, deadline: Instant, timeout: Duration) -> Result<(), Error> {
+    while primary.transaction_status(xid).await? == TransactionStatus::InProgress {
+        if Instant::now() >= deadline {
+            return Err(Error::StillRunning(timeout));
+        }
+        tokio::time::sleep(STATUS_EVERY).await;
+    }
+    Ok(())
 }
 
 /// How long to wait, between looks, for a transaction to end.
@@ -193,6 +204,43 @@ impl Hub {
         Ok(subscription)
     }
 
+    /// Waits until a new snapshot of the primary sees all that the token stands for; an empty one stands for nothing.
+    ///
+    /// # Errors
+    /// As [`Hub::start`], but for what concerns the tenant and what the log still has.
+    pub async fn readable(
+        &self,
+        primary: &impl Primary,
+        tenant: &TenantId,
+        token: &str,
+        timeout: Duration,
+    ) -> Result<(), Error> {
+        if token.is_empty() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + timeout;
+        let anchor = self.window().anchor();
+        match token.parse::<SnapToken>()? {
+            SnapToken::Position { source, timeline, position, .. } => {
+                let appended = *self.inner.appended.borrow();
+                check_position(&anchor, primary, tenant, source, timeline, position, appended).await?;
+                let mut visible = self.watch_visible();
+                let reached = visible.wait_for(|lsn| *lsn >= position.extent());
+                let late = |_| Unreachable(format!("the stream did not reach {position} in time, try again"));
+                tokio::time::timeout_at(deadline, reached).await.map(drop).map_err(late)?;
+            }
+            // Needs nothing of the stream: PostgreSQL shows a transaction as over when its snapshots see it.
+            SnapToken::Transaction { source, xid, floor, .. } => {
+                check_source(&anchor, source)?;
+                if floor > primary.look(tenant).await?.flush_lsn {
+                    return Err(Error::BeyondHistory);
+                }
+                wait_for_end(primary, xid, deadline, timeout).await?;
+            }
+        }
+        Ok(())
+    }
+
     async fn knows(&self, tenant: &TenantId) -> Result<bool, changelog::Error> {
         if self.window().knows(tenant) {
             return Ok(true);
@@ -216,12 +264,7 @@ impl Hub {
             return Ok((Position::at(end), Position::at(end)));
         }
         let deadline = Instant::now() + timeout;
-        while primary.transaction_status(xid).await? == TransactionStatus::InProgress {
-            if Instant::now() >= deadline {
-                return Err(Error::StillRunning(timeout));
-            }
-            tokio::time::sleep(STATUS_EVERY).await;
-        }
+        wait_for_end(primary, xid, deadline, timeout).await?;
         // It is over: if it committed, its commit is in the stream before the mark, and in the log soon after.
         let mark = primary.mark().await?;
         let mut appended = self.inner.appended.clone();

@@ -1,4 +1,5 @@
-//! Attribute values: from Permify's JSON form, `{"@type": "type.googleapis.com/base.v1.BooleanValue", "data": true}`.
+//! Attribute values: from and to Permify's JSON form,
+//! `{"@type": "type.googleapis.com/base.v1.BooleanValue", "data": true}`.
 
 use crate::change::{AttributeValue, TYPE_URL_PREFIX};
 use serde::Deserialize;
@@ -37,6 +38,32 @@ pub fn parse(json: &str) -> Result<AttributeValue, String> {
         _ => return Err("the value's '@type' is none of base.v1's eight value messages".to_owned()),
     };
     value.ok_or_else(|| format!("the value's 'data' does not fit its '@type' {}", name.unwrap_or_default()))
+}
+
+/// Writes one value.
+pub fn write(value: &AttributeValue) -> String {
+    use AttributeValue as V;
+    let data = match value {
+        V::String(text) => Json::from(text.as_str()),
+        V::Integer(number) => Json::from(*number),
+        V::Double(number) => from_double(*number),
+        V::Boolean(truth) => Json::from(*truth),
+        V::StringArray(texts) => Json::from(texts.as_slice()),
+        V::IntegerArray(numbers) => Json::from(numbers.as_slice()),
+        V::DoubleArray(numbers) => numbers.iter().copied().map(from_double).collect(),
+        V::BooleanArray(truths) => Json::from(truths.as_slice()),
+    };
+    serde_json::json!({ "@type": format!("{TYPE_URL_PREFIX}{}", value.message_name()), "data": data }).to_string()
+}
+
+/// JSON has no numbers for what is not finite; protobuf's JSON mapping writes names.
+fn from_double(number: f64) -> Json {
+    match number {
+        number if number.is_nan() => Json::from("NaN"),
+        f64::INFINITY => Json::from("Infinity"),
+        f64::NEG_INFINITY => Json::from("-Infinity"),
+        number => Json::from(number),
+    }
 }
 
 fn or_default<T: Default>(data: Json, read: fn(Json) -> Option<T>) -> Option<T> {
@@ -86,6 +113,7 @@ fn double(data: Json) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn of(kind: &str, data: &str) -> Result<AttributeValue, String> {
         parse(&format!(r#"{{"@type": "{TYPE_URL_PREFIX}{kind}", "data": {data}}}"#))
@@ -105,8 +133,33 @@ mod tests {
         check("IntegerArrayValue", "[1, 2]", V::IntegerArray(vec![1, 2]));
         check("DoubleArrayValue", "[]", V::DoubleArray(vec![]));
         check("BooleanArrayValue", "[false]", V::BooleanArray(vec![false]));
+        assert_eq!(write(&V::Boolean(true)), r#"{"@type":"type.googleapis.com/base.v1.BooleanValue","data":true}"#);
         let default = format!(r#"{{"@type": "{TYPE_URL_PREFIX}BooleanValue"}}"#);
         assert_eq!(parse(&default), Ok(V::Boolean(false)));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_reads_back(
+            text in ".*", number in any::<i32>(), double in any::<f64>(), truth in any::<bool>(), n in 0usize..4
+        ) {
+            use AttributeValue as V;
+            for value in [
+                V::String(text.clone()), V::Integer(number), V::Double(double), V::Boolean(truth),
+                V::StringArray(vec![text; n]), V::IntegerArray(vec![number; n]),
+                V::DoubleArray(vec![double; n]), V::BooleanArray(vec![truth; n]),
+            ] {
+                prop_assert_eq!(parse(&write(&value)), Ok(value));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_reads_back() {
+        let numbers = vec![f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+        let read = parse(&write(&AttributeValue::DoubleArray(numbers)));
+        let Ok(AttributeValue::DoubleArray(read)) = read else { panic!("{read:?}") };
+        assert!(read[0].is_nan() && read[1..] == [f64::INFINITY, f64::NEG_INFINITY]);
     }
 
     #[test]

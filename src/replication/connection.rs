@@ -50,8 +50,7 @@ use super::catalog::identifier;
 use failure::{Attempt, Failure};
 use passfile::{Passfile, Wanted};
 
-pub(super) use failure::describe;
-pub use failure::{ConnectError, is_definite, sqlstate};
+pub use failure::{ConnectError, describe, is_definite, sqlstate};
 pub use uri::UriError;
 
 /// The timeline that a primary writes; NULL on a standby. The first eight digits of a WAL file's name are its timeline.

@@ -5,7 +5,7 @@ use super::publication::{self, Published};
 use super::requirements::{self, Severity};
 use super::slot::{self, Slot, Waiting};
 use super::upstream::{Link, Server, Started, Upstream};
-use super::{Error, Event, Fatal, Options};
+use super::{Error, Event, Fatal, Options, Primaries};
 use crate::changelog::State;
 use crate::lsn::{CommitTime, Lsn, Snapshot, Xid8};
 use crate::timeline::{History, Source};
@@ -51,8 +51,8 @@ impl Postgres {
 
     /// Follows which server the session found to be the primary of its source. Whoever asks it anything asks this one, and
     /// again after every change.
-    pub fn endpoint(&self) -> watch::Receiver<Option<Endpoint>> {
-        self.endpoint.subscribe()
+    pub fn primaries(&self) -> Primaries {
+        Primaries::new(self.endpoint.subscribe())
     }
 
     /// Looks whether it could stream, before anything is promised. What may pass (a server that is still starting) is no

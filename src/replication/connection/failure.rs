@@ -221,7 +221,7 @@ fn has_io_error(error: &tokio_postgres::Error) -> bool {
 }
 
 /// The error in words: the driver's own leave out what the server said.
-pub(in crate::replication) fn describe(error: &tokio_postgres::Error) -> String {
+pub fn describe(error: &tokio_postgres::Error) -> String {
     if let Some(refusal) = error.as_db_error() {
         return format!("{} (SQLSTATE {})", refusal.message(), refusal.code().code());
     }

@@ -1,0 +1,262 @@
+//! The store behind `base.v1.Data` and `base.v1.Tenancy`: the tables of the `tuples` preset, written and read with SQL.
+//!
+//! It belongs to the preset, as `sql/` does, and with `mapping` it is the only place that knows the preset's tables. It
+//! is one writer among many: applications write the same tables with SQL of their own, at the same time.
+//!
+//! ```text
+//!  Batch, filters ──▶ one transaction ──▶ snap_token() ──▶ token of the state right after it
+//!                      │ a connection of the pool, to the primary that the session reads from
+//!                      └ deadlocks and serialization failures: again, a bounded number of times
+//! ```
+//!
+//! # Invariants
+//!
+//! - What a call writes is one transaction, and its token is taken inside it: Watch goes on right after it.
+//! - Rows go in in the order of the primary key, so that two writes of ours never wait for each other in a circle.
+//! - **Nothing is written for a tenant that is being deleted.** Writers share an advisory lock of the tenant, which its
+//!   deletion takes alone. There is no foreign key (see `sql/0001_tables.sql`), and a row that comes after the deletion would
+//!   come back to life with the next tenant of that name. An advisory lock costs no WAL.
+//!
+//! Values are never in an error: they are somebody's data.
+
+mod batch;
+mod filter;
+mod page;
+mod pool;
+mod tenants;
+
+pub use batch::Batch;
+pub use filter::{AttributeFilter, TupleFilter};
+pub use page::{Key, Page, ParseKeyError};
+pub use tenants::Tenant;
+
+use crate::change::{Attribute, TenantId, Tuple};
+use crate::mapping::parse_attribute_value;
+use crate::replication::connection::describe;
+use crate::replication::{Primaries, primaries};
+use filter::{Query, text};
+use pool::Pool;
+use std::time::Duration;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, IsolationLevel, Transaction};
+
+/// Times that a call is tried where it collides with others.
+const ATTEMPTS_MAX: u32 = 10;
+/// Between two of them, at most; much less after the first.
+const PAUSE_MAX: Duration = Duration::from_millis(200);
+/// Longest call, all attempts included. PostgreSQL itself ends a statement after [`pool::STATEMENT_MAX`], which is shorter.
+const CALL_MAX: Duration = Duration::from_secs(40);
+/// The deletion of a tenant takes as long as it has rows.
+const TENANT_DELETION_MAX: Duration = Duration::from_secs(15 * 60);
+
+/// Why the store did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It is not in the table of tenants.
+    #[error("tenant '{0}' does not exist: create it first")]
+    UnknownTenant(TenantId),
+    /// It is already there.
+    #[error("tenant '{0}' exists already")]
+    TenantExists(TenantId),
+    /// Every attempt collided with somebody else's transaction.
+    #[error("the transaction collided with others {ATTEMPTS_MAX} times, and nothing of it happened: try again")]
+    Collisions,
+    /// All connections were busy for as long as one waits.
+    #[error("all connections to PostgreSQL are busy (database.max_connections): try again later")]
+    Busy,
+    /// No connection, or not the answer in time. A write may have happened, and may be repeated.
+    #[error("PostgreSQL cannot be asked at the moment, try again: {0}")]
+    Unreachable(String),
+    /// PostgreSQL said no.
+    #[error("PostgreSQL refused: {0}")]
+    Refused(String),
+    /// A row that is not of this form.
+    #[error("a row cannot be read: {0}")]
+    Unreadable(String),
+}
+
+impl From<tokio_postgres::Error> for Error {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let Some(refusal) = error.as_db_error() else { return Self::Unreachable(describe(&error)) };
+        match refusal.code() {
+            &SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED => Self::Collisions,
+            // It took longer than the statement may.
+            &SqlState::QUERY_CANCELED => Self::Unreachable(describe(&error)),
+            // It is shutting down, or has just been made a standby.
+            code if code.code().starts_with("57P") || *code == SqlState::READ_ONLY_SQL_TRANSACTION => {
+                Self::Unreachable(describe(&error))
+            }
+            &SqlState::INSUFFICIENT_PRIVILEGE => Self::Refused(format!(
+                "{}. Grant tuplewatch's role SELECT, INSERT, UPDATE and DELETE on the tables of schema tuplewatch, or \
+                 have applications write them with SQL",
+                describe(&error)
+            )),
+            _ => Self::Refused(describe(&error)),
+        }
+    }
+}
+
+impl From<primaries::Error> for Error {
+    fn from(error: primaries::Error) -> Self {
+        Self::Unreachable(error.to_string())
+    }
+}
+
+/// See the module. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Store {
+    pool: Pool,
+}
+
+impl Store {
+    /// On the session's primary, with at most so many connections.
+    pub fn new(primaries: Primaries, connections_max: usize) -> Self {
+        Self { pool: Pool::new(primaries, connections_max) }
+    }
+
+    /// Writes tuples, where they are not there yet, and attributes, whose value becomes the given one. Returns the snap token of
+    /// the state right after it.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn write(&self, tenant: &TenantId, batch: &Batch<'_>) -> Result<String, Error> {
+        persistently(CALL_MAX, || async {
+            let mut connection = self.pool.get().await?;
+            let transaction = begin(&mut connection).await?;
+            tenants::share(&transaction, tenant).await?;
+            batch.insert(&transaction, tenant).await?;
+            finish(transaction).await
+        })
+        .await
+    }
+
+    /// Deletes what the filters pick; a filter that is not there picks nothing. Returns the snap token of the state right
+    /// after it.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn delete(
+        &self,
+        tenant: &TenantId,
+        tuples: Option<&TupleFilter<'_>>,
+        attributes: Option<&AttributeFilter<'_>>,
+    ) -> Result<String, Error> {
+        persistently(CALL_MAX, || async {
+            let mut connection = self.pool.get().await?;
+            let transaction = begin(&mut connection).await?;
+            tenants::share(&transaction, tenant).await?;
+            let name = tenant.as_str();
+            if let Some(filter) = tuples {
+                let query = filter.query("DELETE FROM tuplewatch.relation_tuples", &name);
+                transaction.execute_typed(query.sql(), query.parameters()).await?;
+            }
+            if let Some(filter) = attributes {
+                let query = filter.query("DELETE FROM tuplewatch.attributes", &name);
+                transaction.execute_typed(query.sql(), query.parameters()).await?;
+            }
+            finish(transaction).await
+        })
+        .await
+    }
+
+    /// A page of the tuples that the filter picks, in the order of the primary key, each as `make` has it.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn read_tuples<T>(
+        &self,
+        tenant: &TenantId,
+        filter: &TupleFilter<'_>,
+        after: Option<&Key<6>>,
+        page_size: usize,
+        make: fn(Tuple<'_>) -> T,
+    ) -> Result<Page<T, 6>, Error> {
+        let columns = ["entity_type", "entity_id", "relation", "subject_type", "subject_id", "subject_relation"];
+        let (name, after) = (tenant.as_str(), after.map(Key::columns));
+        let mut query = filter.query(&page::select(columns, "", "tuplewatch.relation_tuples"), &name);
+        page::narrow(&mut query, columns, after.as_ref(), page_size);
+        let make = |row: &[&str]| match *row {
+            [entity_type, entity_id, relation, subject_type, subject_id, subject_relation] => {
+                Ok(make(Tuple { entity_type, entity_id, relation, subject_type, subject_id, subject_relation }))
+            }
+            _ => Err("a tuple of other columns".to_owned()),
+        };
+        self.read_page(tenant, &query, page_size, &make).await
+    }
+
+    /// A page of the attributes that the filter picks, in the order of the primary key, each as `make` has it.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn read_attributes<T>(
+        &self,
+        tenant: &TenantId,
+        filter: &AttributeFilter<'_>,
+        after: Option<&Key<3>>,
+        page_size: usize,
+        make: fn(Attribute<'_>) -> T,
+    ) -> Result<Page<T, 3>, Error> {
+        let columns = ["entity_type", "entity_id", "attribute"];
+        let (name, after) = (tenant.as_str(), after.map(Key::columns));
+        let mut query = filter.query(&page::select(columns, ", value::text", "tuplewatch.attributes"), &name);
+        page::narrow(&mut query, columns, after.as_ref(), page_size);
+        let make = |row: &[&str]| match *row {
+            [entity_type, entity_id, attribute, value] => {
+                let value = parse_attribute_value(value)?;
+                Ok(make(Attribute { entity_type, entity_id, attribute, value }))
+            }
+            _ => Err("an attribute of other columns".to_owned()),
+        };
+        self.read_page(tenant, &query, page_size, &make).await
+    }
+
+    async fn read_page<T, const COLUMNS: usize>(
+        &self,
+        tenant: &TenantId,
+        query: &Query<'_>,
+        page_size: usize,
+        make: &(impl Fn(&[&str]) -> Result<T, String> + Sync),
+    ) -> Result<Page<T, COLUMNS>, Error> {
+        persistently(CALL_MAX, || async {
+            let connection = self.pool.get().await?;
+            tenants::require(&connection, tenant).await?;
+            page::read(&connection, query, page_size, make).await
+        })
+        .await
+    }
+}
+
+/// READ COMMITTED, whatever the database's default is: each statement sees what was committed while the one before waited
+/// for a lock.
+async fn begin(client: &mut Client) -> Result<Transaction<'_>, Error> {
+    Ok(client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?)
+}
+
+/// Commits, with the token of what was done.
+async fn finish(transaction: Transaction<'_>) -> Result<String, Error> {
+    let row = transaction.query_typed_one("SELECT tuplewatch.snap_token()", &[]).await?;
+    let token = row.try_get(0)?;
+    transaction.commit().await?;
+    Ok(token)
+}
+
+/// Tries again while it collides with others.
+async fn persistently<T, A: Future<Output = Result<T, Error>>>(
+    longest: Duration,
+    attempt: impl Fn() -> A,
+) -> Result<T, Error> {
+    let attempts = async {
+        for n in 1..ATTEMPTS_MAX {
+            match attempt().await {
+                Err(Error::Collisions) => {}
+                result => return result,
+            }
+            // At random, so that those who collided do not meet again: up to 2 ms, 4 ms, 8 ms, …
+            let pause = Duration::from_millis(1 << n).min(PAUSE_MAX);
+            tokio::time::sleep(pause.mul_f64(fastrand::f64())).await;
+        }
+        attempt().await
+    };
+    let late = || Error::Unreachable(format!("no answer within {} s", longest.as_secs()));
+    tokio::time::timeout(longest, attempts).await.unwrap_or_else(|_| Err(late()))
+}

@@ -1,0 +1,94 @@
+//! The store's connections: a bounded number, to the primary that the session reads from.
+
+use super::Error;
+use crate::replication::connection::Connection;
+use crate::replication::{Primaries, primaries};
+use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, TimeoutType};
+use std::ops::{Deref, DerefMut};
+use std::time::Duration;
+use tokio_postgres::Client;
+
+/// Longest wait for a connection that others use.
+const WAIT_MAX: Duration = Duration::from_secs(10);
+/// A connection that is asked whether it is well has this long to answer.
+const WELL_MAX: Duration = Duration::from_secs(2);
+/// PostgreSQL ends a statement of ours that takes longer, waits for locks included.
+pub(super) const STATEMENT_MAX: Duration = Duration::from_secs(30);
+
+/// Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct Pool(managed::Pool<Opener>);
+
+impl Pool {
+    pub(super) fn new(primaries: Primaries, connections_max: usize) -> Self {
+        let builder = managed::Pool::builder(Opener { primaries })
+            .max_size(connections_max)
+            .runtime(deadpool::Runtime::Tokio1)
+            .wait_timeout(Some(WAIT_MAX))
+            .recycle_timeout(Some(WELL_MAX));
+        match builder.build() {
+            Ok(pool) => Self(pool),
+            Err(error) => unreachable!("a pool with timeouts has a runtime for them: {error}"),
+        }
+    }
+
+    pub(super) async fn get(&self) -> Result<Lease, Error> {
+        self.0.get().await.map(Lease).map_err(|error| match error {
+            PoolError::Timeout(TimeoutType::Wait) => Error::Busy,
+            PoolError::Backend(error) => error,
+            other => Error::Unreachable(other.to_string()),
+        })
+    }
+}
+
+/// A connection for one call. Dropped, it goes back.
+pub(super) struct Lease(Object<Opener>);
+
+impl Deref for Lease {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.0.connection.client
+    }
+}
+
+impl DerefMut for Lease {
+    fn deref_mut(&mut self) -> &mut Client {
+        &mut self.0.connection.client
+    }
+}
+
+#[derive(Debug)]
+struct Opener {
+    primaries: Primaries,
+}
+
+#[derive(Debug)]
+struct Open {
+    connection: Connection,
+    /// As of when it was opened.
+    primaries: Primaries,
+}
+
+impl managed::Manager for Opener {
+    type Type = Open;
+    type Error = Error;
+
+    /// Bounded by the connect timeout of the URI.
+    async fn create(&self) -> Result<Open, Error> {
+        let mut primaries = self.primaries.clone();
+        let connection = primaries.connect().await.map_err(|error: primaries::Error| Error::from(error))?;
+        let set = format!("SET statement_timeout = '{}s'", STATEMENT_MAX.as_secs());
+        connection.client.batch_execute(&set).await?;
+        Ok(Open { connection, primaries })
+    }
+
+    /// Costs a round trip, so that nobody is given a connection that has died silently, or on which the statement of somebody
+    /// who has gone away still runs.
+    async fn recycle(&self, open: &mut Open, _: &Metrics) -> RecycleResult<Error> {
+        if open.primaries.has_moved() {
+            return Err(RecycleError::message("the session has found another primary"));
+        }
+        open.connection.client.batch_execute("").await.map_err(|error| RecycleError::Backend(error.into()))
+    }
+}

@@ -1,0 +1,109 @@
+//! Tenants: the rows of `tenants`, and the lock between those who write for one and who deletes it.
+
+use super::filter::{Query, text};
+use super::page::{self, Key, Page};
+use super::{CALL_MAX, Error, Store, TENANT_DELETION_MAX, begin, persistently};
+use crate::change::TenantId;
+use tokio_postgres::{Client, Transaction};
+
+/// Tells our advisory locks from those of others: "tuple" in ASCII, as the seed of the hash. Two tenants of the same hash
+/// would share a lock, which does no harm.
+const LOCK: &str = "hashtextextended($1, x'7475706c65'::bigint)";
+
+/// A tenant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tenant {
+    /// Its id.
+    pub id: String,
+    /// For people.
+    pub name: String,
+    /// In microseconds since 1970; `None` for PostgreSQL's infinities.
+    pub created_at_micros: Option<i64>,
+}
+
+impl Store {
+    /// Creates a tenant.
+    ///
+    /// # Errors
+    /// [`Error::TenantExists`] and others.
+    pub async fn create_tenant(&self, id: &TenantId, name: &str) -> Result<Tenant, Error> {
+        let insert = format!(
+            "INSERT INTO tuplewatch.tenants (id, name) VALUES ($1, $2) ON CONFLICT DO NOTHING RETURNING {COLUMNS}"
+        );
+        persistently(CALL_MAX, || async {
+            let client = self.pool.get().await?;
+            let inserted = client.query_typed_opt(&insert, &[text(&id.as_str()), text(&name)]).await?;
+            let row = inserted.ok_or_else(|| Error::TenantExists(id.clone()))?;
+            tenant(&[row.try_get(0)?, row.try_get(1)?, row.try_get(2)?]).map_err(Error::Unreadable)
+        })
+        .await
+    }
+
+    /// Deletes a tenant's rows and then the tenant, in one transaction: watchers see deletes.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTenant`] and others.
+    pub async fn delete_tenant(&self, id: &TenantId) -> Result<(), Error> {
+        let patience = format!("SET LOCAL statement_timeout = '{}s'", TENANT_DELETION_MAX.as_secs());
+        persistently(TENANT_DELETION_MAX, || async {
+            let mut client = self.pool.get().await?;
+            let transaction = begin(&mut client).await?;
+            transaction.batch_execute(&patience).await?;
+            let lock = format!("SELECT pg_advisory_xact_lock({LOCK})");
+            let name = id.as_str();
+            let parameters = &[text(&name)];
+            transaction.execute_typed(&lock, parameters).await?;
+            require(transaction.client(), id).await?;
+            for table in ["relation_tuples", "attributes"] {
+                let delete = format!("DELETE FROM tuplewatch.{table} WHERE tenant_id = $1");
+                transaction.execute_typed(&delete, parameters).await?;
+            }
+            transaction.execute_typed("DELETE FROM tuplewatch.tenants WHERE id = $1", parameters).await?;
+            Ok(transaction.commit().await?)
+        })
+        .await
+    }
+
+    /// A page of the tenants, by id.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn list_tenants(&self, after: Option<&Key<1>>, page_size: usize) -> Result<Page<Tenant, 1>, Error> {
+        let after = after.map(Key::columns);
+        let mut query = Query::new(&format!("SELECT {COLUMNS} FROM tuplewatch.tenants WHERE true"));
+        page::narrow(&mut query, ["id"], after.as_ref(), page_size);
+        persistently(CALL_MAX, || async {
+            let client = self.pool.get().await?;
+            page::read(&client, &query, page_size, &tenant).await
+        })
+        .await
+    }
+}
+
+/// Its columns as texts. The creation time of an infinity is an empty one.
+const COLUMNS: &str = "id, name, CASE WHEN isfinite(created_at) \
+                       THEN trunc(extract(epoch FROM created_at) * 1000000)::text ELSE '' END";
+
+fn tenant(row: &[&str]) -> Result<Tenant, String> {
+    match *row {
+        [id, name, created_at] => {
+            Ok(Tenant { id: id.to_owned(), name: name.to_owned(), created_at_micros: created_at.parse().ok() })
+        }
+        _ => Err("a tenant of other columns".to_owned()),
+    }
+}
+
+/// Keeps the tenant from being deleted before the transaction ends; waits for a deletion that is under way.
+pub(super) async fn share(transaction: &Transaction<'_>, id: &TenantId) -> Result<(), Error> {
+    let lock = format!("SELECT pg_advisory_xact_lock_shared({LOCK})");
+    transaction.execute_typed(&lock, &[text(&id.as_str())]).await?;
+    // A statement of its own, which sees what the wait was for.
+    require(transaction.client(), id).await
+}
+
+/// An error unless there is such a tenant.
+pub(super) async fn require(client: &Client, id: &TenantId) -> Result<(), Error> {
+    let statement = "SELECT EXISTS (SELECT FROM tuplewatch.tenants WHERE id = $1)";
+    let row = client.query_typed_one(statement, &[text(&id.as_str())]).await?;
+    if row.try_get(0)? { Ok(()) } else { Err(Error::UnknownTenant(id.clone())) }
+}
