@@ -18,17 +18,18 @@ mod primary;
 use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::recorder::{self, Closed};
 use crate::changelog::{ChangeLog, Entry, FjallLog, Room, State};
-use crate::config::{self, Config, MappingSource, Preset};
+use crate::config::{self, Config, MappingSource, Preset, SnapTokenFormat};
 use crate::grpc::data::DataService;
 use crate::grpc::tenancy::TenancyService;
 use crate::grpc::watch::WatchService;
 use crate::grpc::{self, Services};
 use crate::hub::{self, Hub};
 use crate::lsn::{Lsn, Xid8};
-use crate::mapping::{Mapping, Spec, TUPLES_PRESET};
+use crate::mapping::{Mapping, PERMIFY_PRESET, Spec, TUPLES_PRESET};
 use crate::replication::connection::Endpoints;
 use crate::replication::monitor::{Monitor, Thresholds};
 use crate::replication::{self, Outlet, Postgres, Primaries, Session, Status};
+use crate::snap_token;
 use crate::store::Store;
 use anyhow::{Context as _, anyhow};
 use primary::{SqlPrimary, SqlSnapshots};
@@ -65,6 +66,7 @@ pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
     use ::config::{Config as Loader, File, FileFormat};
     let (what, yaml) = match &config.mapping.source {
         MappingSource::Preset(Preset::Tuples) => ("preset tuples".to_owned(), TUPLES_PRESET.to_owned()),
+        MappingSource::Preset(Preset::Permify) => ("preset permify".to_owned(), PERMIFY_PRESET.to_owned()),
         MappingSource::File(path) => {
             let what = format!("mapping file {}", path.display());
             let cannot = || Misconfigured(format!("cannot read {what} (mapping.file)"));
@@ -72,12 +74,25 @@ pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
             (what, yaml)
         }
     };
-    let spec: Spec = Loader::builder()
+    let mut spec: Spec = Loader::builder()
         .add_source(File::from_str(&yaml, FileFormat::Yaml))
         .build()
         .and_then(Loader::try_deserialize)
         .with_context(|| Misconfigured(format!("{what} does not read")))?;
+    if config.mapping.source == MappingSource::Preset(Preset::Permify) {
+        spec = spec.in_schema(&config.mapping.schema);
+    }
     Mapping::new(spec).with_context(|| Misconfigured(format!("{what} cannot be used")))
+}
+
+/// The form of the tokens that are handed out.
+fn token_form(config: &Config) -> snap_token::Form {
+    match (config.snap_token.format, &config.mapping.source) {
+        (SnapTokenFormat::Permify, _) | (SnapTokenFormat::Auto, MappingSource::Preset(Preset::Permify)) => {
+            snap_token::Form::Permify
+        }
+        (SnapTokenFormat::Native | SnapTokenFormat::Auto, _) => snap_token::Form::Native,
+    }
 }
 
 /// Where the configured database is.
@@ -162,6 +177,7 @@ fn services(
         enabled: config.service.watch.enabled,
         subscribers_max: usize::try_from(config.service.watch.subscribers_max).unwrap_or(usize::MAX),
         resolve_timeout: config.service.watch.resolve_timeout,
+        token_form: token_form(config),
     };
     let data = grpc::data::Options {
         rows_per_write_max: config.database.max_data_per_write,

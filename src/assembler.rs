@@ -17,7 +17,7 @@ use crate::mapping::{Mapping, Outcome, Plan, Undecodable};
 use crate::pgoutput::{self, Message as Row, RelationCache, RelationId, decode};
 use crate::snap_token::TokenId;
 use crate::transaction::{Break, BreakReason, Header, Message, MessageBuilder, Transaction};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 /// Prefix of the logical messages that belong to tuplewatch.
@@ -141,6 +141,8 @@ struct Open {
     breaks: Vec<Break>,
     broken: HashSet<TenantId>,
     broken_for_all: bool,
+    /// Who gets a last message even where all changes are in messages before it, or where there are none.
+    closing: BTreeSet<TenantId>,
     token_ids: Vec<TokenId>,
 }
 
@@ -188,6 +190,7 @@ impl Assembler {
             breaks: Vec::new(),
             broken: HashSet::new(),
             broken_for_all: false,
+            closing: BTreeSet::new(),
             token_ids: Vec::new(),
         });
         Ok(())
@@ -227,7 +230,7 @@ impl Assembler {
         if open.bytes < self.limits.stage_bytes {
             return Ok(None);
         }
-        Ok(Some(open.stage()))
+        Ok(Some(open.stage(self.mapping.tells_transactions())))
     }
 
     /// A transactional logical message. Those of others are ignored, and so are those outside transactions.
@@ -252,8 +255,15 @@ impl Assembler {
         }
         for tenant in std::mem::take(&mut open.order) {
             if let Some(part) = open.parts.remove(&tenant).filter(|part| !part.is_empty()) {
+                open.closing.remove(&tenant);
                 let message = part.finish(open.header, Some(end));
                 open.messages.push((tenant, message));
+            }
+        }
+        for tenant in std::mem::take(&mut open.closing) {
+            // Where history breaks, the break is what ends it.
+            if !open.broken_for_all && !open.broken.contains(&tenant) {
+                open.messages.push((tenant, MessageBuilder::default().finish(open.header, Some(end))));
             }
         }
         for gap in &mut open.breaks {
@@ -308,6 +318,13 @@ impl Assembler {
                         Err(error) => Undecodable { tenant: None, detail: error.to_string() },
                     }
                 }
+                Outcome::Transaction { tenant } => match intern(tenants, tenant) {
+                    Ok(id) => {
+                        open.closing.insert(id);
+                        return;
+                    }
+                    Err(error) => Undecodable { tenant: None, detail: error.to_string() },
+                },
                 Outcome::Undecodable(gap) => gap,
             };
             let tenant = gap.tenant.as_deref().and_then(|tenant| intern(tenants, tenant).ok());
@@ -322,6 +339,7 @@ impl Assembler {
         let open = self.open.as_mut().ok_or(Error::OutOfOrder("TRUNCATE outside a transaction"))?;
         let table = match self.relations.get(relation).ok_or(Error::UnknownRelation(relation.0))? {
             Reading::Not => return Ok(()),
+            Reading::As(plan) if !plan.has_facts() => return Ok(()),
             Reading::As(plan) => plan.table().to_owned(),
             Reading::Renamed { to, .. } => to.clone(),
         };
@@ -403,7 +421,11 @@ impl Open {
         }
     }
 
-    fn stage(&mut self) -> Staged {
+    /// Hands out all that there is. Where transactions are `told`, whoever has a part in this one is told of its end, too.
+    fn stage(&mut self, told: bool) -> Staged {
+        if told {
+            self.closing.extend(self.order.iter().cloned());
+        }
         self.flush();
         self.staged = true;
         self.bytes = 0;

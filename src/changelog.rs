@@ -19,6 +19,7 @@
 //! - [`ChangeLog::read`] gives one tenant's messages in stream order, and costs in proportion to them.
 //! - Below [`ChangeLog::horizon`] something *of that tenant* was dropped by retention. A tenant that was quiet keeps an old
 //!   horizon, however long ago its last change was.
+//! - A transaction with changes is found by its id as long as it is here. One that was abandoned stays known as such.
 //! - Breaks outlive the messages around them.
 //! - Any failed write or sync poisons the log: every later call fails, and the process must end.
 //!
@@ -87,6 +88,8 @@ pub struct Origin {
     pub history: History,
     /// Everything that committed at or after is here.
     pub lsn: Lsn,
+    /// Everything that committed before has an id below.
+    pub xid: Xid8,
 }
 
 /// A check of what is published.
@@ -122,6 +125,21 @@ pub struct Batch {
     pub messages: Vec<Message>,
     /// Whether the limit on bytes ended it, so that there may be more.
     pub more: bool,
+}
+
+/// What the log knows of a transaction id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trace {
+    /// It committed, with changes.
+    Committed {
+        /// Its commit LSN.
+        commit: Lsn,
+        /// Its end LSN.
+        end: Lsn,
+    },
+    /// The server went on along a history on which it did not commit. The id may be another transaction's there, and then
+    /// nobody can tell which of the two is meant.
+    Abandoned,
 }
 
 /// What the disk has room for.
@@ -239,6 +257,24 @@ pub trait ChangeLog: Send + Sync + 'static {
     /// # Errors
     /// Where the disk cannot be read.
     fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error>;
+
+    /// What became of the transaction with this id, if it is still here or is the tenant's newest that retention dropped.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<Trace>, Error>;
+
+    /// The id of the last transaction with changes, of whichever tenant, that committed before `commit`, if it is still here.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error>;
+
+    /// Of the transactions with changes that are still here, the one with the largest id below `xid`: id and commit LSN.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Error>;
 
     /// All breaks, in stream order of their ends.
     fn breaks(&self) -> Vec<Break>;

@@ -42,9 +42,13 @@ pub use host::Host;
 pub use quantity::ByteSize;
 
 use error::Problem;
-use given::{boolean, choice, database_uri, duration, host, optional_path, path, publication, size, slot, whole};
+use given::{
+    boolean, choice, database_uri, duration, host, optional_path, path, publication, schema, size, slot, whole,
+};
 use reader::Reader;
 
+/// Where Permify creates its tables, unless its connection has another search_path.
+const DEFAULT_SCHEMA: &str = "public";
 const MINUTE_SECS: u64 = 60;
 const DAY_SECS: u64 = 24 * 60 * MINUTE_SECS;
 
@@ -180,6 +184,8 @@ pub struct SlotWarnings {
 pub struct Mapping {
     /// The mapping itself.
     pub source: MappingSource,
+    /// Where the tables of the preset `permify` are. Other mappings name schemas themselves.
+    pub schema: String,
     /// What happens to a row that it cannot turn into changes.
     pub on_undecodable: OnUndecodable,
 }
@@ -399,7 +405,15 @@ impl Replication {
 impl Mapping {
     fn read(read: &mut Reader) -> Self {
         let preset = read.get("mapping.preset", Preset::Tuples, choice);
+        let schema = read.get("mapping.schema", DEFAULT_SCHEMA.to_owned(), schema);
         let file = read.get("mapping.file", None, optional_path);
+        if schema != DEFAULT_SCHEMA && (preset != Preset::Permify || file.is_some()) {
+            read.refuse(
+                &["mapping.schema", if file.is_some() { "mapping.file" } else { "mapping.preset" }],
+                "only the preset permify is told its schema: the tables of tuples are in schema tuplewatch, and a file names \
+                 schemas itself",
+            );
+        }
         let source = match file {
             None => MappingSource::Preset(preset),
             Some(file) => {
@@ -408,10 +422,11 @@ impl Mapping {
                 }
                 // Printed, the default would contradict the file.
                 read.omit("mapping.preset");
+                read.omit("mapping.schema");
                 MappingSource::File(file)
             }
         };
-        Self { source, on_undecodable: read.get("mapping.on_undecodable", OnUndecodable::Break, choice) }
+        Self { source, schema, on_undecodable: read.get("mapping.on_undecodable", OnUndecodable::Break, choice) }
     }
 }
 

@@ -21,6 +21,7 @@
 //! This module reads the log and never writes it; it knows nothing of replication.
 
 pub mod publisher;
+mod resolve;
 pub mod start;
 mod subscription;
 mod window;
@@ -62,6 +63,11 @@ pub struct Item {
 impl Item {
     fn new(message: Message) -> Arc<Self> {
         Arc::new(Self { message, wire: OnceLock::new() })
+    }
+
+    /// Whether the bytes on the wire were made.
+    pub fn is_encoded(&self) -> bool {
+        self.wire.get().is_some()
     }
 
     /// The bytes on the wire; all callers give the same `encode`.
@@ -190,6 +196,20 @@ impl Hub {
     /// Where the log cannot be read.
     pub async fn recorded_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, crate::changelog::Error> {
         self.on_disk(move |log| log.transactions_since(from)).await
+    }
+
+    /// The id of the last transaction with changes, of whichever tenant, that committed before `commit`; `None` where there is
+    /// none any more.
+    ///
+    /// # Errors
+    /// Where the log cannot be read.
+    pub async fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, crate::changelog::Error> {
+        let recent = self.window().transaction_before(commit);
+        match recent {
+            Some(xid) => Ok(Some(xid)),
+            // What memory has forgotten, or never had, is in the log.
+            None => self.on_disk(move |log| log.transaction_before(commit)).await,
+        }
     }
 
     /// Runs a short read of the log, on a thread for such where it may block.

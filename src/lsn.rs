@@ -133,6 +133,21 @@ impl Snapshot {
     pub const fn xmax(&self) -> Xid8 {
         self.xmax
     }
+
+    /// The transactions below [`Self::xmax`] that were running, in order.
+    pub fn running(&self) -> &[Xid8] {
+        &self.running
+    }
+}
+
+impl fmt::Display for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:", self.xmin, self.xmax)?;
+        for (n, xid) in self.running.iter().enumerate() {
+            write!(f, "{}{xid}", if n == 0 { "" } else { "," })?;
+        }
+        Ok(())
+    }
 }
 
 impl FromStr for Snapshot {

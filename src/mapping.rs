@@ -8,6 +8,8 @@
 //! | UPDATE that does not | nothing |
 //! | soft delete: live → marked, marked → live | delete, create |
 //! | any removal of a marked row | nothing |
+//! | INSERT into a table of transactions | the transaction is its tenant's |
+//! | anything else there | nothing |
 //!
 //! A TOASTed value that PostgreSQL did not send again is taken from the old row, and never reported as empty. What cannot
 //! be turned into changes is an [`Undecodable`], with its tenant where that can be read.
@@ -29,6 +31,9 @@ use sha2::{Digest, Sha256};
 
 /// The `tuples` preset, in the format of [`Spec`].
 pub const TUPLES_PRESET: &str = include_str!("mapping/tuples.yaml");
+
+/// The `permify` preset, in the format of [`Spec`]; its tables are in whatever schema [`Spec::in_schema`] says.
+pub const PERMIFY_PRESET: &str = include_str!("mapping/permify.yaml");
 
 /// A checked [`Spec`].
 #[derive(Clone, Debug)]
@@ -55,6 +60,11 @@ impl Mapping {
     /// Where tenants are listed, if anywhere.
     pub const fn tenants(&self) -> Option<&TenantsSpec> {
         self.spec.tenants.as_ref()
+    }
+
+    /// Whether rows tell whose a transaction is.
+    pub fn tells_transactions(&self) -> bool {
+        self.spec.tables.iter().any(|table| table.transaction)
     }
 
     /// How to read rows of this relation; `None` where the mapping does not speak of it.

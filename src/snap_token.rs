@@ -1,7 +1,7 @@
 //! Snap tokens: what a client hands back to go on where it was.
 //!
-//! Opaque to clients. Base64 in the URL-safe alphabet without padding (the standard alphabet and padding are read too),
-//! 60 characters. All numbers are big endian.
+//! Opaque to clients. Our own are base64 in the URL-safe alphabet without padding (the standard alphabet and padding are
+//! read too), 60 characters; their numbers are big endian.
 //!
 //! A **position token** is what Watch emits:
 //!
@@ -28,12 +28,20 @@
 //! | 41..45 | check, as above |
 //!
 //! The check is there to tell a damaged token from a good one; it is no signature. The first byte is never an ASCII digit
-//! and the length never 8, so that Permify's two forms of token stay distinct from these.
+//! and the length never 8, so that Permify's two forms of token stay distinct from these:
+//!
+//! | bytes | what |
+//! | --- | --- |
+//! | 8 | xid8, *little* endian: after that transaction. What Watch emits in the preset `permify`, in standard base64 |
+//! | text | `XID:XMIN:XMAX:XIP,XIP…`: a transaction, and the snapshot that it took |
+//!
+//! Those name no database and no timeline: one of another database is not noticed.
 
-use crate::lsn::{CommitTime, Lsn, Position, Xid8};
+use crate::lsn::{CommitTime, Lsn, Position, Snapshot, Xid8};
 use base64::Engine as _;
 use base64::alphabet::URL_SAFE;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use base64::prelude::BASE64_STANDARD as STANDARD;
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::str::FromStr;
@@ -43,8 +51,8 @@ const VERSION_TRANSACTION: u8 = 0x02;
 const BODY_BYTES: usize = 41;
 const TOKEN_BYTES: usize = 45;
 
-/// Longest text that is looked at. Far above our 60 characters, to leave room for other forms.
-pub const TEXT_BYTES_MAX: usize = 4096;
+/// Longest text that is looked at. Far above our 60 characters, as Permify's text form lists running transactions.
+pub const TEXT_BYTES_MAX: usize = 64 << 10;
 
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &URL_SAFE,
@@ -56,7 +64,7 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 pub struct TokenId(pub [u8; 16]);
 
 /// A decoded snap token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SnapToken {
     /// A place in the stream.
     Position {
@@ -80,6 +88,24 @@ pub enum SnapToken {
         /// The transaction's commit LSN is not below this.
         floor: Lsn,
     },
+    /// Permify's 8 bytes: the state right after the transaction with this id.
+    Xid(Xid8),
+    /// Permify's text: what a transaction saw, and its own changes.
+    Snapshot {
+        /// The transaction.
+        xid: Xid8,
+        /// What it saw of others.
+        snapshot: Snapshot,
+    },
+}
+
+/// The form of the tokens that Watch emits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// [`SnapToken::Position`].
+    Native,
+    /// [`SnapToken::Xid`], which Permify takes too.
+    Permify,
 }
 
 /// Why a text is no snap token.
@@ -97,37 +123,38 @@ pub enum Error {
 }
 
 impl SnapToken {
-    /// Hash of the source that the token belongs to.
-    pub const fn source(&self) -> [u8; 8] {
+    /// Hash of the source that the token belongs to, where it names one.
+    pub const fn source(&self) -> Option<[u8; 8]> {
         match self {
-            Self::Position { source, .. } | Self::Transaction { source, .. } => *source,
+            Self::Position { source, .. } | Self::Transaction { source, .. } => Some(*source),
+            Self::Xid(_) | Self::Snapshot { .. } => None,
         }
     }
 
-    fn to_bytes(self) -> [u8; TOKEN_BYTES] {
+    fn to_bytes(&self) -> Vec<u8> {
         let mut body = Vec::with_capacity(TOKEN_BYTES);
         match self {
             Self::Position { source, timeline, position, commit_time } => {
                 body.push(VERSION_POSITION);
-                body.extend_from_slice(&source);
-                body.extend_from_slice(&timeline);
+                body.extend_from_slice(source);
+                body.extend_from_slice(timeline);
                 body.extend_from_slice(&position.lsn.0.to_be_bytes());
                 body.extend_from_slice(&position.steps.to_be_bytes());
                 body.extend_from_slice(&commit_time.0.to_be_bytes());
             }
             Self::Transaction { source, id, xid, floor } => {
                 body.push(VERSION_TRANSACTION);
-                body.extend_from_slice(&source);
+                body.extend_from_slice(source);
                 body.extend_from_slice(&id.0);
                 body.extend_from_slice(&xid.0.to_be_bytes());
                 body.extend_from_slice(&floor.0.to_be_bytes());
             }
+            Self::Xid(xid) => return xid.0.to_le_bytes().to_vec(),
+            Self::Snapshot { xid, snapshot } => return format!("{xid}:{snapshot}").into_bytes(),
         }
         let check = check_of(&body);
         body.extend_from_slice(&check);
-        let mut bytes = [0; TOKEN_BYTES];
-        bytes.copy_from_slice(&body);
-        bytes
+        body
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
@@ -156,6 +183,18 @@ impl SnapToken {
             _ => None,
         }
     }
+
+    /// Permify's two forms, in exactly the base64 that Permify takes: eight bytes have no check that would tell them from a
+    /// part of something longer.
+    fn of_permify(text: &str) -> Option<Self> {
+        let bytes = STANDARD.decode(text).ok()?;
+        let snapshot = || {
+            let (xid, snapshot) = std::str::from_utf8(&bytes).ok()?.split_once(':')?;
+            Some(Self::Snapshot { xid: Xid8(xid.parse().ok()?), snapshot: snapshot.parse().ok()? })
+        };
+        // Eight characters of text would be an id beyond all that are ever handed out.
+        snapshot().or_else(|| Some(Self::Xid(Xid8(u64::from_le_bytes(bytes.as_slice().try_into().ok()?)))))
+    }
 }
 
 /// Cuts the next `N` bytes off the front.
@@ -173,7 +212,12 @@ fn check_of(body: &[u8]) -> [u8; 4] {
 
 impl fmt::Display for SnapToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&BASE64.encode(self.to_bytes()))
+        let bytes = self.to_bytes();
+        f.write_str(&match self {
+            Self::Position { .. } | Self::Transaction { .. } => BASE64.encode(bytes),
+            // As Permify writes them.
+            Self::Xid(_) | Self::Snapshot { .. } => STANDARD.encode(bytes),
+        })
     }
 }
 
@@ -183,6 +227,9 @@ impl FromStr for SnapToken {
     fn from_str(text: &str) -> Result<Self, Error> {
         if text.len() > TEXT_BYTES_MAX {
             return Err(Error::TooLong);
+        }
+        if let Some(token) = Self::of_permify(text) {
+            return Ok(token);
         }
         let url_safe: String = text
             .chars()
@@ -224,9 +271,24 @@ mod tests {
         fn round_trip(token in tokens()) {
             let text = token.to_string();
             prop_assert_eq!(text.len(), 60);
-            prop_assert_eq!(text.parse(), Ok(token));
+            prop_assert_eq!(text.parse(), Ok(token.clone()));
             let standard = text.replace('-', "+").replace('_', "/");
             prop_assert_eq!(standard.parse(), Ok(token));
+        }
+
+        #[test]
+        fn permifys_round_trip(
+            xid in 0..1u64 << 56,
+            (xmin, xmax) in any::<(u64, u64)>(),
+            running in proptest::collection::vec(any::<u64>(), 0..100),
+        ) {
+            prop_assert_eq!(SnapToken::Xid(Xid8(xid)).to_string().parse(), Ok(SnapToken::Xid(Xid8(xid))));
+            let list: Vec<String> = running.iter().map(u64::to_string).collect();
+            let text = format!("{xid}:{xmin}:{xmax}:{}", list.join(","));
+            let token: SnapToken = STANDARD.encode(&text).parse().unwrap();
+            let expected = format!("{xmin}:{xmax}:{}", list.join(",")).parse().unwrap();
+            prop_assert_eq!(&token, &SnapToken::Snapshot { xid: Xid8(xid), snapshot: expected });
+            prop_assert_eq!(token.to_string().parse(), Ok(token));
         }
 
         #[test]
@@ -236,7 +298,9 @@ mod tests {
 
         #[test]
         fn arbitrary_bytes_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
-            prop_assert!(BASE64.encode(bytes).parse::<SnapToken>().is_err());
+            prop_assert!(BASE64.encode(&bytes).parse::<SnapToken>().is_err());
+            // Any eight are an id.
+            prop_assert_eq!(STANDARD.encode(&bytes).parse::<SnapToken>().is_ok(), bytes.len() == 8);
         }
 
         #[test]
@@ -265,9 +329,25 @@ mod tests {
             assert!(!version.is_ascii_digit());
         }
         assert_ne!(TOKEN_BYTES, 8);
-        // Permify's two forms.
-        assert_eq!("MgMAAAAAAAA=".parse::<SnapToken>(), Err(Error::Damaged));
-        assert_eq!(BASE64.encode("818:818:819:").parse::<SnapToken>(), Err(Error::Damaged));
+    }
+
+    #[test]
+    fn permifys_tokens() {
+        assert_eq!(SnapToken::Xid(Xid8(818)).to_string(), "MgMAAAAAAAA=");
+        assert_eq!("MgMAAAAAAAA=".parse(), Ok(SnapToken::Xid(Xid8(818))));
+        assert_eq!("MgMAAAAAAAA".parse::<SnapToken>(), Err(Error::Damaged));
+        let check = |text: &str, xid: u64, snapshot: &str| {
+            let token = SnapToken::Snapshot { xid: Xid8(xid), snapshot: snapshot.parse().unwrap() };
+            assert_eq!(token.to_string(), STANDARD.encode(text));
+            assert_eq!(STANDARD.encode(text).parse(), Ok(token));
+        };
+        check("818:818:819:", 818, "818:818:819:".split_once(':').unwrap().1);
+        check("900:818:901:818,850", 900, "818:901:818,850");
+        // Eight characters.
+        check("10:9:11:", 10, "9:11:");
+        for damaged in ["818", "818:", "818:818:819", "818:818:819:x", "818:818:819:1:2", "x:818:819:", ":818:819:1"] {
+            assert_eq!(STANDARD.encode(damaged).parse::<SnapToken>(), Err(Error::Damaged), "{damaged}");
+        }
     }
 
     #[test]

@@ -27,7 +27,8 @@ pub struct Header {
     pub commit_time: CommitTime,
 }
 
-/// Changes of one tenant from one transaction, in the order they were made: what becomes one message of a stream.
+/// Changes of one tenant from one transaction, in the order they were made: what becomes one message of a stream. The last one
+/// may have none, where the transaction itself is what is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Message {
     /// The transaction.
@@ -71,7 +72,8 @@ impl Message {
         if self.order() <= position {
             return None;
         }
-        if position.lsn != self.header.commit || position.steps == 0 {
+        // One without changes tells of the end of the transaction.
+        if position.lsn != self.header.commit || position.steps == 0 || self.changes.is_empty() {
             return Some(self);
         }
         let mut steps: &[u8] = &self.steps;
@@ -280,6 +282,11 @@ impl Transaction {
     /// The position after the whole of it.
     pub const fn reached(&self) -> Position {
         Position::at(self.end)
+    }
+
+    /// Whether it has messages, handed on before or not.
+    pub const fn has_changes(&self) -> bool {
+        self.staged || !self.messages.is_empty()
     }
 
     /// Memory it takes, roughly, in bytes.

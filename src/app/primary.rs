@@ -234,9 +234,9 @@ async fn status(lazy: &mut Lazy, xid: Xid8) -> Result<TransactionStatus, String>
         match connection.client.query_one(statement, &[&xid.to_string()]).await {
             Ok(row) if row.get(0) => Ok(TransactionStatus::InProgress),
             Ok(_) => Ok(TransactionStatus::Over),
-            // An id that was not handed out yet: its transaction was lost in a crash, or the token is forged.
+            // Its transaction was lost in a crash, or the token is forged.
             Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::INVALID_PARAMETER_VALUE) => {
-                Ok(TransactionStatus::Over)
+                Ok(TransactionStatus::Unassigned)
             }
             Err(error) => Err(sql(error)),
         }

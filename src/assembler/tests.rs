@@ -2,9 +2,12 @@ use super::*;
 use crate::lsn::{CommitTime, Xid8};
 use crate::mapping::{Spec, TUPLES_PRESET};
 
-fn mapping() -> Arc<Mapping> {
+/// The tables of the preset, and one that tells whose a transaction is.
+fn mapping(tells_transactions: bool) -> Arc<Mapping> {
+    let transactions = "\n  - { table: tuplewatch.transactions, tenant: tenant_id, transaction: true }";
+    let yaml = format!("{TUPLES_PRESET}{}", if tells_transactions { transactions } else { "" });
     let spec: Spec = config::Config::builder()
-        .add_source(config::File::from_str(TUPLES_PRESET, config::FileFormat::Yaml))
+        .add_source(config::File::from_str(&yaml, config::FileFormat::Yaml))
         .build()
         .and_then(config::Config::try_deserialize)
         .unwrap();
@@ -13,7 +16,7 @@ fn mapping() -> Arc<Mapping> {
 
 /// An assembler that knows `relation_tuples` as relation 1 and something unmapped as relation 2.
 fn assembler(limits: Limits, on_undecodable: OnUndecodable) -> Assembler {
-    let mut assembler = Assembler::new(mapping(), limits, on_undecodable);
+    let mut assembler = Assembler::new(mapping(false), limits, on_undecodable);
     assembler.change(&relation(1, "relation_tuples")).unwrap();
     assembler.change(&relation(2, "else")).unwrap();
     assembler
@@ -114,6 +117,31 @@ fn large_transactions_are_staged() {
     assert_eq!(staged, [vec!["a 2 0/64+6", "b 1 0/64+2", "a 2 0/64+10"]]);
     assert!(transaction.staged);
     assert_eq!(summary(&transaction.messages), ["a 1 0/C8"]);
+}
+
+#[test]
+fn whose_a_transaction_is_told_gets_a_last_message() {
+    let limits = Limits { message_bytes: 100, stage_bytes: 150, ..LIMITS };
+    let mut assembler = Assembler::new(mapping(true), limits, OnUndecodable::Break);
+    assembler.change(&relation(1, "relation_tuples")).unwrap();
+    assembler.change(&relation(2, "transactions")).unwrap();
+    let mut check = |rows: &[Vec<u8>], expected: &[&str], breaks: usize| {
+        let (_, transaction) = run(&mut assembler, rows);
+        assert_eq!(summary(&transaction.messages), expected);
+        assert_eq!(transaction.breaks.len(), breaks);
+    };
+    let told = insert(2, "a", "");
+    check(&[told.clone()], &["a 0 0/C8"], 0);
+    check(&[told.clone(), told.clone(), insert(1, "a", "1")], &["a 1 0/C8"], 0);
+    check(&[told.clone(), insert(1, "b", "1")], &["b 1 0/C8", "a 0 0/C8"], 0);
+    // All of it was staged before, of one who was not told of in a row, too.
+    let large: Vec<_> = (0..5).map(|n| insert(1, "b", &n.to_string())).collect();
+    check(&large, &["b 0 0/C8"], 0);
+    // Where history breaks there is no end of the transaction to tell of.
+    check(&[told.clone(), insert(1, "a", "-")], &[], 1);
+    check(&[told.clone(), truncate(1)], &[], 1);
+    check(&[told.clone(), truncate(2)], &["a 0 0/C8"], 0);
+    check(&[insert(2, "-", "")], &[], 1);
 }
 
 #[test]

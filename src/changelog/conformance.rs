@@ -65,7 +65,7 @@ fn end_of_staged(commit: u64) -> Entry {
 
 fn adopt() -> Entry {
     let source = Source { system_identifier: 5, database_oid: 6 };
-    Entry::Adopt(Origin { source, history: History::first(), lsn: Lsn(50) })
+    Entry::Adopt(Origin { source, history: History::first(), lsn: Lsn(50), xid: Xid8(45) })
 }
 
 fn gap(name: Option<&str>, from: u64, to: u64) -> Break {
@@ -131,6 +131,21 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(log.find_token(TokenId([110; 16])).unwrap(), Some(Lsn(120)));
     assert_eq!(log.find_token(TokenId([1; 16])).unwrap(), None);
 
+    let committed = |commit: u64| Some(Trace::Committed { commit: Lsn(commit), end: Lsn(commit + 10) });
+    let find = |xid: u64| log.find_transaction(&tenant("c"), Xid8(xid)).unwrap();
+    let before = |commit: u64| log.transaction_before(Lsn(commit)).unwrap();
+    let below = |xid: u64| log.largest_below(Xid8(xid)).unwrap();
+    assert_eq!([100, 110, 300, 99].map(find), [committed(100), committed(110), committed(300), None]);
+    assert_eq!(
+        [100, 101, 110, 300, 1000].map(before),
+        [None, Some(100), Some(100), Some(220), Some(300)].map(|x| x.map(Xid8))
+    );
+    assert_eq!([100, 101, 1000].map(below), [None, Some((Xid8(100), Lsn(100))), Some((Xid8(300), Lsn(300)))]);
+    // Without changes there is nothing of it to find.
+    let Entry::Transaction(empty) = transaction(310, &[]) else { unreachable!() };
+    log.append(&[Entry::Transaction(empty)]).unwrap();
+    assert_eq!((find(310), before(400), since(310)), (None, Some(Xid8(300)), vec![]));
+
     log.append(&[Entry::Break(gap(Some("a"), 310, 320)), Entry::Break(gap(None, 330, 400))]).unwrap();
     assert_eq!(log.breaks(), [gap(Some("a"), 310, 320), gap(None, 330, 400)]);
     assert_eq!(log.state().tail, Lsn(400));
@@ -146,6 +161,9 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(reads(log, "a", Position::ZERO), [(100, 2), (110, 2)]);
     assert_eq!(reads(log, "b", Position::at(Lsn(120))), [(220, 2)]);
     assert_eq!(log.breaks(), []);
+    // An id that was cut away stays refused, also where the new history gives it to another transaction.
+    assert_eq!((find(300), find(220), before(1000)), (Some(Trace::Abandoned), committed(220), Some(Xid8(220))));
+    assert_eq!(below(1000), Some((Xid8(220), Lsn(220))));
     // A gap that spans the switch remains, up to it.
     log.append(&[Entry::Break(gap(None, 303, 320)), Entry::Diverge { at: Lsn(305), history: history.clone() }])
         .unwrap();
@@ -211,6 +229,9 @@ fn retention_by_age_keeps_each_tenants_horizon() {
     assert_eq!(reads(&log, "a", Position::ZERO), [(200, 2), (300, 2), (300, 1)]);
     assert_eq!(log.horizon(&tenant("a")).unwrap(), Position::inside(Lsn(100), u64::MAX));
     assert!(log.horizon(&tenant("a")).unwrap() < Position::at(Lsn(110)), "the token after it resumes");
+    let find = |name: &str| log.find_transaction(&tenant(name), Xid8(100)).unwrap();
+    let newest = Some(Trace::Committed { commit: Lsn(100), end: Lsn(110) });
+    assert_eq!((find("a"), find("quiet"), find("other")), (newest, newest, None), "and so does its id");
     assert_eq!(log.horizon(&tenant("other")).unwrap(), Position::at(Lsn(50)));
     assert!(log.knows(&tenant("quiet")).unwrap());
     drop(log);
@@ -335,7 +356,8 @@ fn same(log: &FjallLog, model: &Inner) -> bool {
             .iter()
             .map(|name| log.read(&tenant(name), Position::ZERO, Position::MAX, usize::MAX).unwrap())
             .collect();
-        (log.state().tail, log.state().origin, reads, log.breaks())
+        let index = (log.transactions_since(Lsn(0)).unwrap(), log.largest_below(Xid8(u64::MAX)).unwrap());
+        (log.state().tail, log.state().origin, reads, log.breaks(), index)
     };
     all(log) == all(&model)
 }

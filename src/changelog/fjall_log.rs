@@ -4,7 +4,7 @@
 //! <path>/tuplewatch-log.json     format and node id, written once
 //! <path>/data/                   fjall
 //!   keyspace "meta"              origin, tail, segments, horizons of tenants, breaks
-//!   keyspace "segment-<n>"       messages by tenant, token ids
+//!   keyspace "segment-<n>"       messages by tenant, token ids, transactions
 //! ```
 //!
 //! Retention is a matter of dropping whole segments: before one goes, the newest position of each tenant in it is kept as
@@ -16,12 +16,12 @@
 mod segments;
 mod stored;
 
-use super::record;
-use super::{BREAKS_MAX, Batch, ChangeLog, Entry, Error, Room, State, Verified};
+use super::record::{self, Horizon};
+use super::{BREAKS_MAX, Batch, ChangeLog, Entry, Error, Room, State, Trace, Verified};
 use crate::change::TenantId;
 use crate::lsn::{Lsn, Position, Xid8};
 use crate::snap_token::TokenId;
-use crate::transaction::{Break, Message};
+use crate::transaction::{Break, Header, Message, Transaction};
 use bytes::Bytes;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, OwnedWriteBatch as WriteBatch, PersistMode};
 use segments::{Segment, Segments};
@@ -30,11 +30,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use stored::{
-    META_BREAK, META_STATE, META_TAIL, Stored, meta_break, meta_horizon, pair, read_break, read_origin, unpair,
-    write_break, write_origin,
+    META_BREAK, META_STATE, META_TAIL, Stored, meta_abandoned, meta_break, meta_horizon, pair, read_break, read_origin,
+    unpair, write_break, write_origin,
 };
 
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const MARKER: &str = "tuplewatch-log.json";
 /// Before it has its name.
 const MARKER_NEW: &str = "tuplewatch-log.json.new";
@@ -263,9 +263,9 @@ impl FjallLog {
     fn drop_oldest(&self, segments: &Segments) -> Result<Segments, Error> {
         let Some((oldest, rest)) = segments.without_oldest() else { return Ok(segments.clone()) };
         let mut batch = self.db.batch();
-        for item in oldest.tenants() {
-            let (tenant, newest) = item.map_err(|error| poisoned(&error))?;
-            batch.insert(&self.meta, meta_horizon(&tenant), record::write_position(newest));
+        for item in oldest.horizons() {
+            let (tenant, horizon) = item.map_err(|error| poisoned(&error))?;
+            batch.insert(&self.meta, meta_horizon(&tenant), record::write_horizon(&horizon));
         }
         rest.store(&mut batch, &self.meta)?;
         batch.commit().map_err(|error| poisoned(&error))?;
@@ -356,13 +356,7 @@ impl Memory {
             Entry::Transaction(transaction) if transaction.end <= self.tail => self.stored.staged = None,
             Entry::Transaction(transaction) => {
                 put_messages(&transaction.messages, active, batch);
-                for id in &transaction.token_ids {
-                    batch.insert(&active.keyspace, record::token_key(*id), record::write_lsn(transaction.end));
-                }
-                if transaction.staged || !transaction.breaks.is_empty() {
-                    let key = record::end_key(transaction.header.commit);
-                    batch.insert(&active.keyspace, key, record::write_lsn(transaction.end));
-                }
+                put_index(transaction, active, batch);
                 for gap in &transaction.breaks {
                     self.add_break(gap.clone(), log, batch)?;
                 }
@@ -375,11 +369,16 @@ impl Memory {
                 self.add_break(gap.clone(), log, batch)?;
             }
             Entry::Diverge { at, history } => {
-                let abandoned = log.segments().commits_ending_past(*at).map_err(|error| poisoned(&error))?;
-                let past = |position: Position, _: &Message| position.lsn >= *at || abandoned.contains(&position.lsn);
-                log.segments()
-                    .remove(batch, abandoned.first().copied().unwrap_or(*at), &past)
-                    .map_err(|error| poisoned(&error))?;
+                let segments = log.segments();
+                let abandoned = segments.transactions_ending_past(*at).map_err(|error| poisoned(&error))?;
+                let past =
+                    |position: Position, _: &Message| position.lsn >= *at || abandoned.contains_key(&position.lsn);
+                let first = abandoned.first_key_value().map_or(*at, |(commit, _)| *at.min(commit));
+                segments.remove(batch, first, &past).map_err(|error| poisoned(&error))?;
+                segments.remove_index(batch, &abandoned);
+                for (_, xid) in abandoned.values() {
+                    batch.insert(&log.meta, meta_abandoned(*xid), []);
+                }
                 for gap in self.breaks.extract_if(.., |gap| gap.to > Position::at(*at)).collect::<Vec<_>>() {
                     batch.remove(&log.meta, meta_break(&gap));
                     if let Some(rest) = gap.up_to(*at) {
@@ -450,6 +449,26 @@ fn put_messages(messages: &[(TenantId, Message)], active: &Segment, batch: &mut 
     for (tenant, message) in messages {
         let key = record::message_key(tenant, message.order());
         batch.insert(&active.keyspace, key, record::write_message(message));
+    }
+}
+
+/// What a transaction is found by: ids of tokens; and where it has changes, its place and its id.
+fn put_index(transaction: &Transaction, active: &Segment, batch: &mut WriteBatch) {
+    let Header { commit, xid, .. } = transaction.header;
+    let end = transaction.end;
+    for id in &transaction.token_ids {
+        batch.insert(&active.keyspace, record::token_key(*id), record::write_lsn(end));
+    }
+    if transaction.has_changes() {
+        batch.insert(&active.keyspace, record::transaction_key(commit), record::write_pair(end.0, xid.0));
+        batch.insert(&active.keyspace, record::xid_key(xid), record::write_pair(commit.0, end.0));
+    }
+}
+
+impl FjallLog {
+    fn horizon_of(&self, tenant: &TenantId) -> Result<Option<Horizon>, Error> {
+        let stored = self.meta.get(meta_horizon(tenant)).map_err(|error| unreadable(&error))?;
+        Ok(stored.and_then(|bytes| record::read_horizon(&bytes)))
     }
 }
 
@@ -531,8 +550,7 @@ impl ChangeLog for FjallLog {
             let origin = memory.stored.origin.as_ref().map_or(Position::ZERO, |origin| Position::at(Lsn(origin.lsn)));
             origin.max(unpair(memory.stored.breaks_floor))
         };
-        let dropped = self.meta.get(meta_horizon(tenant)).map_err(|error| unreadable(&error))?;
-        let dropped = dropped.and_then(|bytes| record::read_position(&bytes)).unwrap_or(Position::ZERO);
+        let dropped = self.horizon_of(tenant)?.map_or(Position::ZERO, |horizon| horizon.position);
         Ok(floor.max(dropped))
     }
 
@@ -557,6 +575,25 @@ impl ChangeLog for FjallLog {
             }
         }
         Ok(None)
+    }
+
+    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<Trace>, Error> {
+        if self.meta.contains_key(meta_abandoned(xid)).map_err(|error| unreadable(&error))? {
+            return Ok(Some(Trace::Abandoned));
+        }
+        if let Some(found) = self.segments().find(xid).map_err(|error| unreadable(&error))? {
+            return Ok(Some(found));
+        }
+        let newest = self.horizon_of(tenant)?.filter(|horizon| horizon.xid == xid && horizon.end > Lsn::ZERO);
+        Ok(newest.map(|horizon| Trace::Committed { commit: horizon.position.lsn, end: horizon.end }))
+    }
+
+    fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error> {
+        self.segments().transaction_before(commit).map_err(|error| unreadable(&error))
+    }
+
+    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Error> {
+        self.segments().largest_below(xid).map_err(|error| unreadable(&error))
     }
 
     fn breaks(&self) -> Vec<Break> {

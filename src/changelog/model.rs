@@ -1,10 +1,10 @@
 //! The change log as a handful of vectors: what the real one is compared with, and the storage of tests without a disk.
 
-use super::{Batch, ChangeLog, Entry, Error, Room, State};
+use super::{Batch, ChangeLog, Entry, Error, Room, State, Trace};
 use crate::change::TenantId;
 use crate::lsn::{Lsn, Position, Xid8};
 use crate::snap_token::TokenId;
-use crate::transaction::{Break, Message};
+use crate::transaction::{Break, Header, Message};
 use std::sync::Mutex;
 
 #[derive(Default)]
@@ -17,7 +17,9 @@ pub(crate) struct Inner {
     state: Option<State>,
     messages: Vec<(TenantId, Message)>,
     staged: Vec<(TenantId, Message)>,
-    ends: Vec<(Lsn, Lsn)>,
+    /// Those with changes, and their ends.
+    transactions: Vec<(Header, Lsn)>,
+    abandoned: Vec<Xid8>,
     tokens: Vec<(TokenId, Lsn)>,
     breaks: Vec<Break>,
 }
@@ -50,7 +52,7 @@ impl Inner {
                 self.messages.extend(transaction.messages.iter().cloned());
                 self.tokens.extend(transaction.token_ids.iter().map(|id| (*id, transaction.end)));
                 self.breaks.extend(transaction.breaks.iter().cloned());
-                self.ends.push((transaction.header.commit, transaction.end));
+                self.transactions.extend(transaction.has_changes().then_some((transaction.header, transaction.end)));
                 self.state().tail = transaction.end;
             }
             Entry::Progress(lsn) => self.state().tail = self.state().tail.max(*lsn),
@@ -59,9 +61,9 @@ impl Inner {
                 self.breaks.push(gap.clone());
             }
             Entry::Diverge { at, history } => {
-                let crossing: Vec<Lsn> =
-                    self.ends.iter().filter(|(_, end)| end > at).map(|(commit, _)| *commit).collect();
-                self.messages.retain(|(_, m)| m.header.commit < *at && !crossing.contains(&m.header.commit));
+                let gone: Vec<_> = self.transactions.extract_if(.., |(_, end)| *end > *at).collect();
+                self.messages.retain(|(_, m)| !gone.iter().any(|(header, _)| header.commit == m.header.commit));
+                self.abandoned.extend(gone.iter().map(|(header, _)| header.xid));
                 self.tokens.retain(|(_, end)| end <= at);
                 self.breaks = std::mem::take(&mut self.breaks).into_iter().filter_map(|gap| gap.up_to(*at)).collect();
                 self.state().tail = self.state().tail.min(*at);
@@ -130,18 +132,8 @@ impl ChangeLog for ModelLog {
 
     fn transactions_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, Error> {
         let inner = self.inner.lock().unwrap();
-        let mut found: Vec<_> = inner
-            .messages
-            .iter()
-            .filter(|(_, message)| message.header.commit >= from)
-            .filter_map(|(_, message)| {
-                let end = inner.ends.iter().find(|(commit, _)| *commit == message.header.commit)?;
-                Some((end.1, message.header.xid))
-            })
-            .collect();
-        found.sort_unstable();
-        found.dedup();
-        Ok(found)
+        let since = inner.transactions.iter().filter(|(header, _)| header.commit >= from);
+        Ok(since.map(|(header, end)| (*end, header.xid)).collect())
     }
 
     fn horizon(&self, _: &TenantId) -> Result<Position, Error> {
@@ -154,6 +146,24 @@ impl ChangeLog for ModelLog {
 
     fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error> {
         Ok(self.inner.lock().unwrap().tokens.iter().find(|(other, _)| *other == id).map(|(_, end)| *end))
+    }
+
+    fn find_transaction(&self, _: &TenantId, xid: Xid8) -> Result<Option<Trace>, Error> {
+        let inner = self.inner.lock().unwrap();
+        let found = inner.transactions.iter().find(|(header, _)| header.xid == xid);
+        let found = found.map(|(header, end)| Trace::Committed { commit: header.commit, end: *end });
+        Ok(if inner.abandoned.contains(&xid) { Some(Trace::Abandoned) } else { found })
+    }
+
+    fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error> {
+        let inner = self.inner.lock().unwrap();
+        Ok(inner.transactions.iter().rfind(|(header, _)| header.commit < commit).map(|(header, _)| header.xid))
+    }
+
+    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Error> {
+        let inner = self.inner.lock().unwrap();
+        let below = inner.transactions.iter().map(|(header, _)| (header.xid, header.commit));
+        Ok(below.filter(|(other, _)| *other < xid).max())
     }
 
     fn breaks(&self) -> Vec<Break> {

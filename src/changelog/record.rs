@@ -6,7 +6,8 @@
 //! | --- | --- |
 //! | message | `0x01`, tenant, `0x00`, commit LSN (8, big endian), last step (8, big endian; all ones on the last message) |
 //! | token id | `0x02`, id (16) |
-//! | end of a transaction that may have no last message | `0x03`, commit LSN (8, big endian) |
+//! | transaction with changes | `0x03`, commit LSN (8, big endian) |
+//! | id of a transaction with changes | `0x04`, xid8 (8, big endian) |
 //!
 //! Value of a message (numbers are varints unless a size is given):
 //!
@@ -21,7 +22,9 @@
 //! | steps | that many |
 //! | changes | the rest |
 //!
-//! The value of the other two kinds is the transaction's end LSN (8, big endian).
+//! The value of a token id is the transaction's end LSN (8, big endian); of a transaction its end LSN and its xid8; of an id
+//! the transaction's commit LSN and its end LSN. The value of a tenant's horizon, in `meta`, is a [`Horizon`]'s fields in order, 8
+//! bytes each, big endian.
 
 use crate::change::TenantId;
 use crate::lsn::{CommitTime, Lsn, Position, Xid8};
@@ -32,7 +35,8 @@ use prost::encoding::{decode_varint, encode_varint};
 
 const MESSAGE: u8 = 1;
 const TOKEN: u8 = 2;
-const END: u8 = 3;
+const TRANSACTION: u8 = 3;
+const XID: u8 = 4;
 const FLAG_LAST: u8 = 1;
 
 /// What all keys of a tenant's messages begin with.
@@ -83,15 +87,57 @@ pub(super) fn token_key(id: TokenId) -> Vec<u8> {
     key
 }
 
-pub(super) fn end_key(commit: Lsn) -> Vec<u8> {
-    let mut key = vec![END];
+pub(super) fn transaction_key(commit: Lsn) -> Vec<u8> {
+    let mut key = vec![TRANSACTION];
     key.extend_from_slice(&commit.0.to_be_bytes());
     key
 }
 
-/// The commit LSN in the key of an end.
-pub(super) fn read_end_key(key: &[u8]) -> Option<Lsn> {
-    key.strip_prefix(&[END]).and_then(read_lsn)
+/// The commit LSN in the key of a transaction.
+pub(super) fn read_transaction_key(key: &[u8]) -> Option<Lsn> {
+    key.strip_prefix(&[TRANSACTION]).and_then(read_lsn)
+}
+
+pub(super) fn xid_key(xid: Xid8) -> Vec<u8> {
+    let mut key = vec![XID];
+    key.extend_from_slice(&xid.0.to_be_bytes());
+    key
+}
+
+pub(super) fn read_xid_key(key: &[u8]) -> Option<Xid8> {
+    let xid = key.strip_prefix(&[XID])?;
+    Some(Xid8(u64::from_be_bytes(xid.try_into().ok()?)))
+}
+
+/// The value of a transaction, and of an id.
+pub(super) fn write_pair(first: u64, second: u64) -> Vec<u8> {
+    [first.to_be_bytes(), second.to_be_bytes()].concat()
+}
+
+pub(super) fn read_pair(bytes: &[u8]) -> Option<(u64, u64)> {
+    let (first, second) = bytes.split_first_chunk::<8>()?;
+    Some((u64::from_be_bytes(*first), u64::from_be_bytes(second.try_into().ok()?)))
+}
+
+/// The newest of a tenant's messages that retention dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Horizon {
+    /// Where it stood.
+    pub(super) position: Position,
+    /// The id of its transaction.
+    pub(super) xid: Xid8,
+    /// The end LSN of its transaction.
+    pub(super) end: Lsn,
+}
+
+pub(super) fn write_horizon(horizon: &Horizon) -> Vec<u8> {
+    [write_position(horizon.position), write_pair(horizon.xid.0, horizon.end.0)].concat()
+}
+
+pub(super) fn read_horizon(bytes: &[u8]) -> Option<Horizon> {
+    let (position, rest) = bytes.split_at_checked(16)?;
+    let (xid, end) = read_pair(rest)?;
+    Some(Horizon { position: read_position(position)?, xid: Xid8(xid), end: Lsn(end) })
 }
 
 /// The smallest key of any token.
@@ -132,15 +178,11 @@ pub(super) fn read_message(commit: Lsn, value: &Bytes) -> Option<Message> {
 }
 
 pub(super) fn write_position(position: Position) -> Vec<u8> {
-    let mut out = position.lsn.0.to_be_bytes().to_vec();
-    out.extend_from_slice(&position.steps.to_be_bytes());
-    out
+    write_pair(position.lsn.0, position.steps)
 }
 
 pub(super) fn read_position(bytes: &[u8]) -> Option<Position> {
-    let (lsn, steps) = bytes.split_first_chunk::<8>()?;
-    let steps = <[u8; 8]>::try_from(steps).ok()?;
-    Some(Position { lsn: Lsn(u64::from_be_bytes(*lsn)), steps: u64::from_be_bytes(steps) })
+    read_pair(bytes).map(|(lsn, steps)| Position { lsn: Lsn(lsn), steps })
 }
 
 pub(super) fn write_lsn(lsn: Lsn) -> Vec<u8> {

@@ -23,7 +23,7 @@ pub(super) fn run(args: &TokenArgs) {
 }
 
 fn explain(token: &SnapToken) -> String {
-    let source = hex(&token.source());
+    let source = token.source().map(|source| hex(&source)).unwrap_or_default();
     match token {
         SnapToken::Position { timeline, position, commit_time, .. } => {
             let place = match position.steps {
@@ -44,6 +44,14 @@ fn explain(token: &SnapToken) -> String {
             "kind:        transaction\nincludes:    everything up to and with transaction {xid}\n\
              committed:   not before {floor}\nsource:      {source}\nid:          {}",
             hex(&id.0)
+        ),
+        SnapToken::Xid(xid) => {
+            format!(
+                "kind:        Permify's, of a transaction\nincludes:    everything up to and with transaction {xid}"
+            )
+        }
+        SnapToken::Snapshot { xid, snapshot } => format!(
+            "kind:        Permify's, of a snapshot\nincludes:    transaction {xid}, and what it saw\nsnapshot:    {snapshot}"
         ),
     }
 }

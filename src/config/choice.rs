@@ -67,6 +67,8 @@ choice! {
     Preset {
         /// The tables in schema `tuplewatch`.
         Tuples = "tuples",
+        /// The tables of Permify.
+        Permify = "permify",
     }
 }
 
@@ -77,5 +79,7 @@ choice! {
         Auto = "auto",
         /// Position tokens of our own.
         Native = "native",
+        /// Transaction ids, as Permify writes them.
+        Permify = "permify",
     }
 }

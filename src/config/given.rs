@@ -171,6 +171,15 @@ pub(super) fn publication(given: &Given<'_>) -> Result<String, Allowed> {
     })
 }
 
+/// The name of a schema, as it is spelled in the catalog.
+pub(super) fn schema(given: &Given<'_>) -> Result<String, Allowed> {
+    let allowed = "the name of a schema, 1 to 63 bytes, not quoted";
+    text(given, allowed, |text| {
+        let fits = (1..=63).contains(&text.len()) && !text.chars().any(|c| c == '"' || c.is_control());
+        fits.then(|| text.to_owned())
+    })
+}
+
 fn text<T>(given: &Given<'_>, allowed: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, Allowed> {
     match given {
         Given::Text(text) => parse(text).ok_or_else(|| allowed.to_owned()),

@@ -162,7 +162,16 @@ fn each_mistake_in_a_file_is_named() {
             "replication: {publication: 'a,b'}",
             "`replication.publication` in FILE is \"a,b\": must be 1 to 63 bytes without commas, quotes or white space",
         ),
-        ("mapping: {preset: permify}", "`mapping.preset` in FILE is \"permify\": must be tuples"),
+        ("mapping: {preset: other}", "`mapping.preset` in FILE is \"other\": must be one of tuples, permify"),
+        (
+            "mapping: {schema: authz}",
+            "`mapping.schema` in FILE and `mapping.preset` (not given): only the preset permify is told its schema: the \
+             tables of tuples are in schema tuplewatch, and a file names schemas itself",
+        ),
+        (
+            "mapping: {schema: ''}",
+            "`mapping.schema` in FILE is \"\": must be the name of a schema, 1 to 63 bytes, not quoted",
+        ),
         (
             "mapping: {preset: tuples, file: m.yaml}",
             "`mapping.preset` in FILE and `mapping.file` in FILE: give one of the two, not both",
@@ -259,6 +268,9 @@ mapping: {file: m.yaml, on_undecodable: halt}
     assert_eq!(tls.client_ca, None);
     assert_eq!(config.mapping.source, MappingSource::File("m.yaml".into()));
     assert!(!config.effective().to_string().contains("preset"));
+    let config = load("mapping: {preset: permify, schema: Authz}", &[], &[]).unwrap();
+    assert_eq!(config.mapping.source, MappingSource::Preset(Preset::Permify));
+    assert_eq!(config.mapping.schema, "Authz");
     // Switched off, but ready to be switched on.
     let yaml = "server: {grpc: {tls: {cert: c.pem}}}";
     assert_eq!(load(yaml, &[], &[]).unwrap().server.grpc.tls, None);
@@ -346,6 +358,7 @@ replication:
     lag: 1m # default
 mapping:
   preset: tuples # default
+  schema: public # default
   file: "" # default
   on_undecodable: break # default
 snap_token:

@@ -10,10 +10,11 @@
 use crate::change::TenantId;
 use crate::hub::start::Error as StartError;
 use crate::hub::{End, Origin};
-use crate::lsn::{CommitTime, Position};
-use crate::snap_token::SnapToken;
+use crate::lsn::{CommitTime, Position, Xid8};
+use crate::snap_token::{Form, SnapToken};
 use crate::store;
 use crate::timeline::History;
+use crate::transaction::Message;
 use std::collections::HashMap;
 use std::sync::Arc;
 use tonic::{Code, Status};
@@ -39,7 +40,18 @@ impl Tokens {
         Self { source: source.hash(), history: history.clone() }
     }
 
-    /// The token of a position.
+    /// The token of a message. An id alone cannot say "inside a transaction": all messages of it but the last have the one of
+    /// the transaction before, and whoever comes back with that gets them once more. Where the log has none before, the
+    /// position it is.
+    pub fn of_message(&self, message: &Message, form: Form, before: Option<Xid8>) -> String {
+        let xid = if message.end.is_some() { Some(message.header.xid) } else { before };
+        match (form, xid) {
+            (Form::Permify, Some(xid)) => SnapToken::Xid(xid).to_string(),
+            _ => self.write(message.reached(), message.header.commit_time),
+        }
+    }
+
+    /// The token of a position, which is taken whatever form messages have.
     pub fn write(&self, position: Position, commit_time: CommitTime) -> String {
         let timeline = self.history.writer_of(position.extent()).hash();
         SnapToken::Position { source: self.source, timeline, position, commit_time }.to_string()
@@ -64,6 +76,10 @@ pub fn of_start(error: StartError, tokens: Option<&Tokens>) -> Status {
             with_reason(Code::FailedPrecondition, message, "SNAP_TOKEN_BEYOND_HISTORY", vec![])
         }
         StartError::TooOld { earliest } => too_old(&message, earliest, tokens),
+        StartError::UnknownTransaction { earliest, .. } => {
+            let earliest = earliest_of(earliest, tokens);
+            with_reason(Code::OutOfRange, message, "TRANSACTION_UNKNOWN", earliest)
+        }
         StartError::StillRunning(_) => with_reason(Code::Unavailable, message, "TRANSACTION_STILL_RUNNING", vec![]),
         StartError::Unreachable(_) => with_reason(Code::Unavailable, message, "POSTGRES_UNREACHABLE", vec![]),
         StartError::Log(_) => {
@@ -105,8 +121,12 @@ pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
 }
 
 fn too_old(message: &str, earliest: Position, tokens: Option<&Tokens>) -> Status {
-    let earliest = tokens.map(|tokens| (EARLIEST_SNAP_TOKEN, tokens.write(earliest, CommitTime::default())));
-    with_reason(Code::OutOfRange, message.to_owned(), "SNAP_TOKEN_TOO_OLD", earliest.into_iter().collect())
+    with_reason(Code::OutOfRange, message.to_owned(), "SNAP_TOKEN_TOO_OLD", earliest_of(earliest, tokens))
+}
+
+fn earliest_of(earliest: Position, tokens: Option<&Tokens>) -> Vec<(&'static str, String)> {
+    let token = tokens.map(|tokens| (EARLIEST_SNAP_TOKEN, tokens.write(earliest, CommitTime::default())));
+    token.into_iter().collect()
 }
 
 /// A status whose message is `ERROR_CODE_` and the reason.
@@ -167,7 +187,9 @@ pub fn bad_continuous_token(error: store::ParseKeyError) -> Status {
 
 /// Data and Tenancy over tables that somebody else writes.
 pub fn not_our_store() -> Status {
-    let message = "this server only watches the tables of its mapping, and does not write or read them for clients: use                    the program that owns them (for Permify's tables, Permify itself). Data and Tenancy are served over                    tuplewatch's own tables, with mapping.preset: tuples";
+    let message = "this server only watches the tables of its mapping, and does not write or read them for clients: use \
+                   the program that owns them (for Permify's tables, Permify itself). Data and Tenancy are served over \
+                   tuplewatch's own tables, with mapping.preset: tuples";
     with_reason(Code::Unimplemented, message.to_owned(), "NOT_IMPLEMENTED", vec![])
 }
 

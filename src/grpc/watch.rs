@@ -6,7 +6,9 @@
 use super::proto;
 use super::status::{self, Tokens};
 use crate::hub::start::Primary;
-use crate::hub::{Hub, Item, Subscription};
+use crate::hub::{End, Hub, Item, Subscription};
+use crate::lsn::Xid8;
+use crate::snap_token::Form;
 use bytes::{BufMut, Bytes};
 use futures_util::stream::{self, Stream};
 use prost::Message as _;
@@ -42,6 +44,8 @@ pub struct Options {
     pub subscribers_max: usize,
     /// Longest wait for a transaction token to resolve.
     pub resolve_timeout: Duration,
+    /// The form of the tokens of messages.
+    pub token_form: Form,
 }
 
 /// The service. Cheap to clone.
@@ -104,7 +108,8 @@ impl<P: Primary + 'static> Inner<P> {
         };
         let tokens = self.hub.origin().map(|origin| Tokens::new(&origin));
         let subscription = started.map_err(|error| status::of_start(error, tokens.as_ref()))?;
-        let open = Open { subscription, stop, ready: VecDeque::new(), _permit: permit };
+        let (hub, token_form) = (self.hub.clone(), self.options.token_form);
+        let open = Open { hub, token_form, subscription, stop, ready: VecDeque::new(), _permit: permit };
         let responses = stream::unfold(Some(open), async |open| {
             let mut open = open?;
             match open.next().await {
@@ -118,6 +123,8 @@ impl<P: Primary + 'static> Inner<P> {
 
 /// An open stream.
 struct Open {
+    hub: Hub,
+    token_form: Form,
     subscription: Subscription,
     stop: watch::Receiver<bool>,
     ready: VecDeque<Arc<Item>>,
@@ -127,12 +134,15 @@ struct Open {
 impl Open {
     async fn next(&mut self) -> Result<Bytes, Status> {
         loop {
-            if let Some(item) = self.ready.pop_front() {
+            if let Some(item) = self.ready.front() {
                 // The hub has a source before it has a message.
                 let tokens = self.tokens()?;
-                return Ok(item.wire(|message| {
-                    message.to_watch_response(&tokens.write(message.reached(), message.header.commit_time))
-                }));
+                let before = self.transaction_before(item, &tokens).await?;
+                let wire = item
+                    .wire(|message| message.to_watch_response(&tokens.of_message(message, self.token_form, before)));
+                // Only now, as this may have waited.
+                self.ready.pop_front();
+                return Ok(wire);
             }
             let next = tokio::select! {
                 biased;
@@ -147,6 +157,15 @@ impl Open {
                 }
             }
         }
+    }
+
+    /// What the token of a message says that is not the last of its transaction, where it has to be a transaction's.
+    async fn transaction_before(&self, item: &Item, tokens: &Tokens) -> Result<Option<Xid8>, Status> {
+        if self.token_form == Form::Native || item.message.end.is_some() || item.is_encoded() {
+            return Ok(None);
+        }
+        let before = self.hub.transaction_before(item.message.header.commit).await;
+        before.map_err(|error| status::of_end(End::Log(error), self.subscription.tenant(), tokens))
     }
 
     fn tokens(&self) -> Result<Tokens, Status> {

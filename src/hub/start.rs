@@ -4,17 +4,19 @@
 //! | --- | --- |
 //! | none | now: one statement gives the server's insert position L and a snapshot S; delivered is every commit at or after L, and every earlier one that S does not see |
 //! | position | there, if it lies on the present history; one ahead of us waits, if the server has written that far |
-//! | transaction | right after that transaction |
+//! | transaction, transaction id | right after that transaction |
+//! | snapshot of a transaction | every commit that the snapshot does not see, but for that transaction |
 //!
 //! Requests that come in together share one statement ([`Primary::look`] answers all of them). A tenant that the log knows
 //! resumes without any: a thousand subscribers that come back at once cost PostgreSQL nothing, and need it not to be there.
 
+use super::resolve::outcome;
 use super::window::Anchor;
 use super::{Filter, Hub, Origin, Subscription};
 use crate::change::{TenantId, TenantIdError};
 use crate::changelog;
 use crate::lsn::{Lsn, Position, Snapshot, Xid8};
-use crate::snap_token::{self, SnapToken, TokenId};
+use crate::snap_token::{self, SnapToken};
 use crate::timeline::History;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,6 +40,8 @@ pub enum TransactionStatus {
     InProgress,
     /// It is over, or so old that nobody knows.
     Over,
+    /// Its id was not handed out yet.
+    Unassigned,
 }
 
 /// PostgreSQL does not answer.
@@ -92,6 +96,17 @@ pub enum Error {
         /// From where on the log is complete for the tenant.
         earliest: Position,
     },
+    /// Nothing to go by.
+    #[error(
+        "nothing is known of transaction {xid} of the snap token: its changes are no longer kept, or it is from before the \
+         change log began, was rolled back, or changed nothing that is watched; start without a token and read the state anew"
+    )]
+    UnknownTransaction {
+        /// The transaction.
+        xid: Xid8,
+        /// From where on the log is complete for the tenant.
+        earliest: Position,
+    },
     /// The transaction of the token runs on.
     #[error("the transaction of the snap token is still running after {0:?}: try again when it has ended")]
     StillRunning(Duration),
@@ -103,19 +118,22 @@ pub enum Error {
     Log(#[from] changelog::Error),
 }
 
-/// Waits for a transaction to end.
-async fn wait_for_end(primary: &impl Primary, xid: Xid8, deadline: Instant, timeout: Duration) -> Result<(), Error> {
-    while primary.transaction_status(xid).await? == TransactionStatus::InProgress {
-        if Instant::now() >= deadline {
-            return Err(Error::StillRunning(timeout));
-        }
-        tokio::time::sleep(STATUS_EVERY).await;
-    }
-    Ok(())
+/// Where a subscription starts.
+pub(super) struct Start {
+    /// What is delivered comes after it.
+    pub(super) position: Position,
+    /// The reader has a state of no later than this.
+    pub(super) seen: Position,
+    /// What of it the reader has already.
+    pub(super) filter: Option<Filter>,
 }
 
-/// How long to wait, between looks, for a transaction to end.
-const STATUS_EVERY: Duration = Duration::from_millis(50);
+impl Start {
+    /// For a reader who has everything up to here.
+    pub(super) const fn after(position: Position) -> Self {
+        Self { position, seen: position, filter: None }
+    }
+}
 
 fn origin(anchor: &Anchor) -> Result<&Origin, Unreachable> {
     anchor.origin.as_ref().ok_or_else(|| Unreachable(NO_SESSION.to_owned()))
@@ -168,31 +186,35 @@ impl Hub {
         // First: a divergence that comes while we look is the subscription's to notice.
         let anchor = self.window().anchor();
         let known = self.knows(&tenant).await?;
-        // What the subscriber has a state of may lie behind where it starts, and never the other way round.
-        let (position, seen, filter) = match token {
+        if token.is_some() && !known {
+            require(&tenant, primary.look(&tenant).await?.tenant_exists)?;
+        }
+        let Start { position, seen, filter } = match token {
             Some(SnapToken::Position { source, timeline, position, .. }) => {
-                if !known {
-                    require(&tenant, primary.look(&tenant).await?.tenant_exists)?;
-                }
                 let appended = *self.inner.appended.borrow();
                 check_position(&anchor, primary, &tenant, source, timeline, position, appended).await?;
-                (position, position, None)
+                Start::after(position)
             }
             Some(SnapToken::Transaction { source, id, xid, floor }) => {
-                if !known {
-                    require(&tenant, primary.look(&tenant).await?.tenant_exists)?;
-                }
                 check_source(&anchor, source)?;
-                let (position, seen) = self.resolve(primary, id, xid, floor, resolve_timeout).await?;
-                (position, seen, None)
+                self.after_token(primary, id, xid, floor, resolve_timeout).await?
+            }
+            Some(SnapToken::Xid(xid)) => {
+                origin(&anchor)?;
+                self.after_xid(primary, &tenant, xid, resolve_timeout).await?
+            }
+            Some(SnapToken::Snapshot { xid, snapshot }) => {
+                origin(&anchor)?;
+                self.after_snapshot(primary, &tenant, xid, snapshot, resolve_timeout).await?
             }
             None => {
                 // What was visible before is visible to the snapshot that is taken now.
                 let look = primary.look(&tenant).await?;
                 require(&tenant, look.tenant_exists || known)?;
                 origin(&anchor)?;
-                let filter = Filter { lsn: look.flush_lsn, snapshot: look.snapshot };
-                (Position::at(anchor.visible), Position::at(look.flush_lsn), Some(filter))
+                let filter = Filter { lsn: look.flush_lsn, snapshot: look.snapshot, own: None };
+                let (position, seen) = (Position::at(anchor.visible), Position::at(look.flush_lsn));
+                Start { position, seen, filter: Some(filter) }
             }
         };
         // Joined first, so that nothing after the check goes by unnoticed.
@@ -229,13 +251,18 @@ impl Hub {
                 let late = |_| Unreachable(format!("the stream did not reach {position} in time, try again"));
                 tokio::time::timeout_at(deadline, reached).await.map(drop).map_err(late)?;
             }
-            // Needs nothing of the stream: PostgreSQL shows a transaction as over when its snapshots see it.
+            // The others need nothing of the stream: PostgreSQL shows a transaction as over when its snapshots see it.
             SnapToken::Transaction { source, xid, floor, .. } => {
                 check_source(&anchor, source)?;
                 if floor > primary.look(tenant).await?.flush_lsn {
                     return Err(Error::BeyondHistory);
                 }
-                wait_for_end(primary, xid, deadline, timeout).await?;
+                outcome(primary, xid, deadline, timeout).await?;
+            }
+            SnapToken::Xid(xid) | SnapToken::Snapshot { xid, .. } => {
+                if outcome(primary, xid, deadline, timeout).await? == TransactionStatus::Unassigned {
+                    return Err(Error::BeyondHistory);
+                }
             }
         }
         Ok(())
@@ -247,36 +274,5 @@ impl Hub {
         }
         let tenant = tenant.clone();
         self.on_disk(move |log| log.knows(&tenant)).await
-    }
-
-    /// Right after the transaction that carried `id`. One that left no trace (rolled back to a savepoint, crashed, or from
-    /// before this log) resolves to its floor: everything after it includes everything after the transaction. With it, no
-    /// earlier than where the transaction ended.
-    async fn resolve(
-        &self,
-        primary: &impl Primary,
-        id: TokenId,
-        xid: Xid8,
-        floor: Lsn,
-        timeout: Duration,
-    ) -> Result<(Position, Position), Error> {
-        if let Some(end) = self.on_disk(move |log| log.find_token(id)).await? {
-            return Ok((Position::at(end), Position::at(end)));
-        }
-        let deadline = Instant::now() + timeout;
-        wait_for_end(primary, xid, deadline, timeout).await?;
-        // It is over: if it committed, its commit is in the stream before the mark, and in the log soon after.
-        let mark = primary.mark().await?;
-        let mut appended = self.inner.appended.clone();
-        let reached =
-            tokio::time::timeout_at(deadline.max(Instant::now() + STATUS_EVERY), appended.wait_for(|lsn| *lsn > mark));
-        if reached.await.is_err() {
-            return Err(Unreachable(format!("the stream did not reach {mark} in time, try again")).into());
-        }
-        match self.on_disk(move |log| log.find_token(id)).await? {
-            Some(end) => Ok((Position::at(end), Position::at(end))),
-            None if floor > mark => Err(Error::BeyondHistory),
-            None => Ok((Position::at(floor), Position::at(mark))),
-        }
     }
 }

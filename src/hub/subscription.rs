@@ -4,13 +4,13 @@ use super::window::Next;
 use super::{Hub, Item, Origin};
 use crate::change::TenantId;
 use crate::changelog;
-use crate::lsn::{Lsn, Position, Snapshot};
+use crate::lsn::{Lsn, Position, Snapshot, Xid8};
 use crate::transaction::Break;
 use std::sync::Arc;
 use tokio::sync::watch;
 
-/// Leaves out what a reader that starts *now* has in its own first read: what committed before `lsn` and is visible in
-/// `snapshot`.
+/// Leaves out what a reader has already: of what committed before `lsn`, what is visible in `snapshot`, and what is its own.
+/// For one that starts *now*, that is its own first read.
 #[derive(Clone, Debug)]
 pub struct Filter {
     /// The server's flush position at the start, and not its insert position: what is visible and not flushed (by
@@ -18,6 +18,14 @@ pub struct Filter {
     pub lsn: Lsn,
     /// What was visible then.
     pub snapshot: Arc<Snapshot>,
+    /// The transaction that the reader made itself, whether it is visible in the snapshot or not.
+    pub own: Option<Xid8>,
+}
+
+impl Filter {
+    fn leaves_out(&self, xid: Xid8) -> bool {
+        self.own == Some(xid) || self.snapshot.sees(xid)
+    }
 }
 
 /// Why a subscription cannot go on.
@@ -140,7 +148,7 @@ impl Subscription {
             self.cursor = rest.message.reached();
             match &self.filter {
                 Some(filter) if header.commit >= filter.lsn => self.filter = None,
-                Some(filter) if filter.snapshot.sees(header.xid) => continue,
+                Some(filter) if filter.leaves_out(header.xid) => continue,
                 _ => {}
             }
             taken.push(rest);

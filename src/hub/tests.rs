@@ -61,7 +61,7 @@ fn transaction(commit: u64, tenants: &[&str]) -> Transaction {
 impl Fixture {
     fn new(window_bytes: usize, before_visible: bool) -> Self {
         let log = Arc::new(ModelLog::default());
-        let origin = Origin { source: SOURCE, history: History::first(), lsn: Lsn(100) };
+        let origin = Origin { source: SOURCE, history: History::first(), lsn: Lsn(100), xid: Xid8(50) };
         log.append(&[Entry::Adopt(origin)]).unwrap();
         let (appended, receiver) = watch::channel(Lsn(100));
         let hub = Hub::new(log.clone(), receiver, Options { window_bytes, before_visible }).unwrap();
@@ -388,4 +388,63 @@ async fn transaction_tokens() {
     let running = Scripted { status: TransactionStatus::InProgress, ..primary(true) };
     let running = start(&fixture, &running, "a", &token(7, 150)).await.map(position).unwrap_err();
     assert!(running.starts_with("StillRunning"), "{running}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn permifys_tokens() {
+    let fixture = Fixture::new(1 << 20, false);
+    for commit in [200, 210, 220] {
+        fixture.append(transaction(commit, &["a"]));
+    }
+    let check = async |primary: Scripted, token: SnapToken| {
+        start(&fixture, &primary, "a", &token.to_string()).await.map(|subscription| subscription.position().lsn.0)
+    };
+    let at = async |xid: u64| check(primary(true), SnapToken::Xid(Xid8(xid))).await;
+    assert_eq!(at(210).await, Ok(220));
+    // Over, and the stream is past it.
+    assert!(at(150).await.unwrap_err().starts_with("UnknownTransaction"));
+    let with = |status| Scripted { status, ..primary(true) };
+    let running = check(with(TransactionStatus::InProgress), SnapToken::Xid(Xid8(150))).await;
+    assert!(running.unwrap_err().starts_with("StillRunning"));
+    let forged = check(with(TransactionStatus::Unassigned), SnapToken::Xid(Xid8(1 << 60))).await;
+    assert!(forged.unwrap_err().starts_with("BeyondHistory"));
+    assert_eq!(fixture.hub.transaction_before(Lsn(220)).await.unwrap(), Some(Xid8(210)));
+
+    let history = History::from_timelines(vec![FIRST, Timeline { id: 2, begin: Lsn(225) }]).unwrap();
+    fixture.log.append(&[Entry::Diverge { at: Lsn(225), history }]).unwrap();
+    assert_eq!(at(220).await, Err("Abandoned".into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_is_everything_that_it_does_not_see() {
+    let fixture = Fixture::new(1 << 20, false);
+    let mut transactions = Vec::new();
+    // The ids are not in the order of the commits.
+    for (commit, xid) in [(200, 60), (210, 63), (220, 61), (230, 70), (240, 65), (250, 64)] {
+        let mut next = transaction(commit, &["a"]);
+        next.header.xid = Xid8(xid);
+        for (_, message) in &mut next.messages {
+            message.header.xid = Xid8(xid);
+        }
+        transactions.push(next);
+    }
+    for next in transactions {
+        fixture.append(next.clone());
+        fixture.admit(next).await;
+    }
+    fixture.publish(1000, "");
+    let check = async |xid: u64, snapshot: &str| {
+        let token = SnapToken::Snapshot { xid: Xid8(xid), snapshot: snapshot.parse().unwrap() }.to_string();
+        let mut subscription = start(&fixture, &primary(true), "a", &token).await?;
+        Ok::<_, String>(ready(&mut subscription).await)
+    };
+    // 61 was running and has committed since; 64 is the writer's own; 65 and 70 began later.
+    assert_eq!(check(64, "61:65:61").await, Ok(Some(vec![220, 230, 240])));
+    // 63 had committed, and was not visible yet.
+    assert_eq!(check(64, "63:64:63").await, Ok(Some(vec![210, 230, 240])));
+    assert_eq!(check(70, "61:71:61,64,65").await, Ok(Some(vec![220, 240, 250])));
+    // None that it sees is in the log, which began before it was taken; and after.
+    assert_eq!(check(60, "60:60:").await, Ok(Some(vec![210, 220, 230, 240, 250])));
+    assert!(check(60, "49:49:").await.unwrap_err().starts_with("UnknownTransaction"));
+    assert!(check(66, "61:66:61").await.unwrap_err().starts_with("UnknownTransaction"));
 }

@@ -8,7 +8,7 @@ use crate::change::TenantId;
 use crate::changelog::BREAKS_MAX;
 use crate::lsn::{Lsn, Position, Snapshot, Xid8};
 use crate::timeline::History;
-use crate::transaction::{Break, Transaction};
+use crate::transaction::{Break, Header, Transaction};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -41,6 +41,7 @@ pub(super) struct Window {
 
 struct Entry {
     commit: Lsn,
+    xid: Xid8,
     end: Lsn,
     bytes: usize,
     /// Whose feeds have messages of it; a tenant once for each message.
@@ -197,12 +198,13 @@ impl Window {
             wake,
         });
         self.add_breaks(&transaction.breaks);
-        if !tenants.is_empty() || transaction.staged {
+        if transaction.has_changes() {
             self.bytes += bytes;
             if transaction.staged {
                 self.holes.push_back((transaction.header.commit, transaction.end));
             }
-            self.entries.push_back(Entry { commit: transaction.header.commit, end: transaction.end, bytes, tenants });
+            let Header { commit, xid, .. } = transaction.header;
+            self.entries.push_back(Entry { commit, xid, end: transaction.end, bytes, tenants });
         }
         true
     }
@@ -255,6 +257,12 @@ impl Window {
             self.feeds.values_mut().for_each(|feed| feed.floor = feed.floor.max(Position::at(entry.end)));
         }
         true
+    }
+
+    /// The id of the last transaction in memory that committed before `commit`.
+    pub(super) fn transaction_before(&self, commit: Lsn) -> Option<Xid8> {
+        let before = self.entries.partition_point(|entry| entry.commit < commit);
+        self.entries.get(before.checked_sub(1)?).map(|entry| entry.xid)
     }
 
     /// Whether something waits to be published or seen.

@@ -21,10 +21,18 @@ pub struct Plan {
     slot_of_column: Vec<Option<u8>>,
     /// The tenant, then the parts of the tuple or attribute in the order of [`TableSpec::values`].
     values: Vec<(&'static str, Source)>,
-    is_attribute: bool,
+    kind: Kind,
     soft_delete: Option<(Source, SoftDelete)>,
     /// A mapped column that the replica identity lacks: old rows cannot be told.
     not_in_identity: Option<String>,
+}
+
+/// What rows say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Tuple,
+    Attribute,
+    Transaction,
 }
 
 /// Where a text comes from.
@@ -57,6 +65,11 @@ pub enum Outcome<'a> {
         operation: Operation,
         /// To what.
         fact: Fact<'a>,
+    },
+    /// The transaction is this tenant's, whether it changes anything or not.
+    Transaction {
+        /// Whose.
+        tenant: &'a str,
     },
     /// A gap.
     Undecodable(Undecodable),
@@ -105,7 +118,11 @@ impl Plan {
             table: relation.to_string(),
             slot_of_column,
             values: spec.values().into_iter().map(|(word, value)| (word, source(value))).collect(),
-            is_attribute: spec.attribute.is_some(),
+            kind: match spec {
+                TableSpec { transaction: true, .. } => Kind::Transaction,
+                TableSpec { attribute: Some(_), .. } => Kind::Attribute,
+                TableSpec { .. } => Kind::Tuple,
+            },
             soft_delete: spec.soft_delete.as_ref().map(|soft| (slot_of(&soft.column), soft.clone())),
             not_in_identity,
         }
@@ -114,6 +131,11 @@ impl Plan {
     /// Schema and name of the table.
     pub fn table(&self) -> &str {
         &self.table
+    }
+
+    /// Whether TRUNCATE of the table takes something from subscribers.
+    pub fn has_facts(&self) -> bool {
+        self.kind != Kind::Transaction
     }
 
     /// What an INSERT says. `visit` gets the step within the row message.
@@ -126,6 +148,9 @@ impl Plan {
 
     /// What a DELETE says.
     pub fn delete(&self, old: Row<'_>, visit: &mut dyn FnMut(u64, Outcome<'_>)) {
+        if !self.has_facts() {
+            return;
+        }
         let slots = self.load(old);
         if let Some(column) = &self.not_in_identity {
             return visit(DELETE_STEP, self.lacks_identity("DELETE", column, &slots));
@@ -137,6 +162,9 @@ impl Plan {
 
     /// What an UPDATE says.
     pub fn update(&self, old: Option<Row<'_>>, new: Row<'_>, visit: &mut dyn FnMut(u64, Outcome<'_>)) {
+        if !self.has_facts() {
+            return;
+        }
         let mut new = self.load(new);
         if let Some(column) = &self.not_in_identity {
             return visit(DELETE_STEP, self.lacks_identity("UPDATE", column, &new));
@@ -211,20 +239,20 @@ impl Plan {
                 Outcome::Undecodable(Undecodable { tenant: None, detail: "the tenant is empty".into() }),
             );
         }
-        let fact = if self.is_attribute {
-            match attribute_value::parse(d) {
+        let fact = match self.kind {
+            Kind::Transaction => return visit(step, Outcome::Transaction { tenant }),
+            Kind::Attribute => match attribute_value::parse(d) {
                 Ok(value) => Fact::Attribute(Attribute { entity_type: a, entity_id: b, attribute: c, value }),
                 Err(detail) => return visit(step, self.undecodable(slots, detail)),
-            }
-        } else {
-            Fact::Tuple(Tuple {
+            },
+            Kind::Tuple => Fact::Tuple(Tuple {
                 entity_type: a,
                 entity_id: b,
                 relation: c,
                 subject_type: d,
                 subject_id: e,
                 subject_relation: f,
-            })
+            }),
         };
         visit(step, Outcome::Change { tenant, operation, fact });
     }

@@ -23,7 +23,7 @@ pub struct TenantsSpec {
     pub id: String,
 }
 
-/// How rows of one table become changes: of tuples or of attributes.
+/// What rows of one table say: of tuples, of attributes, or of whole transactions.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TableSpec {
@@ -35,6 +35,10 @@ pub struct TableSpec {
     pub tuple: Option<TupleSpec>,
     /// Set where rows are attributes.
     pub attribute: Option<AttributeSpec>,
+    /// Set where a row is inserted by a transaction to say whose it is: its tenant gets a message of the transaction also
+    /// where that changed nothing. No other change of the rows means anything, and neither does TRUNCATE.
+    #[serde(default)]
+    pub transaction: bool,
     /// Set where rows are marked instead of deleted.
     pub soft_delete: Option<SoftDelete>,
 }
@@ -193,8 +197,8 @@ pub enum Error {
     /// A table twice.
     #[error("the mapping names table {0} twice")]
     Duplicate(String),
-    /// Neither or both.
-    #[error("table {0} of the mapping needs exactly one of 'tuple' and 'attribute'")]
+    /// None of them, or several.
+    #[error("table {0} of the mapping needs exactly one of 'tuple', 'attribute' and 'transaction: true'")]
     Kind(String),
     /// Braces that do not match.
     #[error(
@@ -242,6 +246,11 @@ impl TableSpec {
         values
     }
 
+    /// Whether it counts what rows were before they were changed or deleted.
+    pub const fn reads_old_rows(&self) -> bool {
+        !self.transaction
+    }
+
     /// Every column that the mapping reads, each once.
     pub fn columns(&self) -> Columns<'_> {
         let mut columns = Vec::new();
@@ -265,6 +274,16 @@ impl TableSpec {
 }
 
 impl Spec {
+    /// The same tables in another schema.
+    #[must_use]
+    pub fn in_schema(mut self, schema: &str) -> Self {
+        let tenants = self.tenants.iter_mut().map(|tenants| &mut tenants.table);
+        for table in self.tables.iter_mut().map(|table| &mut table.table).chain(tenants) {
+            schema.clone_into(&mut table.schema);
+        }
+        self
+    }
+
     pub(super) fn check(&self) -> Result<(), Error> {
         if self.tables.is_empty() {
             return Err(Error::NoTables);
@@ -274,7 +293,8 @@ impl Spec {
             if self.tables.iter().take(n).any(|earlier| earlier.table == table.table) {
                 return Err(Error::Duplicate(name));
             }
-            if table.tuple.is_some() == table.attribute.is_some() {
+            let kinds = [table.tuple.is_some(), table.attribute.is_some(), table.transaction];
+            if kinds.iter().filter(|is_set| **is_set).count() != 1 {
                 return Err(Error::Kind(name));
             }
             for (_, value) in table.values() {

@@ -81,6 +81,7 @@ fn says(plan: &Plan, bytes: &[u8]) -> Vec<String> {
                     }
                 }
             }
+            Outcome::Transaction { tenant } => format!("{step}= {tenant}"),
             Outcome::Undecodable(Undecodable { tenant, detail }) => format!("{step}! {tenant:?} {detail}"),
         });
     };
@@ -199,6 +200,50 @@ fn what_cannot_be_decoded() {
     check(&plan, b'I', &[(b'N', row)], &["2! Some(\"t1\") relation cannot be read: the table has no column relation"]);
 }
 
+/// Permify's own tables: rows are inserted and marked, and columns are in whatever order they came to be there.
+#[test]
+fn permify() {
+    let mapping = Mapping::new(spec(PERMIFY_PRESET).in_schema("Authz")).unwrap();
+    assert_eq!(mapping.tenants().unwrap().table.to_string(), "Authz.tenants");
+    assert!(mapping.tells_transactions() && !preset().tells_transactions());
+    let plan = |name: &str, columns: &[&str]| {
+        mapping.plan(&Relation { schema: "Authz".into(), ..relation(name, columns) }).unwrap()
+    };
+    let tuples = plan(
+        "relation_tuples",
+        &[
+            "id*",
+            "entity_type*",
+            "entity_id*",
+            "relation*",
+            "subject_type*",
+            "subject_id*",
+            "subject_relation*",
+            "created_tx_id*",
+            "expired_tx_id*",
+            "tenant_id*",
+        ],
+    );
+    let row = |expired: &str| format!("5 doc 1 viewer user 7 '' 800 {expired} t1");
+    let (live, old_live, marked) = (row("9223372036854775807"), row("0"), row("801"));
+    let (create, delete) = ("2+ t1 doc:1#viewer@user:7#", "1- t1 doc:1#viewer@user:7#");
+    check(&tuples, b'I', &[(b'N', &live)], &[create]);
+    check(&tuples, b'U', &[(b'O', &live), (b'N', &marked)], &[delete]);
+    check(&tuples, b'U', &[(b'O', &old_live), (b'N', &marked)], &[delete]);
+    // The migration to the maximum, garbage collection, and the deletion of a tenant.
+    check(&tuples, b'U', &[(b'O', &old_live), (b'N', &live)], &[]);
+    check(&tuples, b'D', &[(b'O', &marked)], &[]);
+    check(&tuples, b'D', &[(b'O', &live)], &[delete]);
+
+    let transactions = plan("transactions", &["tenant_id", "id*", "snapshot", "timestamp"]);
+    let transaction = "t1 800 800:801: now";
+    check(&transactions, b'I', &[(b'N', transaction)], &["2= t1"]);
+    check(&transactions, b'I', &[(b'N', "- 800 800:801: now")], &["2! None tenant is NULL"]);
+    // Its old rows are not read, whatever its replica identity.
+    check(&transactions, b'U', &[(b'N', transaction)], &[]);
+    check(&transactions, b'D', &[(b'K', transaction)], &[]);
+}
+
 #[test]
 fn any_table() {
     let mapping = Mapping::new(spec(
@@ -240,7 +285,7 @@ fn bad_mappings() {
     check("tables: []", "the mapping names no table");
     check(
         "tables: [{ table: a.b, tenant: t }]",
-        "table a.b of the mapping needs exactly one of 'tuple' and 'attribute'",
+        "table a.b of the mapping needs exactly one of 'tuple', 'attribute' and 'transaction: true'",
     );
     check(
         &format!("tables: [{{ table: a.b, tenant: t, {tuple} }}, {{ table: a.b, tenant: t, {tuple} }}]"),

@@ -71,6 +71,9 @@ pub(super) struct Table {
     pub(super) is_partition: bool,
     pub(super) selectable: bool,
     pub(super) schema_usable: bool,
+    /// Whether the mapping counts what rows were before. Not from the catalog.
+    #[serde(skip)]
+    pub(super) reads_old_rows: bool,
 }
 
 /// A mapped column.
@@ -166,7 +169,11 @@ impl Catalog {
                 ],
             )
             .await?;
-        row.try_get::<_, Document<Self>>(0).map(|document| document.0)
+        let Document(mut catalog) = row.try_get::<_, Document<Self>>(0)?;
+        for (table, spec) in catalog.tables.iter_mut().zip(mapping.tables()) {
+            table.reads_old_rows = spec.reads_old_rows();
+        }
+        Ok(catalog)
     }
 }
 
@@ -192,6 +199,21 @@ impl Table {
         publication.via_root && self.is_partition && above
     }
 
+    /// The relations whose replica identity does not do, and why.
+    pub(super) fn unidentified(&self) -> impl Iterator<Item = (&Relation, String)> {
+        self.relations.iter().filter_map(|relation| {
+            let what = if self.reads_old_rows {
+                let column = relation.uncovered(&self.columns)?;
+                format!("old rows lack column {}: the replica identity does not cover it", column.name)
+            } else if relation.identity != "f" && relation.identity_columns.is_empty() {
+                "has no replica identity: PostgreSQL refuses UPDATE and DELETE on it once it is published".to_owned()
+            } else {
+                return None;
+            };
+            Some((relation, what))
+        })
+    }
+
     /// Its own row in the publication, where its filter and its columns count: a publication of its whole schema is for all
     /// rows and columns.
     pub(super) fn own_member(&self) -> Option<&Member> {
@@ -206,7 +228,7 @@ impl Relation {
     }
 
     /// The first of the columns that old rows would lack.
-    pub(super) fn uncovered<'a>(&self, columns: &'a [Column]) -> Option<&'a Column> {
+    fn uncovered<'a>(&self, columns: &'a [Column]) -> Option<&'a Column> {
         let covers = |column: &Column| match self.identity.as_str() {
             "f" => true,
             "n" => false,

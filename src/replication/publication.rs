@@ -159,7 +159,9 @@ fn describe_table(table: &Table, publication: &Publication, lines: &mut Lines) {
     }
     for relation in &table.relations {
         let numbers: Vec<String> = relation.identity_columns.iter().map(|column| column.number.to_string()).collect();
-        lines.add(&name, IDENTITY, format!("{}: {} {}", relation.oid, relation.identity, numbers.join(" ")));
+        if table.reads_old_rows {
+            lines.add(&name, IDENTITY, format!("{}: {} {}", relation.oid, relation.identity, numbers.join(" ")));
+        }
         lines.add(&name, PERSISTENCE, format!("{}: {}", relation.oid, relation.persistence));
         if let Some(storage) = relation.storage {
             lines.add(&name, STORAGE, format!("{}: {storage}", relation.oid));

@@ -122,7 +122,8 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         let server = link.server().clone();
         let received = match resume {
             None => {
-                let origin = Origin { source: server.source, history: server.history, lsn: started.confirmed };
+                let origin =
+                    Origin { source: server.source, history: server.history, lsn: started.confirmed, xid: started.xid };
                 tracing::info!(confirmed = %started.confirmed, "the change log begins");
                 self.outlet.deliver(Entry::Adopt(origin)).await?;
                 started.confirmed

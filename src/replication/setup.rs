@@ -240,7 +240,7 @@ impl Setup<'_> {
     fn plan_identities(catalog: &Catalog) -> Vec<Step> {
         let mut steps = Vec::new();
         for table in &catalog.tables {
-            for relation in table.relations.iter().filter(|relation| relation.uncovered(&table.columns).is_some()) {
+            for (relation, _) in table.unidentified() {
                 let name = relation.name();
                 let sql = format!("ALTER TABLE {} REPLICA IDENTITY FULL;", name.to_sql());
                 steps.push(Step::new(format!("let old rows of {name} be complete"), sql));

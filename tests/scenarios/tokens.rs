@@ -374,6 +374,6 @@ async fn tokens_inside_a_staged_transaction_give_the_rest() {
 fn position(token: &str) -> (Position, CommitTime) {
     match token.parse().unwrap() {
         SnapToken::Position { position, commit_time, .. } => (position, commit_time),
-        SnapToken::Transaction { .. } => panic!("Watch emits position tokens"),
+        other => panic!("Watch emits position tokens, and not {other:?}"),
     }
 }

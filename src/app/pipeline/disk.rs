@@ -3,7 +3,7 @@
 use super::world::World;
 use crate::change::TenantId;
 use crate::changelog::model::{Inner, ModelLog};
-use crate::changelog::{Batch, ChangeLog, Entry, Error, Room, State};
+use crate::changelog::{Batch, ChangeLog, Entry, Error, Room, State, Trace};
 use crate::lsn::{Lsn, Position, Xid8};
 use crate::snap_token::TokenId;
 use crate::transaction::Break;
@@ -141,6 +141,18 @@ impl ChangeLog for Disk {
 
     fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error> {
         self.model().find_token(id)
+    }
+
+    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<Trace>, Error> {
+        self.model().find_transaction(tenant, xid)
+    }
+
+    fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error> {
+        self.model().transaction_before(commit)
+    }
+
+    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Error> {
+        self.model().largest_below(xid)
     }
 
     fn breaks(&self) -> Vec<Break> {

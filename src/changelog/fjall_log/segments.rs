@@ -1,6 +1,7 @@
 //! The list of segments: each a keyspace, in stream order, the last one active.
 
-use super::super::{Error, record};
+use super::super::record::{self, Horizon};
+use super::super::{Error, Trace};
 use super::stored::{META_SEGMENTS, pair, unpair};
 use super::{poisoned, segment_options};
 use crate::change::TenantId;
@@ -9,7 +10,7 @@ use crate::transaction::Message;
 use bytes::Bytes;
 use fjall::{Database, Keyspace, OwnedWriteBatch as WriteBatch};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Cheap to clone: readers take the list as it is, and keep deleted segments readable for themselves.
@@ -24,6 +25,9 @@ pub(super) struct Segment {
     pub(super) created_unix_seconds: u64,
     pub(super) keyspace: Keyspace,
 }
+
+/// End LSN and id by commit LSN.
+pub(super) type Transactions = BTreeMap<Lsn, (Lsn, Xid8)>;
 
 #[derive(Serialize, Deserialize)]
 struct StoredSegment {
@@ -162,30 +166,74 @@ impl Segments {
         Ok(())
     }
 
-    /// Transactions with messages that committed at or after `from`: end LSN and id by commit LSN.
-    pub(super) fn transactions_since(&self, from: Lsn) -> fjall::Result<BTreeMap<Lsn, (Lsn, Xid8)>> {
-        let mut found: BTreeMap<Lsn, (Option<Lsn>, Xid8)> = BTreeMap::new();
+    /// Removes what these transactions are found by.
+    pub(super) fn remove_index(&self, batch: &mut WriteBatch, transactions: &Transactions) {
+        let Some((first, _)) = transactions.first_key_value() else { return };
+        for segment in self.since(Position::at(*first)) {
+            for (commit, (_, xid)) in transactions {
+                batch.remove(&segment.keyspace, record::transaction_key(*commit));
+                batch.remove(&segment.keyspace, record::xid_key(*xid));
+            }
+        }
+    }
+
+    /// Transactions with changes that committed at or after `from`.
+    pub(super) fn transactions_since(&self, from: Lsn) -> fjall::Result<Transactions> {
+        let mut found = Transactions::new();
         for segment in self.since(Position::at(from)) {
-            segment.each_message(from, Lsn(u64::MAX), &mut |_, _, message| {
-                let (end, _) = found.entry(message.header.commit).or_insert((None, message.header.xid));
-                *end = end.or(message.end);
-            })?;
-            for item in segment.keyspace.range(record::end_key(from)..record::end_key(Lsn(u64::MAX))) {
+            for item in segment.keyspace.range(record::transaction_key(from)..=record::transaction_key(Lsn(u64::MAX))) {
                 let (key, value) = item.into_inner()?;
-                if let Some((end, _)) = record::read_end_key(&key).and_then(|commit| found.get_mut(&commit)) {
-                    *end = end.or(record::read_lsn(&value));
+                let commit = record::read_transaction_key(&key);
+                if let (Some(commit), Some((end, xid))) = (commit, record::read_pair(&value)) {
+                    found.insert(commit, (Lsn(end), Xid8(xid)));
                 }
             }
         }
-        Ok(found.into_iter().filter_map(|(commit, (end, xid))| Some((commit, (end?, xid)))).collect())
+        Ok(found)
     }
 
-    /// Commit LSNs before `at` of transactions that end past it: their commit record crosses it.
-    pub(super) fn commits_ending_past(&self, at: Lsn) -> fjall::Result<BTreeSet<Lsn>> {
+    /// Those that end past `at`: those before it, too, whose commit record crosses it.
+    pub(super) fn transactions_ending_past(&self, at: Lsn) -> fjall::Result<Transactions> {
         /// Far above the size of any commit record.
         const COMMIT_RECORD_BYTES_MAX: u64 = 64 << 20;
-        let found = self.transactions_since(Lsn(at.0.saturating_sub(COMMIT_RECORD_BYTES_MAX)))?;
-        Ok(found.into_iter().filter(|(commit, (end, _))| *commit < at && *end > at).map(|(commit, _)| commit).collect())
+        let mut found = self.transactions_since(Lsn(at.0.saturating_sub(COMMIT_RECORD_BYTES_MAX)))?;
+        found.retain(|_, (end, _)| *end > at);
+        Ok(found)
+    }
+
+    /// The last transaction with changes that committed before `commit`.
+    pub(super) fn transaction_before(&self, commit: Lsn) -> fjall::Result<Option<Xid8>> {
+        let before = record::transaction_key(Lsn::ZERO)..record::transaction_key(commit);
+        for segment in self.newest_first() {
+            if let Some(item) = segment.keyspace.range(before.clone()).next_back() {
+                return Ok(record::read_pair(&item.value()?).map(|(_, xid)| Xid8(xid)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The transaction with this id.
+    pub(super) fn find(&self, xid: Xid8) -> fjall::Result<Option<Trace>> {
+        for segment in self.newest_first() {
+            if let Some(value) = segment.keyspace.get(record::xid_key(xid))? {
+                let found = record::read_pair(&value);
+                return Ok(found.map(|(commit, end)| Trace::Committed { commit: Lsn(commit), end: Lsn(end) }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The transaction with the largest id below, and its commit LSN. Ids are not in the order of segments.
+    pub(super) fn largest_below(&self, xid: Xid8) -> fjall::Result<Option<(Xid8, Lsn)>> {
+        let below = record::xid_key(Xid8(0))..record::xid_key(xid);
+        let mut largest = None;
+        for segment in self.0.iter() {
+            let Some(item) = segment.keyspace.range(below.clone()).next_back() else { continue };
+            let (key, value) = item.into_inner()?;
+            let commit = record::read_pair(&value).map(|(commit, _)| Lsn(commit));
+            largest = largest.max(record::read_xid_key(&key).zip(commit));
+        }
+        Ok(largest)
     }
 }
 
@@ -199,8 +247,19 @@ impl Segment {
         self.keyspace.first_key_value().is_none()
     }
 
+    /// Every tenant with messages here, and what is to be kept of them.
+    pub(super) fn horizons(&self) -> impl Iterator<Item = fjall::Result<(TenantId, Horizon)>> + '_ {
+        self.tenants().map(|item| {
+            let (tenant, position) = item?;
+            let transaction = self.keyspace.get(record::transaction_key(position.lsn))?;
+            // Without one the transaction goes on in the next segment, where it is found.
+            let (end, xid) = transaction.and_then(|value| record::read_pair(&value)).unwrap_or_default();
+            Ok((tenant, Horizon { position, xid: Xid8(xid), end: Lsn(end) }))
+        })
+    }
+
     /// Every tenant with messages here, and its newest position: two seeks a tenant, whatever the number of messages.
-    pub(super) fn tenants(&self) -> impl Iterator<Item = fjall::Result<(TenantId, Position)>> + '_ {
+    fn tenants(&self) -> impl Iterator<Item = fjall::Result<(TenantId, Position)>> + '_ {
         let (start, end) = record::MESSAGES;
         let mut from = start.to_vec();
         std::iter::from_fn(move || {

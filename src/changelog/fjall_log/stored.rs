@@ -6,11 +6,12 @@
 //! | `tail` | LSN (8, big endian) |
 //! | `segments` | see [`super::segments`] |
 //! | `break/`, end position (16), start position (16), tenant | [`StoredBreak`], JSON |
-//! | `horizon/`, tenant | position (16, big endian) |
+//! | `horizon/`, tenant | see [`super::super::record`] |
+//! | `abandoned/`, xid8 (8, big endian) | nothing |
 
 use super::super::{Origin, record};
 use crate::change::TenantId;
-use crate::lsn::{Lsn, Position};
+use crate::lsn::{Lsn, Position, Xid8};
 use crate::timeline::{History, Source, Timeline};
 use crate::transaction::{Break, BreakReason};
 use serde::{Deserialize, Serialize};
@@ -20,9 +21,14 @@ pub(super) const META_TAIL: &[u8] = b"tail";
 pub(super) const META_SEGMENTS: &[u8] = b"segments";
 pub(super) const META_BREAK: &[u8] = b"break/";
 pub(super) const META_HORIZON: &[u8] = b"horizon/";
+const META_ABANDONED: &[u8] = b"abandoned/";
 
 pub(super) fn meta_horizon(tenant: &TenantId) -> Vec<u8> {
     [META_HORIZON, tenant.as_str().as_bytes()].concat()
+}
+
+pub(super) fn meta_abandoned(xid: Xid8) -> Vec<u8> {
+    [META_ABANDONED, &xid.0.to_be_bytes()].concat()
 }
 
 pub(super) fn meta_break(gap: &Break) -> Vec<u8> {
@@ -66,6 +72,7 @@ pub(super) fn write_origin(origin: &Origin) -> StoredOrigin {
         database_oid: origin.source.database_oid,
         timelines: origin.history.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect(),
         lsn: origin.lsn.0,
+        xid: origin.xid.0,
     }
 }
 
@@ -75,6 +82,7 @@ pub(super) fn read_origin(stored: &StoredOrigin) -> Option<Origin> {
         source: Source { system_identifier: stored.system_identifier, database_oid: stored.database_oid },
         history: History::from_timelines(timelines)?,
         lsn: Lsn(stored.lsn),
+        xid: Xid8(stored.xid),
     })
 }
 
@@ -100,6 +108,7 @@ pub(super) struct StoredOrigin {
     /// Id and begin.
     pub(super) timelines: Vec<(u32, u64)>,
     pub(super) lsn: u64,
+    pub(super) xid: u64,
 }
 
 #[derive(Serialize, Deserialize)]

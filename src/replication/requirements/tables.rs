@@ -39,17 +39,17 @@ pub(super) fn check_table(
                 format!("ALTER TABLE {} SET LOGGED;  -- rewrites it under an exclusive lock", relation.name().to_sql());
             report.error(&relation_subject, "is not logged: its changes are not in the WAL", fix);
         }
-        if let Some(column) = relation.uncovered(&table.columns) {
-            let what = format!("old rows lack column {}: the replica identity does not cover it", column.name);
-            let fix = format!("ALTER TABLE {} REPLICA IDENTITY FULL;  -- at once, no reload", relation.name().to_sql());
-            report.error(&relation_subject, what, fix);
-        }
+    }
+    for (relation, what) in table.unidentified() {
+        let fix = format!("ALTER TABLE {} REPLICA IDENTITY FULL;  -- at once, no reload", relation.name().to_sql());
+        report.error(format!("table {}", relation.name()), what, fix);
     }
     if let Some(publication) = publication {
         check_membership(table, expected, publication, report);
     }
     if report.is_fine_since(before) {
-        report.ok(subject, "can be read, is published, and its old rows are complete");
+        let what = if table.reads_old_rows { ", and its old rows are complete" } else { "" };
+        report.ok(subject, format!("can be read, is published{what}"));
     }
 }
 

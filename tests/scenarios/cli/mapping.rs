@@ -28,7 +28,10 @@ async fn a_mapping_that_cannot_be_used_is_a_mistake() {
         ("tables: [", "mapping file m.yaml does not read: "),
         ("just text", "mapping file m.yaml does not read: "),
         ("tables: [{table: shares, tenant: t}]", "'shares' is not a table: write schema.table"),
-        ("tables: [{table: a.b, tenant: t}]", "table a.b of the mapping needs exactly one of 'tuple' and 'attribute'"),
+        (
+            "tables: [{table: a.b, tenant: t}]",
+            "table a.b of the mapping needs exactly one of 'tuple', 'attribute' and 'transaction: true'",
+        ),
         ("tables: [{table: a.b, tenant: t, tupel: {}}]", "unknown field `tupel`, expected one of `table`, `tenant`"),
         ("tables: [{table: a.b, tenant: t, tuple: {entity_type: x}}]", "entity_id"),
         (&format!("tables: [{{table: a.b, tuple: {tuple}}}]"), "tenant"),
