@@ -4,6 +4,7 @@
 //!  session ──▶ Joined ──┬──▶ recorder ──▶ change log ──┐
 //!                       └──▶ hub ◀── publisher         │ reads
 //!                             └──▶ gRPC streams ◀──────┘
+//!                                    └──▶ HTTP streams
 //! ```
 //!
 //! Taking down goes with the stream: subscribers first (they are told to come back), then the session (its last
@@ -18,6 +19,7 @@ use crate::changelog::recorder::{self, Closed};
 use crate::changelog::{ChangeLog, Entry, FjallLog, Room, State};
 use crate::config::{self, Config, MappingSource, Preset};
 use crate::grpc::{self, watch::WatchService};
+use crate::http::{self, Gateway};
 use crate::hub::{self, Hub};
 use crate::lsn::{Lsn, Xid8};
 use crate::mapping::{Mapping, Spec, TUPLES_PRESET};
@@ -153,6 +155,10 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let endpoints = endpoints(config)?;
     let listener = grpc::Listener::bind(config.server.host.as_str(), &config.server.grpc).await?;
     let address = listener.address();
+    let http_listener = match &config.server.http {
+        Some(http) => Some(http::Listener::bind(config.server.host.as_str(), http).await?),
+        None => None,
+    };
 
     let log = open_log(config, reset_log).await?;
     let (recorder, recorder_handle) = recorder::new(log.clone());
@@ -197,6 +203,8 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
         resolve_timeout: config.service.watch.resolve_timeout,
     };
     let service = WatchService::new(hub.clone(), primary, watch_options, streams_stopped.clone());
+    let gateway = config.server.http.as_ref().map(|http| Gateway::new(http, service.clone()));
+    let http_server = http_listener.zip(gateway);
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
 
@@ -206,13 +214,20 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.spawn(answering);
     background.spawn(monitor.run());
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
-    let mut server = tokio::spawn(grpc::serve(listener, service, health_service, streams_stopped));
+    if let Some((listener, _)) = &http_server {
+        tracing::info!(address = %listener.address(), "HTTP is listening");
+    }
+    let mut server = tokio::spawn(async move {
+        let http = serve_http(http_server, watch_options.subscribers_max, streams_stopped.clone());
+        let grpc = grpc::serve(listener, service, health_service, streams_stopped);
+        tokio::try_join!(async { Ok(grpc.await?) }, http).map(|_| ())
+    });
     let mut session = tokio::spawn(session.run(session_stopped));
     tracing::info!(%address, "gRPC is listening");
 
     let ended: anyhow::Result<()> = tokio::select! {
         () = &mut stop => Ok(()),
-        served = &mut server => flatten(served).and(Err(anyhow!("the gRPC server ended by itself"))),
+        served = &mut server => flatten(served).and(Err(anyhow!("the servers ended by themselves"))),
         streamed = &mut session => flatten(streamed).and(Err(anyhow!("the replication session ended by itself"))),
     };
     tracing::info!("shutting down");
@@ -239,6 +254,18 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.shutdown().await;
     // The cause first: a failed log is what ends a session.
     recorder.finish().await.and(ended)
+}
+
+/// Where it is switched off there is nothing that could end.
+async fn serve_http(
+    server: Option<(http::Listener, Gateway)>,
+    subscribers_max: usize,
+    stop: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    if let Some((listener, gateway)) = server {
+        http::serve(listener, gateway, subscribers_max, stop).await;
+    }
+    Ok(())
 }
 
 fn flatten<E: Into<anyhow::Error>>(joined: Result<Result<(), E>, tokio::task::JoinError>) -> anyhow::Result<()> {

@@ -28,7 +28,8 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("dev_postgres", vec![]),
         ("authn", vec![]),
         ("grpc", core_and(&["hub", "config", "authn"])),
-        ("app", core_and(&["changelog", "hub", "replication", "grpc", "config"])),
+        ("http", vec!["hub", "config", "grpc"]),
+        ("app", core_and(&["changelog", "hub", "replication", "grpc", "http", "config"])),
         ("cli", core_and(&["app", "replication", "grpc", "config", "telemetry", "dev_postgres"])),
         ("lib", vec![]),
         ("main", vec![]),
@@ -36,11 +37,14 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
 }
 
 /// Crates that only some modules may name.
-const CONFINED: [(&str, &[&str]); 7] = [
+const CONFINED: [(&str, &[&str]); 10] = [
     ("pgwire_replication", &["replication"]),
     ("tokio_postgres", &["replication", "app", "cli"]),
     ("fjall", &["changelog"]),
-    ("tonic", &["grpc", "app", "cli"]),
+    ("tonic", &["grpc", "http", "app", "cli"]),
+    ("axum", &["http"]),
+    ("hyper", &["http"]),
+    ("prost_reflect", &["http"]),
     ("clap", &["cli", "main"]),
     ("anyhow", &["app", "cli", "main"]),
     ("tracing_subscriber", &["telemetry"]),

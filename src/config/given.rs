@@ -157,6 +157,18 @@ pub(super) fn host(given: &Given<'_>) -> Result<Host, Allowed> {
     text(given, "an IP address or a DNS name, without a port", Host::parse)
 }
 
+/// What a browser sends in `Origin` (RFC 6454, section 6.2), or `*`.
+pub(super) fn origin(given: &Given<'_>) -> Result<String, Allowed> {
+    text(given, "an origin such as https://app.example.com (scheme, host and port only), or *", |text| {
+        let is_authority = |rest: &str| {
+            let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-._:[]".contains(c);
+            !rest.is_empty() && rest.chars().all(plain)
+        };
+        let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+        (text == "*" || host.is_some_and(is_authority)).then(|| text.to_owned())
+    })
+}
+
 /// A path; its file need not exist.
 pub(super) fn path(given: &Given<'_>) -> Result<PathBuf, Allowed> {
     text(given, "a path", |text| (!text.is_empty() && !text.contains('\0')).then(|| PathBuf::from(text)))
