@@ -8,6 +8,8 @@ use axum::body::{Body, Bytes};
 use axum::http::{Request, StatusCode};
 use proptest::prelude::*;
 use serde_json::{Value as Json, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tonic::{Response as Answer, Status};
 use tower::ServiceExt as _;
 
@@ -220,6 +222,33 @@ async fn pages_of_allowed_origins_may_call() {
         assert_eq!(status, StatusCode::NOT_FOUND);
         assert_eq!(header(&headers, "access-control-allow-origin").as_deref(), allowed, "{origins}");
     }
+}
+
+/// The gateway on a port, with what it says to these bytes until it closes the connection. The clock is paused: it goes to
+/// the next timeout as soon as there is nothing else to do.
+async fn says(sent: &[u8]) -> String {
+    let config = Config::load(None, [], &[("server.http.port".into(), "0".into())]).unwrap().server.http.unwrap();
+    let listener = Listener::bind("127.0.0.1", &config).await.unwrap();
+    let mut client = TcpStream::connect(listener.address()).await.unwrap();
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let gateway = Gateway::over(&config, Router::new()).with_data(Echo);
+    let server = tokio::spawn(serve(listener, gateway, 1, stopped));
+    client.write_all(sent).await.unwrap();
+    let mut said = String::new();
+    client.read_to_string(&mut said).await.unwrap();
+    stop.send_replace(true);
+    server.await.unwrap();
+    said
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_says_nothing_is_not_kept() {
+    assert_eq!(says(b"").await, "");
+    assert_eq!(says(b"GET /healthz HT").await, "");
+    let idle = says(b"GET /healthz HTTP/1.1\r\nhost: t\r\n\r\n").await;
+    assert!(idle.starts_with("HTTP/1.1 200 OK\r\n"), "{idle}");
+    let slow = says(b"POST /v1/tenants/t1/data/write HTTP/1.1\r\nhost: t\r\ncontent-length: 9\r\n\r\n{").await;
+    assert!(slow.starts_with("HTTP/1.1 408 Request Timeout\r\n") && slow.contains("\"code\":4"), "{slow}");
 }
 
 /// JSON that is about what a request has, with anything in its places.
