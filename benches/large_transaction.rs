@@ -57,6 +57,7 @@ fn start(uri: &str, directory: &Path) -> anyhow::Result<(Server, String)> {
     ensure!(setup.success(), "setup failed");
     let mut child = Command::new(program)
         .args(["serve", "--database-uri", uri, "--server-host", "127.0.0.1", "--server-grpc-port", "0"])
+        .args(["--server-http-enabled", "false"])
         .args(["--logger-format", "json", "--changelog-path"])
         .arg(directory.join("log"))
         .stderr(Stdio::piped())

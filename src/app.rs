@@ -4,6 +4,7 @@
 //!  session ──▶ Joined ──┬──▶ recorder ──▶ change log ──┐
 //!                       └──▶ hub ◀── publisher         │ reads
 //!                             └──▶ gRPC streams ◀──────┘
+//!                                    └──▶ HTTP streams
 //!
 //!  gRPC calls of Data and Tenancy ◀──▶ store ◀──▶ PostgreSQL
 //! ```
@@ -23,6 +24,7 @@ use crate::grpc::data::DataService;
 use crate::grpc::tenancy::TenancyService;
 use crate::grpc::watch::WatchService;
 use crate::grpc::{self, Services};
+use crate::http::{self, Gateway};
 use crate::hub::{self, Hub};
 use crate::lsn::{Lsn, Xid8};
 use crate::mapping::{Mapping, PERMIFY_PRESET, Spec, TUPLES_PRESET};
@@ -93,6 +95,11 @@ fn token_form(config: &Config) -> snap_token::Form {
         }
         (SnapTokenFormat::Native | SnapTokenFormat::Auto, _) => snap_token::Form::Native,
     }
+}
+
+/// Streams at a time, in gRPC and HTTP together.
+fn streams_max(config: &Config) -> usize {
+    usize::try_from(config.service.watch.subscribers_max).unwrap_or(usize::MAX)
 }
 
 /// Where the configured database is.
@@ -175,7 +182,7 @@ fn services(
 ) -> Services<SqlPrimary> {
     let watch = grpc::watch::Options {
         enabled: config.service.watch.enabled,
-        subscribers_max: usize::try_from(config.service.watch.subscribers_max).unwrap_or(usize::MAX),
+        subscribers_max: streams_max(config),
         resolve_timeout: config.service.watch.resolve_timeout,
         token_form: token_form(config),
     };
@@ -202,6 +209,10 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let endpoints = endpoints(config)?;
     let listener = grpc::Listener::bind(config.server.host.as_str(), &config.server.grpc).await?;
     let address = listener.address();
+    let http_listener = match &config.server.http {
+        Some(http) => Some(http::Listener::bind(config.server.host.as_str(), http).await?),
+        None => None,
+    };
 
     let log = open_log(config, reset_log).await?;
     let (recorder, recorder_handle) = recorder::new(log.clone());
@@ -241,6 +252,9 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let (stop_session, session_stopped) = watch::channel(false);
     let (primary, answering) = SqlPrimary::new(primaries.clone(), mapping.tenants());
     let services = services(config, &hub, primary, primaries.clone(), streams_stopped.clone());
+    let gateway = config.server.http.as_ref().map(|http| Gateway::new(http, &services));
+    let http_server = http_listener.zip(gateway);
+    let streams_max = streams_max(config);
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
 
@@ -250,13 +264,20 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.spawn(answering);
     background.spawn(monitor.run());
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
-    let mut server = tokio::spawn(grpc::serve(listener, services, health_service, streams_stopped));
+    if let Some((listener, _)) = &http_server {
+        tracing::info!(address = %listener.address(), "HTTP is listening");
+    }
+    let mut server = tokio::spawn(async move {
+        let http = serve_http(http_server, streams_max, streams_stopped.clone());
+        let grpc = grpc::serve(listener, services, health_service, streams_stopped);
+        tokio::try_join!(async { Ok(grpc.await?) }, http).map(|_| ())
+    });
     let mut session = tokio::spawn(session.run(session_stopped));
     tracing::info!(%address, "gRPC is listening");
 
     let ended: anyhow::Result<()> = tokio::select! {
         () = &mut stop => Ok(()),
-        served = &mut server => flatten(served).and(Err(anyhow!("the gRPC server ended by itself"))),
+        served = &mut server => flatten(served).and(Err(anyhow!("the servers ended by themselves"))),
         streamed = &mut session => flatten(streamed).and(Err(anyhow!("the replication session ended by itself"))),
     };
     tracing::info!("shutting down");
@@ -283,6 +304,18 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.shutdown().await;
     // The cause first: a failed log is what ends a session.
     recorder.finish().await.and(ended)
+}
+
+/// Where it is switched off there is nothing that could end.
+async fn serve_http(
+    server: Option<(http::Listener, Gateway)>,
+    subscribers_max: usize,
+    stop: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    if let Some((listener, gateway)) = server {
+        http::serve(listener, gateway, subscribers_max, stop).await;
+    }
+    Ok(())
 }
 
 fn flatten<E: Into<anyhow::Error>>(joined: Result<Result<(), E>, tokio::task::JoinError>) -> anyhow::Result<()> {

@@ -43,7 +43,8 @@ pub use quantity::ByteSize;
 
 use error::Problem;
 use given::{
-    boolean, choice, database_uri, duration, host, optional_path, path, publication, schema, size, slot, whole,
+    boolean, choice, database_uri, duration, host, list, optional_path, origin, path, publication, schema, size, slot,
+    whole,
 };
 use reader::Reader;
 
@@ -83,6 +84,8 @@ pub struct Server {
     pub host: Host,
     /// The gRPC listener.
     pub grpc: Grpc,
+    /// The HTTP gateway; `None` where it is switched off.
+    pub http: Option<Http>,
 }
 
 /// The gRPC listener.
@@ -92,6 +95,19 @@ pub struct Grpc {
     pub port: u16,
     /// `None` serves plain text.
     pub tls: Option<Tls>,
+}
+
+/// The HTTP gateway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Http {
+    /// 0 lets the system choose a free port.
+    pub port: u16,
+    /// `None` serves plain text.
+    pub tls: Option<Tls>,
+    /// Origins whose pages may call it: `scheme://host[:port]`, or `*` for all.
+    pub cors_allowed_origins: Vec<String>,
+    /// Longest body of a request.
+    pub body_size_max: ByteSize,
 }
 
 /// PEM files of a listener.
@@ -301,24 +317,53 @@ impl Server {
             grpc: Grpc {
                 // The port that Permify's clients know.
                 port: read.get("server.grpc.port", 3478, whole(0..=65_535)),
-                tls: Tls::read(read),
+                tls: Tls::read(
+                    read,
+                    ["server.grpc.tls.enabled", "server.grpc.tls.cert", "server.grpc.tls.key"],
+                    Some("server.grpc.tls.client_ca"),
+                ),
             },
+            http: Http::read(read),
         }
     }
 }
 
-impl Tls {
+impl Http {
     fn read(read: &mut Reader) -> Option<Self> {
-        let enabled = read.get("server.grpc.tls.enabled", false, boolean);
-        let cert = read.get("server.grpc.tls.cert", None, optional_path);
-        let key = read.get("server.grpc.tls.key", None, optional_path);
-        let client_ca = read.get("server.grpc.tls.client_ca", None, optional_path);
+        let enabled = read.get("server.http.enabled", true, boolean);
+        let http = Self {
+            // The port that Permify's clients know.
+            port: read.get("server.http.port", 3476, whole(0..=65_535)),
+            tls: Tls::read(read, ["server.http.tls.enabled", "server.http.tls.cert", "server.http.tls.key"], None),
+            cors_allowed_origins: read.get("server.http.cors_allowed_origins", Vec::new(), list(origin)),
+            // As much as gRPC takes. A body is held in memory as a whole, and its JSON tree with it.
+            body_size_max: read.get(
+                "server.http.body_size_max",
+                ByteSize::mib(4),
+                size(ByteSize::kib(1)..=ByteSize::mib(64)),
+            ),
+        };
+        enabled.then_some(http)
+    }
+}
+
+impl Tls {
+    /// Whoever listens takes a certificate and a key, and only some also ask for one of the client.
+    fn read(
+        read: &mut Reader,
+        [enabled_key, cert_key, key_key]: [&'static str; 3],
+        client_ca_key: Option<&'static str>,
+    ) -> Option<Self> {
+        let enabled = read.get(enabled_key, false, boolean);
+        let cert = read.get(cert_key, None, optional_path);
+        let key = read.get(key_key, None, optional_path);
+        let client_ca = client_ca_key.and_then(|client_ca_key| read.get(client_ca_key, None, optional_path));
         if !enabled {
             return None;
         }
-        for (path, name) in [(&cert, "server.grpc.tls.cert"), (&key, "server.grpc.tls.key")] {
+        for (path, name) in [(&cert, cert_key), (&key, key_key)] {
             if path.is_none() {
-                read.refuse(&["server.grpc.tls.enabled", name], "TLS needs this file when it is enabled");
+                read.refuse(&[enabled_key, name], "TLS needs this file when it is enabled");
             }
         }
         Some(Self { cert: cert?, key: key?, client_ca })

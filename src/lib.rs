@@ -1,8 +1,8 @@
 //! tuplewatch: a change feed for relationship-based authorization data in PostgreSQL.
 //!
 //! Applications write relation tuples and attributes into ordinary tables. tuplewatch tails one `pgoutput` replication slot,
-//! turns committed rows into changes, keeps a bounded durable log of them, and streams them over gRPC to any number of
-//! subscribers. Every message carries a snap token; whoever comes back with one gets exactly the rest.
+//! turns committed rows into changes, keeps a bounded durable log of them, and streams them over gRPC and HTTP to any
+//! number of subscribers. Every message carries a snap token; whoever comes back with one gets exactly the rest.
 //!
 //! ```text
 //!  any writer ──SQL──▶ PostgreSQL ──WAL──▶ walsender (pgoutput)
@@ -26,6 +26,7 @@
 //!                   hub::Subscription      one reader over both tiers, per subscriber
 //!                                               ▼
 //!                   grpc::watch            base.v1.Watch
+//!                         └ http           the same over HTTP: JSON lines, Server-Sent Events
 //!
 //!  grpc::data, grpc::tenancy ──▶ store ──SQL──▶ PostgreSQL     base.v1.Data, base.v1.Tenancy: one more writer
 //! ```
@@ -36,7 +37,7 @@
 //!    attributes, their bytes), [`transaction`] (messages and breaks), [`snap_token`].
 //! 2. Rows to changes, without I/O: [`pgoutput`], [`mapping`], [`assembler`].
 //! 3. The engine: [`changelog`], [`hub`], [`replication`], and [`store`], which writes the tables of the `tuples` preset.
-//! 4. The edges: [`grpc`], [`authn`], [`cli`]; and what they need: [`config`], [`telemetry`], [`dev_postgres`].
+//! 4. The edges: [`grpc`], [`http`], [`authn`], [`cli`]; and what they need: [`config`], [`telemetry`], [`dev_postgres`].
 //! 5. [`app`], which joins all of it.
 //!
 //! What may use what is held by a test (`tests/architecture.rs`); why it is so is in ARCHITECTURE.md.
@@ -50,6 +51,7 @@ pub mod cli;
 pub mod config;
 pub mod dev_postgres;
 pub mod grpc;
+pub mod http;
 pub mod hub;
 pub mod lsn;
 pub mod mapping;

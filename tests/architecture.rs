@@ -29,7 +29,8 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("dev_postgres", vec![]),
         ("authn", vec![]),
         ("grpc", core_and(&["hub", "store", "config", "authn"])),
-        ("app", core_and(&["changelog", "hub", "replication", "store", "grpc", "config"])),
+        ("http", vec!["hub", "config", "grpc"]),
+        ("app", core_and(&["changelog", "hub", "replication", "store", "grpc", "http", "config"])),
         ("cli", core_and(&["app", "replication", "grpc", "config", "telemetry", "dev_postgres"])),
         ("lib", vec![]),
         ("main", vec![]),
@@ -37,12 +38,15 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
 }
 
 /// Crates that only some modules may name.
-const CONFINED: [(&str, &[&str]); 8] = [
+const CONFINED: [(&str, &[&str]); 11] = [
     ("pgwire_replication", &["replication"]),
     ("tokio_postgres", &["replication", "store", "app", "cli"]),
     ("deadpool", &["store"]),
     ("fjall", &["changelog"]),
-    ("tonic", &["grpc", "app", "cli"]),
+    ("tonic", &["grpc", "http", "app", "cli"]),
+    ("axum", &["http"]),
+    ("hyper", &["http"]),
+    ("prost_reflect", &["http"]),
     ("clap", &["cli", "main"]),
     ("anyhow", &["app", "cli", "main"]),
     ("tracing_subscriber", &["telemetry"]),

@@ -20,6 +20,7 @@ mod support {
     pub(crate) mod disk;
     #[expect(dead_code, reason = "the soak uses the rest")]
     pub(crate) mod faults;
+    pub(crate) mod http;
     pub(crate) mod interruption;
     #[expect(dead_code, reason = "the soak uses the rest")]
     pub(crate) mod oracle;
@@ -39,6 +40,7 @@ mod scenarios {
     mod dev;
     mod disk;
     mod feedback;
+    mod http;
     mod lifecycle;
     mod long_transaction;
     mod memory;

@@ -52,6 +52,9 @@ fn nothing_given_yields_the_defaults() {
     assert_eq!(config.server.host.as_str(), "0.0.0.0");
     assert_eq!(config.server.grpc.port, 3478);
     assert_eq!(config.server.grpc.tls, None);
+    let http = config.server.http.as_ref().unwrap();
+    assert_eq!((http.port, &http.tls, http.body_size_max.get()), (3476, &None, 4 << 20));
+    assert_eq!(http.cors_allowed_origins, [""; 0]);
     assert_eq!(config.service.watch.message_size_max.get(), 1 << 20);
     assert_eq!(config.changelog.retention.age, Duration::from_secs(86_400));
     assert_eq!(config.mapping.source, MappingSource::Preset(Preset::Tuples));
@@ -89,7 +92,7 @@ fn later_sources_win() {
 fn all_errors_are_reported_at_once() {
     let yaml = "
 server:
-  hots: 127.0.0.1
+  hosts: 127.0.0.1
   grpc: {port: 70000, tls: {enabled: true, cert: a.pem}}
 logger: {level: [info]}
 changelog.path: /data
@@ -112,7 +115,7 @@ changelog.path: /data
             "environment variable TUPLEWATCH_SERVICE__WATCH__RESOLVE_TIMEOUT is \"10\": \
              must be a duration with its unit such as 500ms, 10s or 1m30s, from 0s to 5m",
             "flag --database-max-connections is \"0\": must be a whole number from 5 to 64",
-            "`server.hots` in FILE: unknown; did you mean `server.host`?",
+            "`server.hosts` in FILE: unknown; did you mean `server.host`?",
             "environment variable TUPLEWATCH_DATABASE_URI: unknown; \
              did you mean TUPLEWATCH_DATABASE__URI?",
         ]
@@ -124,7 +127,24 @@ changelog.path: /data
 #[test]
 fn each_mistake_in_a_file_is_named() {
     for (yaml, expected) in [
-        ("server: {http: {port: 1, tls: {enabled: true}}}", "`server.http` in FILE: unknown"),
+        (
+            "server: {https: {port: 1, tls: {enabled: true}}}",
+            "`server.https` in FILE: unknown; did you mean `server.http`?",
+        ),
+        (
+            "server: {http: {tls: {enabled: true, cert: c.pem}}}",
+            "`server.http.tls.enabled` in FILE and `server.http.tls.key` (not given): TLS needs this file when it is enabled",
+        ),
+        ("server: {http: {tls: {client_ca: c.pem}}}", "`server.http.tls.client_ca` in FILE: unknown"),
+        (
+            "server: {http: {cors_allowed_origins: 5}}",
+            "`server.http.cors_allowed_origins` in FILE is 5: must be a list, as in [a, b], or a text with commas between the items",
+        ),
+        (
+            "server: {http: {cors_allowed_origins: ['*', 'https://a.example/']}}",
+            "`server.http.cors_allowed_origins` in FILE is a list: must be a list of which each item is an origin such as \
+             https://app.example.com (scheme, host and port only), or *, and item 2 is not",
+        ),
         ("grpc: {port: 1}", "`grpc` in FILE: unknown; did you mean `server.grpc`?"),
         ("sever: {host: a}", "`sever` in FILE: unknown; did you mean `server`?"),
         ("\"a\\nb\": 1", "`a\\nb` in FILE: unknown"),
@@ -272,8 +292,29 @@ mapping: {file: m.yaml, on_undecodable: halt}
     assert_eq!(config.mapping.source, MappingSource::Preset(Preset::Permify));
     assert_eq!(config.mapping.schema, "Authz");
     // Switched off, but ready to be switched on.
-    let yaml = "server: {grpc: {tls: {cert: c.pem}}}";
+    let yaml = "server: {grpc: {tls: {cert: c.pem}}, http: {enabled: false, port: 1}}";
     assert_eq!(load(yaml, &[], &[]).unwrap().server.grpc.tls, None);
+    assert_eq!(load(yaml, &[], &[]).unwrap().server.http, None);
+}
+
+#[test]
+fn lists_come_from_every_source() {
+    let (a, b) = ("https://a.example", "http://localhost:8080");
+    let yaml = format!("server: {{http: {{cors_allowed_origins: ['{a}', '{b}']}}}}");
+    let pair = format!("{a}, {b}");
+    let env = ("TUPLEWATCH_SERVER__HTTP__CORS_ALLOWED_ORIGINS", pair.as_str());
+    let flag = ("server.http.cors_allowed_origins", "*");
+    for (yaml, env, overrides, expected) in [
+        (yaml.as_str(), &[][..], &[][..], &[a, b][..]),
+        ("", &[env], &[], &[a, b]),
+        (&yaml, &[env], &[flag], &["*"]),
+        (&yaml, &[(env.0, "")], &[], &[]),
+    ] {
+        let config = load(yaml, env, overrides).unwrap();
+        assert_eq!(config.server.http.as_ref().unwrap().cors_allowed_origins, expected);
+        let again = load(&config.effective().to_string(), &[], &[]).unwrap();
+        assert_eq!(again.server, config.server);
+    }
 }
 
 #[test]
@@ -297,6 +338,7 @@ fn what_is_printed_loads_again() {
 server:
   host: "::1"
   grpc: { port: 0, tls: { enabled: true, cert: "a b.pem", key: 'C:\k"', client_ca: "1" } }
+  http: { port: 1, tls: { enabled: true, cert: c, key: k }, cors_allowed_origins: ["*", "http://[::1]:80"], body_size_max: 1KiB }
 logger: { level: trace, format: json }
 service: { watch: { enabled: false, message_size_max: 4MiB, resolve_timeout: 1m30s } }
 database: { uri: "postgres://u@h/db", max_connections: 5, max_data_per_write: 7 }
@@ -335,6 +377,15 @@ fn the_printed_form_is_nested_and_in_the_order_of_the_document() {
       cert: "" # default
       key: "" # default
       client_ca: "" # default
+  http:
+    enabled: true # default
+    port: 3476 # default
+    tls:
+      enabled: false # default
+      cert: "" # default
+      key: "" # default
+    cors_allowed_origins: [] # default
+    body_size_max: 4MiB # default
 logger:
   level: info # default
   format: json # flag --logger-format

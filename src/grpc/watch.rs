@@ -7,7 +7,7 @@ use super::proto;
 use super::status::{self, Tokens};
 use crate::hub::start::Primary;
 use crate::hub::{End, Hub, Item, Subscription};
-use crate::lsn::Xid8;
+use crate::lsn::{CommitTime, Xid8};
 use crate::snap_token::Form;
 use bytes::{BufMut, Bytes};
 use futures_util::stream::{self, Stream};
@@ -32,6 +32,8 @@ const TAKE_BYTES: usize = 256 << 10;
 fn buffers() -> BufferSettings {
     BufferSettings::new(256, 32 << 10)
 }
+/// Header of a response: the token that resumes from the start of its stream, for who has had no message yet.
+pub const START_SNAP_TOKEN: &str = "snap-token";
 /// Largest request. Both fields are short, but what is too long in them should be said of them.
 const REQUEST_BYTES_MAX: usize = 4 << 20;
 
@@ -108,6 +110,8 @@ impl<P: Primary + 'static> Inner<P> {
         };
         let tokens = self.hub.origin().map(|origin| Tokens::new(&origin));
         let subscription = started.map_err(|error| status::of_start(error, tokens.as_ref()))?;
+        let position = subscription.position();
+        let start_token = tokens.map(|tokens| tokens.write(position, CommitTime::default()));
         let (hub, token_form) = (self.hub.clone(), self.options.token_form);
         let open = Open { hub, token_form, subscription, stop, ready: VecDeque::new(), _permit: permit };
         let responses = stream::unfold(Some(open), async |open| {
@@ -117,7 +121,11 @@ impl<P: Primary + 'static> Inner<P> {
                 Err(status) => Some((Err(status), None)),
             }
         });
-        Ok(Response::new(Box::pin(responses)))
+        let mut response: Response<Responses> = Response::new(Box::pin(responses));
+        if let Some(token) = start_token.and_then(|token| token.parse().ok()) {
+            response.metadata_mut().insert(START_SNAP_TOKEN, token);
+        }
+        Ok(response)
     }
 }
 

@@ -39,6 +39,7 @@ impl Terminal {
     fn command(&self, flags: &[&str]) -> Command {
         let mut command = program(self.directory.path());
         command.args(["dev", "--server-grpc-port", &self.port.to_string(), "--changelog-disk-reserve", "16MiB"]);
+        command.args(["--server-http-port", "0"]);
         command.args(flags).envs(self.environment.iter().copied());
         command
     }
@@ -316,7 +317,7 @@ async fn two_at_once_are_one() {
     let warm = watch.printed().len();
     // The other port is free: it is the cluster that is taken.
     let mut second = program(terminal.directory.path());
-    second.args(["dev", "--server-grpc-port", &free_port().to_string()]);
+    second.args(["dev", "--server-grpc-port", &free_port().to_string(), "--server-http-port", "0"]);
     run(second).await.failed(&["another tuplewatch is using ", "Stop it, or name another directory."]);
     sql.run(&tuple("unimpressed")).await;
     assert!(watch.prints(warm + 1).await[warm].contains("unimpressed"));

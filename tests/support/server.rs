@@ -132,7 +132,7 @@ impl Server {
         log.lock().unwrap().push(format!("--- process {:?}", process.id()));
         tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
-                if let Some(address) = listening(&line) {
+                if let Some(address) = listening("gRPC", &line) {
                     found.send_replace(Some(address));
                 }
                 log.lock().unwrap().push(line);
@@ -144,9 +144,11 @@ impl Server {
 
     fn command(&self) -> Command {
         let port = self.address.map_or(0, |address| address.port()).to_string();
+        let http_port = self.last_http_address().map_or(0, |address| address.port()).to_string();
         let mut command = program();
         command.arg("serve").args(&self.flags);
         command.args(["--server-host", "127.0.0.1", "--server-grpc-port", &port, "--logger-format", "json"]);
+        command.args(["--server-http-port", &http_port]);
         if !self.flags.iter().any(|flag| flag == RESERVE) {
             command.args([RESERVE, "16MiB"]);
         }
@@ -273,12 +275,22 @@ impl Server {
     pub(crate) const fn address(&self) -> SocketAddr {
         self.address.expect("a server that was started")
     }
+
+    /// Of the HTTP gateway.
+    pub(crate) fn http_address(&self) -> SocketAddr {
+        self.last_http_address().expect("a server that was started")
+    }
+
+    /// Told before that of gRPC, and kept by later processes like that one.
+    fn last_http_address(&self) -> Option<SocketAddr> {
+        self.log.lock().unwrap().iter().rev().find_map(|line| listening("HTTP", line))
+    }
 }
 
 /// The address in the line that tells it.
-fn listening(line: &str) -> Option<SocketAddr> {
+fn listening(protocol: &str, line: &str) -> Option<SocketAddr> {
     let line: serde_json::Value = serde_json::from_str(line).ok()?;
-    let says = line.get("message")?.as_str()?.contains("gRPC is listening");
+    let says = line.get("message")?.as_str()? == format!("{protocol} is listening");
     says.then(|| line.get("address")?.as_str()?.parse().ok())?
 }
 

@@ -43,7 +43,7 @@ async fn check_file(contents: impl AsRef<[u8]>, says: &str) {
 #[tokio::test]
 async fn mistakes_in_a_file() {
     for (contents, says) in [
-        ("server: {hots: localhost}", "`server.hots` in file server.yaml: unknown; did you mean `server.host`?\n"),
+        ("server: {hosts: localhost}", "`server.hosts` in file server.yaml: unknown; did you mean `server.host`?\n"),
         ("sever: {host: localhost}", "`sever` in file server.yaml: unknown; did you mean `server`?\n"),
         ("database: {url: x}", "`database.url` in file server.yaml: unknown; did you mean `database.uri`?\n"),
         ("quite: other", "`quite` in file server.yaml: unknown\n"),

@@ -86,9 +86,19 @@ async fn a_table_of_ones_own_is_watched() {
     )
     .await;
     let column = "table shop.shares: has no column revoked_at, which the mapping names";
-    tuplewatch(&["serve", "--database-uri", &uri, "--mapping-file", file, "--server-grpc-port", "0"])
-        .await
-        .failed(&[column, "correct the mapping, or add the column"]);
+    tuplewatch(&[
+        "serve",
+        "--database-uri",
+        &uri,
+        "--mapping-file",
+        file,
+        "--server-grpc-port",
+        "0",
+        "--server-http-port",
+        "0",
+    ])
+    .await
+    .failed(&[column, "correct the mapping, or add the column"]);
     sql.run("ALTER TABLE shop.shares ADD COLUMN revoked_at timestamptz").await;
 
     let mut server = Server::serve(&postgres, &[("--mapping-file", file)]).await;

@@ -13,7 +13,7 @@ use tuplewatch::dev_postgres::StopMode;
 pub(super) fn serve(uri: &str, directory: &Path) -> Command {
     let mut command = program(directory);
     command.args(["serve", "--database-uri", uri, "--changelog-path", "log", "--changelog-disk-reserve", "16MiB"]);
-    command.args(["--server-host", "127.0.0.1", "--server-grpc-port", "0"]);
+    command.args(["--server-host", "127.0.0.1", "--server-grpc-port", "0", "--server-http-port", "0"]);
     command
 }
 
@@ -195,7 +195,7 @@ async fn what_is_in_the_way_on_our_own_side() {
     let mut command = program(directory.path());
     command.args(["serve", "--database-uri", &postgres.uri(), "--changelog-path", "/dev/null/log"]);
     run({
-        command.args(["--server-grpc-port", "0"]);
+        command.args(["--server-grpc-port", "0", "--server-http-port", "0"]);
         command
     })
     .await

@@ -1,0 +1,52 @@
+//! An HTTP request → the request of a service, and back.
+
+use super::json;
+use super::refusal::Refusal;
+use axum::body::Bytes;
+use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
+use axum::http::Method;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use prost::{Message, Name};
+use std::time::Duration;
+use tonic::metadata::MetadataMap;
+use tonic::{Extensions, Status};
+
+/// Longest time for a body to come: far more than the largest takes on a slow line.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A call of a service: body, path and (for GET) query make the message, and headers and extensions go along.
+///
+/// The content type is not looked at: whatever it says, the body is JSON or is refused.
+pub(super) struct Call<T>(pub(super) tonic::Request<T>);
+
+impl<T: Message + Name + Default, S: Send + Sync> FromRequest<S> for Call<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        let (mut parts, body) = request.into_parts();
+        let path = RawPathParams::from_request_parts(&mut parts, state).await;
+        let path = path.map_err(|error| Status::invalid_argument(error.body_text()))?;
+        let query = if parts.method == Method::GET {
+            let query = Query::<Vec<(String, String)>>::from_request_parts(&mut parts, state).await;
+            query.map_err(|error| Status::invalid_argument(error.body_text()))?.0
+        } else {
+            Vec::new()
+        };
+        let body = Bytes::from_request(Request::from_parts(parts.clone(), body), state);
+        let body = tokio::time::timeout(BODY_TIMEOUT, body).await.map_err(|_| Refusal::too_slow(BODY_TIMEOUT))?;
+        let body = body.map_err(|error| Refusal::unreadable(error.status(), error.body_text()))?;
+
+        let query = query.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let message = json::read(&body, query.chain(&path))?;
+        let metadata = MetadataMap::from_headers(parts.headers);
+        let extensions: Extensions = parts.extensions;
+        Ok(Self(tonic::Request::from_parts(metadata, extensions, message)))
+    }
+}
+
+/// The answer of a service, in JSON.
+pub(super) fn answer<T: Message + Name>(answered: Result<tonic::Response<T>, Status>) -> Result<Response, Refusal> {
+    let json = json::write(answered?.get_ref())?;
+    Ok(([(CONTENT_TYPE, json::CONTENT_TYPE)], json).into_response())
+}

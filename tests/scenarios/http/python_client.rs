@@ -1,0 +1,117 @@
+//! Permify's own client for Python, from its registry, as it is.
+
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use crate::support::wait::within;
+use serde_json::{Value as Json, json};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
+use tokio::sync::OnceCell;
+
+/// The Python that has the client: made once in a run, and kept in `target/` for the next.
+async fn python() -> &'static Path {
+    static PYTHON: OnceCell<PathBuf> = OnceCell::const_new();
+    PYTHON.get_or_init(prepare).await
+}
+
+async fn prepare() -> PathBuf {
+    let requirements = clients().join("requirements.txt");
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python-client");
+    let (python, done) = (directory.join("bin/python"), directory.join("requirements.txt"));
+    let wanted = std::fs::read(&requirements).unwrap();
+    if std::fs::read(&done).is_ok_and(|installed| installed == wanted) {
+        return python;
+    }
+    run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory)).await;
+    run(Command::new(&python).args(["-m", "pip", "install", "--quiet", "--requirement"]).arg(&requirements)).await;
+    // Last, so that one that was interrupted is begun anew.
+    std::fs::copy(&requirements, &done).unwrap();
+    python
+}
+
+async fn run(command: &mut Command) {
+    let output = command.output().await.unwrap_or_else(|error| {
+        panic!("{command:?}: {error}. This test needs python3 (3.9 or newer) with venv and pip, and a package index")
+    });
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn clients() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/python")
+}
+
+/// A run of `client.py`.
+struct Client {
+    lines: Lines<BufReader<ChildStdout>>,
+    process: Child,
+}
+
+impl Client {
+    async fn start(server: &Server, arguments: &[&str]) -> Self {
+        let mut command = Command::new(python().await);
+        command.arg(clients().join("client.py")).arg(server.http_address().to_string()).args(arguments);
+        let mut process = command.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        Self { lines: BufReader::new(process.stdout.take().unwrap()).lines(), process }
+    }
+
+    async fn says(&mut self) -> Json {
+        let line = within("a line of the client", self.lines.next_line()).await.unwrap();
+        let line = line.unwrap_or_else(|| panic!("the client ended: see what it wrote to the standard error"));
+        serde_json::from_str(&line).unwrap()
+    }
+
+    async fn ends(mut self) {
+        assert!(within("the client ends", self.process.wait()).await.unwrap().success());
+    }
+}
+
+#[tokio::test]
+async fn it_watches() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    let mut client = Client::start(&server, &["watch", "t1", "", "2"]).await;
+    assert_eq!(client.says().await, json!({"status": 200}));
+    sql.insert("t1", "a").await;
+    sql.insert("t1", "b").await;
+    let first = client.says().await;
+    assert_eq!(first["changes"], super::created("a"));
+    assert_eq!(client.says().await["changes"], super::created("b"));
+    client.ends().await;
+
+    // Comes back with its token, and stays until the end.
+    let mut client = Client::start(&server, &["watch", "t1", first["snap_token"].as_str().unwrap(), "2"]).await;
+    assert_eq!(client.says().await, json!({"status": 200}));
+    assert_eq!(client.says().await["changes"], super::created("b"));
+    server.terminate().await;
+    assert!(client.says().await["error"].as_str().unwrap().contains("shutting down"));
+    client.ends().await;
+}
+
+#[tokio::test]
+#[ignore = "until base.v1.Data is served: remove this line then"]
+async fn it_writes_reads_and_deletes() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let mut watch = server.lines("/v1/tenants/t1/watch", json!({})).await;
+    let mut client = Client::start(&server, &["data", "t1"]).await;
+    assert_eq!(client.says().await, json!({"written": true}));
+    let read = client.says().await;
+    let tuple = &super::created("1")[0]["tuple"];
+    assert_eq!(read["tuples"], json!([tuple]));
+    let value = json!({"@type": "type.googleapis.com/base.v1.BooleanValue", "data": true});
+    let attribute = json!({"entity": {"type": "document", "id": "1"}, "attribute": "public", "value": value});
+    assert_eq!(read["attributes"], json!([attribute]));
+    assert_eq!(client.says().await, json!({"left": 0}));
+    assert_eq!(client.says().await, json!({"refused": "ERROR_CODE_TENANT_NOT_FOUND"}));
+    client.ends().await;
+
+    for operation in ["OPERATION_CREATE", "OPERATION_DELETE"] {
+        let line = watch.next().await.unwrap();
+        let changes = line["result"]["changes"]["data_changes"].as_array().unwrap();
+        assert_eq!(changes.len(), 2, "{line}");
+        assert!(changes.iter().all(|change| change["operation"] == operation), "{line}");
+    }
+}
