@@ -115,6 +115,15 @@ impl Setting for Option<PathBuf> {
     }
 }
 
+impl<T: Setting> Setting for Vec<T> {
+    const SECRET: bool = T::SECRET;
+
+    fn to_yaml(&self) -> String {
+        let items: Vec<String> = self.iter().map(T::to_yaml).collect();
+        format!("[{}]", items.join(", "))
+    }
+}
+
 impl Setting for Option<DatabaseUri> {
     const SECRET: bool = true;
 
@@ -179,6 +188,12 @@ mod tests {
             if text != "::" {
                 assert_eq!(written, yaml);
             }
+            // And as an item of a list.
+            let texts = vec![text.to_owned(), "https://a.example:8443".to_owned()];
+            let table = FileFormat::Yaml.parse(None, &format!("key: {} # x", texts.to_yaml())).unwrap();
+            let ValueKind::Array(read) = &table["key"].kind else { panic!("{table:?}") };
+            let read: Vec<String> = read.iter().map(|item| item.clone().into_string().unwrap()).collect();
+            assert_eq!(read, texts);
         }
     }
 }

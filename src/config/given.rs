@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ::config::ValueKind;
+use ::config::{Value, ValueKind};
 
 use super::choice::Choice;
 use super::database_uri::DatabaseUri;
@@ -18,6 +18,8 @@ pub(super) enum Given<'a> {
     Text(&'a str),
     Integer(i64),
     Boolean(bool),
+    /// From a file only: elsewhere a list is a text with commas.
+    List(&'a [Value]),
     /// Something that no key takes, in words.
     Other(&'static str),
 }
@@ -34,7 +36,7 @@ impl<'a> From<&'a ValueKind> for Given<'a> {
             ValueKind::Float(_) => Self::Other("a fraction"),
             ValueKind::U64(_) | ValueKind::I128(_) | ValueKind::U128(_) => Self::Other("too large a number"),
             ValueKind::Nil => Self::Other("empty"),
-            ValueKind::Array(_) => Self::Other("a list"),
+            ValueKind::Array(items) => Self::List(items),
             ValueKind::Table(_) => Self::Other("a section"),
         }
     }
@@ -52,6 +54,7 @@ impl fmt::Display for Given<'_> {
             }
             Self::Integer(number) => write!(f, "{number}"),
             Self::Boolean(value) => write!(f, "{value}"),
+            Self::List(_) => f.write_str("a list"),
             Self::Other(words) => f.write_str(words),
         }
     }
@@ -129,6 +132,26 @@ pub(super) fn choice<T: Choice>(given: &Given<'_>) -> Result<T, Allowed> {
     })
 }
 
+/// Any number of what `item` takes: a list in a file; in the environment and in flags a text with commas between them.
+pub(super) fn list<T>(
+    item: impl Fn(&Given<'_>) -> Result<T, Allowed>,
+) -> impl Fn(&Given<'_>) -> Result<Vec<T>, Allowed> {
+    move |given| {
+        let items: Vec<Given<'_>> = match given {
+            Given::List(items) => items.iter().map(|item| Given::from(&item.kind)).collect(),
+            Given::Text(text) if text.trim().is_empty() => Vec::new(),
+            Given::Text(text) => text.split(',').map(|item| Given::Text(item.trim())).collect(),
+            Given::Integer(_) | Given::Boolean(_) | Given::Other(_) => {
+                return Err("a list, as in [a, b], or a text with commas between the items".to_owned());
+            }
+        };
+        let parsed = (1..).zip(&items).map(|(number, given)| {
+            item(given).map_err(|allowed| format!("a list of which each item is {allowed}, and item {number} is not"))
+        });
+        parsed.collect()
+    }
+}
+
 /// An address to listen on.
 pub(super) fn host(given: &Given<'_>) -> Result<Host, Allowed> {
     text(given, "an IP address or a DNS name, without a port", Host::parse)
@@ -178,6 +201,35 @@ fn text<T>(given: &Given<'_>, allowed: &str, parse: impl Fn(&str) -> Option<T>) 
         Given::Integer(_) | Given::Boolean(_) | Given::Other("a fraction") => {
             Err(format!("{allowed}; put it in quotes"))
         }
-        Given::Other(_) => Err(allowed.to_owned()),
+        Given::List(_) | Given::Other(_) => Err(allowed.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ::config::{FileFormat, Format as _};
+
+    use super::*;
+
+    #[test]
+    fn a_list_is_in_brackets_or_has_commas() {
+        let numbers = list(whole::<u16>(0..=9));
+        let wrong =
+            |number| Err(format!("a list of which each item is a whole number from 0 to 9, and item {number} is not"));
+        for (yaml, expected) in [
+            ("[]", Ok(vec![])),
+            ("[1]", Ok(vec![1])),
+            ("\n- 1\n- '2'", Ok(vec![1, 2])),
+            ("''", Ok(vec![])),
+            ("' '", Ok(vec![])),
+            ("'1, 2,3'", Ok(vec![1, 2, 3])),
+            ("'1,'", wrong(2)),
+            ("[1, 10]", wrong(2)),
+            ("[[1]]", wrong(1)),
+            ("1", Err("a list, as in [a, b], or a text with commas between the items".to_owned())),
+        ] {
+            let table = FileFormat::Yaml.parse(None, &format!("key: {yaml}")).unwrap();
+            assert_eq!(numbers(&Given::from(&table["key"].kind)), expected, "{yaml}");
+        }
     }
 }
