@@ -13,7 +13,9 @@
 mod pipeline;
 mod primary;
 
+use crate::admission::Admission;
 use crate::assembler::{Limits, OnUndecodable};
+use crate::authn::{Authenticator, oidc};
 use crate::changelog::recorder::{self, Closed};
 use crate::changelog::{ChangeLog, Entry, FjallLog, Room, State};
 use crate::config::{self, Config, MappingSource, Preset};
@@ -81,6 +83,13 @@ pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
 pub fn endpoints(config: &Config) -> anyhow::Result<Endpoints> {
     let uri = config.require_database_uri()?;
     Endpoints::parse(uri.expose()).with_context(|| Misconfigured("database.uri cannot be used".to_owned()))
+}
+
+/// Who gets in, and what keeps the keys of their issuer fresh.
+fn admission(config: &Config) -> anyhow::Result<(Admission, Option<oidc::Refresher>)> {
+    let credentials = config.authn.credentials.as_ref();
+    let (authenticator, refresher) = Authenticator::new(credentials).context("cannot check tokens")?;
+    Ok((Admission::new(authenticator, config.authn.exempt, config.server.rate_limit), refresher))
 }
 
 /// What the session is to do.
@@ -153,6 +162,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let endpoints = endpoints(config)?;
     let listener = grpc::Listener::bind(config.server.host.as_str(), &config.server.grpc).await?;
     let address = listener.address();
+    let (admission, issuer_keys) = admission(config)?;
 
     let log = open_log(config, reset_log).await?;
     let (recorder, recorder_handle) = recorder::new(log.clone());
@@ -205,8 +215,12 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.spawn(hub::publisher::run(hub, SqlSnapshots::new(endpoint)));
     background.spawn(answering);
     background.spawn(monitor.run());
+    if let Some(refresher) = issuer_keys {
+        background.spawn(refresher.run());
+    }
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
-    let mut server = tokio::spawn(grpc::serve(listener, service, health_service, streams_stopped));
+    let serving = async move { grpc::serve(listener, service, health_service, &admission, streams_stopped).await };
+    let mut server = tokio::spawn(serving);
     let mut session = tokio::spawn(session.run(session_stopped));
     tracing::info!(%address, "gRPC is listening");
 

@@ -26,9 +26,11 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("config", vec![]),
         ("telemetry", vec!["config"]),
         ("dev_postgres", vec![]),
-        ("authn", vec![]),
-        ("grpc", core_and(&["hub", "config", "authn"])),
-        ("app", core_and(&["changelog", "hub", "replication", "grpc", "config"])),
+        ("authn", vec!["config"]),
+        ("admission", vec!["authn", "config"]),
+        ("tls", vec!["config"]),
+        ("grpc", core_and(&["hub", "config", "authn", "admission", "tls"])),
+        ("app", core_and(&["changelog", "hub", "replication", "grpc", "config", "authn", "admission"])),
         ("cli", core_and(&["app", "replication", "grpc", "config", "telemetry", "dev_postgres"])),
         ("lib", vec![]),
         ("main", vec![]),
@@ -36,11 +38,14 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
 }
 
 /// Crates that only some modules may name.
-const CONFINED: [(&str, &[&str]); 7] = [
+const CONFINED: [(&str, &[&str]); 10] = [
     ("pgwire_replication", &["replication"]),
     ("tokio_postgres", &["replication", "app", "cli"]),
     ("fjall", &["changelog"]),
     ("tonic", &["grpc", "app", "cli"]),
+    ("jsonwebtoken", &["authn"]),
+    ("hyper_util", &["authn"]),
+    ("governor", &["admission", "authn"]),
     ("clap", &["cli", "main"]),
     ("anyhow", &["app", "cli", "main"]),
     ("tracing_subscriber", &["telemetry"]),

@@ -21,6 +21,7 @@ mod support {
     #[expect(dead_code, reason = "the soak uses the rest")]
     pub(crate) mod faults;
     pub(crate) mod interruption;
+    pub(crate) mod issuer;
     #[expect(dead_code, reason = "the soak uses the rest")]
     pub(crate) mod oracle;
     pub(crate) mod postgres;
@@ -35,6 +36,7 @@ mod support {
 }
 
 mod scenarios {
+    mod authn;
     mod cli;
     mod dev;
     mod disk;
@@ -45,6 +47,7 @@ mod scenarios {
     mod oracle;
     mod position;
     mod publication;
+    mod rate_limit;
     mod retention;
     mod rows;
     mod schema;
@@ -52,6 +55,7 @@ mod scenarios {
     mod subscribers;
     mod timeline;
     mod timestamps;
+    mod tls;
     mod tokens;
     mod transactions;
     mod visibility;

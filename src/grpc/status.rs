@@ -3,6 +3,8 @@
 //! Every status says what to do next. Where a token would help, it is in `google.rpc.ErrorInfo`, domain `tuplewatch`,
 //! metadata `next_snap_token` (after a break) or `earliest_snap_token` (for a token that is too old).
 
+use crate::admission;
+use crate::authn;
 use crate::change::TenantId;
 use crate::hub::start::Error as StartError;
 use crate::hub::{End, Origin};
@@ -20,6 +22,9 @@ pub const DOMAIN: &str = "tuplewatch";
 pub const NEXT_SNAP_TOKEN: &str = "next_snap_token";
 /// The oldest token that can still be used.
 pub const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
+
+/// Reason of `google.rpc.ErrorInfo` where it takes new credentials to go on.
+pub const CREDENTIALS_EXPIRED: &str = "CREDENTIALS_EXPIRED";
 
 /// Writes positions as tokens.
 #[derive(Clone)]
@@ -102,6 +107,35 @@ pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
 fn too_old(message: &str, earliest: Position, tokens: Option<&Tokens>) -> Status {
     let earliest = tokens.map(|tokens| (EARLIEST_SNAP_TOKEN, tokens.write(earliest, CommitTime::default())));
     with_reason(Code::OutOfRange, message.to_owned(), "SNAP_TOKEN_TOO_OLD", earliest.into_iter().collect())
+}
+
+/// Why a request did not get in.
+pub fn of_admission(error: &admission::Error) -> Status {
+    let message = error.to_string();
+    match error {
+        admission::Error::Credentials(authn::Error::IssuerUnreachable) => {
+            with_reason(Code::Unavailable, message, "ISSUER_UNREACHABLE", vec![])
+        }
+        admission::Error::Credentials(_) => {
+            // Permify's name is the whole message, as its clients compare it.
+            let reason = message.trim_start_matches("ERROR_CODE_").to_owned();
+            with_reason(Code::Unauthenticated, message, &reason, vec![])
+        }
+        admission::Error::Rate { retry_after, .. } => {
+            let mut details = ErrorDetails::with_retry_info(Some(*retry_after));
+            details.set_error_info("RATE_LIMITED", DOMAIN, HashMap::new());
+            Status::with_error_details(Code::ResourceExhausted, message, details)
+        }
+    }
+}
+
+/// What a stream was opened with is no longer good.
+pub fn expired() -> Status {
+    let message =
+        "the credentials that this stream was opened with have expired: reconnect with new ones and the last \
+                   snap token"
+            .to_owned();
+    with_reason(Code::Unauthenticated, message, CREDENTIALS_EXPIRED, vec![])
 }
 
 /// Somebody else's tenant.
