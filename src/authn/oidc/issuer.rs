@@ -143,3 +143,52 @@ impl Issuer {
         Ok(body.to_bytes())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::Router;
+    use axum::http::StatusCode;
+    use axum::response::IntoResponse as _;
+    use axum::routing::get;
+    use serde_json::{Value, json};
+
+    /// What is said of an issuer with this metadata and these keys; `ISSUER` stands for its URL.
+    async fn check(metadata: (u16, Value), keys: (u16, Value), says: &str) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let answer = |(status, body): (u16, Value)| {
+            let body = body.to_string().replace("ISSUER", &url);
+            get(async move || (StatusCode::from_u16(status).unwrap(), [("location", "/keys")], body).into_response())
+        };
+        let router =
+            Router::new().route("/.well-known/openid-configuration", answer(metadata)).route("/keys", answer(keys));
+        let serving = tokio::spawn(async move { axum::serve(listener, router).await });
+        let issuer = Issuer::new(SecureUrl::parse(&url).unwrap()).unwrap();
+        let said = issuer.fetch().await.map(drop).map_or_else(|error| error.to_string(), |()| String::new());
+        let said = said.replace(&url, "ISSUER");
+        assert!(said.contains(says) && said.is_empty() == says.is_empty(), "not {says}: {said}");
+        serving.abort();
+    }
+
+    #[tokio::test]
+    async fn nothing_of_it_is_taken_for_granted() {
+        let metadata = || (200, json!({"issuer": "ISSUER", "jwks_uri": "ISSUER/keys", "more": [1]}));
+        let key = json!({"kty": "RSA", "n": "AQAB", "e": "AQAB"});
+        let keys = || (200, json!({"keys": [key]}));
+        check(metadata(), keys(), "").await;
+        check((404, json!({})), keys(), "ISSUER/.well-known/openid-configuration answers 404 Not Found").await;
+        check((302, json!({})), keys(), "ISSUER/.well-known/openid-configuration answers 302 Found").await;
+        check((200, json!("html")), keys(), "openid-configuration is not what it should be: ").await;
+        check((200, json!({"issuer": "ISSUER"})), keys(), "missing field `jwks_uri`").await;
+        let other = json!({"issuer": "ISSUER/", "jwks_uri": "ISSUER/keys"});
+        check((200, other), keys(), "is about the issuer 'ISSUER/': authn.oidc.issuer must be written the same").await;
+        let insecure = json!({"issuer": "ISSUER", "jwks_uri": "http://keys.example/"});
+        check((200, insecure), keys(), "its keys are at 'http://keys.example/', which is no https URL").await;
+        check(metadata(), (500, json!({})), "ISSUER/keys answers 500").await;
+        check(metadata(), (200, json!({"keys": []})), "ISSUER/keys has no RSA or EC key for signatures").await;
+        check(metadata(), (200, json!({"keys": 1})), "ISSUER/keys is not what it should be: ").await;
+        let huge = "x".repeat(DOCUMENT_BYTES_MAX);
+        check(metadata(), (200, json!({"keys": [key], "more": huge})), "ISSUER/keys: length limit exceeded").await;
+    }
+}
