@@ -16,7 +16,9 @@
 mod pipeline;
 mod primary;
 
+use crate::admission::Admission;
 use crate::assembler::{Limits, OnUndecodable};
+use crate::authn::{Authenticator, oidc};
 use crate::changelog::recorder::{self, Closed};
 use crate::changelog::{ChangeLog, Entry, FjallLog, Room, State};
 use crate::config::{self, Config, MappingSource, Preset, SnapTokenFormat};
@@ -109,6 +111,13 @@ fn streams_max(config: &Config) -> usize {
 pub fn endpoints(config: &Config) -> anyhow::Result<Endpoints> {
     let uri = config.require_database_uri()?;
     Endpoints::parse(uri.expose()).with_context(|| Misconfigured("database.uri cannot be used".to_owned()))
+}
+
+/// Who gets in, and what keeps the keys of their issuer fresh.
+fn admission(config: &Config) -> anyhow::Result<(Admission, Option<oidc::Refresher>)> {
+    let credentials = config.authn.credentials.as_ref();
+    let (authenticator, refresher) = Authenticator::new(credentials).context("cannot check tokens")?;
+    Ok((Admission::new(authenticator, config.authn.exempt, config.server.rate_limit), refresher))
 }
 
 /// What the session is to do.
@@ -213,6 +222,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
         Some(http) => Some(http::Listener::bind(config.server.host.as_str(), http).await?),
         None => None,
     };
+    let (admission, issuer_keys) = admission(config)?;
 
     let log = open_log(config, reset_log).await?;
     let (recorder, recorder_handle) = recorder::new(log.clone());
@@ -252,7 +262,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let (stop_session, session_stopped) = watch::channel(false);
     let (primary, answering) = SqlPrimary::new(primaries.clone(), mapping.tenants());
     let services = services(config, &hub, primary, primaries.clone(), streams_stopped.clone());
-    let gateway = config.server.http.as_ref().map(|http| Gateway::new(http, &services));
+    let gateway = config.server.http.as_ref().map(|http| Gateway::new(http, &services, admission.clone()));
     let http_server = http_listener.zip(gateway);
     let streams_max = streams_max(config);
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -263,13 +273,16 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.spawn(hub::publisher::run(hub, SqlSnapshots::new(primaries)));
     background.spawn(answering);
     background.spawn(monitor.run());
+    if let Some(refresher) = issuer_keys {
+        background.spawn(refresher.run());
+    }
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
     if let Some((listener, _)) = &http_server {
         tracing::info!(address = %listener.address(), "HTTP is listening");
     }
     let mut server = tokio::spawn(async move {
         let http = serve_http(http_server, streams_max, streams_stopped.clone());
-        let grpc = grpc::serve(listener, services, health_service, streams_stopped);
+        let grpc = grpc::serve(listener, services, health_service, &admission, streams_stopped);
         tokio::try_join!(async { Ok(grpc.await?) }, http).map(|_| ())
     });
     let mut session = tokio::spawn(session.run(session_stopped));

@@ -1,5 +1,17 @@
-//! Who makes a request.
+//! Who makes a request: credentials → [`Caller`].
+//!
+//! Both edges take `authorization: Bearer …`, and both come through [`crate::admission`]. What a token or a key is good for is
+//! decided here alone; whether a tenant is among it is asked by every service, with [`Caller::may_use`].
+//!
+//! A refusal says which kind of thing is wrong, and never more: not which key was close, nor what a claim should have been.
+//! Credentials are in no message and in no log.
 
+pub mod oidc;
+pub mod preshared;
+
+use crate::config::Credentials;
+use http::HeaderMap;
+use http::header::AUTHORIZATION;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,6 +25,10 @@ pub struct Caller {
 }
 
 impl Caller {
+    fn new(tenants: Option<HashSet<String>>, expires_at: Option<SystemTime>) -> Self {
+        Self { tenants: tenants.map(Arc::new), expires_at }
+    }
+
     /// Whether the tenant is one of theirs.
     pub fn may_use(&self, tenant: &str) -> bool {
         self.tenants.as_ref().is_none_or(|tenants| tenants.contains(tenant))
@@ -21,5 +37,111 @@ impl Caller {
     /// When the credentials stop being good, and with them the streams that were opened with them.
     pub const fn expires_at(&self) -> Option<SystemTime> {
         self.expires_at
+    }
+}
+
+/// Why credentials are not accepted. All but the last are displayed as the names that Permify has for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// No `authorization` header, or one with another scheme.
+    #[error("ERROR_CODE_MISSING_BEARER_TOKEN")]
+    MissingBearerToken,
+    /// No JWT, no good signature, an algorithm that is not accepted, not yet or no longer valid.
+    #[error("ERROR_CODE_INVALID_BEARER_TOKEN")]
+    InvalidBearerToken,
+    /// A JWT that was issued for somebody else.
+    #[error("ERROR_CODE_INVALID_AUDIENCE")]
+    InvalidAudience,
+    /// A JWT of another issuer.
+    #[error("ERROR_CODE_INVALID_ISSUER")]
+    InvalidIssuer,
+    /// A claim that must be there is missing, or is not what it should be.
+    #[error("ERROR_CODE_INVALID_CLAIMS")]
+    InvalidClaims,
+    /// No key of the list.
+    #[error("ERROR_CODE_UNAUTHENTICATED")]
+    Unauthenticated,
+    /// It cannot be told: the issuer does not answer, and none of the keys at hand is the token's.
+    #[error("the keys of the tokens' issuer cannot be fetched at the moment: try again")]
+    IssuerUnreachable,
+}
+
+/// Tells who makes a request.
+pub enum Authenticator {
+    /// Everybody is let in.
+    Open,
+    /// By a key of a list.
+    Preshared(preshared::Keys),
+    /// By a JWT.
+    Oidc(oidc::Verifier),
+}
+
+impl Authenticator {
+    /// As it is configured. The second part, where there is one, is to be run as long as requests are taken.
+    ///
+    /// # Errors
+    /// Where the issuer cannot even be asked.
+    pub fn new(credentials: Option<&Credentials>) -> Result<(Self, Option<oidc::Refresher>), oidc::issuer::Error> {
+        Ok(match credentials {
+            None => (Self::Open, None),
+            Some(Credentials::Preshared(keys)) => (Self::Preshared(preshared::Keys::new(keys)), None),
+            Some(Credentials::Oidc(oidc)) => {
+                let (verifier, refresher) = oidc::new(oidc)?;
+                (Self::Oidc(verifier), Some(refresher))
+            }
+        })
+    }
+
+    /// Who sends these headers.
+    ///
+    /// # Errors
+    /// Where that is not proven.
+    pub async fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, Error> {
+        match self {
+            Self::Open => Ok(Caller::default()),
+            Self::Preshared(keys) => keys.find(bearer_token(headers)?),
+            Self::Oidc(verifier) => verifier.verify(bearer_token(headers)?).await,
+        }
+    }
+}
+
+/// The one token. Two headers could be read differently by whoever stands in front of us.
+fn bearer_token(headers: &HeaderMap) -> Result<&str, Error> {
+    let mut values = headers.get_all(AUTHORIZATION).iter();
+    let (Some(value), None) = (values.next(), values.next()) else { return Err(Error::MissingBearerToken) };
+    let (scheme, token) =
+        value.to_str().ok().and_then(|value| value.trim().split_once(' ')).ok_or(Error::MissingBearerToken)?;
+    // RFC 9110, section 11.1: the scheme's name has no case.
+    if scheme.eq_ignore_ascii_case("bearer") { Ok(token.trim_start()) } else { Err(Error::MissingBearerToken) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_token_is_found_in_the_header() {
+        let missing = Err(Error::MissingBearerToken);
+        for (values, expected) in [
+            (&[][..], missing),
+            (&["Bearer abc"], Ok("abc")),
+            (&["bearer abc"], Ok("abc")),
+            (&["BEARER  abc "], Ok("abc")),
+            (&["Bearer a b"], Ok("a b")),
+            (&["Bearer"], missing),
+            (&["Bearer "], missing),
+            (&["Bearerabc"], missing),
+            (&["abc"], missing),
+            (&[""], missing),
+            (&["Basic abc"], missing),
+            (&["Bearer ä"], missing),
+            (&["Bearer a", "Bearer a"], missing),
+        ] {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(AUTHORIZATION, http::HeaderValue::from_bytes(value.as_bytes()).unwrap());
+            }
+            assert_eq!(bearer_token(&headers), expected, "{values:?}");
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The command line: what can be said, and the subcommands that say it.
 
+mod connection;
 mod dev;
 mod overrides;
 mod setup;

@@ -17,6 +17,7 @@
 //! Left out on purpose: whether files exist, whether the server is reachable, and what is inside the database URI. Those
 //! belong to the modules that use them.
 
+mod authn;
 mod choice;
 mod database_uri;
 mod document;
@@ -30,10 +31,12 @@ mod quantity;
 mod reader;
 mod spelling;
 
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use choice::{LogFormat, LogLevel, OnUndecodable, Preset, SnapTokenFormat};
+pub use authn::{Authn, Credentials, Exempt, Oidc, PresharedKey, SecureUrl};
+pub use choice::{AuthnMethod, LogFormat, LogLevel, OnUndecodable, Preset, SnapTokenFormat};
 pub use database_uri::DatabaseUri;
 pub use effective::Effective;
 pub use environment::from_env;
@@ -60,6 +63,8 @@ pub struct Config {
     pub server: Server,
     /// Section `logger`.
     pub logger: Logger,
+    /// Section `authn`.
+    pub authn: Authn,
     /// Section `service`.
     pub service: Service,
     /// Section `database`.
@@ -82,6 +87,8 @@ pub struct Config {
 pub struct Server {
     /// The address that every listener binds to.
     pub host: Host,
+    /// Requests that all listeners together take in a second; `None` sets no limit.
+    pub rate_limit: Option<NonZeroU32>,
     /// The gRPC listener.
     pub grpc: Grpc,
     /// The HTTP gateway; `None` where it is switched off.
@@ -268,6 +275,7 @@ impl Config {
         let mut read = Reader::new(file, env, overrides);
         let server = Server::read(&mut read);
         let logger = Logger::read(&mut read);
+        let authn = Authn::read(&mut read);
         let service = Service::read(&mut read);
         let database = Database::read(&mut read);
         let replication = Replication::read(&mut read);
@@ -284,6 +292,7 @@ impl Config {
         Ok(Self {
             server,
             logger,
+            authn,
             service,
             database,
             replication,
@@ -314,6 +323,8 @@ impl Server {
     fn read(read: &mut Reader) -> Self {
         Self {
             host: read.get("server.host", Host::any_ipv4(), host),
+            // Far above what clients of a feed ask for: only a client that reconnects in a loop comes here.
+            rate_limit: NonZeroU32::new(read.get("server.rate_limit", 10_000, whole(0..=10_000_000))),
             grpc: Grpc {
                 // The port that Permify's clients know.
                 port: read.get("server.grpc.port", 3478, whole(0..=65_535)),

@@ -10,8 +10,10 @@ pub mod tenancy;
 mod validation;
 pub mod watch;
 
+use crate::admission::Admission;
 use crate::authn::Caller;
-use crate::config::{Grpc as GrpcConfig, Tls};
+use crate::config::Grpc as GrpcConfig;
+use crate::tls;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,28 +53,15 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
-    /// A certificate or key cannot be read.
-    #[error("cannot read {path} (server.grpc.tls): {source}")]
-    Certificate {
-        /// The file.
-        path: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// They are no certificate and key, or do not belong together.
-    #[error("the certificate, key or client_ca of server.grpc.tls cannot be used: {}", cause(.0))]
-    Tls(tonic::transport::Error),
+    /// The certificate or the key cannot be used.
+    #[error(transparent)]
+    Tls(#[from] tls::Error),
     /// Serving failed.
     #[error("the gRPC server failed: {0}")]
     Serve(#[from] tonic::transport::Error),
     /// The descriptors do not read.
     #[error("the gRPC reflection service failed: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
-}
-
-/// What lies behind tonic's "transport error".
-fn cause(error: &tonic::transport::Error) -> String {
-    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// A bound listener: bound before anything else starts, so that a taken port is said at once.
@@ -90,7 +79,7 @@ impl Listener {
     pub async fn bind(host: &str, config: &GrpcConfig) -> Result<Self, Error> {
         let port = config.port;
         let tls = match &config.tls {
-            Some(tls) => Some(tls_config(tls).await?),
+            Some(files) => Some(tls_config(tls::Material::read("server.grpc.tls", files).await?)),
             None => None,
         };
         let bind = |source| Error::Bind { address: format!("{host}:{port}"), source };
@@ -122,6 +111,7 @@ pub async fn serve<P: crate::hub::start::Primary + 'static>(
     listener: Listener,
     services: Services<P>,
     health: HealthServer<impl Health>,
+    admission: &Admission,
     mut stop: Receiver<bool>,
 ) -> Result<(), Error> {
     let reflection = tonic_reflection::server::Builder::configure()
@@ -132,7 +122,8 @@ pub async fn serve<P: crate::hub::start::Primary + 'static>(
         .http2_keepalive_interval(Some(KEEPALIVE_EVERY))
         .http2_keepalive_timeout(Some(KEEPALIVE_MAX))
         .max_concurrent_streams(STREAMS_MAX)
-        .http2_max_header_list_size(HEADERS_MAX);
+        .http2_max_header_list_size(HEADERS_MAX)
+        .layer(admission.layer(|error| status::of_admission(error).into_http()));
     if let Some(tls) = listener.tls {
         server = server.tls_config(tls)?;
     }
@@ -156,17 +147,11 @@ pub(crate) fn authorize<T>(request: &Request<T>, tenant: &str) -> Result<(), Sta
     if caller.is_none_or(|caller| caller.may_use(tenant)) { Ok(()) } else { Err(status::forbidden(tenant)) }
 }
 
-async fn tls_config(tls: &Tls) -> Result<ServerTlsConfig, Error> {
-    let read = async |path: &std::path::Path| {
-        tokio::fs::read(path).await.map_err(|source| Error::Certificate { path: path.display().to_string(), source })
-    };
-    let identity = Identity::from_pem(read(&tls.cert).await?, read(&tls.key).await?);
-    let config = ServerTlsConfig::new().identity(identity);
-    let config = match &tls.client_ca {
-        Some(path) => config.client_ca_root(Certificate::from_pem(read(path).await?)),
+fn tls_config(material: tls::Material) -> ServerTlsConfig {
+    let identity = Identity::from_pem(material.cert, material.key);
+    let config = ServerTlsConfig::new().identity(identity).timeout(tls::HANDSHAKE_MAX);
+    match material.client_ca {
+        Some(authority) => config.client_ca_root(Certificate::from_pem(authority)),
         None => config,
-    };
-    // tonic looks into them only here.
-    Server::builder().tls_config(config.clone()).map_err(Error::Tls)?;
-    Ok(config)
+    }
 }

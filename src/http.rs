@@ -25,10 +25,11 @@ mod watch;
 
 pub use listener::{Error, Listener, serve};
 
+use crate::admission::Admission;
 use crate::config::Http as HttpConfig;
-use crate::grpc::Services;
 use crate::grpc::proto::data_server::Data;
 use crate::grpc::proto::tenancy_server::Tenancy;
+use crate::grpc::{Services, status};
 use crate::hub::start::Primary;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -49,12 +50,13 @@ pub struct Gateway {
     routes: Router,
     body_bytes_max: usize,
     cors: Option<CorsLayer>,
+    admission: Admission,
 }
 
 impl Gateway {
     /// To all services.
-    pub fn new<P: Primary + 'static>(config: &HttpConfig, services: &Services<P>) -> Self {
-        Self::over(config, watch::routes(services.watch.clone()))
+    pub fn new<P: Primary + 'static>(config: &HttpConfig, services: &Services<P>, admission: Admission) -> Self {
+        Self::over(config, watch::routes(services.watch.clone()), admission)
             .with_data(services.data.clone())
             .with_tenancy(services.tenancy.clone())
     }
@@ -69,11 +71,12 @@ impl Gateway {
         self
     }
 
-    fn over(config: &HttpConfig, routes: Router) -> Self {
+    fn over(config: &HttpConfig, routes: Router, admission: Admission) -> Self {
         Self {
             routes: routes.route("/healthz", get(alive)),
             body_bytes_max: config.body_size_max.to_usize(),
             cors: cors(&config.cors_allowed_origins),
+            admission,
         }
     }
 
@@ -83,7 +86,8 @@ impl Gateway {
             .routes
             .method_not_allowed_fallback(async |method: Method| Refusal::method_not_allowed(&method))
             .fallback(async |uri: Uri| Refusal::no_route(uri.path()))
-            .layer(DefaultBodyLimit::max(self.body_bytes_max));
+            .layer(DefaultBodyLimit::max(self.body_bytes_max))
+            .layer(self.admission.layer(|error| Refusal::from(status::of_admission(error)).into_response()));
         // Outermost: a page of another origin may read why it was refused, too.
         match self.cors {
             Some(cors) => router.layer(cors),

@@ -25,7 +25,7 @@
 //!                                               ▼
 //!                   hub::Subscription      one reader over both tiers, per subscriber
 //!                                               ▼
-//!                   grpc::watch            base.v1.Watch
+//!                   grpc::watch            base.v1.Watch, behind admission
 //!                         └ http           the same over HTTP: JSON lines, Server-Sent Events
 //!
 //!  grpc::data, grpc::tenancy ──▶ store ──SQL──▶ PostgreSQL     base.v1.Data, base.v1.Tenancy: one more writer
@@ -37,11 +37,13 @@
 //!    attributes, their bytes), [`transaction`] (messages and breaks), [`snap_token`].
 //! 2. Rows to changes, without I/O: [`pgoutput`], [`mapping`], [`assembler`].
 //! 3. The engine: [`changelog`], [`hub`], [`replication`], and [`store`], which writes the tables of the `tuples` preset.
-//! 4. The edges: [`grpc`], [`http`], [`authn`], [`cli`]; and what they need: [`config`], [`telemetry`], [`dev_postgres`].
+//! 4. The edges: [`grpc`], [`http`], [`cli`]; who gets in: [`admission`], [`authn`], [`tls`]; and what they need:
+//!    [`config`], [`telemetry`], [`dev_postgres`].
 //! 5. [`app`], which joins all of it.
 //!
 //! What may use what is held by a test (`tests/architecture.rs`); why it is so is in ARCHITECTURE.md.
 
+pub mod admission;
 pub mod app;
 pub mod assembler;
 pub mod authn;
@@ -61,4 +63,5 @@ pub mod snap_token;
 pub mod store;
 pub mod telemetry;
 pub mod timeline;
+pub mod tls;
 pub mod transaction;

@@ -27,10 +27,15 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("config", vec![]),
         ("telemetry", vec!["config"]),
         ("dev_postgres", vec![]),
-        ("authn", vec![]),
-        ("grpc", core_and(&["hub", "store", "config", "authn"])),
-        ("http", vec!["hub", "config", "grpc"]),
-        ("app", core_and(&["changelog", "hub", "replication", "store", "grpc", "http", "config"])),
+        ("authn", vec!["config"]),
+        ("admission", vec!["authn", "config"]),
+        ("tls", vec!["config"]),
+        ("grpc", core_and(&["hub", "store", "config", "authn", "admission", "tls"])),
+        ("http", vec!["hub", "config", "grpc", "admission", "tls"]),
+        (
+            "app",
+            core_and(&["changelog", "hub", "replication", "store", "grpc", "http", "config", "authn", "admission"]),
+        ),
         ("cli", core_and(&["app", "replication", "grpc", "config", "telemetry", "dev_postgres"])),
         ("lib", vec![]),
         ("main", vec![]),
@@ -38,7 +43,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
 }
 
 /// Crates that only some modules may name.
-const CONFINED: [(&str, &[&str]); 11] = [
+const CONFINED: [(&str, &[&str]); 14] = [
     ("pgwire_replication", &["replication"]),
     ("tokio_postgres", &["replication", "store", "app", "cli"]),
     ("deadpool", &["store"]),
@@ -47,6 +52,9 @@ const CONFINED: [(&str, &[&str]); 11] = [
     ("axum", &["http"]),
     ("hyper", &["http"]),
     ("prost_reflect", &["http"]),
+    ("jsonwebtoken", &["authn"]),
+    ("hyper_util", &["authn", "http"]),
+    ("governor", &["admission", "authn"]),
     ("clap", &["cli", "main"]),
     ("anyhow", &["app", "cli", "main"]),
     ("tracing_subscriber", &["telemetry"]),

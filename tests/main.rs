@@ -22,6 +22,7 @@ mod support {
     pub(crate) mod faults;
     pub(crate) mod http;
     pub(crate) mod interruption;
+    pub(crate) mod issuer;
     #[expect(dead_code, reason = "the soak uses the rest")]
     pub(crate) mod oracle;
     pub(crate) mod postgres;
@@ -36,6 +37,7 @@ mod support {
 }
 
 mod scenarios {
+    mod authn;
     mod cli;
     mod dev;
     mod disk;
@@ -47,6 +49,7 @@ mod scenarios {
     mod oracle;
     mod position;
     mod publication;
+    mod rate_limit;
     mod retention;
     mod rows;
     mod schema;
@@ -54,6 +57,7 @@ mod scenarios {
     mod subscribers;
     mod timeline;
     mod timestamps;
+    mod tls;
     mod tokens;
     mod transactions;
     mod visibility;

@@ -3,6 +3,7 @@
 use super::overrides::ConfigArgs;
 use super::{say, setup, stop_signal};
 use crate::app;
+use crate::config::Config;
 use crate::dev_postgres::{Cluster, ClusterOptions, Installation, StopMode};
 use crate::telemetry;
 use anyhow::{Context as _, anyhow};
@@ -82,15 +83,25 @@ async fn serve(config: ConfigArgs, uri: &str, stop: impl Future<Output = ()>) ->
     if steps > 0 {
         say("Created tables, publication and replication slot");
     }
-    let port = config.server.grpc.port;
-    let server = if port == 3478 { String::new() } else { format!(" --server http://127.0.0.1:{port}") };
     say(&format!(
         "\nNow, in a second terminal, watch tenant t1:\n\n  \
-         cargo run --release -- watch --tenant t1{server}\n\n\
+         {}\n\n\
          and in a third one, write a tuple:\n\n  \
          psql {uri} -c \"INSERT INTO tuplewatch.relation_tuples VALUES \
          ('t1', 'document', '1', 'viewer', 'user', 'alice', '')\"\n\n\
-         Ctrl-C stops tuplewatch and PostgreSQL; the data stays for the next time.\n"
+         Ctrl-C stops tuplewatch and PostgreSQL; the data stays for the next time.\n",
+        watch_command(&config)
     ));
     app::serve(&config, false, stop).await
+}
+
+/// What to type to watch this server.
+fn watch_command(config: &Config) -> String {
+    let credentials = if config.authn.credentials.is_some() { "TUPLEWATCH_TOKEN=… " } else { "" };
+    let server = match (&config.server.grpc.tls, config.server.grpc.port) {
+        (None, 3478) => String::new(),
+        (None, port) => format!(" --server http://127.0.0.1:{port}"),
+        (Some(_), port) => format!(" --server https://localhost:{port} --ca-cert FILE"),
+    };
+    format!("{credentials}cargo run --release -- watch --tenant t1{server}")
 }

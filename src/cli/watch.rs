@@ -1,17 +1,18 @@
 //! `tuplewatch watch`: prints a tenant's changes as they come, and resumes by itself.
 
+use super::connection::ConnectionArgs;
 use super::{say, say_error, stop_signal};
 use crate::grpc::proto::data_change::{Operation, Type};
 use crate::grpc::proto::watch_client::WatchClient;
 use crate::grpc::proto::{self, DataChange, DataChanges, WatchRequest};
 use crate::grpc::status::NEXT_SNAP_TOKEN;
 use crate::snap_token::SnapToken;
-use anyhow::{Context as _, anyhow};
+use anyhow::anyhow;
 use serde_json::{Value as Json, json};
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic::metadata::AsciiMetadataValue;
+use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
@@ -26,12 +27,8 @@ pub(super) struct WatchArgs {
     /// Start after this token instead of now
     #[arg(long, value_name = "TOKEN")]
     snap_token: Option<String>,
-    /// Where the server is
-    #[arg(long, default_value = "http://127.0.0.1:3478", value_name = "URL", value_parser = server_url)]
-    server: String,
-    /// Certificate authority of an https server (PEM), where it is none of the system's
-    #[arg(long, value_name = "FILE")]
-    ca_cert: Option<PathBuf>,
+    #[command(flatten)]
+    connection: ConnectionArgs,
     /// For people, or one JSON object a line
     #[arg(long, value_enum, default_value_t = Output::Text)]
     output: Output,
@@ -43,46 +40,14 @@ enum Output {
     Json,
 }
 
-fn server_url(text: &str) -> Result<String, String> {
-    let is_http = ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
-    match Endpoint::from_shared(text.to_owned()) {
-        Ok(_) if is_http => Ok(text.to_owned()),
-        _ => Err("write http://host:port or https://host:port".to_owned()),
-    }
-}
-
 const WAIT_MIN: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_secs(5);
-/// Windows that let a server send megabytes ahead; small ones cost latency.
-const STREAM_WINDOW: u32 = 4 << 20;
-const CONNECTION_WINDOW: u32 = 16 << 20;
-
 pub(super) async fn run(args: WatchArgs) -> anyhow::Result<()> {
-    let endpoint = endpoint(&args.server, args.ca_cert.as_deref())?;
+    let endpoint = args.connection.endpoint()?;
     tokio::select! {
         ended = follow(&args, endpoint) => ended,
         () = stop_signal() => Ok(()),
     }
-}
-
-fn endpoint(server: &str, ca_cert: Option<&Path>) -> anyhow::Result<Endpoint> {
-    let endpoint = Endpoint::from_shared(server.to_owned())?
-        .connect_timeout(Duration::from_secs(5))
-        .http2_keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(Duration::from_secs(10))
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW);
-    if !server.starts_with("https:") {
-        return Ok(endpoint);
-    }
-    let tls = match ca_cert {
-        Some(path) => {
-            let pem = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-            ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem))
-        }
-        None => ClientTlsConfig::new().with_enabled_roots(),
-    };
-    Ok(endpoint.tls_config(tls)?)
 }
 
 async fn follow(args: &WatchArgs, endpoint: Endpoint) -> anyhow::Result<()> {
@@ -90,7 +55,8 @@ async fn follow(args: &WatchArgs, endpoint: Endpoint) -> anyhow::Result<()> {
     let mut wait = WAIT_MIN;
     let mut lost = false;
     loop {
-        let status = match stream(args, &endpoint, &mut token, &mut wait, &mut lost).await {
+        let authorization = args.connection.authorization()?;
+        let status = match stream(args, &endpoint, authorization.clone(), &mut token, &mut wait, &mut lost).await {
             Ok(()) => Status::unavailable("the server ended the stream"),
             Err(status) => status,
         };
@@ -98,12 +64,14 @@ async fn follow(args: &WatchArgs, endpoint: Endpoint) -> anyhow::Result<()> {
             // What passes: a server that restarts, a network that comes and goes.
             Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal | Code::ResourceExhausted => {
                 if !lost {
-                    say_error(&format!("{}: {}; reconnecting", args.server, reason(&status)));
+                    say_error(&format!("{}: {}; reconnecting", args.connection.server, reason(&status)));
                 }
                 lost = true;
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(WAIT_MAX);
             }
+            // Expired, and renewed in the meantime.
+            Code::Unauthenticated if args.connection.authorization()? != authorization => lost = true,
             // A gap: said loudly, and gone on after it, as a person at a terminal would.
             Code::Aborted => {
                 let details = status.get_error_details();
@@ -133,14 +101,18 @@ fn reason(status: &Status) -> String {
 async fn stream(
     args: &WatchArgs,
     endpoint: &Endpoint,
+    authorization: Option<AsciiMetadataValue>,
     token: &mut String,
     wait: &mut Duration,
     lost: &mut bool,
 ) -> Result<(), Status> {
     let channel: Channel = endpoint.connect().await.map_err(|error| Status::from_error(Box::new(error)))?;
     let mut client = WatchClient::new(channel);
-    let request = WatchRequest { tenant_id: args.tenant.clone(), snap_token: token.clone() };
-    let mut responses = client.watch(Request::new(request)).await?.into_inner();
+    let mut request = Request::new(WatchRequest { tenant_id: args.tenant.clone(), snap_token: token.clone() });
+    if let Some(authorization) = authorization {
+        request.metadata_mut().insert("authorization", authorization);
+    }
+    let mut responses = client.watch(request).await?.into_inner();
     if *lost {
         let how = if token.is_empty() { "from now on" } else { "after the last token" };
         say_error(&format!("connected again, resuming {how}"));

@@ -53,6 +53,16 @@ choice! {
 }
 
 choice! {
+    /// How callers prove who they are.
+    AuthnMethod {
+        /// With a key of a list.
+        Preshared = "preshared",
+        /// With a JWT of an OpenID Connect issuer.
+        Oidc = "oidc",
+    }
+}
+
+choice! {
     /// What happens to a row that cannot be turned into changes.
     OnUndecodable {
         /// History breaks for the tenants concerned; everybody else goes on.

@@ -10,7 +10,7 @@ use std::fmt;
 pub struct DatabaseUri(String);
 
 /// What stands for something hidden.
-const HIDDEN: &str = "***";
+pub(super) const HIDDEN: &str = "***";
 
 /// Connection parameters whose values are no secrets (PostgreSQL documentation, "Parameter Key Words"). Everything that
 /// is not listed is taken for a secret.

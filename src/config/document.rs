@@ -45,6 +45,13 @@ pub(super) fn read(path: &Path) -> (Leaves, Vec<Problem>) {
     }
 }
 
+/// A value that was given as text, and is written as in a file.
+pub(super) fn parse_value(text: &str) -> Option<ValueKind> {
+    let mut table = parse(format!("value: {text}").as_bytes()).ok()?;
+    let value = table.remove("value")?;
+    table.is_empty().then_some(value.kind)
+}
+
 /// At most one byte more than is allowed, so that a device or a pipe without end does no harm.
 fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();

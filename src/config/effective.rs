@@ -139,7 +139,7 @@ impl<T: Choice> Setting for T {
 }
 
 /// `text` as a YAML string: bare where that reads back as the same string, else in double quotes.
-fn yaml_string(text: &str) -> String {
+pub(super) fn yaml_string(text: &str) -> String {
     let has_plain_letters = text.chars().all(|c| c.is_ascii_alphanumeric() || "._/:+-".contains(c));
     let reads_back = || {
         let table = FileFormat::Yaml.parse(None, &format!("key: {text}")).ok()?;

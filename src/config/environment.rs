@@ -6,7 +6,7 @@ use super::error::{Error, Problem};
 use super::origin::{Name, Origin, VARIABLE_PREFIX};
 
 /// Variables of ours that are no configuration keys: they are read where the command line is.
-pub(super) const OTHER_VARIABLES: &[&str] = &["TUPLEWATCH_CONFIG", "TUPLEWATCH_PG_BIN"];
+pub(super) const OTHER_VARIABLES: &[&str] = &["TUPLEWATCH_CONFIG", "TUPLEWATCH_PG_BIN", "TUPLEWATCH_TOKEN"];
 
 /// The variables of this process that begin with `TUPLEWATCH_`, for [`Config::load`](super::Config::load).
 ///

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ::config::{Value, ValueKind};
+use ::config::{Map, Value, ValueKind};
 
 use super::choice::Choice;
 use super::database_uri::DatabaseUri;
@@ -20,6 +20,8 @@ pub(super) enum Given<'a> {
     Boolean(bool),
     /// From a file only: elsewhere a list is a text with commas.
     List(&'a [Value]),
+    /// From a file only.
+    Section(&'a Map<String, Value>),
     /// Something that no key takes, in words.
     Other(&'static str),
 }
@@ -37,7 +39,7 @@ impl<'a> From<&'a ValueKind> for Given<'a> {
             ValueKind::U64(_) | ValueKind::I128(_) | ValueKind::U128(_) => Self::Other("too large a number"),
             ValueKind::Nil => Self::Other("empty"),
             ValueKind::Array(items) => Self::List(items),
-            ValueKind::Table(_) => Self::Other("a section"),
+            ValueKind::Table(section) => Self::Section(section),
         }
     }
 }
@@ -55,6 +57,7 @@ impl fmt::Display for Given<'_> {
             Self::Integer(number) => write!(f, "{number}"),
             Self::Boolean(value) => write!(f, "{value}"),
             Self::List(_) => f.write_str("a list"),
+            Self::Section(_) => f.write_str("a section"),
             Self::Other(words) => f.write_str(words),
         }
     }
@@ -141,7 +144,7 @@ pub(super) fn list<T>(
             Given::List(items) => items.iter().map(|item| Given::from(&item.kind)).collect(),
             Given::Text(text) if text.trim().is_empty() => Vec::new(),
             Given::Text(text) => text.split(',').map(|item| Given::Text(item.trim())).collect(),
-            Given::Integer(_) | Given::Boolean(_) | Given::Other(_) => {
+            Given::Integer(_) | Given::Boolean(_) | Given::Section(_) | Given::Other(_) => {
                 return Err("a list, as in [a, b], or a text with commas between the items".to_owned());
             }
         };
@@ -222,7 +225,7 @@ fn text<T>(given: &Given<'_>, allowed: &str, parse: impl Fn(&str) -> Option<T>) 
         Given::Integer(_) | Given::Boolean(_) | Given::Other("a fraction") => {
             Err(format!("{allowed}; put it in quotes"))
         }
-        Given::List(_) | Given::Other(_) => Err(allowed.to_owned()),
+        Given::List(_) | Given::Section(_) | Given::Other(_) => Err(allowed.to_owned()),
     }
 }
 

@@ -65,7 +65,7 @@ impl Reader {
                 let given = Given::from(&kind);
                 let value = parse(&given).unwrap_or_else(|allowed| {
                     let found = match given {
-                        Given::List(_) | Given::Other(_) => given.to_string(),
+                        Given::List(_) | Given::Section(_) | Given::Other(_) => given.to_string(),
                         _ if T::SECRET => "not valid".to_owned(),
                         given => given.to_string(),
                     };

@@ -327,9 +327,117 @@ fn secrets_are_shown_nowhere() {
     assert!(!format!("{config:?}").contains("secret"));
     assert!(!config.effective().to_string().contains("secret"));
 
+    let yaml = "authn: {enabled: true, preshared: {keys: [secret, {key: secret2, tenants: [t1]}]}}";
+    let config = load(yaml, &[], &[]).unwrap();
+    assert_eq!(value(&config, "keys"), "[\"***\", {key: \"***\", tenants: [t1]}] # FILE");
+    assert!(!format!("{config:?}").contains("secret"));
+
     let dsn = [("TUPLEWATCH_DATABASE__URI", "host=h password='se cret' user=u")];
     let config = load("", &dsn, &[]).unwrap();
     assert!(value(&config, "uri").starts_with("\"host=h password=*** user=u\" # "));
+}
+
+/// The keys as `key` or `key: tenants`.
+fn preshared(config: &Config) -> Vec<String> {
+    let Some(Credentials::Preshared(keys)) = &config.authn.credentials else { panic!("{:?}", config.authn) };
+    let shown = |key: &PresharedKey| match &key.tenants {
+        None => key.expose().to_owned(),
+        Some(tenants) => format!("{}: {}", key.expose(), tenants.join(" ")),
+    };
+    keys.iter().map(shown).collect()
+}
+
+#[test]
+fn preshared_keys_have_one_form_everywhere() {
+    let enabled = ("authn.enabled", "true");
+    for (list, expected) in [
+        ("[a, {key: b, tenants: [t1, t2]}]", &["a", "b: t1 t2"][..]),
+        ("[\"1\", {key: \"b,[c]\"}]", &["1", "b,[c]"]),
+        ("a, b", &["a", "b"]),
+        ("a", &["a"]),
+    ] {
+        let variable = [("TUPLEWATCH_AUTHN__ENABLED", "true"), ("TUPLEWATCH_AUTHN__PRESHARED__KEYS", list)];
+        assert_eq!(preshared(&load("", &variable, &[]).unwrap()), expected, "{list}");
+        assert_eq!(preshared(&load("", &[], &[enabled, ("authn.preshared.keys", list)]).unwrap()), expected, "{list}");
+        let yaml = if list.starts_with('[') { list.to_owned() } else { format!("\"{list}\"") };
+        let yaml = format!("authn: {{enabled: true, preshared: {{keys: {yaml}}}}}");
+        assert_eq!(preshared(&load(&yaml, &[], &[]).unwrap()), expected, "{list}");
+    }
+    let config = load("authn: {preshared: {keys: [a]}}", &[], &[]).unwrap();
+    assert_eq!(config.authn.credentials, None, "ready to be switched on");
+}
+
+#[test]
+fn mistakes_in_authn_are_named_without_secrets() {
+    let list = "a list of which each item is 1 to 4096 visible ASCII characters, in quotes where they are digits only, or \
+                {key: …, tenants: […]}, and item";
+    for (keys, expected) in [
+        ("[hush, 7]", format!("a list: must be {list} 2 is not")),
+        ("[\"hu sh\"]", format!("a list: must be {list} 1 is not")),
+        ("[\"\"]", format!("a list: must be {list} 1 is not")),
+        ("[{key: hush, tenants: []}]", format!("a list: must be {list} 1 is not")),
+        ("[{key: hush, tenants: t1}]", format!("a list: must be {list} 1 is not")),
+        ("[{key: hush, tenant: [t1]}]", format!("a list: must be {list} 1 is not")),
+        ("[{tenants: [t1]}]", format!("a list: must be {list} 1 is not")),
+        ("[hush, {key: hush, tenants: [t1]}]", "a list: must be a list in which no key comes twice".to_owned()),
+        ("\"[hush\"", "not valid: must be a list as in [a, {key: b, tenants: [t1]}]".to_owned()),
+        ("\"hush,,b\"", format!("not valid: must be {list} 2 is not")),
+    ] {
+        let yaml = format!("authn: {{enabled: true, preshared: {{keys: {keys}}}}}");
+        let found = errors(&yaml, &[], &[]);
+        assert_eq!(found, [format!("`authn.preshared.keys` in FILE is {expected}")], "{keys}");
+    }
+    let url = "an https URL without query (http only on this machine)";
+    for (authn, expected) in [
+        (
+            "enabled: true",
+            vec!["`authn.enabled` in FILE and `authn.preshared.keys` (not given): without a key nobody could get in".to_owned()],
+        ),
+        (
+            "enabled: true, method: oidc",
+            vec![
+                "`authn.method` in FILE and `authn.oidc.issuer` (not given): tokens need an issuer that is trusted".to_owned(),
+                "`authn.method` in FILE and `authn.oidc.audience` (not given): without an audience, tokens that were issued \
+                 for other services would be accepted"
+                    .to_owned(),
+            ],
+        ),
+        (
+            "enabled: true, method: oidc, preshared: {keys: [hush]}, oidc: {issuer: 'https://i', audience: a}",
+            vec![
+                "`authn.method` in FILE and `authn.preshared.keys` in FILE: only one method is in force, and this is for the \
+                 other"
+                    .to_owned(),
+            ],
+        ),
+        (
+            "enabled: true, preshared: {keys: [hush]}, oidc: {issuer: 'https://i'}",
+            vec![
+                "`authn.method` (not given) and `authn.oidc.issuer` in FILE: only one method is in force, and this is for \
+                 the other"
+                    .to_owned(),
+            ],
+        ),
+        ("oidc: {issuer: 'http://i.example'}", vec![format!("`authn.oidc.issuer` in FILE is \"http://i.example\": must be {url}")]),
+        ("oidc: {issuer: 'https://i/?a'}", vec![format!("`authn.oidc.issuer` in FILE is \"https://i/?a\": must be {url}")]),
+        ("oidc: {issuer: i.example}", vec![format!("`authn.oidc.issuer` in FILE is \"i.example\": must be {url}")]),
+    ] {
+        assert_eq!(errors(&format!("authn: {{{authn}}}"), &[], &[]), expected, "{authn}");
+    }
+    for (issuer, is_good) in [
+        ("https://i.example", true),
+        ("https://i.example:8443/realms/r/", true),
+        ("http://localhost:8080", true),
+        ("http://127.0.0.1", true),
+        ("http://[::1]:80/", true),
+        ("http://127.0.0.1.example", false),
+        ("https://u:hush@i.example", false),
+        ("https://i.example/#f", false),
+        ("ftp://localhost", false),
+        ("/path", false),
+    ] {
+        assert_eq!(SecureUrl::parse(issuer).is_some(), is_good, "{issuer}");
+    }
 }
 
 #[test]
@@ -340,6 +448,8 @@ server:
   grpc: { port: 0, tls: { enabled: true, cert: "a b.pem", key: 'C:\k"', client_ca: "1" } }
   http: { port: 1, tls: { enabled: true, cert: c, key: k }, cors_allowed_origins: ["*", "http://[::1]:80"], body_size_max: 1KiB }
 logger: { level: trace, format: json }
+authn: { enabled: true, method: oidc, exempt: { health: false, reflection: true },
+         oidc: { issuer: "https://i.example/r", audience: "a b", tenants_claim: "https://t.example/tenants" } }
 service: { watch: { enabled: false, message_size_max: 4MiB, resolve_timeout: 1m30s } }
 database: { uri: "postgres://u@h/db", max_connections: 5, max_data_per_write: 7 }
 replication: { slot: "123", publication: "é#", warn: { retained_wal: 0, lag: 2h } }
@@ -354,6 +464,7 @@ shutdown: { grace_period: 0s }
         let again = load(&printed, &[], &[]).unwrap_or_else(|error| panic!("{error}\n{printed}"));
         assert_eq!(again.server, config.server);
         assert_eq!(again.logger, config.logger);
+        assert_eq!(again.authn, config.authn);
         assert_eq!(again.service, config.service);
         assert_eq!(again.database, config.database);
         assert_eq!(again.replication, config.replication);
@@ -370,6 +481,7 @@ fn the_printed_form_is_nested_and_in_the_order_of_the_document() {
         printed,
         r#"server:
   host: 0.0.0.0 # default
+  rate_limit: 10000 # default
   grpc:
     port: 3478 # default
     tls:
@@ -389,6 +501,18 @@ fn the_printed_form_is_nested_and_in_the_order_of_the_document() {
 logger:
   level: info # default
   format: json # flag --logger-format
+authn:
+  enabled: false # default
+  method: preshared # default
+  exempt:
+    health: true # default
+    reflection: false # default
+  preshared:
+    keys: [] # default
+  oidc:
+    issuer: "" # default
+    audience: "" # default
+    tenants_claim: "" # default
 service:
   watch:
     enabled: true # default

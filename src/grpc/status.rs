@@ -7,6 +7,8 @@
 //! such a name, and what it means here, and what to do, is in `google.rpc.LocalizedMessage`; the fields that are wrong are in
 //! `google.rpc.BadRequest`.
 
+use crate::admission;
+use crate::authn;
 use crate::change::TenantId;
 use crate::hub::start::Error as StartError;
 use crate::hub::{End, Origin};
@@ -26,6 +28,9 @@ pub const DOMAIN: &str = "tuplewatch";
 pub const NEXT_SNAP_TOKEN: &str = "next_snap_token";
 /// The oldest token that can still be used.
 pub const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
+
+/// Reason of `google.rpc.ErrorInfo` where it takes new credentials to go on.
+pub const CREDENTIALS_EXPIRED: &str = "CREDENTIALS_EXPIRED";
 
 /// Writes positions as tokens.
 #[derive(Clone)]
@@ -197,6 +202,35 @@ pub fn not_our_store() -> Status {
 pub fn no_bundles() -> Status {
     let message = "bundles are Permify's: write what a bundle would with Data.Write and Data.Delete".to_owned();
     with_reason(Code::Unimplemented, message, "NOT_IMPLEMENTED", vec![])
+}
+
+/// Why a request did not get in.
+pub fn of_admission(error: &admission::Error) -> Status {
+    let message = error.to_string();
+    match error {
+        admission::Error::Credentials(authn::Error::IssuerUnreachable) => {
+            with_reason(Code::Unavailable, message, "ISSUER_UNREACHABLE", vec![])
+        }
+        admission::Error::Credentials(_) => {
+            // Permify's name is the whole message, as its clients compare it.
+            let reason = message.trim_start_matches("ERROR_CODE_").to_owned();
+            with_reason(Code::Unauthenticated, message, &reason, vec![])
+        }
+        admission::Error::Rate { retry_after, .. } => {
+            let mut details = ErrorDetails::with_retry_info(Some(*retry_after));
+            details.set_error_info("RATE_LIMITED", DOMAIN, HashMap::new());
+            Status::with_error_details(Code::ResourceExhausted, message, details)
+        }
+    }
+}
+
+/// What a stream was opened with is no longer good.
+pub fn expired() -> Status {
+    let message =
+        "the credentials that this stream was opened with have expired: reconnect with new ones and the last \
+                   snap token"
+            .to_owned();
+    with_reason(Code::Unauthenticated, message, CREDENTIALS_EXPIRED, vec![])
 }
 
 /// Somebody else's tenant.

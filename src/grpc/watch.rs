@@ -5,6 +5,7 @@
 
 use super::proto;
 use super::status::{self, Tokens};
+use crate::authn::Caller;
 use crate::hub::start::Primary;
 use crate::hub::{End, Hub, Item, Subscription};
 use crate::lsn::{CommitTime, Xid8};
@@ -17,8 +18,9 @@ use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
 use tonic::body::Body;
 use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::server::{Grpc, NamedService, ServerStreamingService};
@@ -84,7 +86,8 @@ impl<P: Primary + 'static> WatchService<P> {
     /// See [`status`].
     pub async fn watch(&self, request: Request<proto::WatchRequest>) -> Result<Response<Responses>, Status> {
         super::authorize(&request, &request.get_ref().tenant_id)?;
-        self.inner.clone().watch(request.into_inner()).await
+        let expires_at = request.extensions().get::<Caller>().and_then(Caller::expires_at).and_then(instant);
+        self.inner.clone().watch(request.into_inner(), expires_at).await
     }
 }
 
@@ -92,7 +95,11 @@ impl<P: Primary + 'static> WatchService<P> {
 pub type Responses = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
 
 impl<P: Primary + 'static> Inner<P> {
-    async fn watch(self: Arc<Self>, request: proto::WatchRequest) -> Result<Response<Responses>, Status> {
+    async fn watch(
+        self: Arc<Self>,
+        request: proto::WatchRequest,
+        expires_at: Option<Instant>,
+    ) -> Result<Response<Responses>, Status> {
         if !self.options.enabled {
             return Err(status::disabled());
         }
@@ -113,10 +120,10 @@ impl<P: Primary + 'static> Inner<P> {
         let position = subscription.position();
         let start_token = tokens.map(|tokens| tokens.write(position, CommitTime::default()));
         let (hub, token_form) = (self.hub.clone(), self.options.token_form);
-        let open = Open { hub, token_form, subscription, stop, ready: VecDeque::new(), _permit: permit };
+        let open = Open { hub, token_form, subscription, stop, expires_at, ready: VecDeque::new(), _permit: permit };
         let responses = stream::unfold(Some(open), async |open| {
             let mut open = open?;
-            match open.next().await {
+            match open.next_in_time().await {
                 Ok(response) => Some((Ok(response), Some(open))),
                 Err(status) => Some((Err(status), None)),
             }
@@ -129,17 +136,41 @@ impl<P: Primary + 'static> Inner<P> {
     }
 }
 
+/// The same moment on the clock that timers go by. `None`: beyond all times.
+fn instant(at: SystemTime) -> Option<Instant> {
+    Instant::now().checked_add(at.duration_since(SystemTime::now()).unwrap_or_default())
+}
+
+/// Completes at that moment, if there is one.
+async fn reached(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// An open stream.
 struct Open {
     hub: Hub,
     token_form: Form,
     subscription: Subscription,
     stop: watch::Receiver<bool>,
+    /// When it must end, whatever is ready.
+    expires_at: Option<Instant>,
     ready: VecDeque<Arc<Item>>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Open {
+    async fn next_in_time(&mut self) -> Result<Bytes, Status> {
+        let expired = reached(self.expires_at);
+        tokio::select! {
+            biased;
+            () = expired => Err(status::expired()),
+            next = self.next() => next,
+        }
+    }
+
     async fn next(&mut self) -> Result<Bytes, Status> {
         loop {
             if let Some(item) = self.ready.front() {

@@ -6,16 +6,14 @@
 //! keepalive, as HTTP/1 has no pings.
 
 use super::Gateway;
-use crate::config::{Http as HttpConfig, Tls};
+use crate::config::Http as HttpConfig;
+use crate::tls;
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use rustls::pki_types::pem::{self, PemObject as _};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use socket2::{SockRef, TcpKeepalive};
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -27,8 +25,6 @@ use tokio_rustls::TlsAcceptor;
 
 /// Longest time for the headers of a request to come, counted from when the connection is ready for one.
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(30);
-/// Longest TLS handshake.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of a response that wait for a client that does not read, and the longest headers of a request.
 const BUFFER_BYTES_MAX: usize = 64 << 10;
 /// Connections beside those that have a stream.
@@ -50,17 +46,9 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
-    /// A certificate or key cannot be read.
-    #[error("cannot read {path} (server.http.tls): {source}")]
-    Certificate {
-        /// The file.
-        path: String,
-        /// Why.
-        source: pem::Error,
-    },
-    /// They are no certificate and key, or do not belong together.
-    #[error("the certificate or key of server.http.tls cannot be used: {0}")]
-    Tls(#[from] rustls::Error),
+    /// The certificate or the key is not usable.
+    #[error(transparent)]
+    Tls(#[from] tls::Error),
 }
 
 /// A bound listener: bound before anything else starts, so that a taken port is said at once.
@@ -77,7 +65,12 @@ impl Listener {
     /// Where that is not possible.
     pub async fn bind(host: &str, config: &HttpConfig) -> Result<Self, Error> {
         let port = config.port;
-        let tls = config.tls.as_ref().map(tls_acceptor).transpose()?;
+        let tls = match &config.tls {
+            Some(files) => {
+                Some(tls::Material::read("server.http.tls", files).await?.server_config(&[b"http/1.1"]).into())
+            }
+            None => None,
+        };
         let bind = |source| Error::Bind { address: format!("{host}:{port}"), source };
         let listener = TcpListener::bind((host, port)).await.map_err(bind)?;
         let address = listener.local_addr().map_err(bind)?;
@@ -88,22 +81,6 @@ impl Listener {
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
-}
-
-fn tls_acceptor(tls: &Tls) -> Result<TlsAcceptor, Error> {
-    let unreadable = |path: &Path| {
-        let path = path.display().to_string();
-        move |source| Error::Certificate { path, source }
-    };
-    let chain = CertificateDer::pem_file_iter(&tls.cert).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let chain = chain.map_err(unreadable(&tls.cert))?;
-    let key = PrivateKeyDer::from_pem_file(&tls.key).map_err(unreadable(&tls.key))?;
-    let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
 /// Serves until `stop` turns true and all connections have ended.
@@ -152,17 +129,17 @@ async fn connect(stream: TcpStream, tls: Option<TlsAcceptor>, router: Router, mu
         tracing::debug!("an HTTP connection ended at once: {error}");
         return;
     }
-    let Some(tls) = tls else {
+    let Some(acceptor) = tls else {
         return talk(stream, router, stop).await;
     };
     let handshake = tokio::select! {
-        handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)) => handshake,
+        handshake = tokio::time::timeout(tls::HANDSHAKE_MAX, acceptor.accept(stream)) => handshake,
         _ = stop.wait_for(|stop| *stop) => return,
     };
     match handshake {
         Ok(Ok(stream)) => talk(stream, router, stop).await,
         Ok(Err(error)) => tracing::debug!("a TLS handshake failed: {error}"),
-        Err(_) => tracing::debug!("a TLS handshake took longer than {HANDSHAKE_TIMEOUT:?}"),
+        Err(_) => tracing::debug!("a TLS handshake took longer than {:?}", tls::HANDSHAKE_MAX),
     }
 }
 

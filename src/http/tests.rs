@@ -1,8 +1,10 @@
 //! The routes, over services that echo what they are asked.
 
 use super::*;
+use crate::authn::Authenticator;
 use crate::authn::Caller;
 use crate::config::Config;
+use crate::config::Exempt;
 use crate::grpc::proto;
 use axum::body::{Body, Bytes};
 use axum::http::{Request, StatusCode};
@@ -113,7 +115,7 @@ impl Tenancy for Echo {
 fn router(overrides: &[(&str, &str)]) -> Router {
     let overrides: Vec<_> = overrides.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     let config = Config::load(None, [], &overrides).unwrap().server.http.unwrap();
-    Gateway::over(&config, Router::new()).with_data(Arc::new(Echo)).with_tenancy(Arc::new(Echo)).into_router()
+    Gateway::over(&config, Router::new(), open()).with_data(Arc::new(Echo)).with_tenancy(Arc::new(Echo)).into_router()
 }
 
 async fn send(router: Router, request: Request<Body>) -> (StatusCode, axum::http::HeaderMap, Bytes) {
@@ -224,6 +226,11 @@ async fn pages_of_allowed_origins_may_call() {
     }
 }
 
+/// Everybody gets in.
+fn open() -> Admission {
+    Admission::new(Authenticator::Open, Exempt { health: true, reflection: true }, None)
+}
+
 /// The gateway on a port, with what it says to these bytes until it closes the connection. The clock is paused: it goes to
 /// the next timeout as soon as there is nothing else to do.
 async fn says(sent: &[u8]) -> String {
@@ -231,7 +238,7 @@ async fn says(sent: &[u8]) -> String {
     let listener = Listener::bind("127.0.0.1", &config).await.unwrap();
     let mut client = TcpStream::connect(listener.address()).await.unwrap();
     let (stop, stopped) = tokio::sync::watch::channel(false);
-    let gateway = Gateway::over(&config, Router::new()).with_data(Arc::new(Echo));
+    let gateway = Gateway::over(&config, Router::new(), open()).with_data(Arc::new(Echo));
     let server = tokio::spawn(serve(listener, gateway, 1, stopped));
     client.write_all(sent).await.unwrap();
     let mut said = String::new();

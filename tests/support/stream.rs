@@ -5,7 +5,7 @@ use super::wait::within;
 use prost::Message as _;
 use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Request, Status, Streaming};
 use tonic_types::StatusExt;
 use tuplewatch::grpc::proto::watch_client::WatchClient;
 use tuplewatch::grpc::proto::{WatchRequest, WatchResponse};
@@ -30,7 +30,21 @@ impl Stream {
     }
 
     pub(crate) async fn open_on(channel: Channel, tenant: &str, token: &str) -> Result<Self, Status> {
+        Self::open_as("", channel, tenant, token).await
+    }
+
+    /// With this `authorization` header, if it is not empty.
+    pub(crate) async fn open_as(
+        authorization: &str,
+        channel: Channel,
+        tenant: &str,
+        token: &str,
+    ) -> Result<Self, Status> {
         let request = WatchRequest { tenant_id: tenant.to_owned(), snap_token: token.to_owned() };
+        let mut request = Request::new(request);
+        if !authorization.is_empty() {
+            request.metadata_mut().insert("authorization", authorization.parse().unwrap());
+        }
         Ok(Self(WatchClient::new(channel).watch(request).await?.into_inner()))
     }
 

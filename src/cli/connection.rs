@@ -1,0 +1,85 @@
+//! Where a server is, and how to get in.
+
+use anyhow::Context as _;
+use std::path::PathBuf;
+use std::time::Duration;
+use tonic::metadata::AsciiMetadataValue;
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
+
+/// Not a flag: those are seen by everybody who lists processes.
+const TOKEN_VARIABLE: &str = "TUPLEWATCH_TOKEN";
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ConnectionArgs {
+    /// Where the server is
+    #[arg(long, default_value = "http://127.0.0.1:3478", value_name = "URL", value_parser = server_url)]
+    pub(super) server: String,
+    /// Certificate authority of an https server (PEM), where it is none of the system's
+    #[arg(long, value_name = "FILE")]
+    ca_cert: Option<PathBuf>,
+    /// Certificate to present to an https server (PEM)
+    #[arg(long, value_name = "FILE", requires = "client_key")]
+    client_cert: Option<PathBuf>,
+    /// Private key of the certificate to present (PEM)
+    #[arg(long, value_name = "FILE", requires = "client_cert")]
+    client_key: Option<PathBuf>,
+    /// File with the key or token to present; read again for each connection. Without it, TUPLEWATCH_TOKEN in the environment
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+fn server_url(text: &str) -> Result<String, String> {
+    let is_http = ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
+    match Endpoint::from_shared(text.to_owned()) {
+        Ok(_) if is_http => Ok(text.to_owned()),
+        _ => Err("write http://host:port or https://host:port".to_owned()),
+    }
+}
+
+/// Windows that let a server send megabytes ahead; small ones cost latency.
+const STREAM_WINDOW: u32 = 4 << 20;
+const CONNECTION_WINDOW: u32 = 16 << 20;
+
+impl ConnectionArgs {
+    pub(super) fn endpoint(&self) -> anyhow::Result<Endpoint> {
+        let endpoint = Endpoint::from_shared(self.server.clone())?
+            .connect_timeout(Duration::from_secs(5))
+            .http2_keep_alive_interval(Duration::from_secs(20))
+            .keep_alive_timeout(Duration::from_secs(10))
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW);
+        if !self.server.starts_with("https:") {
+            return Ok(endpoint);
+        }
+        let tls = match &self.ca_cert {
+            Some(path) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(path)?)),
+            None => ClientTlsConfig::new().with_enabled_roots(),
+        };
+        let tls = match (&self.client_cert, &self.client_key) {
+            (Some(cert), Some(key)) => tls.identity(Identity::from_pem(read(cert)?, read(key)?)),
+            _ => tls,
+        };
+        endpoint.tls_config(tls).context("the certificates cannot be used")
+    }
+
+    /// What to send as `authorization`. It is the present content of the file, which somebody may renew.
+    pub(super) fn authorization(&self) -> anyhow::Result<Option<AsciiMetadataValue>> {
+        let (from, token) = match &self.token_file {
+            Some(path) => (path.display().to_string(), Some(String::from_utf8(read(path)?))),
+            None => {
+                let token = std::env::var_os(TOKEN_VARIABLE).map(|token| String::from_utf8(token.into_encoded_bytes()));
+                (TOKEN_VARIABLE.to_owned(), token)
+            }
+        };
+        let Some(token) = token else { return Ok(None) };
+        // The errors would quote the token.
+        let value = token.ok().and_then(|token| format!("Bearer {}", token.trim()).parse().ok());
+        let mut value: AsciiMetadataValue = value.with_context(|| format!("{from} holds no token"))?;
+        value.set_sensitive(true);
+        Ok(Some(value))
+    }
+}
+
+fn read(path: &std::path::Path) -> anyhow::Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}

@@ -1,0 +1,294 @@
+//! Who gets in: keys, JWTs of an issuer that comes and goes, and what needs neither.
+
+use super::cli::process::{Process, program, run};
+use crate::support::change::Change;
+use crate::support::issuer::{AUDIENCE, Issuer, Key};
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use crate::support::stream::{Stream, reason};
+use crate::support::wait::{eventually, within};
+use jsonwebtoken::{Algorithm, get_current_timestamp};
+use serde_json::json;
+use tonic::{Code, Request, Status};
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+
+/// Watches t1 with this `authorization` header.
+async fn watch(server: &Server, authorization: &str) -> Result<Stream, Status> {
+    let channel = server.channel().await;
+    within("an answer", Stream::open_as(authorization, channel, "t1", "")).await
+}
+
+/// Is refused with this name.
+async fn refused(server: &Server, authorization: &str, name: &str, what: &str) {
+    let status = watch(server, authorization).await.err().unwrap_or_else(|| panic!("{what} got in"));
+    assert_eq!(status.message(), name, "{what}: {status:?}");
+    assert_eq!(reason(&status), (Code::Unauthenticated, name.replace("ERROR_CODE_", "")), "{what}");
+}
+
+async fn reflect(server: &Server, authorization: &str) -> Result<(), Status> {
+    let list = MessageRequest::ListServices(String::new());
+    let list = ServerReflectionRequest { host: String::new(), message_request: Some(list) };
+    let mut request = Request::new(tokio_stream::iter([list]));
+    if !authorization.is_empty() {
+        request.metadata_mut().insert("authorization", authorization.parse().unwrap());
+    }
+    let mut client = ServerReflectionClient::new(server.channel().await);
+    client.server_reflection_info(request).await?.into_inner().message().await.map(drop)
+}
+
+const MISSING: &str = "ERROR_CODE_MISSING_BEARER_TOKEN";
+const INVALID: &str = "ERROR_CODE_INVALID_BEARER_TOKEN";
+const CLAIMS: &str = "ERROR_CODE_INVALID_CLAIMS";
+
+#[tokio::test]
+async fn keys_open_their_tenants() {
+    let postgres = Postgres::start().await;
+    let keys = "[hush-all, {key: hush-t1, tenants: [t1]}, {key: hush-t2, tenants: [t2, t3]}]";
+    let flags = [("--authn-enabled", "true"), ("--authn-preshared-keys", keys)];
+    // That it is serving is told by health, which has no key.
+    let server = Server::serve(&postgres, &flags).await;
+    let sql = postgres.sql().await;
+    for (id, authorization) in [("a", "Bearer hush-all"), ("b", "bearer hush-all"), ("c", "BEARER  hush-t1")] {
+        let mut stream = watch(&server, authorization).await.unwrap();
+        sql.insert("t1", id).await;
+        stream.expect(Change::create(Change::viewer(id))).await;
+    }
+    for (authorization, name) in [
+        ("", MISSING),
+        ("hush-all", MISSING),
+        ("Basic hush-all", MISSING),
+        ("Bearer ", MISSING),
+        ("Bearer hush", "ERROR_CODE_UNAUTHENTICATED"),
+        ("Bearer hush-all2", "ERROR_CODE_UNAUTHENTICATED"),
+        ("Bearer HUSH-ALL", "ERROR_CODE_UNAUTHENTICATED"),
+    ] {
+        refused(&server, authorization, name, authorization).await;
+    }
+    let status = watch(&server, "Bearer hush-t2").await.err().expect("another's tenant");
+    assert_eq!(reason(&status), (Code::PermissionDenied, "TENANT_FORBIDDEN".to_owned()));
+    assert!(status.message().contains("'t1'"), "{status:?}");
+    // Nothing is told of tenants that are not theirs: also not whether there are any.
+    let channel = server.channel().await;
+    let status = Stream::open_as("Bearer hush-t1", channel, "nobody", "").await.err().expect("another's tenant");
+    assert_eq!(status.code(), Code::PermissionDenied);
+
+    assert_eq!(reflect(&server, "").await.unwrap_err().code(), Code::Unauthenticated);
+    reflect(&server, "Bearer hush-t1").await.unwrap();
+    assert!(!server.has_said("hush"));
+}
+
+#[tokio::test]
+async fn exemptions_are_as_configured() {
+    let postgres = Postgres::start().await;
+    let flags = [
+        ("--authn-enabled", "true"),
+        ("--authn-preshared-keys", "hush"),
+        ("--authn-exempt-health", "false"),
+        ("--authn-exempt-reflection", "true"),
+    ];
+    let mut server = Server::prepare(&postgres, &flags).await;
+    server.start().await;
+    assert_eq!(server.health("").await, Err(Code::Unauthenticated));
+    reflect(&server, "").await.unwrap();
+    refused(&server, "", MISSING, "nobody").await;
+}
+
+#[tokio::test]
+async fn tokens_are_checked() {
+    let postgres = Postgres::start().await;
+    let (ec, rsa) = (Key::ec("ec"), Key::rsa("rsa"));
+    let issuer = Issuer::start(&[&ec, &rsa]).await;
+    let url = issuer.url();
+    let flags = [
+        ("--authn-enabled", "true"),
+        ("--authn-method", "oidc"),
+        ("--authn-oidc-issuer", url.as_str()),
+        ("--authn-oidc-audience", AUDIENCE),
+    ];
+    let server = Server::serve(&postgres, &flags).await;
+    let sql = postgres.sql().await;
+    let now = get_current_timestamp();
+    let good = issuer.claims(&json!({}));
+    let several = issuer.claims(&json!({"aud": ["others", AUDIENCE], "nbf": now + 5, "exp": now as f64 + 3600.5}));
+    for (what, token) in [
+        ("ES256", ec.sign(&good)),
+        ("RS256", rsa.sign(&good)),
+        ("RS512", rsa.named("rsa", Algorithm::RS512).sign(&good)),
+        ("one audience of several, a clock that is a little ahead, and fractions", ec.sign(&several)),
+    ] {
+        let mut stream = watch(&server, &format!("bearer {token}")).await.unwrap_or_else(|s| panic!("{what}: {s:?}"));
+        let id = fastrand::u64(..).to_string();
+        sql.insert("t1", &id).await;
+        stream.expect(Change::create(Change::viewer(&id))).await;
+    }
+
+    let but = |other| rsa.sign(&issuer.claims(&other));
+    let stranger = Key::rsa("stranger");
+    let damaged = |token: &str, at: usize| {
+        let mut parts: Vec<String> = token.split('.').map(str::to_owned).collect();
+        let with = if parts[at].starts_with('e') { "f" } else { "e" };
+        parts[at].replace_range(..1, with);
+        parts.join(".")
+    };
+    for (what, token, name) in [
+        ("expired", but(json!({"exp": now - 1})), INVALID),
+        ("expired long ago", but(json!({"exp": 0})), INVALID),
+        ("never expires", but(json!({"exp": null})), CLAIMS),
+        ("expires at some time", but(json!({"exp": "tomorrow"})), CLAIMS),
+        ("not yet valid", but(json!({"nbf": now + 3600})), INVALID),
+        ("for others", but(json!({"aud": "others"})), "ERROR_CODE_INVALID_AUDIENCE"),
+        ("for nobody", but(json!({"aud": null})), CLAIMS),
+        ("of another issuer", but(json!({"iss": "https://issuer.example"})), "ERROR_CODE_INVALID_ISSUER"),
+        ("of nearly this issuer", but(json!({"iss": format!("{url}/")})), "ERROR_CODE_INVALID_ISSUER"),
+        ("of several issuers", but(json!({"iss": [url, "x"]})), "ERROR_CODE_INVALID_ISSUER"),
+        ("of no issuer", but(json!({"iss": null})), CLAIMS),
+        ("an unknown key", stranger.sign(&good), INVALID),
+        ("an unknown key under a known name", stranger.named("rsa", Algorithm::RS256).sign(&good), INVALID),
+        ("another key's name", ec.named("rsa", Algorithm::ES256).sign(&good), INVALID),
+        ("no signature", rsa.unsigned(&good), INVALID),
+        ("HMAC with the public key", rsa.sign_with_public_key(&good), INVALID),
+        ("other claims", damaged(&rsa.sign(&good), 1), INVALID),
+        ("another signature", damaged(&rsa.sign(&good), 2), INVALID),
+        ("half a token", good.to_string().replace('"', ""), INVALID),
+        ("two parts", rsa.sign(&good).rsplit_once('.').unwrap().0.to_owned(), INVALID),
+        ("dots", "...".to_owned(), INVALID),
+    ] {
+        refused(&server, &format!("Bearer {token}"), name, what).await;
+    }
+    refused(&server, "", MISSING, "nothing").await;
+    let token = rsa.sign(&good);
+    assert!(!server.has_said(&token) && !server.has_said(token.rsplit_once('.').unwrap().1));
+}
+
+#[tokio::test]
+async fn an_issuer_rotates_its_keys_and_goes_away() {
+    let postgres = Postgres::start().await;
+    let (first, second, third) = (Key::ec("first"), Key::ec("second"), Key::ec("third"));
+    let mut issuer = Issuer::start(&[&first]).await;
+    let url = issuer.url();
+    issuer.stop().await;
+    let flags = [
+        ("--authn-enabled", "true"),
+        ("--authn-method", "oidc"),
+        ("--authn-oidc-issuer", url.as_str()),
+        ("--authn-oidc-audience", AUDIENCE),
+    ];
+    // It starts without its issuer, and cannot tell.
+    let server = Server::serve(&postgres, &flags).await;
+    let bearer = |key: &Key| format!("Bearer {}", key.sign(&issuer.claims(&json!({}))));
+    let [first_token, second_token, third_token] = [&first, &second, &third].map(bearer);
+    let status = watch(&server, &first_token).await.err().expect("nobody can tell");
+    assert_eq!(reason(&status), (Code::Unavailable, "ISSUER_UNREACHABLE".to_owned()));
+    assert!(server.has_said("without which no token is accepted"));
+    refused(&server, "", MISSING, "nothing").await;
+
+    issuer.start_again().await;
+    let is_in = async || watch(&server, &first_token).await.is_ok();
+    eventually("the issuer is found by itself", is_in).await;
+
+    // A new key is noticed with the first token that names it: also by those who come at the same time.
+    issuer.publish(&[&first, &second]);
+    let all = (0..20).map(|_| watch(&server, &second_token));
+    for (n, answer) in futures_util::future::join_all(all).await.into_iter().enumerate() {
+        answer.unwrap_or_else(|status| panic!("request {n}: {status:?}"));
+    }
+    watch(&server, &first_token).await.unwrap();
+
+    // Whoever makes up names has the issuer asked a few times, and not each time.
+    let before = issuer.fetches();
+    for _ in 0..50 {
+        refused(&server, &third_token, INVALID, "an unknown key").await;
+    }
+    let fetched = issuer.fetches() - before;
+    assert!(fetched <= 6, "{fetched} fetches for 50 made-up keys");
+    watch(&server, &second_token).await.unwrap();
+
+    // The keys at hand go on being good.
+    issuer.stop().await;
+    for token in [&first_token, &second_token] {
+        watch(&server, token).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn streams_end_with_their_token() {
+    let postgres = Postgres::start().await;
+    let key = Key::ec("key");
+    let issuer = Issuer::start(&[&key]).await;
+    let url = issuer.url();
+    let flags = [
+        ("--authn-enabled", "true"),
+        ("--authn-method", "oidc"),
+        ("--authn-oidc-issuer", url.as_str()),
+        ("--authn-oidc-audience", AUDIENCE),
+        ("--authn-oidc-tenants-claim", "tenants"),
+    ];
+    let server = Server::serve(&postgres, &flags).await;
+    let sql = postgres.sql().await;
+    let bearer = |other| format!("Bearer {}", key.sign(&issuer.claims(&other)));
+    let lasting = bearer(json!({"tenants": ["t1", "t2"]}));
+    let exp = get_current_timestamp() + 3;
+    let mut short = watch(&server, &bearer(json!({"tenants": "t1", "exp": exp}))).await.unwrap();
+    let mut long = watch(&server, &lasting).await.unwrap();
+    sql.insert("t1", "before").await;
+    let last = short.expect(Change::create(Change::viewer("before"))).await.token;
+    long.expect(Change::create(Change::viewer("before"))).await;
+    let (rest, status) = short.ending().await;
+    assert!(get_current_timestamp() >= exp, "not before its time");
+    assert!(rest.is_empty(), "{rest:?}");
+    assert_eq!(reason(&status), (Code::Unauthenticated, "CREDENTIALS_EXPIRED".to_owned()));
+    assert!(status.message().contains("reconnect with new ones and the last snap token"), "{status:?}");
+
+    // With a new token, exactly the rest. Whose does not expire is not concerned.
+    sql.insert("t1", "after").await;
+    let mut resumed = Stream::open_as(&lasting, server.channel().await, "t1", &last).await.unwrap();
+    for stream in [&mut resumed, &mut long] {
+        stream.expect(Change::create(Change::viewer("after"))).await;
+    }
+
+    // The claim says whose tenants they are, and must be there.
+    let others = watch(&server, &bearer(json!({"tenants": ["t2"]}))).await.err().expect("another's tenant");
+    assert_eq!(others.code(), Code::PermissionDenied);
+    for claim in [json!({}), json!({"tenants": 1}), json!({"tenants": [1]}), json!({"tenants": {"t1": true}})] {
+        refused(&server, &bearer(claim.clone()), CLAIMS, &claim.to_string()).await;
+    }
+}
+
+#[tokio::test]
+async fn the_command_line_presents_a_token() {
+    let postgres = Postgres::start().await;
+    let flags = [("--authn-enabled", "true"), ("--authn-preshared-keys", "hush, other")];
+    let server = Server::serve(&postgres, &flags).await;
+    let address = server.endpoint().uri().to_string();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("token");
+    std::fs::write(&file, "hush\n").unwrap();
+    let watch = |flags: &[&str], variable: Option<&str>| {
+        let mut command = program(directory.path());
+        command.args(["watch", "--tenant", "t1", "--server", &address]).args(flags);
+        command.envs(variable.map(|token| ("TUPLEWATCH_TOKEN", token)));
+        command
+    };
+    run(watch(&[], None)).await.failed(&[MISSING]);
+    run(watch(&[], Some("wrong"))).await.failed(&["ERROR_CODE_UNAUTHENTICATED"]);
+    run(watch(&["--token-file", "nowhere"], None)).await.failed(&["cannot read nowhere"]);
+    let garbage = run(watch(&[], Some("hu\nsh"))).await;
+    assert!(!garbage.err.contains("sh\n"), "{garbage:?}");
+    garbage.failed(&["TUPLEWATCH_TOKEN holds no token"]);
+
+    let sql = postgres.sql().await;
+    let watchers = [watch(&[], Some("other")), watch(&["--token-file", "token"], None)].map(Process::start);
+    for process in &watchers {
+        // Nothing tells when it has started but what it prints: so until it does.
+        let mut n = 0;
+        let prints = async || {
+            n += 1;
+            sql.insert("t1", &format!("{}-{n}", process.id())).await;
+            !process.printed().is_empty()
+        };
+        eventually("it prints", prints).await;
+        assert_eq!(process.complained(), [""; 0]);
+    }
+}

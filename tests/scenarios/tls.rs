@@ -1,0 +1,157 @@
+//! Certificates of the server and of its clients, good ones and others, as `watch` meets them.
+
+use super::cli::process::{Process, program};
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use crate::support::wait::eventually;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
+    date_time_ymd,
+};
+use std::path::Path;
+use tempfile::TempDir;
+
+/// A certificate authority.
+struct Authority {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new(directory: &Path, name: &str) -> Self {
+        let mut params = CertificateParams::new([]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        std::fs::write(directory.join(format!("{name}.pem")), issuer.pem()).unwrap();
+        Self { issuer }
+    }
+
+    /// Writes `NAME.pem` and `NAME.key`, for this machine.
+    fn sign(&self, directory: &Path, name: &str, change: impl FnOnce(&mut CertificateParams)) {
+        let mut params = CertificateParams::new(["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        change(&mut params);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        std::fs::write(directory.join(format!("{name}.pem")), certificate.pem()).unwrap();
+        std::fs::write(directory.join(format!("{name}.key")), key.serialize_pem()).unwrap();
+    }
+}
+
+fn expired(params: &mut CertificateParams) {
+    params.not_before = date_time_ymd(2020, 1, 1);
+    params.not_after = date_time_ymd(2021, 1, 1);
+}
+
+/// All the certificates of these tests, and the certificate that the server has.
+async fn serve(postgres: &Postgres, certificate: &str, client_ca: bool) -> (TempDir, Server) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    let (ours, others) = (Authority::new(directory.path(), "ours"), Authority::new(directory.path(), "others"));
+    ours.sign(directory.path(), "server", |_| {});
+    ours.sign(directory.path(), "expired", expired);
+    ours.sign(directory.path(), "client", |_| {});
+    others.sign(directory.path(), "stranger", |_| {});
+    let (cert, key) = (path(&format!("{certificate}.pem")), path(&format!("{certificate}.key")));
+    let authority = path("ours.pem");
+    let mut flags = vec![
+        ("--server-grpc-tls-enabled", "true"),
+        ("--server-grpc-tls-cert", cert.as_str()),
+        ("--server-grpc-tls-key", key.as_str()),
+    ];
+    if client_ca {
+        flags.push(("--server-grpc-tls-client-ca", authority.as_str()));
+    }
+    let mut server = Server::prepare(postgres, &flags).await;
+    server.start().await;
+    (directory, server)
+}
+
+/// `watch`, with files of the directory.
+fn watch(directory: &TempDir, server: &Server, scheme: &str, flags: &[&str]) -> Process {
+    let mut command = program(directory.path());
+    let url = format!("{scheme}://localhost:{}", server.address().port());
+    command.args(["watch", "--tenant", "t1", "--server", &url]).args(flags);
+    Process::start(command)
+}
+
+/// It gets changes.
+async fn gets_in(postgres: &Postgres, process: Process) {
+    let sql = postgres.sql().await;
+    let mut n = 0;
+    // Nothing tells when it has started but what it prints: so until it does.
+    let prints = async || {
+        n += 1;
+        sql.insert("t1", &format!("{}-{n}", process.id())).await;
+        !process.printed().is_empty()
+    };
+    eventually("it prints", prints).await;
+}
+
+#[tokio::test]
+async fn a_server_proves_who_it_is() {
+    let postgres = Postgres::start().await;
+    let (directory, server) = serve(&postgres, "server", false).await;
+    gets_in(&postgres, watch(&directory, &server, "https", &["--ca-cert", "ours.pem"])).await;
+    for (scheme, flags, says) in [
+        ("https", &["--ca-cert", "others.pem"][..], "invalid peer certificate"),
+        ("https", &[], "invalid peer certificate"),
+        ("http", &[], "; reconnecting"),
+    ] {
+        let process = watch(&directory, &server, scheme, flags);
+        process.complains(says).await;
+        assert_eq!(process.printed(), [""; 0]);
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_expired_is_said() {
+    let postgres = Postgres::start().await;
+    let (directory, server) = serve(&postgres, "expired", false).await;
+    watch(&directory, &server, "https", &["--ca-cert", "ours.pem"]).complains("certificate expired").await;
+}
+
+#[tokio::test]
+async fn clients_prove_who_they_are_where_an_authority_is_set() {
+    let postgres = Postgres::start().await;
+    let (directory, server) = serve(&postgres, "server", true).await;
+    let with = |name: &str| {
+        let (cert, key) = (format!("{name}.pem"), format!("{name}.key"));
+        watch(&directory, &server, "https", &["--ca-cert", "ours.pem", "--client-cert", &cert, "--client-key", &key])
+    };
+    gets_in(&postgres, with("client")).await;
+    // Whether the alert arrives before the connection ends is a matter of luck: so what is said is not told apart.
+    for process in [watch(&directory, &server, "https", &["--ca-cert", "ours.pem"]), with("stranger"), with("expired")]
+    {
+        process.complains("; reconnecting").await;
+        postgres.sql().await.insert("t1", &process.id().to_string()).await;
+        assert_eq!(process.printed(), [""; 0]);
+    }
+    // Nobody else is held up by them.
+    gets_in(&postgres, with("client")).await;
+}
+
+#[tokio::test]
+async fn files_that_cannot_be_used_are_named_at_start() {
+    let postgres = Postgres::start().await;
+    let (directory, mut server) = serve(&postgres, "server", true).await;
+    server.terminate().await;
+    server.ended().await;
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    let (key, authority) = (path("server.key"), path("ours.pem"));
+    for (flag, name, says) in [
+        ("--server-grpc-tls-cert", "nowhere.pem", "nowhere.pem (server.grpc.tls.cert): No such file"),
+        ("--server-grpc-tls-cert", "server.key", "server.key (server.grpc.tls.cert) holds no certificate"),
+        ("--server-grpc-tls-cert", "client.pem", "of server.grpc.tls cannot be used"),
+        ("--server-grpc-tls-key", "ours.pem", "ours.pem (server.grpc.tls.key) holds no private key"),
+        ("--server-grpc-tls-client-ca", "server.key", "(server.grpc.tls.client_ca) holds no certificate"),
+    ] {
+        server.set(flag, &path(name));
+        server.refuses_to_start(says).await;
+        server.set("--server-grpc-tls-cert", &path("server.pem"));
+        server.set("--server-grpc-tls-key", &key);
+        server.set("--server-grpc-tls-client-ca", &authority);
+    }
+    server.start().await;
+}
