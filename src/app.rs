@@ -219,8 +219,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
         background.spawn(refresher.run());
     }
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
-    let serving = async move { grpc::serve(listener, service, health_service, &admission, streams_stopped).await };
-    let mut server = tokio::spawn(serving);
+    let mut server = tokio::spawn(grpc::serve(listener, service, health_service, admission, streams_stopped));
     let mut session = tokio::spawn(session.run(session_stopped));
     tracing::info!(%address, "gRPC is listening");
 
