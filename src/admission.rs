@@ -15,8 +15,8 @@
 //! It is a layer of tower's, which tonic and axum both take:
 //!
 //! ```text
-//!  Server::builder().layer(admission.layer(|error| status::of_admission(error).into_http()))
-//!  Router::new()….layer(admission.layer(|error| …a 401, 429 or 503…))
+//!  Server::builder()….layer(admission.layer(|error| status::of_admission(error).into_http()))
+//!  Router::new()….layer(admission.layer(|error| …the same status as a 401, 429 or 503…))
 //! ```
 //!
 //! On axum it goes around all routes, and inside of CORS: the browser's preflight has no credentials. Services find the
@@ -24,7 +24,7 @@
 
 use crate::authn::{self, Authenticator, Caller};
 use crate::config::Exempt;
-use governor::clock::{Clock as _, DefaultClock};
+use governor::clock::Clock as _;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, Request, Response};
 use std::num::NonZeroU32;
@@ -66,7 +66,6 @@ struct Inner {
 struct Limit {
     per_second: NonZeroU32,
     limiter: DefaultDirectRateLimiter,
-    clock: DefaultClock,
 }
 
 /// What a request asks for, as far as it matters here.
@@ -93,11 +92,8 @@ impl Kind {
 impl Admission {
     /// `rate_limit`: requests a second, all of which may come at once.
     pub fn new(authenticator: Authenticator, exempt: Exempt, rate_limit: Option<NonZeroU32>) -> Self {
-        let limit = rate_limit.map(|per_second| Limit {
-            per_second,
-            limiter: RateLimiter::direct(Quota::per_second(per_second)),
-            clock: DefaultClock::default(),
-        });
+        let limit = rate_limit
+            .map(|per_second| Limit { per_second, limiter: RateLimiter::direct(Quota::per_second(per_second)) });
         Self(Arc::new(Inner { authenticator, exempt, limit }))
     }
 
@@ -126,7 +122,7 @@ impl Admission {
 impl Limit {
     fn check(&self) -> Result<(), Error> {
         self.limiter.check().map_err(|not_until| {
-            let wait = not_until.wait_time_from(self.clock.now());
+            let wait = not_until.wait_time_from(self.limiter.clock().now());
             let retry_after = Duration::from_millis(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).max(1));
             Error::Rate { limit: self.per_second, retry_after }
         })

@@ -282,7 +282,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     }
     let mut server = tokio::spawn(async move {
         let http = serve_http(http_server, streams_max, streams_stopped.clone());
-        let grpc = grpc::serve(listener, services, health_service, &admission, streams_stopped);
+        let grpc = grpc::serve(listener, services, health_service, admission, streams_stopped);
         tokio::try_join!(async { Ok(grpc.await?) }, http).map(|_| ())
     });
     let mut session = tokio::spawn(session.run(session_stopped));

@@ -111,7 +111,7 @@ pub async fn serve<P: crate::hub::start::Primary + 'static>(
     listener: Listener,
     services: Services<P>,
     health: HealthServer<impl Health>,
-    admission: &Admission,
+    admission: Admission,
     mut stop: Receiver<bool>,
 ) -> Result<(), Error> {
     let reflection = tonic_reflection::server::Builder::configure()

@@ -98,7 +98,7 @@ async fn the_limit_counts_callers_only() {
 fn when_to_try_again_is_never_at_once() {
     let one = NonZeroU32::MIN;
     let limiter = RateLimiter::direct(Quota::per_second(one));
-    let limit = Limit { per_second: one, limiter, clock: DefaultClock::default() };
+    let limit = Limit { per_second: one, limiter };
     let refused = std::iter::repeat_with(|| limit.check()).find_map(Result::err).unwrap();
     let Error::Rate { retry_after, .. } = refused else { panic!("{refused:?}") };
     assert!((1..=1000).contains(&retry_after.as_millis()), "{retry_after:?}");

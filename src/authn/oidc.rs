@@ -114,7 +114,8 @@ impl Verifier {
         if !claims.get("iss").is_some_and(Value::is_string) {
             return Err(Error::InvalidIssuer);
         }
-        let expires_at = claims.get("exp").and_then(Value::as_f64).ok_or(Error::InvalidClaims)?;
+        let expires_at =
+            claims.get("exp").and_then(Value::as_f64).filter(|at| *at >= 0.0).ok_or(Error::InvalidClaims)?;
         // As far away as a clock does not reach is as good as never.
         let expires_at =
             Duration::try_from_secs_f64(expires_at).ok().and_then(|at| SystemTime::UNIX_EPOCH.checked_add(at));
@@ -160,8 +161,9 @@ impl Refresher {
         let limit = RateLimiter::direct(Quota::per_minute(UNKNOWN_KEYS_PER_MINUTE));
         let mut retry = RETRY_MIN;
         loop {
-            let wait = if self.fetch().await { REFRESH_EVERY } else { retry };
-            retry = if wait == REFRESH_EVERY { RETRY_MIN } else { (retry * 2).min(RETRY_MAX) };
+            let is_fresh = self.fetch().await;
+            let wait = if is_fresh { REFRESH_EVERY } else { retry };
+            retry = if is_fresh { RETRY_MIN } else { (retry * 2).min(RETRY_MAX) };
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 () = self.unknown_key(&limit) => {}

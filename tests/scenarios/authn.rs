@@ -135,6 +135,7 @@ async fn tokens_are_checked() {
     for (what, token, name) in [
         ("expired", but(json!({"exp": now - 1})), INVALID),
         ("expired long ago", but(json!({"exp": 0})), INVALID),
+        ("expired before all times", but(json!({"exp": -1.5})), CLAIMS),
         ("never expires", but(json!({"exp": null})), CLAIMS),
         ("expires at some time", but(json!({"exp": "tomorrow"})), CLAIMS),
         ("not yet valid", but(json!({"nbf": now + 3600})), INVALID),
@@ -291,4 +292,48 @@ async fn the_command_line_presents_a_token() {
         eventually("it prints", prints).await;
         assert_eq!(process.complained(), [""; 0]);
     }
+}
+
+#[tokio::test]
+async fn the_command_line_goes_on_with_a_renewed_token() {
+    let postgres = Postgres::start().await;
+    let key = Key::ec("key");
+    let issuer = Issuer::start(&[&key]).await;
+    let url = issuer.url();
+    let flags = [
+        ("--authn-enabled", "true"),
+        ("--authn-method", "oidc"),
+        ("--authn-oidc-issuer", url.as_str()),
+        ("--authn-oidc-audience", AUDIENCE),
+    ];
+    let server = Server::serve(&postgres, &flags).await;
+    let directory = tempfile::tempdir().unwrap();
+    let keep = |other| std::fs::write(directory.path().join("token"), key.sign(&issuer.claims(&other))).unwrap();
+    keep(json!({"exp": get_current_timestamp() + 5}));
+    let start = || {
+        let mut command = program(directory.path());
+        command.args(["watch", "--tenant", "t1", "--token-file", "token"]);
+        command.args(["--server", &server.endpoint().uri().to_string()]);
+        Process::start(command)
+    };
+    // Not renewed in time.
+    let mut abandoned = start();
+    abandoned.complains("the credentials that this stream was opened with have expired").await;
+    assert_eq!(abandoned.ended().await.code(), Some(1));
+
+    keep(json!({"exp": get_current_timestamp() + 5}));
+    let renewed = start();
+    let sql = postgres.sql().await;
+    let mut n = 0;
+    let prints = async || {
+        n += 1;
+        sql.insert("t1", &n.to_string()).await;
+        !renewed.printed().is_empty()
+    };
+    eventually("it prints", prints).await;
+    keep(json!({}));
+    renewed.complains("connected again, resuming after the last token").await;
+    sql.insert("t1", "after").await;
+    let is_there = async || renewed.printed().iter().any(|line| line.contains("document:after#"));
+    eventually("it prints what came after", is_there).await;
 }
