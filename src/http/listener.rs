@@ -96,6 +96,8 @@ fn tls_acceptor(tls: &Tls) -> Result<TlsAcceptor, Error> {
         move |source| Error::Certificate { path, source }
     };
     let chain = CertificateDer::pem_file_iter(&tls.cert).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    // A file without any certificate would else be read as an empty chain.
+    let chain = chain.and_then(|chain| if chain.is_empty() { Err(pem::Error::NoItemsFound) } else { Ok(chain) });
     let chain = chain.map_err(unreadable(&tls.cert))?;
     let key = PrivateKeyDer::from_pem_file(&tls.key).map_err(unreadable(&tls.key))?;
     let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
