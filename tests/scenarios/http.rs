@@ -157,7 +157,7 @@ async fn what_is_refused_says_why() {
     for (method, path, body, status, code, says) in [
         (Method::POST, watch, "{", 400, 3, ""),
         (Method::POST, watch, r#"{"snap_token": "x"}"#, 400, 3, "INVALID_SNAP_TOKEN"),
-        (Method::POST, "/v1/tenants/no%20tenant/watch", "", 400, 3, "INVALID_TENANT"),
+        (Method::POST, "/v1/tenants/no%20where/watch", "", 404, 5, "TENANT_NOT_FOUND"),
         (Method::POST, "/v1/watch/watch", "{}", 400, 3, "INVALID_TENANT"),
         (Method::POST, "/v1/watch/watch", r#"{"tenant_id": "nowhere"}"#, 404, 5, "TENANT_NOT_FOUND"),
         (Method::DELETE, watch, "", 405, 12, ""),

@@ -28,14 +28,15 @@ def watch(client, tenant, token, count):
     body = WatchBody(snap_token=token)
     response = WatchApi(client).watch_watch_without_preload_content(tenant, body, _request_timeout=60.0)
     say({"status": response.status})
-    for line, _ in zip(response, range(count)):
+    # In this order, so that it does not wait for one line more.
+    for _, line in zip(range(count), response):
         read = StreamResultOfWatchResponse.from_json(line)
         if read.error:
             say({"error": read.error.message})
         else:
             changes = read.result.changes
             say({"snap_token": changes.snap_token, "changes": [change.to_dict() for change in changes.data_changes]})
-    response.release_conn()
+    response.close()
 
 
 TUPLE = {

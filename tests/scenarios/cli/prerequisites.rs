@@ -203,13 +203,16 @@ async fn what_is_in_the_way_on_our_own_side() {
 
     let pem = directory.path().join("nonsense.pem");
     std::fs::write(&pem, "nonsense").unwrap();
-    for (cert, says) in
-        [("nowhere.pem", "cannot read nowhere.pem (server.grpc.tls"), (pem.to_str().unwrap(), "server.grpc.tls")]
-    {
-        let tls = ["--server-grpc-tls-enabled", "true", "--server-grpc-tls-cert", cert, "--server-grpc-tls-key", cert];
-        // Also where nobody has used TLS before: to no server at all.
-        for uri in [&postgres.uri(), "postgres://u@127.0.0.1:1/d"] {
-            refused(uri, &tls).await.failed(&[says]);
+    for listener in ["grpc", "http"] {
+        let flag = |name: &str| format!("--server-{listener}-tls-{name}");
+        let (section, enabled, key) = (format!("server.{listener}.tls"), flag("enabled"), flag("key"));
+        let unreadable = format!("cannot read nowhere.pem ({section}");
+        for (cert, says) in [("nowhere.pem", unreadable.as_str()), (pem.to_str().unwrap(), section.as_str())] {
+            let tls = [enabled.as_str(), "true", &flag("cert"), cert, &key, cert];
+            // Also where nobody has used TLS before: to no server at all.
+            for uri in [&postgres.uri(), "postgres://u@127.0.0.1:1/d"] {
+                refused(uri, &tls).await.failed(&[says]);
+            }
         }
     }
     let confirmed = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'tuplewatch' AND NOT active";
