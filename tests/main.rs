@@ -16,6 +16,7 @@
 )]
 
 mod support {
+    pub(crate) mod api;
     pub(crate) mod change;
     pub(crate) mod disk;
     #[expect(dead_code, reason = "the soak uses the rest")]
@@ -36,6 +37,8 @@ mod support {
 
 mod scenarios {
     mod cli;
+    mod clients;
+    mod data;
     mod dev;
     mod disk;
     mod feedback;
@@ -50,6 +53,7 @@ mod scenarios {
     mod schema;
     mod slot;
     mod subscribers;
+    mod tenancy;
     mod timeline;
     mod timestamps;
     mod tokens;
