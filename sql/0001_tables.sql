@@ -14,6 +14,10 @@
 --     GRANT SELECT, INSERT, DELETE ON tuplewatch.relation_tuples TO app;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON tuplewatch.attributes TO app;
 --
+-- tuplewatch is such a writer itself where clients use base.v1.Data, and with base.v1.Tenancy one of tuplewatch.tenants:
+--
+--     GRANT SELECT, INSERT, DELETE ON tuplewatch.tenants TO the_role_of_tuplewatch;
+--
 -- What writers should leave alone: TRUNCATE. It tells subscribers that something is gone but not what, so it ends their
 -- streams. DELETE says what.
 

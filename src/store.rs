@@ -67,6 +67,9 @@ pub enum Error {
     /// No connection, or not the answer in time. A write may have happened, and may be repeated.
     #[error("PostgreSQL cannot be asked at the moment, try again: {0}")]
     Unreachable(String),
+    /// The data do not fit: a constraint that somebody added, or letters that the database's encoding lacks.
+    #[error("the database does not take these data: {0}")]
+    Unfit(String),
     /// PostgreSQL said no.
     #[error("PostgreSQL refused: {0}")]
     Refused(String),
@@ -91,6 +94,8 @@ impl From<tokio_postgres::Error> for Error {
                  have applications write them with SQL",
                 describe(&error)
             )),
+            // Data exceptions, and violations of constraints.
+            code if ["22", "23"].iter().any(|class| code.code().starts_with(class)) => Self::Unfit(describe(&error)),
             _ => Self::Refused(describe(&error)),
         }
     }

@@ -16,6 +16,7 @@
 )]
 
 mod support {
+    pub(crate) mod api;
     pub(crate) mod change;
     pub(crate) mod disk;
     #[expect(dead_code, reason = "the soak uses the rest")]
@@ -39,6 +40,8 @@ mod support {
 mod scenarios {
     mod authn;
     mod cli;
+    mod clients;
+    mod data;
     mod dev;
     mod disk;
     mod feedback;
@@ -55,6 +58,7 @@ mod scenarios {
     mod schema;
     mod slot;
     mod subscribers;
+    mod tenancy;
     mod timeline;
     mod timestamps;
     mod tls;

@@ -7,7 +7,7 @@ use super::{authorize, proto, status, validation};
 use crate::change::TenantId;
 use crate::hub::Hub;
 use crate::hub::start::Primary;
-use crate::store::{Batch, Key, Page, Store};
+use crate::store::{Key, Page, Store};
 use std::time::Duration;
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
@@ -51,10 +51,6 @@ impl<P: Primary> DataService<P> {
         Ok((store, validation::tenant("tenant_id", tenant)?))
     }
 
-    async fn write(&self, store: &Store, tenant: &TenantId, batch: &Batch<'_>) -> Result<String, Status> {
-        store.write(tenant, batch).await.map_err(status::of_store)
-    }
-
     /// Waits until a read sees what the token stands for.
     async fn wait_until_readable(&self, tenant: &TenantId, token: &str) -> Result<(), Status> {
         let mut stop = self.stop.clone();
@@ -81,7 +77,7 @@ impl<P: Primary + 'static> Data for DataService<P> {
         let asked = request.get_ref();
         let (store, tenant) = self.admit(&request, &asked.tenant_id)?;
         let batch = validation::batch(&asked.tuples, &asked.attributes, self.options.rows_per_write_max)?;
-        let snap_token = self.write(store, &tenant, &batch).await?;
+        let snap_token = store.write(&tenant, &batch).await.map_err(status::of_store)?;
         Ok(Response::new(proto::DataWriteResponse { snap_token }))
     }
 
@@ -93,7 +89,7 @@ impl<P: Primary + 'static> Data for DataService<P> {
         let (store, tenant) = self.admit(&request, &asked.tenant_id)?;
         validation::some_tuples(&asked.tuples)?;
         let batch = validation::batch(&asked.tuples, &[], self.options.rows_per_write_max)?;
-        let snap_token = self.write(store, &tenant, &batch).await?;
+        let snap_token = store.write(&tenant, &batch).await.map_err(status::of_store)?;
         Ok(Response::new(proto::RelationshipWriteResponse { snap_token }))
     }
 

@@ -153,6 +153,7 @@ pub fn of_store(error: store::Error) -> Status {
         store::Error::Collisions => (Code::Aborted, "ERROR_MAX_RETRIES"),
         store::Error::Busy => (Code::ResourceExhausted, "DATASTORE"),
         store::Error::Unreachable(_) => (Code::Unavailable, "DATASTORE"),
+        store::Error::Unfit(_) => (Code::InvalidArgument, "VALIDATION"),
         store::Error::Refused(_) => (Code::Internal, "EXECUTION"),
         store::Error::Unreadable(_) => (Code::Internal, "SCAN"),
     };

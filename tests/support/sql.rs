@@ -1,6 +1,7 @@
 //! A connection to PostgreSQL.
 
 use super::change::Change;
+use super::wait::eventually;
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
@@ -82,6 +83,13 @@ impl Sql {
                          WHERE slot_name = 'tuplewatch'";
         let mut rows = self.rows(statement).await;
         rows.pop().map(|row| (row[0].clone(), row[1].clone()))
+    }
+
+    /// Waits until so many of tuplewatch's statements wait for locks.
+    pub(crate) async fn until_waiting(&self, count: u32) {
+        let waits = "SELECT count(*) FROM pg_stat_activity \
+                      WHERE wait_event_type = 'Lock' AND application_name LIKE 'tuplewatch%'";
+        eventually("it waits for a lock", async || self.value(waits).await == count.to_string()).await;
     }
 
     /// What holds for a tenant now: the facts of all its rows.
