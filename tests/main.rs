@@ -23,6 +23,7 @@ mod support {
     pub(crate) mod interruption;
     #[expect(dead_code, reason = "the soak uses the rest")]
     pub(crate) mod oracle;
+    pub(crate) mod permify;
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     pub(crate) mod reference;
@@ -43,6 +44,7 @@ mod scenarios {
     mod long_transaction;
     mod memory;
     mod oracle;
+    mod permify;
     mod position;
     mod publication;
     mod retention;
