@@ -41,16 +41,18 @@ async fn everything_that_permify_does() {
     for (schema, tables) in [("public", Tables::New), ("Authz 'n more", Tables::Grown)] {
         let postgres = Postgres::start().await;
         let permify = Permify::create(&postgres, schema, tables).await;
-        let objects = "SELECT count(*) FROM pg_class WHERE relnamespace = current_schema()::regnamespace";
+        let of_schema = "relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())";
+        let objects = format!("SELECT count(*) FROM pg_class WHERE {of_schema}");
         let sql = permify.sql().await;
-        let before = sql.value(objects).await;
+        let before = sql.value(&objects).await;
         let server = permify.serve(&postgres, &[]).await;
-        assert_eq!(sql.value(objects).await, before, "nothing was created beside Permify's tables");
+        assert_eq!(sql.value(&objects).await, before, "nothing was created beside Permify's tables");
         assert!(sql.is_true("to_regnamespace('tuplewatch') IS NULL").await);
-        let identities = "SELECT string_agg(relname || '=' || relreplident, ' ' ORDER BY relname) FROM pg_class \
-                          WHERE relnamespace = current_schema()::regnamespace \
-                          AND relname IN ('attributes', 'relation_tuples', 'transactions')";
-        assert_eq!(sql.value(identities).await, "attributes=f relation_tuples=f transactions=d");
+        let identities = format!(
+            "SELECT string_agg(format('%s=%s', relname, relreplident), ' ' ORDER BY relname) FROM pg_class \
+             WHERE {of_schema} AND relname IN ('attributes', 'relation_tuples', 'transactions')"
+        );
+        assert_eq!(sql.value(&identities).await, "attributes=f relation_tuples=f transactions=d");
 
         let mut stream = watch(&server, "t1", "").await;
         let written = write(&sql, "t1", &[insert_tuple("t1", "1"), insert_tuple("t1", "2")]).await;
