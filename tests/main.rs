@@ -26,6 +26,7 @@ mod support {
     pub(crate) mod issuer;
     #[expect(dead_code, reason = "the soak uses the rest")]
     pub(crate) mod oracle;
+    pub(crate) mod permify;
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     pub(crate) mod reference;
@@ -50,6 +51,7 @@ mod scenarios {
     mod long_transaction;
     mod memory;
     mod oracle;
+    mod permify;
     mod position;
     mod publication;
     mod rate_limit;

@@ -131,7 +131,7 @@ fn whose_a_transaction_is_told_gets_a_last_message() {
         assert_eq!(transaction.breaks.len(), breaks);
     };
     let told = insert(2, "a", "");
-    check(&[told.clone()], &["a 0 0/C8"], 0);
+    check(std::slice::from_ref(&told), &["a 0 0/C8"], 0);
     check(&[told.clone(), told.clone(), insert(1, "a", "1")], &["a 1 0/C8"], 0);
     check(&[told.clone(), insert(1, "b", "1")], &["b 1 0/C8", "a 0 0/C8"], 0);
     // All of it was staged before, of one who was not told of in a row, too.

@@ -13,25 +13,26 @@
 //! of its journal is cut off at open. The last one means that a log can come back shorter than it was synced, after a fault
 //! of the disk: the session notices, because the slot is then ahead of the log.
 
+mod memory;
 mod segments;
 mod stored;
 
 use super::record::{self, Horizon};
-use super::{BREAKS_MAX, Batch, ChangeLog, Entry, Error, Room, State, Trace, Verified};
+use super::{Batch, ChangeLog, Entry, Error, Room, State, Trace, Verified};
 use crate::change::TenantId;
 use crate::lsn::{Lsn, Position, Xid8};
 use crate::snap_token::TokenId;
-use crate::transaction::{Break, Header, Message, Transaction};
+use crate::transaction::Break;
 use bytes::Bytes;
-use fjall::{Database, Keyspace, KeyspaceCreateOptions, OwnedWriteBatch as WriteBatch, PersistMode};
-use segments::{Segment, Segments};
+use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
+use memory::{Memory, Written};
+use segments::Segments;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use stored::{
-    META_BREAK, META_STATE, META_TAIL, Stored, meta_abandoned, meta_break, meta_horizon, pair, read_break, read_origin,
-    unpair, write_break, write_origin,
+    META_BREAK, META_STATE, META_TAIL, Stored, meta_abandoned, meta_horizon, read_break, read_origin, unpair,
 };
 
 const FORMAT: u32 = 2;
@@ -79,13 +80,6 @@ pub struct FjallLog {
     segments: RwLock<Segments>,
     /// Changed by the one writer, read by all.
     memory: Mutex<Memory>,
-}
-
-/// What is kept in memory of `meta`.
-struct Memory {
-    stored: Stored,
-    tail: Lsn,
-    breaks: Vec<Break>,
 }
 
 fn poisoned(error: &fjall::Error) -> Error {
@@ -328,141 +322,6 @@ fn write_synced(temporary: &Path, path: &Path, contents: &[u8]) -> std::io::Resu
     file.sync_all()?;
     std::fs::rename(temporary, path)?;
     std::fs::File::open(path.parent().unwrap_or(path))?.sync_all()
-}
-
-impl Memory {
-    /// Applies one entry to `batch` and to the memory of it.
-    fn apply(&mut self, entry: &Entry, log: &FjallLog, active: &Segment, batch: &mut WriteBatch) -> Result<(), Error> {
-        match entry {
-            Entry::Adopt(origin) => {
-                self.stored.origin = Some(write_origin(origin));
-                self.stored.visible = origin.lsn.0;
-                self.tail = origin.lsn;
-            }
-            // Delivered once more, because it was not known to have arrived; what is there must not be taken for open.
-            Entry::Staged(staged) if staged.commit < self.tail => {}
-            Entry::Staged(staged) => {
-                let steps = staged.messages.iter().map(|(_, message)| message.last_step).max().unwrap_or(0);
-                self.stored.staged = Some((staged.commit.0, steps));
-                put_messages(&staged.messages, active, batch);
-            }
-            Entry::Discard => {
-                if let Some((commit, _)) = self.stored.staged.take() {
-                    let open = |position: Position, _: &Message| position.lsn == Lsn(commit);
-                    log.segments().remove(batch, Lsn(commit), &open).map_err(|error| poisoned(&error))?;
-                }
-            }
-            // Delivered once more, because it was not known to have arrived.
-            Entry::Transaction(transaction) if transaction.end <= self.tail => self.stored.staged = None,
-            Entry::Transaction(transaction) => {
-                put_messages(&transaction.messages, active, batch);
-                put_index(transaction, active, batch);
-                for gap in &transaction.breaks {
-                    self.add_break(gap.clone(), log, batch)?;
-                }
-                self.stored.staged = None;
-                self.tail = transaction.end;
-            }
-            Entry::Progress(lsn) => self.tail = self.tail.max(*lsn),
-            Entry::Break(gap) => {
-                self.tail = self.tail.max(gap.to.lsn);
-                self.add_break(gap.clone(), log, batch)?;
-            }
-            Entry::Diverge { at, history } => {
-                let segments = log.segments();
-                let abandoned = segments.transactions_ending_past(*at).map_err(|error| poisoned(&error))?;
-                let past =
-                    |position: Position, _: &Message| position.lsn >= *at || abandoned.contains_key(&position.lsn);
-                let first = abandoned.first_key_value().map_or(*at, |(commit, _)| *at.min(commit));
-                segments.remove(batch, first, &past).map_err(|error| poisoned(&error))?;
-                segments.remove_index(batch, &abandoned);
-                for (_, xid) in abandoned.values() {
-                    batch.insert(&log.meta, meta_abandoned(*xid), []);
-                }
-                for gap in self.breaks.extract_if(.., |gap| gap.to > Position::at(*at)).collect::<Vec<_>>() {
-                    batch.remove(&log.meta, meta_break(&gap));
-                    if let Some(rest) = gap.up_to(*at) {
-                        self.add_break(rest, log, batch)?;
-                    }
-                }
-                self.tail = self.tail.min(*at);
-                self.stored.visible = self.stored.visible.min(at.0);
-                // What was verified past it was verified of another history.
-                if let Some((_, verified)) = &mut self.stored.verified {
-                    *verified = (*verified).min(at.0);
-                }
-                if let Some(origin) = &mut self.stored.origin {
-                    origin.timelines = history.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect();
-                }
-            }
-            Entry::Verified(verified) => self.stored.verified = Some((verified.fingerprint.clone(), verified.at.0)),
-            Entry::Mapping(fingerprint) => self.stored.mapping = Some(*fingerprint),
-            Entry::Visible(lsn) => self.stored.visible = lsn.0.min(self.tail.0),
-        }
-        Ok(())
-    }
-
-    /// What is appended from now on stands behind this.
-    fn frontier(&self) -> Position {
-        self.stored.staged.map_or(Position::at(self.tail), unpair)
-    }
-
-    fn add_break(&mut self, gap: Break, log: &FjallLog, batch: &mut WriteBatch) -> Result<(), Error> {
-        let json = serde_json::to_vec(&write_break(&gap)).map_err(|error| Error::Poisoned(error.to_string()))?;
-        batch.insert(&log.meta, meta_break(&gap), json);
-        self.breaks.push(gap);
-        if self.breaks.len() > BREAKS_MAX {
-            let oldest = self.breaks.remove(0);
-            batch.remove(&log.meta, meta_break(&oldest));
-            self.stored.breaks_floor = pair(unpair(self.stored.breaks_floor).max(oldest.to));
-        }
-        Ok(())
-    }
-}
-
-/// Entries on their way to the disk together.
-struct Written {
-    batch: WriteBatch,
-    tail_before: Lsn,
-    /// More than the tail changed.
-    rare: bool,
-}
-
-impl Written {
-    fn new(log: &FjallLog, memory: &Memory) -> Self {
-        Self { batch: log.db.batch(), tail_before: memory.tail, rare: false }
-    }
-
-    fn commit(mut self, log: &FjallLog, memory: &Memory) -> Result<(), Error> {
-        if self.rare {
-            let json = serde_json::to_vec(&memory.stored).map_err(|error| Error::Poisoned(error.to_string()))?;
-            self.batch.insert(&log.meta, META_STATE, json);
-        }
-        if memory.tail != self.tail_before {
-            self.batch.insert(&log.meta, META_TAIL, record::write_lsn(memory.tail));
-        }
-        self.batch.commit().map_err(|error| poisoned(&error))
-    }
-}
-
-fn put_messages(messages: &[(TenantId, Message)], active: &Segment, batch: &mut WriteBatch) {
-    for (tenant, message) in messages {
-        let key = record::message_key(tenant, message.order());
-        batch.insert(&active.keyspace, key, record::write_message(message));
-    }
-}
-
-/// What a transaction is found by: ids of tokens; and where it has changes, its place and its id.
-fn put_index(transaction: &Transaction, active: &Segment, batch: &mut WriteBatch) {
-    let Header { commit, xid, .. } = transaction.header;
-    let end = transaction.end;
-    for id in &transaction.token_ids {
-        batch.insert(&active.keyspace, record::token_key(*id), record::write_lsn(end));
-    }
-    if transaction.has_changes() {
-        batch.insert(&active.keyspace, record::transaction_key(commit), record::write_pair(end.0, xid.0));
-        batch.insert(&active.keyspace, record::xid_key(xid), record::write_pair(commit.0, end.0));
-    }
 }
 
 impl FjallLog {

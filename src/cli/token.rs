@@ -68,5 +68,7 @@ mod tests {
         let text = explain(&token.to_string().parse().unwrap());
         assert!(text.contains("before 16/0, and the first 4 row steps"), "{text}");
         assert!(text.contains("2000-01-01T00:00:00.000001Z"), "{text}");
+        let text = explain(&"MgMAAAAAAAA=".parse().unwrap());
+        assert!(text.contains("up to and with transaction 818"), "{text}");
     }
 }

@@ -8,7 +8,7 @@ use super::status::{self, Tokens};
 use crate::authn::Caller;
 use crate::hub::start::Primary;
 use crate::hub::{End, Hub, Item, Subscription};
-use crate::lsn::{CommitTime, Xid8};
+use crate::lsn::{CommitTime, Lsn, Xid8};
 use crate::snap_token::Form;
 use bytes::{BufMut, Bytes};
 use futures_util::stream::{self, Stream};
@@ -120,7 +120,8 @@ impl<P: Primary + 'static> Inner<P> {
         let position = subscription.position();
         let start_token = tokens.map(|tokens| tokens.write(position, CommitTime::default()));
         let (hub, token_form) = (self.hub.clone(), self.options.token_form);
-        let open = Open { hub, token_form, subscription, stop, expires_at, ready: VecDeque::new(), _permit: permit };
+        let ready = VecDeque::new();
+        let open = Open { hub, token_form, subscription, stop, expires_at, ready, before: None, _permit: permit };
         let responses = stream::unfold(Some(open), async |open| {
             let mut open = open?;
             match open.next_in_time().await {
@@ -158,6 +159,8 @@ struct Open {
     /// When it must end, whatever is ready.
     expires_at: Option<Instant>,
     ready: VecDeque<Arc<Item>>,
+    /// Commit LSN of a transaction in several messages, and the one before it.
+    before: Option<(Lsn, Option<Xid8>)>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -173,15 +176,14 @@ impl Open {
 
     async fn next(&mut self) -> Result<Bytes, Status> {
         loop {
-            if let Some(item) = self.ready.front() {
+            if let Some(item) = self.ready.front().cloned() {
                 // The hub has a source before it has a message.
                 let tokens = self.tokens()?;
-                let before = self.transaction_before(item, &tokens).await?;
-                let wire = item
-                    .wire(|message| message.to_watch_response(&tokens.of_message(message, self.token_form, before)));
+                let before = self.transaction_before(&item, &tokens).await?;
                 // Only now, as this may have waited.
                 self.ready.pop_front();
-                return Ok(wire);
+                return Ok(item
+                    .wire(|message| message.to_watch_response(&tokens.of_message(message, self.token_form, before))));
             }
             let next = tokio::select! {
                 biased;
@@ -199,12 +201,18 @@ impl Open {
     }
 
     /// What the token of a message says that is not the last of its transaction, where it has to be a transaction's.
-    async fn transaction_before(&self, item: &Item, tokens: &Tokens) -> Result<Option<Xid8>, Status> {
+    async fn transaction_before(&mut self, item: &Item, tokens: &Tokens) -> Result<Option<Xid8>, Status> {
+        let commit = item.message.header.commit;
         if self.token_form == Form::Native || item.message.end.is_some() || item.is_encoded() {
             return Ok(None);
         }
-        let before = self.hub.transaction_before(item.message.header.commit).await;
-        before.map_err(|error| status::of_end(End::Log(error), self.subscription.tenant(), tokens))
+        if let Some((_, before)) = self.before.filter(|(known, _)| *known == commit) {
+            return Ok(before);
+        }
+        let before = self.hub.transaction_before(commit).await;
+        let before = before.map_err(|error| status::of_end(End::Log(error), self.subscription.tenant(), tokens))?;
+        self.before = Some((commit, before));
+        Ok(before)
     }
 
     fn tokens(&self) -> Result<Tokens, Status> {

@@ -90,14 +90,17 @@ impl Change {
     }
 }
 
-/// The kinds that the tests write.
 fn value_of(any: &prost_types::Any) -> (&str, Json) {
     let kind = any.type_url.strip_prefix("type.googleapis.com/base.v1.").expect("a value of base.v1");
     let data = match kind {
         "StringValue" => proto::StringValue::decode(&*any.value).unwrap().data.into(),
         "IntegerValue" => proto::IntegerValue::decode(&*any.value).unwrap().data.into(),
+        "DoubleValue" => proto::DoubleValue::decode(&*any.value).unwrap().data.into(),
         "BooleanValue" => proto::BooleanValue::decode(&*any.value).unwrap().data.into(),
         "StringArrayValue" => proto::StringArrayValue::decode(&*any.value).unwrap().data.into(),
+        "IntegerArrayValue" => proto::IntegerArrayValue::decode(&*any.value).unwrap().data.into(),
+        "DoubleArrayValue" => proto::DoubleArrayValue::decode(&*any.value).unwrap().data.into(),
+        "BooleanArrayValue" => proto::BooleanArrayValue::decode(&*any.value).unwrap().data.into(),
         other => panic!("a value of an unexpected kind: {other}"),
     };
     (kind, data)

@@ -11,7 +11,10 @@ use tuplewatch::grpc::proto::watch_client::WatchClient;
 use tuplewatch::grpc::proto::{WatchRequest, WatchResponse};
 
 /// An open stream of one tenant's changes.
-pub(crate) struct Stream(Streaming<WatchResponse>);
+pub(crate) struct Stream {
+    responses: Streaming<WatchResponse>,
+    may_be_empty: bool,
+}
 
 /// One message of a stream.
 #[derive(Clone, Debug)]
@@ -45,15 +48,20 @@ impl Stream {
         if !authorization.is_empty() {
             request.metadata_mut().insert("authorization", authorization.parse().unwrap());
         }
-        Ok(Self(WatchClient::new(channel).watch(request).await?.into_inner()))
+        Ok(Self { responses: WatchClient::new(channel).watch(request).await?.into_inner(), may_be_empty: false })
+    }
+
+    /// Takes messages without changes, too: where the mapping tells of transactions.
+    pub(crate) fn with_empty(self) -> Self {
+        Self { may_be_empty: true, ..self }
     }
 
     /// The next message, or why there is none. A stream never ends without a status.
     pub(crate) async fn try_next(&mut self) -> Result<Message, Status> {
-        let Some(response) = self.0.message().await? else { panic!("a stream ended without a status") };
+        let Some(response) = self.responses.message().await? else { panic!("a stream ended without a status") };
         let bytes = response.encoded_len();
         let changes = response.changes.expect("a response with changes");
-        assert!(!changes.tuple_changes.is_empty(), "a message without changes");
+        assert!(self.may_be_empty || !changes.tuple_changes.is_empty(), "a message without changes");
         assert!(!changes.snap_token.is_empty(), "a message without a token");
         let decoded = changes.tuple_changes.into_iter().map(Change::decode).collect();
         Ok(Message { token: changes.snap_token, changes: decoded, bytes })
