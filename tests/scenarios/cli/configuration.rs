@@ -220,8 +220,8 @@ async fn every_key_refuses_what_it_cannot_be() {
         keys.iter().map(|key| format!("`{key}` in file server.yaml is a list: must be ")).collect();
     refused_all(&Given { file: Some(yaml.as_bytes()), ..Given::default() }, &named).await;
 
-    // No path is wrong as such, and what a URI may hold is looked at by those who use it.
-    let free = ["database.uri", "mapping.file", "changelog.path"];
+    // No path is wrong as such, no schema either, and what a URI may hold is looked at by those who use it.
+    let free = ["database.uri", "mapping.schema", "mapping.file", "changelog.path"];
     let strict = |key: &&String| !key.starts_with("server.grpc.tls.") || key.ends_with(".enabled");
     let keys: Vec<&String> = keys.iter().filter(strict).filter(|key| !free.contains(&key.as_str())).collect();
     const WRONG: &str = "?, !";
