@@ -14,7 +14,8 @@
 //! A TOASTed value that PostgreSQL did not send again is taken from the old row, and never reported as empty. What cannot
 //! be turned into changes is an [`Undecodable`], with its tenant where that can be read.
 //!
-//! This module alone knows names of tables and columns. It knows nothing of transactions: see [`crate::assembler`].
+//! This module alone knows names of tables and columns. Where transactions begin and end is not its business: see
+//! [`crate::assembler`].
 
 mod attribute_value;
 mod plan;

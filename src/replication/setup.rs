@@ -104,7 +104,7 @@ pub enum Error {
     #[error("could not {step}: {}{}", super::connection::describe(.source), remedy(.source))]
     Step { step: String, source: tokio_postgres::Error },
 
-    #[error("the mapping watches {}, and there is no such table. Create it first, or correct the mapping", list(.0))]
+    #[error("the mapping watches {}, and there is no such table. Create it first, or correct the mapping (of the preset permify: mapping.schema)", list(.0))]
     MissingTables(Vec<TableName>),
 
     #[error(

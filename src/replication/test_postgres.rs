@@ -127,7 +127,7 @@ pub(crate) fn one_table(table: &str) -> Mapping {
     mapping(&spec.to_string())
 }
 
-fn mapping(json: &str) -> Mapping {
+pub(crate) fn mapping(json: &str) -> Mapping {
     let spec: Spec = serde_json::from_str(json).unwrap();
     Mapping::new(spec).unwrap()
 }

@@ -16,6 +16,8 @@ use crate::support::writer::add_tenants;
 use tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tuplewatch::dev_postgres::StopMode;
+use tuplewatch::lsn::Xid8;
+use tuplewatch::snap_token::SnapToken;
 
 /// A primary with a standby that streams from it, and a node that knows both.
 struct Pair {
@@ -75,11 +77,16 @@ fn port(uri: &str) -> u16 {
     uri.parse::<tokio_postgres::Config>().unwrap().get_ports()[0]
 }
 
+/// Permify's token of the transaction that inserted this row of t1.
+async fn id_token(sql: &Sql, id: &str) -> String {
+    let statement =
+        format!("SELECT xmin FROM tuplewatch.relation_tuples WHERE tenant_id = 't1' AND entity_id = '{id}'");
+    SnapToken::Xid(Xid8(sql.value(&statement).await.parse().unwrap())).to_string()
+}
+
 /// Writes until the WAL is past this token's position, so that nothing but its timeline can tell that it is not of here.
 async fn write_past(sql: &Sql, token: &str) {
-    let tuplewatch::snap_token::SnapToken::Position { position, .. } = token.parse().unwrap() else {
-        panic!("a position token")
-    };
+    let SnapToken::Position { position, .. } = token.parse().unwrap() else { panic!("a position token") };
     let condition = format!("pg_current_wal_flush_lsn() > '{}'", position.lsn);
     while !sql.is_true(&condition).await {
         sql.run("SELECT pg_logical_emit_message(true, 'other', repeat('x', 100000))").await;
@@ -137,6 +144,8 @@ async fn what_a_promoted_standby_lacks_is_abandoned() {
     }
     stream.expect(Change::created("lost")).await;
     let lost = stream.expect(Change::created("lost_too")).await.token;
+    let kept_id = id_token(&sql, "kept").await;
+    let lost_ids = [id_token(&sql, "lost").await, id_token(&sql, "lost_too").await];
     // Of a state that will not have been: whoever read it is as wrong as whoever streamed it.
     let mut read = pair.server.watch("t3", "").await;
 
@@ -155,11 +164,14 @@ async fn what_a_promoted_standby_lacks_is_abandoned() {
     write_past(&sql, &lost).await;
 
     for process in 0..2 {
-        for token in [&kept, &next] {
+        for token in [&kept, &kept_id, &next] {
             pair.server.watch("t1", token).await.expect(Change::created("new")).await;
         }
-        let status = pair.server.try_watch("t1", &lost).await.err().expect("refused");
-        assert_eq!(reason(&status), (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN".into()));
+        // Their ids may be other transactions' by now.
+        for token in lost_ids.iter().chain([&lost]) {
+            let status = pair.server.try_watch("t1", token).await.err().expect("refused");
+            assert_eq!(reason(&status), (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN".into()));
+        }
         if process == 0 {
             pair.server.kill_9().await;
             pair.server.start().await;

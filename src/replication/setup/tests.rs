@@ -1,7 +1,8 @@
 //! Against real PostgreSQL.
 
+use super::super::publication::fingerprint;
 use super::super::requirements::{Expectation, Severity, check};
-use super::super::test_postgres::{Database, one_table, tuples};
+use super::super::test_postgres::{Database, mapping, one_table, tuples};
 use super::*;
 
 fn silent(_: Event<'_>) {}
@@ -118,6 +119,26 @@ async fn only_what_is_missing() {
     other.client.batch_execute("COMMIT").await.unwrap();
     assert_eq!(setup.apply(&database.connection, &mut silent).await.unwrap().len(), 1);
     Teardown { slot: &database.name, publication: "Feed" }.apply(&database.connection, &mut silent).await.unwrap();
+}
+
+/// Its old rows are not read; but without any identity a publication would have PostgreSQL refuse to delete them.
+#[tokio::test]
+async fn a_table_of_transactions_needs_some_identity() {
+    let database = Database::new().await;
+    let client = &database.connection.client;
+    let mapping = mapping(r#"{"tables": [{"table": "public.t", "tenant": "tenant", "transaction": true}]}"#);
+    let setup = wanted(&mapping, &database.name);
+    database.execute("CREATE TABLE t (id int, tenant text NOT NULL)").await;
+    let first = setup.plan(client).await.unwrap().remove(0);
+    assert_eq!(first.explanation, "let old rows of public.t be complete");
+    database.execute("ALTER TABLE t ADD PRIMARY KEY (id); CREATE PUBLICATION \"Feed\" FOR TABLE t").await;
+    let create_slot = format!("create replication slot {}", database.name);
+    assert_eq!(explanations(&setup.plan(client).await.unwrap()), [create_slot.as_str()]);
+    // Another identity makes no difference to what is published.
+    let published = async || fingerprint(client, "Feed", &mapping).await.unwrap().fingerprint;
+    let before = published().await;
+    database.execute("ALTER TABLE t REPLICA IDENTITY FULL").await;
+    assert_eq!(published().await, before);
 }
 
 #[tokio::test]

@@ -220,9 +220,10 @@ async fn every_key_refuses_what_it_cannot_be() {
         keys.iter().map(|key| format!("`{key}` in file server.yaml is a list: must be ")).collect();
     refused_all(&Given { file: Some(yaml.as_bytes()), ..Given::default() }, &named).await;
 
-    // No path is wrong as such, and no text; and what a URI may hold is looked at by those who use it.
+    // No path is wrong as such, and no text or schema either; and what a URI may hold is looked at by those who use it.
     let free = [
         "database.uri",
+        "mapping.schema",
         "mapping.file",
         "changelog.path",
         "authn.preshared.keys",

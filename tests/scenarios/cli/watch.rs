@@ -167,7 +167,7 @@ async fn tokens_are_explained() {
         (cut, "damaged, cut short, or of an unknown version"),
         (&changed, "damaged, cut short, or of an unknown version"),
         (&doubled, "damaged, cut short, or of an unknown version"),
-        (&long, "longer than 4096 bytes"),
+        (&long, "longer than 65536 bytes"),
         ("größer", "is not base64"),
         ("a b", "is not base64"),
     ] {

@@ -91,7 +91,6 @@ async fn it_watches() {
 }
 
 #[tokio::test]
-#[ignore = "until base.v1.Data is served: remove this line then"]
 async fn it_writes_reads_and_deletes() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
