@@ -155,7 +155,7 @@ impl Run {
 
     async fn lives(&mut self) -> Result<Ran, String> {
         let (server, random) = (self.server.clone(), Rng::with_seed(self.seed));
-        let mut writing = Box::pin(write(server, self.fault, random));
+        let mut writing = Box::pin(write(server, self.disk.clone(), self.fault, random));
         for life in 0..LIVES_MAX {
             let everybody_done = self.live(life, &mut writing).await;
             if let Some(violation) = self.world.violation() {
@@ -247,7 +247,7 @@ struct Ran {
 }
 
 /// What happens outside: transactions, other WAL, crashes of the server, and the fault of the run.
-async fn write(server: Server, fault: Fault, mut random: Rng) -> Infallible {
+async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Infallible {
     let pause = |random: &mut Rng| tokio::time::sleep(Duration::from_millis(random.u64(0..60)));
     let count = random.usize(3..8);
     let fault_at = random.usize(1..count);
@@ -259,6 +259,10 @@ async fn write(server: Server, fault: Fault, mut random: Rng) -> Infallible {
                 Fault::SlotMoved => server.move_slot(),
                 Fault::Failover => server.fail_over(),
                 Fault::Unpublished => {
+                    // What changes before the first check cannot be told.
+                    while !disk.is_verified() {
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    }
                     // Both between two checks, or not.
                     tokio::time::sleep(Duration::from_millis(random.u64(0..7_000))).await;
                     server.publish(false);

@@ -50,6 +50,11 @@ impl Disk {
         self.contents().synced.tail()
     }
 
+    /// Whether a crash cannot take what the first check found.
+    pub(super) fn is_verified(&self) -> bool {
+        self.contents().synced.state().verified.is_some()
+    }
+
     /// What the next process finds: all that was synced and, of what was not, what happened to be written. `lies`: not even
     /// that.
     pub(super) fn crash(&self, lies: bool) {
