@@ -12,30 +12,23 @@
 //! Taking down goes with the stream: subscribers first (they are told to come back), then the session (its last
 //! acknowledgement waits for the log), then the log.
 
+mod edges;
 #[cfg(test)]
 mod pipeline;
 mod primary;
 
-use crate::admission::Admission;
 use crate::assembler::{Limits, OnUndecodable};
-use crate::authn::{Authenticator, oidc};
 use crate::changelog::recorder::{self, Closed};
 use crate::changelog::{ChangeLog, Entry, FjallLog, Room, State};
-use crate::config::{self, Config, MappingSource, Preset, SnapTokenFormat};
-use crate::grpc::data::DataService;
-use crate::grpc::tenancy::TenancyService;
-use crate::grpc::watch::WatchService;
-use crate::grpc::{self, Services};
-use crate::http::{self, Gateway};
+use crate::config::{self, Config, MappingSource, Preset};
 use crate::hub::{self, Hub};
 use crate::lsn::{Lsn, Xid8};
 use crate::mapping::{Mapping, PERMIFY_PRESET, Spec, TUPLES_PRESET};
 use crate::replication::connection::Endpoints;
 use crate::replication::monitor::{Monitor, Thresholds};
-use crate::replication::{self, Outlet, Postgres, Primaries, Session, Status};
-use crate::snap_token;
-use crate::store::Store;
+use crate::replication::{self, Outlet, Postgres, Session, Status};
 use anyhow::{Context as _, anyhow};
+use edges::Edges;
 use primary::{SqlPrimary, SqlSnapshots};
 use std::sync::Arc;
 use std::time::Duration;
@@ -89,21 +82,6 @@ pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
     Mapping::new(spec).with_context(|| Misconfigured(format!("{what} cannot be used")))
 }
 
-/// The form of the tokens that are handed out.
-fn token_form(config: &Config) -> snap_token::Form {
-    match (config.snap_token.format, &config.mapping.source) {
-        (SnapTokenFormat::Permify, _) | (SnapTokenFormat::Auto, MappingSource::Preset(Preset::Permify)) => {
-            snap_token::Form::Permify
-        }
-        (SnapTokenFormat::Native | SnapTokenFormat::Auto, _) => snap_token::Form::Native,
-    }
-}
-
-/// Streams at a time, in gRPC and HTTP together.
-fn streams_max(config: &Config) -> usize {
-    usize::try_from(config.service.watch.subscribers_max).unwrap_or(usize::MAX)
-}
-
 /// Where the configured database is.
 ///
 /// # Errors
@@ -111,13 +89,6 @@ fn streams_max(config: &Config) -> usize {
 pub fn endpoints(config: &Config) -> anyhow::Result<Endpoints> {
     let uri = config.require_database_uri()?;
     Endpoints::parse(uri.expose()).with_context(|| Misconfigured("database.uri cannot be used".to_owned()))
-}
-
-/// Who gets in, and what keeps the keys of their issuer fresh.
-fn admission(config: &Config) -> anyhow::Result<(Admission, Option<oidc::Refresher>)> {
-    let credentials = config.authn.credentials.as_ref();
-    let (authenticator, refresher) = Authenticator::new(credentials).context("cannot check tokens")?;
-    Ok((Admission::new(authenticator, config.authn.exempt, config.server.rate_limit), refresher))
 }
 
 /// What the session is to do.
@@ -181,34 +152,6 @@ impl Outlet for Joined {
     }
 }
 
-/// The services, for every way to reach them.
-fn services(
-    config: &Config,
-    hub: &Hub,
-    primary: SqlPrimary,
-    primaries: Primaries,
-    stop: watch::Receiver<bool>,
-) -> Services<SqlPrimary> {
-    let watch = grpc::watch::Options {
-        enabled: config.service.watch.enabled,
-        subscribers_max: streams_max(config),
-        resolve_timeout: config.service.watch.resolve_timeout,
-        token_form: token_form(config),
-    };
-    let data = grpc::data::Options {
-        rows_per_write_max: config.database.max_data_per_write,
-        resolve_timeout: config.service.watch.resolve_timeout,
-    };
-    // Other tables are other programs' to write.
-    let is_ours = config.mapping.source == MappingSource::Preset(Preset::Tuples);
-    let store = is_ours.then(|| Store::new(primaries, config.database.connections_for_store()));
-    Services {
-        watch: WatchService::new(hub.clone(), primary.clone(), watch, stop.clone()),
-        data: Arc::new(DataService::new(store.clone(), hub.clone(), primary, data, stop)),
-        tenancy: Arc::new(TenancyService::new(store)),
-    }
-}
-
 /// Serves until `stop` completes. Errors before the first stream say what to repair.
 ///
 /// # Errors
@@ -216,13 +159,7 @@ fn services(
 pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let mapping = Arc::new(load_mapping(config)?);
     let endpoints = endpoints(config)?;
-    let listener = grpc::Listener::bind(config.server.host.as_str(), &config.server.grpc).await?;
-    let address = listener.address();
-    let http_listener = match &config.server.http {
-        Some(http) => Some(http::Listener::bind(config.server.host.as_str(), http).await?),
-        None => None,
-    };
-    let (admission, issuer_keys) = admission(config)?;
+    let edges = Edges::bind(config).await?;
 
     let log = open_log(config, reset_log).await?;
     let (recorder, recorder_handle) = recorder::new(log.clone());
@@ -261,10 +198,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let (stop_streams, streams_stopped) = watch::channel(false);
     let (stop_session, session_stopped) = watch::channel(false);
     let (primary, answering) = SqlPrimary::new(primaries.clone(), mapping.tenants());
-    let services = services(config, &hub, primary, primaries.clone(), streams_stopped.clone());
-    let gateway = config.server.http.as_ref().map(|http| Gateway::new(http, &services, admission.clone()));
-    let http_server = http_listener.zip(gateway);
-    let streams_max = streams_max(config);
+    let services = edges::services(config, &hub, primary, primaries.clone(), streams_stopped.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
 
@@ -273,20 +207,10 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.spawn(hub::publisher::run(hub, SqlSnapshots::new(primaries)));
     background.spawn(answering);
     background.spawn(monitor.run());
-    if let Some(refresher) = issuer_keys {
-        background.spawn(refresher.run());
-    }
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
-    if let Some((listener, _)) = &http_server {
-        tracing::info!(address = %listener.address(), "HTTP is listening");
-    }
-    let mut server = tokio::spawn(async move {
-        let http = serve_http(http_server, streams_max, streams_stopped.clone());
-        let grpc = grpc::serve(listener, services, health_service, admission, streams_stopped);
-        tokio::try_join!(async { Ok(grpc.await?) }, http).map(|_| ())
-    });
+    let serving = edges.serve(services, health_service, edges::streams_max(config), streams_stopped);
+    let mut server = tokio::spawn(serving);
     let mut session = tokio::spawn(session.run(session_stopped));
-    tracing::info!(%address, "gRPC is listening");
 
     let ended: anyhow::Result<()> = tokio::select! {
         () = &mut stop => Ok(()),
@@ -317,18 +241,6 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.shutdown().await;
     // The cause first: a failed log is what ends a session.
     recorder.finish().await.and(ended)
-}
-
-/// Where it is switched off there is nothing that could end.
-async fn serve_http(
-    server: Option<(http::Listener, Gateway)>,
-    subscribers_max: usize,
-    stop: watch::Receiver<bool>,
-) -> anyhow::Result<()> {
-    if let Some((listener, gateway)) = server {
-        http::serve(listener, gateway, subscribers_max, stop).await;
-    }
-    Ok(())
 }
 
 fn flatten<E: Into<anyhow::Error>>(joined: Result<Result<(), E>, tokio::task::JoinError>) -> anyhow::Result<()> {

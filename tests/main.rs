@@ -55,6 +55,7 @@ mod scenarios {
     mod position;
     mod publication;
     mod rate_limit;
+    mod requests;
     mod retention;
     mod rows;
     mod schema;

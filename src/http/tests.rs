@@ -137,7 +137,7 @@ async fn every_route_leads_to_its_method() {
             "POST",
             "/v1/tenants/t%31/data/write",
             json!({"tuples": [{}]}),
-            json!({"snap_token": "[\"t1\",1,null,false]"}),
+            json!({"snap_token": "[\"t1\",1,null,true]"}),
         ),
         ("POST", "/v1/tenants/t1/data/delete", json!({"tenant_id": "other"}), json!({"snap_token": "t1"})),
         ("POST", "/v1/tenants/t1/relationships/write", json!({}), json!({"snap_token": "t1"})),

@@ -43,7 +43,7 @@ impl Node {
         process.comes_to("streaming").await;
         process.complains("gRPC is listening").await;
         let lines = process.complained();
-        let address = lines.iter().find_map(|line| line.split_once("address=")).unwrap().1;
+        let address = lines.iter().find_map(|line| line.split_once("gRPC is listening address=")).unwrap().1;
         let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
         Self { process, endpoint }
     }
@@ -150,7 +150,7 @@ async fn a_damaged_log_is_refused_or_repaired() {
         run(serve(&uri, directory.path())).await.failed(&["the change log at log is damaged", says]);
     }
     restore();
-    std::fs::write(&marker, std::fs::read_to_string(&marker).unwrap().replace("\"format\":1", "\"format\":99"))
+    std::fs::write(&marker, std::fs::read_to_string(&marker).unwrap().replace("\"format\":2", "\"format\":99"))
         .unwrap();
     run(serve(&uri, directory.path())).await.failed(&["has format 99, and this version", "--reset-log"]);
     restore();
@@ -217,7 +217,7 @@ async fn check_damaged(uri: &str, directory: &Path, token: &str, what: &str) {
     }
     process.complains("gRPC is listening").await;
     let lines = process.complained();
-    let address = lines.iter().find_map(|line| line.split_once("address=")).unwrap().1;
+    let address = lines.iter().find_map(|line| line.split_once("gRPC is listening address=")).unwrap().1;
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
     match within("the stream starts or is refused", Stream::open(&endpoint, "t1", token)).await {
         Ok(mut stream) => match within("a change or the end", stream.try_next()).await {

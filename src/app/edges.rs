@@ -1,0 +1,121 @@
+//! What requests come through: bound before anything else starts, so that a taken port is said at once, and opened when there
+//! is something to serve.
+
+use super::primary::SqlPrimary;
+use crate::admission::Admission;
+use crate::authn::{Authenticator, oidc};
+use crate::config::{self, Config, MappingSource, Preset, SnapTokenFormat};
+use crate::grpc::data::DataService;
+use crate::grpc::tenancy::TenancyService;
+use crate::grpc::watch::WatchService;
+use crate::grpc::{self, Services};
+use crate::http::{self, Gateway};
+use crate::hub::Hub;
+use crate::replication::Primaries;
+use crate::snap_token;
+use crate::store::Store;
+use anyhow::Context as _;
+use std::sync::Arc;
+use tokio::sync::watch;
+use tonic_health::pb::health_server::{Health, HealthServer};
+
+/// Both ports, and who gets in.
+pub(super) struct Edges {
+    grpc: grpc::Listener,
+    http: Option<(http::Listener, config::Http)>,
+    admission: Admission,
+    /// Keeps the keys fresh that tokens are checked with.
+    issuer_keys: Option<oidc::Refresher>,
+}
+
+impl Edges {
+    pub(super) async fn bind(config: &Config) -> anyhow::Result<Self> {
+        let host = config.server.host.as_str();
+        let grpc = grpc::Listener::bind(host, &config.server.grpc).await?;
+        let http = match &config.server.http {
+            Some(http) => Some((http::Listener::bind(host, http).await?, http.clone())),
+            None => None,
+        };
+        let credentials = config.authn.credentials.as_ref();
+        let (authenticator, issuer_keys) = Authenticator::new(credentials).context("cannot check tokens")?;
+        let admission = Admission::new(authenticator, config.authn.exempt, config.server.rate_limit);
+        Ok(Self { grpc, http, admission, issuer_keys })
+    }
+
+    /// Serves until `stop` turns true and all streams have ended.
+    pub(super) async fn serve(
+        self,
+        services: Services<SqlPrimary>,
+        health: HealthServer<impl Health>,
+        streams_max: usize,
+        stop: watch::Receiver<bool>,
+    ) -> anyhow::Result<()> {
+        let Self { grpc, http, admission, issuer_keys } = self;
+        if let Some((listener, _)) = &http {
+            tracing::info!(address = %listener.address(), "HTTP is listening");
+        }
+        tracing::info!(address = %grpc.address(), "gRPC is listening");
+        let gateway = http.map(|(listener, config)| (listener, Gateway::new(&config, &services, admission.clone())));
+        let over_http = async {
+            // Where it is switched off there is nothing that could end.
+            if let Some((listener, gateway)) = gateway {
+                http::serve(listener, gateway, streams_max, stop.clone()).await;
+            }
+            Ok(())
+        };
+        let over_grpc = async { Ok(grpc::serve(grpc, services, health, admission, stop.clone()).await?) };
+        let keys_stay_fresh = async {
+            match issuer_keys {
+                Some(refresher) => refresher.run().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            served = async { tokio::try_join!(over_grpc, over_http) } => served.map(drop),
+            () = keys_stay_fresh => Ok(()),
+        }
+    }
+}
+
+/// The services, for every way to reach them.
+pub(super) fn services(
+    config: &Config,
+    hub: &Hub,
+    primary: SqlPrimary,
+    primaries: Primaries,
+    stop: watch::Receiver<bool>,
+) -> Services<SqlPrimary> {
+    let watch = grpc::watch::Options {
+        enabled: config.service.watch.enabled,
+        subscribers_max: streams_max(config),
+        resolve_timeout: config.service.watch.resolve_timeout,
+        token_form: token_form(config),
+    };
+    let data = grpc::data::Options {
+        rows_per_write_max: config.database.max_data_per_write,
+        resolve_timeout: config.service.watch.resolve_timeout,
+    };
+    // Other tables are other programs' to write.
+    let is_ours = config.mapping.source == MappingSource::Preset(Preset::Tuples);
+    let store = is_ours.then(|| Store::new(primaries, config.database.connections_for_store()));
+    Services {
+        watch: WatchService::new(hub.clone(), primary.clone(), watch, stop.clone()),
+        data: Arc::new(DataService::new(store.clone(), hub.clone(), primary, data, stop)),
+        tenancy: Arc::new(TenancyService::new(store)),
+    }
+}
+
+/// Streams at a time, in gRPC and HTTP together.
+pub(super) fn streams_max(config: &Config) -> usize {
+    usize::try_from(config.service.watch.subscribers_max).unwrap_or(usize::MAX)
+}
+
+/// The form of the tokens that are handed out.
+fn token_form(config: &Config) -> snap_token::Form {
+    match (config.snap_token.format, &config.mapping.source) {
+        (SnapTokenFormat::Permify, _) | (SnapTokenFormat::Auto, MappingSource::Preset(Preset::Permify)) => {
+            snap_token::Form::Permify
+        }
+        (SnapTokenFormat::Native | SnapTokenFormat::Auto, _) => snap_token::Form::Native,
+    }
+}
