@@ -34,6 +34,11 @@ impl Caller {
         self.tenants.as_ref().is_none_or(|tenants| tenants.contains(tenant))
     }
 
+    /// The tenants that are theirs; `None`: all.
+    pub fn tenants(&self) -> Option<impl Iterator<Item = &String>> {
+        self.tenants.as_ref().map(|tenants| tenants.iter())
+    }
+
     /// When the credentials stop being good, and with them the streams that were opened with them.
     pub const fn expires_at(&self) -> Option<SystemTime> {
         self.expires_at

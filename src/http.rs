@@ -32,9 +32,10 @@ use crate::grpc::proto::tenancy_server::Tenancy;
 use crate::grpc::{Services, status};
 use crate::hub::start::Primary;
 use axum::Router;
-use axum::extract::DefaultBodyLimit;
-use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, ORIGIN, RETRY_AFTER};
 use axum::http::{Method, Uri};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use refusal::Refusal;
@@ -50,6 +51,8 @@ pub struct Gateway {
     routes: Router,
     body_bytes_max: usize,
     cors: Option<CorsLayer>,
+    /// Origins whose pages may write, or `*`.
+    origins: Arc<[String]>,
     admission: Admission,
 }
 
@@ -76,6 +79,7 @@ impl Gateway {
             routes: routes.route("/healthz", get(alive)),
             body_bytes_max: config.body_size_max.to_usize(),
             cors: cors(&config.cors_allowed_origins),
+            origins: config.cors_allowed_origins.as_slice().into(),
             admission,
         }
     }
@@ -87,6 +91,7 @@ impl Gateway {
             .method_not_allowed_fallback(async |method: Method| Refusal::method_not_allowed(&method))
             .fallback(async |uri: Uri| Refusal::no_route(uri.path()))
             .layer(DefaultBodyLimit::max(self.body_bytes_max))
+            .layer(from_fn_with_state(self.origins, refuse_strange_pages))
             .layer(self.admission.layer(|error| Refusal::from(status::of_admission(error)).into_response()));
         // Outermost: a page of another origin may read why it was refused, too.
         match self.cors {
@@ -94,6 +99,24 @@ impl Gateway {
             None => router,
         }
     }
+}
+
+/// A browser sends what a form could send without asking first, wherever the page is from, and keeps only the answer from it: so
+/// that nobody's page writes to a server that its reader happens to reach.
+async fn refuse_strange_pages(State(allowed): State<Arc<[String]>>, request: Request, next: Next) -> Response {
+    match strange_page(&allowed, &request) {
+        Some(refusal) if !request.method().is_safe() => refusal.into_response(),
+        _ => next.run(request).await,
+    }
+}
+
+/// The refusal of a page that is neither of this server nor allowed.
+fn strange_page(allowed: &[String], request: &Request) -> Option<Refusal> {
+    let header = |name| request.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+    let origin = header(ORIGIN)?;
+    let is_own = origin.split_once("://").is_some_and(|(_, authority)| header(HOST) == Some(authority));
+    let is_allowed = allowed.iter().any(|allowed| allowed == "*" || allowed == origin);
+    (!is_own && !is_allowed).then(|| Refusal::from(status::strange_origin(origin)))
 }
 
 /// Says that the process runs and answers; whether it streams is what gRPC's health says.

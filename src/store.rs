@@ -82,13 +82,17 @@ impl From<tokio_postgres::Error> for Error {
     fn from(error: tokio_postgres::Error) -> Self {
         let Some(refusal) = error.as_db_error() else { return Self::Unreachable(describe(&error)) };
         match refusal.code() {
-            &SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED => Self::Collisions,
+            &SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED | &SqlState::LOCK_NOT_AVAILABLE => {
+                Self::Collisions
+            }
             // It took longer than the statement may.
             &SqlState::QUERY_CANCELED => Self::Unreachable(describe(&error)),
             // It is shutting down, or has just been made a standby.
             code if code.code().starts_with("57P") || *code == SqlState::READ_ONLY_SQL_TRANSACTION => {
                 Self::Unreachable(describe(&error))
             }
+            // It is short of disk, memory or connections.
+            code if code.code().starts_with("53") => Self::Unreachable(describe(&error)),
             &SqlState::INSUFFICIENT_PRIVILEGE => Self::Refused(format!(
                 "{}. Grant tuplewatch's role SELECT, INSERT, UPDATE and DELETE on the tables of schema tuplewatch, or \
                  have applications write them with SQL",

@@ -36,7 +36,14 @@ impl Edges {
             Some(http) => Some((http::Listener::bind(host, http).await?, http.clone())),
             None => None,
         };
+        let guards_grpc = config.server.grpc.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
         let credentials = config.authn.credentials.as_ref();
+        if guards_grpc && http.is_some() && credentials.is_none() {
+            tracing::warn!(
+                "server.grpc.tls.client_ca guards gRPC alone, and HTTP is open to everybody: set authn, or \
+                 server.http.enabled: false"
+            );
+        }
         let (authenticator, issuer_keys) = Authenticator::new(credentials).context("cannot check tokens")?;
         let admission = Admission::new(authenticator, config.authn.exempt, config.server.rate_limit);
         Ok(Self { grpc, http, admission, issuer_keys })

@@ -236,8 +236,20 @@ pub fn expired() -> Status {
 
 /// Somebody else's tenant.
 pub fn forbidden(tenant: &str) -> Status {
-    let message = format!("these credentials are not for tenant '{tenant}'");
+    // Nobody has checked it yet, and headers have bounds.
+    const SHOWN_MAX: usize = 128;
+    let message = if tenant.len() <= SHOWN_MAX {
+        format!("these credentials are not for tenant '{tenant}'")
+    } else {
+        "these credentials are not for this tenant".to_owned()
+    };
     with_reason(Code::PermissionDenied, message, "TENANT_FORBIDDEN", vec![])
+}
+
+/// A browser's page that may not write here.
+pub fn strange_origin(origin: &str) -> Status {
+    let message = format!("pages of {origin} may not do this: see server.http.cors_allowed_origins");
+    with_reason(Code::PermissionDenied, message, "ORIGIN_FORBIDDEN", vec![])
 }
 
 /// The process is ending.

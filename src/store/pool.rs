@@ -14,6 +14,9 @@ const WAIT_MAX: Duration = Duration::from_secs(10);
 const WELL_MAX: Duration = Duration::from_secs(2);
 /// PostgreSQL ends a statement of ours that takes longer, waits for locks included.
 pub(super) const STATEMENT_MAX: Duration = Duration::from_secs(30);
+/// Longest wait for a lock that somebody else has: then the call gives its connection back, and tries again. Else a few calls
+/// for one tenant, which is being deleted, would hold all connections.
+const LOCK_MAX: Duration = Duration::from_secs(1);
 
 /// Cheap to clone.
 #[derive(Clone, Debug)]
@@ -78,8 +81,14 @@ impl managed::Manager for Opener {
     async fn create(&self) -> Result<Open, Error> {
         let mut primaries = self.primaries.clone();
         let connection = primaries.connect().await.map_err(|error: primaries::Error| Error::from(error))?;
-        let set = format!("SET statement_timeout = '{}s'", STATEMENT_MAX.as_secs());
+        let set = format!(
+            "SET statement_timeout = '{}s'; SET lock_timeout = '{}s'",
+            STATEMENT_MAX.as_secs(),
+            LOCK_MAX.as_secs()
+        );
         connection.client.batch_execute(&set).await?;
+        // What nobody waits for any more ends soon. Servers on some systems cannot do it.
+        let _ = connection.client.batch_execute("SET client_connection_check_interval = '1s'").await;
         Ok(Open { connection, primaries })
     }
 

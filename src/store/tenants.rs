@@ -4,6 +4,7 @@ use super::filter::{Query, text};
 use super::page::{self, Key, Page};
 use super::{CALL_MAX, Error, Store, TENANT_DELETION_MAX, begin, persistently};
 use crate::change::TenantId;
+use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Transaction};
 
 /// Tells our advisory locks from those of others: "tuple" in ASCII, as the seed of the hash. Two tenants of the same hash
@@ -44,7 +45,8 @@ impl Store {
     /// # Errors
     /// [`Error::UnknownTenant`] and others.
     pub async fn delete_tenant(&self, id: &TenantId) -> Result<(), Error> {
-        let patience = format!("SET LOCAL statement_timeout = '{}s'", TENANT_DELETION_MAX.as_secs());
+        let patience =
+            format!("SET LOCAL statement_timeout = '{}s'; SET LOCAL lock_timeout = 0", TENANT_DELETION_MAX.as_secs());
         persistently(TENANT_DELETION_MAX, || async {
             let mut client = self.pool.get().await?;
             let transaction = begin(&mut client).await?;
@@ -64,13 +66,22 @@ impl Store {
         .await
     }
 
-    /// A page of the tenants, by id.
+    /// A page of the tenants, by id; only of these, if they are given.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn list_tenants(&self, after: Option<&Key<1>>, page_size: usize) -> Result<Page<Tenant, 1>, Error> {
+    pub async fn list_tenants(
+        &self,
+        only: Option<&[String]>,
+        after: Option<&Key<1>>,
+        page_size: usize,
+    ) -> Result<Page<Tenant, 1>, Error> {
         let after = after.map(Key::columns);
         let mut query = Query::new(&format!("SELECT {COLUMNS} FROM tuplewatch.tenants WHERE true"));
+        if let Some(only) = &only {
+            let place = query.bind((only, Type::TEXT_ARRAY));
+            query.push(&format!(" AND id = ANY({place})"));
+        }
         page::narrow(&mut query, ["id"], after.as_ref(), page_size);
         persistently(CALL_MAX, || async {
             let client = self.pool.get().await?;
