@@ -1,5 +1,7 @@
 //! Who gets in: keys, JWTs of an issuer that comes and goes, and what needs neither.
 
+mod http;
+
 use super::cli::process::{Process, program, run};
 use crate::support::change::Change;
 use crate::support::issuer::{AUDIENCE, Issuer, Key};
@@ -8,6 +10,7 @@ use crate::support::server::Server;
 use crate::support::stream::{Stream, reason};
 use crate::support::wait::{eventually, within};
 use jsonwebtoken::{Algorithm, get_current_timestamp};
+use reqwest::Method;
 use serde_json::json;
 use tonic::{Code, Request, Status};
 use tonic_reflection::pb::v1::ServerReflectionRequest;
@@ -91,6 +94,7 @@ async fn exemptions_are_as_configured() {
     let mut server = Server::prepare(&postgres, &flags).await;
     server.start().await;
     assert_eq!(server.health("").await, Err(Code::Unauthenticated));
+    assert_eq!(server.ask(Method::GET, "/healthz", "").await.0, 401);
     reflect(&server, "").await.unwrap();
     refused(&server, "", MISSING, "nobody").await;
 }

@@ -2,7 +2,7 @@
 
 mod python_client;
 
-use crate::support::http::{EventSource, Seen};
+use crate::support::http::{EventSource, Seen, reason};
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use crate::support::wait::eventually;
@@ -24,12 +24,6 @@ fn created(id: &str) -> Json {
 /// The document of the one change of an event.
 fn document(data: &Json) -> &str {
     data["changes"]["data_changes"][0]["tuple"]["entity"]["id"].as_str().unwrap_or_else(|| panic!("{data}"))
-}
-
-/// Code and reason of an error.
-fn reason(error: &Json) -> (u64, &str) {
-    let (code, reason) = (error["code"].as_u64(), error["details"][0]["reason"].as_str());
-    (code.unwrap_or_else(|| panic!("{error}")), reason.unwrap_or_default())
 }
 
 #[tokio::test]

@@ -1,14 +1,23 @@
-//! Certificates of the server and of its clients, good ones and others, as `watch` meets them.
+//! Certificates of the server and of its clients, good ones and others, as `watch` and clients of HTTP meet them.
 
 use super::cli::process::{Process, program};
+use crate::support::http::Lines;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
-use crate::support::wait::eventually;
+use crate::support::wait::{eventually, within};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
     date_time_ymd,
 };
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::{ClientConfig, RootCertStore};
 use std::path::Path;
+use std::sync::Arc;
 use tempfile::TempDir;
 
 /// A certificate authority.
@@ -44,15 +53,21 @@ fn expired(params: &mut CertificateParams) {
     params.not_after = date_time_ymd(2021, 1, 1);
 }
 
-/// All the certificates of these tests, and the certificate that the server has.
-async fn serve(postgres: &Postgres, certificate: &str, client_ca: bool) -> (TempDir, Server) {
+/// All the certificates of these tests.
+fn certificates() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
-    let path = |name: &str| directory.path().join(name).display().to_string();
     let (ours, others) = (Authority::new(directory.path(), "ours"), Authority::new(directory.path(), "others"));
     ours.sign(directory.path(), "server", |_| {});
     ours.sign(directory.path(), "expired", expired);
     ours.sign(directory.path(), "client", |_| {});
     others.sign(directory.path(), "stranger", |_| {});
+    directory
+}
+
+/// All certificates, and a server that has one of them for gRPC.
+async fn serve(postgres: &Postgres, certificate: &str, client_ca: bool) -> (TempDir, Server) {
+    let directory = certificates();
+    let path = |name: &str| directory.path().join(name).display().to_string();
     let (cert, key) = (path(&format!("{certificate}.pem")), path(&format!("{certificate}.key")));
     let authority = path("ours.pem");
     let mut flags = vec![
@@ -154,4 +169,61 @@ async fn files_that_cannot_be_used_are_named_at_start() {
         server.set("--server-grpc-tls-client-ca", &authority);
     }
     server.start().await;
+}
+
+/// A client of HTTP that trusts this authority alone.
+fn https(directory: &TempDir, authority: &str) -> Client<HttpsConnector<HttpConnector>, String> {
+    let mut roots = RootCertStore::empty();
+    let pem = std::fs::read(directory.path().join(authority)).unwrap();
+    roots.add(CertificateDer::from_pem_slice(&pem).unwrap()).unwrap();
+    // Two implementations are in the tree, so that rustls does not choose.
+    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = HttpsConnectorBuilder::new().with_tls_config(config).https_only().enable_http1().build();
+    Client::builder(TokioExecutor::new()).build(connector)
+}
+
+#[tokio::test]
+async fn http_has_a_certificate_of_its_own() {
+    let postgres = Postgres::start().await;
+    let directory = certificates();
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    let (cert, key) = (path("server.pem"), path("server.key"));
+    let flags = [
+        ("--server-http-tls-enabled", "true"),
+        ("--server-http-tls-cert", cert.as_str()),
+        ("--server-http-tls-key", key.as_str()),
+    ];
+    // That it is serving is told by gRPC, which has none.
+    let mut server = Server::serve(&postgres, &flags).await;
+    let sql = postgres.sql().await;
+    let url = |path: &str| format!("https://{}{path}", server.http_address());
+    let ours = https(&directory, "ours.pem");
+    let health = within("an answer", ours.get(url("/healthz").parse().unwrap())).await.unwrap();
+    assert_eq!(health.status(), 200);
+    let request = http::Request::post(url("/v1/tenants/t1/watch")).body("{}".to_owned()).unwrap();
+    let answer = within("the stream starts", ours.request(request)).await.unwrap();
+    let mut lines = Lines::of(answer.map(reqwest::Body::wrap).into());
+    let mut expect = async |id: &str| {
+        sql.insert("t1", id).await;
+        let line = lines.next().await.unwrap();
+        assert_eq!(line["result"]["changes"]["data_changes"][0]["tuple"]["entity"]["id"], id, "{line}");
+    };
+    expect("a").await;
+
+    let strict = https(&directory, "others.pem");
+    let error = within("a refusal", strict.get(url("/healthz").parse().unwrap())).await.unwrap_err();
+    assert!(format!("{error:?}").contains("UnknownIssuer"), "{error:?}");
+    let plain = reqwest::get(server.url("/healthz"));
+    assert!(within("a refusal", plain).await.is_err(), "an answer in plain text");
+    // Nobody else is held up by them.
+    expect("b").await;
+
+    server.terminate().await;
+    server.ended().await;
+    server.set("--server-http-tls-key", &path("ours.pem"));
+    server.refuses_to_start("ours.pem (server.http.tls.key) holds no private key").await;
 }

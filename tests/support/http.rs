@@ -3,7 +3,7 @@
 use super::server::Server;
 use super::wait::within;
 use reqwest::header::HeaderMap;
-use reqwest::{Method, Response};
+use reqwest::{Method, RequestBuilder, Response};
 use serde_json::Value as Json;
 use std::time::Duration;
 
@@ -21,14 +21,28 @@ impl Server {
         (status, serde_json::from_slice(&body).unwrap_or_else(|error| panic!("{error}: {body:?}")))
     }
 
+    /// Posts `{}` with this `authorization` header, if it is not empty.
+    pub(crate) async fn post_as(&self, authorization: &str, path: &str) -> Response {
+        within("an answer", authorized(reqwest::Client::new().post(self.url(path)).body("{}"), authorization).send())
+            .await
+            .unwrap()
+    }
+
     /// A stream of lines, whose start is fixed.
     pub(crate) async fn lines(&self, path: &str, body: Json) -> Lines {
         let request = reqwest::Client::new().post(self.url(path)).body(body.to_string());
-        let response = within("the stream starts", request.send()).await.unwrap();
-        assert_eq!(response.status(), 200);
-        assert_eq!(response.headers()["content-type"], "application/x-ndjson");
-        Lines { headers: response.headers().clone(), body: Body { response, rest: Vec::new() } }
+        Lines::of(within("the stream starts", request.send()).await.unwrap())
     }
+}
+
+fn authorized(request: RequestBuilder, authorization: &str) -> RequestBuilder {
+    if authorization.is_empty() { request } else { request.header("authorization", authorization) }
+}
+
+/// Code and reason of an error.
+pub(crate) fn reason(error: &Json) -> (u64, &str) {
+    let (code, reason) = (error["code"].as_u64(), error["details"][0]["reason"].as_str());
+    (code.unwrap_or_else(|| panic!("{error}")), reason.unwrap_or_default())
 }
 
 /// A body that is read line by line.
@@ -57,6 +71,12 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
+    pub(crate) fn of(response: Response) -> Self {
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "application/x-ndjson");
+        Self { headers: response.headers().clone(), body: Body { response, rest: Vec::new() } }
+    }
+
     pub(crate) async fn next(&mut self) -> Option<Json> {
         let line = within("the next line", self.body.line()).await?;
         Some(serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}")))
@@ -80,6 +100,7 @@ pub(crate) enum Seen {
 /// A reader that does what the HTML standard has an `EventSource` do (section 9.2), and nothing else.
 pub(crate) struct EventSource {
     url: String,
+    authorization: String,
     last_event_id: String,
     body: Option<Body>,
 }
@@ -89,7 +110,12 @@ const RECONNECTION_TIME: Duration = Duration::from_millis(100);
 
 impl EventSource {
     pub(crate) fn new(url: String) -> Self {
-        Self { url, last_event_id: String::new(), body: None }
+        Self { url, authorization: String::new(), last_event_id: String::new(), body: None }
+    }
+
+    /// With an `authorization` header, which a proxy adds to what a browser sends.
+    pub(crate) fn authorized(self, authorization: &str) -> Self {
+        Self { authorization: authorization.to_owned(), ..self }
     }
 
     /// Reads the id that a stream begins with, which no page sees.
@@ -126,7 +152,8 @@ impl EventSource {
     }
 
     async fn connect(&mut self) -> Option<Seen> {
-        let mut request = reqwest::Client::new().get(&self.url).header("accept", "text/event-stream");
+        let request = reqwest::Client::new().get(&self.url).header("accept", "text/event-stream");
+        let mut request = authorized(request, &self.authorization);
         if !self.last_event_id.is_empty() {
             request = request.header("last-event-id", &self.last_event_id);
         }
