@@ -254,15 +254,15 @@ async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Inf
     for n in 0..count {
         pause(&mut random).await;
         if n == fault_at {
+            // What goes wrong before a log has begun, and was checked once, cannot be told.
+            while fault != Fault::Nothing && !disk.is_verified() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
             match fault {
                 Fault::Nothing | Fault::LyingDisk => {}
                 Fault::SlotMoved => server.move_slot(),
                 Fault::Failover => server.fail_over(),
                 Fault::Unpublished => {
-                    // What changes before the first check cannot be told.
-                    while !disk.is_verified() {
-                        tokio::time::sleep(Duration::from_millis(10)).await;
-                    }
                     // Both between two checks, or not.
                     tokio::time::sleep(Duration::from_millis(random.u64(0..7_000))).await;
                     server.publish(false);

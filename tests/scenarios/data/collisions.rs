@@ -106,17 +106,17 @@ async fn when_all_connections_are_busy_it_says_so() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--database-max-connections", "5")]).await;
     let mut api = Api::of(&server).await;
-    let (sql, other) = (postgres.sql().await, postgres.sql().await);
-    other.run("BEGIN").await;
-    other.insert("t1", "a").await;
+    let sql = postgres.sql().await;
+    // Longer than anybody waits for a connection.
+    on_insert(&sql, "a", "PERFORM pg_sleep(14);").await;
     let mut first = api.clone();
     let write = tokio::spawn(async move { first.try_write("t1", &["document:a#viewer@user:u"]).await });
-    sql.until_waiting(1).await;
+    let sleeps = "EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep')";
+    eventually("the write has the connection", async || sql.is_true(sleeps).await).await;
     let busy = (Code::ResourceExhausted, "ERROR_CODE_DATASTORE".to_owned());
     assert_eq!(refusal(api.try_write("t1", &["document:b#viewer@user:u"]).await), busy);
     // Watch has its own.
     server.watch("t1", "").await;
-    other.run("COMMIT").await;
     within("the write", write).await.unwrap().unwrap();
     api.write("t1", &["document:b#viewer@user:u"]).await;
     let ours = sql.value(
@@ -124,6 +124,24 @@ async fn when_all_connections_are_busy_it_says_so() {
          AND backend_type = 'client backend'",
     );
     assert!(ours.await.parse::<u32>().unwrap() <= 5);
+}
+
+/// There is one connection for all of them.
+#[tokio::test]
+async fn a_write_that_waits_for_a_lock_holds_no_other_up() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[("--database-max-connections", "5")]).await;
+    let mut api = Api::of(&server).await;
+    let (sql, other) = (postgres.sql().await, postgres.sql().await);
+    other.run("BEGIN").await;
+    other.insert("t1", "a").await;
+    let mut first = api.clone();
+    let write = tokio::spawn(async move { first.try_write("t1", &["document:a#viewer@user:u"]).await });
+    sql.until_waiting(1).await;
+    api.write("t1", &["document:b#viewer@user:u"]).await;
+    assert!(!write.is_finished());
+    other.run("COMMIT").await;
+    within("the write", write).await.unwrap().unwrap();
 }
 
 /// Writers through the API and in SQL, in every order, over few rows. What the stream adds up to is what is there.
