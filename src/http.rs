@@ -8,7 +8,7 @@
 //!
 //! Nothing is decided here that gRPC decides: validation, authorization and statuses are the services', and a request's headers
 //! and extensions (with the caller, once known) go over to them. What is decided here is how it looks in HTTP: paths, the JSON
-//! form ([`json`]), the HTTP status of a gRPC status ([`refusal`]), and how a stream of changes is written ([`watch`]).
+//! form (`json`), the HTTP status of a gRPC status (`refusal`), and how a stream of changes is written (`watch`).
 //!
 //! A stream's body is pulled from the service as fast as the client reads, so that a slow one costs here what it costs in gRPC.
 //!
