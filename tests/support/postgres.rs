@@ -132,6 +132,12 @@ impl Postgres {
         self.cluster.installation().major()
     }
 
+    /// Whose programs it runs.
+    #[allow(dead_code, reason = "for the benchmarks")]
+    pub(crate) fn installation(&self) -> &Installation {
+        self.cluster.installation()
+    }
+
     /// How long it took.
     pub(crate) async fn stop(&mut self, mode: StopMode) -> Duration {
         let began = Instant::now();

@@ -1,0 +1,55 @@
+//! What tuplewatch is measured against: the driver that it reads with, and nothing behind it.
+
+use pgwire_replication::{Lsn, ReplicationClient, ReplicationEvent};
+use std::time::Duration;
+use tuplewatch::replication::connection::Endpoints;
+
+/// Commits between acknowledgements, each of which wakes the driver.
+const ACKNOWLEDGE_EVERY: u32 = 1_000;
+
+/// A reader of a slot of its own, with the options of tuplewatch's own session, but for a queue that is as long as suits it.
+pub(crate) struct Bare {
+    client: ReplicationClient,
+    commits: u32,
+}
+
+impl Bare {
+    /// Returns once the server streams.
+    pub(crate) async fn start(uri: &str, slot: &str) -> Self {
+        let sql = Endpoints::parse(uri).unwrap().connect("bare").await.unwrap();
+        let config = sql
+            .endpoint()
+            .replication_config(slot, "tuplewatch")
+            .with_status_interval(Duration::from_millis(250))
+            .with_wakeup_interval(Duration::from_millis(500))
+            .with_buffer_size(8_192)
+            .with_start_lsn(Lsn::ZERO)
+            .with_ack_lsn(Lsn::ZERO);
+        let mut client = ReplicationClient::connect_gated(config).await.unwrap();
+        client.start().await.unwrap();
+        client.wait_started().await.unwrap();
+        Self { client, commits: 0 }
+    }
+
+    /// The next event. Commits are acknowledged, many at a time.
+    pub(crate) async fn next(&mut self) -> ReplicationEvent {
+        let event = self.client.recv().await.unwrap().expect("a stream that goes on");
+        if let ReplicationEvent::Commit { end_lsn, .. } = event {
+            self.commits += 1;
+            if self.commits.is_multiple_of(ACKNOWLEDGE_EVERY) {
+                self.client.update_applied_lsn(end_lsn);
+            }
+        }
+        event
+    }
+
+    /// Gives the slot back.
+    pub(crate) async fn close(mut self) {
+        self.client.shutdown().await.unwrap();
+    }
+}
+
+/// Whether the event is a row: pgoutput's Insert, Update or Delete.
+pub(crate) fn is_row(event: &ReplicationEvent) -> bool {
+    matches!(event, ReplicationEvent::XLogData { data, .. } if matches!(data.first(), Some(b'I' | b'U' | b'D')))
+}

@@ -1,0 +1,201 @@
+//! A client of Watch that costs next to nothing: HTTP/2 by `h2`, and the frames of gRPC and the fields of protobuf by hand.
+//!
+//! For what a generated client is too slow for, or hides: thousands of streams in one thread, and how DATA frames are taken.
+
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use h2::client::{Builder, SendRequest};
+use h2::{Reason, RecvStream};
+use prost::Message as _;
+use std::net::SocketAddr;
+use tokio::net::TcpStream;
+use tuplewatch::grpc::proto::WatchRequest;
+
+/// How much a peer may send ahead of what is read, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Windows {
+    pub(crate) stream: u32,
+    pub(crate) connection: u32,
+}
+
+impl Windows {
+    /// As clients are advised to have them.
+    pub(crate) const WIDE: Self = Self { stream: 4 << 20, connection: 64 << 20 };
+}
+
+/// A connection. Lives as long as its streams.
+#[derive(Clone)]
+pub(crate) struct Connection {
+    requests: SendRequest<Bytes>,
+    authority: String,
+}
+
+/// An open stream of one tenant's changes.
+pub(crate) struct RawStream {
+    body: RecvStream,
+    frames: Frames,
+    /// The token that resumes from its start.
+    pub(crate) start_token: String,
+}
+
+impl Connection {
+    pub(crate) async fn open(address: SocketAddr, windows: Windows) -> Self {
+        let stream = TcpStream::connect(address).await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        let mut builder = Builder::new();
+        builder.initial_window_size(windows.stream).initial_connection_window_size(windows.connection);
+        let (requests, connection) = builder.handshake(stream).await.unwrap();
+        // Where it fails its streams say so.
+        tokio::spawn(connection);
+        Self { requests, authority: address.to_string() }
+    }
+
+    /// Returns when the response headers are there: the start is fixed then.
+    pub(crate) async fn watch(&self, tenant: &str, token: &str) -> RawStream {
+        let request = http::Request::post(format!("http://{}/base.v1.Watch/Watch", self.authority))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(())
+            .unwrap();
+        let mut requests = self.requests.clone().ready().await.unwrap();
+        let (response, mut body) = requests.send_request(request, false).unwrap();
+        body.send_data(framed(tenant, token), true).unwrap();
+        let response = response.await.unwrap();
+        let header = |name| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
+        assert_eq!((response.status().as_u16(), header("grpc-status")), (200, None), "{response:?}");
+        let start_token = header("snap-token").unwrap();
+        RawStream { body: response.into_body(), frames: Frames::default(), start_token }
+    }
+}
+
+/// A request with gRPC's prefix: not compressed, its length.
+fn framed(tenant: &str, token: &str) -> Bytes {
+    let request = WatchRequest { tenant_id: tenant.to_owned(), snap_token: token.to_owned() };
+    let mut framed = BytesMut::new();
+    framed.put_u8(0);
+    framed.put_u32(u32::try_from(request.encoded_len()).unwrap());
+    request.encode(&mut framed).unwrap();
+    framed.freeze()
+}
+
+impl RawStream {
+    /// Takes what the next DATA frame completes, and tells each encoded `WatchResponse`.
+    pub(crate) async fn read(&mut self, message: impl FnMut(&[u8])) -> Result<(), h2::Error> {
+        let chunk = match self.body.data().await {
+            Some(chunk) => chunk?,
+            None => panic!("the stream ended: {:?}", self.body.trailers().await),
+        };
+        self.body.flow_control().release_capacity(chunk.len())?;
+        self.frames.take(chunk, message);
+        Ok(())
+    }
+}
+
+/// Whether the connection died of too many small frames that nobody read.
+pub(crate) fn is_too_many_frames(error: &h2::Error) -> bool {
+    error.reason() == Some(Reason::ENHANCE_YOUR_CALM)
+}
+
+/// gRPC's messages, which begin and end anywhere in DATA frames.
+#[derive(Default)]
+struct Frames {
+    /// The beginning of a message.
+    rest: BytesMut,
+}
+
+/// A flag and the length.
+const PREFIX: usize = 5;
+
+impl Frames {
+    fn take(&mut self, chunk: Bytes, mut message: impl FnMut(&[u8])) {
+        if self.rest.is_empty() {
+            let taken = whole(&chunk, &mut message);
+            self.rest.extend_from_slice(&chunk[taken..]);
+        } else {
+            self.rest.extend_from_slice(&chunk);
+            let taken = whole(&self.rest, &mut message);
+            self.rest.advance(taken);
+        }
+    }
+}
+
+/// Tells the messages that are there whole; returns how many bytes they have.
+fn whole(bytes: &[u8], message: &mut impl FnMut(&[u8])) -> usize {
+    let mut taken = 0;
+    while let Some((prefix, rest)) = bytes[taken..].split_first_chunk::<PREFIX>() {
+        let [flag, length @ ..] = *prefix;
+        assert_eq!(flag, 0, "a compressed message, which nobody asked for");
+        let Some(content) = rest.get(..u32::from_be_bytes(length) as usize) else { break };
+        message(content);
+        taken += PREFIX + content.len();
+    }
+    taken
+}
+
+/// Tells every encoded `DataChange` of an encoded `WatchResponse`.
+pub(crate) fn changes<'a>(response: &'a [u8], mut change: impl FnMut(&'a [u8])) {
+    let mut has_token = false;
+    for (number, content) in Fields(field(response, 1)) {
+        match number {
+            1 => has_token = !content.is_empty(),
+            2 => change(content),
+            _ => {}
+        }
+    }
+    assert!(has_token, "a message without a token");
+}
+
+/// The entity id of an encoded `DataChange` that creates a tuple.
+pub(crate) fn entity_id(change: &[u8]) -> &[u8] {
+    field(field(field(change, 2), 1), 2)
+}
+
+/// The number that is written in these digits.
+pub(crate) fn decimal(digits: &[u8]) -> u64 {
+    digits.iter().fold(0, |number, digit| {
+        assert!(digit.is_ascii_digit(), "no digit in {digits:?}");
+        number * 10 + u64::from(digit - b'0')
+    })
+}
+
+fn field(message: &[u8], wanted: u32) -> &[u8] {
+    let found = Fields(message).find(|(number, _)| *number == wanted);
+    found.map_or_else(|| panic!("no field {wanted} in {message:?}"), |(_, content)| content)
+}
+
+/// The fields of an encoded message, with number and content; a varint has none.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = (u32, &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let key = varint(&mut self.0);
+        let length = match key & 7 {
+            0 => {
+                varint(&mut self.0);
+                0
+            }
+            2 => varint(&mut self.0) as usize,
+            other => panic!("wire type {other}, which Watch does not use"),
+        };
+        let (content, rest) = self.0.split_at(length);
+        self.0 = rest;
+        Some((u32::try_from(key >> 3).unwrap(), content))
+    }
+}
+
+fn varint(bytes: &mut &[u8]) -> u64 {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (byte, rest) = bytes.split_first().expect("a whole varint");
+        *bytes = rest;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            break;
+        }
+    }
+    value
+}
