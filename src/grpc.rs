@@ -1,25 +1,28 @@
 //! The gRPC edge: `base.v1.Watch`, `base.v1.Data`, `base.v1.Tenancy`, health and reflection.
 //!
-//! Only the edges know the generated types. A message is encoded once ([`crate::change`]) and framed once, and the codec here
-//! only copies it: see [`watch`]. [`status`] is the one place that turns errors into statuses.
+//! Only the edges know the generated types. A message is encoded once ([`crate::change`]) and framed once, and every subscriber
+//! is sent the same frame: see [`watch`]. [`status`] is the one place that turns errors into statuses.
 
 pub mod data;
 mod fact;
 pub mod status;
 pub mod tenancy;
+mod threads;
 mod validation;
 pub mod watch;
 
 use crate::admission::Admission;
 use crate::authn::Caller;
 use crate::config::Grpc as GrpcConfig;
+use crate::connections;
 use crate::tls;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
+use threads::{Connection, Threads};
 use tokio::sync::watch::Receiver;
-use tonic::transport::server::TcpIncoming;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic::{Request, Status};
 use tonic_health::pb::health_server::{Health, HealthServer};
@@ -56,6 +59,9 @@ pub enum Error {
     /// The certificate or the key cannot be used.
     #[error(transparent)]
     Tls(#[from] tls::Error),
+    /// No threads to serve on.
+    #[error("the threads of the gRPC server cannot be started: {0}")]
+    Threads(std::io::Error),
     /// Serving failed.
     #[error("the gRPC server failed: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -66,9 +72,8 @@ pub enum Error {
 
 /// A bound listener: bound before anything else starts, so that a taken port is said at once.
 pub struct Listener {
-    incoming: TcpIncoming,
+    listener: connections::Listener,
     tls: Option<ServerTlsConfig>,
-    address: SocketAddr,
 }
 
 impl Listener {
@@ -83,14 +88,13 @@ impl Listener {
             None => None,
         };
         let bind = |source| Error::Bind { address: format!("{host}:{port}"), source };
-        let listener = TcpListener::bind((host, port)).await.map_err(bind)?;
-        let address = listener.local_addr().map_err(bind)?;
-        Ok(Self { incoming: TcpIncoming::from(listener).with_nodelay(Some(true)), tls, address })
+        let listener = connections::Listener::bind(host, port).await.map_err(bind)?;
+        Ok(Self { listener, tls })
     }
 
     /// Where it listens.
     pub const fn address(&self) -> SocketAddr {
-        self.address
+        self.listener.address()
     }
 }
 
@@ -103,7 +107,7 @@ pub struct Services<P> {
     pub tenancy: Arc<tenancy::TenancyService>,
 }
 
-/// Serves until `stop` turns true and all streams have ended.
+/// Serves until `stop` turns true and all streams have ended. Dropped before, it cuts them.
 ///
 /// # Errors
 /// Where serving fails.
@@ -112,6 +116,7 @@ pub async fn serve<P: crate::hub::start::Primary + 'static>(
     services: Services<P>,
     health: HealthServer<impl Health>,
     admission: Admission,
+    connections_max: usize,
     mut stop: Receiver<bool>,
 ) -> Result<(), Error> {
     let reflection = tonic_reflection::server::Builder::configure()
@@ -124,20 +129,50 @@ pub async fn serve<P: crate::hub::start::Primary + 'static>(
         .max_concurrent_streams(STREAMS_MAX)
         .http2_max_header_list_size(HEADERS_MAX)
         .layer(admission.layer(|error| status::of_admission(error).into_http()));
-    if let Some(tls) = listener.tls {
+    let Listener { listener, tls } = listener;
+    if let Some(tls) = tls {
         server = server.tls_config(tls)?;
     }
-    let stopped = async move {
-        let _ = stop.wait_for(|stop| *stop).await;
-    };
-    server
-        .add_service(health)
-        .add_service(reflection)
-        .add_service(services.watch)
-        .add_service(proto::data_server::DataServer::from_arc(services.data))
-        .add_service(proto::tenancy_server::TenancyServer::from_arc(services.tenancy))
-        .serve_with_incoming_shutdown(listener.incoming, stopped)
-        .await?;
+    let threads = Threads::start(|connections| {
+        let (hub, bell) = services.watch.hub().with_bell();
+        let mut stop = stop.clone();
+        let serving = server
+            .clone()
+            .add_service(health.clone())
+            .add_service(reflection.clone())
+            .add_service(services.watch.with_hub(hub))
+            .add_service(proto::data_server::DataServer::from_arc(services.data.clone()))
+            .add_service(proto::tenancy_server::TenancyServer::from_arc(services.tenancy.clone()))
+            .serve_with_incoming_shutdown(ReceiverStream::new(connections).map(Connection::adopt), async move {
+                let _ = stop.wait_for(|stop| *stop).await;
+            });
+        async move {
+            tokio::select! {
+                served = serving => served,
+                never = bell.run() => never,
+            }
+        }
+    });
+    let mut threads = threads.map_err(Error::Threads)?;
+    let mut incoming = listener.accept("gRPC", connections_max);
+    loop {
+        let (stream, place) = tokio::select! {
+            // First: threads end when it comes.
+            biased;
+            _ = stop.wait_for(|stop| *stop) => break,
+            Some(ended) = threads.ended() => {
+                return ended.and(Err(Error::Threads(std::io::Error::other("one of them ended by itself"))));
+            }
+            accepted = incoming.next() => accepted,
+        };
+        if let Err(error) = threads.serve(stream, place).await {
+            tracing::debug!("a gRPC connection ended at once: {error}");
+        }
+    }
+    drop(incoming);
+    while let Some(ended) = threads.ended().await {
+        ended?;
+    }
     Ok(())
 }
 

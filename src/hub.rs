@@ -20,6 +20,7 @@
 //!
 //! This module reads the log and never writes it; it knows nothing of replication.
 
+mod bell;
 pub mod publisher;
 mod resolve;
 pub mod start;
@@ -29,6 +30,7 @@ mod window;
 #[cfg(test)]
 mod tests;
 
+pub use bell::Bell;
 pub use subscription::{End, Filter, Subscription};
 
 use crate::changelog::ChangeLog;
@@ -52,27 +54,27 @@ pub struct Options {
     pub before_visible: bool,
 }
 
-/// A message on its way to subscribers, with its bytes on the wire: made once, whoever asks first.
+/// A message on its way to subscribers, with its frame on the wire: made once, by whoever asks first.
 #[derive(Debug)]
 pub struct Item {
     /// The message.
     pub message: Message,
-    wire: OnceLock<Bytes>,
+    frame: OnceLock<Bytes>,
 }
 
 impl Item {
     fn new(message: Message) -> Arc<Self> {
-        Arc::new(Self { message, wire: OnceLock::new() })
+        Arc::new(Self { message, frame: OnceLock::new() })
     }
 
-    /// Whether the bytes on the wire were made.
-    pub fn is_encoded(&self) -> bool {
-        self.wire.get().is_some()
+    /// The frame, if it was made.
+    pub fn framed(&self) -> Option<&Bytes> {
+        self.frame.get()
     }
 
-    /// The bytes on the wire; all callers give the same `encode`.
-    pub fn wire(&self, encode: impl FnOnce(&Message) -> Bytes) -> Bytes {
-        self.wire.get_or_init(|| encode(&self.message)).clone()
+    /// The frame; all callers give the same `make`.
+    pub fn frame(&self, make: impl FnOnce(&Message) -> Bytes) -> Bytes {
+        self.frame.get_or_init(|| make(&self.message)).clone()
     }
 }
 
@@ -83,6 +85,8 @@ pub type Origin = (Source, Arc<History>);
 #[derive(Clone)]
 pub struct Hub {
     inner: Arc<Inner>,
+    /// What subscriptions of this handle are woken by.
+    bell: Option<Bell>,
 }
 
 struct Inner {
@@ -124,7 +128,21 @@ impl Hub {
                 disk_reads: Arc::new(Semaphore::new(DISK_READS_MAX)),
                 options,
             }),
+            bell: None,
         })
+    }
+
+    /// A handle for a thread that serves many subscriptions, and the bell that has to run there: what is published wakes them
+    /// together, from within.
+    pub fn with_bell(&self) -> (Self, Bell) {
+        let bell = Bell::default();
+        self.window().hang(bell.clone());
+        (Self { inner: self.inner.clone(), bell: Some(bell.clone()) }, bell)
+    }
+
+    /// Ends all subscriptions, and those to come.
+    pub fn close(&self) {
+        self.window().close();
     }
 
     fn window(&self) -> MutexGuard<'_, Window> {
@@ -135,24 +153,30 @@ impl Hub {
     /// Takes a transaction in stream order; waits while the window is full of what the log does not have yet, or of what is
     /// not visible yet.
     pub async fn admit(&self, transaction: Arc<Transaction>) {
+        if !self.window().admit(&transaction, *self.inner.appended.borrow()) {
+            self.wait_for_room(&transaction).await;
+        }
+        self.inner.admitted.send_replace(transaction.end);
+    }
+
+    /// Returns once it is admitted, or the log is gone and the process with it.
+    async fn wait_for_room(&self, transaction: &Transaction) {
         let mut appended = self.inner.appended.clone();
         let mut visible = self.inner.visible.subscribe();
         loop {
             visible.mark_unchanged();
             let tail = *appended.borrow_and_update();
-            if self.window().admit(&transaction, tail) {
-                break;
+            if self.window().admit(transaction, tail) {
+                return;
             }
             tokio::select! {
                 biased;
                 changed = appended.changed() => if changed.is_err() {
-                    // The log is gone, and the process with it.
                     return;
                 },
                 _ = visible.changed() => {}
             }
         }
-        self.inner.admitted.send_replace(transaction.end);
     }
 
     /// Nothing for us up to this LSN.

@@ -51,6 +51,7 @@ pub mod change;
 pub mod changelog;
 pub mod cli;
 pub mod config;
+pub mod connections;
 pub mod dev_postgres;
 pub mod grpc;
 pub mod http;

@@ -29,6 +29,8 @@ mod support {
     pub(crate) mod permify;
     pub(crate) mod postgres;
     pub(crate) mod proxy;
+    #[expect(dead_code, reason = "the benchmarks use the rest")]
+    pub(crate) mod raw_watch;
     pub(crate) mod reference;
     pub(crate) mod reset_wal;
     pub(crate) mod server;
@@ -60,6 +62,7 @@ mod scenarios {
     mod rows;
     mod schema;
     mod slot;
+    mod slow_client;
     mod subscribers;
     mod tenancy;
     mod timeline;

@@ -5,6 +5,7 @@ use super::primary::SqlPrimary;
 use crate::admission::Admission;
 use crate::authn::{Authenticator, oidc};
 use crate::config::{self, Config, MappingSource, Preset, SnapTokenFormat};
+use crate::connections;
 use crate::grpc::data::DataService;
 use crate::grpc::tenancy::TenancyService;
 use crate::grpc::watch::WatchService;
@@ -62,15 +63,17 @@ impl Edges {
             tracing::info!(address = %listener.address(), "HTTP is listening");
         }
         tracing::info!(address = %grpc.address(), "gRPC is listening");
+        let connections_max = connections::limit(streams_max);
         let gateway = http.map(|(listener, config)| (listener, Gateway::new(&config, &services, admission.clone())));
         let over_http = async {
             // Where it is switched off there is nothing that could end.
             if let Some((listener, gateway)) = gateway {
-                http::serve(listener, gateway, streams_max, stop.clone()).await;
+                http::serve(listener, gateway, connections_max, stop.clone()).await;
             }
             Ok(())
         };
-        let over_grpc = async { Ok(grpc::serve(grpc, services, health, admission, stop.clone()).await?) };
+        let over_grpc =
+            async { Ok(grpc::serve(grpc, services, health, admission, connections_max, stop.clone()).await?) };
         let keys_stay_fresh = async {
             match issuer_keys {
                 Some(refresher) => refresher.run().await,

@@ -118,6 +118,7 @@ pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
                            start without a token and read the state anew";
             too_old(message, earliest, Some(tokens))
         }
+        End::Closed => shutting_down(),
         End::Log(error) => {
             tracing::error!("a stream of tenant {tenant} ended: {error}");
             with_reason(Code::Internal, "the change log cannot be read: see the server's log".into(), "LOG", vec![])

@@ -1,7 +1,14 @@
 //! `base.v1.Watch/Watch`.
 //!
-//! What tonic would generate from the service, with one difference: responses are bytes that were encoded before, so the
-//! codec copies instead of encoding, and every subscriber is sent the same ones.
+//! What tonic would generate from the service, with one difference: what is sent are frames that were made before, once for all
+//! subscribers, and a stream is a body of such frames. There is no codec, no task and no allocation for each message in between.
+//!
+//! How frames are cut decides what a message costs, and whether a connection lives:
+//!
+//! - What is ready is sent together: many small messages become one DATA frame of several KiB.
+//! - Messages are never short, and so DATA frames are not. A client keeps what is not read yet, and keeping a frame costs it more than its bytes, so that h2's
+//!   charges 256 bytes less the frame's length for every short one, and closes the connection where that comes to half of the
+//!   connection's window. Frames of more than 170 bytes fill the window first, and then the stream waits, as it should.
 
 use super::proto;
 use super::status::{self, Tokens};
@@ -10,34 +17,46 @@ use crate::hub::start::Primary;
 use crate::hub::{End, Hub, Item, Subscription};
 use crate::lsn::{CommitTime, Lsn, Xid8};
 use crate::snap_token::Form;
-use bytes::{BufMut, Bytes};
-use futures_util::stream::{self, Stream};
+use crate::transaction::Message;
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::stream::Stream;
+use http::HeaderMap;
+use http::header::{CONTENT_TYPE, HeaderValue};
+use http_body::Frame;
 use prost::Message as _;
+use prost::encoding::{WireType, encode_key, encode_varint};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep};
 use tonic::body::Body;
-use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
-use tonic::server::{Grpc, NamedService, ServerStreamingService};
-use tonic::{Request, Response, Status};
+use tonic::codec::{DecodeBuf, Decoder, Streaming};
+use tonic::metadata::MetadataMap;
+use tonic::server::NamedService;
+use tonic::{Code, Request, Response, Status};
 use tower_service::Service;
 
 /// Bytes that a stream takes from the hub at a time, and so holds while its client does not read.
 const TAKE_BYTES: usize = 256 << 10;
-/// What the codec gathers before it writes: many small messages become one frame of several KiB, because clients charge
-/// small unread frames against the connection.
-fn buffers() -> BufferSettings {
-    BufferSettings::new(256, 32 << 10)
-}
+/// What is ready is joined up to this: a DATA frame of HTTP/2 has at most 16 KiB, where the client does not allow more.
+const JOIN_BYTES: usize = 16 << 10;
+/// Compressed or not, and the length of the message: "Length-Prefixed-Message" of gRPC over HTTP/2.
+const PREFIX_BYTES: usize = 5;
+/// No frame is shorter. See the module; below the 256 at which h2 begins to write each frame by itself.
+const FRAME_BYTES_MIN: usize = 192;
+/// The field of `WatchResponse` that fills up short ones. Nobody knows it, and so everybody passes it over.
+const PADDING: u32 = 15;
 /// Header of a response: the token that resumes from the start of its stream, for who has had no message yet.
 pub const START_SNAP_TOKEN: &str = "snap-token";
 /// Largest request. Both fields are short, but what is too long in them should be said of them.
 const REQUEST_BYTES_MAX: usize = 4 << 20;
+/// Messages that an idle stream keeps room for.
+const READY_MAX: usize = 4;
+const PATH: &str = "/base.v1.Watch/Watch";
 
 /// How streams behave.
 #[derive(Clone, Copy, Debug)]
@@ -54,11 +73,11 @@ pub struct Options {
 
 /// The service. Cheap to clone.
 pub struct WatchService<P> {
+    hub: Hub,
     inner: Arc<Inner<P>>,
 }
 
 struct Inner<P> {
-    hub: Hub,
     primary: P,
     options: Options,
     /// One permit a stream.
@@ -69,15 +88,27 @@ struct Inner<P> {
 
 impl<P> Clone for WatchService<P> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone() }
+        Self { hub: self.hub.clone(), inner: self.inner.clone() }
     }
 }
 
 impl<P: Primary + 'static> WatchService<P> {
-    /// Streams from this hub; `primary` is asked where a start depends on it.
+    /// Streams from this hub; `primary` is asked where a start depends on it. `stop` turns true when none may start any more;
+    /// those that are open end with the hub.
     pub fn new(hub: Hub, primary: P, options: Options, stop: watch::Receiver<bool>) -> Self {
         let streams = Arc::new(Semaphore::new(options.subscribers_max));
-        Self { inner: Arc::new(Inner { hub, primary, options, streams, stop }) }
+        Self { hub, inner: Arc::new(Inner { primary, options, streams, stop }) }
+    }
+
+    /// The same service, for a thread that has its own handle of the hub.
+    #[must_use]
+    pub fn with_hub(&self, hub: Hub) -> Self {
+        Self { hub, inner: self.inner.clone() }
+    }
+
+    /// The hub that it streams from.
+    pub const fn hub(&self) -> &Hub {
+        &self.hub
     }
 
     /// Starts a stream. When this returns the start is fixed.
@@ -87,30 +118,18 @@ impl<P: Primary + 'static> WatchService<P> {
     pub async fn watch(&self, request: Request<proto::WatchRequest>) -> Result<Response<Responses>, Status> {
         super::authorize(&request, &request.get_ref().tenant_id)?;
         let expires_at = request.extensions().get::<Caller>().and_then(Caller::expires_at).and_then(instant);
-        self.inner.clone().watch(request.into_inner(), expires_at).await
-    }
-}
-
-/// Encoded `WatchResponse`s.
-pub type Responses = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
-
-impl<P: Primary + 'static> Inner<P> {
-    async fn watch(
-        self: Arc<Self>,
-        request: proto::WatchRequest,
-        expires_at: Option<Instant>,
-    ) -> Result<Response<Responses>, Status> {
-        if !self.options.enabled {
+        let proto::WatchRequest { tenant_id, snap_token } = request.into_inner();
+        let Inner { primary, options, streams, stop } = &*self.inner;
+        if !options.enabled {
             return Err(status::disabled());
         }
-        if *self.stop.borrow() {
+        if *stop.borrow() {
             return Err(status::shutting_down());
         }
-        let permit = self.streams.clone().try_acquire_owned();
-        let permit = permit.map_err(|_| status::too_many(self.options.subscribers_max))?;
-        let start =
-            self.hub.start(&self.primary, &request.tenant_id, &request.snap_token, self.options.resolve_timeout);
-        let mut stop = self.stop.clone();
+        let permit = streams.clone().try_acquire_owned();
+        let permit = permit.map_err(|_| status::too_many(options.subscribers_max))?;
+        let start = self.hub.start(primary, &tenant_id, &snap_token, options.resolve_timeout);
+        let mut stop = stop.clone();
         let started = tokio::select! {
             started = start => started,
             _ = stop.wait_for(|stop| *stop) => return Err(status::shutting_down()),
@@ -119,17 +138,16 @@ impl<P: Primary + 'static> Inner<P> {
         let subscription = started.map_err(|error| status::of_start(error, tokens.as_ref()))?;
         let position = subscription.position();
         let start_token = tokens.map(|tokens| tokens.write(position, CommitTime::default()));
-        let (hub, token_form) = (self.hub.clone(), self.options.token_form);
-        let ready = VecDeque::new();
-        let open = Open { hub, token_form, subscription, stop, expires_at, ready, before: None, _permit: permit };
-        let responses = stream::unfold(Some(open), async |open| {
-            let mut open = open?;
-            match open.next_in_time().await {
-                Ok(response) => Some((Ok(response), Some(open))),
-                Err(status) => Some((Err(status), None)),
-            }
-        });
-        let mut response: Response<Responses> = Response::new(Box::pin(responses));
+        let open = Open {
+            hub: self.hub.clone(),
+            token_form: options.token_form,
+            subscription,
+            expires: expires_at.map(|at| Box::pin(tokio::time::sleep_until(at))),
+            ready: VecDeque::new(),
+            before: Before::Unknown,
+            _permit: permit,
+        };
+        let mut response = Response::new(Responses { open: Some(Box::new(open)) });
         if let Some(token) = start_token.and_then(|token| token.parse().ok()) {
             response.metadata_mut().insert(START_SNAP_TOKEN, token);
         }
@@ -142,77 +160,144 @@ fn instant(at: SystemTime) -> Option<Instant> {
     Instant::now().checked_add(at.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
-/// Completes at that moment, if there is one.
-async fn reached(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
-    }
+/// An open stream, as frames of gRPC or, as a [`Stream`], as encoded `WatchResponse`s. Ends with at most one error.
+pub struct Responses {
+    open: Option<Box<Open>>,
 }
 
-/// An open stream.
 struct Open {
     hub: Hub,
     token_form: Form,
     subscription: Subscription,
-    stop: watch::Receiver<bool>,
     /// When it must end, whatever is ready.
-    expires_at: Option<Instant>,
+    expires: Option<Pin<Box<Sleep>>>,
     ready: VecDeque<Arc<Item>>,
-    /// Commit LSN of a transaction in several messages, and the one before it.
-    before: Option<(Lsn, Option<Xid8>)>,
+    before: Before,
     _permit: OwnedSemaphorePermit,
 }
 
-impl Open {
-    async fn next_in_time(&mut self) -> Result<Bytes, Status> {
-        let expired = reached(self.expires_at);
-        tokio::select! {
-            biased;
-            () = expired => Err(status::expired()),
-            next = self.next() => next,
+/// The transaction before one that is in several messages, by its commit LSN.
+enum Before {
+    Unknown,
+    LookedUp(Lsn, Pin<Box<dyn Future<Output = Result<Option<Xid8>, End>> + Send>>),
+    Known(Lsn, Option<Xid8>),
+}
+
+impl Responses {
+    /// The next messages, joined up to about `bytes_max`.
+    fn poll_frames(&mut self, cx: &mut Context<'_>, bytes_max: usize) -> Poll<Option<Result<Bytes, Status>>> {
+        let Some(open) = &mut self.open else { return Poll::Ready(None) };
+        let next = ready!(open.poll_frames(cx, bytes_max));
+        if next.is_err() {
+            self.open = None;
         }
+        Poll::Ready(Some(next))
+    }
+}
+
+impl Stream for Responses {
+    type Item = Result<Bytes, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let next = ready!(self.poll_frames(cx, 0));
+        Poll::Ready(next.map(|next| next.map(|frame| frame.slice(PREFIX_BYTES..))))
+    }
+}
+
+impl http_body::Body for Responses {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Poll::Ready(ready!(self.poll_frames(cx, JOIN_BYTES)).map(|next| match next {
+            Ok(frames) => Ok(Frame::data(frames)),
+            Err(status) => {
+                let mut trailers = HeaderMap::new();
+                status.add_header(&mut trailers)?;
+                Ok(Frame::trailers(trailers))
+            }
+        }))
+    }
+}
+
+impl Open {
+    fn poll_frames(&mut self, cx: &mut Context<'_>, bytes_max: usize) -> Poll<Result<Bytes, Status>> {
+        if let Some(expires) = &mut self.expires
+            && expires.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(status::expired()));
+        }
+        let first = ready!(self.poll_frame(cx))?;
+        if self.ready.is_empty() || first.len() >= bytes_max {
+            return Poll::Ready(Ok(first));
+        }
+        // As much as there is, if the others are like the first: what h2 keeps should not be mostly empty.
+        let expected = first.len() * (self.ready.len() + 1);
+        let mut joined = BytesMut::with_capacity(expected.min(bytes_max + FRAME_BYTES_MIN));
+        joined.put(first);
+        while !self.ready.is_empty()
+            && joined.len() < bytes_max
+            // An error comes again the next time.
+            && let Poll::Ready(Ok(frame)) = self.poll_frame(cx)
+        {
+            joined.put(frame);
+        }
+        Poll::Ready(Ok(joined.freeze()))
     }
 
-    async fn next(&mut self) -> Result<Bytes, Status> {
-        loop {
-            if let Some(item) = self.ready.front().cloned() {
-                // The hub has a source before it has a message.
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, Status>> {
+        let item = loop {
+            if let Some(item) = self.ready.front() {
+                break item.clone();
+            }
+            // Held only while there is something in it: idle streams are many.
+            self.ready.shrink_to(READY_MAX);
+            if let Err(end) = ready!(self.subscription.poll_next(cx, TAKE_BYTES, &mut self.ready)) {
+                return Poll::Ready(Err(status::of_end(end, self.subscription.tenant(), &self.tokens()?)));
+            }
+        };
+        let frame = match item.framed() {
+            Some(frame) => frame.clone(),
+            None => {
                 let tokens = self.tokens()?;
-                let before = self.transaction_before(&item, &tokens).await?;
-                // Only now, as this may have waited.
-                self.ready.pop_front();
-                return Ok(item
-                    .wire(|message| message.to_watch_response(&tokens.of_message(message, self.token_form, before))));
+                let before = ready!(self.poll_before(cx, &item, &tokens))?;
+                item.frame(|message| frame(message, &tokens.of_message(message, self.token_form, before)))
             }
-            let next = tokio::select! {
-                biased;
-                _ = self.stop.wait_for(|stop| *stop) => return Err(status::shutting_down()),
-                next = self.subscription.next(TAKE_BYTES) => next,
-            };
-            match next {
-                Ok(items) => self.ready.extend(items),
-                Err(end) => {
-                    let tokens = self.tokens()?;
-                    return Err(status::of_end(end, self.subscription.tenant(), &tokens));
-                }
-            }
-        }
+        };
+        self.ready.pop_front();
+        Poll::Ready(Ok(frame))
     }
 
     /// What the token of a message says that is not the last of its transaction, where it has to be a transaction's.
-    async fn transaction_before(&mut self, item: &Item, tokens: &Tokens) -> Result<Option<Xid8>, Status> {
+    fn poll_before(
+        &mut self,
+        cx: &mut Context<'_>,
+        item: &Item,
+        tokens: &Tokens,
+    ) -> Poll<Result<Option<Xid8>, Status>> {
         let commit = item.message.header.commit;
-        if self.token_form == Form::Native || item.message.end.is_some() || item.is_encoded() {
-            return Ok(None);
+        if self.token_form == Form::Native || item.message.end.is_some() {
+            return Poll::Ready(Ok(None));
         }
-        if let Some((_, before)) = self.before.filter(|(known, _)| *known == commit) {
-            return Ok(before);
+        loop {
+            self.before = match &mut self.before {
+                Before::Known(of, before) if *of == commit => return Poll::Ready(Ok(*before)),
+                Before::LookedUp(of, lookup) if *of == commit => match ready!(lookup.as_mut().poll(cx)) {
+                    Ok(before) => Before::Known(commit, before),
+                    Err(end) => {
+                        self.before = Before::Unknown;
+                        return Poll::Ready(Err(status::of_end(end, self.subscription.tenant(), tokens)));
+                    }
+                },
+                _ => {
+                    let hub = self.hub.clone();
+                    Before::LookedUp(
+                        commit,
+                        Box::pin(async move { hub.transaction_before(commit).await.map_err(End::Log) }),
+                    )
+                }
+            };
         }
-        let before = self.hub.transaction_before(commit).await;
-        let before = before.map_err(|error| status::of_end(End::Log(error), self.subscription.tenant(), tokens))?;
-        self.before = Some((commit, before));
-        Ok(before)
     }
 
     fn tokens(&self) -> Result<Tokens, Status> {
@@ -221,15 +306,24 @@ impl Open {
     }
 }
 
-impl<P: Primary + 'static> ServerStreamingService<proto::WatchRequest> for WatchService<P> {
-    type Response = Bytes;
-    type ResponseStream = Responses;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<Responses>, Status>> + Send>>;
-
-    fn call(&mut self, request: Request<proto::WatchRequest>) -> Self::Future {
-        let service = self.clone();
-        Box::pin(async move { service.watch(request).await })
+/// A message of gRPC: its prefix, and the `WatchResponse`.
+fn frame(message: &Message, snap_token: &str) -> Bytes {
+    let response = message.to_watch_response(snap_token);
+    let missing = FRAME_BYTES_MIN.saturating_sub(PREFIX_BYTES + response.len());
+    let mut padding = Vec::new();
+    if missing > 0 {
+        encode_key(PADDING, WireType::LengthDelimited, &mut padding);
+        encode_varint(missing as u64, &mut padding);
+        padding.resize(padding.len() + missing, 0);
     }
+    let mut frame = Vec::with_capacity(PREFIX_BYTES + response.len() + padding.len());
+    // Not compressed.
+    frame.put_u8(0);
+    // Bounded by the largest change, far below 4 GiB.
+    frame.put_u32(u32::try_from(response.len() + padding.len()).unwrap_or(u32::MAX));
+    frame.put_slice(&response);
+    frame.put_slice(&padding);
+    frame.into()
 }
 
 impl<P> NamedService for WatchService<P> {
@@ -253,57 +347,50 @@ where
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
         let service = self.clone();
         Box::pin(async move {
-            if request.uri().path() != "/base.v1.Watch/Watch" {
-                return Ok(Status::unimplemented("base.v1.Watch has one method, Watch").into_http());
-            }
-            let mut grpc = Grpc::new(WatchCodec).max_decoding_message_size(REQUEST_BYTES_MAX);
-            Ok(told_apart(grpc.server_streaming(service, request).await))
+            let answer = match read(request).await {
+                Ok(request) => service.watch(request).await,
+                Err(status) => Err(status),
+            };
+            Ok(answer.map_or_else(Status::into_http, write))
         })
     }
 }
 
-/// tonic calls a request that is too large OUT_OF_RANGE, which here is what a token is that is too old. Ours have details.
-fn told_apart(response: http::Response<Body>) -> http::Response<Body> {
-    let out_of_range = response.headers().get("grpc-status").is_some_and(|code| code == "11");
-    if out_of_range && !response.headers().contains_key("grpc-status-details-bin") {
-        return Status::invalid_argument("the request is larger than any WatchRequest").into_http();
+/// The one message of a request.
+async fn read<B>(request: http::Request<B>) -> Result<Request<proto::WatchRequest>, Status>
+where
+    B: http_body::Body + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
+{
+    let (head, body) = request.into_parts();
+    if head.uri.path() != PATH {
+        return Err(Status::unimplemented("base.v1.Watch has one method, Watch"));
     }
+    if head.headers.get("grpc-encoding").is_some_and(|encoding| encoding != "identity") {
+        return Err(Status::unimplemented("requests of Watch are not compressed"));
+    }
+    let mut messages = Streaming::new_request(RequestDecoder, body, None, Some(REQUEST_BYTES_MAX));
+    let message = messages.message().await.map_err(|status| match status.code() {
+        // That is what a token is that is too old.
+        Code::OutOfRange => Status::invalid_argument("the request is larger than any WatchRequest"),
+        _ => status,
+    })?;
+    let message = message.ok_or_else(|| Status::internal("a request without a message"))?;
+    Ok(Request::from_parts(MetadataMap::from_headers(head.headers), head.extensions, message))
+}
+
+fn write(response: Response<Responses>) -> http::Response<Body> {
+    let (metadata, responses, extensions) = response.into_parts();
+    let mut response = http::Response::new(Body::new(responses));
+    *response.headers_mut() = metadata.into_headers();
+    *response.extensions_mut() = extensions;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     response
 }
 
-/// Decodes requests, and copies responses that are encoded already.
-struct WatchCodec;
+struct RequestDecoder;
 
-impl Codec for WatchCodec {
-    type Encode = Bytes;
-    type Decode = proto::WatchRequest;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for WatchCodec {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.put(item);
-        Ok(())
-    }
-
-    fn buffer_settings(&self) -> BufferSettings {
-        buffers()
-    }
-}
-
-impl Decoder for WatchCodec {
+impl Decoder for RequestDecoder {
     type Item = proto::WatchRequest;
     type Error = Status;
 
@@ -311,8 +398,30 @@ impl Decoder for WatchCodec {
         let request = proto::WatchRequest::decode(buffer);
         request.map(Some).map_err(|error| Status::invalid_argument(format!("the request is no WatchRequest: {error}")))
     }
+}
 
-    fn buffer_settings(&self) -> BufferSettings {
-        buffers()
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lsn::{CommitTime, Lsn};
+    use crate::transaction::{Header, MessageBuilder};
+
+    #[test]
+    fn no_frame_is_short() {
+        let header = Header { commit: Lsn(1), xid: Xid8(1), commit_time: CommitTime(0) };
+        for change_bytes in 0..300 {
+            let mut builder = MessageBuilder::default();
+            // An unknown field of DataChanges, of any length.
+            let mut change = Vec::new();
+            prost::encoding::bytes::encode(9, &vec![1; change_bytes], &mut change);
+            builder.push(1, &change);
+            let message = builder.finish(header, Some(Lsn(2)));
+            let frame = frame(&message, "token");
+            assert!(frame.len() >= FRAME_BYTES_MIN, "{}", frame.len());
+            let (prefix, response) = frame.split_at(PREFIX_BYTES);
+            assert_eq!(prefix, [&[0][..], &u32::try_from(response.len()).unwrap().to_be_bytes()].concat());
+            let decoded = proto::WatchResponse::decode(response).unwrap();
+            assert_eq!(decoded.changes.unwrap().snap_token, "token");
+        }
     }
 }

@@ -1,24 +1,21 @@
-//! Connections: who may have one, and for how long.
+//! Connections: how long one may last that does nothing.
 //!
-//! Hyper's own accept loops have no limits, so here is one. A connection that says nothing costs a descriptor until a
-//! timeout: of the TLS handshake, of the headers (which is also how long it may idle between requests), of the body
-//! (`call`). Where all are taken, the next ones wait to be accepted. A client that is gone without a word is found by TCP
-//! keepalive, as HTTP/1 has no pings.
+//! A connection that says nothing costs a descriptor until a timeout: of the TLS handshake, of the headers (which is also how
+//! long it may idle between requests), of the body (`call`). How many there are is bounded by [`crate::connections`], which also
+//! finds a client that is gone without a word, as HTTP/1 has no pings.
 
 use super::Gateway;
 use crate::config::Http as HttpConfig;
+use crate::connections;
 use crate::tls;
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use socket2::{SockRef, TcpKeepalive};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::net::TcpStream;
 use tokio::sync::watch::Receiver;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
@@ -27,13 +24,6 @@ use tokio_rustls::TlsAcceptor;
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Bytes of a response that wait for a client that does not read, and the longest headers of a request.
 const BUFFER_BYTES_MAX: usize = 64 << 10;
-/// Connections beside those that have a stream.
-const CONNECTIONS_BESIDE_STREAMS: usize = 1024;
-/// As gRPC's pings: how long a connection may be quiet, and how long and how often the other side is then asked.
-const KEEPALIVE_AFTER: Duration = Duration::from_secs(20);
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(5);
-/// After an error of the listener itself, which is mostly a lack of descriptors.
-const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Why the gateway cannot listen.
 #[derive(Debug, thiserror::Error)]
@@ -53,9 +43,8 @@ pub enum Error {
 
 /// A bound listener: bound before anything else starts, so that a taken port is said at once.
 pub struct Listener {
-    listener: TcpListener,
+    listener: connections::Listener,
     tls: Option<TlsAcceptor>,
-    address: SocketAddr,
 }
 
 impl Listener {
@@ -72,63 +61,42 @@ impl Listener {
             None => None,
         };
         let bind = |source| Error::Bind { address: format!("{host}:{port}"), source };
-        let listener = TcpListener::bind((host, port)).await.map_err(bind)?;
-        let address = listener.local_addr().map_err(bind)?;
-        Ok(Self { listener, tls, address })
+        let listener = connections::Listener::bind(host, port).await.map_err(bind)?;
+        Ok(Self { listener, tls })
     }
 
     /// Where it listens.
     pub const fn address(&self) -> SocketAddr {
-        self.address
+        self.listener.address()
     }
 }
 
 /// Serves until `stop` turns true and all connections have ended.
 ///
 /// Dropped before, it cuts them.
-pub async fn serve(listener: Listener, gateway: Gateway, streams_max: usize, mut stop: Receiver<bool>) {
+pub async fn serve(listener: Listener, gateway: Gateway, connections_max: usize, mut stop: Receiver<bool>) {
     let router = gateway.into_router();
-    let connections_max = (streams_max + CONNECTIONS_BESIDE_STREAMS).min(Semaphore::MAX_PERMITS);
-    let free = Arc::new(Semaphore::new(connections_max));
+    let Listener { listener, tls } = listener;
+    let mut incoming = listener.accept("HTTP", connections_max);
     let mut connections = JoinSet::new();
     loop {
-        let accepted = async {
-            // Never closed.
-            let place = free.clone().acquire_owned().await.ok();
-            (listener.listener.accept().await, place)
-        };
-        let (accepted, place) = tokio::select! {
+        let (stream, place) = tokio::select! {
             _ = stop.wait_for(|stop| *stop) => break,
             // What has ended is forgotten.
             Some(_) = connections.join_next() => continue,
-            accepted = accepted => accepted,
+            accepted = incoming.next() => accepted,
         };
-        match accepted {
-            Ok((stream, _)) => {
-                let connection = connect(stream, listener.tls.clone(), router.clone(), stop.clone());
-                connections.spawn(async move {
-                    connection.await;
-                    drop(place);
-                });
-            }
-            // One that was gone before it was accepted also ends here, and costs the others a moment.
-            Err(error) => {
-                tracing::warn!("HTTP cannot accept a connection: {error}");
-                tokio::time::sleep(ACCEPT_AGAIN).await;
-            }
-        }
+        let connection = connect(stream, tls.clone(), router.clone(), stop.clone());
+        connections.spawn(async move {
+            connection.await;
+            drop(place);
+        });
     }
-    drop(listener);
+    drop(incoming);
     while connections.join_next().await.is_some() {}
 }
 
 async fn connect(stream: TcpStream, tls: Option<TlsAcceptor>, router: Router, mut stop: Receiver<bool>) {
-    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(KEEPALIVE_EVERY);
-    let prepared = stream.set_nodelay(true).and_then(|()| SockRef::from(&stream).set_tcp_keepalive(&keepalive));
-    if let Err(error) = prepared {
-        tracing::debug!("an HTTP connection ended at once: {error}");
-        return;
-    }
     let Some(acceptor) = tls else {
         return talk(stream, router, stop).await;
     };

@@ -1,13 +1,15 @@
 //! One reader of one tenant's changes, over memory and disk.
 
-use super::window::Next;
+use super::window::{Next, ReaderKey};
 use super::{Hub, Item, Origin};
 use crate::change::TenantId;
-use crate::changelog;
+use crate::changelog::{self, Batch};
 use crate::lsn::{Lsn, Position, Snapshot, Xid8};
 use crate::transaction::Break;
+use std::collections::VecDeque;
+use std::pin::Pin;
 use std::sync::Arc;
-use tokio::sync::watch;
+use std::task::{Context, Poll, ready};
 
 /// Leaves out what a reader has already: of what committed before `lsn`, what is visible in `snapshot`, and what is its own.
 /// For one that starts *now*, that is its own first read.
@@ -45,6 +47,24 @@ pub enum End {
     },
     /// The log cannot be read.
     Log(changelog::Error),
+    /// The hub was closed.
+    Closed,
+}
+
+enum Waiting {
+    /// For the disk.
+    Read(Pin<Box<dyn Future<Output = Result<Read, changelog::Error>> + Send>>),
+    /// For the log to get on. Kept only because it wakes.
+    Append(#[expect(dead_code, reason = "dropped, it would not wake")] Pin<Box<dyn Future<Output = ()> + Send>>),
+}
+
+/// What came of a read.
+struct Read {
+    batch: Batch,
+    /// As it was afterwards.
+    horizon: Position,
+    /// Where it ended.
+    up_to: Position,
 }
 
 /// See [`Hub`]. Dropping it gives back all it holds.
@@ -57,8 +77,10 @@ pub struct Subscription {
     /// there was nothing for it.
     seen: Position,
     filter: Option<Filter>,
-    /// Woken when something of the tenant is published.
-    wake: watch::Receiver<()>,
+    /// Its place among those that wait for the tenant.
+    key: ReaderKey,
+    /// What it waits for beside what is published.
+    waiting: Option<Waiting>,
     divergences_checked: usize,
     /// What the positions of the last batch belong to.
     origin: Option<Origin>,
@@ -75,8 +97,9 @@ impl Subscription {
         filter: Option<Filter>,
         divergences: usize,
     ) -> Self {
-        let wake = hub.window().join(&tenant);
-        Self { hub, tenant, cursor, seen, filter, wake, divergences_checked: divergences, origin: None }
+        let key = hub.window().join(&tenant, hub.bell.clone());
+        let (waiting, origin) = (None, None);
+        Self { hub, tenant, cursor, seen, filter, key, waiting, divergences_checked: divergences, origin }
     }
 
     /// Whose changes these are.
@@ -94,104 +117,135 @@ impl Subscription {
         self.origin.as_ref()
     }
 
-    /// The next messages: at least one, and about `bytes_max` bytes where there are more. Waits for them.
-    ///
-    /// Cancel safe: what was not returned comes again.
+    /// Adds the next messages: at least one, and about `bytes_max` bytes where there are more.
     ///
     /// # Errors
     /// Where there is no continuing from here; the same again on every later call.
-    pub async fn next(&mut self, bytes_max: usize) -> Result<Vec<Arc<Item>>, End> {
+    pub fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes_max: usize,
+        messages: &mut VecDeque<Arc<Item>>,
+    ) -> Poll<Result<(), End>> {
+        let had = messages.len();
         loop {
-            // Before looking, so that what is published after the look wakes us.
-            self.wake.mark_unchanged();
-            let next = {
-                let window = self.hub.window();
-                self.origin = window.origin().cloned();
-                window.next(&self.tenant, self.cursor, self.seen, &mut self.divergences_checked, bytes_max)
-            };
-            let messages = match next {
-                Next::Messages(messages) => messages,
-                Next::Disk { up_to } => self.read_log(up_to, bytes_max).await?,
-                Next::Skip { to } | Next::Back { to } => {
-                    self.cursor = to;
-                    continue;
+            if let Some(Waiting::Read(reading)) = &mut self.waiting {
+                let read = ready!(reading.as_mut().poll(cx));
+                self.waiting = None;
+                let read = read.map_err(End::Log)?;
+                // Retention may have gone by while we read.
+                if self.cursor < read.horizon {
+                    return Poll::Ready(Err(End::TooOld { earliest: read.horizon }));
                 }
-                Next::Wait => {
-                    // The sender lives in the feed, which lives as long as it has a reader.
-                    let _ = self.wake.changed().await;
-                    continue;
+                if read.batch.messages.is_empty() && !read.batch.more {
+                    self.cursor = self.cursor.max(read.up_to);
                 }
-                Next::Broken(gap) => return Err(End::Broken(gap)),
-                Next::Abandoned { at } => return Err(End::Abandoned { at }),
-            };
-            let messages = self.take(messages);
-            if !messages.is_empty() {
-                return Ok(messages);
+                messages.extend(read.batch.messages.into_iter().map(Item::new));
+            } else {
+                self.waiting = None;
+                let mut window = self.hub.window();
+                if self.origin.as_ref().map(|(_, history)| Arc::as_ptr(history))
+                    != window.origin().map(|(_, history)| Arc::as_ptr(history))
+                {
+                    self.origin = window.origin().cloned();
+                }
+                let (cursor, seen, checked) = (self.cursor, self.seen, &mut self.divergences_checked);
+                match window.next(&self.tenant, cursor, seen, checked, bytes_max, messages) {
+                    Next::Messages => {}
+                    Next::Disk { up_to } => {
+                        // What the log does not have yet is in memory, or not published.
+                        let mut appended = self.hub.inner.appended.clone();
+                        let up_to = up_to.min(Position::at(*appended.borrow_and_update()));
+                        if up_to > self.cursor {
+                            drop(window);
+                            self.waiting = Some(self.read_log(up_to, bytes_max));
+                            continue;
+                        }
+                        // Look again when it is there, or when something else is to be told.
+                        window.wait(&self.tenant, self.key, cx.waker());
+                        let mut append = Box::pin(async move {
+                            if appended.changed().await.is_err() {
+                                // The log is gone, and the process with it.
+                                std::future::pending::<()>().await;
+                            }
+                        });
+                        if append.as_mut().poll(cx).is_pending() {
+                            self.waiting = Some(Waiting::Append(append));
+                            return Poll::Pending;
+                        }
+                        continue;
+                    }
+                    Next::Skip { to } | Next::Back { to } => {
+                        self.cursor = to;
+                        continue;
+                    }
+                    Next::Wait => {
+                        window.wait(&self.tenant, self.key, cx.waker());
+                        return Poll::Pending;
+                    }
+                    Next::Broken(gap) => return Poll::Ready(Err(End::Broken(gap))),
+                    Next::Abandoned { at } => return Poll::Ready(Err(End::Abandoned { at })),
+                    Next::Closed => return Poll::Ready(Err(End::Closed)),
+                }
+            }
+            self.take(had, messages);
+            if messages.len() > had {
+                return Poll::Ready(Ok(()));
             }
         }
     }
 
-    /// Moves past the messages, and leaves out what is not for this reader.
-    fn take(&mut self, messages: Vec<Arc<Item>>) -> Vec<Arc<Item>> {
-        let mut taken = Vec::with_capacity(messages.len());
-        for item in messages {
+    /// Moves past the messages from `first` on, and leaves out what is not for this reader.
+    fn take(&mut self, first: usize, messages: &mut VecDeque<Arc<Item>>) {
+        let mut kept = first;
+        for at in first..messages.len() {
+            let Some(item) = messages.get_mut(at) else { break };
             let (header, reached) = (item.message.header, item.message.reached());
-            let had = |step| self.cursor.lsn == header.commit && step <= self.cursor.steps;
-            let begins_before = item.message.first_step().is_some_and(had);
-            // Shared as it is, but where another node cut its messages elsewhere.
-            let rest = if begins_before { item.message.clone().after(self.cursor).map(Item::new) } else { Some(item) };
-            // Cut elsewhere than what was had: nothing of it is left.
-            let Some(rest) = rest else {
-                self.cursor = self.cursor.max(reached);
-                continue;
-            };
-            self.cursor = rest.message.reached();
+            let had = |step| step <= self.cursor.steps;
+            if self.cursor.lsn == header.commit && item.message.first_step().is_some_and(had) {
+                // Shared as it is, but where another node cut its messages elsewhere.
+                let Some(rest) = item.message.clone().after(self.cursor) else {
+                    // Nothing of it is left.
+                    self.cursor = self.cursor.max(reached);
+                    continue;
+                };
+                *item = Item::new(rest);
+            }
+            self.cursor = reached;
             match &self.filter {
                 Some(filter) if header.commit >= filter.lsn => self.filter = None,
                 Some(filter) if filter.leaves_out(header.xid) => continue,
                 _ => {}
             }
-            taken.push(rest);
             self.seen = self.seen.max(self.cursor);
+            messages.swap(kept, at);
+            kept += 1;
         }
-        taken
+        messages.truncate(kept);
     }
 
-    async fn read_log(&mut self, up_to: Position, bytes_max: usize) -> Result<Vec<Arc<Item>>, End> {
-        // What the log does not have yet is in memory, or not published.
-        let mut appended = self.hub.inner.appended.clone();
-        let up_to = up_to.min(Position::at(*appended.borrow_and_update()));
-        if up_to <= self.cursor {
-            // Not there yet: look again when it is, or when something else is to be told.
-            tokio::select! {
-                biased;
-                _ = appended.changed() => {}
-                _ = self.wake.changed() => {}
-            }
-            return Ok(Vec::new());
-        }
-        let (tenant, cursor) = (self.tenant.clone(), self.cursor);
-        let (batch, horizon) = self
-            .hub
-            .on_disk(move |log| {
-                let batch = log.read(&tenant, cursor, up_to, bytes_max)?;
-                // Afterwards: retention may have gone by while we read.
-                Ok((batch, log.horizon(&tenant)?))
-            })
-            .await
-            .map_err(End::Log)?;
-        if cursor < horizon {
-            return Err(End::TooOld { earliest: horizon });
-        }
-        if batch.messages.is_empty() && !batch.more {
-            self.cursor = self.cursor.max(up_to);
-        }
-        Ok(batch.messages.into_iter().map(Item::new).collect())
+    fn read_log(&self, up_to: Position, bytes_max: usize) -> Waiting {
+        let (hub, tenant, cursor) = (self.hub.clone(), self.tenant.clone(), self.cursor);
+        let read = move |log: &dyn changelog::ChangeLog| {
+            let batch = log.read(&tenant, cursor, up_to, bytes_max)?;
+            Ok(Read { batch, horizon: log.horizon(&tenant)?, up_to })
+        };
+        Waiting::Read(Box::pin(async move { hub.on_disk(read).await }))
+    }
+
+    /// [`Subscription::poll_next`] to be awaited. Cancel safe: what was not returned comes again.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn next(&mut self, bytes_max: usize) -> Result<VecDeque<Arc<Item>>, End> {
+        let mut messages = VecDeque::new();
+        std::future::poll_fn(|cx| self.poll_next(cx, bytes_max, &mut messages)).await?;
+        Ok(messages)
     }
 }
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        self.hub.window().leave(&self.tenant);
+        self.hub.window().leave(&self.tenant, self.key);
     }
 }

@@ -136,6 +136,33 @@ async fn before_visible_publishes_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn readers_of_a_thread_are_woken_by_its_bell() {
+    let fixture = Fixture::new(1 << 20, false);
+    let (hub, bell) = fixture.hub.with_bell();
+    let start = Position::at(Lsn(100));
+    let mut subscription = Subscription::new(hub, tenant("a"), start, start, None, 0);
+    let waiting = tokio::spawn(async move { subscription.next(usize::MAX).await.map(|messages| messages.len()) });
+    tokio::task::yield_now().await;
+    fixture.admit(transaction(200, &["a"])).await;
+    fixture.publish(300, "");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(!waiting.is_finished(), "woken by somebody else");
+    tokio::spawn(bell.run::<()>());
+    assert_eq!(waiting.await.unwrap().unwrap(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_closed_hub_ends_those_that_wait_and_those_to_come() {
+    let fixture = Fixture::new(1 << 20, false);
+    let mut waiting = fixture.subscribe("a", 100);
+    let ending = tokio::spawn(async move { ended(&mut waiting).await });
+    tokio::task::yield_now().await;
+    fixture.hub.close();
+    assert!(matches!(ending.await.unwrap(), End::Closed));
+    assert!(matches!(ended(&mut fixture.subscribe("a", 100)).await, End::Closed));
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_memory_forgot_comes_from_the_log() {
     let fixture = Fixture::new(1000, false);
     let mut slow = fixture.subscribe("a", 100);

@@ -3,15 +3,17 @@
 //! A *feed* is what is in memory of one tenant. Its floor tells from where on it is complete: a reader at or past the floor
 //! needs no disk, however long it slept. A tenant without a feed has nothing in memory, and the window's own floor counts.
 
+use super::bell::Bell;
 use super::{Item, Options, Origin};
 use crate::change::TenantId;
 use crate::changelog::BREAKS_MAX;
 use crate::lsn::{Lsn, Position, Snapshot, Xid8};
 use crate::timeline::History;
 use crate::transaction::{Break, Header, Transaction};
+use slab::Slab;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use tokio::sync::watch;
+use std::task::Waker;
 
 /// Transactions that may wait for their visibility (hours of a synchronous standby that is away, at some rate).
 const PENDING_MAX: usize = 1 << 20;
@@ -37,6 +39,10 @@ pub(super) struct Window {
     holes: VecDeque<(Lsn, Lsn)>,
     /// Every divergence so far; a reader that has not looked since the last one checks itself against it.
     divergences: Vec<Lsn>,
+    /// Those that readers are woken by.
+    bells: Vec<Bell>,
+    /// Nothing is handed out any more.
+    closed: bool,
 }
 
 struct Entry {
@@ -66,13 +72,34 @@ enum Wake {
 struct Feed {
     messages: VecDeque<Arc<Item>>,
     floor: Position,
-    wake: watch::Sender<()>,
-    subscribers: usize,
+    readers: Slab<Reader>,
 }
+
+/// A subscription, while it exists.
+struct Reader {
+    /// `None`: it is woken at once.
+    bell: Option<Bell>,
+    /// While it waits.
+    waker: Option<Waker>,
+}
+
+/// Which reader of its tenant's.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ReaderKey(usize);
 
 impl Feed {
     fn new(floor: Position) -> Self {
-        Self { messages: VecDeque::new(), floor, wake: watch::Sender::new(()), subscribers: 0 }
+        Self { messages: VecDeque::new(), floor, readers: Slab::new() }
+    }
+
+    fn wake(&mut self) {
+        for (_, reader) in &mut self.readers {
+            match (reader.waker.take(), &reader.bell) {
+                (Some(waker), Some(bell)) => bell.add(waker),
+                (Some(waker), None) => waker.wake(),
+                (None, _) => {}
+            }
+        }
     }
 }
 
@@ -88,20 +115,22 @@ pub(super) struct Anchor {
 
 /// What a reader at a position should do next.
 pub(super) enum Next {
-    /// Take these. They are whole: the first may begin before the reader's position.
-    Messages(Vec<Arc<Item>>),
+    /// Take what was added to the messages. They are whole: the first may begin before the reader's position.
+    Messages,
     /// Read the log, up to here.
     Disk { up_to: Position },
     /// There is nothing up to here for the tenant: go there.
     Skip { to: Position },
     /// What there was nothing in was abandoned: go back to here.
     Back { to: Position },
-    /// Wait to be woken.
+    /// Wait to be woken: see [`Window::wait`].
     Wait,
     /// History is not continuous here.
     Broken(Break),
     /// What was read past here was abandoned.
     Abandoned { at: Lsn },
+    /// The window was closed.
+    Closed,
 }
 
 impl Window {
@@ -136,6 +165,8 @@ impl Window {
             origin,
             holes: VecDeque::new(),
             divergences: Vec::new(),
+            bells: Vec::new(),
+            closed: false,
         }
     }
 
@@ -249,7 +280,7 @@ impl Window {
                 assert!(item.message.header.commit == entry.commit, "feeds and entries are in the same order");
                 feed.floor = feed.floor.max(item.message.reached());
             }
-            if feed.messages.is_empty() && feed.subscribers == 0 {
+            if feed.messages.is_empty() && feed.readers.is_empty() {
                 self.feeds.remove(tenant);
             }
         }
@@ -295,12 +326,15 @@ impl Window {
                 Wake::Nobody => {}
                 Wake::Everybody => self.wake_everybody(),
                 Wake::Tenants(tenants) => {
-                    for feed in tenants.iter().filter_map(|tenant| self.feeds.get(tenant)) {
-                        feed.wake.send_replace(());
+                    for tenant in &tenants {
+                        if let Some(feed) = self.feeds.get_mut(tenant) {
+                            feed.wake();
+                        }
                     }
                 }
             }
         }
+        self.bells.iter().for_each(Bell::ring);
         while self.pending_published > 0
             && let Some(item) = self.pending.pop_front_if(|item| seen(item))
         {
@@ -309,10 +343,20 @@ impl Window {
         }
     }
 
-    fn wake_everybody(&self) {
-        self.feeds.values().for_each(|feed| {
-            feed.wake.send_replace(());
-        });
+    fn wake_everybody(&mut self) {
+        self.feeds.values_mut().for_each(Feed::wake);
+        self.bells.iter().for_each(Bell::ring);
+    }
+
+    /// Ends all reading.
+    pub(super) fn close(&mut self) {
+        self.closed = true;
+        self.wake_everybody();
+    }
+
+    /// Takes one more bell, which has to ring for those that wait by it.
+    pub(super) fn hang(&mut self, bell: Bell) {
+        self.bells.push(bell);
     }
 
     /// Forgets everything past `at`.
@@ -349,18 +393,27 @@ impl Window {
         }
     }
 
-    /// Registers a reader; what wakes it.
-    pub(super) fn join(&mut self, tenant: &TenantId) -> watch::Receiver<()> {
+    /// Registers a reader, to be woken by this bell, if any.
+    pub(super) fn join(&mut self, tenant: &TenantId, bell: Option<Bell>) -> ReaderKey {
         let floor = self.floor;
         let feed = self.feeds.entry(tenant.clone()).or_insert_with(|| Feed::new(floor));
-        feed.subscribers += 1;
-        feed.wake.subscribe()
+        ReaderKey(feed.readers.insert(Reader { bell, waker: None }))
     }
 
-    pub(super) fn leave(&mut self, tenant: &TenantId) {
+    /// Wakes the reader once when there may be something new for it.
+    pub(super) fn wait(&mut self, tenant: &TenantId, key: ReaderKey, waker: &Waker) {
+        if let Some(reader) = self.feeds.get_mut(tenant).and_then(|feed| feed.readers.get_mut(key.0)) {
+            match &mut reader.waker {
+                Some(known) => known.clone_from(waker),
+                none => *none = Some(waker.clone()),
+            }
+        }
+    }
+
+    pub(super) fn leave(&mut self, tenant: &TenantId, key: ReaderKey) {
         if let Some(feed) = self.feeds.get_mut(tenant) {
-            feed.subscribers -= 1;
-            if feed.subscribers == 0 && feed.messages.is_empty() {
+            feed.readers.try_remove(key.0);
+            if feed.readers.is_empty() && feed.messages.is_empty() {
                 self.feeds.remove(tenant);
             }
         }
@@ -380,7 +433,11 @@ impl Window {
         seen: Position,
         checked: &mut usize,
         bytes_max: usize,
+        messages: &mut VecDeque<Arc<Item>>,
     ) -> Next {
+        if self.closed {
+            return Next::Closed;
+        }
         let mut back = cursor;
         for at in self.divergences.iter().skip(*checked) {
             if seen > Position::at(*at) {
@@ -412,7 +469,7 @@ impl Window {
         let passed = self.holes.partition_point(|(_, end)| Position::at(*end) <= cursor);
         let hole = self.holes.get(passed).filter(|(commit, _)| Position::at(*commit) < limit);
 
-        let mut messages = Vec::new();
+        let had = messages.len();
         let mut bytes = 0;
         let first = feed.messages.partition_point(|item| item.message.order() <= cursor);
         for item in feed.messages.range(first..) {
@@ -422,10 +479,10 @@ impl Window {
                 break;
             }
             bytes += message.changes.len();
-            messages.push(item.clone());
+            messages.push_back(item.clone());
         }
-        match (messages.is_empty(), hole) {
-            (false, _) => Next::Messages(messages),
+        match (messages.len() == had, hole) {
+            (false, _) => Next::Messages,
             (true, Some((_, end))) => Next::Disk { up_to: Position::at(*end).min(limit) },
             (true, None) => Next::Skip { to: limit },
         }

@@ -9,6 +9,7 @@ use super::{Error, Event, Fatal, Options, Primaries};
 use crate::changelog::State;
 use crate::lsn::{CommitTime, Lsn, Snapshot, Xid8};
 use crate::timeline::{History, Source};
+use futures_util::FutureExt as _;
 use pgwire_replication::{ReplicationClient, ReplicationConfig, ReplicationEvent};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -25,7 +26,8 @@ const STATUS_EVERY: Duration = Duration::from_millis(250);
 const STATEMENT_MAX: Duration = Duration::from_secs(15);
 /// Longest wait for the slot: it has to be read in, and may still be given up by somebody else.
 const START_MAX: Duration = Duration::from_secs(60);
-/// Events between the driver and us. A row is one event of whatever size PostgreSQL allows, so this is kept small.
+/// Events between the driver and us, and those taken at a time. A row is one event of whatever size PostgreSQL allows, so this is
+/// kept small.
 const EVENTS_MAX: usize = 128;
 /// Longest wait for the last acknowledgement when stopping.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
@@ -157,6 +159,7 @@ impl Upstream for Postgres {
             sql,
             client,
             server,
+            ending: None,
         })
     }
 }
@@ -172,6 +175,8 @@ pub struct PostgresLink {
     sql: Connection,
     client: ReplicationClient,
     server: Server,
+    /// What the stream ended with, behind events that were to be handed on first.
+    ending: Option<Error>,
 }
 
 impl PostgresLink {
@@ -227,14 +232,27 @@ impl Link for PostgresLink {
         self.endpoint.send_replace(Some(self.sql.endpoint().clone()));
     }
 
-    async fn next(&mut self) -> Result<Event, Error> {
-        loop {
-            let event = self.client.recv().await.map_err(driver_error)?;
-            let event = event.ok_or_else(|| Error::transient("the server ended the stream"))?;
-            if let Some(event) = convert(event) {
-                return Ok(event);
+    async fn next(&mut self, events: &mut Vec<Event>) -> Result<(), Error> {
+        if let Some(error) = self.ending.take() {
+            return Err(error);
+        }
+        let ended = || Error::transient("the server ended the stream");
+        while events.is_empty() {
+            events.extend(convert(self.client.recv().await.map_err(driver_error)?.ok_or_else(ended)?));
+        }
+        while events.len() < EVENTS_MAX {
+            // Unconstrained: what the stream ended with is lost where it is asked for and there is not yet time for the answer.
+            match tokio::task::unconstrained(self.client.recv()).now_or_never() {
+                Some(Ok(Some(event))) => events.extend(convert(event)),
+                Some(Ok(None)) => self.ending = Some(ended()),
+                Some(Err(error)) => self.ending = Some(driver_error(error)),
+                None => break,
+            }
+            if self.ending.is_some() {
+                break;
             }
         }
+        Ok(())
     }
 
     fn acknowledge(&self, lsn: Lsn) {

@@ -257,6 +257,8 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         let mut progress = every(PROGRESS_EVERY);
         let mut verify = every(VERIFY_EVERY);
         let mut last_check: Option<Published> = None;
+        let mut events = Vec::new();
+        let mut unreadable = None;
         loop {
             while let Some(entry) = intake.pop() {
                 let reached = reached(&entry);
@@ -271,6 +273,10 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                     // Only now: a session that connects and then fails has not got anywhere.
                     backoff.reset();
                 }
+            }
+            // What came before it is handed on.
+            if let Some(error) = unreadable {
+                return Err(Error::definite(error));
             }
             self.acknowledge(&link, &durable);
             tokio::select! {
@@ -287,7 +293,10 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                         () = stopped(stop) => return self.finish(link, durable).await,
                     }
                 }
-                event = link.next() => intake.take(event?).map_err(Error::definite)?,
+                received = link.next(&mut events) => {
+                    received?;
+                    unreadable = events.drain(..).try_for_each(|event| intake.take(event)).err();
+                }
             }
         }
     }

@@ -56,11 +56,12 @@ pub trait Link: Send {
     /// The log follows this server now: whoever else asks something of the server asks this one.
     fn announce(&self);
 
-    /// The next event. Cancel safe. A peer that died says nothing: see [`Link::check_alive`].
+    /// Waits for the next event, and adds it with those that are ready behind it, a bounded number. Cancel safe. A peer that
+    /// died says nothing: see [`Link::check_alive`].
     ///
     /// # Errors
     /// Where the link is of no more use.
-    fn next(&mut self) -> impl Future<Output = Result<Event, Error>> + Send;
+    fn next(&mut self, events: &mut Vec<Event>) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Tells the slot that everything up to this end LSN is durable here. Never goes back.
     fn acknowledge(&self, lsn: Lsn);

@@ -6,6 +6,8 @@ use crate::replication::{Primaries, primaries};
 use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, TimeoutType};
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::task::JoinSet;
 use tokio_postgres::Client;
 
 /// Longest wait for a connection that others use.
@@ -23,8 +25,10 @@ const LOCK_MAX: Duration = Duration::from_secs(1);
 pub(super) struct Pool(managed::Pool<Opener>);
 
 impl Pool {
+    /// Belongs to the runtime that this is called in.
     pub(super) fn new(primaries: Primaries, connections_max: usize) -> Self {
-        let builder = managed::Pool::builder(Opener { primaries })
+        let opener = Opener { primaries, runtime: Handle::current() };
+        let builder = managed::Pool::builder(opener)
             .max_size(connections_max)
             .runtime(deadpool::Runtime::Tokio1)
             .wait_timeout(Some(WAIT_MAX))
@@ -64,6 +68,8 @@ impl DerefMut for Lease {
 #[derive(Debug)]
 struct Opener {
     primaries: Primaries,
+    /// Connections live on it: that of whoever asks for one may end before those of others who use it later.
+    runtime: Handle,
 }
 
 #[derive(Debug)]
@@ -80,7 +86,13 @@ impl managed::Manager for Opener {
     /// Bounded by the connect timeout of the URI.
     async fn create(&self) -> Result<Open, Error> {
         let mut primaries = self.primaries.clone();
-        let connection = primaries.connect().await.map_err(|error: primaries::Error| Error::from(error))?;
+        // Dropped with this call, where nobody waits for it any more.
+        let mut connecting = JoinSet::new();
+        connecting.spawn_on(async move { (primaries.connect().await, primaries) }, &self.runtime);
+        let Some(Ok((connection, primaries))) = connecting.join_next().await else {
+            return Err(Error::Unreachable("tuplewatch is shutting down".to_owned()));
+        };
+        let connection = connection.map_err(|error: primaries::Error| Error::from(error))?;
         let set = format!(
             "SET statement_timeout = '{}s'; SET lock_timeout = '{}s'",
             STATEMENT_MAX.as_secs(),

@@ -288,6 +288,7 @@ async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader
                 world.violate(format!("the log cannot be read: {error}"));
                 return false;
             }
+            Err(End::Closed) => return false,
         }
     }
     true

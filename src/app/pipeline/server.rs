@@ -396,7 +396,7 @@ impl Link for ServerLink {
         self.server.inner().answers = true;
     }
 
-    async fn next(&mut self) -> Result<Event, Error> {
+    async fn next(&mut self, events: &mut Vec<Event>) -> Result<(), Error> {
         let mut changed = self.server.changed.subscribe();
         loop {
             changed.mark_unchanged();
@@ -414,7 +414,8 @@ impl Link for ServerLink {
                 }
                 self.queue.pop_front();
                 self.sent_at = Instant::now();
-                return Ok(event);
+                events.push(event);
+                return Ok(());
             }
             // Nothing is left to send, so everything up to here was sent.
             let wal_end = self.server.inner().wal_end;
@@ -422,7 +423,8 @@ impl Link for ServerLink {
             if self.sent_at.elapsed() >= silence {
                 self.told = wal_end;
                 self.sent_at = Instant::now();
-                return Ok(Event::KeepAlive { wal_end });
+                events.push(Event::KeepAlive { wal_end });
+                return Ok(());
             }
             let _ = tokio::time::timeout_at(self.sent_at + silence, changed.changed()).await;
         }

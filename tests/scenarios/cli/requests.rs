@@ -158,6 +158,18 @@ async fn malformed_requests_have_their_status() {
     assert!(server.ended().await.success());
 }
 
+/// It would hold one of a bounded number of places.
+#[tokio::test]
+async fn a_connection_that_says_nothing_is_closed() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let mut silent = TcpStream::connect(server.address()).await.unwrap();
+    let mut settings = Vec::new();
+    // However it ends.
+    let _ = within("it is closed", silent.read_to_end(&mut settings)).await;
+    server.serving().await;
+}
+
 /// What is not HTTP/2, or breaks its rules, costs its own connection.
 #[tokio::test]
 async fn garbage_on_the_wire_ends_its_own_connection() {

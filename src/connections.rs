@@ -1,0 +1,98 @@
+//! Connections of both edges: how they are accepted, and how many at a time.
+//!
+//! The accept loops of the libraries know no limit, and spin where the process has no descriptors left. Here the next ones wait to
+//! be accepted, in the listen queue of the operating system, until one of those that are open is closed.
+
+use socket2::{SockRef, TcpKeepalive};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Connections beside those that have a stream.
+const BESIDE_STREAMS: usize = 1024;
+/// Descriptors that are not for connections: the change log, PostgreSQL, the listeners.
+const OTHER_DESCRIPTORS: u64 = 256;
+/// How long a connection may be quiet, and how long and how often the other side is then asked.
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(20);
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(5);
+/// After an error of the listener itself, which is mostly a lack of descriptors.
+const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
+
+/// Most connections of one edge: one for each stream and some more, or half of what the process may have open.
+pub fn limit(streams_max: usize) -> usize {
+    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+    let half = (descriptors.saturating_sub(OTHER_DESCRIPTORS) / 2).max(1);
+    let wanted = streams_max.saturating_add(BESIDE_STREAMS).min(Semaphore::MAX_PERMITS);
+    wanted.min(usize::try_from(half).unwrap_or(usize::MAX))
+}
+
+/// A listener: bound before anything else starts, so that a taken port is said at once.
+pub struct Listener {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+impl Listener {
+    /// Binds host and port; port 0 takes any.
+    ///
+    /// # Errors
+    /// Where the address is taken or not ours.
+    pub async fn bind(host: &str, port: u16) -> std::io::Result<Self> {
+        let listener = TcpListener::bind((host, port)).await?;
+        let address = listener.local_addr()?;
+        Ok(Self { listener, address })
+    }
+
+    /// Where it listens.
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Accepts at most `max` connections at a time.
+    pub fn accept(self, protocol: &'static str, max: usize) -> Incoming {
+        Incoming { listener: self.listener, free: Arc::new(Semaphore::new(max)), protocol }
+    }
+}
+
+/// Connections as they come.
+pub struct Incoming {
+    listener: TcpListener,
+    free: Arc<Semaphore>,
+    protocol: &'static str,
+}
+
+/// What a connection holds for as long as it lasts.
+pub type Place = OwnedSemaphorePermit;
+
+impl Incoming {
+    /// The next connection: without delay, and found out about where the other side is gone without a word.
+    ///
+    /// Cancel safe.
+    pub async fn next(&mut self) -> (TcpStream, Place) {
+        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(KEEPALIVE_EVERY);
+        loop {
+            let Ok(place) = self.free.clone().acquire_owned().await else {
+                // Never closed.
+                return std::future::pending().await;
+            };
+            match self.listener.accept().await {
+                Ok((stream, _)) => {
+                    let prepared =
+                        stream.set_nodelay(true).and_then(|()| SockRef::from(&stream).set_tcp_keepalive(&keepalive));
+                    match prepared {
+                        Ok(()) => return (stream, place),
+                        // It was gone before it was accepted.
+                        Err(error) => tracing::debug!("a connection for {} ended at once: {error}", self.protocol),
+                    }
+                }
+                // One that was gone before it was accepted may also end here, and costs the others a moment.
+                Err(error) => {
+                    tracing::warn!("{} cannot accept a connection: {error}", self.protocol);
+                    tokio::time::sleep(ACCEPT_AGAIN).await;
+                }
+            }
+        }
+    }
+}
