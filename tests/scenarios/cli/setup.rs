@@ -127,7 +127,8 @@ async fn what_setup_cannot_do_it_says() {
     let mut setup = Process::start(command);
     let pid = holder.value("SELECT pg_backend_pid()").await;
     setup.complains(&pid).await;
-    setup.signal("INT");
+    // Not INT, which a shell has ignored by what it starts in the background.
+    setup.signal("TERM");
     setup.ended().await;
     let mine = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'tuplewatch setup%'";
     crate::support::wait::eventually("it is gone", async || sql.value(mine).await == "0").await;
