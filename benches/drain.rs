@@ -46,8 +46,6 @@ use support::wait::eventually;
 use tokio::process::Command;
 use tuplewatch::grpc::proto::{DataChange, data_change};
 
-/// Durable, and with room for a backlog between checkpoints.
-const SETTINGS: [(&str, &str); 3] = [("fsync", "on"), ("max_wal_size", "8GB"), ("shared_buffers", "256MB")];
 /// Connections that write the backlog.
 const WRITERS: usize = 2;
 /// Far longer than any drain takes.
@@ -59,7 +57,7 @@ async fn main() {
     let scale = if has_flag("--quick") { 10 } else { 1 };
     let shapes: Vec<Shape> = SHAPES.into_iter().filter(|s| only.as_ref().is_none_or(|name| name == s.name)).collect();
     assert!(!shapes.is_empty(), "--shape is one of {:?}", SHAPES.map(|shape| shape.name));
-    let postgres = Postgres::with(&SETTINGS).await;
+    let postgres = Postgres::durable(&[]).await;
     println!(
         "drain: rows a second from a backlog; {} round(s), {}\n\
          tuplewatch: from process start until one subscriber has all and the slot is acknowledged; cpu of its process and of \

@@ -42,8 +42,6 @@ use support::report::{at_least, at_most, has_flag, option, place, rounds};
 use support::server::Server;
 use support::sql::Sql;
 
-const SETTINGS: [(&str, &str); 4] =
-    [("fsync", "on"), ("max_wal_size", "8GB"), ("shared_buffers", "256MB"), ("autovacuum", "on")];
 const FLAGS: [(&str, &str); 1] = [("--service-watch-subscribers-max", "20000")];
 const TENANTS: usize = 1_000;
 /// Who writes as fast as possible.
@@ -129,7 +127,7 @@ fn main() {
 }
 
 async fn run(scale: &Scale) {
-    let postgres = Postgres::with(&SETTINGS).await;
+    let postgres = Postgres::durable(&[("autovacuum", "on")]).await;
     let sql = postgres.sql().await;
     let place = place(&postgres);
     println!(

@@ -48,7 +48,6 @@ use tokio::time::MissedTickBehavior;
 use tuplewatch::grpc::proto::{DataChange, data_change};
 use tuplewatch::pgoutput;
 
-const SETTINGS: [(&str, &str); 3] = [("fsync", "on"), ("max_wal_size", "8GB"), ("shared_buffers", "256MB")];
 const RATE: usize = 500;
 const SECONDS: usize = 20;
 /// Of each run, not counted: caches fill, and connections are new.
@@ -61,7 +60,7 @@ const ARRIVES_WITHIN: Duration = Duration::from_secs(30);
 #[tokio::main(worker_threads = 2)]
 async fn main() {
     let seconds = if has_flag("--quick") { 3 } else { SECONDS };
-    let postgres = Postgres::with(&SETTINGS).await;
+    let postgres = Postgres::durable(&[]).await;
     let sql = postgres.sql().await;
     let mut server = Server::prepare(&postgres, &[]).await;
     println!(

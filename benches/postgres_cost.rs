@@ -41,7 +41,6 @@ use support::subscriber::{Subscriber, on_own_thread};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
-const SETTINGS: [(&str, &str); 3] = [("fsync", "on"), ("max_wal_size", "8GB"), ("shared_buffers", "256MB")];
 const SUBSCRIBERS: [usize; 3] = [1, 100, 1_000];
 const RATE: usize = 200;
 const SECONDS: usize = 10;
@@ -52,7 +51,7 @@ const ARRIVES_WITHIN: Duration = Duration::from_secs(60);
 #[tokio::main(worker_threads = 2)]
 async fn main() {
     let seconds = if has_flag("--quick") { 3 } else { SECONDS };
-    let mut postgres = Postgres::with(&SETTINGS).await;
+    let mut postgres = Postgres::durable(&[]).await;
     let available = "EXISTS (SELECT FROM pg_available_extensions WHERE name = 'pg_stat_statements')";
     let has_extension = postgres.sql().await.is_true(available).await;
     assert!(has_extension, "this PostgreSQL has no pg_stat_statements: install its contrib package");

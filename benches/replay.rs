@@ -36,10 +36,7 @@ use support::raw_watch::{Connection, Windows, changes, decimal, entity_id};
 use support::report::{at_least, has_flag, number, place, rounds};
 use support::server::Server;
 
-const SETTINGS: [(&str, &str); 5] = [
-    ("fsync", "on"),
-    ("max_wal_size", "8GB"),
-    ("shared_buffers", "256MB"),
+const SETTINGS: [(&str, &str); 2] = [
     ("autovacuum", "on"),
     // The log is the subject; how fast it came about is not.
     ("synchronous_commit", "off"),
@@ -95,7 +92,7 @@ struct Figures {
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
     let scale = Scale::from_arguments();
-    let postgres = Postgres::with(&SETTINGS).await;
+    let postgres = Postgres::durable(&SETTINGS).await;
     let place = place(&postgres);
     println!(
         "Replay from a log of {} changes: {TENANTS} tenants of {}, and one of {}. {} rounds, alternating, each with a new \

@@ -27,13 +27,14 @@ use crate::mapping::{Mapping, PERMIFY_PRESET, Spec, TUPLES_PRESET};
 use crate::replication::connection::Endpoints;
 use crate::replication::monitor::{Monitor, Thresholds};
 use crate::replication::{self, Outlet, Postgres, Session, Status};
+use crate::thread;
 use anyhow::{Context as _, anyhow};
 use edges::Edges;
 use primary::{SqlPrimary, SqlSnapshots};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{oneshot, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 /// gRPC clients refuse messages above 4 MiB by default; a little of it is for the token and the framing.
 const CHANGE_BYTES_MAX: usize = (4 << 20) - 1024;
@@ -210,7 +211,8 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
     let serving = edges.serve(services, health_service, edges::streams_max(config), streams_stopped);
     let mut server = tokio::spawn(serving);
-    let mut session = spawn_on_thread("session", session.run(session_stopped))?;
+    let streaming = thread::run("session".to_owned(), session.run(session_stopped));
+    let mut session = tokio::spawn(streaming.context("cannot start the session's thread")?);
 
     let ended: anyhow::Result<()> = tokio::select! {
         () = &mut stop => Ok(()),
@@ -242,37 +244,6 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.shutdown().await;
     // The cause first: a failed log is what ends a session.
     recorder.finish().await.and(ended)
-}
-
-/// Runs a future on a thread with a runtime of its own, which what it spawns belongs to as well: the driver and the session hand
-/// events to each other for as long as there are any, and nobody else is woken. Aborted, it is dropped there.
-fn spawn_on_thread<T: Send + 'static>(
-    name: &str,
-    future: impl Future<Output = T> + Send + 'static,
-) -> anyhow::Result<JoinHandle<T>> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (result, ended) = oneshot::channel();
-    let (aborted, is_aborted) = oneshot::channel::<()>();
-    let run = move || {
-        let output = runtime.block_on(async {
-            tokio::select! {
-                output = future => Some(output),
-                _ = is_aborted => None,
-            }
-        });
-        if let Some(output) = output {
-            // Whoever started it may be gone.
-            let _ = result.send(output);
-        }
-    };
-    std::thread::Builder::new().name(name.into()).spawn(run).with_context(|| format!("cannot start thread {name}"))?;
-    Ok(tokio::spawn(async move {
-        let _aborted = aborted;
-        match ended.await {
-            Ok(output) => output,
-            Err(_) => panic!("the thread panicked"),
-        }
-    }))
 }
 
 fn flatten<E: Into<anyhow::Error>>(joined: Result<Result<(), E>, tokio::task::JoinError>) -> anyhow::Result<()> {

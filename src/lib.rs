@@ -38,7 +38,7 @@
 //! 2. Rows to changes, without I/O: [`pgoutput`], [`mapping`], [`assembler`].
 //! 3. The engine: [`changelog`], [`hub`], [`replication`], and [`store`], which writes the tables of the `tuples` preset.
 //! 4. The edges: [`grpc`], [`http`], [`cli`]; who gets in: [`admission`], [`authn`], [`tls`]; and what they need:
-//!    [`config`], [`telemetry`], [`dev_postgres`].
+//!    [`config`], [`connections`], [`thread`], [`telemetry`], [`dev_postgres`].
 //! 5. [`app`], which joins all of it.
 //!
 //! What may use what is held by a test (`tests/architecture.rs`); why it is so is in ARCHITECTURE.md.
@@ -63,6 +63,7 @@ pub mod replication;
 pub mod snap_token;
 pub mod store;
 pub mod telemetry;
+pub mod thread;
 pub mod timeline;
 pub mod tls;
 pub mod transaction;

@@ -31,7 +31,8 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("admission", vec!["authn", "config"]),
         ("tls", vec!["config"]),
         ("connections", vec![]),
-        ("grpc", core_and(&["hub", "store", "config", "authn", "admission", "tls", "connections"])),
+        ("thread", vec![]),
+        ("grpc", core_and(&["hub", "store", "config", "authn", "admission", "tls", "connections", "thread"])),
         ("http", vec!["hub", "config", "connections", "grpc", "admission", "tls"]),
         (
             "app",
@@ -46,6 +47,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
                 "authn",
                 "admission",
                 "connections",
+                "thread",
             ]),
         ),
         ("cli", core_and(&["app", "replication", "grpc", "config", "telemetry", "dev_postgres"])),

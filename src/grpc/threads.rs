@@ -6,6 +6,7 @@
 
 use super::Error;
 use crate::connections::Place;
+use crate::thread;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
 use tonic::transport::server::{Connected, TcpConnectInfo};
@@ -40,8 +41,6 @@ pub(super) struct Threads {
 struct Thread {
     connections: mpsc::Sender<Connection>,
     open: Arc<AtomicUsize>,
-    /// Dropped, it cuts what the thread still serves.
-    _cut: oneshot::Sender<()>,
 }
 
 impl Threads {
@@ -53,28 +52,14 @@ impl Threads {
     where
         F: Future<Output = Result<(), tonic::transport::Error>> + Send + 'static,
     {
-        let (mut threads, mut all_ended) = (Vec::new(), JoinSet::new());
+        let (mut threads, mut ended) = (Vec::new(), JoinSet::new());
         for n in 0..count() {
             let (connections, received) = mpsc::channel(HANDED_OVER_MAX);
-            let (result, ended) = oneshot::channel();
-            let (cut, is_cut) = oneshot::channel::<()>();
-            let serving = serve(received);
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            std::thread::Builder::new().name(format!("grpc-{n}")).spawn(move || {
-                let served = runtime.block_on(async {
-                    tokio::select! {
-                        served = serving => served,
-                        _ = is_cut => Ok(()),
-                    }
-                });
-                // Whoever started it may be gone.
-                let _ = result.send(served);
-            })?;
-            threads.push(Thread { connections, open: Arc::default(), _cut: cut });
-            let panicked = |_| Error::Threads(io::Error::other("one of them panicked"));
-            all_ended.spawn(async move { Ok(ended.await.map_err(panicked)??) });
+            let served = thread::run(format!("grpc-{n}"), serve(received))?;
+            threads.push(Thread { connections, open: Arc::default() });
+            ended.spawn(async { Ok(served.await?) });
         }
-        Ok(Self { threads, ended: all_ended })
+        Ok(Self { threads, ended })
     }
 
     /// Hands a connection to the thread that has the fewest.

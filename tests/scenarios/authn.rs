@@ -45,6 +45,18 @@ const MISSING: &str = "ERROR_CODE_MISSING_BEARER_TOKEN";
 const INVALID: &str = "ERROR_CODE_INVALID_BEARER_TOKEN";
 const CLAIMS: &str = "ERROR_CODE_INVALID_CLAIMS";
 
+/// A server that takes the tokens of this issuer.
+async fn serve(postgres: &Postgres, issuer: &Issuer, further: &[(&str, &str)]) -> Server {
+    let url = issuer.url();
+    let flags = [
+        ("--authn-enabled", "true"),
+        ("--authn-method", "oidc"),
+        ("--authn-oidc-issuer", url.as_str()),
+        ("--authn-oidc-audience", AUDIENCE),
+    ];
+    Server::serve(postgres, &[&flags, further].concat()).await
+}
+
 #[tokio::test]
 async fn keys_open_their_tenants() {
     let postgres = Postgres::start().await;
@@ -105,13 +117,7 @@ async fn tokens_are_checked() {
     let (ec, rsa) = (Key::ec("ec"), Key::rsa("rsa"));
     let issuer = Issuer::start(&[&ec, &rsa]).await;
     let url = issuer.url();
-    let flags = [
-        ("--authn-enabled", "true"),
-        ("--authn-method", "oidc"),
-        ("--authn-oidc-issuer", url.as_str()),
-        ("--authn-oidc-audience", AUDIENCE),
-    ];
-    let server = Server::serve(&postgres, &flags).await;
+    let server = serve(&postgres, &issuer, &[]).await;
     let sql = postgres.sql().await;
     let now = get_current_timestamp();
     let good = issuer.claims(&json!({}));
@@ -172,16 +178,9 @@ async fn an_issuer_rotates_its_keys_and_goes_away() {
     let postgres = Postgres::start().await;
     let (first, second, third) = (Key::ec("first"), Key::ec("second"), Key::ec("third"));
     let mut issuer = Issuer::start(&[&first]).await;
-    let url = issuer.url();
     issuer.stop().await;
-    let flags = [
-        ("--authn-enabled", "true"),
-        ("--authn-method", "oidc"),
-        ("--authn-oidc-issuer", url.as_str()),
-        ("--authn-oidc-audience", AUDIENCE),
-    ];
     // It starts without its issuer, and cannot tell.
-    let server = Server::serve(&postgres, &flags).await;
+    let server = serve(&postgres, &issuer, &[]).await;
     let bearer = |key: &Key| format!("Bearer {}", key.sign(&issuer.claims(&json!({}))));
     let [first_token, second_token, third_token] = [&first, &second, &third].map(bearer);
     let status = watch(&server, &first_token).await.err().expect("nobody can tell");
@@ -222,15 +221,7 @@ async fn streams_end_with_their_token() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;
-    let url = issuer.url();
-    let flags = [
-        ("--authn-enabled", "true"),
-        ("--authn-method", "oidc"),
-        ("--authn-oidc-issuer", url.as_str()),
-        ("--authn-oidc-audience", AUDIENCE),
-        ("--authn-oidc-tenants-claim", "tenants"),
-    ];
-    let server = Server::serve(&postgres, &flags).await;
+    let server = serve(&postgres, &issuer, &[("--authn-oidc-tenants-claim", "tenants")]).await;
     let sql = postgres.sql().await;
     let bearer = |other| format!("Bearer {}", key.sign(&issuer.claims(&other)));
     let lasting = bearer(json!({"tenants": ["t1", "t2"]}));
@@ -303,14 +294,7 @@ async fn the_command_line_goes_on_with_a_renewed_token() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;
-    let url = issuer.url();
-    let flags = [
-        ("--authn-enabled", "true"),
-        ("--authn-method", "oidc"),
-        ("--authn-oidc-issuer", url.as_str()),
-        ("--authn-oidc-audience", AUDIENCE),
-    ];
-    let server = Server::serve(&postgres, &flags).await;
+    let server = serve(&postgres, &issuer, &[]).await;
     let directory = tempfile::tempdir().unwrap();
     let keep = |other| std::fs::write(directory.path().join("token"), key.sign(&issuer.claims(&other))).unwrap();
     keep(json!({"exp": get_current_timestamp() + 5}));

@@ -50,6 +50,13 @@ impl Postgres {
         postgres
     }
 
+    /// As a server in production writes: for what is measured. With further settings.
+    #[allow(dead_code, reason = "for the benchmarks")]
+    pub(crate) async fn durable(settings: &[(&str, &str)]) -> Self {
+        const SETTINGS: [(&str, &str); 3] = [("fsync", "on"), ("max_wal_size", "8GB"), ("shared_buffers", "256MB")];
+        Self::with(&[&SETTINGS, settings].concat()).await
+    }
+
     fn new_name() -> String {
         format!("tuplewatch-tests-{}-{:08x}", std::process::id(), fastrand::u32(..))
     }

@@ -1,8 +1,8 @@
 //! The same credentials on HTTP: who gets in, what the others are told, and when a stream ends.
 
-use super::{CLAIMS, INVALID, MISSING};
+use super::{CLAIMS, INVALID, MISSING, serve};
 use crate::support::http::{EventSource, Lines, Seen, reason};
-use crate::support::issuer::{AUDIENCE, Issuer, Key};
+use crate::support::issuer::{Issuer, Key};
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use crate::support::sql::Sql;
@@ -112,7 +112,7 @@ async fn tokens_are_checked() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;
-    let server = serve(&postgres, &issuer).await;
+    let server = serve(&postgres, &issuer, &[]).await;
     let sql = postgres.sql().await;
     let bearer = |other| format!("Bearer {}", key.sign(&issuer.claims(&other)));
     gets_in(&server, &sql, &bearer(json!({})), "a good one").await;
@@ -131,7 +131,7 @@ async fn streams_end_with_their_token() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;
-    let server = serve(&postgres, &issuer).await;
+    let server = serve(&postgres, &issuer, &[]).await;
     let sql = postgres.sql().await;
     let exp = get_current_timestamp() + 5;
     let bearer = |other| format!("Bearer {}", key.sign(&issuer.claims(&other)));
@@ -160,16 +160,4 @@ async fn streams_end_with_their_token() {
     assert_eq!(source.next().await, Seen::Open);
     let Seen::Message { data, .. } = source.next().await else { panic!("a message") };
     assert_eq!(data["changes"]["data_changes"][0]["tuple"]["entity"]["id"], "after");
-}
-
-/// A server that takes the tokens of this issuer.
-async fn serve(postgres: &Postgres, issuer: &Issuer) -> Server {
-    let url = issuer.url();
-    let flags = [
-        ("--authn-enabled", "true"),
-        ("--authn-method", "oidc"),
-        ("--authn-oidc-issuer", url.as_str()),
-        ("--authn-oidc-audience", AUDIENCE),
-    ];
-    Server::serve(postgres, &flags).await
 }
