@@ -166,7 +166,7 @@ async fn one_round(case: &Case, scale: &Scale, id: &str, postgres: &Postgres, se
     let shared = Arc::new(Shared::new(transactions_max));
     let fleet = Fleet::launch(case, server.address(), &shared);
     shared.until("every stream is open", || shared.open.load(Relaxed) == case.streams()).await;
-    let idle_kib = server.memory_kib("VmRSS").saturating_sub(base_kib);
+    let idle_kib = idle_kib(server).await.saturating_sub(base_kib);
 
     let cpu_before = cpu_time(server.pid());
     let mut began = shared.now();
@@ -201,6 +201,20 @@ async fn one_round(case: &Case, scale: &Scale, id: &str, postgres: &Postgres, se
         resident_mib,
         idle_kib_per_subscriber: idle_kib as f64 / case.streams() as f64,
     }
+}
+
+/// What it has once it has given back what starting so many streams took: the allocator waits for a moment before it does.
+async fn idle_kib(server: &Server) -> u64 {
+    const UNCHANGED_FOR: Duration = Duration::from_secs(3);
+    let (mut least, mut since) = (u64::MAX, Instant::now());
+    while since.elapsed() < UNCHANGED_FOR {
+        let now = server.memory_kib("VmRSS");
+        if now < least {
+            (least, since) = (now, Instant::now());
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    least
 }
 
 /// What a process takes once it has delivered anything at all is no subscriber's.

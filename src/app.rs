@@ -212,7 +212,8 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let serving = edges.serve(services, health_service, edges::streams_max(config), streams_stopped);
     let mut server = tokio::spawn(serving);
     let streaming = thread::run("session".to_owned(), session.run(session_stopped));
-    let mut session = tokio::spawn(streaming.context("cannot start the session's thread")?);
+    let (_, streaming) = streaming.context("cannot start the session's thread")?;
+    let mut session = tokio::spawn(streaming);
 
     let ended: anyhow::Result<()> = tokio::select! {
         () = &mut stop => Ok(()),

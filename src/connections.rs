@@ -8,7 +8,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch::Receiver;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 
 /// Connections beside those that have a stream.
 const BESIDE_STREAMS: usize = 1024;
@@ -50,14 +52,33 @@ impl Listener {
         self.address
     }
 
-    /// Accepts at most `max` connections at a time.
-    pub fn accept(self, protocol: &'static str, max: usize) -> Incoming {
-        Incoming { listener: self.listener, free: Arc::new(Semaphore::new(max)), protocol }
+    /// Accepts at most `max` connections at a time, and has each served by what `spawn` makes a task of, until `stop` turns
+    /// true; then waits until all have ended. Dropped before, it cuts them.
+    pub async fn serve(
+        self,
+        protocol: &'static str,
+        max: usize,
+        mut stop: Receiver<bool>,
+        spawn: impl Fn(&mut JoinSet<()>, TcpStream, Place),
+    ) {
+        let incoming = Incoming { listener: self.listener, free: Arc::new(Semaphore::new(max)), protocol };
+        let mut connections = JoinSet::new();
+        loop {
+            let (stream, place) = tokio::select! {
+                _ = stop.wait_for(|stop| *stop) => break,
+                // What has ended is forgotten.
+                Some(_) = connections.join_next() => continue,
+                accepted = incoming.next() => accepted,
+            };
+            spawn(&mut connections, stream, place);
+        }
+        drop(incoming);
+        while connections.join_next().await.is_some() {}
     }
 }
 
 /// Connections as they come.
-pub struct Incoming {
+struct Incoming {
     listener: TcpListener,
     free: Arc<Semaphore>,
     protocol: &'static str,
@@ -70,7 +91,7 @@ impl Incoming {
     /// The next connection: without delay, and found out about where the other side is gone without a word.
     ///
     /// Cancel safe.
-    pub async fn next(&mut self) -> (TcpStream, Place) {
+    async fn next(&self) -> (TcpStream, Place) {
         let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(KEEPALIVE_EVERY);
         loop {
             let Ok(place) = self.free.clone().acquire_owned().await else {

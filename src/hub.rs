@@ -21,6 +21,7 @@
 //! This module reads the log and never writes it; it knows nothing of replication.
 
 mod bell;
+mod feeds;
 pub mod publisher;
 mod resolve;
 pub mod start;

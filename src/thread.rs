@@ -4,19 +4,21 @@
 //! and what writes them.
 
 use std::io;
-use tokio::runtime;
+use tokio::runtime::{self, Handle};
 use tokio::sync::oneshot;
 
-/// Runs a future on a thread of this name; what it spawns belongs to that thread as well. What comes back is the result to wait
-/// for. Dropped before, it cuts the work; it panics where the work did.
+/// Runs a future on a thread of this name; what it spawns belongs to that thread as well, and so does what is spawned through the
+/// handle. The other part of what comes back is the result to wait for. Dropped before, it cuts the work; it panics where the
+/// work did.
 ///
 /// # Errors
 /// Where the operating system has no more threads or descriptors.
 pub fn run<T: Send + 'static>(
     name: String,
     work: impl Future<Output = T> + Send + 'static,
-) -> io::Result<impl Future<Output = T> + Send + 'static> {
+) -> io::Result<(Handle, impl Future<Output = T> + Send + 'static)> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    let handle = runtime.handle().clone();
     let (result, ended) = oneshot::channel();
     let (waiting, is_dropped) = oneshot::channel::<()>();
     let run = move || {
@@ -32,11 +34,12 @@ pub fn run<T: Send + 'static>(
         }
     };
     std::thread::Builder::new().name(name.clone()).spawn(run)?;
-    Ok(async move {
+    let result = async move {
         let _waiting = waiting;
         match ended.await {
             Ok(output) => output,
             Err(_) => panic!("thread {name} panicked"),
         }
-    })
+    };
+    Ok((handle, result))
 }

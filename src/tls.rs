@@ -9,12 +9,16 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 
 /// A client that has not finished its handshake by then is cut off: it holds a connection and proves nothing.
-pub const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
 /// Why a listener cannot have TLS.
 #[derive(Debug, thiserror::Error)]
@@ -49,38 +53,34 @@ pub enum Error {
     },
 }
 
-/// The files of a listener, which are known to work.
-pub struct Material {
-    /// The certificate chain, as PEM.
-    pub cert: Vec<u8>,
-    /// Its private key, as PEM.
-    pub key: Vec<u8>,
-    /// The authority of the clients' certificates, as PEM. Where there is one, every client must have a certificate.
-    pub client_ca: Option<Vec<u8>>,
-    config: ServerConfig,
-}
+/// Does the handshakes of a listener, with files that are known to work. Cheap to clone.
+#[derive(Clone)]
+pub struct Acceptor(TlsAcceptor);
 
-impl Material {
-    /// Reads and checks the files that `section` of the configuration (`server.grpc.tls`) names.
+impl Acceptor {
+    /// Reads and checks the files that `section` of the configuration (`server.grpc.tls`) names, for a listener that speaks
+    /// `protocol` (ALPN). Where there is a client authority, every client must have a certificate.
     ///
     /// # Errors
-    /// Where one cannot be read or used.
-    pub async fn read(section: &'static str, files: &Tls) -> Result<Self, Error> {
+    /// Where a file cannot be read or used.
+    pub async fn read(section: &'static str, files: &Tls, protocol: &[u8]) -> Result<Self, Error> {
         let cert = File::read(section, "cert", &files.cert).await?;
         let key = File::read(section, "key", &files.key).await?;
         let client_ca = match &files.client_ca {
             Some(path) => Some(File::read(section, "client_ca", path).await?),
             None => None,
         };
-        let config = server_config(section, &cert, &key, client_ca.as_ref())?;
-        Ok(Self { cert: cert.pem, key: key.pem, client_ca: client_ca.map(|file| file.pem), config })
+        let mut config = server_config(section, &cert, &key, client_ca.as_ref())?;
+        config.alpn_protocols = vec![protocol.to_vec()];
+        Ok(Self(Arc::new(config).into()))
     }
 
-    /// For a listener that does its own handshakes and speaks these protocols (ALPN), the preferred one first.
-    pub fn server_config(&self, protocols: &[&[u8]]) -> Arc<ServerConfig> {
-        let mut config = self.config.clone();
-        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
-        Arc::new(config)
+    /// The handshake with a client.
+    ///
+    /// # Errors
+    /// Where it fails, or takes longer than 10 s.
+    pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+        tokio::time::timeout(HANDSHAKE_MAX, self.0.accept(stream)).await.map_err(|_| io::ErrorKind::TimedOut)?
     }
 }
 
@@ -158,7 +158,7 @@ mod tests {
         let nowhere = directory.path().join("nowhere.pem");
         let check = async |cert: &PathBuf, key: &PathBuf, client_ca: Option<&PathBuf>, says: &str| {
             let files = Tls { cert: cert.clone(), key: key.clone(), client_ca: client_ca.cloned() };
-            let said = Material::read("server.grpc.tls", &files).await.map(drop);
+            let said = Acceptor::read("server.grpc.tls", &files, b"h2").await.map(drop);
             let said = said.map_or_else(|error| error.to_string(), |()| String::new());
             let said = said.replace(&format!("{}/", directory.path().display()), "");
             assert!(said.starts_with(says) && said.is_empty() == says.is_empty(), "{said}");

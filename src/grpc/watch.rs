@@ -1,14 +1,16 @@
 //! `base.v1.Watch/Watch`.
 //!
 //! What tonic would generate from the service, with one difference: what is sent are frames that were made before, once for all
-//! subscribers, and a stream is a body of such frames. There is no codec, no task and no allocation for each message in between.
+//! subscribers. There is no codec, no task and no allocation for each message in between; who sends them is
+//! `super::connection`, and over HTTP the gateway.
 //!
 //! How frames are cut decides what a message costs, and whether a connection lives:
 //!
 //! - What is ready is sent together: many small messages become one DATA frame of several KiB.
-//! - Messages are never short, and so DATA frames are not. A client keeps what is not read yet, and keeping a frame costs it more than its bytes, so that h2's
-//!   charges 256 bytes less the frame's length for every short one, and closes the connection where that comes to half of the
-//!   connection's window. Frames of more than 170 bytes fill the window first, and then the stream waits, as it should.
+//! - Messages are never short, and so DATA frames are not. A client keeps what is not read yet, and keeping a frame costs it more
+//!   than its bytes, so that h2's charges 256 bytes less the frame's length for every short one, and closes the connection where
+//!   that comes to half of the connection's window. Frames of more than 170 bytes fill the window first, and then the stream
+//!   waits, as it should.
 
 use super::proto;
 use super::status::{self, Tokens};
@@ -20,9 +22,7 @@ use crate::snap_token::Form;
 use crate::transaction::Message;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::stream::Stream;
-use http::HeaderMap;
 use http::header::{CONTENT_TYPE, HeaderValue};
-use http_body::Frame;
 use prost::Message as _;
 use prost::encoding::{WireType, encode_key, encode_varint};
 use std::collections::VecDeque;
@@ -33,16 +33,13 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, Sleep};
-use tonic::body::Body;
 use tonic::codec::{DecodeBuf, Decoder, Streaming};
 use tonic::metadata::MetadataMap;
-use tonic::server::NamedService;
 use tonic::{Code, Request, Response, Status};
 use tower_service::Service;
 
-/// Bytes that a stream takes from the hub at a time, and so holds while its client does not read.
-const TAKE_BYTES: usize = 256 << 10;
-/// What is ready is joined up to this: a DATA frame of HTTP/2 has at most 16 KiB, where the client does not allow more.
+/// What is ready is taken from the hub, and joined, up to this: a DATA frame of HTTP/2 has at most 16 KiB, where the client does not
+/// allow more.
 const JOIN_BYTES: usize = 16 << 10;
 /// Compressed or not, and the length of the message: "Length-Prefixed-Message" of gRPC over HTTP/2.
 const PREFIX_BYTES: usize = 5;
@@ -56,7 +53,13 @@ pub const START_SNAP_TOKEN: &str = "snap-token";
 const REQUEST_BYTES_MAX: usize = 4 << 20;
 /// Messages that an idle stream keeps room for.
 const READY_MAX: usize = 4;
-const PATH: &str = "/base.v1.Watch/Watch";
+const SERVICE: &str = "/base.v1.Watch/";
+const METHOD: &str = "Watch";
+
+/// Whether a request with this path is for this service.
+pub(super) fn is_path(path: &str) -> bool {
+    path.starts_with(SERVICE)
+}
 
 /// How streams behave.
 #[derive(Clone, Copy, Debug)]
@@ -160,9 +163,18 @@ fn instant(at: SystemTime) -> Option<Instant> {
     Instant::now().checked_add(at.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
-/// An open stream, as frames of gRPC or, as a [`Stream`], as encoded `WatchResponse`s. Ends with at most one error.
+/// An open stream, as frames of gRPC or, as a [`Stream`], as encoded `WatchResponse`s. Ends with at most one error. By default, one
+/// that has ended.
+#[derive(Default)]
 pub struct Responses {
     open: Option<Box<Open>>,
+}
+
+/// One or more messages, as they go over the wire.
+pub(super) struct Frames {
+    pub(super) bytes: Bytes,
+    /// There are no others, and who polled is woken when there are: to poll once more now is of no use.
+    pub(super) is_all: bool,
 }
 
 struct Open {
@@ -184,10 +196,19 @@ enum Before {
 }
 
 impl Responses {
-    /// The next messages, joined up to about `bytes_max`.
-    fn poll_frames(&mut self, cx: &mut Context<'_>, bytes_max: usize) -> Poll<Option<Result<Bytes, Status>>> {
+    /// Whether nothing comes any more.
+    pub(super) const fn is_end(&self) -> bool {
+        self.open.is_none()
+    }
+
+    /// The next messages, as frames that are joined up to some KiB.
+    pub(super) fn poll_frames(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frames, Status>>> {
+        self.poll_joined(cx, JOIN_BYTES)
+    }
+
+    fn poll_joined(&mut self, cx: &mut Context<'_>, bytes_max: usize) -> Poll<Option<Result<Frames, Status>>> {
         let Some(open) = &mut self.open else { return Poll::Ready(None) };
-        let next = ready!(open.poll_frames(cx, bytes_max));
+        let next = ready!(open.poll_joined(cx, bytes_max));
         if next.is_err() {
             self.open = None;
         }
@@ -199,37 +220,22 @@ impl Stream for Responses {
     type Item = Result<Bytes, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let next = ready!(self.poll_frames(cx, 0));
-        Poll::Ready(next.map(|next| next.map(|frame| frame.slice(PREFIX_BYTES..))))
-    }
-}
-
-impl http_body::Body for Responses {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        Poll::Ready(ready!(self.poll_frames(cx, JOIN_BYTES)).map(|next| match next {
-            Ok(frames) => Ok(Frame::data(frames)),
-            Err(status) => {
-                let mut trailers = HeaderMap::new();
-                status.add_header(&mut trailers)?;
-                Ok(Frame::trailers(trailers))
-            }
-        }))
+        let next = ready!(self.poll_joined(cx, 0));
+        Poll::Ready(next.map(|next| next.map(|next| next.bytes.slice(PREFIX_BYTES..))))
     }
 }
 
 impl Open {
-    fn poll_frames(&mut self, cx: &mut Context<'_>, bytes_max: usize) -> Poll<Result<Bytes, Status>> {
+    fn poll_joined(&mut self, cx: &mut Context<'_>, bytes_max: usize) -> Poll<Result<Frames, Status>> {
         if let Some(expires) = &mut self.expires
             && expires.as_mut().poll(cx).is_ready()
         {
             return Poll::Ready(Err(status::expired()));
         }
+        let is_all = ready!(self.poll_ready(cx))?;
         let first = ready!(self.poll_frame(cx))?;
         if self.ready.is_empty() || first.len() >= bytes_max {
-            return Poll::Ready(Ok(first));
+            return Poll::Ready(Ok(Frames { bytes: first, is_all: is_all && self.ready.is_empty() }));
         }
         // As much as there is, if the others are like the first: what h2 keeps should not be mostly empty.
         let expected = first.len() * (self.ready.len() + 1);
@@ -242,19 +248,27 @@ impl Open {
         {
             joined.put(frame);
         }
-        Poll::Ready(Ok(joined.freeze()))
+        Poll::Ready(Ok(Frames { bytes: joined.freeze(), is_all: is_all && self.ready.is_empty() }))
     }
 
+    /// Waits until some are ready. `true`: they are all there are, and who polls now is woken when there are more.
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Status>> {
+        if !self.ready.is_empty() {
+            // Who polled when they were taken may have been woken since.
+            return Poll::Ready(Ok(false));
+        }
+        // Held only while there is something in it: idle streams are many.
+        self.ready.shrink_to(READY_MAX);
+        match ready!(self.subscription.poll_next(cx, JOIN_BYTES, &mut self.ready)) {
+            Ok(is_all) => Poll::Ready(Ok(is_all)),
+            Err(end) => Poll::Ready(Err(status::of_end(end, self.subscription.tenant(), &self.tokens()?))),
+        }
+    }
+
+    /// The frame of the first that is ready.
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, Status>> {
-        let item = loop {
-            if let Some(item) = self.ready.front() {
-                break item.clone();
-            }
-            // Held only while there is something in it: idle streams are many.
-            self.ready.shrink_to(READY_MAX);
-            if let Err(end) = ready!(self.subscription.poll_next(cx, TAKE_BYTES, &mut self.ready)) {
-                return Poll::Ready(Err(status::of_end(end, self.subscription.tenant(), &self.tokens()?)));
-            }
+        let Some(item) = self.ready.front().cloned() else {
+            return Poll::Ready(Err(Status::internal("no message was ready")));
         };
         let frame = match item.framed() {
             Some(frame) => frame.clone(),
@@ -326,17 +340,13 @@ fn frame(message: &Message, snap_token: &str) -> Bytes {
     frame.into()
 }
 
-impl<P> NamedService for WatchService<P> {
-    const NAME: &'static str = "base.v1.Watch";
-}
-
 impl<B, P> Service<http::Request<B>> for WatchService<P>
 where
     B: http_body::Body + Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
     P: Primary + 'static,
 {
-    type Response = http::Response<Body>;
+    type Response = http::Response<Responses>;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
 
@@ -363,7 +373,7 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
 {
     let (head, body) = request.into_parts();
-    if head.uri.path() != PATH {
+    if head.uri.path().strip_prefix(SERVICE) != Some(METHOD) {
         return Err(Status::unimplemented("base.v1.Watch has one method, Watch"));
     }
     if head.headers.get("grpc-encoding").is_some_and(|encoding| encoding != "identity") {
@@ -379,9 +389,9 @@ where
     Ok(Request::from_parts(MetadataMap::from_headers(head.headers), head.extensions, message))
 }
 
-fn write(response: Response<Responses>) -> http::Response<Body> {
+fn write(response: Response<Responses>) -> http::Response<Responses> {
     let (metadata, responses, extensions) = response.into_parts();
-    let mut response = http::Response::new(Body::new(responses));
+    let mut response = http::Response::new(responses);
     *response.headers_mut() = metadata.into_headers();
     *response.extensions_mut() = extensions;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));

@@ -18,7 +18,6 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::watch::Receiver;
 use tokio::task::JoinSet;
-use tokio_rustls::TlsAcceptor;
 
 /// Longest time for the headers of a request to come, counted from when the connection is ready for one.
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(30);
@@ -44,7 +43,7 @@ pub enum Error {
 /// A bound listener: bound before anything else starts, so that a taken port is said at once.
 pub struct Listener {
     listener: connections::Listener,
-    tls: Option<TlsAcceptor>,
+    tls: Option<tls::Acceptor>,
 }
 
 impl Listener {
@@ -55,9 +54,7 @@ impl Listener {
     pub async fn bind(host: &str, config: &HttpConfig) -> Result<Self, Error> {
         let port = config.port;
         let tls = match &config.tls {
-            Some(files) => {
-                Some(tls::Material::read("server.http.tls", files).await?.server_config(&[b"http/1.1"]).into())
-            }
+            Some(files) => Some(tls::Acceptor::read("server.http.tls", files, b"http/1.1").await?),
             None => None,
         };
         let bind = |source| Error::Bind { address: format!("{host}:{port}"), source };
@@ -74,40 +71,30 @@ impl Listener {
 /// Serves until `stop` turns true and all connections have ended.
 ///
 /// Dropped before, it cuts them.
-pub async fn serve(listener: Listener, gateway: Gateway, connections_max: usize, mut stop: Receiver<bool>) {
+pub async fn serve(listener: Listener, gateway: Gateway, connections_max: usize, stop: Receiver<bool>) {
     let router = gateway.into_router();
     let Listener { listener, tls } = listener;
-    let mut incoming = listener.accept("HTTP", connections_max);
-    let mut connections = JoinSet::new();
-    loop {
-        let (stream, place) = tokio::select! {
-            _ = stop.wait_for(|stop| *stop) => break,
-            // What has ended is forgotten.
-            Some(_) = connections.join_next() => continue,
-            accepted = incoming.next() => accepted,
-        };
+    let spawn = |connections: &mut JoinSet<()>, stream, place| {
         let connection = connect(stream, tls.clone(), router.clone(), stop.clone());
         connections.spawn(async move {
             connection.await;
             drop(place);
         });
-    }
-    drop(incoming);
-    while connections.join_next().await.is_some() {}
+    };
+    listener.serve("HTTP", connections_max, stop.clone(), spawn).await;
 }
 
-async fn connect(stream: TcpStream, tls: Option<TlsAcceptor>, router: Router, mut stop: Receiver<bool>) {
+async fn connect(stream: TcpStream, tls: Option<tls::Acceptor>, router: Router, mut stop: Receiver<bool>) {
     let Some(acceptor) = tls else {
         return talk(stream, router, stop).await;
     };
     let handshake = tokio::select! {
-        handshake = tokio::time::timeout(tls::HANDSHAKE_MAX, acceptor.accept(stream)) => handshake,
+        handshake = acceptor.accept(stream) => handshake,
         _ = stop.wait_for(|stop| *stop) => return,
     };
     match handshake {
-        Ok(Ok(stream)) => talk(stream, router, stop).await,
-        Ok(Err(error)) => tracing::debug!("a TLS handshake failed: {error}"),
-        Err(_) => tracing::debug!("a TLS handshake took longer than {:?}", tls::HANDSHAKE_MAX),
+        Ok(stream) => talk(stream, router, stop).await,
+        Err(error) => tracing::debug!("a TLS handshake for HTTP failed: {error}"),
     }
 }
 

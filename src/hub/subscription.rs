@@ -1,6 +1,7 @@
 //! One reader of one tenant's changes, over memory and disk.
 
-use super::window::{Next, ReaderKey};
+use super::feeds::ReaderKey;
+use super::window::Next;
 use super::{Hub, Item, Origin};
 use crate::change::TenantId;
 use crate::changelog::{self, Batch};
@@ -10,6 +11,9 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+
+/// How much more is read from the log at a time than is taken from memory: a read takes a thread for a moment.
+const READ_FACTOR: usize = 16;
 
 /// Leaves out what a reader has already: of what committed before `lsn`, what is visible in `snapshot`, and what is its own.
 /// For one that starts *now*, that is its own first read.
@@ -98,8 +102,7 @@ impl Subscription {
         divergences: usize,
     ) -> Self {
         let key = hub.window().join(&tenant, hub.bell.clone());
-        let (waiting, origin) = (None, None);
-        Self { hub, tenant, cursor, seen, filter, key, waiting, divergences_checked: divergences, origin }
+        Self { hub, tenant, cursor, seen, filter, key, waiting: None, divergences_checked: divergences, origin: None }
     }
 
     /// Whose changes these are.
@@ -117,7 +120,8 @@ impl Subscription {
         self.origin.as_ref()
     }
 
-    /// Adds the next messages: at least one, and about `bytes_max` bytes where there are more.
+    /// Adds the next messages: at least one, and about `bytes_max` bytes where there are more; from the log, 16 times as many.
+    /// Yields `true` where that is all there is, and who polled is woken when there is more: as if it had polled once more.
     ///
     /// # Errors
     /// Where there is no continuing from here; the same again on every later call.
@@ -126,9 +130,10 @@ impl Subscription {
         cx: &mut Context<'_>,
         bytes_max: usize,
         messages: &mut VecDeque<Arc<Item>>,
-    ) -> Poll<Result<(), End>> {
+    ) -> Poll<Result<bool, End>> {
         let had = messages.len();
         loop {
+            let mut is_all = false;
             if let Some(Waiting::Read(reading)) = &mut self.waiting {
                 let read = ready!(reading.as_mut().poll(cx));
                 self.waiting = None;
@@ -150,8 +155,13 @@ impl Subscription {
                     self.origin = window.origin().cloned();
                 }
                 let (cursor, seen, checked) = (self.cursor, self.seen, &mut self.divergences_checked);
-                match window.next(&self.tenant, cursor, seen, checked, bytes_max, messages) {
-                    Next::Messages => {}
+                match window.next(self.key, cursor, seen, checked, bytes_max, messages) {
+                    Next::Messages { all } => {
+                        if all {
+                            window.wait(self.key, cx.waker());
+                        }
+                        is_all = all;
+                    }
                     Next::Disk { up_to } => {
                         // What the log does not have yet is in memory, or not published.
                         let mut appended = self.hub.inner.appended.clone();
@@ -162,7 +172,7 @@ impl Subscription {
                             continue;
                         }
                         // Look again when it is there, or when something else is to be told.
-                        window.wait(&self.tenant, self.key, cx.waker());
+                        window.wait(self.key, cx.waker());
                         let mut append = Box::pin(async move {
                             if appended.changed().await.is_err() {
                                 // The log is gone, and the process with it.
@@ -180,7 +190,7 @@ impl Subscription {
                         continue;
                     }
                     Next::Wait => {
-                        window.wait(&self.tenant, self.key, cx.waker());
+                        window.wait(self.key, cx.waker());
                         return Poll::Pending;
                     }
                     Next::Broken(gap) => return Poll::Ready(Err(End::Broken(gap))),
@@ -190,7 +200,7 @@ impl Subscription {
             }
             self.take(had, messages);
             if messages.len() > had {
-                return Poll::Ready(Ok(()));
+                return Poll::Ready(Ok(is_all));
             }
         }
     }
@@ -226,6 +236,7 @@ impl Subscription {
 
     fn read_log(&self, up_to: Position, bytes_max: usize) -> Waiting {
         let (hub, tenant, cursor) = (self.hub.clone(), self.tenant.clone(), self.cursor);
+        let bytes_max = bytes_max.saturating_mul(READ_FACTOR);
         let read = move |log: &dyn changelog::ChangeLog| {
             let batch = log.read(&tenant, cursor, up_to, bytes_max)?;
             Ok(Read { batch, horizon: log.horizon(&tenant)?, up_to })
@@ -246,6 +257,6 @@ impl Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        self.hub.window().leave(&self.tenant, self.key);
+        self.hub.window().leave(self.key);
     }
 }

@@ -7,6 +7,9 @@ use crate::lsn::{CommitTime, Position, Snapshot, Xid8};
 use crate::snap_token::{SnapToken, TokenId};
 use crate::timeline::Timeline;
 use crate::transaction::{BreakReason, Header, Message, MessageBuilder};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 const SOURCE: Source = Source { system_identifier: 1, database_oid: 2 };
@@ -95,9 +98,15 @@ impl Fixture {
 
 /// Commit LSNs of the messages that are there; `None` where the subscription waits.
 async fn ready(subscription: &mut Subscription) -> Option<Vec<u64>> {
-    let next = tokio::time::timeout(Duration::from_secs(5), subscription.next(usize::MAX));
+    let mut messages = VecDeque::new();
+    let next = std::future::poll_fn(|cx| subscription.poll_next(cx, usize::MAX, &mut messages));
     // With the clock paused, a wait for anything but the timeout itself is none at all.
-    let messages = next.await.ok()?.unwrap();
+    let is_all = tokio::time::timeout(Duration::from_secs(5), next).await.ok()?.unwrap();
+    if is_all {
+        let mut more = VecDeque::new();
+        let polled = subscription.poll_next(&mut Context::from_waker(Waker::noop()), 1, &mut more);
+        assert!(polled.is_pending(), "it said that there is nothing else: {polled:?} {more:?}");
+    }
     Some(messages.iter().map(|item| item.message.header.commit.0).collect())
 }
 
@@ -149,6 +158,47 @@ async fn readers_of_a_thread_are_woken_by_its_bell() {
     assert!(!waiting.is_finished(), "woken by somebody else");
     tokio::spawn(bell.run::<()>());
     assert_eq!(waiting.await.unwrap().unwrap(), 1);
+}
+
+/// Counts how often it wakes.
+#[derive(Default)]
+struct Bells(AtomicUsize);
+
+impl Wake for Bells {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_has_all_there_is_is_woken_without_polling_again() {
+    let fixture = Fixture::new(1 << 20, false);
+    let mut subscription = fixture.subscribe("a", 100);
+    let woken = Arc::new(Bells::default());
+    let waker = Waker::from(woken.clone());
+    let next = |subscription: &mut Subscription, bytes_max| {
+        let mut messages = VecDeque::new();
+        let polled = subscription.poll_next(&mut Context::from_waker(&waker), bytes_max, &mut messages);
+        let Poll::Ready(Ok(is_all)) = polled else { panic!("{polled:?}") };
+        let commits: Vec<u64> = messages.iter().map(|item| item.message.header.commit.0).collect();
+        (commits, is_all, woken.0.load(Ordering::Relaxed))
+    };
+    for commit in [200, 210, 220, 230] {
+        fixture.admit(transaction(commit, &["a"])).await;
+    }
+    fixture.publish(300, "230");
+    assert_eq!(next(&mut subscription, 1), (vec![200], false, 0));
+    assert_eq!(next(&mut subscription, usize::MAX), (vec![210, 220], true, 0));
+    // What was not published yet.
+    fixture.publish(300, "");
+    assert_eq!(next(&mut subscription, usize::MAX), (vec![230], true, 1));
+    fixture.admit(transaction(240, &["a"])).await;
+    let (from, to) = (Position::at(Lsn(250)), Position::at(Lsn(260)));
+    fixture.hub.interrupt(Break { tenant: None, from, to, reason: BreakReason::SlotMoved });
+    fixture.publish(300, "");
+    // There is something else to be told.
+    assert_eq!(next(&mut subscription, usize::MAX), (vec![240], false, 2));
+    assert!(matches!(ended(&mut subscription).await, End::Broken(_)));
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,17 +1,14 @@
-//! The recent part of the stream, in memory: per tenant, with what is published of it.
-//!
-//! A *feed* is what is in memory of one tenant. Its floor tells from where on it is complete: a reader at or past the floor
-//! needs no disk, however long it slept. A tenant without a feed has nothing in memory, and the window's own floor counts.
+//! The recent part of the stream, in memory: per tenant ([`super::feeds`]), with what is published of it.
 
 use super::bell::Bell;
+use super::feeds::{Feed, Feeds, ReaderKey};
 use super::{Item, Options, Origin};
 use crate::change::TenantId;
 use crate::changelog::BREAKS_MAX;
 use crate::lsn::{Lsn, Position, Snapshot, Xid8};
 use crate::timeline::History;
 use crate::transaction::{Break, Header, Transaction};
-use slab::Slab;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::task::Waker;
 
@@ -25,7 +22,7 @@ pub(super) struct Window {
     bytes: usize,
     /// Everything after is in memory, but for what is `on disk`.
     floor: Position,
-    feeds: HashMap<TenantId, Feed>,
+    feeds: Feeds,
     /// Admitted and not yet visible, in stream order; the first `pending_published` of them are published.
     pending: VecDeque<Pending>,
     pending_published: usize,
@@ -69,40 +66,6 @@ enum Wake {
     Everybody,
 }
 
-struct Feed {
-    messages: VecDeque<Arc<Item>>,
-    floor: Position,
-    readers: Slab<Reader>,
-}
-
-/// A subscription, while it exists.
-struct Reader {
-    /// `None`: it is woken at once.
-    bell: Option<Bell>,
-    /// While it waits.
-    waker: Option<Waker>,
-}
-
-/// Which reader of its tenant's.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct ReaderKey(usize);
-
-impl Feed {
-    fn new(floor: Position) -> Self {
-        Self { messages: VecDeque::new(), floor, readers: Slab::new() }
-    }
-
-    fn wake(&mut self) {
-        for (_, reader) in &mut self.readers {
-            match (reader.waker.take(), &reader.bell) {
-                (Some(waker), Some(bell)) => bell.add(waker),
-                (Some(waker), None) => waker.wake(),
-                (None, _) => {}
-            }
-        }
-    }
-}
-
 /// What a start is decided on. A divergence that comes after it is noticed by the subscription.
 #[derive(Clone)]
 pub(super) struct Anchor {
@@ -115,8 +78,9 @@ pub(super) struct Anchor {
 
 /// What a reader at a position should do next.
 pub(super) enum Next {
-    /// Take what was added to the messages. They are whole: the first may begin before the reader's position.
-    Messages,
+    /// Take what was added to the messages. They are whole: the first may begin before the reader's position. Where they are
+    /// `all`, there is nothing else to be told for now: wait to be woken, as with `Wait`.
+    Messages { all: bool },
     /// Read the log, up to here.
     Disk { up_to: Position },
     /// There is nothing up to here for the tenant: go there.
@@ -156,7 +120,7 @@ impl Window {
             entries: VecDeque::new(),
             bytes: 0,
             floor: Position::at(tail),
-            feeds: HashMap::new(),
+            feeds: Feeds::default(),
             pending: pending.collect(),
             pending_published: 0,
             published: visible,
@@ -190,7 +154,7 @@ impl Window {
         self.floor = Position::at(lsn);
         self.published = lsn;
         self.visible = lsn;
-        self.feeds.values_mut().for_each(|feed| feed.floor = Position::at(lsn));
+        self.feeds.iter_mut().for_each(|feed| feed.floor = Position::at(lsn));
     }
 
     /// Takes a transaction, unless there is no room that the log (which has everything up to `appended`) could make.
@@ -205,11 +169,7 @@ impl Window {
             }
         }
         for (tenant, message) in &transaction.messages {
-            let floor = self.floor;
-            let feed = match self.feeds.get_mut(tenant) {
-                Some(feed) => feed,
-                None => self.feeds.entry(tenant.clone()).or_insert_with(|| Feed::new(floor)),
-            };
+            let feed = self.feeds.get_or_add(tenant, self.floor);
             feed.messages.push_back(Item::new(message.clone()));
         }
         let tenants: Vec<TenantId> = transaction.messages.iter().map(|(tenant, _)| tenant.clone()).collect();
@@ -265,7 +225,7 @@ impl Window {
         self.breaks.extend(breaks.iter().cloned());
         while self.breaks.len() > BREAKS_MAX {
             let to = self.breaks.remove(0).to;
-            self.feeds.values_mut().for_each(|feed| feed.floor = feed.floor.max(to));
+            self.feeds.iter_mut().for_each(|feed| feed.floor = feed.floor.max(to));
         }
     }
 
@@ -280,12 +240,10 @@ impl Window {
                 assert!(item.message.header.commit == entry.commit, "feeds and entries are in the same order");
                 feed.floor = feed.floor.max(item.message.reached());
             }
-            if feed.messages.is_empty() && feed.readers.is_empty() {
-                self.feeds.remove(tenant);
-            }
+            self.feeds.tidy(tenant);
         }
         if self.holes.pop_front_if(|(_, end)| *end <= entry.end).is_some() {
-            self.feeds.values_mut().for_each(|feed| feed.floor = feed.floor.max(Position::at(entry.end)));
+            self.feeds.iter_mut().for_each(|feed| feed.floor = feed.floor.max(Position::at(entry.end)));
         }
         true
     }
@@ -344,7 +302,7 @@ impl Window {
     }
 
     fn wake_everybody(&mut self) {
-        self.feeds.values_mut().for_each(Feed::wake);
+        self.feeds.iter_mut().for_each(Feed::wake);
         self.bells.iter().for_each(Bell::ring);
     }
 
@@ -378,7 +336,7 @@ impl Window {
         self.visible = self.visible.min(at);
         let floor = Position::at(at);
         self.floor = self.floor.min(floor);
-        self.feeds.values_mut().for_each(|feed| feed.floor = feed.floor.min(floor));
+        self.feeds.iter_mut().for_each(|feed| feed.floor = feed.floor.min(floor));
         self.divergences.push(at);
         self.wake_everybody();
     }
@@ -395,28 +353,16 @@ impl Window {
 
     /// Registers a reader, to be woken by this bell, if any.
     pub(super) fn join(&mut self, tenant: &TenantId, bell: Option<Bell>) -> ReaderKey {
-        let floor = self.floor;
-        let feed = self.feeds.entry(tenant.clone()).or_insert_with(|| Feed::new(floor));
-        ReaderKey(feed.readers.insert(Reader { bell, waker: None }))
+        self.feeds.join(tenant, self.floor, bell)
     }
 
     /// Wakes the reader once when there may be something new for it.
-    pub(super) fn wait(&mut self, tenant: &TenantId, key: ReaderKey, waker: &Waker) {
-        if let Some(reader) = self.feeds.get_mut(tenant).and_then(|feed| feed.readers.get_mut(key.0)) {
-            match &mut reader.waker {
-                Some(known) => known.clone_from(waker),
-                none => *none = Some(waker.clone()),
-            }
-        }
+    pub(super) fn wait(&mut self, key: ReaderKey, waker: &Waker) {
+        self.feeds.wait(key, waker);
     }
 
-    pub(super) fn leave(&mut self, tenant: &TenantId, key: ReaderKey) {
-        if let Some(feed) = self.feeds.get_mut(tenant) {
-            feed.readers.try_remove(key.0);
-            if feed.readers.is_empty() && feed.messages.is_empty() {
-                self.feeds.remove(tenant);
-            }
-        }
+    pub(super) fn leave(&mut self, key: ReaderKey) {
+        self.feeds.leave(key);
     }
 
     /// Whether anything of this tenant is in memory, or somebody reads it.
@@ -424,11 +370,11 @@ impl Window {
         self.feeds.get(tenant).is_some_and(|feed| !feed.messages.is_empty())
     }
 
-    /// What a reader of `tenant` at `cursor` does next, who has a state of no later than `seen`. `checked` counts the
-    /// divergences that it knows of.
+    /// What this reader does next at `cursor`, who has a state of no later than `seen`. `checked` counts the divergences that it
+    /// knows of.
     pub(super) fn next(
         &self,
-        tenant: &TenantId,
+        key: ReaderKey,
         cursor: Position,
         seen: Position,
         checked: &mut usize,
@@ -450,10 +396,15 @@ impl Window {
             return Next::Back { to: back };
         }
 
+        let feed = self.feeds.read_by(key);
         let published = Position::at(self.published);
         let passed = self.breaks.partition_point(|gap| gap.to <= cursor);
-        let gap =
-            self.breaks.iter().skip(passed).take_while(|gap| gap.to <= published).find(|gap| gap.concerns(tenant));
+        let gap = self
+            .breaks
+            .iter()
+            .skip(passed)
+            .take_while(|gap| gap.to <= published)
+            .find(|gap| gap.concerns(&feed.tenant));
         let limit = match gap {
             Some(gap) if gap.from <= cursor => return Next::Broken(gap.clone()),
             Some(gap) => gap.from,
@@ -462,27 +413,29 @@ impl Window {
         if cursor >= limit {
             return Next::Wait;
         }
-        let Some(feed) = self.feeds.get(tenant).filter(|feed| feed.floor <= cursor) else {
+        if feed.floor > cursor {
             return Next::Disk { up_to: limit };
-        };
+        }
         // The first transaction that is partly in the log only: nothing behind it may be taken from memory before it.
         let passed = self.holes.partition_point(|(_, end)| Position::at(*end) <= cursor);
         let hole = self.holes.get(passed).filter(|(commit, _)| Position::at(*commit) < limit);
 
         let had = messages.len();
         let mut bytes = 0;
-        let first = feed.messages.partition_point(|item| item.message.order() <= cursor);
-        for item in feed.messages.range(first..) {
+        let mut all = gap.is_none() && hole.is_none();
+        for item in feed.messages.range(feed.first_after(cursor)..) {
             let message = &item.message;
             let behind_hole = hole.is_some_and(|(commit, _)| message.header.commit >= *commit);
             if behind_hole || message.reached() > limit || bytes >= bytes_max {
+                // What is not published yet is told of when it is.
+                all &= message.reached() > limit;
                 break;
             }
             bytes += message.changes.len();
             messages.push_back(item.clone());
         }
         match (messages.len() == had, hole) {
-            (false, _) => Next::Messages,
+            (false, _) => Next::Messages { all },
             (true, Some((_, end))) => Next::Disk { up_to: Position::at(*end).min(limit) },
             (true, None) => Next::Skip { to: limit },
         }

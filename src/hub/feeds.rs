@@ -1,0 +1,138 @@
+//! What is in memory of each tenant, and who reads it.
+//!
+//! A *feed* is what is in memory of one tenant. Its floor tells from where on it is complete: a reader at or past the floor
+//! needs no disk, however long it slept. A tenant without a feed has nothing in memory, and the window's own floor counts.
+
+use super::Item;
+use super::bell::Bell;
+use crate::change::TenantId;
+use crate::lsn::Position;
+use slab::Slab;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::task::Waker;
+
+/// All of them. A feed stays where it is while it has a reader, who finds it without its name.
+#[derive(Default)]
+pub(super) struct Feeds {
+    feeds: Slab<Feed>,
+    by_tenant: HashMap<TenantId, usize>,
+}
+
+pub(super) struct Feed {
+    pub(super) tenant: TenantId,
+    pub(super) messages: VecDeque<Arc<Item>>,
+    pub(super) floor: Position,
+    readers: Slab<Reader>,
+}
+
+/// A subscription, while it exists.
+struct Reader {
+    /// `None`: it is woken at once.
+    bell: Option<Bell>,
+    /// While it waits.
+    waker: Option<Waker>,
+}
+
+/// A reader's place: that of the feed, and its own in it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ReaderKey {
+    feed: usize,
+    reader: usize,
+}
+
+impl Feeds {
+    pub(super) fn get(&self, tenant: &TenantId) -> Option<&Feed> {
+        self.by_tenant.get(tenant).and_then(|at| self.feeds.get(*at))
+    }
+
+    pub(super) fn get_mut(&mut self, tenant: &TenantId) -> Option<&mut Feed> {
+        self.by_tenant.get(tenant).and_then(|at| self.feeds.get_mut(*at))
+    }
+
+    /// The feed of this tenant; a new one is complete from `floor` on.
+    pub(super) fn get_or_add(&mut self, tenant: &TenantId, floor: Position) -> &mut Feed {
+        let at = self.place_of(tenant, floor);
+        self.at_mut(at)
+    }
+
+    fn place_of(&mut self, tenant: &TenantId, floor: Position) -> usize {
+        if let Some(at) = self.by_tenant.get(tenant) {
+            return *at;
+        }
+        let (tenant, messages, readers) = (tenant.clone(), VecDeque::new(), Slab::new());
+        let at = self.feeds.insert(Feed { tenant: tenant.clone(), messages, floor, readers });
+        self.by_tenant.insert(tenant, at);
+        at
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Feed> {
+        self.feeds.iter_mut().map(|(_, feed)| feed)
+    }
+
+    /// Forgets the feed of this tenant if nothing is in it and nobody reads it.
+    pub(super) fn tidy(&mut self, tenant: &TenantId) {
+        let Some(at) = self.by_tenant.get(tenant).copied() else { return };
+        if self.feeds.get(at).is_some_and(|feed| feed.messages.is_empty() && feed.readers.is_empty()) {
+            self.feeds.remove(at);
+            self.by_tenant.remove(tenant);
+        }
+    }
+
+    /// Registers a reader, to be woken by this bell, if any. A new feed is complete from `floor` on.
+    pub(super) fn join(&mut self, tenant: &TenantId, floor: Position, bell: Option<Bell>) -> ReaderKey {
+        let feed = self.place_of(tenant, floor);
+        ReaderKey { feed, reader: self.at_mut(feed).readers.insert(Reader { bell, waker: None }) }
+    }
+
+    /// The feed that this reader reads.
+    #[expect(clippy::indexing_slicing, reason = "a feed stays where it is while it has a reader")]
+    pub(super) fn read_by(&self, key: ReaderKey) -> &Feed {
+        &self.feeds[key.feed]
+    }
+
+    #[expect(clippy::indexing_slicing, reason = "only for places that are known to be taken: see above")]
+    fn at_mut(&mut self, at: usize) -> &mut Feed {
+        &mut self.feeds[at]
+    }
+
+    /// Wakes the reader once when there may be something new for it.
+    pub(super) fn wait(&mut self, key: ReaderKey, waker: &Waker) {
+        let Some(reader) = self.at_mut(key.feed).readers.get_mut(key.reader) else { return };
+        match &mut reader.waker {
+            Some(known) => known.clone_from(waker),
+            none => *none = Some(waker.clone()),
+        }
+    }
+
+    pub(super) fn leave(&mut self, key: ReaderKey) {
+        let feed = self.at_mut(key.feed);
+        feed.readers.try_remove(key.reader);
+        let tenant = feed.tenant.clone();
+        self.tidy(&tenant);
+    }
+}
+
+impl Feed {
+    pub(super) fn wake(&mut self) {
+        for (_, reader) in &mut self.readers {
+            match (reader.waker.take(), &reader.bell) {
+                (Some(waker), Some(bell)) => bell.add(waker),
+                (Some(waker), None) => waker.wake(),
+                (None, _) => {}
+            }
+        }
+    }
+
+    /// The first message that is not wholly at or before `cursor`. Who keeps up finds it among the last, without a search through
+    /// all that is in memory.
+    pub(super) fn first_after(&self, cursor: Position) -> usize {
+        const LAST: usize = 8;
+        let is_after = |item: &Arc<Item>| item.message.order() > cursor;
+        let after = self.messages.iter().rev().take(LAST).take_while(|item| is_after(item)).count();
+        if after < LAST {
+            return self.messages.len() - after;
+        }
+        self.messages.partition_point(|item| !is_after(item))
+    }
+}
