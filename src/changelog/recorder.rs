@@ -239,3 +239,39 @@ impl Recorder {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::changelog::model::ModelLog;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_busy_log_is_synced_seldom_and_a_quiet_one_soon() {
+        let (recorder, handle) = new(Arc::new(ModelLog::default()));
+        let recording = tokio::spawn(recorder.run());
+        let (synced, mut durable) = (watch::Sender::new(0), handle.durable());
+        let counting = synced.clone();
+        tokio::spawn(async move {
+            while durable.changed().await.is_ok() {
+                counting.send_modify(|count| *count += 1);
+            }
+        });
+        for millisecond in 1..=1000 {
+            handle.append(Entry::Progress(Lsn(millisecond))).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let under_load = *synced.borrow();
+        assert!((15..=20).contains(&under_load), "{under_load} syncs in a second under load");
+
+        // Nothing to sync, and nothing is.
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let before = *synced.borrow();
+        assert!(before <= under_load + 1, "{before} syncs, {under_load} of them under load");
+        let (appended, mut durable) = (Instant::now(), handle.durable());
+        handle.append(Entry::Progress(Lsn(2000))).await.unwrap();
+        durable.wait_for(|durable| *durable == Lsn(2000)).await.unwrap();
+        assert!(appended.elapsed() <= SYNC_DELAY + Duration::from_millis(1), "{:?}", appended.elapsed());
+        drop(handle);
+        recording.await.unwrap().unwrap();
+    }
+}

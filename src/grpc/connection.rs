@@ -78,12 +78,16 @@ pub(super) async fn serve(
     tls: Option<tls::Acceptor>,
     watch: impl Serves<Responses>,
     others: impl Serves<Body>,
-    stop: Receiver<bool>,
+    mut stop: Receiver<bool>,
 ) -> io::Result<()> {
-    match tls {
-        None => talk(stream, watch, others, stop).await,
-        Some(acceptor) => talk(acceptor.accept(stream).await?, watch, others, stop).await,
-    }
+    let Some(acceptor) = tls else {
+        return talk(stream, watch, others, stop).await;
+    };
+    let stream = tokio::select! {
+        stream = acceptor.accept(stream) => stream?,
+        _ = stop.wait_for(|stop| *stop) => return Ok(()),
+    };
+    talk(stream, watch, others, stop).await
 }
 
 async fn talk(
@@ -111,14 +115,13 @@ async fn talk(
     let (exchanges, streams) = (FuturesUnordered::new(), FuturesUnordered::new());
     let starts = Arc::new(Semaphore::new(STARTS_MAX));
     let mut connection = Connection { h2, watch, others, exchanges, starts, streams, keepalive };
-    let ended = tokio::select! {
+    tokio::select! {
         ended = poll_fn(|cx| connection.poll(cx)) => ended,
         () = stopped => {
             connection.h2.graceful_shutdown();
             poll_fn(|cx| connection.poll(cx)).await
         }
-    };
-    ended.map_err(io::Error::other)
+    }
 }
 
 struct Connection<T, W, O> {
@@ -143,7 +146,7 @@ where
     O: Serves<Body>,
 {
     /// Ready when the connection has ended.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), h2::Error>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             while let Poll::Ready(Some(exchanged)) = Pin::new(&mut self.exchanges).poll_next(cx) {
                 match exchanged {
@@ -154,7 +157,7 @@ where
             // Those that have ended leave the set.
             while let Poll::Ready(Some(())) = Pin::new(&mut self.streams).poll_next(cx) {}
             // Writes what they have sent, and reads.
-            match self.h2.poll_accept(cx)? {
+            match self.h2.poll_accept(cx).map_err(io::Error::other)? {
                 Poll::Ready(Some((request, reply))) => {
                     self.exchanges.push(self.exchange(request, reply));
                 }
@@ -163,11 +166,12 @@ where
             }
         }
         match &mut self.keepalive {
-            Some(keepalive) => keepalive.poll_lost(cx).map(|()| Err(Reason::NO_ERROR.into())),
+            Some(keepalive) => keepalive.poll_lost(cx).map(|()| Err(io::ErrorKind::TimedOut.into())),
             None => Poll::Pending,
         }
     }
 
+    /// Both services are always ready.
     fn exchange(&self, request: Request<RecvStream>, mut reply: SendResponse<Bytes>) -> Exchange {
         let request = request.map(RequestBody);
         if watch::is_path(request.uri().path()) {
