@@ -39,6 +39,7 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, Sleep};
+use tonic::Status;
 use tonic::body::Body;
 use tower_service::Service;
 
@@ -175,21 +176,22 @@ where
     fn exchange(&self, request: Request<RecvStream>, mut reply: SendResponse<Bytes>) -> Exchange {
         let request = request.map(RequestBody);
         if watch::is_path(request.uri().path()) {
-            let (mut watch, starts) = (self.watch.clone(), self.starts.clone());
+            let (mut watch, starts, patience) = (self.watch.clone(), self.starts.clone(), patience(request.headers()));
             return Box::pin(async move {
                 // Never closed.
                 let _start = starts.acquire().await;
                 let answer = watch.call(request);
-                let Some(response) = answered(answer, &mut reply).await? else { return Ok(None) };
+                let Some(response) = answered(answer, patience, &mut reply).await? else { return Ok(None) };
                 let (head, responses) = response.into_parts();
                 let is_refused = responses.is_end();
                 let send = reply.send_response(Response::from_parts(head, ()), is_refused)?;
                 Ok((!is_refused).then(|| Following::new(responses, send)))
             });
         }
+        let patience = patience(request.headers());
         let answer = self.others.clone().call(request);
         Box::pin(async move {
-            let Some(response) = answered(answer, &mut reply).await? else { return Ok(None) };
+            let Some(response) = answered(answer, patience, &mut reply).await? else { return Ok(None) };
             let (head, body) = response.into_parts();
             let is_end = body.is_end_stream();
             let send = reply.send_response(Response::from_parts(head, ()), is_end)?;
@@ -201,12 +203,39 @@ where
     }
 }
 
-/// What the service answers, unless the client does not want it any more.
-async fn answered<B>(
+/// How long the client waits for an answer to begin: `grpc-timeout` of gRPC over HTTP/2, up to eight digits and a unit.
+fn patience(headers: &HeaderMap) -> Option<Duration> {
+    let value = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
+    if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let number = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(number * 60 * 60)),
+        "M" => Some(Duration::from_secs(number * 60)),
+        "S" => Some(Duration::from_secs(number)),
+        "m" => Some(Duration::from_millis(number)),
+        "u" => Some(Duration::from_micros(number)),
+        "n" => Some(Duration::from_nanos(number)),
+        _ => None,
+    }
+}
+
+/// What the service answers, in time; `None` where the client does not want it any more.
+async fn answered<B: Default>(
     answer: impl Future<Output = Result<Response<B>, Infallible>>,
+    patience: Option<Duration>,
     reply: &mut SendResponse<Bytes>,
 ) -> Result<Option<Response<B>>, h2::Error> {
-    let mut answer = pin!(answer);
+    let mut answer = pin!(async {
+        match patience {
+            None => answer.await,
+            Some(patience) => tokio::time::timeout(patience, answer).await.unwrap_or_else(|_| {
+                Ok(Status::deadline_exceeded(format!("no answer within the {patience:?} of grpc-timeout")).into_http())
+            }),
+        }
+    });
     poll_fn(|cx| match answer.as_mut().poll(cx) {
         Poll::Ready(Ok(response)) => Poll::Ready(Ok(Some(response))),
         Poll::Ready(Err(never)) => match never {},
@@ -402,5 +431,28 @@ impl Keepalive {
             self.is_unanswered = true;
             self.timer.as_mut().reset(Instant::now() + KEEPALIVE_MAX);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_is_read_in_every_unit() {
+        let check = |value: &'static str, expected: Option<Duration>| {
+            let headers = HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), value.parse().unwrap())]);
+            assert_eq!(patience(&headers), expected, "{value:?}");
+        };
+        check("2H", Some(Duration::from_secs(7200)));
+        check("3M", Some(Duration::from_secs(180)));
+        check("4S", Some(Duration::from_secs(4)));
+        check("99999999m", Some(Duration::from_millis(99_999_999)));
+        check("5u", Some(Duration::from_micros(5)));
+        check("0n", Some(Duration::ZERO));
+        for unreadable in ["", "S", "5", "5s", "-5S", "+5S", "1.5S", "100000000S", "5\u{b5}"] {
+            check(unreadable, None);
+        }
+        assert_eq!(patience(&HeaderMap::new()), None);
     }
 }

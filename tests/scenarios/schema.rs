@@ -158,9 +158,15 @@ async fn a_table_that_is_renamed_and_gets_its_name_back_between_two_checks_is_a_
 
 async fn check_renamed_and_back(server: &Server, sql: &Sql, token: &str, after: &str) -> String {
     let stream = server.watch("t1", token).await;
-    sql.run("ALTER TABLE tuplewatch.relation_tuples RENAME TO renamed").await;
-    sql.run("INSERT INTO tuplewatch.renamed SELECT 't1', 'document', md5(random()::text), 'viewer', 'user', 'u'").await;
-    sql.run("ALTER TABLE tuplewatch.renamed RENAME TO relation_tuples").await;
+    // In one transaction: no check comes in between, and the row is described under the name that it has then.
+    sql.run(
+        "BEGIN; \
+         ALTER TABLE tuplewatch.relation_tuples RENAME TO renamed; \
+         INSERT INTO tuplewatch.renamed SELECT 't1', 'document', md5(random()::text), 'viewer', 'user', 'u'; \
+         ALTER TABLE tuplewatch.renamed RENAME TO relation_tuples; \
+         COMMIT",
+    )
+    .await;
     sql.insert("t1", after).await;
     let mut last = String::new();
     for mut stream in [stream, server.watch("t1", token).await] {
