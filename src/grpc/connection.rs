@@ -368,7 +368,7 @@ impl Following {
                 }
                 Poll::Ready(Some(Err(status))) => {
                     let mut trailers = HeaderMap::new();
-                    if status.add_header(&mut trailers).and(Ok(send.send_trailers(trailers))).is_err() {
+                    if status.add_header(&mut trailers).is_err() || send.send_trailers(trailers).is_err() {
                         send.send_reset(Reason::INTERNAL_ERROR);
                     }
                     return Poll::Ready(());
