@@ -195,7 +195,11 @@ impl Hub {
 
     /// The server went on along another history: forget what lies past `at`, and end the streams that have seen it.
     pub fn diverge(&self, at: Lsn, history: History) {
-        self.window().diverge(at, Arc::new(history));
+        let mut window = self.window();
+        window.diverge(at, Arc::new(history));
+        // Whoever records how far everything is visible must not record it of the abandoned history: on the new one it may lie
+        // inside a transaction.
+        self.inner.visible.send_replace(window.visible());
     }
 
     /// A log that had nothing begins here.
