@@ -26,7 +26,7 @@ use crate::lsn::{Lsn, Xid8};
 use crate::mapping::{Mapping, PERMIFY_PRESET, Spec, TUPLES_PRESET};
 use crate::replication::connection::Endpoints;
 use crate::replication::monitor::{Monitor, Thresholds};
-use crate::replication::{self, Outlet, Postgres, Session, Status};
+use crate::replication::{self, HoldBack, Outlet, Postgres, Session, Status};
 use crate::thread;
 use anyhow::{Context as _, anyhow};
 use edges::Edges;
@@ -107,6 +107,23 @@ fn session_options(config: &Config, mapping: Arc<Mapping>) -> replication::Optio
             config::OnUndecodable::Break => OnUndecodable::Break,
             config::OnUndecodable::Halt => OnUndecodable::Halt,
         },
+        hold_back: HoldBack {
+            age: config.replication.hold_back.age,
+            size_bytes: config.replication.hold_back.size.get(),
+        },
+        failover: config.replication.failover == config::Failover::Auto,
+    }
+}
+
+/// From where on the slot is worth a warning. What is held back on purpose is none; zero stays what turns one off.
+fn thresholds(config: &Config) -> Thresholds {
+    let config::Replication { warn, hold_back, .. } = &config.replication;
+    let held_bytes = if hold_back.age.is_zero() { 0 } else { hold_back.size.get() };
+    let retained = warn.retained_wal.get();
+    Thresholds {
+        retained_wal_bytes: if retained == 0 { 0 } else { retained.saturating_add(held_bytes) },
+        safe_wal_bytes: warn.safe_wal_size.get(),
+        lag: if warn.lag.is_zero() { warn.lag } else { warn.lag + hold_back.age },
     }
 }
 
@@ -175,13 +192,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let recorded = recorder_handle.clone();
     let joined = Joined { recorder: recorder_handle, hub: hub.clone() };
     let session_options = session_options(config, mapping.clone());
-    let warn = &config.replication.warn;
-    let thresholds = Thresholds {
-        retained_wal_bytes: warn.retained_wal.get(),
-        safe_wal_bytes: warn.safe_wal_size.get(),
-        lag: warn.lag,
-    };
-    let monitor = Monitor::new(endpoints.clone(), &config.replication.slot, &state.node_id, thresholds);
+    let monitor = Monitor::new(endpoints.clone(), &config.replication.slot, &state.node_id, thresholds(config));
     let postgres = Postgres::new(session_options.clone(), endpoints);
     let primaries = postgres.primaries();
     let mut stop = std::pin::pin!(stop);

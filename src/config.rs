@@ -36,7 +36,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use authn::{Authn, Credentials, Exempt, Oidc, PresharedKey, SecureUrl};
-pub use choice::{AuthnMethod, LogFormat, LogLevel, OnUndecodable, Preset, SnapTokenFormat};
+pub use choice::{AuthnMethod, Failover, LogFormat, LogLevel, OnUndecodable, Preset, SnapTokenFormat};
 pub use database_uri::DatabaseUri;
 pub use effective::Effective;
 pub use environment::from_env;
@@ -187,8 +187,22 @@ pub struct Replication {
     pub slot: String,
     /// The publication that says which tables are read.
     pub publication: String,
+    /// Whether the slot is one that standbys keep a copy of, where PostgreSQL can.
+    pub failover: Failover,
+    /// What is on disk here, and the slot is not told of yet.
+    pub hold_back: HoldBack,
     /// When a warning about the slot is logged.
     pub warn: SlotWarnings,
+}
+
+/// What PostgreSQL keeps for a node that may lose its change log: the slot is told only what is older than `age`, or further back
+/// than `size`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HoldBack {
+    /// Zero holds nothing back.
+    pub age: Duration,
+    /// In WAL, of whatever is written to the cluster.
+    pub size: ByteSize,
 }
 
 /// From where on the slot is worth a warning; zero turns one off.
@@ -435,6 +449,21 @@ impl Replication {
         Self {
             slot: read.get("replication.slot", "tuplewatch".to_owned(), slot),
             publication: read.get("replication.publication", "tuplewatch".to_owned(), publication),
+            failover: read.get("replication.failover", Failover::Auto, choice),
+            hold_back: HoldBack {
+                // Off: it keeps WAL on the primary, and sends it again at each reconnect.
+                age: read.get(
+                    "replication.hold_back.age",
+                    Duration::ZERO,
+                    duration(Duration::ZERO..=Duration::from_secs(DAY_SECS)),
+                ),
+                // At the most, what the log has of it (16 bytes a transaction) is held in memory while it comes again.
+                size: read.get(
+                    "replication.hold_back.size",
+                    ByteSize::gib(1),
+                    size(ByteSize::mib(1)..=ByteSize::gib(64)),
+                ),
+            },
             warn: SlotWarnings {
                 // Far above what a checkpoint keeps anyway, far below what fills a disk.
                 retained_wal: read.get(

@@ -8,7 +8,7 @@
 //!
 //! Invariants:
 //!
-//! - *acknowledged ≤ durable ≤ received*. The driver's `ack_lsn` starts at `0/0`, which PostgreSQL takes for "nothing to
+//! - *acknowledged ≤ durable ≤ received*, and further back where [`HoldBack`] says so. The driver's `ack_lsn` starts at `0/0`, which PostgreSQL takes for "nothing to
 //!   report", and is raised to what is durable only after the checks have passed.
 //! - Idle progress is a log record too, at most one a second, synced before it is acknowledged.
 //! - A reconnect within the process goes on behind the last transaction that was handed on whole, and drops what comes
@@ -22,6 +22,7 @@
 
 mod catalog;
 pub mod connection;
+mod hold_back;
 mod intake;
 pub mod monitor;
 mod postgres;
@@ -35,6 +36,7 @@ mod slot;
 pub(crate) mod test_postgres;
 pub mod upstream;
 
+pub use hold_back::HoldBack;
 pub use intake::{Event, Intake};
 pub use postgres::Postgres;
 pub use primaries::Primaries;
@@ -63,6 +65,10 @@ pub struct Options {
     pub limits: Limits,
     /// What to do with rows that do not decode.
     pub on_undecodable: OnUndecodable,
+    /// What the slot is not told of yet.
+    pub hold_back: HoldBack,
+    /// Whether the slot is to be one that standbys keep a copy of, where PostgreSQL can (17).
+    pub failover: bool,
 }
 
 /// Where what a session receives goes: the change log and the hub, joined by `app`.

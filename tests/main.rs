@@ -35,6 +35,7 @@ mod support {
     pub(crate) mod reset_wal;
     pub(crate) mod server;
     pub(crate) mod sql;
+    pub(crate) mod standby;
     pub(crate) mod stream;
     pub(crate) mod wait;
     pub(crate) mod writer;
@@ -47,7 +48,9 @@ mod scenarios {
     mod data;
     mod dev;
     mod disk;
+    mod failover;
     mod feedback;
+    mod hold_back;
     mod http;
     mod lifecycle;
     mod long_transaction;

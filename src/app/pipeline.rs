@@ -26,7 +26,7 @@ use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::recorder;
 use crate::hub::{self, Hub, publisher};
 use crate::mapping::{Mapping, TUPLES_PRESET};
-use crate::replication::{Options, Session};
+use crate::replication::{HoldBack, Options, Session};
 use disk::Disk;
 use fastrand::Rng;
 use reader::{Reader, Start};
@@ -47,7 +47,7 @@ const LIVES_MAX: usize = 60;
 /// After a failed sync, or a fatal error, the process is started again.
 const RESTART_AFTER: Duration = Duration::from_millis(100);
 
-fn options() -> Options {
+fn options(hold_back: HoldBack) -> Options {
     static MAPPING: OnceLock<Arc<Mapping>> = OnceLock::new();
     let mapping = MAPPING.get_or_init(|| {
         let loader = ::config::Config::builder()
@@ -62,6 +62,8 @@ fn options() -> Options {
         // A change takes about 40 bytes: messages of some, and now and then a transaction that is staged.
         limits: Limits { message_bytes: 100, change_bytes: 4096, stage_bytes: 250 },
         on_undecodable: OnUndecodable::Break,
+        hold_back,
+        failover: true,
     }
 }
 
@@ -104,6 +106,8 @@ async fn slowly(work: impl Future<Output = ()>, mut random: Rng) {
 struct Run {
     seed: u64,
     fault: Fault,
+    /// What the slot is not told of comes again, after each loss of a connection.
+    hold_back: HoldBack,
     world: World,
     disk: Disk,
     server: Server,
@@ -136,7 +140,11 @@ impl Run {
         });
         let readers = readers.collect();
         let may_lie = fault == Fault::LyingDisk;
-        Self { seed, fault, world, disk, server, readers, may_lie }
+        let hold_back = HoldBack {
+            age: Duration::from_millis(if random.u8(..3) == 0 { random.u64(1..100) } else { 0 }),
+            size_bytes: random.u64(50..1000),
+        };
+        Self { seed, fault, hold_back, world, disk, server, readers, may_lie }
     }
 
     /// Steps taken; or what went wrong.
@@ -185,7 +193,7 @@ impl Run {
         let hub_options = hub::Options { window_bytes: 1500, before_visible: false };
         let hub = Hub::new(log, handle.appended(), hub_options).unwrap();
         let joined = Joined { recorder: handle.clone(), hub: hub.clone() };
-        let session = Session::new(options(), self.server.clone(), joined);
+        let session = Session::new(options(self.hold_back), self.server.clone(), joined);
         let (stop, stopped) = watch::channel(false);
 
         let mut random = Rng::with_seed(self.seed.wrapping_add(1000 * life as u64));

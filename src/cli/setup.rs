@@ -3,7 +3,7 @@
 use super::overrides::ConfigArgs;
 use super::{say, say_error};
 use crate::app;
-use crate::config::{Config, MappingSource, Preset};
+use crate::config::{Config, Failover, MappingSource, Preset};
 use crate::replication::setup::{Event, Setup, Teardown};
 use crate::telemetry;
 
@@ -54,6 +54,7 @@ fn wanted<'a>(config: &'a Config, mapping: &'a crate::mapping::Mapping, recreate
         publication: &config.replication.publication,
         apply_schema: config.mapping.source == MappingSource::Preset(Preset::Tuples),
         recreate_slot,
+        failover: config.replication.failover == Failover::Auto,
     }
 }
 

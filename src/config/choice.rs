@@ -73,6 +73,16 @@ choice! {
 }
 
 choice! {
+    /// Whether standbys keep a copy of the slot.
+    Failover {
+        /// From PostgreSQL 17 on.
+        Auto = "auto",
+        /// The slot is left as it is.
+        Off = "off",
+    }
+}
+
+choice! {
     /// A mapping that ships with tuplewatch.
     Preset {
         /// The tables in schema `tuplewatch`.

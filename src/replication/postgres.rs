@@ -29,6 +29,8 @@ const START_MAX: Duration = Duration::from_secs(60);
 /// Events between the driver and us, and those taken at a time. A row is one event of whatever size PostgreSQL allows, so this is
 /// kept small.
 const EVENTS_MAX: usize = 128;
+/// SQLSTATE: the slot is active for another process.
+const OBJECT_IN_USE: &str = "55006";
 /// Longest wait for the last acknowledgement when stopping.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 
@@ -83,8 +85,26 @@ impl Postgres {
             return Ok(());
         }
         let mut waiting = |waiting: &Waiting| tracing::info!("{waiting}");
-        let created = slot::create_slot(sql, &self.options.slot, &mut waiting).await.map_err(sql_error)?;
+        let created = slot::create_slot(sql, &self.options.slot, self.options.failover, &mut waiting);
+        let created = created.await.map_err(sql_error)?;
         tracing::info!(slot = %self.options.slot, position = %created, "created the replication slot");
+        Ok(())
+    }
+
+    /// A slot from before PostgreSQL 17, or that somebody else made: standbys keep a copy of it from now on.
+    async fn let_fail_over(&self, sql: &Connection, client: &mut ReplicationClient) -> Result<(), Error> {
+        let slot = &self.options.slot;
+        let found = Slot::read(&sql.client, slot).await.map_err(sql_error)?;
+        if !self.options.failover || found.is_none_or(|found| found.failover != Some(false)) {
+            return Ok(());
+        }
+        // Slots are named by letters, digits and underscores. Where another process holds it, START_REPLICATION will say so.
+        let statement = format!("ALTER_REPLICATION_SLOT \"{slot}\" (FAILOVER true)");
+        match bounded(client.simple_query(&statement)).await? {
+            Ok(_) => tracing::info!(slot, "standbys may keep a copy of the replication slot from now on"),
+            Err(error) if connection::sqlstate(&error) == Some(OBJECT_IN_USE) => {}
+            Err(error) => tracing::warn!(slot, "the replication slot will not outlive a failover: {error}"),
+        }
         Ok(())
     }
 
@@ -148,6 +168,7 @@ impl Upstream for Postgres {
         if identity.system_id != source.system_identifier.to_string() {
             return Err(Error::transient("the two connections lead to different servers"));
         }
+        self.let_fail_over(&sql, &mut client).await?;
         let history = history(&mut client, identity.timeline).await?;
         let pid = walsender_pid(&mut client).await?;
         let server = Server { source, history, wal_end: Lsn(identity.xlogpos.as_u64()) };
@@ -218,8 +239,7 @@ impl Link for PostgresLink {
             .await
             .map_err(|_| Error::transient(format!("replication did not start within {} s", START_MAX.as_secs())))?;
         if let Err(error) = started {
-            // object_in_use: the slot is active for another process.
-            if connection::sqlstate(&error) == Some("55006") && self.evict_own().await? {
+            if connection::sqlstate(&error) == Some(OBJECT_IN_USE) && self.evict_own().await? {
                 return Err(Error::transient(format!("{error}, which this node left behind: ended it")));
             }
             return Err(driver_error(error));

@@ -1,5 +1,6 @@
 //! One session after the other: connect, check, stream, and again.
 
+use super::hold_back::Held;
 use super::intake::Intake;
 use super::publication::{self, Published};
 use super::upstream::{Link, Upstream};
@@ -10,7 +11,7 @@ use crate::lsn::{Lsn, Position};
 use crate::transaction::{Break, BreakReason};
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 /// Most often that idle progress is recorded.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -29,6 +30,7 @@ pub struct Session<U, O> {
     status: watch::Sender<Status>,
     /// Everything up to this end LSN was handed on by this process; `None` before the first session.
     received: Option<Lsn>,
+    held: Held,
 }
 
 /// Turned to `true` to end it.
@@ -43,7 +45,8 @@ struct Opened<L> {
 impl<U: Upstream, O: Outlet> Session<U, O> {
     /// A session that reads from `upstream` and hands on to `outlet`.
     pub fn new(options: Options, upstream: U, outlet: O) -> Self {
-        Self { options, upstream, outlet, status: watch::Sender::new(Status::Connecting), received: None }
+        let held = Held::new(options.hold_back);
+        Self { options, upstream, outlet, status: watch::Sender::new(Status::Connecting), received: None, held }
     }
 
     /// Follows what it is doing.
@@ -124,7 +127,10 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
             None => {
                 let origin =
                     Origin { source: server.source, history: server.history, lsn: started.confirmed, xid: started.xid };
-                tracing::info!(confirmed = %started.confirmed, "the change log begins");
+                tracing::info!(
+                    position = %started.confirmed,
+                    "the change log begins where the slot is: tokens from before are refused (OUT_OF_RANGE)"
+                );
                 self.outlet.deliver(Entry::Adopt(origin)).await?;
                 started.confirmed
             }
@@ -151,9 +157,11 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         let state = self.outlet.checkpoint().await?;
         let published = link.published().await?;
         self.compare(&link, &published, &state, &mut intake).await?;
+        let recorded = self.outlet.recorded_since(started.confirmed).await?;
+        self.held.resume(started.confirmed, recorded.iter().map(|(end, _)| *end), Instant::now());
         if !intake.has_pending_break() {
             // Under another mapping or publication other transactions would have changes.
-            intake.expect(self.outlet.recorded_since(started.confirmed).await?);
+            intake.expect(recorded);
             intake.await_tables(published.tables);
         }
         Ok(Opened { link, intake })
@@ -186,6 +194,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 );
                 self.outlet.deliver(Entry::Diverge { at, history }).await?;
                 self.received = self.received.map(|received| received.min(at));
+                self.held.forget();
                 // What is abandoned is not expected to come again: look at the log once more.
                 continue;
             }
@@ -301,12 +310,13 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         }
     }
 
-    /// Tells the slot what is durable, but never what was not handed on: after a reconnect it would not come again.
-    fn acknowledge(&self, link: &U::Link, durable: &watch::Receiver<Lsn>) {
+    /// Tells the slot what is durable and not held back, but never what was not handed on: after a reconnect it would not come
+    /// again. What it was told.
+    fn acknowledge(&mut self, link: &U::Link, durable: &watch::Receiver<Lsn>) -> Lsn {
         let durable = *durable.borrow();
-        if let Some(received) = self.received {
-            link.acknowledge(durable.min(received));
-        }
+        let told = self.held.release(durable.min(self.received.unwrap_or_default()), Instant::now());
+        link.acknowledge(told);
+        told
     }
 
     /// Checks what is published, and records how far it was as it is.
@@ -340,10 +350,9 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
     }
 
     /// Stops in order: what was handed on becomes durable and is acknowledged.
-    async fn finish(&self, link: U::Link, durable: watch::Receiver<Lsn>) -> Result<(), Error> {
+    async fn finish(&mut self, link: U::Link, durable: watch::Receiver<Lsn>) -> Result<(), Error> {
         self.outlet.checkpoint().await?;
-        self.acknowledge(&link, &durable);
-        let target = self.received.unwrap_or_default().min(*durable.borrow());
+        let target = self.acknowledge(&link, &durable);
         let taken = async {
             // That the server took note has to be seen: a connection that is closed with unread data on its way takes what it
             // said last with it.

@@ -23,7 +23,7 @@ use tokio_postgres::{Client, error::DbError};
 use super::catalog::{Catalog, Publication, identifier, literal};
 use super::connection::Connection;
 use super::requirements::{ALL_OPERATIONS, creation};
-use super::slot::Slot;
+use super::slot::{Slot, can_fail_over, creation as slot_creation};
 use crate::mapping::{Mapping, TableName};
 
 pub use super::slot::{Waiting, create_slot};
@@ -54,6 +54,8 @@ pub struct Setup<'a> {
     pub apply_schema: bool,
     /// Drop the slot if it is there, and make a new one. What changed in between is lost to all subscribers.
     pub recreate_slot: bool,
+    /// Whether standbys are to keep a copy of a new slot, where PostgreSQL can (17).
+    pub failover: bool,
 }
 
 /// Something to do, or done.
@@ -65,7 +67,13 @@ pub struct Step {
     pub sql: String,
     /// Whether it runs in a transaction. Slots do not take part in any.
     pub transactional: bool,
-    creates_slot: bool,
+    /// The slot that it makes.
+    makes: Option<NewSlot>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct NewSlot {
+    failover: bool,
 }
 
 impl fmt::Display for Step {
@@ -142,7 +150,7 @@ fn remedy(error: &tokio_postgres::Error) -> &'static str {
 
 impl Step {
     fn new(explanation: String, sql: String) -> Self {
-        Self { explanation, sql, transactional: true, creates_slot: false }
+        Self { explanation, sql, transactional: true, makes: None }
     }
 
     fn drop_slot(slot: &str) -> Self {
@@ -150,9 +158,9 @@ impl Step {
         Self { transactional: false, ..Self::new(format!("drop replication slot {slot}"), sql) }
     }
 
-    fn create_slot(slot: &str) -> Self {
-        let sql = format!("SELECT pg_create_logical_replication_slot({}, 'pgoutput');", literal(slot));
-        Self { transactional: false, creates_slot: true, ..Self::new(format!("create replication slot {slot}"), sql) }
+    fn create_slot(slot: &str, new: NewSlot) -> Self {
+        let sql = format!("SELECT {};", slot_creation(&literal(slot), new.failover));
+        Self { transactional: false, makes: Some(new), ..Self::new(format!("create replication slot {slot}"), sql) }
     }
 }
 
@@ -273,13 +281,14 @@ impl Setup<'_> {
     }
 
     async fn plan_slot(&self, client: &Client, has_publication: bool) -> Result<Vec<Step>, Error> {
+        let new = NewSlot { failover: self.failover && can_fail_over(client).await? };
         let Some(slot) = Slot::read(client, self.slot).await? else {
-            return Ok(vec![Step::create_slot(self.slot)]);
+            return Ok(vec![Step::create_slot(self.slot, new)]);
         };
         refuse_foreign(client, self.slot, &slot).await?;
         if self.recreate_slot {
             refuse_active(client, self.slot, &slot).await?;
-            return Ok(vec![Step::drop_slot(self.slot), Step::create_slot(self.slot)]);
+            return Ok(vec![Step::drop_slot(self.slot), Step::create_slot(self.slot, new)]);
         }
         if has_publication {
             return Ok(Vec::new());
@@ -361,9 +370,9 @@ async fn carry_out(connection: &Connection, step: &Step, slot: &str, told: Told<
     let client = &connection.client;
     told(Event::Step(step));
     let failed = |source| Error::Step { step: step.explanation.clone(), source };
-    if step.creates_slot {
+    if let Some(new) = step.makes {
         let mut waiting = |waiting: &Waiting| told(Event::Waiting(waiting));
-        create_slot(connection, slot, &mut waiting).await.map_err(failed)?;
+        create_slot(connection, slot, new.failover, &mut waiting).await.map_err(failed)?;
         return Ok(());
     }
     if !step.transactional {

@@ -36,6 +36,9 @@ pub(super) struct Slot {
     /// From version 17 on.
     #[serde(default)]
     pub(super) invalidation_reason: Option<String>,
+    /// Whether standbys keep a copy of it. From version 17 on.
+    #[serde(default)]
+    pub(super) failover: Option<bool>,
 }
 
 impl Slot {
@@ -76,8 +79,11 @@ impl fmt::Display for Waiting {
     }
 }
 
+/// The oldest version whose standbys can keep copies of logical slots, as `server_version_num` has it.
+pub(super) const FAILOVER_SLOTS: i32 = 170_000;
+
 /// Makes the slot and returns its consistent point: it streams every transaction that commits at or after it. The
-/// publication must be there already.
+/// publication must be there already. With `failover`, standbys may keep a copy of it, where PostgreSQL can.
 ///
 /// `told` is called every few seconds for as long as older transactions are open. There is no limit: it is for whoever is
 /// told to end them, or to drop this future. Then the server notices within seconds that nobody is left, and there is no
@@ -89,6 +95,7 @@ impl fmt::Display for Waiting {
 pub async fn create_slot(
     connection: &Connection,
     name: &str,
+    failover: bool,
     told: &mut (dyn FnMut(&Waiting) + Send),
 ) -> Result<Lsn, tokio_postgres::Error> {
     let client = &connection.client;
@@ -100,9 +107,9 @@ pub async fn create_slot(
     tracing::debug!(unavailable, "asked the server to notice when a client that waits has gone");
 
     let started = Instant::now();
-    let sql = "SELECT lsn FROM pg_catalog.pg_create_logical_replication_slot($1, 'pgoutput')";
+    let sql = format!("SELECT lsn FROM {}", creation("$1", failover && can_fail_over(client).await?));
     let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 1] = [(&name, Type::NAME)];
-    let mut creation = std::pin::pin!(client.query_typed_one(sql, &parameters));
+    let mut creation = std::pin::pin!(client.query_typed_one(&sql, &parameters));
     // A second connection, made only if there is something to tell.
     let mut observer: Option<Connection> = None;
     let created = loop {
@@ -122,6 +129,18 @@ pub async fn create_slot(
     let reset = client.batch_execute(reset).await;
     let consistent_point: PgLsn = created?.try_get(0)?;
     reset.map(|()| Lsn(consistent_point.into()))
+}
+
+/// Whether standbys of this server can keep copies of logical slots.
+pub(super) async fn can_fail_over(client: &Client) -> Result<bool, tokio_postgres::Error> {
+    let sql = "SELECT current_setting('server_version_num')::int4 >= $1";
+    client.query_typed_one(sql, &[(&FAILOVER_SLOTS, Type::INT4)]).await?.try_get(0)
+}
+
+/// The call that makes a slot; `name` is SQL.
+pub(super) fn creation(name: &str, failover: bool) -> String {
+    let failover = if failover { ", failover => true" } else { "" };
+    format!("pg_catalog.pg_create_logical_replication_slot({name}, 'pgoutput'{failover})")
 }
 
 /// The oldest transactions that have written (or may have: they have an id), which is what a slot waits for.

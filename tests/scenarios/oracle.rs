@@ -1,6 +1,6 @@
 //! [`crate::support::oracle`], with a fault of each kind in turn. `benches/soak.rs` has all of them at once, for hours.
 
-use crate::support::faults::Fault::{self, Crash, CrashBoth, Kill};
+use crate::support::faults::Fault::{self, Crash, CrashBoth, Kill, KillOneOfTwo};
 use crate::support::faults::World;
 use crate::support::oracle::Oracle;
 use crate::support::writer::seed;
@@ -34,10 +34,18 @@ async fn everybody_gets_everything_while_both_crash() {
     run(&[], 1 << 20, &[Kill, Crash, CrashBoth]).await;
 }
 
+/// Whoever loses one of them goes on at the other, with the token that it has. Each keeps back a little from its slot, which
+/// comes again whenever it returns, and reaches nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everybody_gets_everything_while_one_of_two_nodes_is_killed() {
+    let hold_back = [("--replication-hold-back-age", "2s"), ("--replication-hold-back-size", "4MiB")];
+    run(&[&TIGHT[..], &hold_back].concat(), 1 << 10, &[KillOneOfTwo]).await;
+}
+
 async fn run(flags: &[(&str, &str)], message_bytes: usize, faults: &'static [Fault]) {
     let seed = seed();
     let mut world = World::start(faults, &[], flags, seed).await;
-    let mut oracle = Oracle::begin(&world, seed, message_bytes).await;
+    let mut oracle = Oracle::begin(&world.postgres.uri(), &world.endpoint(), seed, message_bytes).await;
     let round = oracle
         .round(faults, async |load| {
             let tally = world.disturb(faults, load, Duration::from_secs(12), 3).await;

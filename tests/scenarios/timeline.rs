@@ -10,72 +10,13 @@ use crate::support::change::Change;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use crate::support::sql::Sql;
+use crate::support::standby::Pair;
 use crate::support::stream::{metadata, reason};
 use crate::support::wait::eventually;
-use crate::support::writer::add_tenants;
 use tonic::Code;
-use tonic_health::pb::health_check_response::ServingStatus;
 use tuplewatch::dev_postgres::StopMode;
 use tuplewatch::lsn::Xid8;
 use tuplewatch::snap_token::SnapToken;
-
-/// A primary with a standby that streams from it, and a node that knows both.
-struct Pair {
-    primary: Postgres,
-    standby: Postgres,
-    server: Server,
-}
-
-impl Pair {
-    async fn start() -> Self {
-        let mut primary = Postgres::start().await;
-        drop(Server::prepare(&primary, &[]).await);
-        add_tenants(&primary.sql().await).await;
-        primary.stop(StopMode::Fast).await;
-        let mut standby = primary.copy().await;
-        standby.stop_and_set(&[("primary_conninfo", &primary.uri())]).await;
-        standby.put_signal("standby.signal");
-        primary.start_again().await;
-        standby.start_again().await;
-        let [first, second] = [primary.uri(), standby.uri()].map(|uri| port(&uri));
-        let uri = format!("postgres://postgres@127.0.0.1:{first},127.0.0.1:{second}/postgres");
-        let mut server = Server::prepare_slot(&uri, "tuplewatch", &[]).await;
-        server.start().await;
-        server.serving().await;
-        Self { primary, standby, server }
-    }
-
-    /// Waits until the standby has all that the primary has.
-    async fn in_step(&self) {
-        let lsn = self.primary.sql().await.flushed().await;
-        let sql = self.standby.sql().await;
-        let condition = format!("pg_last_wal_replay_lsn() >= '{lsn}'");
-        eventually("the standby has everything", async || sql.is_true(&condition).await).await;
-    }
-
-    /// From now on the standby gets nothing.
-    async fn separate(&self) {
-        let sql = self.standby.sql().await;
-        sql.run("ALTER SYSTEM SET primary_conninfo = ''").await;
-        sql.run("SELECT pg_reload_conf()").await;
-        let is_over = "NOT EXISTS (SELECT FROM pg_stat_wal_receiver)";
-        eventually("the standby receives nothing", async || sql.is_true(is_over).await).await;
-    }
-
-    /// The primary ends, and the standby takes its place.
-    async fn fail_over(&mut self, mode: StopMode) -> Sql {
-        self.primary.stop(mode).await;
-        let not_serving = Ok(ServingStatus::NotServing);
-        eventually("health is NOT_SERVING", async || self.server.health("").await == not_serving).await;
-        let sql = self.standby.sql().await;
-        sql.run("SELECT pg_promote()").await;
-        sql
-    }
-}
-
-fn port(uri: &str) -> u16 {
-    uri.parse::<tokio_postgres::Config>().unwrap().get_ports()[0]
-}
 
 /// Permify's token of the transaction that inserted this row of t1.
 async fn id_token(sql: &Sql, id: &str) -> String {

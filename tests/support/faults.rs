@@ -12,6 +12,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use tonic::transport::Endpoint;
 use tuplewatch::dev_postgres::StopMode;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,17 +33,21 @@ pub(crate) enum Fault {
     Silence,
     /// The disk of the change log is full for a while.
     FullDisk,
+    /// SIGKILL of one of two nodes, which serve one database behind one address.
+    KillOneOfTwo,
+    /// A standby of PostgreSQL is promoted. Not inflicted here, but by those who have one.
+    Failover,
 }
 
 impl Fault {
     /// Whether subscribers lose their streams.
     pub(crate) const fn ends_tuplewatch(self) -> bool {
-        matches!(self, Self::Kill | Self::Terminate | Self::CrashBoth)
+        matches!(self, Self::Kill | Self::Terminate | Self::CrashBoth | Self::KillOneOfTwo)
     }
 
     /// Whether writers lose their connections.
     pub(crate) const fn ends_postgres(self) -> bool {
-        matches!(self, Self::Crash | Self::Restart | Self::CrashBoth)
+        matches!(self, Self::Crash | Self::Restart | Self::CrashBoth | Self::Failover)
     }
 
     /// Whether it takes a while, in the midst of which others may come.
@@ -81,6 +86,8 @@ impl fmt::Display for Tally {
 pub(crate) struct World {
     pub(crate) postgres: Postgres,
     pub(crate) server: Server,
+    /// Another node on the same database, and what leads to either.
+    twin: Option<(Server, Proxy)>,
     random: Rng,
     /// Between the two.
     line: Option<Proxy>,
@@ -107,7 +114,23 @@ impl World {
         }
         server.start().await;
         server.serving().await;
-        Self { postgres, server, random: Rng::with_seed(seed.wrapping_add(1000)), line, disk }
+        let mut twin = None;
+        if faults.contains(&Fault::KillOneOfTwo) {
+            let mut other = Server::prepare_slot(&uri, "tuplewatch_twin", &flags).await;
+            other.start().await;
+            other.serving().await;
+            let balancer = Proxy::among(&[server.address(), other.address()]).await;
+            twin = Some((other, balancer));
+        }
+        Self { postgres, server, twin, random: Rng::with_seed(seed.wrapping_add(1000)), line, disk }
+    }
+
+    /// Where subscribers go.
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        match &self.twin {
+            Some((_, balancer)) => Endpoint::from_shared(format!("http://{}", balancer.address())).unwrap(),
+            None => self.server.endpoint(),
+        }
     }
 
     /// Random ones of these faults, one after the other, for so long, and until each was so often. All is well in the end.
@@ -159,8 +182,20 @@ impl World {
                 self.postgres.start_again().await;
                 self.server.start().await;
             }
+            Fault::KillOneOfTwo => {
+                let is_first = self.random.bool();
+                let away = Duration::from_millis(self.random.u64(0..1_500));
+                let (twin, _) = self.twin.as_mut().expect("made where it is needed");
+                let server = if is_first { &mut self.server } else { twin };
+                server.kill_9().await;
+                tokio::time::sleep(away).await;
+                server.start().await;
+                // One of them serves at any time.
+                server.serving().await;
+            }
             Fault::Cut => self.line().cut(),
             Fault::Silence | Fault::FullDisk => unreachable!("{fault:?} lasts"),
+            Fault::Failover => unreachable!("the scenario's own"),
         }
     }
 

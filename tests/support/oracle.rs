@@ -4,11 +4,12 @@
 //! that they kept, forgetting what came after it. What each of them has at the end of a round must be, change by change,
 //! what an independent reading of a second slot has; and that must add up to what is in the tables.
 //!
-//! One exception is told, and held to what was told: where the disk of the change log was full, history is given up, and a
-//! token from before is refused with the earliest one that works. Then exactly the changes before that one are missing.
+//! Two exceptions are told, and held to what was told. Where the disk of the change log was full, history is given up, and a
+//! token from before is refused with the earliest one that works. Then exactly the changes before that one are missing. And
+//! where a standby was promoted that lacked something, that never was: whoever had some of it takes it back.
 
 use super::change::Change;
-use super::faults::{Fault, World};
+use super::faults::Fault;
 use super::reference::{self, Transaction};
 use super::sql::Sql;
 use super::stream::{Message, Stream, metadata, reason};
@@ -57,6 +58,8 @@ struct Shared {
     history_was_dropped: AtomicBool,
     /// Times that a subscriber was told so.
     refusals: AtomicU64,
+    /// Messages that were taken back, since a promoted standby lacks what they tell of.
+    abandoned: AtomicU64,
     /// How often somebody disconnected and came back.
     returns: AtomicU64,
 }
@@ -76,6 +79,8 @@ pub(crate) struct Round {
     pub(crate) returns: u64,
     /// Returns that were refused, since the change log had given up what came next.
     pub(crate) refusals: u64,
+    /// Messages that subscribers had to take back.
+    pub(crate) abandoned: u64,
 }
 
 impl Shared {
@@ -83,7 +88,7 @@ impl Shared {
         for flag in [&self.is_over, &self.history_was_dropped] {
             flag.store(false, Ordering::Relaxed);
         }
-        for count in [&self.received, &self.refusals, &self.returns] {
+        for count in [&self.received, &self.refusals, &self.abandoned, &self.returns] {
             count.store(0, Ordering::Relaxed);
         }
     }
@@ -108,9 +113,10 @@ impl Load<'_> {
 }
 
 impl Oracle {
-    /// To be called before anything is written.
-    pub(crate) async fn begin(world: &World, seed: u64, message_bytes: usize) -> Self {
-        let sql = world.postgres.sql().await;
+    /// Of the database that this URI leads to, and subscribers of the nodes at this address. To be called before anything is
+    /// written.
+    pub(crate) async fn begin(uri: &str, endpoint: &Endpoint, seed: u64, message_bytes: usize) -> Self {
+        let sql = Sql::connect(uri).await;
         add_tenants(&sql).await;
         reference::begin(&sql).await;
         let shared = Arc::new(Shared::default());
@@ -119,9 +125,9 @@ impl Oracle {
             let tenant = TENANTS[usize::try_from(n).unwrap() % TENANTS.len()];
             // Some start now, some after a transaction.
             let token = if n % 2 == 0 { String::new() } else { sql.value("SELECT tuplewatch.snap_token()").await };
-            let stream = world.server.watch(tenant, &token).await;
+            let stream = within("a stream", Stream::open(endpoint, tenant, &token)).await.unwrap();
             let subscriber = Subscriber {
-                endpoint: world.server.endpoint(),
+                endpoint: endpoint.clone(),
                 tenant,
                 first_token: token,
                 random: Rng::with_seed(seed.wrapping_add(100 + n)),
@@ -133,7 +139,7 @@ impl Oracle {
             };
             subscribers.push((subscriber, stream));
         }
-        Self { uri: world.postgres.uri(), seed, shared, subscribers, compared: 0, facts: HashMap::new(), rounds: 0 }
+        Self { uri: uri.to_owned(), seed, shared, subscribers, compared: 0, facts: HashMap::new(), rounds: 0 }
     }
 
     /// Lets everybody write and read while `disturb` runs, which inflicts no other than these faults; then everybody catches up, and all is compared. The same
@@ -179,6 +185,7 @@ impl Oracle {
             changes_compared,
             returns: self.shared.returns.load(Ordering::Relaxed),
             refusals: self.shared.refusals.load(Ordering::Relaxed),
+            abandoned: self.shared.abandoned.load(Ordering::Relaxed),
         }
     }
 }
@@ -249,6 +256,11 @@ impl Subscriber {
                         return true;
                     }
                 }
+                Err(status) if self.is_abandoned(&status, (Code::Aborted, "TIMELINE_DIVERGED")) => {
+                    let parted = position(&metadata(&status, "next_snap_token"));
+                    self.take_back(self.kept.partition_point(|message| position(&message.token) <= parted));
+                    return false;
+                }
                 Err(status) => {
                     // Streams survive what happens to PostgreSQL, to the way there, and to the disk.
                     let may_end = self.faults.iter().any(|fault| fault.ends_tuplewatch());
@@ -293,6 +305,12 @@ impl Subscriber {
                 self.shared.refusals.fetch_add(1, Ordering::Relaxed);
                 continue;
             }
+            if self.is_abandoned(&status, (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN")) {
+                // Where the histories part it does not say: perhaps behind the message before.
+                self.take_back(self.kept.len().checked_sub(1).expect("what a round begins with is of both histories"));
+                token = self.kept.last().map_or(&self.first_token, |message| &message.token).clone();
+                continue;
+            }
             assert!(!self.faults.is_empty() && is_lost_connection(&status), "{}: {status:?}", self.tenant);
             assert!(Instant::now() < deadline, "cannot come back: {status:?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -302,6 +320,17 @@ impl Subscriber {
     fn is_dropped_history(&self, status: &Status) -> bool {
         self.shared.history_was_dropped.load(Ordering::Relaxed)
             && reason(status) == (Code::OutOfRange, "SNAP_TOKEN_TOO_OLD".to_owned())
+    }
+
+    fn is_abandoned(&self, status: &Status, told: (Code, &str)) -> bool {
+        self.faults.contains(&Fault::Failover) && reason(status) == (told.0, told.1.to_owned())
+    }
+
+    /// What a standby lacked that was promoted.
+    fn take_back(&mut self, keep: usize) {
+        let abandoned = u64::try_from(self.kept.len() - keep).unwrap();
+        self.shared.abandoned.fetch_add(abandoned, Ordering::Relaxed);
+        self.kept.truncate(keep);
     }
 
     /// Change by change what was committed, but for what was told to be gone. How many were compared.

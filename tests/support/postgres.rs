@@ -42,10 +42,25 @@ impl Postgres {
 
     /// With further settings.
     pub(crate) async fn with(settings: &[(&str, &str)]) -> Self {
+        // Says what to install where there is none.
+        Self::of(Installation::find(None).unwrap_or_else(|error| panic!("{error}")), settings).await
+    }
+
+    /// Of a major version that has what the test is about, whichever the others run on. Fetched once.
+    pub(crate) async fn of_major(major: u32, settings: &[(&str, &str)]) -> Self {
+        let fetch = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/postgres/fetch");
+        let fetched = tokio::process::Command::new(fetch).arg(major.to_string()).output().await.unwrap();
+        let said = String::from_utf8_lossy(&fetched.stderr);
+        assert!(fetched.status.success(), "PostgreSQL {major} cannot be fetched: {said}");
+        let bin = PathBuf::from(String::from_utf8(fetched.stdout).unwrap().trim());
+        Self::of(Installation::find(Some(&bin)).unwrap_or_else(|error| panic!("{error}")), settings).await
+    }
+
+    async fn of(installation: Installation, settings: &[(&str, &str)]) -> Self {
         let directory = Directory(std::env::temp_dir().join(Self::new_name()));
         let settings: Vec<_> =
             SETTINGS.iter().chain(settings).map(|(name, value)| ((*name).into(), (*value).into())).collect();
-        let mut postgres = Self::open(directory, &settings).await;
+        let mut postgres = Self::open(directory, installation, &settings).await;
         postgres.start_again().await;
         postgres
     }
@@ -61,9 +76,7 @@ impl Postgres {
         format!("tuplewatch-tests-{}-{:08x}", std::process::id(), fastrand::u32(..))
     }
 
-    async fn open(directory: Directory, settings: &[(String, String)]) -> Self {
-        // Says what to install where there is none.
-        let installation = Installation::find(None).unwrap_or_else(|error| panic!("{error}"));
+    async fn open(directory: Directory, installation: Installation, settings: &[(String, String)]) -> Self {
         let options = ClusterOptions { data_dir: directory.0.join("cluster"), port: None, settings: settings.to_vec() };
         let cluster = Cluster::create_or_open(installation, options).await.unwrap_or_else(|error| panic!("{error}"));
         Self { cluster, settings: settings.to_vec(), _directory: directory }
@@ -101,7 +114,7 @@ impl Postgres {
         for left in ["port", "postgres.log"] {
             let _ = std::fs::remove_file(target.join(left));
         }
-        Self::open(directory, &self.settings).await
+        Self::open(directory, self.cluster.installation().clone(), &self.settings).await
     }
 
     /// Has the next start do recovery: `standby.signal` or `recovery.signal`.

@@ -40,7 +40,8 @@ impl Line {
 
 /// What all connections share.
 struct Shared {
-    target: SocketAddr,
+    /// Takes turns among them, past those that do not answer.
+    targets: Vec<SocketAddr>,
     line: watch::Sender<Line>,
     generation: AtomicU64,
     accepted: AtomicU64,
@@ -52,7 +53,7 @@ struct Shared {
     rewrite: Option<(Vec<u8>, Vec<u8>)>,
 }
 
-/// Listens on loopback and forwards to one address. Gone, with its connections, when dropped.
+/// Listens on loopback and forwards to one address, or to several as a load balancer does. Gone, with its connections, when dropped.
 pub(crate) struct Proxy {
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -61,14 +62,19 @@ pub(crate) struct Proxy {
 
 impl Proxy {
     pub(crate) async fn to(target: SocketAddr) -> Self {
-        Self::start(target, None).await
+        Self::start(vec![target], None).await
     }
 
-    async fn start(target: SocketAddr, rewrite: Option<(Vec<u8>, Vec<u8>)>) -> Self {
+    /// In front of several that do the same.
+    pub(crate) async fn among(targets: &[SocketAddr]) -> Self {
+        Self::start(targets.to_vec(), None).await
+    }
+
+    async fn start(targets: Vec<SocketAddr>, rewrite: Option<(Vec<u8>, Vec<u8>)>) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shared = Arc::new(Shared {
-            target,
+            targets,
             line: watch::Sender::new(Line::Open),
             generation: AtomicU64::new(0),
             accepted: AtomicU64::new(0),
@@ -96,7 +102,7 @@ impl Proxy {
     /// connection only: what is cut in two by the network is not found.
     pub(crate) async fn to_postgres_rewriting(uri: &str, from: &str, to: &str) -> Self {
         assert_eq!(from.len(), to.len(), "lengths are part of the protocol");
-        Self::start(address_of(uri), Some((from.into(), to.into()))).await
+        Self::start(vec![address_of(uri)], Some((from.into(), to.into()))).await
     }
 
     pub(crate) const fn address(&self) -> SocketAddr {
@@ -171,7 +177,7 @@ async fn forward(client: TcpStream, shared: Arc<Shared>) {
         return;
     }
     let generation = shared.generation.load(Ordering::Relaxed);
-    let Ok(server) = TcpStream::connect(shared.target).await else { return };
+    let Some(server) = connect(&shared).await else { return };
     for side in [&client, &server] {
         // What is lost in a cut is lost at once: no goodbye.
         let _ = side.set_nodelay(true);
@@ -184,6 +190,17 @@ async fn forward(client: TcpStream, shared: Arc<Shared>) {
         () = pump(from_server, to_client, &shared, generation, Direction::ToClient) => {}
         _ = line.wait_for(|line| line.is_cut(generation)) => {}
     }
+}
+
+/// To the next of the targets that answers.
+async fn connect(shared: &Shared) -> Option<TcpStream> {
+    let turn = usize::try_from(shared.accepted.load(Ordering::Relaxed)).unwrap();
+    for n in 0..shared.targets.len() {
+        if let Ok(server) = TcpStream::connect(shared.targets[(turn + n) % shared.targets.len()]).await {
+            return Some(server);
+        }
+    }
+    None
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -19,9 +19,22 @@ pub(crate) struct Transaction {
     pub(crate) changes: Vec<(String, Change)>,
 }
 
-/// To be called after the publication exists, and before anything is written.
+/// To be called after the publication exists, and before anything is written. Does nothing where it was called before.
 pub(crate) async fn begin(sql: &Sql) {
-    sql.run(&format!("SELECT pg_create_logical_replication_slot('{SLOT}', 'pgoutput')")).await;
+    begin_with("", sql).await;
+}
+
+/// [`begin`], with a slot that standbys keep a copy of.
+pub(crate) async fn begin_with_failover(sql: &Sql) {
+    begin_with(", failover => true", sql).await;
+}
+
+async fn begin_with(options: &str, sql: &Sql) {
+    sql.run(&format!(
+        "SELECT pg_create_logical_replication_slot('{SLOT}', 'pgoutput'{options}) \
+          WHERE NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = '{SLOT}')"
+    ))
+    .await;
 }
 
 /// All that was committed since [`begin`].

@@ -35,6 +35,7 @@ impl Ready {
             publication: "feed",
             apply_schema: is_preset,
             recreate_slot: false,
+            failover: true,
         };
         setup.apply(&database.connection, &mut silent).await.unwrap();
         let schema = if is_preset { "tuplewatch" } else { "public" };
@@ -128,6 +129,7 @@ async fn the_preset() {
         publication: "feed",
         apply_schema: true,
         recreate_slot: true,
+        failover: true,
     };
     setup.apply(&ready.database.connection, &mut silent).await.unwrap();
     assert_eq!(ready.errors().await, []);
@@ -337,7 +339,14 @@ async fn lost_slots_and_taken_walsenders() {
         finding.what.contains("is lost") && finding.fix.as_deref().unwrap().contains("--recreate-slot"),
         "{finding}"
     );
-    let setup = Setup { mapping: &mapping, slot: "s", publication: "feed", apply_schema: false, recreate_slot: true };
+    let setup = Setup {
+        mapping: &mapping,
+        slot: "s",
+        publication: "feed",
+        apply_schema: false,
+        recreate_slot: true,
+        failover: true,
+    };
     setup.apply(&admin, &mut silent).await.unwrap();
     assert_eq!(errors(&admin.client, &expectation(&mapping, "s")).await, []);
 }

@@ -8,7 +8,7 @@ use super::*;
 fn silent(_: Event<'_>) {}
 
 fn wanted<'a>(mapping: &'a Mapping, slot: &'a str) -> Setup<'a> {
-    Setup { mapping, slot, publication: "Feed", apply_schema: false, recreate_slot: false }
+    Setup { mapping, slot, publication: "Feed", apply_schema: false, recreate_slot: false, failover: true }
 }
 
 fn explanations(steps: &[Step]) -> Vec<&str> {
@@ -213,7 +213,7 @@ async fn whoever_waits_for_old_transactions_is_told() {
     let connection = database.connect_as("postgres").await;
     let mut hook = |waiting: &Waiting| tell.send(waiting.clone()).unwrap();
     tokio::select! {
-        created = create_slot(&connection, &name, &mut hook) => panic!("{created:?} while a transaction is open"),
+        created = create_slot(&connection, &name, true, &mut hook) => panic!("{created:?} while a transaction is open"),
         waiting = told.recv() => {
             let message = waiting.unwrap().to_string();
             assert!(message.contains("older than") && message.contains(&format!("database {name}")), "{message}");
@@ -229,7 +229,7 @@ async fn whoever_waits_for_old_transactions_is_told() {
         told.recv().await.unwrap();
         old.client.batch_execute("COMMIT").await.unwrap();
     };
-    let (created, ()) = tokio::join!(create_slot(&database.connection, &name, &mut hook), release);
+    let (created, ()) = tokio::join!(create_slot(&database.connection, &name, true, &mut hook), release);
     assert!(created.unwrap() > crate::lsn::Lsn::ZERO);
     Teardown { slot: &name, publication: "none" }.apply(&database.connection, &mut silent).await.unwrap();
 }

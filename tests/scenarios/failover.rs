@@ -1,0 +1,84 @@
+//! Hazards 14 and 16, under load: a standby is promoted while everybody writes and reads. What is on the new history goes on, with
+//! nothing lost and nothing twice; what is not was never so, and whoever had it is told exactly that.
+//!
+//! [`crate::support::oracle`] compares; `timeline` has each case by itself.
+
+use crate::support::faults::Fault;
+use crate::support::oracle::{Load, Oracle, Round};
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use crate::support::standby::Pair;
+use crate::support::writer::seed;
+use tuplewatch::dev_postgres::StopMode;
+
+const MESSAGE_BYTES: usize = 1 << 20;
+
+/// A round in which `disturb` has the standby promoted.
+async fn round(pair: &mut Pair, disturb: impl AsyncFnOnce(&mut Pair, &Load<'_>)) -> Round {
+    let seed = seed();
+    let mut oracle = Oracle::begin(&pair.uri(), &pair.server.endpoint(), seed, MESSAGE_BYTES).await;
+    let round = oracle
+        .round(&[Fault::Failover], async |load| {
+            some_time(load).await;
+            disturb(pair, load).await;
+            pair.server.serving().await;
+            some_time(load).await;
+        })
+        .await;
+    assert!(round.transactions > 100, "too little was written to show anything: {}", round.transactions);
+    assert!(!pair.server.has_said("SLOT_MOVED") && !pair.server.has_said("the slot has moved on"));
+    round
+}
+
+async fn some_time(load: &Load<'_>) {
+    for _ in 0..50 {
+        load.goes_on().await;
+    }
+}
+
+/// A commit that the standby does not have yet is streamed by PostgreSQL, and published to nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_synchronous_standby_lacks_nothing_that_was_published() {
+    let mut pair = Pair::start().await;
+    let sql = pair.primary.sql().await;
+    sql.run("ALTER SYSTEM SET synchronous_standby_names = '*'").await;
+    sql.run("SELECT pg_reload_conf()").await;
+    drop(sql);
+    let round = round(&mut pair, async |pair, _| drop(pair.fail_over(StopMode::Immediate).await)).await;
+    assert_eq!(round.abandoned, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_asynchronous_standby_lacks_is_taken_back_and_nothing_else() {
+    let mut pair = Pair::start().await;
+    let round = round(&mut pair, async |pair, load| {
+        pair.separate().await;
+        some_time(load).await;
+        drop(pair.fail_over(StopMode::Immediate).await);
+    })
+    .await;
+    assert!(round.abandoned > 0, "nothing was lost");
+}
+
+/// The slot is there after the promotion, and `synchronized_standby_slots` keeps tuplewatch behind the standby.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_slot_goes_on_at_the_promoted_standby() {
+    let mut pair = Pair::start_with_failover_slots(17).await;
+    let round = round(&mut pair, async |pair, _| drop(pair.fail_over(StopMode::Immediate).await)).await;
+    assert_eq!(round.abandoned, 0);
+    let is_the_copy = "(SELECT synced AND active FROM pg_replication_slots WHERE slot_name = 'tuplewatch')";
+    assert!(pair.standby.sql().await.is_true(is_the_copy).await);
+}
+
+#[tokio::test]
+async fn a_slot_that_could_not_fail_over_can_from_the_next_connection_on() {
+    let postgres = Postgres::of_major(17, &[]).await;
+    let sql = postgres.sql().await;
+    let fails_over =
+        async || sql.is_true("(SELECT failover FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await;
+    let mut server = Server::serve(&postgres, &[("--replication-failover", "off")]).await;
+    assert!(!fails_over().await, "it was told not to");
+    server.set("--replication-failover", "auto");
+    server.die_and_return().await;
+    assert!(fails_over().await);
+}

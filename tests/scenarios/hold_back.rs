@@ -1,0 +1,81 @@
+//! A node that lost its disk: what its slot was not told of comes again, and whoever has a token from that time goes on.
+
+use crate::support::change::Change;
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use crate::support::sql::Sql;
+use crate::support::stream::{metadata, reason};
+use crate::support::wait::eventually;
+use tonic::Code;
+
+const FLAGS: [(&str, &str); 2] = [("--replication-hold-back-age", "1h"), ("--replication-hold-back-size", "8MiB")];
+
+/// Writes so much WAL that is not for us.
+async fn write_mib(sql: &Sql, mib: usize) {
+    for _ in 0..10 * mib {
+        sql.run("SELECT pg_logical_emit_message(false, 'other', repeat('x', 104858))").await;
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_lost_its_log_comes_back_with_what_was_held_back() {
+    let postgres = Postgres::start().await;
+    let mut server = Server::serve(&postgres, &FLAGS).await;
+    let (sql, mut stream, early) = server.first_delivered(&postgres, "early").await;
+    let after_early = sql.flushed().await;
+    write_mib(&sql, 9).await;
+    eventually("the slot is told what is too much", async || sql.confirmed_reaches(&after_early).await).await;
+
+    sql.insert("t1", "one").await;
+    let one = stream.expect(Change::created("one")).await.token;
+    sql.run("BEGIN").await;
+    let written = sql.value("SELECT tuplewatch.snap_token()").await;
+    sql.insert("t1", "two").await;
+    sql.run("COMMIT").await;
+    stream.expect(Change::created("two")).await;
+    sql.insert("t1", "three").await;
+    let three = stream.expect(Change::created("three")).await.token;
+
+    server.kill_9().await;
+    std::fs::remove_dir_all(server.changelog()).unwrap();
+    sql.insert("t1", "four").await;
+    server.start().await;
+    server.serving().await;
+    assert!(server.has_said("the change log begins where the slot is"));
+
+    // Whoever has a token from what was held back goes on, as if nothing had happened.
+    for (token, rest) in [(&one, &["two", "three", "four"][..]), (&written, &["three", "four"]), (&three, &["four"])] {
+        let mut stream = server.watch("t1", token).await;
+        for id in rest {
+            stream.expect(Change::created(id)).await;
+        }
+    }
+    // Whoever has not is told, and from where on there is everything.
+    let status = server.try_watch("t1", &early).await.err().expect("refused");
+    assert_eq!(reason(&status), (Code::OutOfRange, "SNAP_TOKEN_TOO_OLD".into()));
+    let mut stream = server.watch("t1", &metadata(&status, "earliest_snap_token")).await;
+    for id in ["one", "two", "three", "four"] {
+        stream.expect(Change::created(id)).await;
+    }
+}
+
+/// Stopped in good order as well: otherwise an upgrade that goes wrong would be the one moment without it.
+#[tokio::test]
+async fn what_is_held_back_is_not_told_at_the_end_and_what_is_old_is_told_without_traffic() {
+    let postgres = Postgres::start().await;
+    let mut server = Server::serve(&postgres, &FLAGS).await;
+    let (sql, _, token) = server.first_delivered(&postgres, "early").await;
+    let delivered = sql.flushed().await;
+    sql.insert("t1", "late").await;
+    server.terminate().await;
+    assert!(server.ended().await.success());
+    assert!(!sql.confirmed_reaches(&delivered).await);
+
+    server.set("--replication-hold-back-age", "1s");
+    server.start().await;
+    eventually("the slot is told what is old", async || sql.confirmed_reaches(&delivered).await).await;
+    // What came again was there already.
+    let mut stream = server.watch("t1", &token).await;
+    stream.expect(Change::created("late")).await;
+    stream.expect_silence().await;
+}
