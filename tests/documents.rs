@@ -1,10 +1,6 @@
 //! The documents: links lead somewhere, every document is in the index, and what they quote of the program is there.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "a test that cannot read the documents fails where it is"
-)]
+#![expect(clippy::unwrap_used, reason = "a test that cannot read the documents fails where it is")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

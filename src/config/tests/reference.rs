@@ -31,10 +31,13 @@ fn the_reference_has_every_key_with_its_default() {
 /// What a key takes is what is said where it is given something else.
 #[test]
 fn the_reference_has_every_range_and_word() {
+    let mut checked = 0;
     for Row { key, takes, .. } in rows() {
+        // Some take any text, which may then not go with the rest.
         let Err(error) = Config::load(None, [], &[(key.clone(), "?, !".to_owned())]) else { continue };
         let error = error.to_string();
-        let (_, allowed) = error.lines().last().unwrap().split_once(": must be ").unwrap_or_else(|| panic!("{error}"));
+        let Some((_, allowed)) = error.split_once(": must be ") else { continue };
+        checked += 1;
         let wanted: Vec<String> = if let Some((_, range)) = allowed.rsplit_once(" from ") {
             vec![format!("from {range}")]
         } else if let Some(words) = allowed.strip_prefix("one of ") {
@@ -48,4 +51,5 @@ fn the_reference_has_every_range_and_word() {
             assert!(takes.contains(&part), "`{key}` takes {part}, and the reference says: {takes}");
         }
     }
+    assert!(checked > 30, "{checked} keys were refused");
 }
