@@ -2,6 +2,7 @@
 
 mod connection;
 mod dev;
+mod health;
 mod overrides;
 mod setup;
 mod token;
@@ -56,6 +57,8 @@ enum Command {
     },
     /// Print a tenant's changes as they come; resumes by itself
     Watch(watch::WatchArgs),
+    /// Ask a running server whether it serves, or whether it is alive
+    Health(health::HealthArgs),
     /// Explain a snap token
     Token(token::TokenArgs),
     /// Print the configuration in force, with the origin of every value and without secrets
@@ -82,6 +85,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Teardown { config } => setup::teardown(&config).await,
         Command::Dev { config, args } => Box::pin(dev::run(config, args)).await,
         Command::Watch(args) => watch::run(args).await,
+        Command::Health(args) => health::run(&args).await,
         Command::Token(args) => {
             token::run(&args);
             Ok(())

@@ -56,6 +56,7 @@ mod scenarios {
     mod long_transaction;
     mod memory;
     mod oracle;
+    mod packaging;
     mod permify;
     mod position;
     mod publication;

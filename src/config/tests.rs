@@ -1,5 +1,7 @@
 //! The sources together, through [`Config::load`].
 
+mod reference;
+
 use std::io::Write;
 
 use tempfile::NamedTempFile;

@@ -7,6 +7,8 @@ pub(crate) mod process;
 
 mod changelog;
 mod configuration;
+mod documents;
+mod health;
 mod mapping;
 mod prerequisites;
 mod requests;

@@ -1,0 +1,78 @@
+//! `tuplewatch health`: asks a running server how it is. For the health checks of containers, and for scripts.
+//!
+//! Two questions, which are easily taken for one. *Serving*: does the slot stream, so that a subscriber gets what is written now?
+//! While PostgreSQL is down it does not, and comes back by itself. *Alive*: does the process answer at all? That alone is what a
+//! restart could repair, so that alone is for whoever restarts.
+
+use super::connection::ConnectionArgs;
+use super::say;
+use anyhow::{Context as _, anyhow, bail};
+use std::time::Duration;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Exit codes: 0 yes, 1 no.\n\n\
+    Examples:\n  tuplewatch health                            is the slot streaming?\n  \
+    tuplewatch health --alive                    does the process answer? For what restarts it\n  \
+    tuplewatch health --service base.v1.Watch    one service\n  \
+    tuplewatch health --server https://tuplewatch.example.com:3478")]
+pub(super) struct HealthArgs {
+    /// Ask for one service, such as base.v1.Watch, instead of the server as a whole
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    service: String,
+    /// Ask only whether the process answers, whatever it says. While PostgreSQL is down it is alive, and not serving
+    #[arg(long, conflicts_with = "service")]
+    alive: bool,
+    #[command(flatten)]
+    connection: ConnectionArgs,
+}
+
+/// For all of it. Below what container platforms give a check, so that the answer is ours.
+const ANSWER_MAX: Duration = Duration::from_secs(3);
+
+/// Prints what the server is; an error where it is not what was asked for.
+pub(super) async fn run(args: &HealthArgs) -> anyhow::Result<()> {
+    let server = &args.connection.server;
+    let answer = tokio::time::timeout(ANSWER_MAX, ask(args)).await;
+    let answer = answer.map_err(|_| anyhow!("{server} does not answer within {} s", ANSWER_MAX.as_secs()))??;
+    if args.alive {
+        say("alive");
+        return Ok(());
+    }
+    match answer {
+        Ok(ServingStatus::Serving) => say("SERVING"),
+        Ok(status) => bail!(
+            "{server} is {}: the process runs, and does not stream from PostgreSQL (yet). Its log says why",
+            status.as_str_name()
+        ),
+        Err(status) if status.code() == Code::NotFound => {
+            bail!("{server} knows no service '{}', or is shutting down", args.service)
+        }
+        Err(status) => bail!("{server} does not say how it is ({}): {}", status.code(), status.message()),
+    }
+    Ok(())
+}
+
+/// What the server answers, be it a refusal.
+///
+/// # Errors
+/// Where there is no answer.
+async fn ask(args: &HealthArgs) -> anyhow::Result<Result<ServingStatus, Status>> {
+    let server = &args.connection.server;
+    let unreachable = || format!("cannot reach {server}");
+    let channel: Channel = args.connection.endpoint()?.connect().await.with_context(unreachable)?;
+    let mut request = Request::new(HealthCheckRequest { service: args.service.clone() });
+    if let Some(authorization) = args.connection.authorization()? {
+        request.metadata_mut().insert("authorization", authorization);
+    }
+    match HealthClient::new(channel).check(request).await {
+        Ok(response) => Ok(Ok(response.into_inner().status())),
+        // A status with a cause was made here, of a connection that broke.
+        Err(status) if std::error::Error::source(&status).is_some() => Err(status).with_context(unreachable),
+        Err(status) => Ok(Err(status)),
+    }
+}

@@ -1,0 +1,49 @@
+//! `tuplewatch health`: what containers and scripts ask.
+
+use super::process::{Ran, tuplewatch};
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use tokio::net::TcpListener;
+use tuplewatch::dev_postgres::StopMode;
+
+async fn health(server: &Server, flags: &[&str]) -> Ran {
+    let url = format!("http://{}", server.address());
+    tuplewatch(&[&["health", "--server", &url], flags].concat()).await
+}
+
+#[tokio::test]
+async fn a_server_without_postgresql_is_alive_and_not_serving() {
+    let mut postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    assert_eq!(health(&server, &[]).await.succeeded(), "SERVING\n");
+    assert_eq!(health(&server, &["--service", "base.v1.Watch"]).await.succeeded(), "SERVING\n");
+    assert_eq!(health(&server, &["--alive"]).await.succeeded(), "alive\n");
+    health(&server, &["--service", "nobody"]).await.failed(&["knows no service 'nobody'"]);
+    health(&server, &["--service", "x", "--alive"]).await.misused(&["cannot be used with"]);
+
+    postgres.stop(StopMode::Fast).await;
+    crate::support::wait::eventually("it says so", async || health(&server, &[]).await.code == Some(1)).await;
+    health(&server, &[]).await.failed(&["is NOT_SERVING: the process runs, and does not stream from PostgreSQL"]);
+    assert_eq!(health(&server, &["--alive"]).await.succeeded(), "alive\n");
+}
+
+#[tokio::test]
+async fn a_refusal_is_a_sign_of_life_and_silence_is_none() {
+    let postgres = Postgres::start().await;
+    let guarded = [("--authn-enabled", "true"), ("--authn-preshared-keys", "k"), ("--authn-exempt-health", "false")];
+    let mut server = Server::prepare(&postgres, &guarded).await;
+    server.start().await;
+    assert_eq!(health(&server, &["--alive"]).await.succeeded(), "alive\n");
+    health(&server, &[]).await.failed(&["does not say how it is", "ERROR_CODE_MISSING_BEARER_TOKEN"]);
+
+    // Accepts, and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", silent.local_addr().unwrap());
+    for flags in [&[][..], &["--alive"]] {
+        let ran = tuplewatch(&[&["health", "--server", &url], flags].concat()).await;
+        ran.failed(&["does not answer within 3 s"]);
+    }
+    drop(silent);
+    let ran = tuplewatch(&["health", "--alive", "--server", &url]).await;
+    ran.failed(&[&format!("cannot reach {url}"), "Connection refused"]);
+}

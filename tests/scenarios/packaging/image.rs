@@ -1,0 +1,157 @@
+//! `docker/Dockerfile`.
+
+use super::{Environment, path, read};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use tuplewatch::config::Config;
+
+pub(super) struct Image {
+    /// Name and the rest, in order.
+    instructions: Vec<(String, String)>,
+}
+
+impl Image {
+    pub(super) fn read() -> Self {
+        let text = read("docker/Dockerfile");
+        let lines = text.lines().filter(|line| !line.trim().is_empty() && !line.starts_with('#'));
+        let text = lines.collect::<Vec<_>>().join("\n").replace("\\\n", " ");
+        let instruction = |line: &str| {
+            let (name, rest) = line.split_once(' ').unwrap();
+            (name.to_owned(), rest.split_whitespace().collect::<Vec<_>>().join(" "))
+        };
+        Self { instructions: text.lines().map(instruction).collect() }
+    }
+
+    /// What comes behind each instruction of this name.
+    fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        self.instructions.iter().filter(move |(given, _)| given == name).map(|(_, rest)| rest.as_str())
+    }
+
+    fn last<'a>(&'a self, name: &'a str) -> &'a str {
+        self.all(name).last().unwrap_or_else(|| panic!("no {name}"))
+    }
+
+    /// Without a shell, of which the image has none.
+    fn exec_form(&self, name: &str) -> Vec<String> {
+        let rest = self.last(name);
+        let list = rest.find('[').map(|at| &rest[at..]).unwrap_or_else(|| panic!("{name} {rest} takes a shell"));
+        serde_json::from_str(list).unwrap()
+    }
+
+    /// Arguments of the program, where a file gives none.
+    pub(super) fn arguments(&self) -> Vec<String> {
+        self.exec_form("CMD")
+    }
+
+    /// Of the health check, behind the program.
+    pub(super) fn healthcheck(&self) -> Vec<String> {
+        let command = self.exec_form("HEALTHCHECK");
+        assert_eq!(command[0], self.program());
+        command[1..].to_vec()
+    }
+
+    fn program(&self) -> String {
+        let entrypoint = self.exec_form("ENTRYPOINT");
+        assert_eq!(entrypoint.len(), 1);
+        entrypoint[0].clone()
+    }
+
+    /// Of the image that runs; the one that builds has its own.
+    pub(super) fn environment(&self) -> Environment {
+        let last_stage = self.instructions.iter().rposition(|(name, _)| name == "FROM").unwrap();
+        let last_stage = self.instructions[last_stage..].iter();
+        let variables = last_stage.filter(|(name, _)| name == "ENV").flat_map(|(_, rest)| rest.split(' '));
+        variables.map(|pair| pair.split_once('=').unwrap()).map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
+    }
+
+    pub(super) fn ports(&self) -> BTreeSet<u16> {
+        self.last("EXPOSE").split(' ').map(|port| port.parse().unwrap()).collect()
+    }
+
+    pub(super) fn volume(&self) -> &str {
+        self.last("VOLUME")
+    }
+
+    /// Without SIG.
+    pub(super) fn stop_signal(&self) -> &str {
+        self.last("STOPSIGNAL").strip_prefix("SIG").unwrap()
+    }
+}
+
+#[test]
+fn the_image_is_what_its_files_say() {
+    let image = Image::read();
+    let [built, ran] = image.all("FROM").collect::<Vec<_>>()[..] else { panic!("two stages") };
+    let manifest = read("Cargo.toml");
+    let version = manifest.lines().find_map(|line| line.strip_prefix("rust-version = ")).unwrap().trim_matches('"');
+    assert!(built.starts_with(&format!("rust:{version}-")), "Cargo.toml says {version}, the image is {built}");
+    // The same C library.
+    assert!(built.contains("bookworm") && ran.contains("debian12"), "{built}, {ran}");
+    assert!(ran.ends_with(":nonroot") && image.last("USER") != "0:0");
+
+    // The program is put where it is run.
+    let program = image.program();
+    let copies: Vec<&str> = image.all("COPY").filter(|rest| rest.starts_with("--from=build")).collect();
+    assert!(copies.iter().any(|copy| copy.ends_with(&program)), "{program} is in none of {copies:?}");
+    assert!(image.last("RUN").contains("cargo build --release --locked"));
+    assert_eq!(program, "/usr/local/bin/tuplewatch");
+
+    let environment = image.environment();
+    assert!(environment["TUPLEWATCH_CHANGELOG__PATH"].starts_with(&format!("{}/", image.volume())));
+    let config = Config::load(None, environment, &[]).unwrap_or_else(|error| panic!("{error}"));
+    let ports = [config.server.grpc.port, config.server.http.unwrap().port];
+    assert_eq!(image.ports(), BTreeSet::from(ports));
+    assert_eq!(image.arguments(), ["serve"]);
+}
+
+/// Cargo takes what is copied for the whole project, and the sources find all that they include.
+#[test]
+fn what_is_copied_is_enough_to_build() {
+    let image = Image::read();
+    let copied: BTreeSet<&str> = image
+        .all("COPY")
+        .filter(|rest| !rest.starts_with("--from"))
+        .flat_map(|rest| rest.rsplit_once(' ').unwrap().0.split(' '))
+        .collect();
+    let ignored = read(".dockerignore");
+    let kept: BTreeSet<&str> = ignored.lines().filter_map(|line| line.strip_prefix('!')).collect();
+    assert_eq!(copied, kept, "Dockerfile and .dockerignore");
+
+    let context = tempfile::tempdir().unwrap();
+    for name in &copied {
+        let status = Command::new("cp").arg("-r").arg(path(name)).arg(context.path()).status().unwrap();
+        assert!(status.success(), "{name}");
+    }
+    let manifest = context.path().join("Cargo.toml");
+    let cargo = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline", "--locked", "--manifest-path"])
+        .arg(&manifest)
+        .output()
+        .unwrap();
+    assert!(cargo.status.success(), "{}", String::from_utf8_lossy(&cargo.stderr));
+    let metadata: serde_json::Value = serde_json::from_slice(&cargo.stdout).unwrap();
+    let targets: Vec<&str> = metadata["packages"][0]["targets"].as_array().unwrap().iter().map(source).collect();
+    assert!(targets.iter().any(|source| source.ends_with("src/main.rs")), "{targets:?}");
+    assert!(targets.iter().any(|source| source.ends_with("build.rs")), "{targets:?}");
+    includes_exist(&context.path().join("src"));
+}
+
+fn source(target: &serde_json::Value) -> &str {
+    target["src_path"].as_str().unwrap()
+}
+
+fn includes_exist(directory: &Path) {
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            includes_exist(&path);
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        for included in text.split("include_str!(\"").skip(1).filter_map(|rest| rest.split('"').next()) {
+            let included = path.parent().unwrap().join(included);
+            assert!(included.is_file(), "{} includes {}", path.display(), included.display());
+        }
+    }
+}
