@@ -21,6 +21,7 @@ mod support {
     pub(crate) mod disk;
     #[expect(dead_code, reason = "the soak uses the rest")]
     pub(crate) mod faults;
+    pub(crate) mod foreign;
     pub(crate) mod http;
     pub(crate) mod interruption;
     pub(crate) mod issuer;
@@ -47,6 +48,7 @@ mod scenarios {
     mod data;
     mod dev;
     mod disk;
+    mod examples;
     mod feedback;
     mod http;
     mod lifecycle;
