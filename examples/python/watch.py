@@ -11,6 +11,7 @@ import os
 import random
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -153,7 +154,7 @@ def next_snap_token(error):
 def main():
     tenant, path, *server = sys.argv[1:]
     # Over TLS: grpc.secure_channel(server, grpc.ssl_channel_credentials(), CHANNEL).
-    with grpc.insecure_channel(server[0] if server else "localhost:3478", CHANNEL) as channel:
+    with suppress(KeyboardInterrupt), grpc.insecure_channel(server[0] if server else "localhost:3478", CHANNEL) as channel:
         follow(channel, tenant, Index(path))
 
 

@@ -11,6 +11,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use tempfile::TempDir;
 use tokio::process::Command;
+use tuplewatch::lsn::{CommitTime, Lsn, Position};
+use tuplewatch::snap_token::SnapToken;
 
 /// An example that follows t1, run again and again.
 struct Example {
@@ -56,6 +58,13 @@ impl Example {
         let mut index: BTreeMap<String, Vec<String>> = serde_json::from_value(saved["subjects"].clone()).unwrap();
         index.retain(|_, subjects| !subjects.is_empty());
         index
+    }
+
+    /// Changes the token in its file.
+    fn save_token(&self, token: String) {
+        let mut saved: Json = serde_json::from_slice(&std::fs::read(self.file()).unwrap()).unwrap();
+        saved["token"] = token.into();
+        std::fs::write(self.file(), saved.to_string()).unwrap();
     }
 
     /// Waits until it has saved what the table has.
@@ -108,7 +117,7 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     sql.insert("t1", "d").await;
     server.die_and_return().await;
     sql.insert("t1", "e").await;
-    let process = example.start();
+    let mut process = example.start();
     process.prints(2).await;
     server.die_and_return().await;
     sql.insert("t1", "f").await;
@@ -133,18 +142,18 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     sql.insert("t1", "j").await;
     example.catches_up(sql).await;
 
-    // A token that is worth nothing any more.
-    let mut process = process;
+    // Its file is of another database.
     process.kill_9().await;
-    server.kill_9().await;
+    example.save_token("AQ".to_owned());
+    example.start().complains("INVALID_ARGUMENT").await;
+    let position = Position::at(Lsn(1));
+    let foreign = SnapToken::Position { source: [1; 8], timeline: [1; 8], position, commit_time: CommitTime(1) };
+    example.save_token(foreign.to_string());
     sql.run("DELETE FROM tuplewatch.relation_tuples WHERE entity_id = 'i'").await;
-    server.start_with(&["--reset-log"]).await;
-    server.serving().await;
-    sql.insert("t1", "k").await;
     let process = example.start();
-    process.complains("OUT_OF_RANGE").await;
+    process.complains("FAILED_PRECONDITION").await;
     example.catches_up(sql).await;
-    assert_eq!(lines(&process)[0], "read anew: 2 tuples");
+    assert_eq!(lines(&process), ["read anew: 1 tuples"]);
 }
 
 async fn server() -> (Postgres, Server, Sql) {

@@ -69,7 +69,7 @@ async fn help_is_short_or_whole() {
         }
         // A flag a key is much to read for who wants to know what there is.
         assert!(!short.contains("--changelog-memory-window"), "{short}");
-        let configures = whole.contains("--database-uri");
+        let configures = whole.contains("-c, --config <FILE>");
         assert_eq!(whole.contains("--changelog-memory-window"), configures, "{whole}");
         assert!(short.lines().count() < 40, "{short}");
     }
