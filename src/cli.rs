@@ -1,10 +1,13 @@
 //! The command line: what can be said, and the subcommands that say it.
 
+mod completions;
 mod connection;
 mod dev;
+mod examples;
 mod health;
 mod overrides;
 mod setup;
+mod terminal;
 mod token;
 mod watch;
 
@@ -14,21 +17,34 @@ use crate::telemetry;
 use clap::{Parser, Subcommand};
 use overrides::ConfigArgs;
 use std::process::ExitCode;
+use terminal::Color;
 
 /// A change feed for relationship-based authorization data in PostgreSQL.
 ///
 /// Tails one logical replication slot, turns committed rows into tuple changes, and streams them over gRPC to any number of
 /// subscribers, each of which can come back with its last snap token and get exactly the rest.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true, max_term_width = 110)]
+#[command(version, propagate_version = true, max_term_width = 110, after_help = examples::ALL)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// When to colour output: auto (on a terminal, unless NO_COLOR is set), always, or never
+    #[arg(
+        long,
+        value_enum,
+        default_value_t,
+        value_name = "WHEN",
+        global = true,
+        hide_possible_values = true,
+        hide_default_value = true
+    )]
+    color: Color,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Stream changes to subscribers
+    #[command(after_help = examples::SERVE)]
     Serve {
         #[command(flatten)]
         config: ConfigArgs,
@@ -37,6 +53,7 @@ enum Command {
         reset_log: bool,
     },
     /// Prepare PostgreSQL: tables, publication, replication slot. Does only what is missing
+    #[command(after_help = examples::SETUP)]
     Setup {
         #[command(flatten)]
         config: ConfigArgs,
@@ -44,11 +61,14 @@ enum Command {
         args: setup::SetupArgs,
     },
     /// Drop the replication slot and the publication, so that nothing keeps WAL for us. Tables stay
+    #[command(after_help = examples::TEARDOWN)]
     Teardown {
         #[command(flatten)]
         config: ConfigArgs,
     },
     /// Try it: start a private PostgreSQL, prepare it, and serve. Ctrl-C stops all of it, and the data stays
+    // It has a database of its own.
+    #[command(after_help = examples::DEV, mut_arg("database.uri", |arg| arg.hide(true)))]
     Dev {
         #[command(flatten)]
         config: ConfigArgs,
@@ -62,10 +82,13 @@ enum Command {
     /// Explain a snap token
     Token(token::TokenArgs),
     /// Print the configuration in force, with the origin of every value and without secrets
+    #[command(after_help = examples::CONFIG)]
     Config {
         #[command(flatten)]
         config: ConfigArgs,
     },
+    /// Print a script that completes this command line in a shell
+    Completions(completions::CompletionsArgs),
 }
 
 /// Exit codes: success.
@@ -79,6 +102,7 @@ const USAGE: u8 = 2;
 pub async fn run(cli: Cli) -> ExitCode {
     // Two implementations are in the tree, so that rustls does not choose; where one is installed already, it stays.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    cli.color.apply();
     let ended = match cli.command {
         Command::Serve { config, reset_log } => serve(&config, reset_log).await,
         Command::Setup { config, args } => setup::setup(&config, &args).await,
@@ -91,6 +115,7 @@ pub async fn run(cli: Cli) -> ExitCode {
             Ok(())
         }
         Command::Config { config } => print_config(&config),
+        Command::Completions(args) => completions::run(&args),
     };
     match ended {
         Ok(()) => OK.into(),
@@ -157,6 +182,12 @@ fn say_error(text: &str) {
     let _ = writeln!(std::io::stderr(), "tuplewatch: {text}");
 }
 
+/// Says what is going on, beside what is printed.
+fn notice(text: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -165,6 +196,29 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// The commands of a help text: its lines that begin with two spaces and the program's name, without what a shell does.
+    fn commands(help: &str) -> impl Iterator<Item = Vec<&str>> {
+        help.lines().filter(|line| line.starts_with("  tuplewatch ")).map(|line| {
+            let words = line.split_whitespace().take_while(|word| !["#", "|", ">", ">>"].contains(word));
+            words.map(|word| word.trim_matches('\'')).collect()
+        })
+    }
+
+    #[test]
+    fn every_subcommand_shows_examples_that_parse() {
+        let command = Cli::command();
+        for command in command.get_subcommands().chain([&command]) {
+            let name = command.get_name();
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.starts_with("Examples:\n"), "{name} has no examples");
+            assert!(commands(&help).count() > 0, "{name} has no examples");
+            for words in commands(&help) {
+                assert!(name == "tuplewatch" || words[1] == name, "{name} has the example {words:?}");
+                Cli::try_parse_from(&words).unwrap_or_else(|error| panic!("{words:?}: {error}"));
+            }
+        }
     }
 
     #[test]

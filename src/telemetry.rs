@@ -3,7 +3,7 @@
 //! A log line tells of a change of state, once, and never of a single change; it holds no row values and no secrets.
 
 use crate::config::{LogFormat, LogLevel, Logger};
-use std::io::IsTerminal;
+use anstream::{AutoStream, ColorChoice};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -22,6 +22,9 @@ pub fn init(config: &Logger) {
     // An error means that logging was started before.
     let _ = match config.format {
         LogFormat::Json => lines.json().flatten_event(true).try_init(),
-        LogFormat::Text => lines.with_target(false).with_ansi(std::io::stderr().is_terminal()).try_init(),
+        LogFormat::Text => {
+            let is_colored = AutoStream::choice(&std::io::stderr()) != ColorChoice::Never;
+            lines.with_target(false).with_ansi(is_colored).try_init()
+        }
     };
 }

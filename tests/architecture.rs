@@ -57,7 +57,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
 }
 
 /// Crates that only some modules may name.
-const CONFINED: [(&str, &[&str]); 14] = [
+const CONFINED: [(&str, &[&str]); 17] = [
     ("pgwire_replication", &["replication"]),
     ("tokio_postgres", &["replication", "store", "app", "cli"]),
     ("deadpool", &["store"]),
@@ -70,6 +70,9 @@ const CONFINED: [(&str, &[&str]); 14] = [
     ("hyper_util", &["authn", "http"]),
     ("governor", &["admission", "authn"]),
     ("clap", &["cli", "main"]),
+    ("clap_complete", &["cli"]),
+    ("anstyle", &["cli"]),
+    ("anstream", &["cli", "telemetry"]),
     ("anyhow", &["app", "cli", "main"]),
     ("tracing_subscriber", &["telemetry"]),
 ];

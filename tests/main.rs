@@ -21,6 +21,7 @@ mod support {
     pub(crate) mod disk;
     #[expect(dead_code, reason = "the soak uses the rest")]
     pub(crate) mod faults;
+    pub(crate) mod foreign;
     pub(crate) mod http;
     pub(crate) mod interruption;
     pub(crate) mod issuer;
@@ -48,6 +49,7 @@ mod scenarios {
     mod data;
     mod dev;
     mod disk;
+    mod examples;
     mod failover;
     mod feedback;
     mod hold_back;

@@ -1,6 +1,7 @@
 //! Where a server is, and how to get in.
 
 use anyhow::Context as _;
+use clap::ValueHint;
 use std::path::PathBuf;
 use std::time::Duration;
 use tonic::metadata::AsciiMetadataValue;
@@ -9,22 +10,24 @@ use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 /// Not a flag: those are seen by everybody who lists processes.
 const TOKEN_VARIABLE: &str = "TUPLEWATCH_TOKEN";
 
+const DEFAULT_SERVER: &str = "http://127.0.0.1:3478";
+
 #[derive(Debug, clap::Args)]
 pub(super) struct ConnectionArgs {
     /// Where the server is
-    #[arg(long, default_value = "http://127.0.0.1:3478", value_name = "URL", value_parser = server_url)]
+    #[arg(long, default_value = DEFAULT_SERVER, value_name = "URL", value_parser = server_url, value_hint = ValueHint::Url)]
     pub(super) server: String,
     /// Certificate authority of an https server (PEM), where it is none of the system's
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     ca_cert: Option<PathBuf>,
     /// Certificate to present to an https server (PEM)
-    #[arg(long, value_name = "FILE", requires = "client_key")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "client_key")]
     client_cert: Option<PathBuf>,
     /// Private key of the certificate to present (PEM)
-    #[arg(long, value_name = "FILE", requires = "client_cert")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "client_cert")]
     client_key: Option<PathBuf>,
     /// File with the key or token to present; read again for each connection. Without it, TUPLEWATCH_TOKEN in the environment
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     token_file: Option<PathBuf>,
 }
 
@@ -41,6 +44,20 @@ const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
 impl ConnectionArgs {
+    /// What was given of it, for another command.
+    pub(super) fn flags(&self) -> Vec<String> {
+        let server = (self.server != DEFAULT_SERVER).then(|| self.server.clone());
+        let file = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+        let given = [
+            ("--server", server),
+            ("--ca-cert", file(&self.ca_cert)),
+            ("--client-cert", file(&self.client_cert)),
+            ("--client-key", file(&self.client_key)),
+            ("--token-file", file(&self.token_file)),
+        ];
+        given.into_iter().filter_map(|(flag, value)| Some([flag.to_owned(), value?])).flatten().collect()
+    }
+
     pub(super) fn endpoint(&self) -> anyhow::Result<Endpoint> {
         let endpoint = Endpoint::from_shared(self.server.clone())?
             .connect_timeout(Duration::from_secs(5))

@@ -1,21 +1,23 @@
 //! `tuplewatch dev`: a private PostgreSQL, prepared and served, in one command.
 
 use super::overrides::ConfigArgs;
+use super::terminal::{Style, program};
 use super::{say, setup, stop_signal};
 use crate::app;
 use crate::config::Config;
 use crate::dev_postgres::{Cluster, ClusterOptions, Installation, StopMode};
 use crate::telemetry;
 use anyhow::{Context as _, anyhow};
+use clap::ValueHint;
 use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct DevArgs {
     /// Where the cluster and the change log are kept
-    #[arg(long, default_value = "./tuplewatch-dev", value_name = "DIR")]
+    #[arg(long, default_value = "./tuplewatch-dev", value_name = "DIR", value_hint = ValueHint::DirPath)]
     data_dir: PathBuf,
     /// Directory with PostgreSQL's programs (postgres, initdb, pg_ctl), where they are not found by themselves
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pg_bin: Option<PathBuf>,
     /// Port of the private PostgreSQL; a free one is chosen at first and kept
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
@@ -23,6 +25,12 @@ pub(super) struct DevArgs {
 }
 
 const DATABASE: &str = "postgres";
+
+/// Where the private cluster is reached, and where all data are.
+struct Place {
+    uri: String,
+    data_dir: PathBuf,
+}
 
 pub(super) async fn run(config: ConfigArgs, args: DevArgs) -> anyhow::Result<()> {
     if config.sets("database.uri") {
@@ -62,10 +70,10 @@ pub(super) async fn run(config: ConfigArgs, args: DevArgs) -> anyhow::Result<()>
     let ended = match ended {
         Some(ended) => ended,
         None => {
-            let uri = cluster.uri(DATABASE);
-            let config = config.with("database.uri", uri.clone());
+            let place = Place { uri: cluster.uri(DATABASE), data_dir: std::path::absolute(&args.data_dir)? };
+            let config = config.with("database.uri", place.uri.clone());
             tokio::select! {
-                served = serve(config, &uri, &mut stopping) => served,
+                served = serve(config, &place, &mut stopping) => served,
                 status = cluster.exited() => {
                     let log = cluster.log_path();
                     Err(anyhow!("PostgreSQL ended by itself ({status:?}): see {}", log.display()))
@@ -77,22 +85,43 @@ pub(super) async fn run(config: ConfigArgs, args: DevArgs) -> anyhow::Result<()>
     ended
 }
 
-async fn serve(config: ConfigArgs, uri: &str, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+async fn serve(config: ConfigArgs, cluster: &Place, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let config = config.load()?;
     let steps = setup::apply(&config, false).await?;
-    if steps > 0 {
-        say("Created tables, publication and replication slot");
-    }
-    say(&format!(
-        "\nNow, in a second terminal, watch tenant t1:\n\n  \
-         {}\n\n\
-         and in a third one, write a tuple:\n\n  \
-         psql {uri} -c \"INSERT INTO tuplewatch.relation_tuples VALUES \
-         ('t1', 'document', '1', 'viewer', 'user', 'alice', '')\"\n\n\
-         Ctrl-C stops tuplewatch and PostgreSQL; the data stays for the next time.\n",
-        watch_command(&config)
-    ));
+    say(match steps {
+        0 => "Going on with the data of the last time",
+        _ => "Created tables, publication and replication slot",
+    });
+    say(&welcome(&config, cluster, Style::of_stdout()));
     app::serve(&config, false, stop).await
+}
+
+/// Where everything is, and what to try first.
+fn welcome(config: &Config, Place { uri, data_dir }: &Place, style: Style) -> String {
+    let host = &config.server.host;
+    let address = |port: u16| match port {
+        0 => format!("{host}, a free port: the log says which"),
+        port => format!("{host}:{port}"),
+    };
+    let mut places = vec![("gRPC", address(config.server.grpc.port))];
+    if let Some(http) = &config.server.http {
+        places.push(("HTTP", address(http.port)));
+    }
+    places.push(("PostgreSQL", uri.clone()));
+    places.push(("data", data_dir.display().to_string()));
+    let places: String =
+        places.iter().map(|(name, place)| format!("  {} {place}\n", style.faint(&format!("{name:10}")))).collect();
+    let insert = format!(
+        "psql {uri} -c \"INSERT INTO tuplewatch.relation_tuples VALUES \
+         ('t1', 'document', '1', 'viewer', 'user', 'alice', '')\""
+    );
+    format!(
+        "\n{places}\nNow, in a second terminal, watch tenant t1:\n\n  {}\n\n\
+         and in a third one, write a tuple:\n\n  {}\n\n\
+         Ctrl-C stops tuplewatch and PostgreSQL; the data stays for the next time.\n",
+        style.strong(&watch_command(config)),
+        style.strong(&insert)
+    )
 }
 
 /// What to type to watch this server.
@@ -100,8 +129,9 @@ fn watch_command(config: &Config) -> String {
     let credentials = if config.authn.credentials.is_some() { "TUPLEWATCH_TOKEN=… " } else { "" };
     let server = match (&config.server.grpc.tls, config.server.grpc.port) {
         (None, 3478) => String::new(),
+        (None, 0) => " --server http://127.0.0.1:PORT".to_owned(),
         (None, port) => format!(" --server http://127.0.0.1:{port}"),
         (Some(_), port) => format!(" --server https://localhost:{port} --ca-cert FILE"),
     };
-    format!("{credentials}cargo run --release -- watch --tenant t1{server}")
+    format!("{credentials}{} watch --tenant t1{server}", program())
 }

@@ -1,7 +1,7 @@
 //! A flag for every configuration key: `server.grpc.port` is `--server-grpc-port`.
 
 use crate::config::{Config, Error};
-use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches, ValueHint};
 use std::path::PathBuf;
 
 /// Where the configuration comes from: `--config`, and a flag a key.
@@ -16,6 +16,17 @@ const HEADING: &str = "Configuration (each also as a key of the file and as TUPL
 
 fn flag(key: &str) -> String {
     key.replace(['.', '_'], "-")
+}
+
+/// What a shell completes a key's value with.
+fn hint(key: &str) -> ValueHint {
+    match key.rsplit('.').next().unwrap_or_default() {
+        "cert" | "key" | "client_ca" | "file" => ValueHint::FilePath,
+        "path" => ValueHint::DirPath,
+        "host" => ValueHint::Hostname,
+        "uri" | "issuer" => ValueHint::Url,
+        _ => ValueHint::Other,
+    }
 }
 
 /// The keys, from the configuration with nothing set.
@@ -66,6 +77,7 @@ impl Args for ConfigArgs {
             .value_name("FILE")
             .env("TUPLEWATCH_CONFIG")
             .value_parser(clap::value_parser!(PathBuf))
+            .value_hint(ValueHint::FilePath)
             .help("Configuration file (YAML)");
         keys().into_iter().fold(command.arg(file), |command, (key, default)| {
             let help = if default.is_empty() || default == "\"\"" {
@@ -77,6 +89,7 @@ impl Args for ConfigArgs {
                 Arg::new(key)
                     .long(flag(key))
                     .value_name("VALUE")
+                    .value_hint(hint(key))
                     .help(help)
                     .help_heading(HEADING)
                     .hide_short_help(key != "database.uri"),

@@ -1,10 +1,11 @@
 //! `tuplewatch token`: explains one, without a server.
 
-use super::say;
+use super::{examples, say};
 use crate::snap_token::SnapToken;
 use std::fmt::Write as _;
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = examples::TOKEN)]
 pub(super) struct TokenArgs {
     /// The token, as it was received
     token: SnapToken,

@@ -1,15 +1,21 @@
 //! `tuplewatch watch`: prints a tenant's changes as they come, and resumes by itself.
+//!
+//! Changes go to the standard output, and everything that is said about the stream to the standard error.
+
+mod json;
+mod lines;
 
 use super::connection::ConnectionArgs;
-use super::{say, say_error, stop_signal};
-use crate::grpc::proto::data_change::{Operation, Type};
+use super::terminal::{Style, program, quoted};
+use super::{examples, notice, stop_signal};
 use crate::grpc::proto::watch_client::WatchClient;
-use crate::grpc::proto::{self, DataChange, DataChanges, WatchRequest};
+use crate::grpc::proto::{DataChanges, WatchRequest};
 use crate::grpc::status::NEXT_SNAP_TOKEN;
-use crate::snap_token::SnapToken;
-use anyhow::anyhow;
-use serde_json::{Value as Json, json};
-use std::io::IsTerminal;
+use crate::grpc::watch::START_SNAP_TOKEN;
+use anyhow::{Context as _, anyhow};
+use clap::ValueHint;
+use lines::Lines;
+use std::io::{self, Write as _};
 use std::time::Duration;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::{Channel, Endpoint};
@@ -17,15 +23,13 @@ use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Examples:\n  tuplewatch watch --tenant t1\n  tuplewatch watch --tenant t1 --output json | jq ."
-)]
+#[command(after_help = examples::WATCH)]
 pub(super) struct WatchArgs {
     /// Whose changes to print
-    #[arg(long, short)]
+    #[arg(long, short, value_hint = ValueHint::Other)]
     tenant: String,
     /// Start after this token instead of now
-    #[arg(long, value_name = "TOKEN")]
+    #[arg(long, value_name = "TOKEN", value_hint = ValueHint::Other)]
     snap_token: Option<String>,
     #[command(flatten)]
     connection: ConnectionArgs,
@@ -42,45 +46,156 @@ enum Output {
 
 const WAIT_MIN: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_secs(5);
+
 pub(super) async fn run(args: WatchArgs) -> anyhow::Result<()> {
     let endpoint = args.connection.endpoint()?;
+    let mut watch = Watch::new(&args);
     tokio::select! {
-        ended = follow(&args, endpoint) => ended,
-        () = stop_signal() => Ok(()),
+        ended = watch.follow(endpoint) => return ended,
+        () = stop_signal() => {}
+    }
+    watch.say_how_to_resume();
+    Ok(())
+}
+
+/// One run of the command, over all its connections.
+struct Watch<'a> {
+    args: &'a WatchArgs,
+    printer: Printer,
+    /// Of notices.
+    style: Style,
+    /// Where the next connection starts; empty: now.
+    token: String,
+    /// Whether a stream was ever open.
+    has_begun: bool,
+    /// Whether the loss of the connection was said, and its return is to be.
+    is_lost: bool,
+    wait: Duration,
+}
+
+/// Why a connection is over.
+enum End {
+    Status(Status),
+    /// Nobody takes what is printed.
+    Output(io::Error),
+}
+
+impl From<Status> for End {
+    fn from(status: Status) -> Self {
+        Self::Status(status)
     }
 }
 
-async fn follow(args: &WatchArgs, endpoint: Endpoint) -> anyhow::Result<()> {
-    let mut token = args.snap_token.clone().unwrap_or_default();
-    let mut wait = WAIT_MIN;
-    let mut lost = false;
-    loop {
-        let authorization = args.connection.authorization()?;
-        let status = match stream(args, &endpoint, authorization.clone(), &mut token, &mut wait, &mut lost).await {
-            Ok(()) => Status::unavailable("the server ended the stream"),
-            Err(status) => status,
-        };
-        match status.code() {
-            // What passes: a server that restarts, a network that comes and goes.
-            Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal | Code::ResourceExhausted => {
-                if !lost {
-                    say_error(&format!("{}: {}; reconnecting", args.connection.server, reason(&status)));
+impl<'a> Watch<'a> {
+    fn new(args: &'a WatchArgs) -> Self {
+        let token = args.snap_token.clone().unwrap_or_default();
+        let (printer, style) = (Printer::new(args.output), Style::of_stderr());
+        Self { args, printer, style, token, has_begun: false, is_lost: false, wait: WAIT_MIN }
+    }
+
+    async fn follow(&mut self, endpoint: Endpoint) -> anyhow::Result<()> {
+        let connection = &self.args.connection;
+        loop {
+            let authorization = connection.authorization()?;
+            let status = match self.stream(&endpoint, authorization.clone()).await {
+                Ok(()) => Status::unavailable("the server ended the stream"),
+                Err(End::Status(status)) => status,
+                // Like `head`, which has what it wants.
+                Err(End::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                Err(End::Output(error)) => return Err(error).context("cannot print the changes"),
+            };
+            match status.code() {
+                // What passes: a server that restarts, a network that comes and goes.
+                Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal | Code::ResourceExhausted => {
+                    self.say_lost(&status);
+                    tokio::time::sleep(self.wait).await;
+                    self.wait = (self.wait * 2).min(WAIT_MAX);
                 }
-                lost = true;
-                tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(WAIT_MAX);
+                // Expired, and renewed in the meantime.
+                Code::Unauthenticated if connection.authorization()? != authorization => self.is_lost = true,
+                // A gap: said loudly, and gone on after it, as a person at a terminal would.
+                Code::Aborted => {
+                    let details = status.get_error_details();
+                    let next = details.error_info().and_then(|info| info.metadata.get(NEXT_SNAP_TOKEN)).cloned();
+                    notice(&self.style.warning(&format!("GAP: {}", status.message())));
+                    self.token = next.ok_or_else(|| anyhow!("the server gave no token to go on from"))?;
+                }
+                code => {
+                    return Err(anyhow!("{}", status.message()).context(format!("the server refused ({code})")));
+                }
             }
-            // Expired, and renewed in the meantime.
-            Code::Unauthenticated if args.connection.authorization()? != authorization => lost = true,
-            // A gap: said loudly, and gone on after it, as a person at a terminal would.
-            Code::Aborted => {
-                let details = status.get_error_details();
-                let next = details.error_info().and_then(|info| info.metadata.get(NEXT_SNAP_TOKEN)).cloned();
-                say_error(&format!("GAP: {}", status.message()));
-                token = next.ok_or_else(|| anyhow!("the server gave no token to go on from"))?;
-            }
-            _ => return Err(anyhow!("{}", status.message()).context(format!("the server refused ({})", status.code()))),
         }
+    }
+
+    /// One connection, until it ends.
+    async fn stream(&mut self, endpoint: &Endpoint, authorization: Option<AsciiMetadataValue>) -> Result<(), End> {
+        let channel: Channel = endpoint.connect().await.map_err(|error| Status::from_error(Box::new(error)))?;
+        let tenant_id = self.args.tenant.clone();
+        let mut request = Request::new(WatchRequest { tenant_id, snap_token: self.token.clone() });
+        if let Some(authorization) = authorization {
+            request.metadata_mut().insert("authorization", authorization);
+        }
+        let response = WatchClient::new(channel).watch(request).await?;
+        self.say_begun();
+        // So that a stream that is lost before its first message resumes where it started.
+        if self.token.is_empty() {
+            let start = response.metadata().get(START_SNAP_TOKEN).and_then(|token| token.to_str().ok());
+            self.token = start.unwrap_or_default().to_owned();
+        }
+        let mut responses = response.into_inner();
+        while let Some(response) = responses.message().await? {
+            let changes = response.changes.unwrap_or_default();
+            self.printer.print(&changes).map_err(End::Output)?;
+            self.token = changes.snap_token;
+        }
+        Ok(())
+    }
+
+    fn say_begun(&mut self) {
+        if !self.has_begun {
+            let WatchArgs { tenant, connection, .. } = self.args;
+            let from = if self.token.is_empty() { "now".to_owned() } else { format!("token {}", short(&self.token)) };
+            let text = format!("watching tenant {tenant} on {} from {from}; Ctrl-C ends", connection.server);
+            notice(&self.style.faint(&text));
+        } else if self.is_lost {
+            let text = format!("connected again, resuming after the last token ({})", short(&self.token));
+            notice(&self.style.faint(&text));
+        }
+        (self.has_begun, self.is_lost, self.wait) = (true, false, WAIT_MIN);
+    }
+
+    /// Once, however often it is tried.
+    fn say_lost(&mut self, status: &Status) {
+        if !self.is_lost {
+            let text = format!("{}: {}; reconnecting", self.args.connection.server, reason(status));
+            notice(&self.style.warning(&text));
+        }
+        self.is_lost = true;
+    }
+
+    /// At the end: what to type to get the rest.
+    fn say_how_to_resume(&self) {
+        if !self.has_begun {
+            return;
+        }
+        let mut words = vec!["watch".to_owned(), "--tenant".to_owned(), self.args.tenant.clone()];
+        words.extend(self.args.connection.flags());
+        if self.args.output == Output::Json {
+            words.extend(["--output".to_owned(), "json".to_owned()]);
+        }
+        words.extend(["--snap-token".to_owned(), self.token.clone()]);
+        let words: Vec<_> = words.iter().map(|word| quoted(word)).collect();
+        let command = format!("{} {}", program(), words.join(" "));
+        notice(&format!("{}\n  {}", self.style.faint("what comes after this:"), self.style.strong(&command)));
+    }
+}
+
+/// Enough of a token to tell it from others: they begin alike.
+fn short(token: &str) -> String {
+    const SHOWN: usize = 10;
+    match token.char_indices().nth_back(SHOWN - 1) {
+        Some((at, _)) if at > 0 => format!("…{}", token.get(at..).unwrap_or_default()),
+        _ => token.to_owned(),
     }
 }
 
@@ -98,168 +213,40 @@ fn reason(status: &Status) -> String {
     parts.join(": ")
 }
 
-async fn stream(
-    args: &WatchArgs,
-    endpoint: &Endpoint,
-    authorization: Option<AsciiMetadataValue>,
-    token: &mut String,
-    wait: &mut Duration,
-    lost: &mut bool,
-) -> Result<(), Status> {
-    let channel: Channel = endpoint.connect().await.map_err(|error| Status::from_error(Box::new(error)))?;
-    let mut client = WatchClient::new(channel);
-    let mut request = Request::new(WatchRequest { tenant_id: args.tenant.clone(), snap_token: token.clone() });
-    if let Some(authorization) = authorization {
-        request.metadata_mut().insert("authorization", authorization);
-    }
-    let mut responses = client.watch(request).await?.into_inner();
-    if *lost {
-        let how = if token.is_empty() { "from now on" } else { "after the last token" };
-        say_error(&format!("connected again, resuming {how}"));
-    }
-    (*lost, *wait) = (false, WAIT_MIN);
-    while let Some(response) = responses.message().await? {
-        let changes = response.changes.unwrap_or_default();
-        print(args.output, &changes);
-        *token = changes.snap_token;
-    }
-    Ok(())
+enum Printer {
+    Text(Lines),
+    Json,
 }
 
-fn print(output: Output, changes: &DataChanges) {
-    match output {
-        Output::Json => {
-            let list: Vec<Json> = changes.tuple_changes.iter().map(to_json).collect();
-            say(&json!({ "changes": { "snap_token": changes.snap_token, "tuple_changes": list } }).to_string());
-        }
-        Output::Text => {
-            let colour = std::io::stdout().is_terminal();
-            let time = match changes.snap_token.parse() {
-                Ok(SnapToken::Position { commit_time, .. }) => commit_time.to_string(),
-                _ => String::new(),
-            };
-            for change in &changes.tuple_changes {
-                say(&to_line(&time, change, colour));
-            }
+impl Printer {
+    fn new(output: Output) -> Self {
+        match output {
+            Output::Text => Self::Text(Lines::to_stdout()),
+            Output::Json => Self::Json,
         }
     }
-}
 
-fn to_line(time: &str, change: &DataChange, colour: bool) -> String {
-    let (sign, code) = match change.operation() {
-        Operation::Create => ("+", "32"),
-        Operation::Delete => ("-", "31"),
-        Operation::Unspecified => ("?", "33"),
-    };
-    let what = match &change.r#type {
-        Some(Type::Tuple(tuple)) => {
-            let subject = tuple.subject.clone().unwrap_or_default();
-            let relation = if subject.relation.is_empty() { String::new() } else { format!("#{}", subject.relation) };
-            format!("{}#{}@{}:{}{relation}", entity(tuple.entity.as_ref()), tuple.relation, subject.r#type, subject.id)
-        }
-        Some(Type::Attribute(attribute)) => {
-            let value = attribute.value.as_ref().map_or(Json::Null, any_to_json);
-            let data = value.get("data").unwrap_or(&Json::Null);
-            format!("{}${} = {data}", entity(attribute.entity.as_ref()), attribute.attribute)
-        }
-        None => "an empty change".to_owned(),
-    };
-    if colour {
-        format!("\x1b[2m{time}\x1b[0m \x1b[{code}m{sign} {what}\x1b[0m")
-    } else {
-        format!("{time} {sign} {what}")
-    }
-}
-
-fn entity(entity: Option<&proto::Entity>) -> String {
-    entity.map_or_else(String::new, |entity| format!("{}:{}", entity.r#type, entity.id))
-}
-
-/// As protobuf's JSON mapping has it, with the proto's field names.
-fn to_json(change: &DataChange) -> Json {
-    let operation = change.operation().as_str_name();
-    let entity = |entity: Option<&proto::Entity>| {
-        entity.map_or(Json::Null, |entity| json!({ "type": entity.r#type, "id": entity.id }))
-    };
-    match &change.r#type {
-        Some(Type::Tuple(tuple)) => {
-            let subject = tuple.subject.clone().unwrap_or_default();
-            json!({ "operation": operation, "tuple": {
-                "entity": entity(tuple.entity.as_ref()),
-                "relation": tuple.relation,
-                "subject": { "type": subject.r#type, "id": subject.id, "relation": subject.relation },
-            }})
-        }
-        Some(Type::Attribute(attribute)) => json!({ "operation": operation, "attribute": {
-            "entity": entity(attribute.entity.as_ref()),
-            "attribute": attribute.attribute,
-            "value": attribute.value.as_ref().map_or(Json::Null, any_to_json),
-        }}),
-        None => json!({ "operation": operation }),
-    }
-}
-
-fn any_to_json(any: &prost_types::Any) -> Json {
-    fn data<M: prost::Message + Default>(any: &prost_types::Any, read: impl FnOnce(M) -> Json) -> Json {
-        M::decode(&*any.value).map_or(Json::Null, read)
-    }
-    let data = match any.type_url.rsplit('.').next().unwrap_or_default() {
-        "StringValue" => data(any, |m: proto::StringValue| json!(m.data)),
-        "IntegerValue" => data(any, |m: proto::IntegerValue| json!(m.data)),
-        "DoubleValue" => data(any, |m: proto::DoubleValue| double(m.data)),
-        "BooleanValue" => data(any, |m: proto::BooleanValue| json!(m.data)),
-        "StringArrayValue" => data(any, |m: proto::StringArrayValue| json!(m.data)),
-        "IntegerArrayValue" => data(any, |m: proto::IntegerArrayValue| json!(m.data)),
-        "DoubleArrayValue" => data(any, |m: proto::DoubleArrayValue| m.data.into_iter().map(double).collect()),
-        "BooleanArrayValue" => data(any, |m: proto::BooleanArrayValue| json!(m.data)),
-        _ => Json::Null,
-    };
-    json!({ "@type": any.type_url, "data": data })
-}
-
-/// JSON has no numbers for these; protobuf's mapping writes their names.
-fn double(value: f64) -> Json {
-    if value.is_finite() {
-        json!(value)
-    } else if value.is_nan() {
-        json!("NaN")
-    } else if value > 0.0 {
-        json!("Infinity")
-    } else {
-        json!("-Infinity")
+    /// A message at once, so that a reader sees all of it.
+    fn print(&mut self, changes: &DataChanges) -> io::Result<()> {
+        let text = match self {
+            Self::Text(lines) => lines.message(changes),
+            Self::Json => json::line(changes),
+        };
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes())?;
+        out.flush()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::change::{Attribute, AttributeValue, Fact, Tuple, encode, encode_watch_response};
-    use prost::Message as _;
-
-    fn change(fact: &Fact<'_>) -> DataChange {
-        let mut bytes = Vec::new();
-        encode(crate::change::Operation::Create, fact, &mut bytes);
-        let response = proto::WatchResponse::decode(&*encode_watch_response("t", &bytes)).unwrap();
-        response.changes.unwrap().tuple_changes.remove(0)
-    }
 
     #[test]
-    fn lines() {
-        let (entity_type, entity_id) = ("doc", "1");
-        let tuple = Tuple {
-            entity_type,
-            entity_id,
-            relation: "viewer",
-            subject_type: "team",
-            subject_id: "a",
-            subject_relation: "member",
-        };
-        let tuple = change(&Fact::Tuple(tuple));
-        assert_eq!(to_line("now", &tuple, false), "now + doc:1#viewer@team:a#member");
-        assert_eq!(to_json(&tuple)["tuple"]["subject"]["relation"], "member");
-        let value = AttributeValue::DoubleArray(vec![1.5, f64::INFINITY]);
-        let attribute = change(&Fact::Attribute(Attribute { entity_type, entity_id, attribute: "scores", value }));
-        assert_eq!(to_line("now", &attribute, false), r#"now + doc:1$scores = [1.5,"Infinity"]"#);
-        assert_eq!(to_json(&attribute)["operation"], "OPERATION_CREATE");
+    fn tokens_are_shortened_to_what_differs() {
+        for (token, shown) in [("", ""), ("abc", "abc"), ("0123456789", "0123456789"), ("xx0123456789", "…0123456789")]
+        {
+            assert_eq!(short(token), shown);
+        }
     }
 }

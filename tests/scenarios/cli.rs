@@ -13,4 +13,6 @@ mod mapping;
 mod prerequisites;
 mod requests;
 pub(crate) mod setup;
+mod shell;
+mod terminal;
 pub(crate) mod watch;

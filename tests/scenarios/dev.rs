@@ -4,7 +4,7 @@ use super::cli::process::{PG_BIN, Process, program, run, signal};
 use super::cli::setup::psql;
 use super::cli::watch::watch;
 use crate::support::sql::Sql;
-use crate::support::wait::{PATIENCE, eventually, within};
+use crate::support::wait::{eventually, within};
 use serde_json::Value as Json;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -40,7 +40,8 @@ impl Terminal {
         let mut command = program(self.directory.path());
         command.args(["dev", "--server-grpc-port", &self.port.to_string(), "--changelog-disk-reserve", "16MiB"]);
         command.args(["--server-http-port", "0"]);
-        command.args(flags).envs(self.environment.iter().copied());
+        // As `cargo run` starts it, which shows in the commands that it prints.
+        command.args(flags).env("CARGO_PKG_NAME", "tuplewatch").envs(self.environment.iter().copied());
         command
     }
 
@@ -173,22 +174,14 @@ fn documents(printed: &[String]) -> (Vec<String>, String) {
     (ids, token)
 }
 
-/// Writes until the watches print: nothing else tells that they have started. What they print from there on is complete.
+/// Waits until the watches have begun, and have printed a first tuple. What they print from there on is complete.
 async fn warm_up(sql: &Sql, watches: &[&Process]) {
-    let deadline = Instant::now() + PATIENCE;
-    let mut n = 0;
-    while watches.iter().any(|watch| watch.printed().is_empty()) {
-        assert!(Instant::now() < deadline, "a watch prints nothing");
-        sql.run(&tuple(&format!("warming-up-{n}"))).await;
-        n += 1;
-        tokio::time::sleep(Duration::from_millis(50)).await;
+    for watch in watches {
+        watch.complains("watching tenant t1 on ").await;
     }
     sql.run(&tuple("warm")).await;
     for watch in watches {
-        eventually("the watch is up to date", async || {
-            watch.printed().iter().any(|line| line.contains("warm\"") || line.contains(":warm#"))
-        })
-        .await;
+        watch.prints(1).await;
     }
 }
 

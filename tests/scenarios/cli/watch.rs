@@ -27,12 +27,8 @@ async fn a_change_is_a_line() {
     sql.insert("t1", "before").await;
     let (text, lines) =
         (watch(&url(&server), &["--tenant", "t1"]), watch(&url(&server), &["--tenant", "t1", "--output", "json"]));
-    // Nothing tells when they have started but what they print: so until they do.
-    let mut n = 0;
-    while text.printed().is_empty() || lines.printed().is_empty() {
-        sql.insert("t1", &format!("warming-up-{n}")).await;
-        n += 1;
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    for process in [&text, &lines] {
+        process.complains(&format!("watching tenant t1 on {} from now; Ctrl-C ends", url(&server))).await;
     }
     sql.run(
         "BEGIN; INSERT INTO tuplewatch.relation_tuples VALUES ('t1', 'doc', '1', 'viewer', 'team', 'a', 'member');
@@ -49,7 +45,7 @@ async fn a_change_is_a_line() {
     .await;
 
     let printed = text.printed();
-    let shown: Vec<&str> = printed[printed.len() - 4..].iter().map(|line| line.split_once(' ').unwrap().1).collect();
+    let shown: Vec<&str> = printed.iter().map(|line| line.split_once(' ').unwrap().1).collect();
     assert_eq!(
         shown,
         [
@@ -60,7 +56,7 @@ async fn a_change_is_a_line() {
         ]
     );
     let printed: Vec<Json> = lines.printed().iter().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let [.., transaction, last] = &printed[..] else { panic!("{printed:?}") };
+    let [transaction, last] = &printed[..] else { panic!("{printed:?}") };
     let subject = |kind: &str, id: &str, relation: &str| json!({"type": kind, "id": id, "relation": relation});
     assert_eq!(
         transaction["changes"]["tuple_changes"],
@@ -80,11 +76,70 @@ async fn a_change_is_a_line() {
     let token = transaction["changes"]["snap_token"].as_str().unwrap();
     let resumed = watch(&url(&server), &["--tenant", "t1", "--snap-token", token]);
     assert!(resumed.prints(1).await[0].ends_with(" + document:last#viewer@user:u"));
+    resumed.complains(&format!(" from token …{}; Ctrl-C ends", &token[token.len() - 10..])).await;
     for mut process in [resumed, text, lines] {
         process.signal("INT");
         assert_eq!(process.ended().await.code(), Some(0));
-        assert_eq!(process.complained(), [""; 0]);
+        process.complains("what comes after this:").await;
+        assert_eq!(process.complained().len(), 3, "where it began, and how to go on");
     }
+}
+
+/// The last words of a watch, pasted.
+#[tokio::test]
+async fn it_ends_with_the_command_that_resumes() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    let start = || {
+        let mut command = program(&std::env::temp_dir());
+        // Set where cargo runs a program, and then it would be called through cargo.
+        command.env_remove("CARGO_PKG_NAME").args(["watch", "--tenant", "t1", "--server", &url(&server)]);
+        Process::start(command)
+    };
+    let last_words = async |mut process: Process| {
+        process.signal("INT");
+        process.ended().await;
+        process.complains("--snap-token").await;
+        process.complained().last().unwrap().trim().to_owned()
+    };
+    let watch = start();
+    watch.complains("watching tenant t1").await;
+    // Nothing has come yet: the command resumes from where it began.
+    let before_all = last_words(watch).await;
+    let watch = start();
+    watch.complains("watching tenant t1").await;
+    sql.insert("t1", "a").await;
+    watch.prints(1).await;
+    let after_a = last_words(watch).await;
+    sql.insert("t1", "b").await;
+    for (command, ids) in [(before_all, &["a", "b"][..]), (after_a, &["b"])] {
+        let mut shell = tokio::process::Command::new("sh");
+        shell.args(["-c", &format!("exec {command}")]).kill_on_drop(true);
+        let printed = Process::start(shell).prints(ids.len()).await;
+        let shown: Vec<&str> = printed.iter().map(|line| line.split_once(" + ").unwrap().1).collect();
+        assert_eq!(shown, ids.iter().map(|id| format!("document:{id}#viewer@user:u")).collect::<Vec<_>>());
+    }
+}
+
+/// `watch | head`: it ends when nobody reads any more.
+#[tokio::test]
+async fn it_ends_with_its_reader() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let sql = postgres.sql().await;
+    let mut command = program(&std::env::temp_dir());
+    command.args(["watch", "--tenant", "t1", "--server", &url(&server)]);
+    let mut watch = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null()).spawn().unwrap();
+    drop(watch.stdout.take());
+    let mut n = 0;
+    crate::support::wait::eventually("it ends", async || {
+        sql.insert("t1", &format!("nobody-reads-{n}")).await;
+        n += 1;
+        watch.try_wait().unwrap().is_some()
+    })
+    .await;
+    assert_eq!(watch.wait().await.unwrap().code(), Some(0));
 }
 
 #[tokio::test]
@@ -102,7 +157,7 @@ async fn refusals_are_final_and_absence_is_not() {
         tuplewatch(&[&refused[..], flags].concat()).await.failed(&["tuplewatch: the server refused", says]);
     }
 
-    // Something that is no tuplewatch, nothing at all, and then a server.
+    // Something that is no tuplewatch, nothing at all, and then a server that comes and goes.
     let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let foreign = format!("http://{}", other.local_addr().unwrap());
     tokio::spawn(async move {
@@ -121,12 +176,23 @@ async fn refusals_are_final_and_absence_is_not() {
     patient.complains("Connection refused (os error 111); reconnecting").await;
     patient.complains(&address.trim_end_matches('/')["http://".len()..]).await;
     server.start().await;
-    patient.complains("connected again, resuming from now on").await;
-    postgres.sql().await.insert("t1", "a").await;
+    patient.complains("watching tenant t1 on ").await;
+    assert_eq!(patient.complained().len(), 2, "once, however often it was tried");
+
+    // From here on nothing is lost, although nothing has come yet.
+    let sql = postgres.sql().await;
+    server.kill_9().await;
+    patient.complains("; reconnecting").await;
+    sql.insert("t1", "a").await;
+    server.start().await;
+    patient.complains("connected again, resuming after the last token (…").await;
     assert!(patient.prints(1).await[0].ends_with("+ document:a#viewer@user:u"));
+    sql.run("TRUNCATE tuplewatch.relation_tuples").await;
+    patient.complains("GAP: the history of tenant t1 is not continuous").await;
+    sql.insert("t1", "b").await;
+    assert!(patient.prints(2).await[1].ends_with("+ document:b#viewer@user:u"));
     patient.signal("INT");
     assert_eq!(patient.ended().await.code(), Some(0));
-    assert_eq!(patient.complained().len(), 2, "once, however often it was tried");
 }
 
 #[tokio::test]

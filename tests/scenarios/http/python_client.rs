@@ -1,46 +1,13 @@
 //! Permify's own client for Python, from its registry, as it is.
 
+use crate::support::foreign;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use crate::support::wait::within;
 use serde_json::{Value as Json, json};
-use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
-use tokio::sync::OnceCell;
-
-/// The Python that has the client: made once in a run, and kept in `target/` for the next.
-async fn python() -> &'static Path {
-    static PYTHON: OnceCell<PathBuf> = OnceCell::const_new();
-    PYTHON.get_or_init(prepare).await
-}
-
-async fn prepare() -> PathBuf {
-    let requirements = clients().join("requirements.txt");
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python-client");
-    let (python, done) = (directory.join("bin/python"), directory.join("requirements.txt"));
-    let wanted = std::fs::read(&requirements).unwrap();
-    if std::fs::read(&done).is_ok_and(|installed| installed == wanted) {
-        return python;
-    }
-    run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory)).await;
-    run(Command::new(&python).args(["-m", "pip", "install", "--quiet", "--requirement"]).arg(&requirements)).await;
-    // Last, so that one that was interrupted is begun anew.
-    std::fs::copy(&requirements, &done).unwrap();
-    python
-}
-
-async fn run(command: &mut Command) {
-    let output = command.output().await.unwrap_or_else(|error| {
-        panic!("{command:?}: {error}. This test needs python3 (3.9 or newer) with venv and pip, and a package index")
-    });
-    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-}
-
-fn clients() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/python")
-}
 
 /// A run of `client.py`.
 struct Client {
@@ -50,8 +17,9 @@ struct Client {
 
 impl Client {
     async fn start(server: &Server, arguments: &[&str]) -> Self {
-        let mut command = Command::new(python().await);
-        command.arg(clients().join("client.py")).arg(server.http_address().to_string()).args(arguments);
+        let directory = foreign::directory("tests/clients/python");
+        let mut command = Command::new(foreign::python(&directory).await);
+        command.arg(directory.join("client.py")).arg(server.http_address().to_string()).args(arguments);
         let mut process = command.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
         Self { lines: BufReader::new(process.stdout.take().unwrap()).lines(), process }
     }

@@ -1,0 +1,58 @@
+//! What `--help` shows of each subcommand in use. A test parses every line.
+
+pub(super) const ALL: &str = "\
+Examples:
+  tuplewatch dev                             # a private PostgreSQL and a server, to try it
+  tuplewatch watch --tenant t1               # prints changes as they are committed
+  tuplewatch setup --database-uri postgres://owner@db/app
+  tuplewatch serve --database-uri postgres://tuplewatch@db/app";
+
+pub(super) const SERVE: &str = "\
+Examples:
+  tuplewatch serve --database-uri postgres://tuplewatch@db/app
+  tuplewatch serve --config tuplewatch.yaml --logger-format json
+  tuplewatch serve --config tuplewatch.yaml --reset-log    # where the change log cannot be read";
+
+pub(super) const SETUP: &str = "\
+Examples:
+  tuplewatch setup --dry-run --database-uri postgres://owner@db/app
+  tuplewatch setup --database-uri postgres://owner@db/app
+  tuplewatch setup --config tuplewatch.yaml --recreate-slot    # after the slot was lost";
+
+pub(super) const TEARDOWN: &str = "\
+Examples:
+  tuplewatch teardown --database-uri postgres://owner@db/app
+  tuplewatch teardown --config tuplewatch.yaml";
+
+pub(super) const DEV: &str = "\
+Examples:
+  tuplewatch dev
+  tuplewatch dev --data-dir /tmp/trial --server-grpc-port 4478 --server-http-port 4476
+  tuplewatch dev --pg-bin /usr/lib/postgresql/17/bin";
+
+pub(super) const WATCH: &str = "\
+Examples:
+  tuplewatch watch --tenant t1
+  tuplewatch watch --tenant t1 --output json | jq -c '.changes.tuple_changes[]'
+  tuplewatch watch --tenant t1 --snap-token 'AQ…' >> changes.log
+  tuplewatch watch --tenant t1 --server https://feed.example:3478 --token-file token
+
+Text is a line a change: the time of its commit (UTC), + or -, and the tuple or attribute. Into a pipe or a file each \
+line is whole, with the day. What is said about the stream (connections lost, gaps, how to go on) goes to the standard error.";
+
+pub(super) const TOKEN: &str = "\
+Examples:
+  tuplewatch token MgMAAAAAAAA=";
+
+pub(super) const CONFIG: &str = "\
+Examples:
+  tuplewatch config
+  tuplewatch config --config tuplewatch.yaml --server-grpc-port 4478";
+
+pub(super) const COMPLETIONS: &str = "\
+Examples:
+  tuplewatch completions bash > ~/.local/share/bash-completion/completions/tuplewatch
+  tuplewatch completions zsh > ~/.zfunc/_tuplewatch    # with fpath+=(~/.zfunc) before compinit in ~/.zshrc
+  tuplewatch completions fish > ~/.config/fish/completions/tuplewatch.fish
+
+New shells have them then. For the present one: source <(tuplewatch completions bash)";
