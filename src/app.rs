@@ -12,6 +12,7 @@
 //! Taking down goes with the stream: subscribers first (they are told to come back), then the session (its last
 //! acknowledgement waits for the log), then the log.
 
+pub mod diagnosis;
 mod edges;
 #[cfg(test)]
 mod pipeline;
@@ -19,7 +20,7 @@ mod primary;
 
 use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::recorder::{self, Closed};
-use crate::changelog::{ChangeLog, Entry, FjallLog, Room, State};
+use crate::changelog::{self, ChangeLog, Entry, FjallLog, Room, State};
 use crate::config::{self, Config, MappingSource, Preset};
 use crate::hub::{self, Hub};
 use crate::lsn::{Lsn, Xid8};
@@ -175,13 +176,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let recorded = recorder_handle.clone();
     let joined = Joined { recorder: recorder_handle, hub: hub.clone() };
     let session_options = session_options(config, mapping.clone());
-    let warn = &config.replication.warn;
-    let thresholds = Thresholds {
-        retained_wal_bytes: warn.retained_wal.get(),
-        safe_wal_bytes: warn.safe_wal_size.get(),
-        lag: warn.lag,
-    };
-    let monitor = Monitor::new(endpoints.clone(), &config.replication.slot, &state.node_id, thresholds);
+    let monitor = Monitor::new(endpoints.clone(), &config.replication.slot, &state.node_id, thresholds(config));
     let postgres = Postgres::new(session_options.clone(), endpoints);
     let primaries = postgres.primaries();
     let mut stop = std::pin::pin!(stop);
@@ -251,17 +246,26 @@ fn flatten<E: Into<anyhow::Error>>(joined: Result<Result<(), E>, tokio::task::Jo
     joined.context("a task panicked")?.map_err(Into::into)
 }
 
-async fn open_log(config: &Config, reset: bool) -> anyhow::Result<Arc<dyn ChangeLog>> {
-    let path = config.changelog.path.clone();
-    let options = crate::changelog::Options {
-        path: path.clone(),
+/// From where on the slot is worth a warning.
+fn thresholds(config: &Config) -> Thresholds {
+    let warn = &config.replication.warn;
+    Thresholds { retained_wal_bytes: warn.retained_wal.get(), safe_wal_bytes: warn.safe_wal_size.get(), lag: warn.lag }
+}
+
+fn log_options(config: &Config) -> changelog::Options {
+    changelog::Options {
+        path: config.changelog.path.clone(),
         age_seconds: config.changelog.retention.age.as_secs(),
         size_bytes: config.changelog.retention.size.get(),
         reserve_bytes: config.changelog.disk_reserve.get(),
-    };
+    }
+}
+
+async fn open_log(config: &Config, reset: bool) -> anyhow::Result<Arc<dyn ChangeLog>> {
+    let options = log_options(config);
     let open = move || {
         if reset {
-            FjallLog::reset(&path)?;
+            FjallLog::reset(&options.path)?;
             tracing::warn!("the change log was deleted and begins anew: tokens from before are refused");
         }
         FjallLog::open(options)
@@ -271,7 +275,7 @@ async fn open_log(config: &Config, reset: bool) -> anyhow::Result<Arc<dyn Change
 
 /// The recorder on its thread.
 struct RecorderThread {
-    done: tokio::sync::oneshot::Receiver<Result<(), crate::changelog::Error>>,
+    done: tokio::sync::oneshot::Receiver<Result<(), changelog::Error>>,
 }
 
 impl RecorderThread {

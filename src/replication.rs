@@ -22,6 +22,7 @@
 
 mod catalog;
 pub mod connection;
+pub mod examination;
 mod intake;
 pub mod monitor;
 mod postgres;

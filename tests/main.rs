@@ -47,6 +47,7 @@ mod scenarios {
     mod data;
     mod dev;
     mod disk;
+    mod doctor;
     mod feedback;
     mod http;
     mod lifecycle;

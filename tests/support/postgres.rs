@@ -1,8 +1,8 @@
 //! A private cluster, gone with the test.
 
 use super::sql::Sql;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tuplewatch::dev_postgres::{Cluster, ClusterOptions, Installation, StopMode};
 
@@ -42,10 +42,27 @@ impl Postgres {
 
     /// With further settings.
     pub(crate) async fn with(settings: &[(&str, &str)]) -> Self {
+        // Says what to install where there is none.
+        let installation = Installation::find(None).unwrap_or_else(|error| panic!("{error}"));
+        Self::of(installation, settings).await
+    }
+
+    /// Of this major version, whichever the other tests have; with further settings.
+    pub(crate) async fn of_major(major: u32, settings: &[(&str, &str)]) -> Self {
+        let fetch = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/postgres/fetch");
+        let fetched = tokio::process::Command::new(fetch).arg(major.to_string()).output().await.unwrap();
+        assert!(fetched.status.success(), "PostgreSQL {major} could not be fetched: {fetched:?}");
+        let bin_dir = String::from_utf8(fetched.stdout).unwrap();
+        let installation =
+            Installation::find(Some(Path::new(bin_dir.trim()))).unwrap_or_else(|error| panic!("{error}"));
+        Self::of(installation, settings).await
+    }
+
+    async fn of(installation: Installation, settings: &[(&str, &str)]) -> Self {
         let directory = Directory(std::env::temp_dir().join(Self::new_name()));
         let settings: Vec<_> =
             SETTINGS.iter().chain(settings).map(|(name, value)| ((*name).into(), (*value).into())).collect();
-        let mut postgres = Self::open(directory, &settings).await;
+        let mut postgres = Self::open(installation, directory, &settings).await;
         postgres.start_again().await;
         postgres
     }
@@ -61,9 +78,7 @@ impl Postgres {
         format!("tuplewatch-tests-{}-{:08x}", std::process::id(), fastrand::u32(..))
     }
 
-    async fn open(directory: Directory, settings: &[(String, String)]) -> Self {
-        // Says what to install where there is none.
-        let installation = Installation::find(None).unwrap_or_else(|error| panic!("{error}"));
+    async fn open(installation: Installation, directory: Directory, settings: &[(String, String)]) -> Self {
         let options = ClusterOptions { data_dir: directory.0.join("cluster"), port: None, settings: settings.to_vec() };
         let cluster = Cluster::create_or_open(installation, options).await.unwrap_or_else(|error| panic!("{error}"));
         Self { cluster, settings: settings.to_vec(), _directory: directory }
@@ -101,13 +116,19 @@ impl Postgres {
         for left in ["port", "postgres.log"] {
             let _ = std::fs::remove_file(target.join(left));
         }
-        Self::open(directory, &self.settings).await
+        Self::open(self.cluster.installation().clone(), directory, &self.settings).await
     }
 
     /// Has the next start do recovery: `standby.signal` or `recovery.signal`.
     pub(crate) fn put_signal(&self, name: &str) {
+        self.put_file(name, "");
+    }
+
+    /// Writes a file into the data directory, as readable for PostgreSQL alone as its own.
+    pub(crate) fn put_file(&self, name: &str, contents: &str) {
         let path = self.pgdata().join(name);
-        std::fs::write(&path, "").unwrap();
+        std::fs::write(&path, contents).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         // PostgreSQL removes it when it is done, and as root it runs as another user.
         let owner = std::fs::metadata(self.pgdata()).unwrap();
         std::os::unix::fs::chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
