@@ -53,11 +53,12 @@ fn look(options: &Options, report: &mut Report) -> Option<String> {
             return None;
         }
     };
-    report.ok(SUBJECT, describe(&path, place, marker.as_ref()));
-    if place == path {
+    let is_open = directory::is_open(&path);
+    report.ok(SUBJECT, describe(&path, marker.as_ref(), is_open));
+    if place == path && !is_open {
         check_owners(&path, report);
     }
-    check_disk(place, report);
+    check_disk(place, is_open, report);
     check_space(&path, place, options, report);
     marker.map(|marker| marker.node_id)
 }
@@ -67,15 +68,13 @@ fn nearest(path: &Path) -> &Path {
     path.ancestors().find(|ancestor| ancestor.symlink_metadata().is_ok()).unwrap_or(path)
 }
 
-fn describe(path: &Path, place: &Path, marker: Option<&Marker>) -> String {
+fn describe(path: &Path, marker: Option<&Marker>, is_open: bool) -> String {
     let path = path.display();
-    match marker {
-        Some(marker) if directory::is_open(place) => {
-            format!("in {path}, of node {}, and a tuplewatch has it open", marker.node_id)
-        }
-        Some(marker) => format!("in {path}, of node {}, and no tuplewatch has it open", marker.node_id),
-        None => format!("is not there yet: tuplewatch serve begins it in {path}"),
-    }
+    let Some(Marker { node_id, .. }) = marker else {
+        return format!("is not there yet: tuplewatch serve begins it in {path}");
+    };
+    let user = if is_open { "a tuplewatch" } else { "no tuplewatch" };
+    format!("in {path}, of node {node_id}, and {user} has it open")
 }
 
 fn unreadable(error: &Error) -> Finding {
@@ -91,23 +90,19 @@ fn unreadable(error: &Error) -> Finding {
 fn check_owners(path: &Path, report: &mut Report) {
     let Ok(own) = fs::metadata(path) else { return };
     let inside = fs::read_dir(path.join(DATA)).into_iter().flatten().flatten().map(|entry| entry.path());
-    for file in [path.join(MARKER), path.join(DATA)].into_iter().chain(inside) {
-        let Ok(found) = fs::metadata(&file) else { continue };
-        let forbidden = access(&file, Access::WRITE_OK).is_err();
-        if !forbidden && found.uid() == own.uid() {
-            continue;
-        }
-        let fix = format!("chown -R {}:{} {}  # as root", own.uid(), own.gid(), shell_word(path));
-        let what =
-            format!("{} belongs to user {}, and its directory to user {}", file.display(), found.uid(), own.uid());
-        let meaning = "A tuplewatch that runs as the one cannot write what belongs to the other.";
-        let finding = if forbidden { Finding::error(SUBJECT, what) } else { Finding::warning(SUBJECT, what) };
-        return report.add(finding.means(meaning).fix(fix));
-    }
+    let files = [path.join(MARKER), path.join(DATA)].into_iter().chain(inside);
+    let mut owners = files.filter_map(|file| Some((fs::metadata(&file).ok()?.uid(), file)));
+    let Some((owner, file)) = owners.find(|(owner, _)| *owner != own.uid()) else { return };
+    let what = format!("{} belongs to user {owner}, and its directory to user {}", file.display(), own.uid());
+    let meaning = "A tuplewatch that runs as the one cannot write what belongs to the other.";
+    let fix = format!("chown -R {}:{} {}  # as root", own.uid(), own.gid(), shell_word(path));
+    // To root everything is open, to others nothing of somebody else.
+    let finding = if access(&file, Access::WRITE_OK).is_ok() { Finding::warning } else { Finding::error };
+    report.add(finding(SUBJECT, what).means(meaning).fix(fix));
 }
 
 /// Whether it can be written, how long a sync takes, and what kind of file system it is.
-fn check_disk(place: &Path, report: &mut Report) {
+fn check_disk(place: &Path, is_open: bool, report: &mut Report) {
     match median_sync(place) {
         Ok(sync) => {
             let what = format!("a sync takes {:.1} ms", sync.as_secs_f64() * 1000.0);
@@ -119,6 +114,10 @@ fn check_disk(place: &Path, report: &mut Report) {
                 report.ok("disk of the change log", what);
             }
         }
+        // Another user than this one writes it.
+        Err(error) if is_open && error.kind() == ErrorKind::PermissionDenied => {
+            report.ok("disk of the change log", "cannot be measured by this user");
+        }
         Err(error) => report.add(unwritable(place, &error)),
     }
     if let Some((kind, meaning)) = file_system(place) {
@@ -128,14 +127,16 @@ fn check_disk(place: &Path, report: &mut Report) {
 }
 
 fn unwritable(place: &Path, error: &io::Error) -> Finding {
+    let user = rustix::process::geteuid().as_raw();
     let fix = match error.kind() {
-        ErrorKind::PermissionDenied => {
-            format!("chown {} {}  # as root", rustix::process::geteuid().as_raw(), shell_word(place))
-        }
+        ErrorKind::PermissionDenied => format!(
+            "-- run doctor as the user that tuplewatch runs as; where that is this one, as root: chown -R {user} {}",
+            shell_word(place)
+        ),
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "-- make room on the disk".to_owned(),
         _ => "-- set changelog.path to a directory that can be written".to_owned(),
     };
-    let what = format!("cannot be kept: {} cannot be written: {error}", place.display());
+    let what = format!("cannot be kept: user {user} cannot write to {}: {error}", place.display());
     Finding::error(SUBJECT, what).fix(fix)
 }
 

@@ -80,8 +80,6 @@ impl Examination<'_> {
 /// What a connection failed with.
 fn unusable(subject: &str, error: &ConnectError) -> Finding {
     let finding = Finding::error(subject, format!("PostgreSQL cannot be used at {}", error.cause()));
-    match error.remedy() {
-        Some(remedy) => finding.fix(format!("-- {remedy}")),
-        None => finding,
-    }
+    let remedy = error.remedy().unwrap_or_else(|| "the server's log may say more".to_owned());
+    finding.fix(format!("-- {remedy}"))
 }

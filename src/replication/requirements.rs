@@ -49,7 +49,7 @@ pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Fi
 
     let mut report = Report::default();
     server.check(&mut report);
-    server.check_room(slot.as_ref(), expected.slot_expected, &mut report);
+    server.check_room(slot.as_ref(), &mut report);
     for table in &catalog.tables {
         check_table(table, expected, &server, catalog.publication.as_ref(), &mut report);
     }
@@ -145,7 +145,8 @@ fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, 
     }
     if report.is_fine_since(before) {
         let holder = slot.active_pid.map(|pid| format!(", in use by process {pid}")).unwrap_or_default();
-        report.ok(subject, format!("is there{holder}"));
+        let status = slot.wal_status.as_deref().unwrap_or("unknown");
+        report.ok(subject, format!("is there (wal_status {status}){holder}"));
     }
 }
 

@@ -24,7 +24,10 @@ pub(super) struct Sight {
     lag_seconds: Option<f64>,
     /// From version 17 on.
     inactive_seconds: Option<f64>,
+    /// Whether it is copied to standbys.
     pub(super) failover: bool,
+    /// Whether it is itself such a copy, on what was a standby.
+    pub(super) synced: bool,
     /// From version 18 on, in the form in which it is set.
     idle_timeout: Option<String>,
     may_list_wal: bool,
@@ -43,6 +46,7 @@ impl Sight {
                        'inactive_seconds', extract(epoch FROM clock_timestamp()
                                                    - (to_json(slot) ->> 'inactive_since')::timestamptz),
                        'failover', COALESCE((to_json(slot) ->> 'failover')::bool, false),
+                       'synced', COALESCE((to_json(slot) ->> 'synced')::bool, false),
                        'idle_timeout', NULLIF(current_setting('idle_replication_slot_timeout', true), '0'),
                        'may_list_wal', has_function_privilege('pg_ls_waldir()', 'EXECUTE'))
               FROM pg_replication_slots AS slot WHERE slot.slot_name::text = $1";
@@ -111,7 +115,9 @@ impl Sight {
             self.inactive_seconds.map(|inactive| format!(" for {}", Span(seconds(inactive)))).unwrap_or_default();
         let reader = if self.is_in_use() { String::new() } else { format!("; nobody has read it{since}") };
         let ago = lag.filter(|lag| !lag.is_zero()).map(|lag| format!(", {} or more", Span(lag))).unwrap_or_default();
-        let what = format!("keeps {} of WAL, and is {} behind{ago}{reader}", Bytes(retained), Bytes(behind));
+        let left = self.slot.safe_wal_size.map(|left| u64::try_from(left).unwrap_or(0));
+        let left = left.map(|left| format!("; it is lost after another {}", Bytes(left))).unwrap_or_default();
+        let what = format!("keeps {} of WAL, and is {} behind{ago}{reader}{left}", Bytes(retained), Bytes(behind));
 
         let passes = |value: u64, threshold: u64| threshold > 0 && value >= threshold;
         let is_late = |duration: Option<Duration>| {
@@ -171,7 +177,7 @@ mod tests {
             "slot": {"plugin": "pgoutput", "slot_type": "logical", "database": "d", "active_pid": 7,
                      "wal_status": "reserved", "safe_wal_size": 1000},
             "holder": "tuplewatch me", "retained_bytes": 0, "behind_bytes": 0, "lag_seconds": null,
-            "inactive_seconds": null, "failover": false, "idle_timeout": null, "may_list_wal": true,
+            "inactive_seconds": null, "failover": false, "synced": false, "idle_timeout": null, "may_list_wal": true,
         });
         for (place, more) in [("/slot", slot), ("", changes)] {
             let object = sight.pointer_mut(place).unwrap().as_object_mut().unwrap();

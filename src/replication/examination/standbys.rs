@@ -66,42 +66,45 @@ impl Standbys {
     }
 
     fn check(&self, slot: &str, sight: Option<&Sight>, report: &mut Report) {
-        let fails_over = sight.is_some_and(|sight| sight.failover);
-        let before = report.count();
-        self.check_named(fails_over, report);
-        if self.count == 0 {
+        if self.version_number < 17_00_00 {
+            if self.count > 0 {
+                let what = format!(
+                    "{} connected. Before version 17 none gets a copy of the slot: a promotion leaves a gap, and takes a new slot \
+                     (tuplewatch setup --recreate-slot)",
+                    self.count
+                );
+                report.ok("standbys", what);
+            }
             return;
         }
-        if self.version_number < 17_00_00 {
-            let what = format!(
-                "{} connected. Before version 17 none gets a copy of the slot: after a promotion there is a gap, and a new slot \
-                 has to be made (tuplewatch setup --recreate-slot)",
-                self.count
-            );
-            return report.ok("standbys", what);
-        }
-        if sight.is_some() && !fails_over {
+        let before = report.count();
+        self.check_named(sight.is_some_and(|sight| sight.failover), report);
+        let Some(sight) = sight else { return };
+        let subject = format!("replication slot {slot}");
+        if self.count > 0 && !sight.failover {
             let what = "is not copied to the standbys (failover is off)";
-            let meaning = "After a promotion it would not be there: subscribers would have a gap, and have to be told.";
+            let meaning = "After a promotion it is not there: what changes until there is a new one is a gap.";
             let fix = format!(
-                "-- in a replication connection (psql 'dbname=… replication=database'), while nobody reads the slot: \
-                 ALTER_REPLICATION_SLOT {} (FAILOVER true)",
+                "-- tuplewatch serve sets it by itself with replication.failover: auto. Or, while nobody reads the slot, in a \
+                 replication connection (psql 'dbname=… replication=database'): ALTER_REPLICATION_SLOT {} (FAILOVER true)",
                 identifier(slot)
             );
-            report.add(Finding::warning(format!("replication slot {slot}"), what).means(meaning).fix(fix));
-        } else if fails_over && self.named.is_empty() {
+            report.add(Finding::warning(&subject, what).means(meaning).fix(fix));
+        } else if self.count > 0 && self.named.is_empty() {
             let meaning =
                 "Changes can reach subscribers before a standby has them: after a promotion those never happened.";
-            let slots = self.physical.join(", ");
             let fix = if self.physical.is_empty() {
                 format!("-- give each standby a slot (primary_slot_name), and name them in {SETTING}")
             } else {
-                setting(&slots)
+                setting(&self.physical.join(", "))
             };
             report.add(Finding::warning(SETTING, "is empty, and standbys are connected").means(meaning).fix(fix));
         }
         if report.is_fine_since(before) {
-            report.ok("standbys", format!("{} connected, and the slot is copied to them", self.count));
+            let word = |is_on| if is_on { "on" } else { "off" };
+            let (failover, synced) = (word(sight.failover), word(sight.synced));
+            report
+                .ok(subject, format!("failover is {failover}, synced is {synced}; standbys connected: {}", self.count));
         }
     }
 

@@ -59,12 +59,12 @@ impl Server {
         let major = self.version_number / 10_000;
         if major < *MAJORS.start() {
             let what = format!("PostgreSQL {} is too old: 14 is the oldest that works", self.version);
-            report.add(Finding::error("version", what));
+            report.error("version", what, "-- upgrade PostgreSQL to 14 or newer");
         } else if MAJORS.contains(&major) {
             report.ok("version", format!("PostgreSQL {}", self.version));
         } else {
             let what = format!("PostgreSQL {} is newer than what tuplewatch is tested with (18)", self.version);
-            report.add(Finding::warning("version", what));
+            report.warning("version", what, "-- see whether there is a newer tuplewatch that is");
         }
         if self.in_recovery {
             let fix = "SELECT pg_promote();  -- or rather: name the primary in database.uri";
@@ -119,18 +119,15 @@ impl Server {
         report.add(Finding::error("wal_level", what).means(meaning).fix(fix));
     }
 
-    pub(super) fn check_room(&self, slot: Option<&Slot>, slot_expected: bool, report: &mut Report) {
-        if slot.is_none() && !slot_expected {
-            self.check_room_for("max_replication_slots", self.slots, self.slots_max, report);
-        }
+    pub(super) fn check_room(&self, slot: Option<&Slot>, report: &mut Report) {
+        self.check_room_for("max_replication_slots", self.slots, self.slots_max, slot.is_none(), report);
         // If ours is in use, by a tuplewatch that runs, its walsender is among those that are counted.
-        if slot.is_none_or(|slot| slot.active_pid.is_none()) {
-            self.check_room_for("max_wal_senders", self.walsenders, self.walsenders_max, report);
-        }
+        let needs_walsender = slot.is_none_or(|slot| slot.active_pid.is_none());
+        self.check_room_for("max_wal_senders", self.walsenders, self.walsenders_max, needs_walsender, report);
     }
 
-    fn check_room_for(&self, setting: &str, used: i64, most: i64, report: &mut Report) {
-        if used < most {
+    fn check_room_for(&self, setting: &str, used: i64, most: i64, needs_one: bool, report: &mut Report) {
+        if used < most || !needs_one {
             return report.ok(setting, format!("{used} of {most} in use"));
         }
         let more = most.saturating_add(10);

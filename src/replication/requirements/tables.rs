@@ -75,7 +75,9 @@ fn check_membership(table: &Table, expected: &Expectation<'_>, publication: &Pub
     if !table.is_published(publication) {
         let fix = format!("ALTER PUBLICATION {published} ADD TABLE {};  -- at once, no reload", name.to_sql());
         let what = format!("is not in publication {}", expected.publication);
-        return report.add(Finding::error(subject, what).means("No change of it reaches tuplewatch.").fix(fix));
+        let meaning =
+            "No change of it reaches tuplewatch. Those made meanwhile are a gap, of which subscribers are told.";
+        return report.add(Finding::error(subject, what).means(meaning).fix(fix));
     }
     if table.is_published_as_its_root(publication) {
         let fix =
