@@ -189,7 +189,7 @@ error    slot s     is lost (a long reason that has to be broken)
         assert!(broken.contains(&format!("\n{:20}broken)\n", "")), "{broken}");
         // Too narrow for a column of its own; and what is to be pasted stays whole.
         let narrow = text(&diagnosis(), Style { coloured: false, width: Some(40) });
-        assert!(narrow.contains("\n         that has to be broken)\n"), "{narrow}");
+        assert!(narrow.contains("\n         reason that has to be broken)\n"), "{narrow}");
         assert!(narrow.contains("fix: tuplewatch setup --recreate-slot\n"), "{narrow}");
     }
 

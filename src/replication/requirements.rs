@@ -135,10 +135,11 @@ fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, 
         let meaning = "Nothing can be read from it any more: tuplewatch was away, or behind, for longer than the server keeps WAL.";
         report.add(Finding::error(&subject, format!("is lost ({reason})")).means(meaning).fix(RECREATE));
     } else if slot.wal_status.as_deref() == Some("unreserved") {
-        let left = slot.safe_wal_size.map(|bytes| format!("; {bytes} bytes of WAL are left")).unwrap_or_default();
+        let what =
+            "will be lost at one of the next checkpoints: it is farther behind than max_slot_wal_keep_size allows";
         let fix = "ALTER SYSTEM SET max_slot_wal_keep_size = -1;  -- until tuplewatch has caught up; then a reload: \
                    SELECT pg_reload_conf();";
-        report.warning(&subject, format!("will be lost soon: it is far behind{left}"), fix);
+        report.warning(&subject, what, fix);
     }
     if slot.two_phase {
         report.error(&subject, "decodes two-phase transactions at PREPARE, before they are committed", RECREATE);

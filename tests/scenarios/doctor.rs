@@ -95,31 +95,36 @@ impl Patient {
         self
     }
 
-    fn command(&self, subcommand: &str) -> Command {
+    /// With other values for some flags.
+    fn command(&self, subcommand: &str, changes: &[(&str, &str)]) -> Command {
         let mut command = program(self.directory.path());
-        command.arg(subcommand).args(self.flags.iter().flat_map(|(flag, value)| [flag, value]));
+        command.arg(subcommand);
+        let own = self.flags.iter().map(|(flag, value)| (flag.as_str(), value.as_str()));
+        let own = own.filter(|(flag, _)| !changes.iter().any(|(changed, _)| changed == flag));
+        command.args(own.chain(changes.iter().copied()).flat_map(|(flag, value)| [flag, value]));
         command
     }
 
     async fn run(&self, subcommand: &str, further: &[&str]) -> Ran {
-        let mut command = self.command(subcommand);
+        let mut command = self.command(subcommand, &[]);
         command.args(further);
         run(command).await
     }
 
-    /// A node that serves.
-    fn serve(&self) -> Process {
-        let mut command = self.command("serve");
-        command.args(["--server-host", "127.0.0.1", "--server-grpc-port", "0", "--server-http-port", "0"]);
-        Process::start(command)
+    /// A node that streams, with other values for some flags, and further ones.
+    async fn serve(&self, changes: &[(&str, &str)], further: &[&str]) -> Process {
+        let mut command = self.command("serve", changes);
+        command
+            .args(["--server-host", "127.0.0.1", "--server-grpc-port", "0", "--server-http-port", "0"])
+            .args(further);
+        let mut process = Process::start(command);
+        process.comes_to("streaming").await;
+        process
     }
 
     /// `serve` starts, and comes to stream.
     async fn streams(&self) {
-        let mut process = self.serve();
-        process.comes_to("streaming").await;
-        process.signal("TERM");
-        assert_eq!(process.ended().await.code(), Some(0));
+        stops(self.serve(&[], &[]).await).await;
     }
 
     async fn sql(&self) -> Sql {
@@ -199,6 +204,11 @@ impl Patient {
     }
 }
 
+async fn stops(mut process: Process) {
+    process.signal("TERM");
+    assert_eq!(process.ended().await.code(), Some(0));
+}
+
 #[tokio::test]
 async fn a_healthy_node_is_well_also_while_it_serves() {
     let patient = Patient::used(Postgres::start().await).await;
@@ -210,8 +220,7 @@ async fn a_healthy_node_is_well_also_while_it_serves() {
     }
     assert!(diagnosis.findings.iter().all(|finding| finding.meaning.as_deref() != Some("")));
 
-    let mut process = patient.serve();
-    process.comes_to("streaming").await;
+    let mut process = patient.serve(&[], &[]).await;
     let diagnosis = patient.doctor(&[]).await;
     assert!(diagnosis.of_severity("error").is_empty(), "{diagnosis:#?}");
     let log = diagnosis.about("ok", "change log");
@@ -221,8 +230,7 @@ async fn a_healthy_node_is_well_also_while_it_serves() {
     assert!(process.is_running());
     let said = process.complained();
     assert!(!said.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{said:#?}");
-    process.signal("TERM");
-    assert_eq!(process.ended().await.code(), Some(0));
+    stops(process).await;
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! The directory of the change log.
 
-use super::Patient;
+use super::{Patient, stops};
 use crate::support::postgres::Postgres;
 
 const SUBJECT: &str = "change log";
@@ -34,12 +34,7 @@ async fn it_is_damaged() {
     std::fs::remove_dir_all(patient.path().join("log/data")).unwrap();
     let finding = patient.has(SUBJECT, "is damaged").await;
     assert!(finding.fix.unwrap().starts_with("tuplewatch serve --reset-log"));
-    let mut command = patient.command("serve");
-    command.args(["--reset-log", "--server-host", "127.0.0.1", "--server-grpc-port", "0", "--server-http-port", "0"]);
-    let mut process = crate::scenarios::cli::process::Process::start(command);
-    process.comes_to("streaming").await;
-    process.signal("TERM");
-    process.ended().await;
+    stops(patient.serve(&[], &["--reset-log"]).await).await;
     patient.is_well().await;
 }
 

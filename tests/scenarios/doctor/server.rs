@@ -1,6 +1,6 @@
 //! Settings of the server, and rights of the role.
 
-use super::Patient;
+use super::{Patient, stops};
 use crate::support::postgres::Postgres;
 use crate::support::wait::eventually;
 
@@ -31,15 +31,10 @@ async fn no_replication_slot_is_free() {
 #[tokio::test]
 async fn no_walsender_is_free() {
     let mut patient = Patient::ready(Postgres::with(&[("max_wal_senders", "1")]).await).await;
-    let other = Patient::new(Postgres::start().await)
-        .with("--database-uri", &patient.postgres.uri())
-        .with("--replication-slot", "theirs");
-    other.run("setup", &[]).await.succeeded();
-    let mut theirs = other.serve();
-    theirs.comes_to("streaming").await;
+    let other = [("--replication-slot", "theirs"), ("--changelog-path", "their-log")];
+    let theirs = patient.serve(&other, &[]).await;
     patient.heals("max_wal_senders", "all 1 are in use").await;
-    theirs.signal("TERM");
-    theirs.ended().await;
+    stops(theirs).await;
 }
 
 /// A role that may log on, and connects.

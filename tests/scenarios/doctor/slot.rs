@@ -1,6 +1,6 @@
 //! The slot: lost, taken, behind, and held back.
 
-use super::Patient;
+use super::{Patient, stops};
 use crate::support::postgres::Postgres;
 use crate::support::sql::Sql;
 use crate::support::wait::eventually;
@@ -56,8 +56,7 @@ async fn nobody_reads_it() {
     assert!(finding.what.contains("nobody has read it"), "{finding:?}");
     assert!(finding.fix.as_deref().unwrap().starts_with("tuplewatch serve"), "{finding:?}");
 
-    let mut process = patient.serve();
-    process.comes_to("streaming").await;
+    let process = patient.serve(&[], &[]).await;
     let sql = patient.sql().await;
     // The server moves on what it keeps when it next notes what runs, with something to note it for.
     eventually("it catches up, and nothing is kept", async || {
@@ -66,8 +65,7 @@ async fn nobody_reads_it() {
         patient.doctor(&[]).await.about("warning", SLOT).is_empty()
     })
     .await;
-    process.signal("TERM");
-    process.ended().await;
+    stops(process).await;
 }
 
 #[tokio::test]
@@ -80,19 +78,31 @@ async fn it_is_about_to_be_lost() {
     assert!(patient.doctor(&[]).await.about("warning", SLOT).is_empty());
 }
 
+/// Past the limit, and not yet given up: that takes a checkpoint.
+#[tokio::test]
+async fn it_is_as_good_as_lost() {
+    let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "1MB")]).await).await;
+    let sql = patient.sql().await;
+    let is_unreserved = "(SELECT wal_status = 'unreserved' FROM pg_replication_slots WHERE slot_name = 'tuplewatch')";
+    eventually("it is far behind", async || {
+        sql.insert("t1", &fastrand::u64(..).to_string()).await;
+        sql.run("SELECT pg_switch_wal()").await;
+        sql.is_true(is_unreserved).await
+    })
+    .await;
+    let warnings = patient.doctor(&[]).await.about("warning", SLOT);
+    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(finding.what.contains("will be lost at one of the next checkpoints"), "{finding:?}");
+    patient.apply(finding).await;
+    sql.run("CHECKPOINT").await;
+    patient.is_well().await;
+    patient.streams().await;
+}
+
 #[tokio::test]
 async fn another_node_has_it() {
-    let patient = Patient::used(Postgres::start().await).await;
-    let other = tempfile::tempdir().unwrap();
-    let path = other.path().join("log").display().to_string();
-    let mut thief = {
-        let own = patient.flags.iter().find(|(flag, _)| flag == "--changelog-path").unwrap().1.clone();
-        let patient = patient.with("--changelog-path", &path);
-        let process = patient.serve();
-        (patient.with("--changelog-path", &own), process)
-    };
-    thief.1.comes_to("streaming").await;
-    let (mut patient, mut thief) = thief;
+    let mut patient = Patient::used(Postgres::start().await).await;
+    let mut thief = patient.serve(&[("--changelog-path", "their-log")], &[]).await;
     let diagnosis = patient.doctor(&[]).await;
     let warnings = diagnosis.about("warning", SLOT);
     let [finding] = warnings.as_slice() else { panic!("{diagnosis:#?}") };
