@@ -12,6 +12,7 @@
 //! Taking down goes with the stream: subscribers first (they are told to come back), then the session (its last
 //! acknowledgement waits for the log), then the log.
 
+pub mod diagnosis;
 mod edges;
 #[cfg(test)]
 mod pipeline;
@@ -19,7 +20,7 @@ mod primary;
 
 use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::recorder::{self, Closed};
-use crate::changelog::{ChangeLog, Entry, FjallLog, Room, State};
+use crate::changelog::{self, ChangeLog, Entry, FjallLog, Room, State};
 use crate::config::{self, Config, MappingSource, Preset};
 use crate::hub::{self, Hub};
 use crate::lsn::{Lsn, Xid8};
@@ -262,17 +263,20 @@ fn flatten<E: Into<anyhow::Error>>(joined: Result<Result<(), E>, tokio::task::Jo
     joined.context("a task panicked")?.map_err(Into::into)
 }
 
-async fn open_log(config: &Config, reset: bool) -> anyhow::Result<Arc<dyn ChangeLog>> {
-    let path = config.changelog.path.clone();
-    let options = crate::changelog::Options {
-        path: path.clone(),
+fn log_options(config: &Config) -> changelog::Options {
+    changelog::Options {
+        path: config.changelog.path.clone(),
         age_seconds: config.changelog.retention.age.as_secs(),
         size_bytes: config.changelog.retention.size.get(),
         reserve_bytes: config.changelog.disk_reserve.get(),
-    };
+    }
+}
+
+async fn open_log(config: &Config, reset: bool) -> anyhow::Result<Arc<dyn ChangeLog>> {
+    let options = log_options(config);
     let open = move || {
         if reset {
-            FjallLog::reset(&path)?;
+            FjallLog::reset(&options.path)?;
             tracing::warn!("the change log was deleted and begins anew: tokens from before are refused");
         }
         FjallLog::open(options)
@@ -282,7 +286,7 @@ async fn open_log(config: &Config, reset: bool) -> anyhow::Result<Arc<dyn Change
 
 /// The recorder on its thread.
 struct RecorderThread {
-    done: tokio::sync::oneshot::Receiver<Result<(), crate::changelog::Error>>,
+    done: tokio::sync::oneshot::Receiver<Result<(), changelog::Error>>,
 }
 
 impl RecorderThread {

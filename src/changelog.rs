@@ -26,6 +26,7 @@
 //! PostgreSQL is the truth: losing this log costs history, not correctness. It is written by one thread
 //! ([`Recorder`](recorder::Recorder)) and read by many.
 
+pub mod examination;
 mod fjall_log;
 mod record;
 pub mod recorder;

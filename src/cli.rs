@@ -3,6 +3,7 @@
 mod completions;
 mod connection;
 mod dev;
+mod doctor;
 mod examples;
 mod health;
 mod overrides;
@@ -60,6 +61,13 @@ enum Command {
         #[command(flatten)]
         args: setup::SetupArgs,
     },
+    /// Say what is wrong, what it means, and what repairs it: the server, the slot, the change log. Changes nothing
+    Doctor {
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        args: doctor::DoctorArgs,
+    },
     /// Drop the replication slot and the publication, so that nothing keeps WAL for us. Tables stay
     #[command(after_help = examples::TEARDOWN)]
     Teardown {
@@ -106,6 +114,12 @@ pub async fn run(cli: Cli) -> ExitCode {
     let ended = match cli.command {
         Command::Serve { config, reset_log } => serve(&config, reset_log).await,
         Command::Setup { config, args } => setup::setup(&config, &args).await,
+        Command::Doctor { config, args } => match doctor::run(&config, &args).await {
+            // What is wrong was said.
+            Ok(doctor::Verdict::Ill) => return FAILURE.into(),
+            Ok(doctor::Verdict::Well) => Ok(()),
+            Err(error) => Err(error),
+        },
         Command::Teardown { config } => setup::teardown(&config).await,
         Command::Dev { config, args } => Box::pin(dev::run(config, args)).await,
         Command::Watch(args) => watch::run(args).await,

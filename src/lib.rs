@@ -34,7 +34,7 @@
 //! To read it from the ground up:
 //!
 //! 1. The words: [`lsn`] (LSNs, positions, transaction ids), [`timeline`] (sources and histories), [`change`] (tuples,
-//!    attributes, their bytes), [`transaction`] (messages and breaks), [`snap_token`].
+//!    attributes, their bytes), [`transaction`] (messages and breaks), [`snap_token`], [`finding`] (what a check says).
 //! 2. Rows to changes, without I/O: [`pgoutput`], [`mapping`], [`assembler`].
 //! 3. The engine: [`changelog`], [`hub`], [`replication`], and [`store`], which writes the tables of the `tuples` preset.
 //! 4. The edges: [`grpc`], [`http`], [`cli`]; who gets in: [`admission`], [`authn`], [`tls`]; and what they need:
@@ -53,6 +53,7 @@ pub mod cli;
 pub mod config;
 pub mod connections;
 pub mod dev_postgres;
+pub mod finding;
 pub mod grpc;
 pub mod http;
 pub mod hub;

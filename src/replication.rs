@@ -22,6 +22,7 @@
 
 mod catalog;
 pub mod connection;
+pub mod examination;
 mod hold_back;
 mod intake;
 pub mod monitor;

@@ -6,12 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Pure: no tokio, I/O, clock or logging.
-const CORE: [&str; 8] = ["lsn", "timeline", "change", "transaction", "snap_token", "pgoutput", "mapping", "assembler"];
+const CORE: [&str; 9] =
+    ["finding", "lsn", "timeline", "change", "transaction", "snap_token", "pgoutput", "mapping", "assembler"];
 
 /// What each module may name of `crate`, beside itself.
 fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
     let core_and = |more: &[&'static str]| [&CORE[..], more].concat();
     BTreeMap::from([
+        ("finding", vec![]),
         ("lsn", vec![]),
         ("timeline", vec!["lsn"]),
         ("change", vec![]),

@@ -49,6 +49,7 @@ mod scenarios {
     mod data;
     mod dev;
     mod disk;
+    mod doctor;
     mod examples;
     mod failover;
     mod feedback;

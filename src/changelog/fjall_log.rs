@@ -13,6 +13,7 @@
 //! of its journal is cut off at open. The last one means that a log can come back shorter than it was synced, after a fault
 //! of the disk: the session notices, because the slot is then ahead of the log.
 
+pub(super) mod directory;
 mod memory;
 mod segments;
 mod stored;
@@ -24,24 +25,16 @@ use crate::lsn::{Lsn, Position, Xid8};
 use crate::snap_token::TokenId;
 use crate::transaction::Break;
 use bytes::Bytes;
+use directory::{DATA, MARKER, MARKER_NEW, Marker, PROBE};
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 use memory::{Memory, Written};
 use segments::Segments;
-use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use stored::{
     META_BREAK, META_STATE, META_TAIL, Stored, meta_abandoned, meta_horizon, read_break, read_origin, unpair,
 };
-
-const FORMAT: u32 = 2;
-const MARKER: &str = "tuplewatch-log.json";
-/// Before it has its name.
-const MARKER_NEW: &str = "tuplewatch-log.json.new";
-const DATA: &str = "data";
-/// fjall's own marker in there.
-const FJALL_VERSION: &str = "version";
 
 /// Memory for blocks read from disk, shared by all readers.
 const CACHE_BYTES: u64 = 32 << 20;
@@ -61,13 +54,6 @@ pub struct Options {
     pub size_bytes: u64,
     /// With less free on the disk the oldest goes early, in bytes.
     pub reserve_bytes: u64,
-}
-
-/// The marker file.
-#[derive(Serialize, Deserialize)]
-struct Marker {
-    format: u32,
-    node_id: String,
 }
 
 /// See the module.
@@ -105,49 +91,23 @@ impl FjallLog {
         let damaged = |detail: String| Error::Damaged { path: path.clone(), detail };
 
         std::fs::create_dir_all(&path).map_err(open)?;
-        let marker_path = path.join(MARKER);
-        let data = path.join(DATA);
-        let marker: Marker = match std::fs::read(&marker_path) {
-            Ok(json) => {
-                let marker: Marker = serde_json::from_slice(&json)
-                    .map_err(|error| damaged(format!("{MARKER} does not read: {error}")))?;
-                if marker.format != FORMAT {
-                    return Err(Error::Format { path, found: marker.format, expected: FORMAT });
-                }
-                if !data.is_dir() {
-                    return Err(damaged(format!("its directory {DATA} is missing")));
-                }
-                marker
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                if !is_unused(&path).map_err(open)? {
-                    return Err(Error::Foreign(path));
-                }
-                let marker = Marker { format: FORMAT, node_id: format!("{:016x}", fastrand::u64(..)) };
-                // The data directory first: a marker without one means that somebody deleted it.
-                std::fs::create_dir_all(&data).map_err(open)?;
-                let json = serde_json::to_vec(&marker).map_err(|error| damaged(error.to_string()))?;
-                write_synced(&path.join(MARKER_NEW), &path.join(MARKER), &json).map_err(open)?;
-                marker
-            }
-            Err(error) => return Err(open(error)),
+        let marker = match Marker::read(&path)? {
+            Some(marker) => marker,
+            None => Marker::create(&path).map_err(open)?,
         };
-
-        // Without this file fjall begins a database anew, over what is left of the one that was there.
-        if !data.join(FJALL_VERSION).exists() && std::fs::read_dir(&data).map_err(open)?.next().is_some() {
-            return Err(damaged(format!("{DATA}/{FJALL_VERSION} is missing")));
-        }
-        let db = Database::builder(&data).cache_size(CACHE_BYTES).max_journaling_size(JOURNAL_BYTES).open().map_err(
-            |error| match error {
-                fjall::Error::Locked => Error::Locked(path.clone()),
-                // The directory is there, and was whole once: what is not as it was is somebody's doing.
-                fjall::Error::Io(source) if is_damage(source.kind()) => {
-                    damaged(format!("a file of it is missing or does not read: {source}"))
-                }
-                fjall::Error::Io(source) => Error::Open { path: path.clone(), source },
-                error => damaged(error.to_string()),
-            },
-        )?;
+        let db = Database::builder(path.join(DATA))
+            .cache_size(CACHE_BYTES)
+            .max_journaling_size(JOURNAL_BYTES)
+            .open()
+            .map_err(|error| match error {
+            fjall::Error::Locked => Error::Locked(path.clone()),
+            // The directory is there, and was whole once: what is not as it was is somebody's doing.
+            fjall::Error::Io(source) if is_damage(source.kind()) => {
+                damaged(format!("a file of it is missing or does not read: {source}"))
+            }
+            fjall::Error::Io(source) => Error::Open { path: path.clone(), source },
+            error => damaged(error.to_string()),
+        })?;
         let read = |error: fjall::Error| damaged(error.to_string());
         if !db.keyspace_exists("meta") && !db.list_keyspace_names().is_empty() {
             return Err(damaged("its keyspace meta is missing".into()));
@@ -192,12 +152,7 @@ impl FjallLog {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(open(error)),
         };
-        let foreign = entries.any(|entry| {
-            entry.map_or(true, |entry| {
-                let name = entry.file_name();
-                name != MARKER && name != MARKER_NEW && name != DATA
-            })
-        });
+        let foreign = entries.any(|entry| entry.map_or(true, |entry| !directory::is_own(&entry.file_name())));
         if foreign {
             return Err(Error::Foreign(path.to_owned()));
         }
@@ -214,7 +169,9 @@ impl FjallLog {
             }
         }
         missing_is_fine(std::fs::remove_dir_all(path.join(DATA)))?;
-        missing_is_fine(std::fs::remove_file(path.join(MARKER_NEW)))?;
+        for leftover in [MARKER_NEW, PROBE] {
+            missing_is_fine(std::fs::remove_file(path.join(leftover)))?;
+        }
         missing_is_fine(std::fs::remove_file(path.join(MARKER)))
     }
 
@@ -291,37 +248,13 @@ impl FjallLog {
     }
 
     fn free_bytes(&self) -> u64 {
-        // Where the file system does not say, there is nothing to go by.
-        rustix::fs::statvfs(&self.options.path).map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
+        directory::free_bytes(&self.options.path)
     }
 }
 
 fn is_damage(kind: std::io::ErrorKind) -> bool {
     use std::io::ErrorKind::{AlreadyExists, InvalidData, NotFound, UnexpectedEof};
     matches!(kind, NotFound | AlreadyExists | UnexpectedEof | InvalidData)
-}
-
-/// Whether a directory is empty, or has what is left of a log that was being made when the process ended.
-fn is_unused(path: &Path) -> std::io::Result<bool> {
-    for entry in std::fs::read_dir(path)? {
-        let entry = entry?;
-        let leftover = entry.file_name() == MARKER_NEW
-            || (entry.file_name() == DATA && std::fs::read_dir(entry.path())?.next().is_none());
-        if !leftover {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// Writes a file so that it is there whole, or not at all.
-fn write_synced(temporary: &Path, path: &Path, contents: &[u8]) -> std::io::Result<()> {
-    use std::io::Write;
-    let mut file = std::fs::File::create(temporary)?;
-    file.write_all(contents)?;
-    file.sync_all()?;
-    std::fs::rename(temporary, path)?;
-    std::fs::File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
 impl FjallLog {

@@ -2,11 +2,12 @@
 
 use super::connection::{self, Connection, Endpoint, Endpoints};
 use super::publication::{self, Published};
-use super::requirements::{self, Severity};
+use super::requirements;
 use super::slot::{self, Slot, Waiting};
 use super::upstream::{Link, Server, Started, Upstream};
 use super::{Error, Event, Fatal, Options, Primaries};
 use crate::changelog::State;
+use crate::finding::Severity;
 use crate::lsn::{CommitTime, Lsn, Snapshot, Xid8};
 use crate::timeline::{History, Source};
 use futures_util::FutureExt as _;

@@ -1,68 +1,25 @@
 //! What PostgreSQL must be like, and what to do where it is not.
 //!
 //! `serve` refuses to start where [`check`] finds an error. Each finding has the statement that fixes it, to be pasted into
-//! psql as it is: what a statement alone does not do (a restart) stands behind it as a comment.
+//! psql as it is: what a statement alone does not do (a restart) stands behind it as a comment. `doctor` asks the same, and more:
+//! [`super::examination`].
 //!
 //! The role needs nothing to be able to ask: everything is read from catalogs that are open to all.
 
 mod server;
 mod tables;
 
-use std::fmt;
 use tokio_postgres::Client;
 
 use super::catalog::{Catalog, identifier};
 use super::slot::Slot;
+use crate::finding::{Finding, Report};
 use crate::mapping::Mapping;
 use server::Server;
 use tables::{Tenants, check_table};
 
 /// The versions that tuplewatch is tested with.
 const MAJORS: std::ops::RangeInclusive<i32> = 14..=18;
-
-/// How bad it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Severity {
-    /// As it should be.
-    Ok,
-    /// It works, and somebody should know.
-    Warning,
-    /// It does not work.
-    Error,
-}
-
-impl fmt::Display for Severity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Ok => "ok",
-            Self::Warning => "warning",
-            Self::Error => "error",
-        })
-    }
-}
-
-/// One thing that was looked at.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finding {
-    /// How bad it is.
-    pub severity: Severity,
-    /// A setting, a table, the slot …
-    pub subject: String,
-    /// What was found.
-    pub what: String,
-    /// What to run. SQL (or a tuplewatch command), with the rest as a comment.
-    pub fix: Option<String>,
-}
-
-impl fmt::Display for Finding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:<8} {}: {}", self.severity, self.subject, self.what)?;
-        if let Some(fix) = &self.fix {
-            write!(f, "\n         fix: {fix}")?;
-        }
-        Ok(())
-    }
-}
 
 /// What tuplewatch is going to use.
 #[derive(Clone, Copy, Debug)]
@@ -90,9 +47,9 @@ pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Fi
         None => None,
     };
 
-    let mut report = Report { findings: Vec::new() };
+    let mut report = Report::default();
     server.check(&mut report);
-    server.check_room(slot.as_ref(), expected.slot_expected, &mut report);
+    server.check_room(slot.as_ref(), &mut report);
     for table in &catalog.tables {
         check_table(table, expected, &server, catalog.publication.as_ref(), &mut report);
     }
@@ -101,35 +58,7 @@ pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Fi
     }
     check_publication(&catalog, expected, slot.is_some(), &mut report);
     check_slot(slot.as_ref(), expected, &server, &mut report);
-    Ok(report.findings)
-}
-
-/// Collects findings.
-struct Report {
-    findings: Vec<Finding>,
-}
-
-impl Report {
-    fn add(&mut self, severity: Severity, subject: impl fmt::Display, what: impl Into<String>, fix: Option<String>) {
-        self.findings.push(Finding { severity, subject: subject.to_string(), what: what.into(), fix });
-    }
-
-    fn ok(&mut self, subject: impl fmt::Display, what: impl Into<String>) {
-        self.add(Severity::Ok, subject, what, None);
-    }
-
-    fn warning(&mut self, subject: impl fmt::Display, what: impl Into<String>, fix: impl Into<Option<String>>) {
-        self.add(Severity::Warning, subject, what, fix.into());
-    }
-
-    fn error(&mut self, subject: impl fmt::Display, what: impl Into<String>, fix: impl Into<Option<String>>) {
-        self.add(Severity::Error, subject, what, fix.into());
-    }
-
-    /// Whether nothing was wrong since there were so many findings.
-    fn is_fine_since(&self, count: usize) -> bool {
-        self.findings.iter().skip(count).all(|finding| finding.severity == Severity::Ok)
-    }
+    Ok(report.into_findings())
 }
 
 /// The way out where the slot is of no use any more.
@@ -146,7 +75,8 @@ fn check_publication(catalog: &Catalog, expected: &Expectation<'_>, has_slot: bo
         } else {
             format!("{}  -- or: tuplewatch setup", creation(expected.publication, &tables))
         };
-        return report.error(subject, "does not exist", fix);
+        let meaning = "It says which tables are read: without it no change reaches tuplewatch.";
+        return report.add(Finding::error(subject, "does not exist").means(meaning).fix(fix));
     };
     let operations = [
         ("insert", publication.insert),
@@ -160,7 +90,12 @@ fn check_publication(catalog: &Catalog, expected: &Expectation<'_>, has_slot: bo
         report.ok(subject, "publishes insert, update, delete and truncate");
     } else {
         let fix = format!("ALTER PUBLICATION {name} SET (publish = '{ALL_OPERATIONS}');  -- at once, no reload");
-        report.error(subject, format!("does not publish {}", missing.join(", ")), fix);
+        let what = format!("does not publish {}", missing.join(", "));
+        report.add(
+            Finding::error(subject, what)
+                .means("Such changes do not reach tuplewatch, nor anybody behind it.")
+                .fix(fix),
+        );
     }
 }
 
@@ -179,38 +114,40 @@ pub(super) fn creation(publication: &str, tables: &[String]) -> String {
 fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, report: &mut Report) {
     let subject = format!("replication slot {}", expected.slot);
     let Some(slot) = slot else {
-        if expected.slot_expected {
-            report.error(subject, "does not exist", RECREATE.to_owned());
+        if !expected.slot_expected {
+            return report.ok(subject, "is not there yet: tuplewatch serve makes it");
         }
-        return;
+        let meaning = "The change log goes on from it: somebody has dropped it, or the server is another one (a promotion, an upgrade).";
+        return report.add(Finding::error(subject, "does not exist").means(meaning).fix(RECREATE));
     };
     if slot.slot_type != "logical" || slot.plugin.as_deref() != Some("pgoutput") {
         let what = format!("is a {} slot of {}", slot.slot_type, slot.plugin.as_deref().unwrap_or("no plugin"));
-        let fix = "-- it belongs to somebody else: choose another name in replication.slot".to_owned();
+        let fix = "-- it belongs to somebody else: choose another name in replication.slot";
         return report.error(subject, what, fix);
     }
     if slot.database.as_deref() != Some(&server.database) {
         let what = format!("is for database {}", slot.database.as_deref().unwrap_or("?"));
-        let fix = "-- it belongs to somebody else: choose another name in replication.slot".to_owned();
+        let fix = "-- it belongs to somebody else: choose another name in replication.slot";
         return report.error(subject, what, fix);
     }
-    let before = report.findings.len();
+    let before = report.count();
     if let Some(reason) = slot.loss() {
-        report.error(&subject, format!("is lost ({reason})"), RECREATE.to_owned());
+        let meaning = "Nothing can be read from it any more: tuplewatch was away, or behind, for longer than the server keeps WAL.";
+        report.add(Finding::error(&subject, format!("is lost ({reason})")).means(meaning).fix(RECREATE));
     } else if slot.wal_status.as_deref() == Some("unreserved") {
-        let left = slot.safe_wal_size.map(|bytes| format!("; {bytes} bytes of WAL are left")).unwrap_or_default();
-        report.warning(&subject, format!("will be lost soon: it is far behind{left}"), None);
+        let what =
+            "will be lost at one of the next checkpoints: it is farther behind than max_slot_wal_keep_size allows";
+        let fix = "ALTER SYSTEM SET max_slot_wal_keep_size = -1;  -- until tuplewatch has caught up; then a reload: \
+                   SELECT pg_reload_conf();";
+        report.warning(&subject, what, fix);
     }
     if slot.two_phase {
-        report.error(
-            &subject,
-            "decodes two-phase transactions at PREPARE, before they are committed",
-            RECREATE.to_owned(),
-        );
+        report.error(&subject, "decodes two-phase transactions at PREPARE, before they are committed", RECREATE);
     }
     if report.is_fine_since(before) {
         let holder = slot.active_pid.map(|pid| format!(", in use by process {pid}")).unwrap_or_default();
-        report.ok(subject, format!("is there{holder}"));
+        let status = slot.wal_status.as_deref().unwrap_or("unknown");
+        report.ok(subject, format!("is there (wal_status {status}){holder}"));
     }
 }
 

@@ -1,7 +1,7 @@
 //! A private cluster, gone with the test.
 
 use super::sql::Sql;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tuplewatch::dev_postgres::{Cluster, ClusterOptions, Installation, StopMode};
@@ -119,8 +119,14 @@ impl Postgres {
 
     /// Has the next start do recovery: `standby.signal` or `recovery.signal`.
     pub(crate) fn put_signal(&self, name: &str) {
+        self.put_file(name, "");
+    }
+
+    /// Writes a file into the data directory, as readable for PostgreSQL alone as its own.
+    pub(crate) fn put_file(&self, name: &str, contents: &str) {
         let path = self.pgdata().join(name);
-        std::fs::write(&path, "").unwrap();
+        std::fs::write(&path, contents).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         // PostgreSQL removes it when it is done, and as root it runs as another user.
         let owner = std::fs::metadata(self.pgdata()).unwrap();
         std::os::unix::fs::chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();

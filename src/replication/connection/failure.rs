@@ -50,6 +50,19 @@ impl ConnectError {
             && others.all(|attempt| matches!(attempt.failure, Failure::InRecovery))
     }
 
+    /// What happened at each address.
+    pub fn cause(&self) -> String {
+        let told = |attempt: &Attempt| format!("{}: {}", attempt.endpoint, attempt.failure.what());
+        self.attempts.iter().map(told).collect::<Vec<_>>().join("; nor at ")
+    }
+
+    /// What to do, where that is known.
+    pub fn remedy(&self) -> Option<String> {
+        let mut remedies: Vec<&str> = self.attempts.iter().filter_map(|attempt| attempt.failure.remedy()).collect();
+        remedies.dedup();
+        (!remedies.is_empty()).then(|| remedies.join(". "))
+    }
+
     /// The SQLSTATE with which the server (the last of several) refused.
     pub fn sqlstate(&self) -> Option<&str> {
         self.attempts.iter().rev().find_map(|attempt| attempt.failure.sqlstate())
@@ -165,6 +178,8 @@ impl Failure {
     }
 }
 
+const POOLER: &str = "The address leads to a connection pooler, which cannot pass replication on: point database.uri at PostgreSQL itself";
+
 const AUTHENTICATION_METHODS: &str =
     "The server asks for something that tuplewatch cannot give: let its pg_hba.conf ask for scram-sha-256 or cert";
 
@@ -184,6 +199,9 @@ fn code_remedy(code: &str, message: &str) -> Option<&'static str> {
             "All connections are taken: wait, or raise max_connections (for replication, max_wal_senders) and restart it"
         }
         "57P03" => "It is starting or stopping, or is a standby that takes no queries: wait",
+        // What only PostgreSQL itself understands: a connection that replicates, and its commands.
+        "08P01" if message.contains("startup parameter") => POOLER,
+        "42601" if message.contains("IDENTIFY_SYSTEM") => POOLER,
         "42704" | "55000" | "58P01" => {
             "tuplewatch serve checks this when it starts: it says what is missing and how to get it back"
         }

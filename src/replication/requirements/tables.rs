@@ -4,8 +4,9 @@ use serde::Deserialize;
 use tokio_postgres::Client;
 
 use super::super::catalog::{Document, Publication, Table, identifier};
+use super::Expectation;
 use super::server::Server;
-use super::{Expectation, Report};
+use crate::finding::{Finding, Report};
 use crate::mapping::TableName;
 
 /// Whether a watched table can be read, is published, and its old rows are complete.
@@ -18,16 +19,16 @@ pub(super) fn check_table(
 ) {
     let name = table.name();
     let subject = format!("table {name}");
-    let before = report.findings.len();
+    let before = report.count();
     if table.oid.is_none() {
         let fix =
             "tuplewatch setup  -- it creates the tables of the preset 'tuples'; those of other mappings are yours";
-        return report.error(subject, "does not exist", fix.to_owned());
+        return report.error(subject, "does not exist", fix);
     }
     let spec = expected.mapping.tables().iter().find(|spec| spec.table == name);
     for wanted in spec.map(crate::mapping::TableSpec::columns).unwrap_or_default() {
         if !table.columns.iter().any(|column| column.name == wanted) {
-            let fix = "-- correct the mapping, or add the column".to_owned();
+            let fix = "-- correct the mapping, or add the column";
             report.error(&subject, format!("has no column {wanted}, which the mapping names"), fix);
         }
     }
@@ -42,7 +43,8 @@ pub(super) fn check_table(
     }
     for (relation, what) in table.unidentified() {
         let fix = format!("ALTER TABLE {} REPLICA IDENTITY FULL;  -- at once, no reload", relation.name().to_sql());
-        report.error(format!("table {}", relation.name()), what, fix);
+        let meaning = "It says which columns of the row that was come with an UPDATE or DELETE.";
+        report.add(Finding::error(format!("table {}", relation.name()), what).means(meaning).fix(fix));
     }
     if let Some(publication) = publication {
         check_membership(table, expected, publication, report);
@@ -72,17 +74,24 @@ fn check_membership(table: &Table, expected: &Expectation<'_>, publication: &Pub
     let published = identifier(expected.publication);
     if !table.is_published(publication) {
         let fix = format!("ALTER PUBLICATION {published} ADD TABLE {};  -- at once, no reload", name.to_sql());
-        return report.error(subject, format!("is not in publication {}", expected.publication), fix);
+        let what = format!("is not in publication {}", expected.publication);
+        let meaning =
+            "No change of it reaches tuplewatch. Those made meanwhile are a gap, of which subscribers are told.";
+        return report.add(Finding::error(subject, what).means(meaning).fix(fix));
     }
     if table.is_published_as_its_root(publication) {
         let fix =
             format!("ALTER PUBLICATION {published} SET (publish_via_partition_root = false);  -- or map the root");
-        report.error(&subject, "is a partition, and its changes are published as those of the root", fix);
+        let what = "is a partition, and its changes are published as those of the root";
+        report.add(
+            Finding::error(&subject, what).means("They come under a name that the mapping does not have.").fix(fix),
+        );
     }
     if table.is_partitioned() && !publication.via_root {
         let fix =
             format!("ALTER PUBLICATION {published} SET (publish_via_partition_root = true);  -- at once, no reload");
-        report.error(&subject, "is partitioned, and its changes are published under the names of its partitions", fix);
+        let what = "is partitioned, and its changes are published under the names of its partitions";
+        report.add(Finding::error(&subject, what).means("The mapping does not have those names.").fix(fix));
     }
     let Some(member) = table.own_member() else { return };
     let afresh = format!(
@@ -100,7 +109,7 @@ fn check_membership(table: &Table, expected: &Expectation<'_>, publication: &Pub
     });
     if let Some(column) = hidden {
         let what = format!("column {} is not in the column list of the publication", column.name);
-        report.error(&subject, what, afresh);
+        report.add(Finding::error(&subject, what).means("Rows would come without it.").fix(afresh));
     }
     let listed = |name: &String| member.columns.as_ref().is_some_and(|list| list.contains(name));
     let all_generated = publication.generated.as_deref() == Some("s");
@@ -138,14 +147,14 @@ impl Tenants {
 
     pub(super) fn check(&self, table: &TableName, id: &str, server: &Server, report: &mut Report) {
         let subject = format!("table {table}");
-        let before = report.findings.len();
+        let before = report.count();
         if !self.exists {
             let fix =
                 "tuplewatch setup  -- it creates the tables of the preset 'tuples'; those of other mappings are yours";
-            return report.error(subject, "does not exist, and tenants are looked up in it", fix.to_owned());
+            return report.error(subject, "does not exist, and tenants are looked up in it", fix);
         }
         if !self.has_column {
-            let fix = "-- correct the mapping, or add the column".to_owned();
+            let fix = "-- correct the mapping, or add the column";
             report.error(&subject, format!("has no column {id}, which the mapping names"), fix);
         }
         check_access(table, self.schema_usable, self.selectable, &server.role, report);

@@ -5,6 +5,7 @@ use super::super::setup::{Event, Setup, Teardown};
 use super::super::test_postgres::{Database, Place, cluster, connect, one_table, tuples};
 use super::*;
 use crate::dev_postgres::StopMode;
+use crate::finding::Severity;
 
 fn silent(_: Event<'_>) {}
 

@@ -1,9 +1,10 @@
 //! Against real PostgreSQL.
 
 use super::super::publication::fingerprint;
-use super::super::requirements::{Expectation, Severity, check};
+use super::super::requirements::{Expectation, check};
 use super::super::test_postgres::{Database, mapping, one_table, tuples};
 use super::*;
+use crate::finding::Severity;
 
 fn silent(_: Event<'_>) {}
 

@@ -1,0 +1,63 @@
+//! What `doctor` says: the change log's directory and the server, looked at beside whatever is running.
+
+use super::{endpoints, load_mapping, log_options, thresholds};
+use crate::changelog::examination::examine;
+use crate::config::Config;
+use crate::finding::{Finding, Severity};
+use crate::replication::examination::Examination;
+use crate::replication::requirements::Expectation;
+use serde::Serialize;
+use std::time::Duration;
+
+/// Everything that was found.
+#[derive(Debug, Serialize)]
+pub struct Diagnosis {
+    /// Hosts, database and user.
+    pub server: String,
+    /// In the order in which it was looked for.
+    pub findings: Vec<Finding>,
+    /// How many there are of each kind.
+    pub summary: Summary,
+}
+
+/// Numbers of findings.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[expect(missing_docs, reason = "the names of the severities")]
+pub struct Summary {
+    pub error: usize,
+    pub warning: usize,
+    pub ok: usize,
+}
+
+impl Summary {
+    fn of(findings: &[Finding]) -> Self {
+        let count = |severity| findings.iter().filter(|finding| finding.severity == severity).count();
+        Self { error: count(Severity::Error), warning: count(Severity::Warning), ok: count(Severity::Ok) }
+    }
+}
+
+/// Looks at everything. Changes nothing, and disturbs nobody.
+///
+/// # Errors
+/// Only where the configuration is wrong: what cannot be reached is a finding.
+pub async fn diagnose(config: &Config, long_transaction: Duration) -> anyhow::Result<Diagnosis> {
+    let mapping = load_mapping(config)?;
+    let endpoints = endpoints(config)?;
+    let options = log_options(config);
+    let log = tokio::task::spawn_blocking(move || examine(&options)).await?;
+    let examination = Examination {
+        expected: Expectation {
+            mapping: &mapping,
+            slot: &config.replication.slot,
+            publication: &config.replication.publication,
+            // A log that was begun goes on from its slot.
+            slot_expected: log.node_id.is_some(),
+        },
+        node_id: log.node_id.as_deref(),
+        thresholds: thresholds(config),
+        long_transaction,
+    };
+    let mut findings = examination.run(&endpoints).await;
+    findings.extend(log.findings);
+    Ok(Diagnosis { server: endpoints.to_string(), summary: Summary::of(&findings), findings })
+}

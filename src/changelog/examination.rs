@@ -1,0 +1,307 @@
+//! What `doctor` looks at in the directory of the change log: whether `serve` could keep a log there, and how good the disk
+//! is. It works beside a `serve` that has the log open, and nothing that it makes stays.
+
+use super::Error;
+use super::fjall_log::Options;
+use super::fjall_log::directory::{self, DATA, MARKER, Marker, PROBE};
+use crate::finding::{Bytes, Finding, Report};
+use rustix::fs::{Access, access};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+const SUBJECT: &str = "change log";
+/// Enough that their median is not an accident, few enough that nobody waits for it on a slow disk.
+const SYNCS: usize = 20;
+/// A page, as the log's journal grows by.
+const SYNC_BYTES: usize = 4096;
+/// A disk that is fit for a database takes a fraction of it.
+const SYNC_MAX: Duration = Duration::from_millis(20);
+
+/// What was found.
+#[derive(Debug)]
+pub struct Examination {
+    /// Of the log that is there.
+    pub node_id: Option<String>,
+    /// What was found.
+    pub findings: Vec<Finding>,
+}
+
+/// Looks at the directory. Waits for the disk.
+pub fn examine(options: &Options) -> Examination {
+    let mut report = Report::default();
+    let node_id = look(options, &mut report);
+    Examination { node_id, findings: report.into_findings() }
+}
+
+fn look(options: &Options, report: &mut Report) -> Option<String> {
+    let path = std::path::absolute(&options.path).unwrap_or_else(|_| options.path.clone());
+    let place = nearest(&path);
+    if !place.is_dir() {
+        let what = format!("cannot be kept in {}: {} is not a directory", path.display(), place.display());
+        report.error(SUBJECT, what, "-- set changelog.path to a directory, or to where one can be made");
+        return None;
+    }
+    let marker = if place == path { Marker::read(&path) } else { Ok(None) };
+    let marker = match marker {
+        Ok(marker) => marker,
+        // Nothing is tried out in what may be somebody else's.
+        Err(error) => {
+            report.add(unreadable(&error));
+            return None;
+        }
+    };
+    let is_open = directory::is_open(&path);
+    report.ok(SUBJECT, describe(&path, marker.as_ref(), is_open));
+    if place == path && !is_open {
+        check_owners(&path, report);
+    }
+    check_disk(place, is_open, report);
+    check_space(&path, place, options, report);
+    marker.map(|marker| marker.node_id)
+}
+
+/// The directory itself, or the nearest above it that is there.
+fn nearest(path: &Path) -> &Path {
+    path.ancestors().find(|ancestor| ancestor.symlink_metadata().is_ok()).unwrap_or(path)
+}
+
+fn describe(path: &Path, marker: Option<&Marker>, is_open: bool) -> String {
+    let path = path.display();
+    let Some(Marker { node_id, .. }) = marker else {
+        return format!("is not there yet: tuplewatch serve begins it in {path}");
+    };
+    let user = if is_open { "a tuplewatch" } else { "no tuplewatch" };
+    format!("in {path}, of node {node_id}, and {user} has it open")
+}
+
+fn unreadable(error: &Error) -> Finding {
+    let fix = match error {
+        Error::Foreign(_) => "-- set changelog.path to an empty or new directory",
+        Error::Open { .. } => "-- let the user that tuplewatch runs as read it",
+        _ => "tuplewatch serve --reset-log  -- the log's history is lost, and subscribers are told",
+    };
+    Finding::error(SUBJECT, error.to_string()).fix(fix)
+}
+
+/// Files that a run as another user left behind.
+fn check_owners(path: &Path, report: &mut Report) {
+    let Ok(own) = fs::metadata(path) else { return };
+    let inside = fs::read_dir(path.join(DATA)).into_iter().flatten().flatten().map(|entry| entry.path());
+    let files = [path.join(MARKER), path.join(DATA)].into_iter().chain(inside);
+    let mut owners = files.filter_map(|file| Some((fs::metadata(&file).ok()?.uid(), file)));
+    let Some((owner, file)) = owners.find(|(owner, _)| *owner != own.uid()) else { return };
+    let what = format!("{} belongs to user {owner}, and its directory to user {}", file.display(), own.uid());
+    let meaning = "A tuplewatch that runs as the one cannot write what belongs to the other.";
+    let fix = format!("chown -R {}:{} {}  # as root", own.uid(), own.gid(), shell_word(path));
+    // To root everything is open, to others nothing of somebody else.
+    let finding = if access(&file, Access::WRITE_OK).is_ok() { Finding::warning } else { Finding::error };
+    report.add(finding(SUBJECT, what).means(meaning).fix(fix));
+}
+
+/// Whether it can be written, how long a sync takes, and what kind of file system it is.
+fn check_disk(place: &Path, is_open: bool, report: &mut Report) {
+    match median_sync(place) {
+        Ok(sync) => {
+            let what = format!("a sync takes {:.1} ms", sync.as_secs_f64() * 1000.0);
+            if sync > SYNC_MAX {
+                let meaning = "Changes are acknowledged to PostgreSQL after one; under load the slot falls behind.";
+                let fix = "-- set changelog.path to a faster disk, best a local SSD";
+                report.add(Finding::warning("disk of the change log", what).means(meaning).fix(fix));
+            } else {
+                report.ok("disk of the change log", what);
+            }
+        }
+        // Another user than this one writes it.
+        Err(error) if is_open && error.kind() == ErrorKind::PermissionDenied => {
+            report.ok("disk of the change log", "cannot be measured by this user");
+        }
+        Err(error) => report.add(unwritable(place, &error)),
+    }
+    if let Some((kind, meaning)) = file_system(place) {
+        let fix = "-- set changelog.path to a local disk that stays (in a container: a volume)";
+        report.add(Finding::warning("disk of the change log", format!("is {kind}")).means(meaning).fix(fix));
+    }
+}
+
+fn unwritable(place: &Path, error: &io::Error) -> Finding {
+    let user = rustix::process::geteuid().as_raw();
+    let fix = match error.kind() {
+        ErrorKind::PermissionDenied => format!(
+            "-- run doctor as the user that tuplewatch runs as; where that is this one, as root: chown -R {user} {}",
+            shell_word(place)
+        ),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "-- make room on the disk".to_owned(),
+        _ => "-- set changelog.path to a directory that can be written".to_owned(),
+    };
+    let what = format!("cannot be kept: user {user} cannot write to {}: {error}", place.display());
+    Finding::error(SUBJECT, what).fix(fix)
+}
+
+/// A file that goes with this value.
+struct Probe {
+    path: PathBuf,
+    file: File,
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        // Another doctor may have taken it away.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn median_sync(place: &Path) -> io::Result<Duration> {
+    let path = place.join(PROBE);
+    let mut probe = Probe { file: File::create(&path)?, path };
+    let mut times = Vec::with_capacity(SYNCS);
+    for _ in 0..SYNCS {
+        let began = Instant::now();
+        probe.file.write_all(&[0; SYNC_BYTES])?;
+        probe.file.sync_data()?;
+        times.push(began.elapsed());
+    }
+    times.sort_unstable();
+    Ok(times.get(SYNCS / 2).copied().unwrap_or_default())
+}
+
+fn check_space(path: &Path, place: &Path, options: &Options, report: &mut Report) {
+    const SUBJECT: &str = "room for the change log";
+    let (free, used) = (directory::free_bytes(place), bytes_below(path));
+    let reserve = options.reserve_bytes;
+    let what = format!("{} are free, and the log has {}", Bytes(free), Bytes(used));
+    if free.saturating_add(used) < reserve {
+        let what = format!("{what}: less than changelog.disk_reserve ({})", Bytes(reserve));
+        let meaning = "Nothing is read from PostgreSQL while less than the reserve is free.";
+        let fix = "-- make room on the disk, or set changelog.disk_reserve to less";
+        report.add(Finding::error(SUBJECT, what).means(meaning).fix(fix));
+    } else if free.saturating_add(used) < reserve.saturating_add(options.size_bytes) {
+        let what = format!(
+            "{what}: less than changelog.retention.size ({}) and changelog.disk_reserve ({}) together",
+            Bytes(options.size_bytes),
+            Bytes(reserve)
+        );
+        let meaning = "If the log grows that large, its oldest changes go before their time.";
+        let fix = "-- make room on the disk, or set changelog.retention.size to less";
+        report.add(Finding::warning(SUBJECT, what).means(meaning).fix(fix));
+    } else {
+        report.ok(SUBJECT, what);
+    }
+}
+
+/// What the files take on disk. Some may come and go meanwhile.
+fn bytes_below(path: &Path) -> u64 {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries.fold(0, |sum, entry| {
+        let bytes = match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => bytes_below(&entry.path()),
+            Ok(metadata) => metadata.blocks().saturating_mul(512),
+            Err(_) => 0,
+        };
+        sum.saturating_add(bytes)
+    })
+}
+
+/// File systems that a log should not be on, and what comes of it.
+#[cfg(target_os = "linux")]
+fn file_system(place: &Path) -> Option<(&'static str, &'static str)> {
+    const REMOTE: &str = "When the network is away, so is the log; and a sync may not mean what it says.";
+    // linux/magic.h; the field is signed on some systems, and the low 32 bits are what counts.
+    let kind = rustix::fs::statfs(place).ok()?.f_type as u32;
+    Some(match kind {
+        0x6969 => ("on NFS", REMOTE),
+        0xff53_4d42 | 0xfe53_4d42 | 0x517b => ("on SMB", REMOTE),
+        0x0102_1997 => ("on 9P", REMOTE),
+        0x00c3_6400 => ("on Ceph", REMOTE),
+        0x6573_5546 => ("on FUSE", "It may be a network's, and a sync may not mean what it says."),
+        0x0102_1994 => ("in memory (tmpfs)", "The log's history is lost when the machine restarts."),
+        0x794c_7630 => ("in a container's own layer (overlay)", "The log's history is lost with the container."),
+        _ => return None,
+    })
+}
+
+#[cfg(not(target_os = "linux"))]
+fn file_system(_: &Path) -> Option<(&'static str, &'static str)> {
+    None
+}
+
+/// A path as one word of a shell.
+fn shell_word(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::changelog::{ChangeLog as _, FjallLog};
+    use crate::finding::Severity;
+
+    fn options(path: &Path) -> Options {
+        Options { path: path.to_owned(), age_seconds: 3600, size_bytes: 64 << 20, reserve_bytes: 16 << 20 }
+    }
+
+    /// The errors.
+    fn errors(options: &Options) -> Vec<Finding> {
+        let findings = examine(options).findings;
+        findings.into_iter().filter(|finding| finding.severity == Severity::Error).collect()
+    }
+
+    fn names(path: &Path) -> Vec<String> {
+        fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn nothing_stays_and_nobody_is_disturbed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("not/yet");
+        let found = examine(&options(&path));
+        assert!(found.node_id.is_none() && errors(&options(&path)).is_empty(), "{found:?}");
+        assert_eq!(names(directory.path()), Vec::<String>::new());
+
+        let log = FjallLog::open(options(&path)).unwrap();
+        let before = names(&path);
+        let found = examine(&options(&path));
+        assert_eq!(found.node_id, Some(log.state().node_id));
+        assert!(found.findings.iter().any(|finding| finding.what.ends_with("a tuplewatch has it open")), "{found:?}");
+        assert_eq!(names(&path), before);
+        drop(log);
+        let found = examine(&options(&path));
+        assert!(found.findings.iter().any(|finding| finding.what.ends_with("no tuplewatch has it open")), "{found:?}");
+
+        // What a doctor that was killed leaves behind is in nobody's way.
+        for path in [path, directory.path().join("empty")] {
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join(PROBE), "x").unwrap();
+            drop(FjallLog::open(options(&path)).unwrap());
+            FjallLog::reset(&path).unwrap();
+            assert_eq!(names(&path), Vec::<String>::new());
+        }
+    }
+
+    #[test]
+    fn what_serve_would_refuse() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        fs::write(&file, "").unwrap();
+        let full = Options { reserve_bytes: u64::MAX, ..options(&directory.path().join("log")) };
+        for (options, what, fix) in [
+            (options(&file), "is not a directory", "changelog.path"),
+            (options(&file.join("log")), "is not a directory", "changelog.path"),
+            (options(directory.path()), "holds no change log of tuplewatch", "changelog.path"),
+            (full, "less than changelog.disk_reserve", "changelog.disk_reserve"),
+        ] {
+            let found = errors(&options);
+            let [finding] = found.as_slice() else { panic!("{found:#?}") };
+            assert!(finding.what.contains(what) && finding.fix.as_deref().unwrap().contains(fix), "{finding}");
+        }
+        let path = directory.path().join("log");
+        drop(FjallLog::open(options(&path)).unwrap());
+        fs::remove_dir_all(path.join(DATA)).unwrap();
+        let found = errors(&options(&path));
+        assert!(
+            matches!(&found[..], [finding] if finding.fix.as_deref().unwrap().starts_with("tuplewatch serve --reset-log"))
+        );
+    }
+}

@@ -1,0 +1,114 @@
+//! The directory of a log, without opening what is in it.
+//!
+//! ```text
+//! <path>/tuplewatch-log.json     format and node id, written once
+//! <path>/data/                   fjall
+//! ```
+
+use super::super::Error;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write as _};
+use std::path::Path;
+
+/// Counted up with every change that an older version would misread.
+pub(super) const FORMAT: u32 = 2;
+pub(in crate::changelog) const MARKER: &str = "tuplewatch-log.json";
+/// Before it has its name.
+pub(super) const MARKER_NEW: &str = "tuplewatch-log.json.new";
+pub(in crate::changelog) const DATA: &str = "data";
+/// What `doctor` measures the disk with. Left behind only where it was killed.
+pub(in crate::changelog) const PROBE: &str = "tuplewatch-doctor.tmp";
+/// fjall's own marker in the data.
+const FJALL_VERSION: &str = "version";
+/// fjall's own lock, in the data.
+const FJALL_LOCK: &str = "lock";
+
+/// The marker file.
+#[derive(Debug, Serialize, Deserialize)]
+pub(in crate::changelog) struct Marker {
+    format: u32,
+    pub(in crate::changelog) node_id: String,
+}
+
+impl Marker {
+    /// Of the log in this directory; `None` where it is empty.
+    ///
+    /// # Errors
+    /// Where the directory is somebody else's, or parts are missing.
+    pub(in crate::changelog) fn read(path: &Path) -> Result<Option<Self>, Error> {
+        let open = |source| Error::Open { path: path.to_owned(), source };
+        let damaged = |detail: String| Error::Damaged { path: path.to_owned(), detail };
+        let data = path.join(DATA);
+        let marker = match fs::read(path.join(MARKER)) {
+            Ok(json) => {
+                let marker: Self = serde_json::from_slice(&json)
+                    .map_err(|error| damaged(format!("{MARKER} does not read: {error}")))?;
+                if marker.format != FORMAT {
+                    return Err(Error::Format { path: path.to_owned(), found: marker.format, expected: FORMAT });
+                }
+                if !data.is_dir() {
+                    return Err(damaged(format!("its directory {DATA} is missing")));
+                }
+                marker
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return if is_unused(path).map_err(open)? { Ok(None) } else { Err(Error::Foreign(path.to_owned())) };
+            }
+            Err(error) => return Err(open(error)),
+        };
+        // Without this file fjall begins a database anew, over what is left of the one that was there.
+        if !data.join(FJALL_VERSION).exists() && fs::read_dir(&data).map_err(open)?.next().is_some() {
+            return Err(damaged(format!("{DATA}/{FJALL_VERSION} is missing")));
+        }
+        Ok(Some(marker))
+    }
+
+    /// Of a log that begins in this directory.
+    pub(super) fn create(path: &Path) -> io::Result<Self> {
+        let marker = Self { format: FORMAT, node_id: format!("{:016x}", fastrand::u64(..)) };
+        // The data directory first: a marker without one means that somebody deleted it.
+        fs::create_dir_all(path.join(DATA))?;
+        write_synced(&path.join(MARKER_NEW), &path.join(MARKER), &serde_json::to_vec(&marker)?)?;
+        Ok(marker)
+    }
+}
+
+/// Whether the name is one of those that a log's directory has.
+pub(super) fn is_own(name: &std::ffi::OsStr) -> bool {
+    [MARKER, MARKER_NEW, DATA, PROBE].iter().any(|own| name == *own)
+}
+
+/// Whether a directory is empty, or has what is left of a log that was being made when the process ended.
+fn is_unused(path: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let leftover =
+            name == MARKER_NEW || name == PROBE || (name == DATA && fs::read_dir(entry.path())?.next().is_none());
+        if !leftover {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Writes a file so that it is there whole, or not at all.
+fn write_synced(temporary: &Path, path: &Path, contents: &[u8]) -> io::Result<()> {
+    let mut file = File::create(temporary)?;
+    file.write_all(contents)?;
+    file.sync_all()?;
+    fs::rename(temporary, path)?;
+    File::open(path.parent().unwrap_or(path))?.sync_all()
+}
+
+/// Bytes that are free on the disk, for us. The most there can be where the file system does not say.
+pub(in crate::changelog) fn free_bytes(path: &Path) -> u64 {
+    rustix::fs::statvfs(path).map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Whether a process has the log open. To find out takes its lock for a moment, where nobody has it; fjall tries several times.
+pub(in crate::changelog) fn is_open(path: &Path) -> bool {
+    let lock = File::open(path.join(DATA).join(FJALL_LOCK)).map(|file| file.try_lock_shared());
+    matches!(lock, Ok(Err(fs::TryLockError::WouldBlock)))
+}

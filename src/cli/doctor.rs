@@ -1,0 +1,210 @@
+//! `tuplewatch doctor`: what is wrong, what it means, and what repairs it.
+
+use super::overrides::ConfigArgs;
+use super::say;
+use crate::app::diagnosis::{Diagnosis, diagnose};
+use crate::finding::{Finding, Severity};
+use std::fmt::Write as _;
+use std::io::IsTerminal as _;
+use std::time::Duration;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Each finding is ok, a warning (it works, and somebody should know) or an error. A fix can be pasted into psql, or into the \
+shell where it is a command; what it does not do by itself stands behind it as a comment.
+
+Exit code: 0 without errors, 1 with some, 2 where the configuration is wrong.
+
+Examples:
+  tuplewatch doctor --config tuplewatch.yaml
+  tuplewatch doctor --json | jq -r '.findings[] | select(.severity != \"ok\") | .fix'")]
+pub(super) struct DoctorArgs {
+    /// Print one JSON document: server, findings, summary
+    #[arg(long)]
+    json: bool,
+    /// Report transactions that have been open for longer
+    #[arg(long, default_value = "5m", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    long_transaction: Duration,
+}
+
+/// Whether something is wrong.
+pub(super) enum Verdict {
+    Well,
+    Ill,
+}
+
+pub(super) async fn run(config: &ConfigArgs, args: &DoctorArgs) -> anyhow::Result<Verdict> {
+    let config = config.load()?;
+    config.require_database_uri()?;
+    let diagnosis = diagnose(&config, args.long_transaction).await?;
+    if args.json {
+        say(&serde_json::to_string_pretty(&diagnosis)?);
+    } else {
+        say(&text(&diagnosis, Style::of_stdout()));
+    }
+    Ok(if diagnosis.summary.error == 0 { Verdict::Well } else { Verdict::Ill })
+}
+
+/// How text is laid out.
+#[derive(Clone, Copy)]
+struct Style {
+    coloured: bool,
+    /// Where lines are broken, in columns; never, where it is not a terminal. A fix is never broken: it is for pasting.
+    width: Option<usize>,
+}
+
+/// Lines that are longer are hard to read, however wide the terminal.
+const WIDTH_MAX: usize = 140;
+
+impl Style {
+    fn of_stdout() -> Self {
+        let stdout = std::io::stdout();
+        if !stdout.is_terminal() {
+            return Self { coloured: false, width: None };
+        }
+        // https://no-color.org
+        let coloured = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+            && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
+        let width = rustix::termios::tcgetwinsize(&stdout).map_or(0, |size| usize::from(size.ws_col));
+        Self { coloured, width: (width > 0).then(|| width.min(WIDTH_MAX)) }
+    }
+
+    /// In a colour or face: the number of an SGR sequence (ECMA-48).
+    fn paint(self, sgr: &str, text: &str) -> String {
+        if self.coloured { format!("\x1b[{sgr}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}
+
+const BOLD: &str = "1";
+const DIM: &str = "2";
+
+const fn colour(severity: Severity) -> &'static str {
+    match severity {
+        Severity::Ok => "32",
+        Severity::Warning => "33",
+        Severity::Error => "1;31",
+    }
+}
+
+/// Columns before the subject.
+const MARGIN: usize = 9;
+/// Subjects that are longer push their line to the right.
+const SUBJECT_MAX: usize = 34;
+/// Less room than that beside the subject is no column.
+const COLUMN_MIN: usize = 40;
+
+/// The worst comes last: it stands where one looks first, above the prompt.
+fn text(diagnosis: &Diagnosis, style: Style) -> String {
+    let mut findings: Vec<&Finding> = diagnosis.findings.iter().collect();
+    findings.sort_by_key(|finding| finding.severity);
+    let lengths = findings.iter().map(|finding| finding.subject.chars().count());
+    let column = lengths.filter(|length| *length <= SUBJECT_MAX).max().unwrap_or_default();
+    let mut out = format!("{}\n\n", style.paint(BOLD, &diagnosis.server));
+    for finding in findings {
+        write_finding(finding, column, style, &mut out);
+    }
+    let summary = diagnosis.summary;
+    let count = |number: usize, word: &str| format!("{number} {word}{}", if number == 1 { "" } else { "s" });
+    let verdict = match (summary.error, summary.warning) {
+        (0, 0) => "all is well",
+        (0, _) => "tuplewatch serve works",
+        _ => "tuplewatch serve does not work until the errors are repaired",
+    };
+    let worst = diagnosis.findings.iter().map(|finding| finding.severity).max().unwrap_or(Severity::Ok);
+    let counts = format!("{}, {}, {} ok", count(summary.error, "error"), count(summary.warning, "warning"), summary.ok);
+    let _ = write!(out, "\n{}: {verdict}", style.paint(colour(worst), &counts));
+    out
+}
+
+fn write_finding(finding: &Finding, column: usize, style: Style, out: &mut String) {
+    let severity = style.paint(colour(finding.severity), &format!("{:<8}", finding.severity));
+    let subject = format!("{:<column$}", finding.subject);
+    let begin = MARGIN + subject.chars().count() + 2;
+    let room = |indent: usize| style.width.map_or(usize::MAX, |width| width.saturating_sub(indent));
+    let indent = if room(begin) < COLUMN_MIN { MARGIN } else { begin };
+    let what = wrap(&finding.what, room(begin), room(indent)).join(&format!("\n{:indent$}", ""));
+    let _ = writeln!(out, "{severity} {subject}  {what}");
+    for line in finding.meaning.map(|meaning| wrap(meaning, room(MARGIN), room(MARGIN))).unwrap_or_default() {
+        let _ = writeln!(out, "{:MARGIN$}{}", "", style.paint(DIM, &line));
+    }
+    if let Some(fix) = &finding.fix {
+        let _ = writeln!(out, "{:MARGIN$}fix: {}", "", style.paint(BOLD, fix));
+    }
+}
+
+/// Breaks at spaces, into lines of so many characters: the first, and the others. A longer word has a line to itself.
+fn wrap(text: &str, first: usize, rest: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let room = if lines.len() == 1 { first } else { rest };
+        match lines.last_mut() {
+            Some(line) if line.is_empty() => line.push_str(word),
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= room => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::app::diagnosis::Summary;
+
+    fn diagnosis() -> Diagnosis {
+        let findings = vec![
+            Finding::error("slot s", "is lost (a long reason that has to be broken)")
+                .means("It is gone.")
+                .fix("tuplewatch setup --recreate-slot"),
+            Finding::ok("wal_level", "logical"),
+        ];
+        Diagnosis { server: "db:5432".into(), findings, summary: Summary { error: 1, warning: 0, ok: 1 } }
+    }
+
+    #[test]
+    fn the_worst_last() {
+        let plain = text(&diagnosis(), Style { coloured: false, width: None });
+        let expected = "\
+db:5432
+
+ok       wal_level  logical
+error    slot s     is lost (a long reason that has to be broken)
+         It is gone.
+         fix: tuplewatch setup --recreate-slot
+
+1 error, 0 warnings, 1 ok: tuplewatch serve does not work until the errors are repaired";
+        assert_eq!(plain, expected);
+    }
+
+    #[test]
+    fn on_a_terminal() {
+        let broken = text(&diagnosis(), Style { coloured: true, width: Some(62) });
+        assert!(
+            broken.contains("\u{1b}[1;31merror   \u{1b}[0m slot s     is lost (a long reason that has to be\n"),
+            "{broken}"
+        );
+        assert!(broken.contains(&format!("\n{:20}broken)\n", "")), "{broken}");
+        // Too narrow for a column of its own; and what is to be pasted stays whole.
+        let narrow = text(&diagnosis(), Style { coloured: false, width: Some(40) });
+        assert!(narrow.contains("\n         reason that has to be broken)\n"), "{narrow}");
+        assert!(narrow.contains("fix: tuplewatch setup --recreate-slot\n"), "{narrow}");
+    }
+
+    #[test]
+    fn as_json() {
+        let json = serde_json::to_value(diagnosis()).unwrap();
+        let expected = serde_json::json!({
+            "server": "db:5432",
+            "findings": [
+                {"severity": "error", "subject": "slot s", "what": "is lost (a long reason that has to be broken)",
+                 "meaning": "It is gone.", "fix": "tuplewatch setup --recreate-slot"},
+                {"severity": "ok", "subject": "wal_level", "what": "logical", "meaning": null, "fix": null},
+            ],
+            "summary": {"error": 1, "warning": 0, "ok": 1},
+        });
+        assert_eq!(json, expected);
+    }
+}

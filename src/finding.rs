@@ -1,0 +1,206 @@
+//! What a check finds: how bad it is, what it means, and what repairs it.
+//!
+//! `serve` refuses to start where there is an error; `doctor` shows everything. A fix can be pasted as it is: a statement for
+//! psql or a command for the shell, and behind it, as a comment, what that alone does not do (a restart, a reload). A fix that no
+//! statement makes is a comment as a whole.
+
+use serde::Serialize;
+use std::fmt;
+use std::time::Duration;
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// As it should be.
+    Ok,
+    /// It works, and somebody should know.
+    Warning,
+    /// It does not work.
+    Error,
+}
+
+impl fmt::Display for Severity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Error => "error",
+        })
+    }
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// A setting, a table, the slot …
+    pub subject: String,
+    /// What was found. Continues the subject.
+    pub what: String,
+    /// What follows from it, where `what` does not say that already.
+    pub meaning: Option<&'static str>,
+    /// What to run, with the rest as a comment.
+    pub fix: Option<String>,
+}
+
+impl Finding {
+    /// Something as it should be.
+    pub fn ok(subject: impl fmt::Display, what: impl Into<String>) -> Self {
+        Self::new(Severity::Ok, subject, what)
+    }
+
+    /// Something that somebody should know.
+    pub fn warning(subject: impl fmt::Display, what: impl Into<String>) -> Self {
+        Self::new(Severity::Warning, subject, what)
+    }
+
+    /// Something that does not work.
+    pub fn error(subject: impl fmt::Display, what: impl Into<String>) -> Self {
+        Self::new(Severity::Error, subject, what)
+    }
+
+    fn new(severity: Severity, subject: impl fmt::Display, what: impl Into<String>) -> Self {
+        Self { severity, subject: subject.to_string(), what: what.into(), meaning: None, fix: None }
+    }
+
+    /// With what follows from it.
+    #[must_use]
+    pub const fn means(mut self, meaning: &'static str) -> Self {
+        self.meaning = Some(meaning);
+        self
+    }
+
+    /// With what repairs it.
+    #[must_use]
+    pub fn fix(mut self, fix: impl Into<String>) -> Self {
+        self.fix = Some(fix.into());
+        self
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:<8} {}: {}", self.severity, self.subject, self.what)?;
+        if let Some(meaning) = self.meaning {
+            write!(f, "\n         {meaning}")?;
+        }
+        if let Some(fix) = &self.fix {
+            write!(f, "\n         fix: {fix}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Collects findings.
+#[derive(Debug, Default)]
+pub struct Report {
+    findings: Vec<Finding>,
+}
+
+impl Report {
+    /// One more.
+    pub fn add(&mut self, finding: Finding) {
+        self.findings.push(finding);
+    }
+
+    /// Something as it should be.
+    pub fn ok(&mut self, subject: impl fmt::Display, what: impl Into<String>) {
+        self.add(Finding::ok(subject, what));
+    }
+
+    /// Something that somebody should know, and how it is changed.
+    pub fn warning(&mut self, subject: impl fmt::Display, what: impl Into<String>, fix: impl Into<String>) {
+        self.add(Finding::warning(subject, what).fix(fix));
+    }
+
+    /// Something that does not work, and what repairs it.
+    pub fn error(&mut self, subject: impl fmt::Display, what: impl Into<String>, fix: impl Into<String>) {
+        self.add(Finding::error(subject, what).fix(fix));
+    }
+
+    /// How many there are.
+    pub const fn count(&self) -> usize {
+        self.findings.len()
+    }
+
+    /// Whether nothing was wrong since there were so many findings.
+    pub fn is_fine_since(&self, count: usize) -> bool {
+        self.findings.iter().skip(count).all(|finding| finding.severity == Severity::Ok)
+    }
+
+    /// Whether something does not work.
+    pub fn has_errors(&self) -> bool {
+        self.findings.iter().any(|finding| finding.severity == Severity::Error)
+    }
+
+    /// All of another one, too.
+    pub fn extend(&mut self, findings: Vec<Finding>) {
+        self.findings.extend(findings);
+    }
+
+    /// In the order in which they were found.
+    pub fn into_findings(self) -> Vec<Finding> {
+        self.findings
+    }
+}
+
+/// A number of bytes as people read it.
+#[derive(Clone, Copy, Debug)]
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(u32, &str); 3] = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+        // Two digits at least, so that what is said is not far off.
+        match UNITS.iter().find(|(shift, _)| self.0 >> shift >= 10) {
+            Some((shift, unit)) => write!(f, "{} {unit}", self.0 >> shift),
+            None => write!(f, "{} bytes", self.0),
+        }
+    }
+}
+
+/// How long something takes or took, as people read it.
+#[derive(Clone, Copy, Debug)]
+pub struct Span(pub Duration);
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(u64, &str); 3] = [(86_400, "d"), (3_600, "h"), (60, "min")];
+        let seconds = self.0.as_secs();
+        match UNITS.iter().find(|(length, _)| seconds >= 3 * length) {
+            Some((length, unit)) => write!(f, "{} {unit}", seconds / length),
+            None if seconds >= 10 => write!(f, "{seconds} s"),
+            None => write!(f, "{:.1} s", self.0.as_secs_f64()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_text() {
+        let finding = Finding::error("slot s", "is lost").means("It is gone.").fix("tuplewatch setup");
+        assert_eq!(
+            finding.to_string(),
+            "error    slot s: is lost\n         It is gone.\n         fix: tuplewatch setup"
+        );
+        assert_eq!(Finding::ok("wal_level", "logical").to_string(), "ok       wal_level: logical");
+    }
+
+    #[test]
+    fn numbers_as_people_read_them() {
+        for (bytes, text) in [(0, "0 bytes"), (10_239, "10239 bytes"), (10_240, "10 KiB"), (1 << 30, "1024 MiB")] {
+            assert_eq!(Bytes(bytes).to_string(), text);
+        }
+        assert_eq!(Bytes(u64::MAX).to_string(), "17179869183 GiB");
+        for (ms, text) in
+            [(20, "0.0 s"), (1_500, "1.5 s"), (179_000, "179 s"), (180_000, "3 min"), (300_000_000, "3 d")]
+        {
+            assert_eq!(Span(Duration::from_millis(ms)).to_string(), text);
+        }
+    }
+}

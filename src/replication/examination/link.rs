@@ -1,0 +1,39 @@
+//! Whether a replication connection can be made: what `serve` needs, and what a connection pooler in between does not give.
+
+use pgwire_replication::ReplicationClient;
+use std::time::Duration;
+use tokio::time::timeout;
+
+use super::super::connection::Connection;
+use super::super::requirements::Expectation;
+use super::unusable;
+use crate::finding::Report;
+
+const SUBJECT: &str = "replication connection";
+/// For all of it: a log-on and one command.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+pub(super) async fn check(connection: &Connection, expected: &Expectation<'_>, report: &mut Report) {
+    let endpoint = connection.endpoint();
+    let config = endpoint.replication_config(expected.slot, expected.publication);
+    let identified = async {
+        let mut client = ReplicationClient::connect_gated(config).await?;
+        client.identify_system().await
+    };
+    match timeout(ANSWER_MAX, identified).await {
+        Ok(Ok(_)) => report.ok(SUBJECT, "can be made"),
+        Ok(Err(error)) => {
+            let error = endpoint.replication_error(error);
+            // Insufficient privilege and too many connections: named already, with what is missing.
+            let is_known = matches!(error.sqlstate(), Some("42501" | "53300")) && report.has_errors();
+            if !is_known {
+                report.add(unusable(SUBJECT, &error));
+            }
+        }
+        Err(_) => {
+            let what = format!("there was no answer within {} s", ANSWER_MAX.as_secs());
+            let fix = "-- a connection pooler in between may not pass it on: point database.uri at PostgreSQL itself";
+            report.error(SUBJECT, what, fix);
+        }
+    }
+}

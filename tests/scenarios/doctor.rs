@@ -1,0 +1,259 @@
+//! `doctor` against servers that are broken on purpose: it names the cause and nothing else, and its fix, applied as it is
+//! given, works.
+
+mod change_log;
+mod connection;
+mod server;
+mod slot;
+mod standbys;
+mod tables;
+
+use super::cli::process::{Process, Ran, program, run};
+use crate::support::postgres::Postgres;
+use crate::support::sql::Sql;
+use crate::support::wait::eventually;
+use serde::Deserialize;
+use std::path::Path;
+use tempfile::TempDir;
+use tokio::process::Command;
+use tuplewatch::dev_postgres::StopMode;
+
+/// A server, and a node with a directory and flags of its own.
+struct Patient {
+    postgres: Postgres,
+    directory: TempDir,
+    /// Pairs of a flag and its value.
+    flags: Vec<(String, String)>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Finding {
+    severity: String,
+    subject: String,
+    what: String,
+    meaning: Option<String>,
+    fix: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Diagnosis {
+    server: String,
+    findings: Vec<Finding>,
+    summary: Summary,
+}
+
+#[derive(Debug, Deserialize)]
+struct Summary {
+    error: usize,
+    warning: usize,
+    ok: usize,
+}
+
+impl Diagnosis {
+    fn of_severity(&self, severity: &str) -> Vec<Finding> {
+        self.findings.iter().filter(|finding| finding.severity == severity).cloned().collect()
+    }
+
+    /// Those of a severity about a subject.
+    fn about(&self, severity: &str, subject: &str) -> Vec<Finding> {
+        let mut found = self.of_severity(severity);
+        found.retain(|finding| finding.subject == subject);
+        found
+    }
+}
+
+impl Patient {
+    /// Nothing was done to it yet.
+    fn new(postgres: Postgres) -> Self {
+        let uri = postgres.uri();
+        let patient = Self { postgres, directory: tempfile::tempdir().unwrap(), flags: Vec::new() };
+        patient
+            .with("--database-uri", &uri)
+            .with("--changelog-path", "log")
+            .with("--changelog-disk-reserve", "16MiB")
+            .with("--changelog-retention-size", "64MiB")
+    }
+
+    /// Set up.
+    async fn ready(postgres: Postgres) -> Self {
+        let patient = Self::new(postgres);
+        patient.run("setup", &[]).await.succeeded();
+        patient
+    }
+
+    /// Set up, streaming, and stopped again: with a change log.
+    async fn used(postgres: Postgres) -> Self {
+        let patient = Self::ready(postgres).await;
+        patient.streams().await;
+        patient
+    }
+
+    /// With a flag, or another value for it.
+    fn with(mut self, flag: &str, value: &str) -> Self {
+        self.flags.retain(|(given, _)| given != flag);
+        self.flags.push((flag.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// With other values for some flags.
+    fn command(&self, subcommand: &str, changes: &[(&str, &str)]) -> Command {
+        let mut command = program(self.directory.path());
+        command.arg(subcommand);
+        let own = self.flags.iter().map(|(flag, value)| (flag.as_str(), value.as_str()));
+        let own = own.filter(|(flag, _)| !changes.iter().any(|(changed, _)| changed == flag));
+        command.args(own.chain(changes.iter().copied()).flat_map(|(flag, value)| [flag, value]));
+        command
+    }
+
+    async fn run(&self, subcommand: &str, further: &[&str]) -> Ran {
+        let mut command = self.command(subcommand, &[]);
+        command.args(further);
+        run(command).await
+    }
+
+    /// A node that streams, with other values for some flags, and further ones.
+    async fn serve(&self, changes: &[(&str, &str)], further: &[&str]) -> Process {
+        let mut command = self.command("serve", changes);
+        command
+            .args(["--server-host", "127.0.0.1", "--server-grpc-port", "0", "--server-http-port", "0"])
+            .args(further);
+        let mut process = Process::start(command);
+        process.comes_to("streaming").await;
+        process
+    }
+
+    /// `serve` starts, and comes to stream.
+    async fn streams(&self) {
+        stops(self.serve(&[], &[]).await).await;
+    }
+
+    async fn sql(&self) -> Sql {
+        self.postgres.sql().await
+    }
+
+    async fn doctor(&self, further: &[&str]) -> Diagnosis {
+        let ran = self.run("doctor", &[&["--json"], further].concat()).await;
+        let diagnosis: Diagnosis = serde_json::from_str(&ran.out).unwrap_or_else(|error| panic!("{error}: {ran:?}"));
+        let errors = diagnosis.of_severity("error").len();
+        assert_eq!(ran.code, Some(i32::from(errors > 0)), "{ran:?}");
+        assert_eq!(ran.err, "");
+        let counted = [errors, diagnosis.of_severity("warning").len(), diagnosis.of_severity("ok").len()];
+        assert_eq!([diagnosis.summary.error, diagnosis.summary.warning, diagnosis.summary.ok], counted);
+        let bad = diagnosis.findings.iter().filter(|finding| finding.severity != "ok");
+        assert!(bad.into_iter().all(|finding| finding.fix.is_some()), "{diagnosis:#?}");
+        diagnosis
+    }
+
+    /// Of several findings only one is an error, and it is this.
+    async fn has(&self, subject: &str, what: &str) -> Finding {
+        let diagnosis = self.doctor(&[]).await;
+        let errors = diagnosis.of_severity("error");
+        let [finding] = errors.as_slice() else { panic!("not one error: {errors:#?}") };
+        assert_eq!(finding.subject, subject, "{finding:#?}");
+        assert!(finding.what.contains(what), "{finding:#?}");
+        finding.clone()
+    }
+
+    /// There are no errors.
+    async fn is_well(&self) {
+        let errors = self.doctor(&[]).await.of_severity("error");
+        assert!(errors.is_empty(), "{errors:#?}");
+    }
+
+    /// Does what a fix says: the statement or the command, and what its comment adds.
+    async fn apply(&mut self, finding: &Finding) {
+        let fix = finding.fix.as_deref().unwrap();
+        let (what, comment) = fix.split_once("  -- ").unwrap_or((fix, ""));
+        if let Some(arguments) = what.strip_prefix("tuplewatch ") {
+            let arguments: Vec<&str> = arguments.split(' ').collect();
+            self.run(arguments[0], &arguments[1..]).await.succeeded();
+        } else {
+            self.sql().await.run(what).await;
+        }
+        if comment.contains("then restart PostgreSQL") {
+            self.postgres.stop(StopMode::Fast).await;
+            self.postgres.start_again().await;
+        }
+        if comment.contains("then a reload: SELECT pg_reload_conf();") {
+            self.reload().await;
+        }
+    }
+
+    /// Reloads the configuration, and waits until it is in force for new sessions.
+    async fn reload(&self) {
+        let sql = self.sql().await;
+        let before = sql.value("SELECT pg_conf_load_time()").await;
+        sql.run("SELECT pg_reload_conf()").await;
+        // The postmaster does it when it comes to it, and sessions have the time from there.
+        eventually("the configuration is loaded", async || {
+            self.sql().await.value("SELECT pg_conf_load_time()").await != before
+        })
+        .await;
+    }
+
+    /// One error; with its fix all is well, and changes flow.
+    async fn heals(&mut self, subject: &str, what: &str) {
+        let finding = self.has(subject, what).await;
+        self.apply(&finding).await;
+        self.is_well().await;
+        self.streams().await;
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+async fn stops(mut process: Process) {
+    process.signal("TERM");
+    assert_eq!(process.ended().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_healthy_node_is_well_also_while_it_serves() {
+    let patient = Patient::used(Postgres::start().await).await;
+    let diagnosis = patient.doctor(&[]).await;
+    assert!(diagnosis.of_severity("error").is_empty(), "{diagnosis:#?}");
+    assert!(diagnosis.server.contains("(database postgres, user postgres)"), "{diagnosis:#?}");
+    for subject in ["connection", "version", "wal_level", "replication connection", "clocks", "change log"] {
+        assert_eq!(diagnosis.about("ok", subject).len(), 1, "{subject}: {diagnosis:#?}");
+    }
+    assert!(diagnosis.findings.iter().all(|finding| finding.meaning.as_deref() != Some("")));
+
+    let mut process = patient.serve(&[], &[]).await;
+    let diagnosis = patient.doctor(&[]).await;
+    assert!(diagnosis.of_severity("error").is_empty(), "{diagnosis:#?}");
+    let log = diagnosis.about("ok", "change log");
+    assert!(log[0].what.ends_with("a tuplewatch has it open"), "{log:?}");
+    let slot = diagnosis.about("ok", "replication slot tuplewatch");
+    assert!(slot.iter().any(|finding| finding.what.contains("in use by process")), "{slot:?}");
+    assert!(process.is_running());
+    let said = process.complained();
+    assert!(!said.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{said:#?}");
+    stops(process).await;
+}
+
+#[tokio::test]
+async fn for_people_it_is_text() {
+    let patient = Patient::ready(Postgres::start().await).await;
+    let said = patient.run("doctor", &[]).await.succeeded();
+    assert!(said.contains("\nok       wal_level ") && !said.contains('\u{1b}'), "{said}");
+    assert!(said.lines().last().unwrap().starts_with("0 errors, "), "{said}");
+
+    patient.sql().await.run("ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes").await;
+    let ran = patient.run("doctor", &[]).await;
+    assert_eq!((ran.code, ran.err.as_str()), (Some(1), ""));
+    assert!(ran.out.contains("\n         fix: ALTER PUBLICATION \"tuplewatch\" ADD TABLE "), "{}", ran.out);
+    assert!(ran.out.trim_end().ends_with("does not work until the errors are repaired"), "{}", ran.out);
+    // The same words as those with which `serve` refuses.
+    let refused = patient.run("serve", &["--server-grpc-port", "0", "--server-http-port", "0"]).await;
+    refused.failed(&[
+        "table tuplewatch.attributes: is not in publication tuplewatch",
+        "No change of it reaches tuplewatch.",
+    ]);
+
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = program(directory.path());
+    command.arg("doctor");
+    run(command).await.misused(&["database.uri"]);
+}

@@ -1,0 +1,89 @@
+//! Settings of the server, and rights of the role.
+
+use super::{Patient, stops};
+use crate::support::postgres::Postgres;
+use crate::support::wait::eventually;
+
+#[tokio::test]
+async fn wal_level_is_replica() {
+    let mut patient = Patient::new(Postgres::with(&[("wal_level", "replica")]).await);
+    // All but the slot, which cannot be made.
+    patient.run("setup", &[]).await.failed(&["wal_level"]);
+    let finding = patient.has("wal_level", "is replica").await;
+    assert!(!finding.what.contains("waits for a restart"), "{finding:?}");
+
+    // Half of the fix: somebody has set it, and did not restart.
+    patient.sql().await.run("ALTER SYSTEM SET wal_level = logical").await;
+    patient.reload().await;
+    let is_pending = "(SELECT pending_restart FROM pg_settings WHERE name = 'wal_level')";
+    eventually("it is pending", async || patient.sql().await.is_true(is_pending).await).await;
+    patient.heals("wal_level", "waits for a restart").await;
+}
+
+#[tokio::test]
+async fn no_replication_slot_is_free() {
+    let mut patient = Patient::new(Postgres::with(&[("max_replication_slots", "1")]).await);
+    patient.sql().await.run("SELECT pg_create_physical_replication_slot('theirs')").await;
+    patient.run("setup", &[]).await.failed(&["all replication slots are in use"]);
+    patient.heals("max_replication_slots", "all 1 are in use").await;
+}
+
+#[tokio::test]
+async fn no_walsender_is_free() {
+    let mut patient = Patient::ready(Postgres::with(&[("max_wal_senders", "1")]).await).await;
+    let other = [("--replication-slot", "theirs"), ("--changelog-path", "their-log")];
+    let theirs = patient.serve(&other, &[]).await;
+    patient.heals("max_wal_senders", "all 1 are in use").await;
+    stops(theirs).await;
+}
+
+/// A role that may log on, and connects.
+async fn with_role(rights: &str) -> Patient {
+    let patient = Patient::ready(Postgres::start().await).await;
+    patient.sql().await.run(&format!("CREATE ROLE \"a reader\" LOGIN; {rights}")).await;
+    let uri = patient.postgres.uri().replace("postgres@", "a%20reader@");
+    patient.with("--database-uri", &uri)
+}
+
+const MAY_READ: &str = "GRANT USAGE ON SCHEMA tuplewatch TO \"a reader\"; \
+                        GRANT SELECT ON ALL TABLES IN SCHEMA tuplewatch TO \"a reader\";";
+
+#[tokio::test]
+async fn the_role_may_not_replicate() {
+    let mut patient = with_role(MAY_READ).await;
+    patient.heals("role a reader", "has no REPLICATION").await;
+}
+
+#[tokio::test]
+async fn the_role_may_not_read_a_table() {
+    let revoke = "REVOKE SELECT ON tuplewatch.attributes FROM \"a reader\"";
+    let mut patient = with_role(&format!("ALTER ROLE \"a reader\" REPLICATION; {MAY_READ}; {revoke}")).await;
+    patient.heals("table tuplewatch.attributes", "has no SELECT").await;
+}
+
+#[tokio::test]
+async fn the_role_may_not_use_the_schema() {
+    let revoke = "REVOKE USAGE ON SCHEMA tuplewatch FROM PUBLIC, \"a reader\"";
+    let mut patient = with_role(&format!("ALTER ROLE \"a reader\" REPLICATION; {MAY_READ}; {revoke}")).await;
+    let errors = patient.doctor(&[]).await.of_severity("error");
+    assert!(
+        !errors.is_empty() && errors.iter().all(|error| error.what.contains("no USAGE on schema tuplewatch")),
+        "{errors:#?}"
+    );
+    patient.apply(&errors[0]).await;
+    patient.is_well().await;
+    patient.streams().await;
+}
+
+/// Settings with which it works until the day when it does not.
+#[tokio::test]
+async fn a_limit_that_is_missing_is_a_warning() {
+    let mut patient = Patient::ready(Postgres::with(&[("track_commit_timestamp", "off")]).await).await;
+    for setting in ["max_slot_wal_keep_size", "track_commit_timestamp"] {
+        let found = patient.doctor(&[]).await.about("warning", setting);
+        assert_eq!(found.len(), 1, "{setting}");
+        patient.apply(&found[0]).await;
+        let diagnosis = patient.doctor(&[]).await;
+        assert_eq!(diagnosis.about("ok", setting).len(), 1, "{diagnosis:#?}");
+    }
+}

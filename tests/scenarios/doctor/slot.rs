@@ -1,0 +1,169 @@
+//! The slot: lost, taken, behind, and held back.
+
+use super::{Patient, stops};
+use crate::support::postgres::Postgres;
+use crate::support::sql::Sql;
+use crate::support::wait::eventually;
+
+const SLOT: &str = "replication slot tuplewatch";
+
+/// Writes WAL, a segment at a time, until this holds of the slot.
+async fn write_until(sql: &Sql, what: &str, condition: &str) {
+    let condition = format!("(SELECT {condition} FROM pg_replication_slots WHERE slot_name = 'tuplewatch')");
+    eventually(what, async || {
+        sql.insert("t1", &fastrand::u64(..).to_string()).await;
+        sql.run("SELECT pg_switch_wal()").await;
+        sql.run("CHECKPOINT").await;
+        sql.is_true(&condition).await
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn it_is_lost() {
+    let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "1MB")]).await).await;
+    write_until(&patient.sql().await, "the slot is lost", "wal_status = 'lost'").await;
+    patient.heals(SLOT, "is lost").await;
+}
+
+#[tokio::test]
+async fn it_was_dropped() {
+    let mut patient = Patient::used(Postgres::start().await).await;
+    patient.sql().await.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
+    patient.heals(SLOT, "does not exist").await;
+}
+
+#[tokio::test]
+async fn it_is_somebody_elses() {
+    let patient = Patient::ready(Postgres::start().await).await;
+    patient.sql().await.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
+    patient.sql().await.run("SELECT pg_create_physical_replication_slot('tuplewatch')").await;
+    let finding = patient.has(SLOT, "is a physical slot").await;
+    assert!(finding.fix.unwrap().contains("choose another name in replication.slot"));
+    let patient = patient.with("--replication-slot", "another");
+    patient.is_well().await;
+    patient.streams().await;
+}
+
+/// Nobody reads, and the server keeps WAL: serving is what helps.
+#[tokio::test]
+async fn nobody_reads_it() {
+    let patient = Patient::used(Postgres::start().await).await.with("--replication-warn-retained-wal", "32MiB");
+    let kept = "pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > 48 * 1024 * 1024";
+    write_until(&patient.sql().await, "much is kept", kept).await;
+    let warnings = patient.doctor(&[]).await.about("warning", SLOT);
+    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(finding.what.contains("nobody has read it"), "{finding:?}");
+    assert!(finding.fix.as_deref().unwrap().starts_with("tuplewatch serve"), "{finding:?}");
+
+    let process = patient.serve(&[], &[]).await;
+    let sql = patient.sql().await;
+    // The server moves on what it keeps when it next notes what runs, with something to note it for.
+    eventually("it catches up, and nothing is kept", async || {
+        sql.insert("t1", &fastrand::u64(..).to_string()).await;
+        sql.run("CHECKPOINT").await;
+        patient.doctor(&[]).await.about("warning", SLOT).is_empty()
+    })
+    .await;
+    stops(process).await;
+}
+
+#[tokio::test]
+async fn it_is_about_to_be_lost() {
+    let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "64MB")]).await).await;
+    let warnings = patient.doctor(&[]).await.about("warning", SLOT);
+    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(finding.what.contains("is lost when another"), "{finding:?}");
+    patient.apply(finding).await;
+    assert!(patient.doctor(&[]).await.about("warning", SLOT).is_empty());
+}
+
+/// Past the limit, and not yet given up: that takes a checkpoint.
+#[tokio::test]
+async fn it_is_as_good_as_lost() {
+    let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "1MB")]).await).await;
+    let sql = patient.sql().await;
+    let is_unreserved = "(SELECT wal_status = 'unreserved' FROM pg_replication_slots WHERE slot_name = 'tuplewatch')";
+    eventually("it is far behind", async || {
+        sql.insert("t1", &fastrand::u64(..).to_string()).await;
+        sql.run("SELECT pg_switch_wal()").await;
+        sql.is_true(is_unreserved).await
+    })
+    .await;
+    let warnings = patient.doctor(&[]).await.about("warning", SLOT);
+    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(finding.what.contains("will be lost at one of the next checkpoints"), "{finding:?}");
+    patient.apply(finding).await;
+    sql.run("CHECKPOINT").await;
+    patient.is_well().await;
+    patient.streams().await;
+}
+
+#[tokio::test]
+async fn another_node_has_it() {
+    let mut patient = Patient::used(Postgres::start().await).await;
+    let mut thief = patient.serve(&[("--changelog-path", "their-log")], &[]).await;
+    let diagnosis = patient.doctor(&[]).await;
+    let warnings = diagnosis.about("warning", SLOT);
+    let [finding] = warnings.as_slice() else { panic!("{diagnosis:#?}") };
+    assert!(finding.what.contains("which is not this tuplewatch"), "{finding:?}");
+    // Whatever starts it is stopped first, as it says.
+    thief.kill_9().await;
+    patient.apply(finding).await;
+    eventually("the slot is free", async || patient.doctor(&[]).await.about("warning", SLOT).is_empty()).await;
+    patient.streams().await;
+}
+
+/// A forgotten `BEGIN`.
+#[tokio::test]
+async fn a_transaction_holds_it_back() {
+    let mut patient = Patient::used(Postgres::start().await).await;
+    let forgotten = patient.sql().await;
+    forgotten.run("BEGIN; SELECT pg_current_xact_id()").await;
+    let pid = forgotten.value("SELECT pg_backend_pid()").await;
+    let subject = format!("transaction of process {pid}");
+    // Not for so long.
+    assert!(patient.doctor(&[]).await.about("warning", &subject).is_empty());
+    let warnings = patient.doctor(&["--long-transaction", "0s"]).await.about("warning", &subject);
+    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(finding.what.contains("user postgres") && finding.what.contains("idle in transaction"), "{finding:?}");
+    patient.apply(finding).await;
+    eventually("it has ended", async || {
+        patient.doctor(&["--long-transaction", "0s"]).await.about("warning", &subject).is_empty()
+    })
+    .await;
+
+    // A role that must not see since when is told so, and how it may.
+    let other = patient.sql().await;
+    other.run("CREATE ROLE reader LOGIN REPLICATION; GRANT USAGE ON SCHEMA tuplewatch TO reader").await;
+    other.run("GRANT SELECT ON ALL TABLES IN SCHEMA tuplewatch TO reader; BEGIN; SELECT pg_current_xact_id()").await;
+    let admin = patient.postgres.uri();
+    let patient = patient.with("--database-uri", &admin.replace("postgres@", "reader@"));
+    let hidden = patient.doctor(&["--long-transaction", "0s"]).await.about("ok", "transactions");
+    assert!(hidden[0].what.contains("is hidden from role reader"), "{hidden:?}");
+    patient.sql().await.run(hidden[0].fix.as_deref().unwrap()).await;
+    let diagnosis = patient.doctor(&["--long-transaction", "0s"]).await;
+    assert!(diagnosis.of_severity("warning").iter().any(|finding| finding.subject.starts_with("transaction of")));
+}
+
+#[tokio::test]
+async fn a_prepared_transaction_holds_it_back() {
+    let mut patient = Patient::used(Postgres::with(&[("max_prepared_transactions", "5")]).await).await;
+    patient.sql().await.run("BEGIN; CREATE TABLE forgotten (); PREPARE TRANSACTION 'it''s forgotten'").await;
+    let warnings = patient.doctor(&["--long-transaction", "0s"]).await.of_severity("warning");
+    let found = warnings.iter().find(|finding| finding.subject == "prepared transaction 'it''s forgotten'");
+    patient.apply(found.unwrap_or_else(|| panic!("{warnings:#?}"))).await;
+    let diagnosis = patient.doctor(&["--long-transaction", "0s"]).await;
+    assert_eq!(diagnosis.about("ok", "transactions").len(), 1, "{diagnosis:#?}");
+}
+
+/// From version 18 on there is a limit to how long a slot may go unread.
+#[tokio::test]
+async fn it_must_not_idle() {
+    let mut patient = Patient::used(Postgres::of_major(18, &[("idle_replication_slot_timeout", "1d")]).await).await;
+    let setting = "idle_replication_slot_timeout";
+    let found = patient.doctor(&[]).await.about("warning", setting);
+    assert!(matches!(found.as_slice(), [finding] if finding.what.contains("is 1d")), "{found:#?}");
+    patient.apply(&found[0]).await;
+    assert!(patient.doctor(&[]).await.about("warning", setting).is_empty());
+}

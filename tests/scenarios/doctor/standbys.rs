@@ -1,0 +1,92 @@
+//! Slots that survive a promotion, from version 17 on: and what they wait for.
+
+use super::Patient;
+use crate::scenarios::cli::setup::psql;
+use crate::support::postgres::Postgres;
+use crate::support::wait::{eventually, within};
+use tuplewatch::dev_postgres::StopMode;
+
+const SETTING: &str = "synchronized_standby_slots";
+
+/// What copies a slot needs on the standby.
+const FAILOVER: &str = "SELECT pg_drop_replication_slot('tuplewatch'); \
+                        SELECT pg_create_logical_replication_slot('tuplewatch', 'pgoutput', false, false, true)";
+
+#[tokio::test]
+async fn it_waits_for_a_slot_that_is_not_there() {
+    let mut patient = Patient::ready(Postgres::of_major(17, &[(SETTING, "gone")]).await).await;
+    // Without failover it does not wait.
+    let diagnosis = patient.doctor(&[]).await;
+    assert_eq!(diagnosis.about("warning", SETTING).len(), 1, "{diagnosis:#?}");
+    patient.is_well().await;
+
+    let sql = patient.sql().await;
+    for statement in FAILOVER.split("; ") {
+        sql.run(statement).await;
+    }
+    let finding = patient.has(SETTING, "names gone, which does not exist").await;
+    patient.apply(&finding).await;
+    patient.is_well().await;
+    patient.streams().await;
+}
+
+/// A standby that nobody told of the slot.
+#[tokio::test]
+async fn a_promotion_would_lose_it() {
+    let mut patient = Patient::ready(Postgres::of_major(17, &[]).await).await;
+    patient.sql().await.run("SELECT pg_create_physical_replication_slot('standby1', true)").await;
+    patient.postgres.stop(StopMode::Fast).await;
+    let mut standby = patient.postgres.copy().await;
+    patient.postgres.start_again().await;
+    let port = patient.postgres.uri().rsplit_once(':').unwrap().1.split('/').next().unwrap().to_owned();
+    let conninfo = format!("host=127.0.0.1 port={port} user=postgres dbname=postgres");
+    standby.stop_and_set(&[("primary_conninfo", &conninfo), ("primary_slot_name", "standby1")]).await;
+    standby.put_signal("standby.signal");
+    standby.start_again().await;
+    let sql = patient.sql().await;
+    let is_connected = "EXISTS (SELECT FROM pg_stat_replication WHERE state = 'streaming')";
+    eventually("the standby streams", async || sql.is_true(is_connected).await).await;
+
+    let diagnosis = patient.doctor(&[]).await;
+    let warnings = diagnosis.about("warning", "replication slot tuplewatch");
+    let [finding] = warnings.as_slice() else { panic!("{diagnosis:#?}") };
+    assert!(finding.what.contains("is not copied to the standbys"), "{finding:?}");
+    let (_, command) = finding.fix.as_deref().unwrap().split_once("replication=database'): ").unwrap();
+    let conninfo = format!("{conninfo} replication=database");
+    let output = within("psql", psql().args(["--no-psqlrc", &conninfo, "--command", command]).output()).await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+
+    let found = patient.doctor(&[]).await.about("warning", SETTING);
+    assert!(matches!(found.as_slice(), [finding] if finding.what.contains("is empty")), "{found:#?}");
+    patient.apply(&found[0]).await;
+    let diagnosis = patient.doctor(&[]).await;
+    let slot = diagnosis.about("ok", "replication slot tuplewatch");
+    assert!(
+        slot.iter().any(|finding| finding.what == "failover is on, synced is off; standbys connected: 1"),
+        "{slot:#?}"
+    );
+    patient.streams().await;
+
+    // The standby goes, and what is to wait for it waits for ever.
+    standby.stop(StopMode::Fast).await;
+    eventually("the slot has nobody", async || {
+        sql.is_true("EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'standby1' AND NOT active)").await
+    })
+    .await;
+    let finding = patient.has(SETTING, "names standby1, which has no standby connected").await;
+    patient.apply(&finding).await;
+    patient.is_well().await;
+}
+
+/// A standby itself is no place to read from.
+#[tokio::test]
+async fn it_was_pointed_to_a_standby() {
+    let mut patient = Patient::ready(Postgres::start().await).await;
+    patient.postgres.stop(StopMode::Fast).await;
+    patient.postgres.put_signal("standby.signal");
+    patient.postgres.start_again().await;
+    let finding = patient.has("connection", "it is a standby").await;
+    assert!(finding.fix.unwrap().contains("name it in database.uri"));
+    patient.sql().await.run("SELECT pg_promote()").await;
+    patient.is_well().await;
+}

@@ -1,0 +1,111 @@
+//! The publication, and the tables that are mapped.
+
+use super::Patient;
+use crate::support::postgres::Postgres;
+
+#[tokio::test]
+async fn there_is_no_publication_yet() {
+    let mut patient = Patient::new(Postgres::start().await);
+    patient.sql().await.run(include_str!("../../../sql/0001_tables.sql")).await;
+    patient.heals("publication tuplewatch", "does not exist").await;
+}
+
+#[tokio::test]
+async fn there_is_nothing_yet() {
+    let mut patient = Patient::new(Postgres::start().await);
+    let errors = patient.doctor(&[]).await.of_severity("error");
+    assert_eq!(errors.len(), 4, "{errors:#?}");
+    patient.apply(&errors[0]).await;
+    patient.is_well().await;
+    patient.streams().await;
+}
+
+#[tokio::test]
+async fn the_publication_was_dropped() {
+    let mut patient = Patient::used(Postgres::start().await).await;
+    patient.sql().await.run("DROP PUBLICATION tuplewatch").await;
+    patient.heals("publication tuplewatch", "does not exist").await;
+}
+
+#[tokio::test]
+async fn deletions_are_not_published() {
+    let mut patient = Patient::used(Postgres::start().await).await;
+    patient.sql().await.run("ALTER PUBLICATION tuplewatch SET (publish = 'insert, update, truncate')").await;
+    patient.heals("publication tuplewatch", "does not publish delete").await;
+}
+
+#[tokio::test]
+async fn a_table_was_taken_out_of_the_publication() {
+    let mut patient = Patient::used(Postgres::start().await).await;
+    patient.sql().await.run("ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes").await;
+    patient.heals("table tuplewatch.attributes", "is not in publication tuplewatch").await;
+}
+
+/// Rows or columns that are held back: from version 15 on.
+#[tokio::test]
+async fn a_publication_is_not_of_everything() {
+    let mut patient = Patient::used(Postgres::of_major(17, &[]).await).await;
+    let rest = "ALTER PUBLICATION tuplewatch SET TABLE tuplewatch.attributes, tuplewatch.relation_tuples";
+    for (part, what) in [
+        ("WHERE (tenant_id <> 'secret')", "has a row filter"),
+        ("(tenant_id, entity_type, relation)", "column entity_id is not in the column list"),
+    ] {
+        patient.sql().await.run(&format!("{rest} {part}")).await;
+        patient.heals("table tuplewatch.relation_tuples", what).await;
+    }
+}
+
+#[tokio::test]
+async fn old_rows_are_incomplete() {
+    let mut patient = Patient::used(Postgres::start().await).await;
+    patient.sql().await.run("ALTER TABLE tuplewatch.attributes REPLICA IDENTITY DEFAULT").await;
+    patient.heals("table tuplewatch.attributes", "old rows lack column value").await;
+    patient.sql().await.run("ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY NOTHING").await;
+    patient.heals("table tuplewatch.relation_tuples", "old rows lack column").await;
+}
+
+const SHARES: &str = "tables: [{table: shop.shares, tenant: company, tuple: {
+    entity_type: {constant: document}, entity_id: id, relation: role, subject_type: {constant: user}, subject_id: person}}]";
+
+/// With a table of somebody's own.
+async fn with_shares(sql: &str) -> Patient {
+    let patient = Patient::new(Postgres::start().await).with("--mapping-file", "m.yaml");
+    std::fs::write(patient.path().join("m.yaml"), SHARES).unwrap();
+    patient.sql().await.run(&format!("CREATE SCHEMA shop; {sql}")).await;
+    patient
+}
+
+const COLUMNS: &str = "company text, id text, role text, person text, PRIMARY KEY (company, id, role, person)";
+
+#[tokio::test]
+async fn a_partitioned_table_is_published_under_other_names() {
+    let sql = format!(
+        "CREATE TABLE shop.shares ({COLUMNS}) PARTITION BY LIST (company);
+         CREATE TABLE shop.rest PARTITION OF shop.shares DEFAULT"
+    );
+    let mut patient = with_shares(&sql).await;
+    patient.run("setup", &[]).await.succeeded();
+    patient.sql().await.run("ALTER PUBLICATION tuplewatch SET (publish_via_partition_root = false)").await;
+    patient.heals("table shop.shares", "is partitioned").await;
+}
+
+#[tokio::test]
+async fn a_table_is_not_logged() {
+    let sql = format!("CREATE UNLOGGED TABLE shop.shares ({COLUMNS}); CREATE PUBLICATION tuplewatch FOR ALL TABLES");
+    let mut patient = with_shares(&sql).await;
+    patient.run("setup", &[]).await.succeeded();
+    patient.heals("table shop.shares", "is not logged").await;
+}
+
+#[tokio::test]
+async fn a_mapped_column_is_missing() {
+    let sql = format!("CREATE TABLE shop.shares ({COLUMNS})");
+    let patient = with_shares(&sql).await;
+    patient.run("setup", &[]).await.succeeded();
+    patient.sql().await.run("ALTER TABLE shop.shares RENAME COLUMN person TO colleague").await;
+    let finding = patient.has("table shop.shares", "has no column person, which the mapping names").await;
+    assert_eq!(finding.fix.as_deref(), Some("-- correct the mapping, or add the column"));
+    std::fs::write(patient.path().join("m.yaml"), SHARES.replace("person", "colleague")).unwrap();
+    patient.is_well().await;
+    patient.streams().await;
+}
