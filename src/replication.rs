@@ -22,6 +22,7 @@
 
 mod catalog;
 pub mod connection;
+mod counting;
 mod intake;
 pub mod monitor;
 mod postgres;

@@ -20,9 +20,10 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("pgoutput", vec![]),
         ("mapping", vec!["change", "pgoutput"]),
         ("assembler", vec!["change", "lsn", "mapping", "pgoutput", "snap_token", "transaction"]),
-        ("changelog", core_and(&[])),
-        ("hub", core_and(&["changelog"])),
-        ("replication", core_and(&["changelog"])),
+        ("metrics", vec![]),
+        ("changelog", core_and(&["metrics"])),
+        ("hub", core_and(&["changelog", "metrics"])),
+        ("replication", core_and(&["changelog", "metrics"])),
         ("store", core_and(&["replication"])),
         ("config", vec![]),
         ("telemetry", vec!["config"]),
@@ -32,8 +33,11 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("tls", vec!["config"]),
         ("connections", vec![]),
         ("thread", vec![]),
-        ("grpc", core_and(&["hub", "store", "config", "authn", "admission", "tls", "connections", "thread"])),
-        ("http", vec!["hub", "config", "connections", "grpc", "admission", "tls"]),
+        (
+            "grpc",
+            core_and(&["hub", "store", "config", "authn", "admission", "tls", "connections", "thread", "metrics"]),
+        ),
+        ("http", vec!["hub", "config", "connections", "grpc", "admission", "tls", "metrics"]),
         (
             "app",
             core_and(&[
@@ -48,6 +52,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
                 "admission",
                 "connections",
                 "thread",
+                "metrics",
             ]),
         ),
         ("cli", core_and(&["app", "replication", "grpc", "config", "telemetry", "dev_postgres"])),
@@ -57,7 +62,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
 }
 
 /// Crates that only some modules may name.
-const CONFINED: [(&str, &[&str]); 14] = [
+const CONFINED: [(&str, &[&str]); 15] = [
     ("pgwire_replication", &["replication"]),
     ("tokio_postgres", &["replication", "store", "app", "cli"]),
     ("deadpool", &["store"]),
@@ -70,6 +75,7 @@ const CONFINED: [(&str, &[&str]); 14] = [
     ("hyper_util", &["authn", "http"]),
     ("governor", &["admission", "authn"]),
     ("clap", &["cli", "main"]),
+    ("prometheus", &["metrics"]),
     ("anyhow", &["app", "cli", "main"]),
     ("tracing_subscriber", &["telemetry"]),
 ];
