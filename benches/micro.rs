@@ -172,6 +172,7 @@ fn log_append(criterion: &mut Criterion) {
                     staged: false,
                     breaks: vec![],
                     token_ids: vec![],
+                    tallies: vec![],
                 }))
             };
             (0..batch).map(entry).collect::<Vec<_>>()

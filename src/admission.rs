@@ -10,7 +10,8 @@
 //! anybody who can open a connection could lock everybody out. Refusing them costs a digest or the check of a signature, no
 //! more than reading the request did; what would cost more, asking the issuer for its keys, has a limit of its own.
 //!
-//! Health counts towards no limit: a server that is busy must not be taken for one that is dead.
+//! Health and metrics count towards no limit: a server that is busy must not be taken for one that is dead, and it is when
+//! there is too much that somebody wants to see how much.
 //!
 //! It is a layer of tower's, which tonic and axum both take:
 //!
@@ -73,16 +74,19 @@ struct Limit {
 enum Kind {
     Health,
     Reflection,
+    Metrics,
     Other,
 }
 
 impl Kind {
     /// By the path, which is also what the services are found by.
     fn of(path: &str) -> Self {
-        if path == "/healthz" || path.starts_with("/grpc.health.v1.Health/") {
+        if matches!(path, "/healthz" | "/readyz") || path.starts_with("/grpc.health.v1.Health/") {
             Self::Health
         } else if path.starts_with("/grpc.reflection.") {
             Self::Reflection
+        } else if path == "/metrics" {
+            Self::Metrics
         } else {
             Self::Other
         }
@@ -108,11 +112,12 @@ impl Admission {
         let is_exempt = match kind {
             Kind::Health => exempt.health,
             Kind::Reflection => exempt.reflection,
+            Kind::Metrics => exempt.metrics,
             Kind::Other => false,
         };
         let caller = if is_exempt { Caller::default() } else { authenticator.authenticate(headers).await? };
         match limit {
-            Some(limit) if kind != Kind::Health => limit.check()?,
+            Some(limit) if !matches!(kind, Kind::Health | Kind::Metrics) => limit.check()?,
             _ => {}
         }
         Ok(caller)

@@ -17,6 +17,7 @@ mod edges;
 #[cfg(test)]
 mod pipeline;
 mod primary;
+mod vitals;
 
 use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::recorder::{self, Closed};
@@ -25,6 +26,7 @@ use crate::config::{self, Config, MappingSource, Preset};
 use crate::hub::{self, Hub};
 use crate::lsn::{Lsn, Xid8};
 use crate::mapping::{Mapping, PERMIFY_PRESET, Spec, TUPLES_PRESET};
+use crate::metrics::process::Process;
 use crate::replication::connection::Endpoints;
 use crate::replication::monitor::{Monitor, Thresholds};
 use crate::replication::{self, HoldBack, Outlet, Postgres, Session, Status};
@@ -36,6 +38,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use vitals::Vitals;
 
 /// gRPC clients refuse messages above 4 MiB by default; a little of it is for the token and the framing.
 const CHANGE_BYTES_MAX: usize = (4 << 20) - 1024;
@@ -178,6 +181,8 @@ impl Outlet for Joined {
 pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let mapping = Arc::new(load_mapping(config)?);
     let endpoints = endpoints(config)?;
+    // The first reading is taken for the start of the process.
+    Process::read();
     let edges = Edges::bind(config).await?;
 
     let log = open_log(config, reset_log).await?;
@@ -188,9 +193,10 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
         before_visible: config.service.watch.before_visible,
     };
     let state = log.state();
-    let hub = open_hub(log, recorder_handle.appended(), options).await?;
+    let hub = open_hub(log.clone(), recorder_handle.appended(), options).await?;
 
     let recorded = recorder_handle.clone();
+    let (durable, room) = (recorded.durable(), recorded.room());
     let joined = Joined { recorder: recorder_handle, hub: hub.clone() };
     let session_options = session_options(config, mapping.clone());
     let monitor = Monitor::new(endpoints.clone(), &config.replication.slot, &state.node_id, thresholds(config));
@@ -208,6 +214,16 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     }
 
     let session = Session::new(session_options, postgres, joined);
+    let vitals = Vitals {
+        log,
+        hub: hub.clone(),
+        status: session.status(),
+        received: session.received(),
+        durable,
+        room,
+        reports: monitor.reports(),
+        ready_lag_max: config.server.http.as_ref().map_or(Duration::ZERO, |http| http.ready_lag_max),
+    };
     let (stop_streams, streams_stopped) = watch::channel(false);
     let (stop_session, session_stopped) = watch::channel(false);
     let (primary, answering) = SqlPrimary::new(primaries.clone(), mapping.tenants());
@@ -219,9 +235,9 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.spawn(record_visible(hub.watch_visible(), recorded));
     background.spawn(hub::publisher::run(hub.clone(), SqlSnapshots::new(primaries)));
     background.spawn(answering);
-    background.spawn(monitor.run());
+    background.spawn(monitor.run(session.received()));
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
-    let serving = edges.serve(services, health_service, edges::streams_max(config), streams_stopped);
+    let serving = edges.serve(services, vitals, health_service, edges::streams_max(config), streams_stopped);
     let mut server = tokio::spawn(serving);
     let streaming = thread::run("session".to_owned(), session.run(session_stopped));
     let (_, streaming) = streaming.context("cannot start the session's thread")?;

@@ -11,12 +11,12 @@
 //!
 //! Pure: no clock, no I/O. Belongs to one replication session.
 
-use crate::change::{TenantId, encode};
+use crate::change::{Operation, TenantId, encode};
 use crate::lsn::{Lsn, Position};
 use crate::mapping::{Mapping, Outcome, Plan, Undecodable};
 use crate::pgoutput::{self, Message as Row, RelationCache, RelationId, decode};
 use crate::snap_token::TokenId;
-use crate::transaction::{Break, BreakReason, Header, Message, MessageBuilder, Transaction};
+use crate::transaction::{Break, BreakReason, Header, Message, MessageBuilder, Tally, Transaction};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -114,7 +114,7 @@ enum Reading {
     Not,
     /// It was mapped, and then got another name. It may get the old one back before any check notices, so its rows are not
     /// passed over in silence.
-    Renamed { from: String, to: String },
+    Renamed { from: String, to: Arc<str> },
 }
 
 impl Reading {
@@ -144,6 +144,7 @@ struct Open {
     /// Who gets a last message even where all changes are in messages before it, or where there are none.
     closing: BTreeSet<TenantId>,
     token_ids: Vec<TokenId>,
+    tallies: Vec<Tally>,
 }
 
 impl Assembler {
@@ -192,6 +193,7 @@ impl Assembler {
             broken_for_all: false,
             closing: BTreeSet::new(),
             token_ids: Vec::new(),
+            tallies: Vec::new(),
         });
         Ok(())
     }
@@ -205,14 +207,14 @@ impl Assembler {
             Row::Type | Row::Origin => return Ok(None),
             Row::Relation(relation) => {
                 let before = match self.relations.get(relation.id) {
-                    Some(Reading::As(plan)) => Some(plan.table()),
+                    Some(Reading::As(plan)) => Some(&**plan.table()),
                     Some(Reading::Renamed { from, .. }) => Some(from.as_str()),
                     Some(Reading::Not) | None => self.awaited.get(&relation.id).map(String::as_str),
                 };
                 let reading = match (self.mapping.plan(&relation), before) {
                     (Some(plan), _) => Reading::As(Arc::new(plan)),
                     (None, None) => Reading::Not,
-                    (None, Some(from)) => Reading::Renamed { from: from.to_owned(), to: relation.to_string() },
+                    (None, Some(from)) => Reading::Renamed { from: from.to_owned(), to: relation.to_string().into() },
                 };
                 self.relations.define(relation.id, reading);
                 return Ok(None);
@@ -276,6 +278,7 @@ impl Assembler {
             staged: open.staged,
             breaks: open.breaks,
             token_ids: open.token_ids,
+            tallies: open.tallies,
         })
     }
 
@@ -290,13 +293,14 @@ impl Assembler {
             Reading::As(plan) => plan,
             Reading::Renamed { from, to } => {
                 let reason = Reading::renamed(from, to);
+                open.tally(to).undecodable += 1;
                 open.interrupt(None, before, reason.clone());
                 return halt_on(self.on_undecodable, Some(reason), open.header.commit);
             }
         };
 
         let (tenants, encoded, limits) = (&mut self.tenants, &mut self.encoded, self.limits);
-        let mut undecodable = None;
+        let (mut created, mut deleted, mut undecodable) = (0, 0, None);
         read(plan, &mut |step, outcome| {
             let gap = match outcome {
                 Outcome::Change { tenant, operation, fact } => {
@@ -304,7 +308,12 @@ impl Assembler {
                     encode(operation, &fact, encoded);
                     match intern(tenants, tenant) {
                         Ok(id) if encoded.len() <= limits.change_bytes => {
-                            open.add(&id, before + step, encoded, limits.message_bytes);
+                            if open.add(&id, before + step, encoded, limits.message_bytes) {
+                                match operation {
+                                    Operation::Create => created += 1,
+                                    Operation::Delete => deleted += 1,
+                                }
+                            }
                             return;
                         }
                         Ok(id) => {
@@ -328,10 +337,14 @@ impl Assembler {
                 Outcome::Undecodable(gap) => gap,
             };
             let tenant = gap.tenant.as_deref().and_then(|tenant| intern(tenants, tenant).ok());
-            let reason = BreakReason::Undecodable { table: plan.table().to_owned(), detail: gap.detail };
+            let reason = BreakReason::Undecodable { table: plan.table().to_string(), detail: gap.detail };
             open.interrupt(tenant, before + step - 1, reason.clone());
             undecodable.get_or_insert(reason);
         });
+        let tally = open.tally(plan.table());
+        tally.created += created;
+        tally.deleted += deleted;
+        tally.undecodable += u64::from(undecodable.is_some());
         halt_on(self.on_undecodable, undecodable, open.header.commit)
     }
 
@@ -340,8 +353,8 @@ impl Assembler {
         let table = match self.relations.get(relation).ok_or(Error::UnknownRelation(relation.0))? {
             Reading::Not => return Ok(()),
             Reading::As(plan) if !plan.has_facts() => return Ok(()),
-            Reading::As(plan) => plan.table().to_owned(),
-            Reading::Renamed { to, .. } => to.clone(),
+            Reading::As(plan) => plan.table().to_string(),
+            Reading::Renamed { to, .. } => to.to_string(),
         };
         open.interrupt(None, open.steps, BreakReason::Truncate { table });
         Ok(())
@@ -372,9 +385,10 @@ fn intern(tenants: &mut HashSet<TenantId>, text: &str) -> Result<TenantId, crate
 }
 
 impl Open {
-    fn add(&mut self, tenant: &TenantId, step: u64, encoded: &[u8], message_bytes: usize) {
+    /// Whether the tenant is told of it.
+    fn add(&mut self, tenant: &TenantId, step: u64, encoded: &[u8], message_bytes: usize) -> bool {
         if !self.broken.is_empty() && self.broken.contains(tenant) {
-            return;
+            return false;
         }
         let part = match self.parts.get_mut(tenant) {
             Some(part) => part,
@@ -389,6 +403,18 @@ impl Open {
         }
         part.push(step, encoded);
         self.bytes += encoded.len();
+        true
+    }
+
+    /// That of this table, which is mostly that of the row before.
+    fn tally(&mut self, table: &Arc<str>) -> &mut Tally {
+        let known = self.tallies.iter().rposition(|tally| Arc::ptr_eq(&tally.table, table));
+        let at = known.unwrap_or_else(|| {
+            self.tallies.push(Tally::new(table.clone()));
+            self.tallies.len() - 1
+        });
+        #[expect(clippy::indexing_slicing, reason = "found or added just now")]
+        &mut self.tallies[at]
     }
 
     /// A gap for one tenant or all, after `steps`, up to the end of the transaction.

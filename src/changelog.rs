@@ -155,6 +155,25 @@ pub enum Room {
     },
 }
 
+/// What the log takes, and what it may.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes on disk that retention counts: not the journals, nor what is still in memory.
+    pub bytes: u64,
+    /// Above this the oldest goes.
+    pub bytes_max: u64,
+    /// Bytes of journals.
+    pub journal_bytes: u64,
+    /// Pieces that are dropped as a whole.
+    pub segments: u64,
+    /// When the oldest of them was begun, in seconds since 1970.
+    pub oldest_unix_seconds: u64,
+    /// Bytes free on the disk. `None` where the file system does not say.
+    pub free_bytes: Option<u64>,
+    /// With less free the oldest goes early.
+    pub reserve_bytes: u64,
+}
+
 /// Why the log cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -279,6 +298,11 @@ pub trait ChangeLog: Send + Sync + 'static {
 
     /// All breaks, in stream order of their ends.
     fn breaks(&self) -> Vec<Break>;
+
+    /// What it takes on disk. A log in memory takes nothing.
+    fn usage(&self) -> Usage {
+        Usage::default()
+    }
 
     /// Drops what retention no longer wants: by age (`now` in seconds since 1970), by size, and early for the reserve.
     ///

@@ -115,6 +115,8 @@ pub struct Http {
     pub cors_allowed_origins: Vec<String>,
     /// Longest body of a request.
     pub body_size_max: ByteSize,
+    /// `/readyz` says no from this lag behind the server on; zero only asks whether the slot streams.
+    pub ready_lag_max: Duration,
 }
 
 /// PEM files of a listener.
@@ -366,6 +368,12 @@ impl Http {
                 "server.http.body_size_max",
                 ByteSize::mib(4),
                 size(ByteSize::kib(1)..=ByteSize::mib(64)),
+            ),
+            // Several times what finds a lag (5 s), and as old as a platform's probes tolerate.
+            ready_lag_max: read.get(
+                "server.http.ready_lag_max",
+                Duration::from_secs(30),
+                duration(Duration::ZERO..=Duration::from_secs(DAY_SECS)),
             ),
         };
         enabled.then_some(http)

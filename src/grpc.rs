@@ -4,9 +4,11 @@
 //! is sent the same frame: see [`watch`] for what is sent, and `connection` for how. Methods other than Watch are tonic's.
 //! [`status`] is the one place that turns errors into statuses.
 
+mod calls;
 mod connection;
 pub mod data;
 mod fact;
+mod sent;
 pub mod status;
 pub mod tenancy;
 mod threads;

@@ -19,11 +19,13 @@ mod call;
 mod data;
 mod json;
 mod listener;
+mod probes;
 mod refusal;
 mod tenancy;
 mod watch;
 
 pub use listener::{Error, Listener, serve};
+pub use probes::Probes;
 
 use crate::admission::Admission;
 use crate::config::Http as HttpConfig;
@@ -31,13 +33,13 @@ use crate::grpc::proto::data_server::Data;
 use crate::grpc::proto::tenancy_server::Tenancy;
 use crate::grpc::{Services, status};
 use crate::hub::start::Primary;
+use crate::metrics::metrics;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, ORIGIN, RETRY_AFTER};
 use axum::http::{Method, Uri};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
 use refusal::Refusal;
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,9 +59,14 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// To all services.
-    pub fn new<P: Primary + 'static>(config: &HttpConfig, services: &Services<P>, admission: Admission) -> Self {
-        Self::over(config, watch::routes(services.watch.clone()), admission)
+    /// To all services, and to what the process says of itself.
+    pub fn new<P: Primary + 'static>(
+        config: &HttpConfig,
+        services: &Services<P>,
+        probes: impl Probes,
+        admission: Admission,
+    ) -> Self {
+        Self::over(config, watch::routes(services.watch.clone()).merge(probes::routes(probes)), admission)
             .with_data(services.data.clone())
             .with_tenancy(services.tenancy.clone())
     }
@@ -76,7 +83,7 @@ impl Gateway {
 
     fn over(config: &HttpConfig, routes: Router, admission: Admission) -> Self {
         Self {
-            routes: routes.route("/healthz", get(alive)),
+            routes,
             body_bytes_max: config.body_size_max.to_usize(),
             cors: cors(&config.cors_allowed_origins),
             origins: config.cors_allowed_origins.as_slice().into(),
@@ -94,10 +101,11 @@ impl Gateway {
             .layer(from_fn_with_state(self.origins, refuse_strange_pages))
             .layer(self.admission.layer(|error| Refusal::from(status::of_admission(error)).into_response()));
         // Outermost: a page of another origin may read why it was refused, too.
-        match self.cors {
+        let router = match self.cors {
             Some(cors) => router.layer(cors),
             None => router,
-        }
+        };
+        router.layer(from_fn(count))
     }
 }
 
@@ -119,9 +127,10 @@ fn strange_page(allowed: &[String], request: &Request) -> Option<Refusal> {
     (!is_own && !is_allowed).then(|| Refusal::from(status::strange_origin(origin)))
 }
 
-/// Says that the process runs and answers; whether it streams is what gRPC's health says.
-async fn alive() -> Response {
-    ([(CONTENT_TYPE, json::CONTENT_TYPE)], r#"{"status":"SERVING"}"#).into_response()
+async fn count(request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    metrics().http_requests(response.status().as_str()).inc();
+    response
 }
 
 fn cors(origins: &[String]) -> Option<CorsLayer> {

@@ -79,6 +79,21 @@ impl Item {
     }
 }
 
+/// What is in memory, and how its readers do.
+#[derive(Clone, Debug, Default)]
+pub struct Usage {
+    /// Bytes that recent messages take.
+    pub bytes: usize,
+    /// Bytes that they may take.
+    pub bytes_max: usize,
+    /// Transactions that wait to be visible.
+    pub pending: usize,
+    /// Everything before is published.
+    pub published: Lsn,
+    /// How far each subscription is behind that, in bytes of WAL; zero for those that wait for more.
+    pub lags: Vec<u64>,
+}
+
 /// What positions belong to. Cheap to clone.
 pub type Origin = (Source, Arc<History>);
 
@@ -212,6 +227,11 @@ impl Hub {
     /// What positions belong to; `None` until it is known.
     pub fn origin(&self) -> Option<Origin> {
         self.window().origin().cloned()
+    }
+
+    /// What is in memory, and how its readers do. Holds up publishing for a moment, which grows with the number of subscriptions.
+    pub fn usage(&self) -> Usage {
+        self.window().usage()
     }
 
     /// Follows up to where everything is visible to new snapshots. May repeat itself.

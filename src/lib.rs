@@ -38,7 +38,8 @@
 //! 2. Rows to changes, without I/O: [`pgoutput`], [`mapping`], [`assembler`].
 //! 3. The engine: [`changelog`], [`hub`], [`replication`], and [`store`], which writes the tables of the `tuples` preset.
 //! 4. The edges: [`grpc`], [`http`], [`cli`]; who gets in: [`admission`], [`authn`], [`tls`]; and what they need:
-//!    [`config`], [`connections`], [`thread`], [`telemetry`], [`dev_postgres`].
+//!    [`config`], [`connections`], [`thread`], [`telemetry`], [`dev_postgres`]. [`metrics`] is what the engine and the edges count
+//!    with.
 //! 5. [`app`], which joins all of it.
 //!
 //! What may use what is held by a test (`tests/architecture.rs`); why it is so is in ARCHITECTURE.md.
@@ -59,6 +60,7 @@ pub mod http;
 pub mod hub;
 pub mod lsn;
 pub mod mapping;
+pub mod metrics;
 pub mod pgoutput;
 pub mod replication;
 pub mod snap_token;

@@ -22,6 +22,7 @@
 
 mod catalog;
 pub mod connection;
+mod counting;
 pub mod examination;
 mod hold_back;
 mod intake;

@@ -15,6 +15,7 @@ use crate::snap_token::TokenId;
 use bytes::Bytes;
 use prost::encoding::{decode_varint, encode_varint};
 use std::fmt;
+use std::sync::Arc;
 
 /// What all parts of one transaction have in common, known from its first message on (pgoutput's Begin).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,6 +176,17 @@ pub enum BreakReason {
 }
 
 impl BreakReason {
+    /// Of all reasons that there are.
+    pub const CODES: [&'static str; 7] = [
+        "TRUNCATE",
+        "UNDECODABLE_ROW",
+        "SLOT_MOVED",
+        "SCHEMA_CHANGED",
+        "MAPPING_CHANGED",
+        "TIMELINE_DIVERGED",
+        "LOG_RESET",
+    ];
+
     /// A stable name for machines: `ErrorInfo.reason`.
     pub const fn code(&self) -> &'static str {
         match self {
@@ -276,6 +288,28 @@ pub struct Transaction {
     pub breaks: Vec<Break>,
     /// Ids of transaction tokens that were handed out inside it.
     pub token_ids: Vec<TokenId>,
+    /// What its rows came to, those of staged messages included. Not kept in the change log.
+    pub tallies: Vec<Tally>,
+}
+
+/// How many changes the rows of one table came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tally {
+    /// The table, with its schema.
+    pub table: Arc<str>,
+    /// Facts that hold from then on.
+    pub created: u64,
+    /// Facts that no longer hold.
+    pub deleted: u64,
+    /// Rows that could not be turned into changes.
+    pub undecodable: u64,
+}
+
+impl Tally {
+    /// Of a table without any.
+    pub const fn new(table: Arc<str>) -> Self {
+        Self { table, created: 0, deleted: 0, undecodable: 0 }
+    }
 }
 
 impl Transaction {
@@ -366,6 +400,7 @@ mod tests {
         ] {
             let (table, detail) = reason.details();
             assert_eq!(BreakReason::from_code(reason.code(), table, detail), Some(reason.clone()));
+            assert!(BreakReason::CODES.contains(&reason.code()), "{reason:?}");
         }
     }
 }

@@ -22,9 +22,10 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("pgoutput", vec![]),
         ("mapping", vec!["change", "pgoutput"]),
         ("assembler", vec!["change", "lsn", "mapping", "pgoutput", "snap_token", "transaction"]),
-        ("changelog", core_and(&[])),
-        ("hub", core_and(&["changelog"])),
-        ("replication", core_and(&["changelog"])),
+        ("metrics", vec![]),
+        ("changelog", core_and(&["metrics"])),
+        ("hub", core_and(&["changelog", "metrics"])),
+        ("replication", core_and(&["changelog", "metrics"])),
         ("store", core_and(&["replication"])),
         ("config", vec![]),
         ("telemetry", vec!["config"]),
@@ -34,8 +35,11 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("tls", vec!["config"]),
         ("connections", vec![]),
         ("thread", vec![]),
-        ("grpc", core_and(&["hub", "store", "config", "authn", "admission", "tls", "connections", "thread"])),
-        ("http", vec!["hub", "config", "connections", "grpc", "admission", "tls"]),
+        (
+            "grpc",
+            core_and(&["hub", "store", "config", "authn", "admission", "tls", "connections", "thread", "metrics"]),
+        ),
+        ("http", vec!["hub", "config", "connections", "grpc", "admission", "tls", "metrics"]),
         (
             "app",
             core_and(&[
@@ -50,6 +54,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
                 "admission",
                 "connections",
                 "thread",
+                "metrics",
             ]),
         ),
         ("cli", core_and(&["app", "replication", "grpc", "config", "telemetry", "dev_postgres"])),
@@ -59,7 +64,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
 }
 
 /// Crates that only some modules may name.
-const CONFINED: [(&str, &[&str]); 17] = [
+const CONFINED: [(&str, &[&str]); 18] = [
     ("pgwire_replication", &["replication"]),
     ("tokio_postgres", &["replication", "store", "app", "cli"]),
     ("deadpool", &["store"]),
@@ -75,6 +80,7 @@ const CONFINED: [(&str, &[&str]); 17] = [
     ("clap_complete", &["cli"]),
     ("anstyle", &["cli"]),
     ("anstream", &["cli", "telemetry"]),
+    ("prometheus", &["metrics"]),
     ("anyhow", &["app", "cli", "main"]),
     ("tracing_subscriber", &["telemetry"]),
 ];

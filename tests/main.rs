@@ -34,6 +34,7 @@ mod support {
     pub(crate) mod raw_watch;
     pub(crate) mod reference;
     pub(crate) mod reset_wal;
+    pub(crate) mod scrape;
     pub(crate) mod server;
     pub(crate) mod sql;
     pub(crate) mod standby;
@@ -58,6 +59,7 @@ mod scenarios {
     mod lifecycle;
     mod long_transaction;
     mod memory;
+    mod metrics;
     mod oracle;
     mod packaging;
     mod permify;

@@ -18,13 +18,15 @@ async fn router(authn: &[(&str, &str)], rate_limit: u32) -> Router {
     let whoami = async |Extension(caller): Extension<Caller>| {
         ["t1", "t2"].map(|tenant| if caller.may_use(tenant) { tenant } else { "-" }).join(" ")
     };
-    Router::new().route("/", get(whoami)).route("/healthz", get(whoami)).layer(admission.layer(|error| {
-        let status = match error {
-            Error::Credentials(_) => StatusCode::UNAUTHORIZED,
-            Error::Rate { .. } => StatusCode::TOO_MANY_REQUESTS,
-        };
-        Response::builder().status(status).body(Body::from(error.to_string())).unwrap()
-    }))
+    Router::new().route("/", get(whoami)).route("/healthz", get(whoami)).route("/metrics", get(whoami)).layer(
+        admission.layer(|error| {
+            let status = match error {
+                Error::Credentials(_) => StatusCode::UNAUTHORIZED,
+                Error::Rate { .. } => StatusCode::TOO_MANY_REQUESTS,
+            };
+            Response::builder().status(status).body(Body::from(error.to_string())).unwrap()
+        }),
+    )
 }
 
 async fn ask(router: &Router, path: &str, authorization: &str) -> (u16, String) {
@@ -64,6 +66,19 @@ async fn health_is_exempt_where_that_is_wanted() {
     let router = router(&keys, 0).await;
     assert_eq!(ask(&router, "/healthz", "").await.0, 401);
     assert_eq!(ask(&router, "/healthz", "Bearer k").await.0, 200);
+}
+
+#[tokio::test]
+async fn metrics_are_exempt_where_that_is_wanted() {
+    for (exempt, status) in [("false", 401), ("true", 200)] {
+        let keys = [("enabled", "true"), ("preshared.keys", "k"), ("exempt.metrics", exempt)];
+        let router = router(&keys, 1).await;
+        for _ in 0..20 {
+            // However many there are.
+            assert_eq!(ask(&router, "/metrics", "Bearer k").await.0, 200);
+            assert_eq!(ask(&router, "/metrics", "").await.0, status);
+        }
+    }
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use crate::grpc::data::DataService;
 use crate::grpc::tenancy::TenancyService;
 use crate::grpc::watch::WatchService;
 use crate::grpc::{self, Services};
-use crate::http::{self, Gateway};
+use crate::http::{self, Gateway, Probes};
 use crate::hub::Hub;
 use crate::replication::Primaries;
 use crate::snap_token;
@@ -54,6 +54,7 @@ impl Edges {
     pub(super) async fn serve(
         self,
         services: Services<SqlPrimary>,
+        probes: impl Probes,
         health: HealthServer<impl Health>,
         streams_max: usize,
         stop: watch::Receiver<bool>,
@@ -64,7 +65,8 @@ impl Edges {
         }
         tracing::info!(address = %grpc.address(), "gRPC is listening");
         let connections_max = connections::limit(streams_max);
-        let gateway = http.map(|(listener, config)| (listener, Gateway::new(&config, &services, admission.clone())));
+        let gateway =
+            http.map(|(listener, config)| (listener, Gateway::new(&config, &services, probes, admission.clone())));
         let over_http = async {
             // Where it is switched off there is nothing that could end.
             if let Some((listener, gateway)) = gateway {

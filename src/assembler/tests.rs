@@ -232,3 +232,26 @@ fn rows_of_a_mapped_table_under_another_name_are_a_break_for_all() {
     assembler.change(&insert(1, "a", "1")).unwrap();
     assert_eq!(assembler.commit(Lsn(100), Lsn(110)).unwrap().breaks, []);
 }
+
+#[test]
+fn rows_are_tallied_by_table() {
+    let tallies = |rows: &[Vec<u8>], limits: Limits| {
+        let mut assembler = assembler(limits, OnUndecodable::Break);
+        assembler.begin(header()).unwrap();
+        for row in rows {
+            assembler.change(row).unwrap();
+        }
+        let tallies = assembler.commit(Lsn(100), Lsn(110)).unwrap().tallies;
+        tallies.into_iter().map(|t| (t.table.to_string(), t.created, t.deleted, t.undecodable)).collect::<Vec<_>>()
+    };
+    let tuples = || "tuplewatch.relation_tuples".to_owned();
+    assert_eq!(tallies(&[], LIMITS), []);
+    assert_eq!(tallies(&[insert(2, "a", "1")], LIMITS), []);
+    let rows = [insert(1, "a", "1"), insert(2, "a", "1"), insert(1, "b", "2")];
+    assert_eq!(tallies(&rows, LIMITS), [(tuples(), 2, 0, 0)]);
+    // What was staged before counts as well.
+    assert_eq!(tallies(&rows, Limits { stage_bytes: 1, ..LIMITS }), [(tuples(), 2, 0, 0)]);
+    // Nobody is told of what comes behind a break.
+    let rows = [insert(1, "a", "1"), insert(1, "a", "-"), insert(1, "a", "2"), insert(1, "b", "2")];
+    assert_eq!(tallies(&rows, LIMITS), [(tuples(), 2, 0, 1)]);
+}

@@ -49,6 +49,7 @@ fn transaction(commit: u64, tenants: &[&str]) -> Entry {
         staged: false,
         breaks: vec![],
         token_ids: vec![TokenId([commit as u8; 16])],
+        tallies: vec![],
     }))
 }
 

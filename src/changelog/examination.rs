@@ -169,7 +169,7 @@ fn median_sync(place: &Path) -> io::Result<Duration> {
 
 fn check_space(path: &Path, place: &Path, options: &Options, report: &mut Report) {
     const SUBJECT: &str = "room for the change log";
-    let (free, used) = (directory::free_bytes(place), bytes_below(path));
+    let (free, used) = (directory::free_bytes(place).unwrap_or(u64::MAX), bytes_below(path));
     let reserve = options.reserve_bytes;
     let what = format!("{} are free, and the log has {}", Bytes(free), Bytes(used));
     if free.saturating_add(used) < reserve {

@@ -19,7 +19,7 @@ mod segments;
 mod stored;
 
 use super::record::{self, Horizon};
-use super::{Batch, ChangeLog, Entry, Error, Room, State, Trace, Verified};
+use super::{Batch, ChangeLog, Entry, Error, Room, State, Trace, Usage, Verified};
 use crate::change::TenantId;
 use crate::lsn::{Lsn, Position, Xid8};
 use crate::snap_token::TokenId;
@@ -248,7 +248,8 @@ impl FjallLog {
     }
 
     fn free_bytes(&self) -> u64 {
-        directory::free_bytes(&self.options.path)
+        // Where the file system does not say, there is nothing to go by.
+        directory::free_bytes(&self.options.path).unwrap_or(u64::MAX)
     }
 }
 
@@ -390,6 +391,20 @@ impl ChangeLog for FjallLog {
 
     fn breaks(&self) -> Vec<Break> {
         self.memory().breaks.clone()
+    }
+
+    fn usage(&self) -> Usage {
+        let segments = self.segments();
+        Usage {
+            bytes: segments.bytes(),
+            bytes_max: self.options.size_bytes,
+            // A failure of the disk is for who writes to find.
+            journal_bytes: self.db.journal_disk_space().unwrap_or_default(),
+            segments: segments.len() as u64,
+            oldest_unix_seconds: segments.oldest_created_unix_seconds(),
+            free_bytes: directory::free_bytes(&self.options.path),
+            reserve_bytes: self.options.reserve_bytes,
+        }
     }
 
     fn retain(&self, now_unix_seconds: u64) -> Result<Room, Error> {

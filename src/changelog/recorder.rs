@@ -6,6 +6,7 @@
 
 use super::{ChangeLog, Entry, Error, Room, State};
 use crate::lsn::Lsn;
+use crate::metrics::metrics;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
@@ -204,7 +205,9 @@ impl Recorder {
     fn sync(&self) -> Result<(), Error> {
         // What is appended now is durable then; the log has no other writer.
         let tail = *self.appended.borrow();
+        let began = std::time::Instant::now();
         self.log.sync()?;
+        metrics().fsync_seconds.observe(began.elapsed().as_secs_f64());
         self.durable.send_replace(tail);
         Ok(())
     }

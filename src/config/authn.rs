@@ -34,10 +34,12 @@ pub enum Credentials {
 /// What needs no credentials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exempt {
-    /// `grpc.health.v1` and `/healthz`: probes of a platform usually have none.
+    /// `grpc.health.v1`, `/healthz` and `/readyz`: probes of a platform usually have none.
     pub health: bool,
     /// Server reflection, which tells no more than the published protocol.
     pub reflection: bool,
+    /// `/metrics`, which has no values of rows and no tenants in it, but names tables and tells how busy they are.
+    pub metrics: bool,
 }
 
 /// A key, and what it is good for. `Debug` shows no key.
@@ -135,6 +137,7 @@ impl Authn {
         let exempt = Exempt {
             health: read.get("authn.exempt.health", true, boolean),
             reflection: read.get("authn.exempt.reflection", false, boolean),
+            metrics: read.get("authn.exempt.metrics", false, boolean),
         };
         let keys = read.get("authn.preshared.keys", Vec::new(), preshared_keys);
         let issuer = read.get("authn.oidc.issuer", None, issuer);

@@ -448,9 +448,9 @@ fn what_is_printed_loads_again() {
 server:
   host: "::1"
   grpc: { port: 0, tls: { enabled: true, cert: "a b.pem", key: 'C:\k"', client_ca: "1" } }
-  http: { port: 1, tls: { enabled: true, cert: c, key: k }, cors_allowed_origins: ["*", "http://[::1]:80"], body_size_max: 1KiB }
+  http: { port: 1, tls: { enabled: true, cert: c, key: k }, cors_allowed_origins: ["*", "http://[::1]:80"], body_size_max: 1KiB, ready_lag_max: 0s }
 logger: { level: trace, format: json }
-authn: { enabled: true, method: oidc, exempt: { health: false, reflection: true },
+authn: { enabled: true, method: oidc, exempt: { health: false, reflection: true, metrics: true },
          oidc: { issuer: "https://i.example/r", audience: "a b", tenants_claim: "https://t.example/tenants" } }
 service: { watch: { enabled: false, message_size_max: 4MiB, resolve_timeout: 1m30s } }
 database: { uri: "postgres://u@h/db", max_connections: 5, max_data_per_write: 7 }
@@ -500,6 +500,7 @@ fn the_printed_form_is_nested_and_in_the_order_of_the_document() {
       key: "" # default
     cors_allowed_origins: [] # default
     body_size_max: 4MiB # default
+    ready_lag_max: 30s # default
 logger:
   level: info # default
   format: json # flag --logger-format
@@ -509,6 +510,7 @@ authn:
   exempt:
     health: true # default
     reflection: false # default
+    metrics: false # default
   preshared:
     keys: [] # default
   oidc:

@@ -18,7 +18,9 @@
 //!   had goes with it.
 //! - When the server stops, streams end with a status, and then the connection does.
 
-use super::watch::{self, Responses};
+use super::calls::Call;
+use super::sent::Sent;
+use super::watch::{self, Frames, Responses};
 use crate::tls;
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, Stream as _};
@@ -115,7 +117,8 @@ async fn talk(
     let keepalive = h2.ping_pong().map(Keepalive::new);
     let (exchanges, streams) = (FuturesUnordered::new(), FuturesUnordered::new());
     let starts = Arc::new(Semaphore::new(STARTS_MAX));
-    let mut connection = Connection { h2, watch, others, exchanges, starts, streams, keepalive };
+    let sent = Sent::default();
+    let mut connection = Connection { h2, watch, others, exchanges, starts, streams, keepalive, sent };
     tokio::select! {
         ended = poll_fn(|cx| connection.poll(cx)) => ended,
         () = stopped => {
@@ -135,6 +138,7 @@ struct Connection<T, W, O> {
     /// What is being followed.
     streams: FuturesUnordered<Following>,
     keepalive: Option<Keepalive>,
+    sent: Sent,
 }
 
 /// A request until it is answered, or until it turns out to be one of Watch that can be followed.
@@ -157,6 +161,7 @@ where
             }
             // Those that have ended leave the set.
             while let Poll::Ready(Some(())) = Pin::new(&mut self.streams).poll_next(cx) {}
+            self.sent.settle();
             // Writes what they have sent, and reads.
             match self.h2.poll_accept(cx).map_err(io::Error::other)? {
                 Poll::Ready(Some((request, reply))) => {
@@ -175,8 +180,10 @@ where
     /// Both services are always ready.
     fn exchange(&self, request: Request<RecvStream>, mut reply: SendResponse<Bytes>) -> Exchange {
         let request = request.map(RequestBody);
+        let mut call = Call::begin(request.uri().path());
         if watch::is_path(request.uri().path()) {
             let (mut watch, starts, patience) = (self.watch.clone(), self.starts.clone(), patience(request.headers()));
+            let sent = self.sent.clone();
             return Box::pin(async move {
                 // Never closed.
                 let _start = starts.acquire().await;
@@ -184,8 +191,9 @@ where
                 let Some(response) = answered(answer, patience, &mut reply).await? else { return Ok(None) };
                 let (head, responses) = response.into_parts();
                 let is_refused = responses.is_end();
+                call.end_with(&head.headers);
                 let send = reply.send_response(Response::from_parts(head, ()), is_refused)?;
-                Ok((!is_refused).then(|| Following::new(responses, send)))
+                Ok((!is_refused).then(|| Following::new(responses, send, sent, call)))
             });
         }
         let patience = patience(request.headers());
@@ -194,9 +202,10 @@ where
             let Some(response) = answered(answer, patience, &mut reply).await? else { return Ok(None) };
             let (head, body) = response.into_parts();
             let is_end = body.is_end_stream();
+            call.end_with(&head.headers);
             let send = reply.send_response(Response::from_parts(head, ()), is_end)?;
             if !is_end {
-                send_body(body, send).await?;
+                send_body(body, send, &mut call).await?;
             }
             Ok(None)
         })
@@ -244,7 +253,7 @@ async fn answered<B: Default>(
     .await
 }
 
-async fn send_body(mut body: Body, mut send: SendStream<Bytes>) -> Result<(), h2::Error> {
+async fn send_body(mut body: Body, mut send: SendStream<Bytes>, call: &mut Call) -> Result<(), h2::Error> {
     loop {
         let next = poll_fn(|cx| match Pin::new(&mut body).poll_frame(cx) {
             Poll::Ready(frame) => Poll::Ready(Ok(frame)),
@@ -267,6 +276,7 @@ async fn send_body(mut body: Body, mut send: SendStream<Bytes>) -> Result<(), h2
             }
             Err(frame) => {
                 if let Ok(trailers) = frame.into_trailers() {
+                    call.end_with(&trailers);
                     return send.send_trailers(trailers);
                 }
             }
@@ -292,9 +302,11 @@ fn poll_room(send: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Poll<Result<
 struct Following {
     responses: Responses,
     /// Taken from the hub, and waiting for room.
-    unsent: Option<Bytes>,
+    unsent: Option<Frames>,
     send: SendStream<Bytes>,
     told_by_h2: Option<Arc<ToldByH2>>,
+    sent: Sent,
+    call: Call,
 }
 
 /// Wakes a stream for what h2 has to tell it: that there is room, that it was reset.
@@ -319,8 +331,8 @@ impl Wake for ToldByH2 {
 }
 
 impl Following {
-    const fn new(responses: Responses, send: SendStream<Bytes>) -> Self {
-        Self { responses, unsent: None, send, told_by_h2: None }
+    const fn new(responses: Responses, send: SendStream<Bytes>, sent: Sent, call: Call) -> Self {
+        Self { responses, unsent: None, send, told_by_h2: None, sent, call }
     }
 }
 
@@ -342,7 +354,7 @@ impl Future for Following {
 
 impl Following {
     fn poll_both(&mut self, hub: &mut Context<'_>, h2: &mut Context<'_>) -> Poll<()> {
-        let Self { responses, unsent, send, .. } = self;
+        let Self { responses, unsent, send, sent, call, .. } = self;
         let mut is_all = false;
         loop {
             if unsent.is_some() {
@@ -352,23 +364,27 @@ impl Following {
                     Poll::Pending => break,
                 }
             }
-            if let Some(frames) = unsent.take()
-                && send.send_data(frames, false).is_err()
-            {
-                return Poll::Ready(());
+            if let Some(Frames { bytes, messages, .. }) = unsent.take() {
+                let length = bytes.len();
+                if send.send_data(bytes, false).is_err() {
+                    return Poll::Ready(());
+                }
+                sent.add(messages, length);
             }
             if is_all {
                 break;
             }
             match responses.poll_frames(hub) {
                 Poll::Ready(Some(Ok(frames))) => {
-                    *unsent = Some(frames.bytes);
                     // Of use in this poll alone: who waits for room meanwhile is woken by the hub only once.
                     is_all = frames.is_all;
+                    *unsent = Some(frames);
                 }
                 Poll::Ready(Some(Err(status))) => {
                     let mut trailers = HeaderMap::new();
-                    if status.add_header(&mut trailers).is_err() || send.send_trailers(trailers).is_err() {
+                    let is_written = status.add_header(&mut trailers).is_ok();
+                    call.end_with(&trailers);
+                    if !is_written || send.send_trailers(trailers).is_err() {
                         send.send_reset(Reason::INTERNAL_ERROR);
                     }
                     return Poll::Ready(());

@@ -68,6 +68,11 @@ fn with_reason(code: Code, message: String, reason: &str, metadata: Vec<(&str, S
     Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, metadata))
 }
 
+/// The reason in its `ErrorInfo`, if it has one.
+pub(super) fn reason(status: &Status) -> Option<String> {
+    status.get_details_error_info().map(|info| info.reason)
+}
+
 /// Why a stream did not start.
 pub fn of_start(error: StartError, tokens: Option<&Tokens>) -> Status {
     let message = error.to_string();

@@ -12,12 +12,14 @@
 //!   that comes to half of the connection's window. Frames of more than 170 bytes fill the window first, and then the stream
 //!   waits, as it should.
 
+use super::calls::code_name;
 use super::proto;
 use super::status::{self, Tokens};
 use crate::authn::Caller;
 use crate::hub::start::Primary;
 use crate::hub::{End, Hub, Item, Subscription};
 use crate::lsn::{CommitTime, Lsn, Xid8};
+use crate::metrics::{Edge, metrics};
 use crate::snap_token::Form;
 use crate::transaction::Message;
 use bytes::{BufMut, Bytes, BytesMut};
@@ -100,6 +102,7 @@ impl<P: Primary + 'static> WatchService<P> {
     /// those that are open end with the hub.
     pub fn new(hub: Hub, primary: P, options: Options, stop: watch::Receiver<bool>) -> Self {
         let streams = Arc::new(Semaphore::new(options.subscribers_max));
+        metrics().subscribers_limit.set(i64::try_from(options.subscribers_max).unwrap_or(i64::MAX));
         Self { hub, inner: Arc::new(Inner { primary, options, streams, stop }) }
     }
 
@@ -114,11 +117,15 @@ impl<P: Primary + 'static> WatchService<P> {
         &self.hub
     }
 
-    /// Starts a stream. When this returns the start is fixed.
+    /// Starts a stream that goes over this edge. When this returns the start is fixed.
     ///
     /// # Errors
     /// See [`status`].
-    pub async fn watch(&self, request: Request<proto::WatchRequest>) -> Result<Response<Responses>, Status> {
+    pub async fn watch(
+        &self,
+        request: Request<proto::WatchRequest>,
+        edge: &'static Edge,
+    ) -> Result<Response<Responses>, Status> {
         super::authorize(&request, &request.get_ref().tenant_id)?;
         let expires_at = request.extensions().get::<Caller>().and_then(Caller::expires_at).and_then(instant);
         let proto::WatchRequest { tenant_id, snap_token } = request.into_inner();
@@ -148,6 +155,7 @@ impl<P: Primary + 'static> WatchService<P> {
             expires: expires_at.map(|at| Box::pin(tokio::time::sleep_until(at))),
             ready: VecDeque::new(),
             before: Before::Unknown,
+            counted: Counted::begin(edge),
             _permit: permit,
         };
         let mut response = Response::new(Responses { open: Some(Box::new(open)) });
@@ -173,6 +181,8 @@ pub struct Responses {
 /// One or more messages, as they go over the wire.
 pub(super) struct Frames {
     pub(super) bytes: Bytes,
+    /// How many.
+    pub(super) messages: usize,
     /// There are no others, and who polled is woken when there are: to poll once more now is of no use.
     pub(super) is_all: bool,
 }
@@ -185,7 +195,29 @@ struct Open {
     expires: Option<Pin<Box<Sleep>>>,
     ready: VecDeque<Arc<Item>>,
     before: Before,
+    counted: Counted,
     _permit: OwnedSemaphorePermit,
+}
+
+/// A stream, among those that are open until it is dropped. Where nobody has said why it ended, the client has gone.
+struct Counted {
+    edge: &'static Edge,
+    /// What the subscriber was told.
+    reason: Option<String>,
+}
+
+impl Counted {
+    fn begin(edge: &'static Edge) -> Self {
+        edge.subscribers.inc();
+        Self { edge, reason: None }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.edge.subscribers.dec();
+        metrics().streams_ended(self.edge.protocol, self.reason.as_deref().unwrap_or("CLIENT_GONE")).inc();
+    }
 }
 
 /// The transaction before one that is in several messages, by its commit LSN.
@@ -209,7 +241,8 @@ impl Responses {
     fn poll_joined(&mut self, cx: &mut Context<'_>, bytes_max: usize) -> Poll<Option<Result<Frames, Status>>> {
         let Some(open) = &mut self.open else { return Poll::Ready(None) };
         let next = ready!(open.poll_joined(cx, bytes_max));
-        if next.is_err() {
+        if let Err(status) = &next {
+            open.counted.reason = Some(status::reason(status).unwrap_or_else(|| code_name(status.code()).to_owned()));
             self.open = None;
         }
         Poll::Ready(Some(next))
@@ -235,20 +268,22 @@ impl Open {
         let is_all = ready!(self.poll_ready(cx))?;
         let first = ready!(self.poll_frame(cx))?;
         if self.ready.is_empty() || first.len() >= bytes_max {
-            return Poll::Ready(Ok(Frames { bytes: first, is_all: is_all && self.ready.is_empty() }));
+            return Poll::Ready(Ok(Frames { bytes: first, messages: 1, is_all: is_all && self.ready.is_empty() }));
         }
         // As much as there is, if the others are like the first: what h2 keeps should not be mostly empty.
         let expected = first.len() * (self.ready.len() + 1);
         let mut joined = BytesMut::with_capacity(expected.min(bytes_max + FRAME_BYTES_MIN));
         joined.put(first);
+        let mut messages = 1;
         while !self.ready.is_empty()
             && joined.len() < bytes_max
             // An error comes again the next time.
             && let Poll::Ready(Ok(frame)) = self.poll_frame(cx)
         {
             joined.put(frame);
+            messages += 1;
         }
-        Poll::Ready(Ok(Frames { bytes: joined.freeze(), is_all: is_all && self.ready.is_empty() }))
+        Poll::Ready(Ok(Frames { bytes: joined.freeze(), messages, is_all: is_all && self.ready.is_empty() }))
     }
 
     /// Waits until some are ready. `true`: they are all there are, and who polls now is woken when there are more.
@@ -358,7 +393,7 @@ where
         let service = self.clone();
         Box::pin(async move {
             let answer = match read(request).await {
-                Ok(request) => service.watch(request).await,
+                Ok(request) => service.watch(request, &metrics().grpc).await,
                 Err(status) => Err(status),
             };
             Ok(answer.map_or_else(Status::into_http, write))

@@ -111,11 +111,27 @@ impl Tenancy for Echo {
     }
 }
 
+/// Is not ready, and says so.
+struct Stalled;
+
+impl Probes for Stalled {
+    fn ready(&self) -> Result<(), String> {
+        Err("the \"slot\" is away".to_owned())
+    }
+
+    fn metrics(&self) -> String {
+        "up 1\n".to_owned()
+    }
+}
+
 /// The gateway without Watch, which has no other service to stand in: tests/scenarios/http.rs has that.
 fn router(overrides: &[(&str, &str)]) -> Router {
     let overrides: Vec<_> = overrides.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     let config = Config::load(None, [], &overrides).unwrap().server.http.unwrap();
-    Gateway::over(&config, Router::new(), open()).with_data(Arc::new(Echo)).with_tenancy(Arc::new(Echo)).into_router()
+    Gateway::over(&config, probes::routes(Stalled), open())
+        .with_data(Arc::new(Echo))
+        .with_tenancy(Arc::new(Echo))
+        .into_router()
 }
 
 async fn send(router: Router, request: Request<Body>) -> (StatusCode, axum::http::HeaderMap, Bytes) {
@@ -224,7 +240,7 @@ async fn pages_of_allowed_origins_may_call() {
 
 /// Everybody gets in.
 fn open() -> Admission {
-    Admission::new(Authenticator::Open, Exempt { health: true, reflection: true }, None)
+    Admission::new(Authenticator::Open, Exempt { health: true, reflection: true, metrics: true }, None)
 }
 
 /// The gateway on a port, with what it says to these bytes until it closes the connection. The clock is paused: it goes to
@@ -234,7 +250,7 @@ async fn says(sent: &[u8]) -> String {
     let listener = Listener::bind("127.0.0.1", &config).await.unwrap();
     let mut client = TcpStream::connect(listener.address()).await.unwrap();
     let (stop, stopped) = tokio::sync::watch::channel(false);
-    let gateway = Gateway::over(&config, Router::new(), open()).with_data(Arc::new(Echo));
+    let gateway = Gateway::over(&config, probes::routes(Stalled), open()).with_data(Arc::new(Echo));
     let server = tokio::spawn(serve(listener, gateway, 1, stopped));
     client.write_all(sent).await.unwrap();
     let mut said = String::new();
@@ -252,6 +268,20 @@ async fn who_says_nothing_is_not_kept() {
     assert!(idle.starts_with("HTTP/1.1 200 OK\r\n"), "{idle}");
     let slow = says(b"POST /v1/tenants/t1/data/write HTTP/1.1\r\nhost: t\r\ncontent-length: 9\r\n\r\n{").await;
     assert!(slow.starts_with("HTTP/1.1 408 Request Timeout\r\n") && slow.contains("\"code\":4"), "{slow}");
+}
+
+#[tokio::test]
+async fn what_the_process_says_of_itself() {
+    for (path, status, kind, body) in [
+        ("/healthz", 200, "application/json", r#"{"status":"SERVING"}"#),
+        ("/readyz", 503, "application/json", r#"{"reason":"the \"slot\" is away","status":"NOT_READY"}"#),
+        ("/metrics", 200, "text/plain; version=0.0.4", "up 1\n"),
+    ] {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        let (code, headers, said) = send(router(&[]), request).await;
+        assert_eq!((code.as_u16(), headers[CONTENT_TYPE].to_str().unwrap()), (status, kind), "{path}");
+        assert_eq!(said, body, "{path}");
+    }
 }
 
 /// JSON that is about what a request has, with anything in its places.

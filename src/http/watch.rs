@@ -22,6 +22,7 @@ use super::refusal::Refusal;
 use crate::grpc::proto::WatchRequest;
 use crate::grpc::watch::{Responses, START_SNAP_TOKEN, WatchService};
 use crate::hub::start::Primary;
+use crate::metrics::metrics;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
@@ -65,6 +66,10 @@ fn messages(responses: Responses, changes: Changes) -> impl Stream<Item = Result
             return std::future::ready(None);
         }
         let message = next.and_then(|encoded| json::write_watch_response(encoded, changes));
+        if let Ok(Written { json, .. }) = &message {
+            metrics().http.messages_sent.inc();
+            metrics().http.bytes_sent.inc_by(json.len() as u64);
+        }
         *ended = message.is_err();
         std::future::ready(Some(message))
     })
@@ -75,7 +80,7 @@ async fn lines<P: Primary + 'static>(
     request: tonic::Request<WatchRequest>,
     changes: Changes,
 ) -> Result<Response, Refusal> {
-    let started = service.watch(request).await?;
+    let started = service.watch(request, &metrics().http).await?;
     let start = start_of(&started);
     let lines = messages(started.into_inner(), changes).map(|message| {
         Ok::<_, Infallible>(match message {
@@ -100,7 +105,7 @@ async fn events<P: Primary + 'static>(
         // Bytes that are no text are no token either.
         request.get_mut().snap_token = String::from_utf8_lossy(last.as_bytes()).into_owned();
     }
-    let (start, messages) = match service.watch(request).await {
+    let (start, messages) = match service.watch(request, &metrics().http).await {
         Ok(started) => (start_of(&started), messages(started.into_inner(), Changes::DataChanges).left_stream()),
         Err(status) if heals(status.code()) => (None, stream::iter([Err(status)]).right_stream()),
         Err(status) => return Err(status.into()),

@@ -6,7 +6,7 @@
 use super::Item;
 use super::bell::Bell;
 use crate::change::TenantId;
-use crate::lsn::Position;
+use crate::lsn::{Lsn, Position};
 use slab::Slab;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -32,6 +32,8 @@ struct Reader {
     bell: Option<Bell>,
     /// While it waits.
     waker: Option<Waker>,
+    /// It has everything before, as far as it is known here.
+    has: Lsn,
 }
 
 /// A reader's place: that of the feed, and its own in it.
@@ -79,10 +81,11 @@ impl Feeds {
         }
     }
 
-    /// Registers a reader, to be woken by this bell, if any. A new feed is complete from `floor` on.
-    pub(super) fn join(&mut self, tenant: &TenantId, floor: Position, bell: Option<Bell>) -> ReaderKey {
+    /// Registers a reader that has everything before `has`, to be woken by this bell, if any. A new feed is complete from `floor`
+    /// on.
+    pub(super) fn join(&mut self, tenant: &TenantId, has: Lsn, floor: Position, bell: Option<Bell>) -> ReaderKey {
         let feed = self.place_of(tenant, floor);
-        ReaderKey { feed, reader: self.at_mut(feed).readers.insert(Reader { bell, waker: None }) }
+        ReaderKey { feed, reader: self.at_mut(feed).readers.insert(Reader { bell, waker: None, has }) }
     }
 
     /// The feed that this reader reads.
@@ -94,6 +97,20 @@ impl Feeds {
     #[expect(clippy::indexing_slicing, reason = "only for places that are known to be taken: see above")]
     fn at_mut(&mut self, at: usize) -> &mut Feed {
         &mut self.feeds[at]
+    }
+
+    /// The reader asks for what comes after this LSN.
+    pub(super) fn asks(&mut self, key: ReaderKey, has: Lsn) {
+        if let Some(reader) = self.at_mut(key.feed).readers.get_mut(key.reader) {
+            reader.has = has;
+        }
+    }
+
+    /// How far each reader is behind, with everything before `published` published. Who waits is not.
+    pub(super) fn lags(&self, published: Lsn) -> Vec<u64> {
+        let readers = self.feeds.iter().flat_map(|(_, feed)| feed.readers.iter());
+        let lag = |reader: &Reader| if reader.waker.is_some() { 0 } else { published.0.saturating_sub(reader.has.0) };
+        readers.map(|(_, reader)| lag(reader)).collect()
     }
 
     /// Wakes the reader once when there may be something new for it.
@@ -114,12 +131,14 @@ impl Feeds {
 }
 
 impl Feed {
-    pub(super) fn wake(&mut self) {
+    /// Wakes those that wait, which so far had all that there was: everything before `had`.
+    pub(super) fn wake(&mut self, had: Lsn) {
         for (_, reader) in &mut self.readers {
-            match (reader.waker.take(), &reader.bell) {
-                (Some(waker), Some(bell)) => bell.add(waker),
-                (Some(waker), None) => waker.wake(),
-                (None, _) => {}
+            let Some(waker) = reader.waker.take() else { continue };
+            reader.has = reader.has.max(had);
+            match &reader.bell {
+                Some(bell) => bell.add(waker),
+                None => waker.wake(),
             }
         }
     }

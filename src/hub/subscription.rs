@@ -6,6 +6,7 @@ use super::{Hub, Item, Origin};
 use crate::change::TenantId;
 use crate::changelog::{self, Batch};
 use crate::lsn::{Lsn, Position, Snapshot, Xid8};
+use crate::metrics::metrics;
 use crate::transaction::Break;
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -62,6 +63,15 @@ enum Waiting {
     Append(#[expect(dead_code, reason = "dropped, it would not wake")] Pin<Box<dyn Future<Output = ()> + Send>>),
 }
 
+/// Where a subscription had its last messages from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tier {
+    /// It has not had any.
+    None,
+    Memory,
+    Log,
+}
+
 /// What came of a read.
 struct Read {
     batch: Batch,
@@ -85,6 +95,7 @@ pub struct Subscription {
     key: ReaderKey,
     /// What it waits for beside what is published.
     waiting: Option<Waiting>,
+    tier: Tier,
     divergences_checked: usize,
     /// What the positions of the last batch belong to.
     origin: Option<Origin>,
@@ -101,8 +112,19 @@ impl Subscription {
         filter: Option<Filter>,
         divergences: usize,
     ) -> Self {
-        let key = hub.window().join(&tenant, hub.bell.clone());
-        Self { hub, tenant, cursor, seen, filter, key, waiting: None, divergences_checked: divergences, origin: None }
+        let key = hub.window().join(&tenant, cursor, hub.bell.clone());
+        Self {
+            hub,
+            tenant,
+            cursor,
+            seen,
+            filter,
+            key,
+            waiting: None,
+            tier: Tier::None,
+            divergences_checked: divergences,
+            origin: None,
+        }
     }
 
     /// Whose changes these are.
@@ -161,13 +183,17 @@ impl Subscription {
                             window.wait(self.key, cx.waker());
                         }
                         is_all = all;
+                        self.tier = Tier::Memory;
                     }
-                    Next::Disk { up_to } => {
+                    Next::Disk { up_to, behind } => {
                         // What the log does not have yet is in memory, or not published.
                         let mut appended = self.hub.inner.appended.clone();
                         let up_to = up_to.min(Position::at(*appended.borrow_and_update()));
                         if up_to > self.cursor {
                             drop(window);
+                            if behind {
+                                self.count_log_reader();
+                            }
                             self.waiting = Some(self.read_log(up_to, bytes_max));
                             continue;
                         }
@@ -191,6 +217,7 @@ impl Subscription {
                     }
                     Next::Wait => {
                         window.wait(self.key, cx.waker());
+                        self.tier = Tier::Memory;
                         return Poll::Pending;
                     }
                     Next::Broken(gap) => return Poll::Ready(Err(End::Broken(gap))),
@@ -232,6 +259,15 @@ impl Subscription {
             kept += 1;
         }
         messages.truncate(kept);
+    }
+
+    /// Memory no longer has what comes next: it never had it for this reader, or the reader was too slow.
+    fn count_log_reader(&mut self) {
+        match std::mem::replace(&mut self.tier, Tier::Log) {
+            Tier::None => metrics().replays.inc(),
+            Tier::Memory => metrics().slow_subscribers.inc(),
+            Tier::Log => {}
+        }
     }
 
     fn read_log(&self, up_to: Position, bytes_max: usize) -> Waiting {

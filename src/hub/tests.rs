@@ -58,6 +58,7 @@ fn transaction(commit: u64, tenants: &[&str]) -> Transaction {
         staged: false,
         breaks: vec![],
         token_ids: vec![TokenId([commit as u8; 16])],
+        tallies: vec![],
     }
 }
 

@@ -1,8 +1,8 @@
 //! The recent part of the stream, in memory: per tenant ([`super::feeds`]), with what is published of it.
 
 use super::bell::Bell;
-use super::feeds::{Feed, Feeds, ReaderKey};
-use super::{Item, Options, Origin};
+use super::feeds::{Feeds, ReaderKey};
+use super::{Item, Options, Origin, Usage};
 use crate::change::TenantId;
 use crate::changelog::BREAKS_MAX;
 use crate::lsn::{Lsn, Position, Snapshot, Xid8};
@@ -81,8 +81,8 @@ pub(super) enum Next {
     /// Take what was added to the messages. They are whole: the first may begin before the reader's position. Where they are
     /// `all`, there is nothing else to be told for now: wait to be woken, as with `Wait`.
     Messages { all: bool },
-    /// Read the log, up to here.
-    Disk { up_to: Position },
+    /// Read the log, up to here: memory begins `behind` the reader, or it leaves out a transaction that was too large for it.
+    Disk { up_to: Position, behind: bool },
     /// There is nothing up to here for the tenant: go there.
     Skip { to: Position },
     /// What there was nothing in was abandoned: go back to here.
@@ -278,15 +278,16 @@ impl Window {
                 break;
             }
             let wake = std::mem::replace(&mut item.wake, Wake::Nobody);
-            self.published = self.published.max(item.end);
+            let before = self.published;
+            self.published = before.max(item.end);
             self.pending_published += 1;
             match wake {
                 Wake::Nobody => {}
-                Wake::Everybody => self.wake_everybody(),
+                Wake::Everybody => self.wake_everybody(before),
                 Wake::Tenants(tenants) => {
                     for tenant in &tenants {
                         if let Some(feed) = self.feeds.get_mut(tenant) {
-                            feed.wake();
+                            feed.wake(before);
                         }
                     }
                 }
@@ -301,15 +302,16 @@ impl Window {
         }
     }
 
-    fn wake_everybody(&mut self) {
-        self.feeds.iter_mut().for_each(Feed::wake);
+    /// See [`Feed::wake`].
+    fn wake_everybody(&mut self, had: Lsn) {
+        self.feeds.iter_mut().for_each(|feed| feed.wake(had));
         self.bells.iter().for_each(Bell::ring);
     }
 
     /// Ends all reading.
     pub(super) fn close(&mut self) {
         self.closed = true;
-        self.wake_everybody();
+        self.wake_everybody(self.published);
     }
 
     /// Takes one more bell, which has to ring for those that wait by it.
@@ -338,7 +340,18 @@ impl Window {
         self.floor = self.floor.min(floor);
         self.feeds.iter_mut().for_each(|feed| feed.floor = feed.floor.min(floor));
         self.divergences.push(at);
-        self.wake_everybody();
+        self.wake_everybody(at);
+    }
+
+    /// What it holds and may hold, and who reads it.
+    pub(super) fn usage(&self) -> Usage {
+        Usage {
+            bytes: self.bytes,
+            bytes_max: self.options.window_bytes,
+            pending: self.pending.len(),
+            published: self.published,
+            lags: self.feeds.lags(self.published),
+        }
     }
 
     /// Where everything stands, as one look.
@@ -351,9 +364,9 @@ impl Window {
         }
     }
 
-    /// Registers a reader, to be woken by this bell, if any.
-    pub(super) fn join(&mut self, tenant: &TenantId, bell: Option<Bell>) -> ReaderKey {
-        self.feeds.join(tenant, self.floor, bell)
+    /// Registers a reader at `cursor`, to be woken by this bell, if any.
+    pub(super) fn join(&mut self, tenant: &TenantId, cursor: Position, bell: Option<Bell>) -> ReaderKey {
+        self.feeds.join(tenant, cursor.lsn, self.floor, bell)
     }
 
     /// Wakes the reader once when there may be something new for it.
@@ -373,7 +386,7 @@ impl Window {
     /// What this reader does next at `cursor`, who has a state of no later than `seen`. `checked` counts the divergences that it
     /// knows of.
     pub(super) fn next(
-        &self,
+        &mut self,
         key: ReaderKey,
         cursor: Position,
         seen: Position,
@@ -384,6 +397,7 @@ impl Window {
         if self.closed {
             return Next::Closed;
         }
+        self.feeds.asks(key, cursor.lsn);
         let mut back = cursor;
         for at in self.divergences.iter().skip(*checked) {
             if seen > Position::at(*at) {
@@ -414,7 +428,7 @@ impl Window {
             return Next::Wait;
         }
         if feed.floor > cursor {
-            return Next::Disk { up_to: limit };
+            return Next::Disk { up_to: limit, behind: true };
         }
         // The first transaction that is partly in the log only: nothing behind it may be taken from memory before it.
         let passed = self.holes.partition_point(|(_, end)| Position::at(*end) <= cursor);
@@ -436,7 +450,7 @@ impl Window {
         }
         match (messages.len() == had, hole) {
             (false, _) => Next::Messages { all },
-            (true, Some((_, end))) => Next::Disk { up_to: Position::at(*end).min(limit) },
+            (true, Some((_, end))) => Next::Disk { up_to: Position::at(*end).min(limit), behind: false },
             (true, None) => Next::Skip { to: limit },
         }
     }

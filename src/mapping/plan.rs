@@ -5,6 +5,7 @@ use super::spec::{Piece, SoftDelete, TableSpec, ValueSpec, pieces};
 use crate::change::{Attribute, Fact, Operation, Tuple};
 use crate::pgoutput::{Relation, Row, Value};
 use std::borrow::Cow;
+use std::sync::Arc;
 
 /// Most columns that one table's mapping may read.
 pub(super) const SLOTS: usize = 16;
@@ -16,7 +17,7 @@ type Slots<'a> = [Value<'a>; SLOTS];
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Schema and name, for messages.
-    table: String,
+    table: Arc<str>,
     /// For each column of the relation: its slot, where it is mapped.
     slot_of_column: Vec<Option<u8>>,
     /// The tenant, then the parts of the tuple or attribute in the order of [`TableSpec::values`].
@@ -115,7 +116,7 @@ impl Plan {
             .find(|column| names.contains(&column.name.as_str()) && !column.in_identity)
             .map(|column| column.name.clone());
         Self {
-            table: relation.to_string(),
+            table: relation.to_string().into(),
             slot_of_column,
             values: spec.values().into_iter().map(|(word, value)| (word, source(value))).collect(),
             kind: match spec {
@@ -129,7 +130,7 @@ impl Plan {
     }
 
     /// Schema and name of the table.
-    pub fn table(&self) -> &str {
+    pub fn table(&self) -> &Arc<str> {
         &self.table
     }
 

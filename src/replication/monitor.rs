@@ -3,11 +3,15 @@
 //! On a connection of its own, because what it warns of goes on while no session does: with the disk of the change log full,
 //! with the slot in somebody else's hands. It changes nothing. Each condition is said once when it begins and once when it is
 //! over; what makes a session fail is the session's to say.
+//!
+//! What a look found is also for metrics and readiness, with the lag of what was *received*: the slot is told later, and may be
+//! told late on purpose.
 
 use serde::Deserialize;
 use std::collections::VecDeque;
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, timeout};
 use tokio_postgres::types::Type;
 
@@ -21,8 +25,8 @@ use crate::lsn::Lsn;
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// Longest wait for an answer.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
-/// Positions of the server that are remembered to tell how long ago it was where the slot is. With more, the lag is that of
-/// the oldest, and grows on.
+/// Positions of the server that are remembered to tell how long ago it was at another one. With more, the lag is that of the
+/// oldest, and grows on.
 const SAMPLES_MAX: usize = 1024;
 
 /// From where on somebody should know. Zero: never.
@@ -36,7 +40,55 @@ pub struct Thresholds {
     pub lag: Duration,
 }
 
-/// What one look found.
+/// What the last look found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// When.
+    pub at: Instant,
+    /// The same, by the clock that people read.
+    pub at_time: SystemTime,
+    /// How far the server's WAL is written.
+    pub wal_end: Lsn,
+    /// How far what was received is behind that; `None` before the first session.
+    pub received: Option<Lag>,
+    /// The slot, if it is there.
+    pub slot: Option<SlotReport>,
+}
+
+impl Report {
+    /// Longest that a report says how things are: looks come several times as often.
+    pub const AGE_MAX: Duration = Duration::from_secs(30);
+}
+
+/// What was found of the slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotReport {
+    /// Somebody reads it.
+    pub is_active: bool,
+    /// Nothing can be read from it any more.
+    pub is_lost: bool,
+    /// PostgreSQL's `wal_status`.
+    pub wal_status: Option<String>,
+    /// What it was told.
+    pub confirmed: Option<Lsn>,
+    /// How far that is behind the server.
+    pub lag: Option<Lag>,
+    /// WAL that is kept for it.
+    pub retained_bytes: Option<u64>,
+    /// WAL that may still be written before it is lost. `None`: there is no limit.
+    pub safe_bytes: Option<u64>,
+}
+
+/// How far a position is behind the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lag {
+    /// Bytes of WAL.
+    pub bytes: u64,
+    /// How long ago the server was there, in steps of the looks; zero where it is there now.
+    pub time: Duration,
+}
+
+/// What one look saw.
 #[derive(Debug, Deserialize)]
 struct Sight {
     /// None: there is no such slot.
@@ -137,13 +189,30 @@ impl fmt::Display for Condition {
     }
 }
 
+/// Where the server was when; in order, and only what is past the position that is followed.
+#[derive(Debug, Default)]
+struct Samples(VecDeque<(Lsn, Instant)>);
+
+impl Samples {
+    /// How far `position` is behind, with the server at `wal_end` now.
+    fn lag(&mut self, wal_end: Lsn, position: Lsn, now: Instant) -> Lag {
+        while self.0.pop_front_if(|(lsn, _)| *lsn <= position).is_some() {}
+        let is_ahead = self.0.back().is_none_or(|(last, _)| *last < wal_end);
+        if wal_end > position && is_ahead && self.0.len() < SAMPLES_MAX {
+            self.0.push_back((wal_end, now));
+        }
+        let time = self.0.front().map_or(Duration::ZERO, |(_, since)| now.saturating_duration_since(*since));
+        Lag { bytes: wal_end.0.saturating_sub(position.0), time }
+    }
+}
+
 /// Turns looks into conditions.
 #[derive(Debug, Default)]
 struct Watch {
     /// Whether the slot was ever there: before that, it is the session's to make or miss it.
     was_there: bool,
-    /// Where the server was when; in order, and only what is past the slot.
-    samples: VecDeque<(Lsn, Instant)>,
+    /// For the slot's position.
+    samples: Samples,
     present: Vec<Condition>,
 }
 
@@ -155,13 +224,14 @@ struct News {
 }
 
 impl Watch {
-    fn look(&mut self, sight: &Sight, own_name: &str, thresholds: &Thresholds, now: Instant) -> News {
-        let found = self.conditions(sight, own_name, thresholds, now);
+    fn look(&mut self, sight: &Sight, own_name: &str, thresholds: &Thresholds, now: Instant) -> (News, Option<Lag>) {
+        let lag = sight.confirmed.map(|confirmed| self.samples.lag(sight.wal_end, confirmed, now));
+        let found = self.conditions(sight, own_name, thresholds, lag);
         let before = std::mem::take(&mut self.present);
         let began = found.iter().filter(|new| !before.iter().any(|old| old.is_same(new))).cloned().collect();
         let over = before.into_iter().filter(|old| !found.iter().any(|new| new.is_same(old))).collect();
         self.present = found;
-        News { began, over }
+        (News { began, over }, lag)
     }
 
     /// Whether a threshold is passed. What has begun is over only when it is clearly on the right side again.
@@ -171,7 +241,13 @@ impl Watch {
         threshold > 0 && value >= threshold
     }
 
-    fn conditions(&mut self, sight: &Sight, own_name: &str, thresholds: &Thresholds, now: Instant) -> Vec<Condition> {
+    fn conditions(
+        &mut self,
+        sight: &Sight,
+        own_name: &str,
+        thresholds: &Thresholds,
+        lag: Option<Lag>,
+    ) -> Vec<Condition> {
         let Some(slot) = &sight.slot else {
             return if self.was_there { vec![Condition::Missing] } else { Vec::new() };
         };
@@ -203,24 +279,30 @@ impl Watch {
                 found.push(unsafe_now);
             }
         }
-        if let Some(confirmed) = sight.confirmed {
-            let lag = self.lag(sight.wal_end, confirmed, now);
-            let lagging = Condition::Lagging { behind_bytes: sight.wal_end.0.saturating_sub(confirmed.0), lag };
+        if let Some(Lag { bytes, time }) = lag {
+            let lagging = Condition::Lagging { behind_bytes: bytes, lag: time };
             let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-            if self.passes(&lagging, ms(lag), ms(thresholds.lag)) {
+            if self.passes(&lagging, ms(time), ms(thresholds.lag)) {
                 found.push(lagging);
             }
         }
         found
     }
+}
 
-    fn lag(&mut self, wal_end: Lsn, confirmed: Lsn, now: Instant) -> Duration {
-        while self.samples.pop_front_if(|(lsn, _)| *lsn <= confirmed).is_some() {}
-        let is_ahead = self.samples.back().is_none_or(|(last, _)| *last < wal_end);
-        if wal_end > confirmed && is_ahead && self.samples.len() < SAMPLES_MAX {
-            self.samples.push_back((wal_end, now));
-        }
-        self.samples.front().map_or(Duration::ZERO, |(_, since)| now.saturating_duration_since(*since))
+impl Sight {
+    fn report(self, received: Option<Lag>, slot_lag: Option<Lag>, now: Instant) -> Report {
+        let slot = self.slot.map(|slot| SlotReport {
+            is_active: slot.active_pid.is_some(),
+            is_lost: slot.loss().is_some(),
+            confirmed: self.confirmed,
+            lag: slot_lag,
+            retained_bytes: self.retained_bytes,
+            // Below zero the next checkpoint takes it.
+            safe_bytes: slot.safe_wal_size.map(|left| u64::try_from(left).unwrap_or(0)),
+            wal_status: slot.wal_status,
+        });
+        Report { at: now, at_time: SystemTime::now(), wal_end: self.wal_end, received, slot }
     }
 }
 
@@ -231,17 +313,24 @@ pub struct Monitor {
     /// Of the connections of this node.
     own_name: String,
     thresholds: Thresholds,
+    reports: watch::Sender<Option<Report>>,
 }
 
 impl Monitor {
     /// Of the slot with this name on the primary among `endpoints`; `node_id` is that of the change log.
     pub fn new(endpoints: Endpoints, slot: &str, node_id: &str, thresholds: Thresholds) -> Self {
-        Self { endpoints, slot: slot.to_owned(), own_name: application_name(node_id), thresholds }
+        let (slot, own_name, reports) = (slot.to_owned(), application_name(node_id), watch::Sender::new(None));
+        Self { endpoints, slot, own_name, thresholds, reports }
     }
 
-    /// Runs until dropped.
-    pub async fn run(self) {
-        let mut watch = Watch::default();
+    /// Follows what it finds; `None` before its first look. It keeps what it found last where it cannot look.
+    pub fn reports(&self) -> watch::Receiver<Option<Report>> {
+        self.reports.subscribe()
+    }
+
+    /// Runs until dropped. `received` follows up to which end LSN the session has handed on everything.
+    pub async fn run(self, received: watch::Receiver<Option<Lsn>>) {
+        let (mut watch, mut samples) = (Watch::default(), Samples::default());
         let mut open: Option<Connection> = None;
         let mut ticks = tokio::time::interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -257,7 +346,12 @@ impl Monitor {
             };
             match timeout(ANSWER_MAX, self.look(&connection)).await {
                 Ok(Ok(sight)) => {
-                    self.tell(&watch.look(&sight, &self.own_name, &self.thresholds, Instant::now()));
+                    let now = Instant::now();
+                    let (news, slot_lag) = watch.look(&sight, &self.own_name, &self.thresholds, now);
+                    self.tell(&news);
+                    let received = *received.borrow();
+                    let lag = received.map(|received| samples.lag(sight.wal_end, received, now));
+                    self.reports.send_replace(Some(sight.report(lag, slot_lag, now)));
                     open = Some(connection);
                 }
                 Ok(Err(error)) => tracing::debug!(%error, "the slot could not be looked at"),
@@ -317,7 +411,7 @@ mod tests {
 
     /// What is said, in short.
     fn look(watch: &mut Watch, sight: &Sight, now: Instant) -> Vec<String> {
-        let news = watch.look(sight, "tuplewatch me", &THRESHOLDS, now);
+        let (news, _) = watch.look(sight, "tuplewatch me", &THRESHOLDS, now);
         let began = news.began.iter().map(ToString::to_string);
         began.chain(news.over.iter().map(|condition| condition.over().to_owned())).collect()
     }
@@ -352,6 +446,31 @@ mod tests {
         let said = look(&mut watch, &sight(0, 1000, 400, 199), at(95));
         assert!(said.len() == 1 && said[0].contains("65 s ago"), "{said:?}");
         assert_eq!(look(&mut watch, &sight(0, 1000, 400, 400), at(100)), ["has caught up"]);
+    }
+
+    #[test]
+    fn what_was_received_has_a_lag_of_its_own() {
+        let now = Instant::now();
+        let at = |seconds: u64| now + Duration::from_secs(seconds);
+        let mut samples = Samples::default();
+        let mut check = |wal_end: u64, received: u64, seconds: u64, bytes: u64, time: u64| {
+            let lag = samples.lag(Lsn(wal_end), Lsn(received), at(seconds));
+            assert_eq!(lag, Lag { bytes, time: Duration::from_secs(time) }, "{seconds}");
+        };
+        check(100, 100, 0, 0, 0);
+        // What is on its way is not late yet.
+        check(200, 150, 5, 50, 0);
+        check(300, 200, 10, 100, 0);
+        check(400, 200, 15, 200, 5);
+        check(400, 200, 20, 200, 10);
+        check(500, 350, 25, 150, 10);
+        // It may be ahead of what was looked at.
+        check(500, 510, 30, 0, 0);
+
+        let report = sight(7, -5, 600, 400).report(None, None, now);
+        let slot = report.slot.unwrap();
+        assert_eq!((slot.retained_bytes, slot.safe_bytes, slot.confirmed), (Some(7), Some(0), Some(Lsn(400))));
+        assert!(slot.is_active && !slot.is_lost);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! One session after the other: connect, check, stream, and again.
 
+use super::counting::Counting;
 use super::hold_back::Held;
 use super::intake::Intake;
 use super::publication::{self, Published};
@@ -8,6 +9,7 @@ use super::{Backoff, Closed, Error, Fatal, Options, Outlet, Status};
 use crate::assembler::Assembler;
 use crate::changelog::{Entry, Origin, Room, State, Verified};
 use crate::lsn::{Lsn, Position};
+use crate::metrics::metrics;
 use crate::transaction::{Break, BreakReason};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -31,6 +33,11 @@ pub struct Session<U, O> {
     /// Everything up to this end LSN was handed on by this process; `None` before the first session.
     received: Option<Lsn>,
     held: Held,
+    /// Tells of it, a batch at a time.
+    handed_on: watch::Sender<Option<Lsn>>,
+    counting: Counting,
+    /// Whether any session has got as far as streaming.
+    has_streamed: bool,
 }
 
 /// Turned to `true` to end it.
@@ -45,13 +52,27 @@ struct Opened<L> {
 impl<U: Upstream, O: Outlet> Session<U, O> {
     /// A session that reads from `upstream` and hands on to `outlet`.
     pub fn new(options: Options, upstream: U, outlet: O) -> Self {
-        let held = Held::new(options.hold_back);
-        Self { options, upstream, outlet, status: watch::Sender::new(Status::Connecting), received: None, held }
+        Self {
+            held: Held::new(options.hold_back),
+            options,
+            upstream,
+            outlet,
+            status: watch::Sender::new(Status::Connecting),
+            received: None,
+            handed_on: watch::Sender::new(None),
+            counting: Counting::new(),
+            has_streamed: false,
+        }
     }
 
     /// Follows what it is doing.
     pub fn status(&self) -> watch::Receiver<Status> {
         self.status.subscribe()
+    }
+
+    /// Follows up to which end LSN it has handed on everything; `None` before its first session.
+    pub fn received(&self) -> watch::Receiver<Option<Lsn>> {
+        self.handed_on.subscribe()
     }
 
     /// Streams until told to stop; reconnects as often as it takes. When it returns without an error, everything that was
@@ -67,6 +88,10 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 Err(Error::Fatal(fatal)) => return Err(fatal),
                 Err(error) => error,
             };
+            match error {
+                Error::Definite(_) => metrics().definite_failures.inc(),
+                _ => metrics().transient_failures.inc(),
+            }
             let wait = backoff.after(&error);
             self.tell(&error, wait);
             // What the session had staged will come again.
@@ -115,6 +140,9 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         if self.status.send_replace(Status::Streaming) != Status::Streaming {
             tracing::info!(slot = %self.options.slot, position = %opened.intake.received(), "streaming");
         }
+        if std::mem::replace(&mut self.has_streamed, true) {
+            metrics().reconnects.inc();
+        }
         self.stream(opened, stop, &mut room, backoff).await
     }
 
@@ -145,12 +173,13 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                     to: Position::at(started.confirmed),
                     reason: BreakReason::SlotMoved,
                 };
-                self.outlet.deliver(Entry::Break(gap)).await?;
+                self.deliver(Entry::Break(gap)).await?;
                 started.confirmed
             }
             Some(resume) => resume,
         };
         self.received = Some(received);
+        self.tell_received();
         link.announce();
         let assembler = Assembler::new(self.options.mapping.clone(), self.options.limits, self.options.on_undecodable);
         let mut intake = Intake::new(assembler, received, started.xid);
@@ -192,7 +221,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 tracing::warn!(
                     timeline = history.current().id, switch_lsn = %at, "the server goes on along another timeline"
                 );
-                self.outlet.deliver(Entry::Diverge { at, history }).await?;
+                self.deliver(Entry::Diverge { at, history }).await?;
                 self.received = self.received.map(|received| received.min(at));
                 self.held.forget();
                 // What is abandoned is not expected to come again: look at the log once more.
@@ -273,7 +302,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 let reached = reached(&entry);
                 tokio::select! {
                     biased;
-                    delivered = self.outlet.deliver(entry) => delivered?,
+                    delivered = self.deliver(entry) => delivered?,
                     error = no_room(room) => return Err(error),
                     () = stopped(stop) => return self.finish(link, durable).await,
                 }
@@ -283,6 +312,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                     backoff.reset();
                 }
             }
+            self.tell_received();
             // What came before it is handed on.
             if let Some(error) = unreadable {
                 return Err(Error::definite(error));
@@ -308,6 +338,17 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 }
             }
         }
+    }
+
+    /// Hands on one entry, and counts it once it is there. As cancel safe as [`Outlet::deliver`].
+    async fn deliver(&mut self, entry: Entry) -> Result<(), Closed> {
+        self.outlet.deliver(entry.clone()).await?;
+        self.counting.count(&entry);
+        Ok(())
+    }
+
+    fn tell_received(&self) {
+        self.handed_on.send_if_modified(|told| std::mem::replace(told, self.received) != self.received);
     }
 
     /// Tells the slot what is durable and not held back, but never what was not handed on: after a reconnect it would not come

@@ -102,9 +102,10 @@ fn write_synced(temporary: &Path, path: &Path, contents: &[u8]) -> io::Result<()
     File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
-/// Bytes that are free on the disk, for us. The most there can be where the file system does not say.
-pub(in crate::changelog) fn free_bytes(path: &Path) -> u64 {
-    rustix::fs::statvfs(path).map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
+/// Bytes that are free on the disk, for us. `None` where the file system does not say.
+pub(in crate::changelog) fn free_bytes(path: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(path).ok()?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 /// Whether a process has the log open. To find out takes its lock for a moment, where nobody has it; fjall tries several times.

@@ -127,6 +127,11 @@ impl Segments {
         (!rest.is_empty()).then(|| (oldest.clone(), Self(rest.into())))
     }
 
+    /// When the oldest was begun.
+    pub(super) fn oldest_created_unix_seconds(&self) -> u64 {
+        self.0.first().map_or(0, |oldest| oldest.created_unix_seconds)
+    }
+
     /// When the oldest stopped being written to; `None` where there is only the active one.
     pub(super) fn oldest_ended_unix_seconds(&self) -> Option<u64> {
         self.0.get(1).map(|second| second.created_unix_seconds)

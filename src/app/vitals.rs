@@ -1,0 +1,142 @@
+//! What the process says of itself: put together from the log, the hub, the session and what its monitor found.
+
+use crate::changelog::{ChangeLog, Room};
+use crate::http::Probes;
+use crate::hub::Hub;
+use crate::lsn::Lsn;
+use crate::metrics::metrics;
+use crate::metrics::process::Process;
+use crate::metrics::readings::{self, Readings};
+use crate::replication::Status;
+use crate::replication::monitor::{Lag, Report, SlotReport};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
+
+/// What it is read from. Holds no handle that a part would wait for at the end.
+pub(super) struct Vitals {
+    pub(super) log: Arc<dyn ChangeLog>,
+    pub(super) hub: Hub,
+    pub(super) status: watch::Receiver<Status>,
+    pub(super) received: watch::Receiver<Option<Lsn>>,
+    pub(super) durable: watch::Receiver<Lsn>,
+    pub(super) room: watch::Receiver<Room>,
+    pub(super) reports: watch::Receiver<Option<Report>>,
+    /// Zero: however far behind.
+    pub(super) ready_lag_max: Duration,
+}
+
+impl Probes for Vitals {
+    fn ready(&self) -> Result<(), String> {
+        let status = self.status.borrow().clone();
+        match status {
+            Status::Streaming => {}
+            Status::Connecting => return Err("the slot does not stream yet".to_owned()),
+            Status::Retrying(why) | Status::Failed(why) => return Err(format!("the slot does not stream: {why}")),
+        }
+        if self.ready_lag_max.is_zero() {
+            return Ok(());
+        }
+        let Some(lag) = self.report().and_then(|report| report.received) else {
+            return Err("how far the server is has not been seen lately".to_owned());
+        };
+        if lag.time < self.ready_lag_max {
+            return Ok(());
+        }
+        Err(format!(
+            "what was received is where the server was {} s ago, {} bytes of WAL behind (server.http.ready_lag_max)",
+            lag.time.as_secs(),
+            lag.bytes
+        ))
+    }
+
+    fn metrics(&self) -> String {
+        metrics().text(&self.read())
+    }
+}
+
+impl Vitals {
+    /// What the monitor found, unless that is too long ago to say anything.
+    fn report(&self) -> Option<Report> {
+        self.reports.borrow().clone().filter(|report| report.at.elapsed() <= Report::AGE_MAX)
+    }
+
+    fn read(&self) -> Readings {
+        // In this order: what is acknowledged was durable, and what is durable was received, before they were told.
+        let looked_at_seconds = self.reports.borrow().as_ref().map(|report| seconds(report.at_time));
+        let server = self.report().map(server);
+        let durable = *self.durable.borrow();
+        let received = self.received.borrow().unwrap_or_default().max(durable);
+        let window = self.hub.usage();
+        Readings {
+            session_state: match *self.status.borrow() {
+                Status::Connecting => "connecting",
+                Status::Streaming => "streaming",
+                Status::Retrying(_) => "retrying",
+                Status::Failed(_) => "failed",
+            },
+            received_lsn: known(received),
+            durable_lsn: known(durable),
+            published_lsn: known(window.published),
+            looked_at_seconds,
+            server,
+            log: self.read_log(),
+            window: readings::Window {
+                bytes: window.bytes as u64,
+                bytes_max: window.bytes_max as u64,
+                pending_transactions: window.pending as u64,
+            },
+            stream_lag_bytes: window.lags,
+            process: Process::read(),
+        }
+    }
+
+    fn read_log(&self) -> readings::Log {
+        let usage = self.log.usage();
+        readings::Log {
+            bytes: usage.bytes,
+            bytes_max: usage.bytes_max,
+            journal_bytes: usage.journal_bytes,
+            segments: usage.segments,
+            horizon_age_seconds: (seconds(SystemTime::now()) - usage.oldest_unix_seconds as f64).max(0.0),
+            disk_free_bytes: usage.free_bytes,
+            disk_reserve_bytes: usage.reserve_bytes,
+            has_room: *self.room.borrow() == Room::Enough,
+        }
+    }
+}
+
+fn server(report: Report) -> readings::Server {
+    readings::Server {
+        lsn: report.wal_end.0,
+        lag_bytes: report.received.map(|lag| lag.bytes),
+        lag_seconds: report.received.map(lag_seconds),
+        slot: report.slot.map(slot),
+    }
+}
+
+fn slot(slot: SlotReport) -> readings::Slot {
+    readings::Slot {
+        is_active: slot.is_active,
+        wal_status: slot.wal_status,
+        is_lost: slot.is_lost,
+        acknowledged_lsn: slot.confirmed.map(|lsn| lsn.0),
+        lag_bytes: slot.lag.map(|lag| lag.bytes),
+        lag_seconds: slot.lag.map(lag_seconds),
+        retained_bytes: slot.retained_bytes,
+        safe_bytes: slot.safe_bytes,
+    }
+}
+
+const fn lag_seconds(lag: Lag) -> f64 {
+    lag.time.as_secs_f64()
+}
+
+/// Zero stands for a log that has not begun.
+fn known(lsn: Lsn) -> Option<u64> {
+    (lsn > Lsn::ZERO).then_some(lsn.0)
+}
+
+fn seconds(at: SystemTime) -> f64 {
+    at.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}

@@ -1,0 +1,61 @@
+//! What the process says of itself: whether it is alive, whether it is ready, and its metrics.
+//!
+//! *Alive* is who answers: who restarts what is not alive should not restart it because PostgreSQL is away. *Ready* is who streams,
+//! and is not far behind: a change that was made shortly ago is here.
+
+use super::json;
+use crate::metrics;
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use std::sync::Arc;
+use tokio::sync::Mutex;
+use tonic::Status;
+
+/// What is asked for here.
+pub trait Probes: Send + Sync + 'static {
+    /// Nothing, if the process streams and has nearly all there is; else what is missing.
+    ///
+    /// # Errors
+    /// In words.
+    fn ready(&self) -> Result<(), String>;
+
+    /// All metrics in the text format. May block.
+    fn metrics(&self) -> String;
+}
+
+/// Alone in its own time: to read metrics holds up publishing for a moment, and must not do so all the time, whoever asks.
+struct Scrape<P>(Mutex<Arc<P>>);
+
+pub(super) fn routes<P: Probes>(probes: P) -> Router {
+    let probes = Arc::new(probes);
+    let scraping = Arc::new(Scrape(Mutex::new(probes.clone())));
+    let ready = Router::new().route("/readyz", get(ready::<P>)).with_state(probes);
+    let metrics = Router::new().route("/metrics", get(scrape::<P>)).with_state(scraping);
+    Router::new().route("/healthz", get(alive)).merge(ready).merge(metrics)
+}
+
+async fn alive() -> Response {
+    ([(CONTENT_TYPE, json::CONTENT_TYPE)], r#"{"status":"SERVING"}"#).into_response()
+}
+
+async fn ready<P: Probes>(State(probes): State<Arc<P>>) -> Response {
+    let (status, body) = match probes.ready() {
+        Ok(()) => (StatusCode::OK, serde_json::json!({"status": "READY"})),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, serde_json::json!({"status": "NOT_READY", "reason": reason})),
+    };
+    let headers = [(CONTENT_TYPE, json::CONTENT_TYPE), (CACHE_CONTROL, "no-store")];
+    (status, headers, body.to_string()).into_response()
+}
+
+async fn scrape<P: Probes>(State(scrape): State<Arc<Scrape<P>>>) -> Response {
+    let probes = scrape.0.lock().await;
+    let reading = probes.clone();
+    match tokio::task::spawn_blocking(move || reading.metrics()).await {
+        Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(error) => super::refusal::Refusal::from(Status::internal(error.to_string())).into_response(),
+    }
+}

@@ -1,0 +1,67 @@
+//! Counts what was handed on: transactions, changes by table, and breaks.
+//!
+//! Not in the assembler, which is pure, and also sees what comes again after a reconnect. A transaction brings the tallies of its
+//! rows with it, so that it is counted as a whole and once.
+
+use crate::changelog::Entry;
+use crate::metrics::{Table, metrics};
+use crate::transaction::{BreakReason, Tally};
+use std::sync::Arc;
+
+/// Tables whose counters are at hand. More than that are other ones all the time.
+const TABLES_MAX: usize = 256;
+
+/// See the module. Belongs to a session.
+#[derive(Debug)]
+pub(super) struct Counting {
+    /// By the name that the assembler shares among all tallies of a table; mostly few.
+    tables: Vec<(Arc<str>, Table)>,
+}
+
+impl Counting {
+    pub(super) fn new() -> Self {
+        // There from the start: what appears with its first value has not risen for who looks at rates.
+        for code in BreakReason::CODES {
+            metrics().breaks(code);
+        }
+        Self { tables: Vec::new() }
+    }
+
+    /// After it has reached log and hub.
+    pub(super) fn count(&mut self, entry: &Entry) {
+        match entry {
+            Entry::Transaction(transaction) => {
+                metrics().transactions.inc();
+                for tally in &transaction.tallies {
+                    self.count_rows(tally);
+                }
+                for gap in &transaction.breaks {
+                    metrics().breaks(gap.reason.code()).inc();
+                }
+            }
+            Entry::Break(gap) => metrics().breaks(gap.reason.code()).inc(),
+            Entry::Diverge { .. } => metrics().breaks(BreakReason::TimelineDiverged.code()).inc(),
+            _ => {}
+        }
+    }
+
+    fn count_rows(&mut self, tally: &Tally) {
+        let table = self.table(&tally.table);
+        table.created.inc_by(tally.created);
+        table.deleted.inc_by(tally.deleted);
+        table.decode_errors.inc_by(tally.undecodable);
+    }
+
+    fn table(&mut self, name: &Arc<str>) -> &Table {
+        let known = self.tables.iter().position(|(known, _)| Arc::ptr_eq(known, name));
+        let at = known.unwrap_or_else(|| {
+            if self.tables.len() >= TABLES_MAX {
+                self.tables.clear();
+            }
+            self.tables.push((name.clone(), metrics().table(name)));
+            self.tables.len() - 1
+        });
+        #[expect(clippy::indexing_slicing, reason = "found or added just now")]
+        &self.tables[at].1
+    }
+}
