@@ -1,23 +1,15 @@
 //! `tuplewatch doctor`: what is wrong, what it means, and what repairs it.
 
 use super::overrides::ConfigArgs;
-use super::say;
+use super::terminal::Style;
+use super::{examples, say};
 use crate::app::diagnosis::{Diagnosis, diagnose};
 use crate::finding::{Finding, Severity};
 use std::fmt::Write as _;
-use std::io::IsTerminal as _;
 use std::time::Duration;
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "\
-Each finding is ok, a warning (it works, and somebody should know) or an error. A fix can be pasted into psql, or into the \
-shell where it is a command; what it does not do by itself stands behind it as a comment.
-
-Exit code: 0 without errors, 1 with some, 2 where the configuration is wrong.
-
-Examples:
-  tuplewatch doctor --config tuplewatch.yaml
-  tuplewatch doctor --json | jq -r '.findings[] | select(.severity != \"ok\") | .fix'")]
+#[command(after_help = examples::DOCTOR)]
 pub(super) struct DoctorArgs {
     /// Print one JSON document: server, findings, summary
     #[arg(long)]
@@ -40,15 +32,15 @@ pub(super) async fn run(config: &ConfigArgs, args: &DoctorArgs) -> anyhow::Resul
     if args.json {
         say(&serde_json::to_string_pretty(&diagnosis)?);
     } else {
-        say(&text(&diagnosis, Style::of_stdout()));
+        say(&text(&diagnosis, Layout::of_stdout()));
     }
     Ok(if diagnosis.summary.error == 0 { Verdict::Well } else { Verdict::Ill })
 }
 
 /// How text is laid out.
 #[derive(Clone, Copy)]
-struct Style {
-    coloured: bool,
+struct Layout {
+    style: Style,
     /// Where lines are broken, in columns; never, where it is not a terminal. A fix is never broken: it is for pasting.
     width: Option<usize>,
 }
@@ -56,33 +48,18 @@ struct Style {
 /// Lines that are longer are hard to read, however wide the terminal.
 const WIDTH_MAX: usize = 140;
 
-impl Style {
+impl Layout {
     fn of_stdout() -> Self {
-        let stdout = std::io::stdout();
-        if !stdout.is_terminal() {
-            return Self { coloured: false, width: None };
+        let columns = rustix::termios::tcgetwinsize(std::io::stdout()).map_or(0, |size| usize::from(size.ws_col));
+        Self { style: Style::of_stdout(), width: (columns > 0).then(|| columns.min(WIDTH_MAX)) }
+    }
+
+    fn severity(self, severity: Severity, text: &str) -> String {
+        match severity {
+            Severity::Ok => self.style.created(text),
+            Severity::Warning => self.style.warning(text),
+            Severity::Error => self.style.error(text),
         }
-        // https://no-color.org
-        let coloured = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
-            && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
-        let width = rustix::termios::tcgetwinsize(&stdout).map_or(0, |size| usize::from(size.ws_col));
-        Self { coloured, width: (width > 0).then(|| width.min(WIDTH_MAX)) }
-    }
-
-    /// In a colour or face: the number of an SGR sequence (ECMA-48).
-    fn paint(self, sgr: &str, text: &str) -> String {
-        if self.coloured { format!("\x1b[{sgr}m{text}\x1b[0m") } else { text.to_owned() }
-    }
-}
-
-const BOLD: &str = "1";
-const DIM: &str = "2";
-
-const fn colour(severity: Severity) -> &'static str {
-    match severity {
-        Severity::Ok => "32",
-        Severity::Warning => "33",
-        Severity::Error => "1;31",
     }
 }
 
@@ -94,14 +71,14 @@ const SUBJECT_MAX: usize = 34;
 const COLUMN_MIN: usize = 40;
 
 /// The worst comes last: it stands where one looks first, above the prompt.
-fn text(diagnosis: &Diagnosis, style: Style) -> String {
+fn text(diagnosis: &Diagnosis, layout: Layout) -> String {
     let mut findings: Vec<&Finding> = diagnosis.findings.iter().collect();
     findings.sort_by_key(|finding| finding.severity);
     let lengths = findings.iter().map(|finding| finding.subject.chars().count());
     let column = lengths.filter(|length| *length <= SUBJECT_MAX).max().unwrap_or_default();
-    let mut out = format!("{}\n\n", style.paint(BOLD, &diagnosis.server));
+    let mut out = format!("{}\n\n", layout.style.strong(&diagnosis.server));
     for finding in findings {
-        write_finding(finding, column, style, &mut out);
+        write_finding(finding, column, layout, &mut out);
     }
     let summary = diagnosis.summary;
     let count = |number: usize, word: &str| format!("{number} {word}{}", if number == 1 { "" } else { "s" });
@@ -112,23 +89,23 @@ fn text(diagnosis: &Diagnosis, style: Style) -> String {
     };
     let worst = diagnosis.findings.iter().map(|finding| finding.severity).max().unwrap_or(Severity::Ok);
     let counts = format!("{}, {}, {} ok", count(summary.error, "error"), count(summary.warning, "warning"), summary.ok);
-    let _ = write!(out, "\n{}: {verdict}", style.paint(colour(worst), &counts));
+    let _ = write!(out, "\n{}: {verdict}", layout.severity(worst, &counts));
     out
 }
 
-fn write_finding(finding: &Finding, column: usize, style: Style, out: &mut String) {
-    let severity = style.paint(colour(finding.severity), &format!("{:<8}", finding.severity));
+fn write_finding(finding: &Finding, column: usize, layout: Layout, out: &mut String) {
+    let severity = layout.severity(finding.severity, &format!("{:<8}", finding.severity));
     let subject = format!("{:<column$}", finding.subject);
     let begin = MARGIN + subject.chars().count() + 2;
-    let room = |indent: usize| style.width.map_or(usize::MAX, |width| width.saturating_sub(indent));
+    let room = |indent: usize| layout.width.map_or(usize::MAX, |width| width.saturating_sub(indent));
     let indent = if room(begin) < COLUMN_MIN { MARGIN } else { begin };
     let what = wrap(&finding.what, room(begin), room(indent)).join(&format!("\n{:indent$}", ""));
     let _ = writeln!(out, "{severity} {subject}  {what}");
     for line in finding.meaning.map(|meaning| wrap(meaning, room(MARGIN), room(MARGIN))).unwrap_or_default() {
-        let _ = writeln!(out, "{:MARGIN$}{}", "", style.paint(DIM, &line));
+        let _ = writeln!(out, "{:MARGIN$}{}", "", layout.style.faint(&line));
     }
     if let Some(fix) = &finding.fix {
-        let _ = writeln!(out, "{:MARGIN$}fix: {}", "", style.paint(BOLD, fix));
+        let _ = writeln!(out, "{:MARGIN$}fix: {}", "", layout.style.strong(fix));
     }
 }
 
@@ -166,7 +143,7 @@ mod tests {
 
     #[test]
     fn the_worst_last() {
-        let plain = text(&diagnosis(), Style { coloured: false, width: None });
+        let plain = text(&diagnosis(), Layout { style: Style::PLAIN, width: None });
         let expected = "\
 db:5432
 
@@ -181,14 +158,14 @@ error    slot s     is lost (a long reason that has to be broken)
 
     #[test]
     fn on_a_terminal() {
-        let broken = text(&diagnosis(), Style { coloured: true, width: Some(62) });
+        let broken = text(&diagnosis(), Layout { style: Style::COLORED, width: Some(62) });
         assert!(
-            broken.contains("\u{1b}[1;31merror   \u{1b}[0m slot s     is lost (a long reason that has to be\n"),
+            broken.contains("\u{1b}[1m\u{1b}[31merror   \u{1b}[0m slot s     is lost (a long reason that has to be\n"),
             "{broken}"
         );
         assert!(broken.contains(&format!("\n{:20}broken)\n", "")), "{broken}");
         // Too narrow for a column of its own; and what is to be pasted stays whole.
-        let narrow = text(&diagnosis(), Style { coloured: false, width: Some(40) });
+        let narrow = text(&diagnosis(), Layout { style: Style::PLAIN, width: Some(40) });
         assert!(narrow.contains("\n         reason that has to be broken)\n"), "{narrow}");
         assert!(narrow.contains("fix: tuplewatch setup --recreate-slot\n"), "{narrow}");
     }

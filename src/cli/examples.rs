@@ -19,6 +19,16 @@ Examples:
   tuplewatch setup --database-uri postgres://owner@db/app
   tuplewatch setup --config tuplewatch.yaml --recreate-slot    # after the slot was lost";
 
+pub(super) const DOCTOR: &str = "\
+Examples:
+  tuplewatch doctor --config tuplewatch.yaml
+  tuplewatch doctor --json | jq -r '.findings[] | select(.severity != \"ok\") | .fix'
+
+Each finding is ok, a warning (it works, and somebody should know) or an error. A fix can be pasted into psql, or into the \
+shell where it is a command; what it does not do by itself stands behind it as a comment.
+
+Exit codes: 0 without errors, 1 with some, 2 where the configuration is wrong.";
+
 pub(super) const TEARDOWN: &str = "\
 Examples:
   tuplewatch teardown --database-uri postgres://owner@db/app
@@ -39,6 +49,15 @@ Examples:
 
 Text is a line a change: the time of its commit (UTC), + or -, and the tuple or attribute. Into a pipe or a file each \
 line is whole, with the day. What is said about the stream (connections lost, gaps, how to go on) goes to the standard error.";
+
+pub(super) const HEALTH: &str = "\
+Examples:
+  tuplewatch health                            # is the slot streaming?
+  tuplewatch health --alive                    # does the process answer? For what restarts it
+  tuplewatch health --service base.v1.Watch    # one service
+  tuplewatch health --server https://tuplewatch.example.com:3478
+
+Exit codes: 0 yes, 1 no.";
 
 pub(super) const TOKEN: &str = "\
 Examples:

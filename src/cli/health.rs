@@ -5,7 +5,7 @@
 //! restart could repair, so that alone is for whoever restarts.
 
 use super::connection::ConnectionArgs;
-use super::say;
+use super::{examples, say};
 use anyhow::{Context as _, anyhow, bail};
 use std::time::Duration;
 use tonic::transport::Channel;
@@ -15,11 +15,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Exit codes: 0 yes, 1 no.\n\n\
-    Examples:\n  tuplewatch health                            is the slot streaming?\n  \
-    tuplewatch health --alive                    does the process answer? For what restarts it\n  \
-    tuplewatch health --service base.v1.Watch    one service\n  \
-    tuplewatch health --server https://tuplewatch.example.com:3478")]
+#[command(after_help = examples::HEALTH)]
 pub(super) struct HealthArgs {
     /// Ask for one service, such as base.v1.Watch, instead of the server as a whole
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]

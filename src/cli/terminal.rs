@@ -65,6 +65,11 @@ impl Style {
         self.with(Yellow.on_default().bold(), text)
     }
 
+    /// What does not work.
+    pub(super) fn error(self, text: &str) -> String {
+        self.with(Red.on_default().bold(), text)
+    }
+
     /// What is there for those who look for it.
     pub(super) fn faint(self, text: &str) -> String {
         self.with(anstyle::Style::new().dimmed(), text)

@@ -4,7 +4,8 @@ use super::process::{Ran, run, tuplewatch};
 use std::path::Path;
 use tokio::process::Command;
 
-const SUBCOMMANDS: [&str; 8] = ["serve", "setup", "teardown", "dev", "watch", "token", "config", "completions"];
+const SUBCOMMANDS: [&str; 10] =
+    ["serve", "setup", "doctor", "teardown", "dev", "watch", "health", "token", "config", "completions"];
 
 /// Runs a script in a bash that has our completions, and nothing of somebody's configuration.
 async fn bash(completions: &Path, script: &str) -> Ran {
