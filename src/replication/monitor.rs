@@ -329,13 +329,18 @@ impl Monitor {
     }
 
     /// Runs until dropped. `received` follows up to which end LSN the session has handed on everything.
-    pub async fn run(self, received: watch::Receiver<Option<Lsn>>) {
+    pub async fn run(self, mut received: watch::Receiver<Option<Lsn>>) {
         let (mut watch, mut samples) = (Watch::default(), Samples::default());
+        let mut has_begun = false;
         let mut open: Option<Connection> = None;
         let mut ticks = tokio::time::interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            ticks.tick().await;
+            tokio::select! {
+                _ = ticks.tick() => {}
+                // From then on there is a lag to tell of, and somebody may wait for that to be ready.
+                _ = received.wait_for(Option::is_some), if !has_begun => has_begun = true,
+            }
             let connection = match open.take().filter(|connection| !connection.is_closed()) {
                 Some(connection) => connection,
                 // That PostgreSQL is out of reach is the session's to say.
