@@ -63,7 +63,7 @@ async fn what_an_asynchronous_standby_lacks_is_taken_back_and_nothing_else() {
 /// The slot is there after the promotion, and `synchronized_standby_slots` keeps tuplewatch behind the standby.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_slot_goes_on_at_the_promoted_standby() {
-    let mut pair = Pair::start_with_failover_slots(17).await;
+    let mut pair = Pair::start_with_failover_slots().await;
     let round = round(&mut pair, async |pair, _| drop(pair.fail_over(StopMode::Immediate).await)).await;
     assert_eq!(round.abandoned, 0);
     let is_the_copy = "(SELECT synced AND active FROM pg_replication_slots WHERE slot_name = 'tuplewatch')";
@@ -72,7 +72,7 @@ async fn a_failover_slot_goes_on_at_the_promoted_standby() {
 
 #[tokio::test]
 async fn a_slot_that_could_not_fail_over_can_from_the_next_connection_on() {
-    let postgres = Postgres::of_major(17, &[]).await;
+    let postgres = Postgres::since(17, &[]).await;
     let sql = postgres.sql().await;
     let fails_over =
         async || sql.is_true("(SELECT failover FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await;

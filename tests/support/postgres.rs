@@ -42,18 +42,29 @@ impl Postgres {
 
     /// With further settings.
     pub(crate) async fn with(settings: &[(&str, &str)]) -> Self {
-        // Says what to install where there is none.
-        Self::of(Installation::find(None).unwrap_or_else(|error| panic!("{error}")), settings).await
+        Self::of(Self::installed(), settings).await
     }
 
-    /// Of a major version that has what the test is about, whichever the others run on. Fetched once.
-    pub(crate) async fn of_major(major: u32, settings: &[(&str, &str)]) -> Self {
+    /// Of this major version or a newer one, for what there is only since then: that of the other tests where it is new enough,
+    /// or else one that is fetched, once.
+    pub(crate) async fn since(major: u32, settings: &[(&str, &str)]) -> Self {
+        let installed = Self::installed();
+        let installation = if installed.major() >= major { installed } else { Self::fetched(major).await };
+        Self::of(installation, settings).await
+    }
+
+    fn installed() -> Installation {
+        // Says what to install where there is none.
+        Installation::find(None).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    async fn fetched(major: u32) -> Installation {
         let fetch = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/postgres/fetch");
         let fetched = tokio::process::Command::new(fetch).arg(major.to_string()).output().await.unwrap();
         let said = String::from_utf8_lossy(&fetched.stderr);
         assert!(fetched.status.success(), "PostgreSQL {major} cannot be fetched: {said}");
         let bin = PathBuf::from(String::from_utf8(fetched.stdout).unwrap().trim());
-        Self::of(Installation::find(Some(&bin)).unwrap_or_else(|error| panic!("{error}")), settings).await
+        Installation::find(Some(&bin)).unwrap_or_else(|error| panic!("{error}"))
     }
 
     async fn of(installation: Installation, settings: &[(&str, &str)]) -> Self {

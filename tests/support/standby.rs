@@ -37,8 +37,8 @@ impl Pair {
     }
 
     /// The standby keeps its copies of the slots up to date, and what it lacks is not streamed to anybody.
-    pub(crate) async fn start_with_failover_slots(major: u32) -> Self {
-        let mut primary = Postgres::of_major(major, &[]).await;
+    pub(crate) async fn start_with_failover_slots() -> Self {
+        let mut primary = Postgres::since(17, &[]).await;
         drop(Server::prepare(&primary, &[]).await);
         let sql = primary.sql().await;
         add_tenants(&sql).await;

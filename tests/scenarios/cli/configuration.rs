@@ -158,7 +158,7 @@ async fn mistakes_in_flags() {
         Given { flags, ..Given::default() }.refused("serve", &[says]).await;
     }
     for (arguments, says) in [
-        (&[][..], "Usage: tuplewatch <COMMAND>"),
+        (&[][..], "Usage: tuplewatch [OPTIONS] <COMMAND>"),
         (&["sevre"], "a similar subcommand exists: 'serve'"),
         (&["watch"], "--tenant <TENANT>"),
         (&["watch", "--tenant", "t1", "--output", "xml"], "[possible values: text, json]"),

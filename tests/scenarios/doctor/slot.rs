@@ -160,7 +160,7 @@ async fn a_prepared_transaction_holds_it_back() {
 /// From version 18 on there is a limit to how long a slot may go unread.
 #[tokio::test]
 async fn it_must_not_idle() {
-    let mut patient = Patient::used(Postgres::of_major(18, &[("idle_replication_slot_timeout", "1d")]).await).await;
+    let mut patient = Patient::used(Postgres::since(18, &[("idle_replication_slot_timeout", "1d")]).await).await;
     let setting = "idle_replication_slot_timeout";
     let found = patient.doctor(&[]).await.about("warning", setting);
     assert!(matches!(found.as_slice(), [finding] if finding.what.contains("is 1d")), "{found:#?}");

@@ -8,22 +8,18 @@ use tuplewatch::dev_postgres::StopMode;
 
 const SETTING: &str = "synchronized_standby_slots";
 
-/// What copies a slot needs on the standby.
-const FAILOVER: &str = "SELECT pg_drop_replication_slot('tuplewatch'); \
-                        SELECT pg_create_logical_replication_slot('tuplewatch', 'pgoutput', false, false, true)";
-
 #[tokio::test]
 async fn it_waits_for_a_slot_that_is_not_there() {
-    let mut patient = Patient::ready(Postgres::of_major(17, &[(SETTING, "gone")]).await).await;
+    let patient = Patient::new(Postgres::since(17, &[(SETTING, "gone")]).await);
+    let mut patient = patient.with("--replication-failover", "off");
+    patient.run("setup", &[]).await.succeeded();
     // Without failover it does not wait.
     let diagnosis = patient.doctor(&[]).await;
     assert_eq!(diagnosis.about("warning", SETTING).len(), 1, "{diagnosis:#?}");
     patient.is_well().await;
 
-    let sql = patient.sql().await;
-    for statement in FAILOVER.split("; ") {
-        sql.run(statement).await;
-    }
+    patient = patient.with("--replication-failover", "auto");
+    patient.run("setup", &["--recreate-slot"]).await.succeeded();
     let finding = patient.has(SETTING, "names gone, which does not exist").await;
     patient.apply(&finding).await;
     patient.is_well().await;
@@ -33,7 +29,9 @@ async fn it_waits_for_a_slot_that_is_not_there() {
 /// A standby that nobody told of the slot.
 #[tokio::test]
 async fn a_promotion_would_lose_it() {
-    let mut patient = Patient::ready(Postgres::of_major(17, &[]).await).await;
+    let patient = Patient::new(Postgres::since(17, &[]).await);
+    let mut patient = patient.with("--replication-failover", "off");
+    patient.run("setup", &[]).await.succeeded();
     patient.sql().await.run("SELECT pg_create_physical_replication_slot('standby1', true)").await;
     patient.postgres.stop(StopMode::Fast).await;
     let mut standby = patient.postgres.copy().await;

@@ -44,7 +44,7 @@ async fn a_table_was_taken_out_of_the_publication() {
 /// Rows or columns that are held back: from version 15 on.
 #[tokio::test]
 async fn a_publication_is_not_of_everything() {
-    let mut patient = Patient::used(Postgres::of_major(17, &[]).await).await;
+    let mut patient = Patient::used(Postgres::since(15, &[]).await).await;
     let rest = "ALTER PUBLICATION tuplewatch SET TABLE tuplewatch.attributes, tuplewatch.relation_tuples";
     for (part, what) in [
         ("WHERE (tenant_id <> 'secret')", "has a row filter"),
