@@ -171,21 +171,12 @@ pub enum BreakReason {
     MappingChanged,
     /// The server went on along another timeline, and what was read past the switch never happened there.
     TimelineDiverged,
-    /// The change log was started anew.
-    LogReset,
 }
 
 impl BreakReason {
     /// Of all reasons that there are.
-    pub const CODES: [&'static str; 7] = [
-        "TRUNCATE",
-        "UNDECODABLE_ROW",
-        "SLOT_MOVED",
-        "SCHEMA_CHANGED",
-        "MAPPING_CHANGED",
-        "TIMELINE_DIVERGED",
-        "LOG_RESET",
-    ];
+    pub const CODES: [&'static str; 6] =
+        ["TRUNCATE", "UNDECODABLE_ROW", "SLOT_MOVED", "SCHEMA_CHANGED", "MAPPING_CHANGED", "TIMELINE_DIVERGED"];
 
     /// A stable name for machines: `ErrorInfo.reason`.
     pub const fn code(&self) -> &'static str {
@@ -196,7 +187,6 @@ impl BreakReason {
             Self::SchemaChanged { .. } => "SCHEMA_CHANGED",
             Self::MappingChanged => "MAPPING_CHANGED",
             Self::TimelineDiverged => "TIMELINE_DIVERGED",
-            Self::LogReset => "LOG_RESET",
         }
     }
 
@@ -206,7 +196,7 @@ impl BreakReason {
             Self::Truncate { table } => (table, ""),
             Self::Undecodable { table, detail } => (table, detail),
             Self::SchemaChanged { detail } => ("", detail),
-            Self::SlotMoved | Self::MappingChanged | Self::TimelineDiverged | Self::LogReset => ("", ""),
+            Self::SlotMoved | Self::MappingChanged | Self::TimelineDiverged => ("", ""),
         }
     }
 
@@ -220,7 +210,6 @@ impl BreakReason {
             "SCHEMA_CHANGED" => Self::SchemaChanged { detail },
             "MAPPING_CHANGED" => Self::MappingChanged,
             "TIMELINE_DIVERGED" => Self::TimelineDiverged,
-            "LOG_RESET" => Self::LogReset,
             _ => return None,
         })
     }
@@ -239,7 +228,6 @@ impl fmt::Display for BreakReason {
             Self::TimelineDiverged => {
                 write!(f, "the server went on along another timeline; changes received past the switch were abandoned")
             }
-            Self::LogReset => write!(f, "the change log was started anew"),
         }
     }
 }
@@ -396,7 +384,6 @@ mod tests {
             BreakReason::SchemaChanged { detail: "y".into() },
             BreakReason::MappingChanged,
             BreakReason::TimelineDiverged,
-            BreakReason::LogReset,
         ] {
             let (table, detail) = reason.details();
             assert_eq!(BreakReason::from_code(reason.code(), table, detail), Some(reason.clone()));
