@@ -3,8 +3,12 @@
 --   tuplewatch_owner   runs `tuplewatch setup`: owns schema, tables and publication, and makes the slot
 --   tuplewatch         runs `tuplewatch serve`: reads
 --
--- Their passwords come from the environment (psql 15 or newer). docker/compose.yaml has the image of PostgreSQL run it when it
--- makes the cluster.
+-- Their passwords come from the environment (psql 15 or newer):
+--
+--     TUPLEWATCH_OWNER_PASSWORD=… TUPLEWATCH_PASSWORD=… \
+--         psql --set ON_ERROR_STOP=1 --file docker/postgres/roles.sql postgres://postgres@HOST/DATABASE
+--
+-- docker/compose.yaml has the image of PostgreSQL run it when it makes the cluster.
 
 \getenv owner_password TUPLEWATCH_OWNER_PASSWORD
 \getenv password TUPLEWATCH_PASSWORD
@@ -32,3 +36,8 @@ ALTER DEFAULT PRIVILEGES FOR ROLE tuplewatch_owner IN SCHEMA tuplewatch GRANT SE
 -- and where the tables are there already:
 --
 --     GRANT INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA tuplewatch TO tuplewatch;
+
+-- For your application, which writes with a role of its own, after setup:
+--
+--     GRANT SELECT, INSERT, DELETE ON tuplewatch.relation_tuples TO app;
+--     GRANT SELECT, INSERT, UPDATE, DELETE ON tuplewatch.attributes TO app;
