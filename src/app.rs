@@ -111,12 +111,14 @@ fn session_options(config: &Config, mapping: Arc<Mapping>) -> replication::Optio
             config::OnUndecodable::Break => OnUndecodable::Break,
             config::OnUndecodable::Halt => OnUndecodable::Halt,
         },
-        hold_back: HoldBack {
-            age: config.replication.hold_back.age,
-            size_bytes: config.replication.hold_back.size.get(),
-        },
+        hold_back: hold_back(config),
         failover: config.replication.failover == config::Failover::Auto,
     }
+}
+
+fn hold_back(config: &Config) -> HoldBack {
+    let config::HoldBack { age, size } = config.replication.hold_back;
+    HoldBack { age, size_bytes: size.get() }
 }
 
 /// From where on the slot is worth a warning. What is held back on purpose is none; zero stays what turns one off.

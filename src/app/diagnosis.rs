@@ -1,6 +1,6 @@
 //! What `doctor` says: the change log's directory and the server, looked at beside whatever is running.
 
-use super::{endpoints, load_mapping, log_options, thresholds};
+use super::{endpoints, hold_back, load_mapping, log_options, thresholds};
 use crate::changelog::examination::examine;
 use crate::config::Config;
 use crate::finding::{Finding, Severity};
@@ -50,8 +50,9 @@ pub async fn diagnose(config: &Config, long_transaction: Duration) -> anyhow::Re
             mapping: &mapping,
             slot: &config.replication.slot,
             publication: &config.replication.publication,
-            // A log that was begun goes on from its slot.
-            slot_expected: log.node_id.is_some(),
+            // A log that has begun goes on from its slot.
+            slot_expected: log.has_begun,
+            hold_back: hold_back(config),
         },
         node_id: log.node_id.as_deref(),
         thresholds: thresholds(config),

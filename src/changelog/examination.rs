@@ -4,7 +4,7 @@
 use super::Error;
 use super::fjall_log::Options;
 use super::fjall_log::directory::{self, DATA, MARKER, Marker, PROBE};
-use crate::finding::{Bytes, Finding, Report};
+use crate::finding::{Bytes, Finding, Report, shell_word};
 use rustix::fs::{Access, access};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write as _};
@@ -25,6 +25,8 @@ const SYNC_MAX: Duration = Duration::from_millis(20);
 pub struct Examination {
     /// Of the log that is there.
     pub node_id: Option<String>,
+    /// Whether it follows a slot already.
+    pub has_begun: bool,
     /// What was found.
     pub findings: Vec<Finding>,
 }
@@ -32,11 +34,12 @@ pub struct Examination {
 /// Looks at the directory. Waits for the disk.
 pub fn examine(options: &Options) -> Examination {
     let mut report = Report::default();
-    let node_id = look(options, &mut report);
-    Examination { node_id, findings: report.into_findings() }
+    let marker = look(options, &mut report);
+    let has_begun = marker.as_ref().is_some_and(|marker| marker.has_begun);
+    Examination { node_id: marker.map(|marker| marker.node_id), has_begun, findings: report.into_findings() }
 }
 
-fn look(options: &Options, report: &mut Report) -> Option<String> {
+fn look(options: &Options, report: &mut Report) -> Option<Marker> {
     let path = std::path::absolute(&options.path).unwrap_or_else(|_| options.path.clone());
     let place = nearest(&path);
     if !place.is_dir() {
@@ -55,12 +58,13 @@ fn look(options: &Options, report: &mut Report) -> Option<String> {
     };
     let is_open = directory::is_open(&path);
     report.ok(SUBJECT, describe(&path, marker.as_ref(), is_open));
+    let is_open = is_open != Some(false);
     if place == path && !is_open {
         check_owners(&path, report);
     }
     check_disk(place, is_open, report);
     check_space(&path, place, options, report);
-    marker.map(|marker| marker.node_id)
+    marker
 }
 
 /// The directory itself, or the nearest above it that is there.
@@ -68,19 +72,28 @@ fn nearest(path: &Path) -> &Path {
     path.ancestors().find(|ancestor| ancestor.symlink_metadata().is_ok()).unwrap_or(path)
 }
 
-fn describe(path: &Path, marker: Option<&Marker>, is_open: bool) -> String {
+/// `is_open`: unknown where its lock cannot be read.
+fn describe(path: &Path, marker: Option<&Marker>, is_open: Option<bool>) -> String {
     let path = path.display();
     let Some(Marker { node_id, .. }) = marker else {
         return format!("is not there yet: tuplewatch serve begins it in {path}");
     };
-    let user = if is_open { "a tuplewatch" } else { "no tuplewatch" };
-    format!("in {path}, of node {node_id}, and {user} has it open")
+    let user = match is_open {
+        Some(true) => "a tuplewatch has it open",
+        Some(false) => "no tuplewatch has it open",
+        None => "this user cannot see whether a tuplewatch has it open",
+    };
+    format!("in {path}, of node {node_id}, and {user}")
 }
 
 fn unreadable(error: &Error) -> Finding {
     let fix = match error {
         Error::Foreign(_) => "-- set changelog.path to an empty or new directory",
         Error::Open { .. } => "-- let the user that tuplewatch runs as read it",
+        Error::Format { .. } => {
+            "-- run the version that wrote it. Or, where that is not to be had: tuplewatch serve --reset-log, which costs \
+             its history"
+        }
         _ => "tuplewatch serve --reset-log  -- the log's history is lost, and subscribers are told",
     };
     Finding::error(SUBJECT, error.to_string()).fix(fix)
@@ -95,7 +108,7 @@ fn check_owners(path: &Path, report: &mut Report) {
     let Some((owner, file)) = owners.find(|(owner, _)| *owner != own.uid()) else { return };
     let what = format!("{} belongs to user {owner}, and its directory to user {}", file.display(), own.uid());
     let meaning = "A tuplewatch that runs as the one cannot write what belongs to the other.";
-    let fix = format!("chown -R {}:{} {}  # as root", own.uid(), own.gid(), shell_word(path));
+    let fix = format!("chown -R {}:{} {}  # as root", own.uid(), own.gid(), word(path));
     // To root everything is open, to others nothing of somebody else.
     let finding = if access(&file, Access::WRITE_OK).is_ok() { Finding::warning } else { Finding::error };
     report.add(finding(SUBJECT, what).means(meaning).fix(fix));
@@ -131,7 +144,7 @@ fn unwritable(place: &Path, error: &io::Error) -> Finding {
     let fix = match error.kind() {
         ErrorKind::PermissionDenied => format!(
             "-- run doctor as the user that tuplewatch runs as; where that is this one, as root: chown -R {user} {}",
-            shell_word(place)
+            word(place)
         ),
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "-- make room on the disk".to_owned(),
         _ => "-- set changelog.path to a directory that can be written".to_owned(),
@@ -155,7 +168,9 @@ impl Drop for Probe {
 
 fn median_sync(place: &Path) -> io::Result<Duration> {
     let path = place.join(PROBE);
-    let mut probe = Probe { file: File::create(&path)?, path };
+    // One that was left behind. Made anew, and not opened: whatever is there under this name may lead elsewhere.
+    let _ = fs::remove_file(&path);
+    let mut probe = Probe { file: File::create_new(&path)?, path };
     let mut times = Vec::with_capacity(SYNCS);
     for _ in 0..SYNCS {
         let began = Instant::now();
@@ -227,9 +242,8 @@ fn file_system(_: &Path) -> Option<(&'static str, &'static str)> {
     None
 }
 
-/// A path as one word of a shell.
-fn shell_word(path: &Path) -> String {
-    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
+fn word(path: &Path) -> String {
+    shell_word(&path.display().to_string()).into_owned()
 }
 
 #[cfg(test)]

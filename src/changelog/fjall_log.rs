@@ -136,6 +136,10 @@ impl FjallLog {
             segments: RwLock::new(segments),
             memory: Mutex::new(Memory { stored, tail, breaks }),
         };
+        // Of a version that did not note it.
+        if !marker.has_begun && log.memory().stored.origin.is_some() {
+            Marker::begin(&path, &log.node_id).map_err(open)?;
+        }
         // What was staged when the process ended will be sent again.
         log.append(&[Entry::Discard])?;
         Ok(log)
@@ -297,7 +301,11 @@ impl ChangeLog for FjallLog {
                 && !matches!(entry, Entry::Progress(_));
             memory.apply(entry, self, active, &mut written.batch)?;
         }
-        written.commit(self, &memory)
+        written.commit(self, &memory)?;
+        if entries.iter().any(|entry| matches!(entry, Entry::Adopt(_))) {
+            Marker::begin(&self.options.path, &self.node_id).map_err(|error| Error::Poisoned(error.to_string()))?;
+        }
+        Ok(())
     }
 
     fn sync(&self) -> Result<(), Error> {

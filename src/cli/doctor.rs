@@ -1,7 +1,7 @@
 //! `tuplewatch doctor`: what is wrong, what it means, and what repairs it.
 
 use super::overrides::ConfigArgs;
-use super::terminal::Style;
+use super::terminal::{Style, harmless};
 use super::{examples, say};
 use crate::app::diagnosis::{Diagnosis, diagnose};
 use crate::finding::{Finding, Severity};
@@ -99,13 +99,13 @@ fn write_finding(finding: &Finding, column: usize, layout: Layout, out: &mut Str
     let begin = MARGIN + subject.chars().count() + 2;
     let room = |indent: usize| layout.width.map_or(usize::MAX, |width| width.saturating_sub(indent));
     let indent = if room(begin) < COLUMN_MIN { MARGIN } else { begin };
-    let what = wrap(&finding.what, room(begin), room(indent)).join(&format!("\n{:indent$}", ""));
+    let what = wrap(&harmless(&finding.what), room(begin), room(indent)).join(&format!("\n{:indent$}", ""));
     let _ = writeln!(out, "{severity} {subject}  {what}");
     for line in finding.meaning.map(|meaning| wrap(meaning, room(MARGIN), room(MARGIN))).unwrap_or_default() {
         let _ = writeln!(out, "{:MARGIN$}{}", "", layout.style.faint(&line));
     }
     if let Some(fix) = &finding.fix {
-        let _ = writeln!(out, "{:MARGIN$}fix: {}", "", layout.style.strong(fix));
+        let _ = writeln!(out, "{:MARGIN$}fix: {}", "", layout.style.strong(&harmless(fix)));
     }
 }
 

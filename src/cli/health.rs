@@ -35,11 +35,10 @@ pub(super) async fn run(args: &HealthArgs) -> anyhow::Result<()> {
     let server = &args.connection.server;
     let answer = tokio::time::timeout(ANSWER_MAX, ask(args)).await;
     let answer = answer.map_err(|_| anyhow!("{server} does not answer within {} s", ANSWER_MAX.as_secs()))??;
-    if args.alive {
-        say("alive");
-        return Ok(());
-    }
     match answer {
+        // Also one that does not let us in, or asks for patience. Whatever else answers is something in between.
+        Ok(_) if args.alive => say("alive"),
+        Err(status) if args.alive && is_own(status.code()) => say("alive"),
         Ok(ServingStatus::Serving) => say("SERVING"),
         Ok(status) => bail!(
             "{server} is {}: the process runs, and does not stream from PostgreSQL (yet). Its log says why",
@@ -57,6 +56,11 @@ pub(super) async fn run(args: &HealthArgs) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// Where there is no answer.
+/// Whether a server of ours answers a health check like this.
+const fn is_own(code: Code) -> bool {
+    matches!(code, Code::NotFound | Code::Unauthenticated | Code::PermissionDenied | Code::ResourceExhausted)
+}
+
 async fn ask(args: &HealthArgs) -> anyhow::Result<Result<ServingStatus, Status>> {
     let server = &args.connection.server;
     let unreachable = || format!("cannot reach {server}");

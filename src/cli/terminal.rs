@@ -1,5 +1,6 @@
 //! What is different where a person reads the output, and how commands are written for people to paste.
 
+use crate::finding::shell_word;
 use anstream::{AutoStream, ColorChoice};
 use anstyle::AnsiColor::{Green, Red, Yellow};
 use std::borrow::Cow;
@@ -90,18 +91,8 @@ pub(super) fn stdout_is_terminal() -> bool {
 pub(super) fn program() -> String {
     let is_run_by_cargo = std::env::var("CARGO_PKG_NAME").is_ok_and(|name| name == env!("CARGO_PKG_NAME"));
     match std::env::args().next() {
-        Some(name) if !is_run_by_cargo => quoted(&name).into_owned(),
+        Some(name) if !is_run_by_cargo => shell_word(&name).into_owned(),
         _ => "cargo run --release --".to_owned(),
-    }
-}
-
-/// A word as a shell reads it back.
-pub(super) fn quoted(word: &str) -> Cow<'_, str> {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=+@%,".contains(c);
-    if !word.is_empty() && word.chars().all(is_plain) {
-        Cow::Borrowed(word)
-    } else {
-        Cow::Owned(format!("'{}'", word.replace('\'', r"'\''")))
     }
 }
 
@@ -119,21 +110,6 @@ pub(super) fn harmless(text: &str) -> Cow<'_, str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn words_are_quoted_where_a_shell_would_change_them() {
-        for (word, written) in [
-            ("t1", "t1"),
-            ("AQ+/x==", "AQ+/x=="),
-            ("http://localhost:3478", "http://localhost:3478"),
-            ("", "''"),
-            ("a b", "'a b'"),
-            ("$(x)", "'$(x)'"),
-            ("it's", r"'it'\''s'"),
-        ] {
-            assert_eq!(quoted(word), written);
-        }
-    }
 
     #[test]
     fn text_from_elsewhere_is_harmless() {

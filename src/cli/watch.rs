@@ -6,8 +6,9 @@ mod json;
 mod lines;
 
 use super::connection::ConnectionArgs;
-use super::terminal::{Style, program, quoted};
+use super::terminal::{Style, program};
 use super::{examples, notice, stop_signal};
+use crate::finding::shell_word;
 use crate::grpc::proto::watch_client::WatchClient;
 use crate::grpc::proto::{DataChanges, WatchRequest};
 use crate::grpc::status::NEXT_SNAP_TOKEN;
@@ -184,7 +185,7 @@ impl<'a> Watch<'a> {
             words.extend(["--output".to_owned(), "json".to_owned()]);
         }
         words.extend(["--snap-token".to_owned(), self.token.clone()]);
-        let words: Vec<_> = words.iter().map(|word| quoted(word)).collect();
+        let words: Vec<_> = words.iter().map(|word| shell_word(word)).collect();
         let command = format!("{} {}", program(), words.join(" "));
         notice(&format!("{}\n  {}", self.style.faint("what comes after this:"), self.style.strong(&command)));
     }

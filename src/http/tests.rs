@@ -168,7 +168,7 @@ async fn every_route_leads_to_its_method() {
         ("POST", "/v1/tenants/create", json!({"id": "t", "name": "n"}), json!({"tenant": {"id": "t", "name": "n"}})),
         ("POST", "/v1/tenants/list", json!({"page_size": 1}), json!({"tenants": [], "continuous_token": ""})),
         ("DELETE", "/v1/tenants/t1", Json::Null, json!({"tenant_id": "t1"})),
-        ("GET", "/healthz", Json::Null, json!({"status": "SERVING"})),
+        ("GET", "/healthz", Json::Null, json!({"status": "ALIVE"})),
     ] {
         let body = if body.is_null() { String::new() } else { body.to_string() };
         assert_eq!(ask(method, path, body).await, (200, expected), "{method} {path}");
@@ -273,7 +273,7 @@ async fn who_says_nothing_is_not_kept() {
 #[tokio::test]
 async fn what_the_process_says_of_itself() {
     for (path, status, kind, body) in [
-        ("/healthz", 200, "application/json", r#"{"status":"SERVING"}"#),
+        ("/healthz", 200, "application/json", r#"{"status":"ALIVE"}"#),
         ("/readyz", 503, "application/json", r#"{"reason":"the \"slot\" is away","status":"NOT_READY"}"#),
         ("/metrics", 200, "text/plain; version=0.0.4", "up 1\n"),
     ] {

@@ -43,6 +43,7 @@ use pgwire_replication::tls::rustls::maybe_upgrade_to_tls;
 use pgwire_replication::{PgWireError, ReplicationConfig, TlsConfig};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
 
@@ -378,13 +379,15 @@ impl Endpoint {
         }
         let (client, driver) = config.connect_raw(stream, NoTls).await.map_err(Failure::Sql)?;
         let endpoint = self.to_string();
+        let (open, closed) = watch::channel(());
         let driver = tokio::spawn(async move {
+            let _open = open;
             // Whoever uses the client gets an error too, and handles that.
             if let Err(error) = driver.await {
                 tracing::debug!(%endpoint, %error, "an SQL connection ended");
             }
         });
-        Ok(Connection { client, endpoint: self.clone(), driver })
+        Ok(Connection { client, endpoint: self.clone(), driver, closed })
     }
 }
 
@@ -435,6 +438,8 @@ pub struct Connection {
     endpoint: Endpoint,
     /// Moves the bytes. Ours, so that it does not outlive us where somebody holds on to a statement.
     driver: JoinHandle<()>,
+    /// Its sender goes with the driver.
+    closed: watch::Receiver<()>,
 }
 
 impl Connection {
@@ -446,6 +451,12 @@ impl Connection {
     /// Whether it has ended. A peer that died silently is noticed by keepalive, within a minute.
     pub fn is_closed(&self) -> bool {
         self.client.is_closed()
+    }
+
+    /// Completes when it has.
+    pub fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut closed = self.closed.clone();
+        async move { while closed.changed().await.is_ok() {} }
     }
 }
 

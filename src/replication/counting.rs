@@ -19,11 +19,13 @@ pub(super) struct Counting {
 }
 
 impl Counting {
-    pub(super) fn new() -> Self {
+    /// Of these tables, and others that may come.
+    pub(super) fn new(tables: impl Iterator<Item = String>) -> Self {
         // There from the start: what appears with its first value has not risen for who looks at rates.
         for code in BreakReason::CODES {
             metrics().breaks(code);
         }
+        tables.for_each(|table| drop(metrics().table(&table)));
         Self { tables: Vec::new() }
     }
 

@@ -197,6 +197,8 @@ impl Samples {
     /// How far `position` is behind, with the server at `wal_end` now.
     fn lag(&mut self, wal_end: Lsn, position: Lsn, now: Instant) -> Lag {
         while self.0.pop_front_if(|(lsn, _)| *lsn <= position).is_some() {}
+        // Of a server that was further, and is no longer the primary.
+        while self.0.pop_back_if(|(lsn, _)| *lsn > wal_end).is_some() {}
         let is_ahead = self.0.back().is_none_or(|(last, _)| *last < wal_end);
         if wal_end > position && is_ahead && self.0.len() < SAMPLES_MAX {
             self.0.push_back((wal_end, now));
@@ -371,7 +373,8 @@ impl Monitor {
                        'slot', CASE WHEN slot.slot_name IS NOT NULL THEN row_to_json(slot) END,
                        'holder', (SELECT application_name FROM pg_catalog.pg_stat_activity WHERE pid = slot.active_pid),
                        'wal_end', now.wal_end,
-                       'retained_bytes', GREATEST(pg_wal_lsn_diff(now.wal_end, slot.restart_lsn), 0),
+                       'retained_bytes', CASE WHEN slot.restart_lsn IS NOT NULL
+                                          THEN GREATEST(pg_wal_lsn_diff(now.wal_end, slot.restart_lsn), 0) END,
                        'confirmed', slot.confirmed_flush_lsn)
               FROM (SELECT pg_current_wal_lsn() AS wal_end) AS now
               LEFT JOIN pg_catalog.pg_replication_slots AS slot ON slot.slot_name::text = $1";
@@ -437,6 +440,16 @@ mod tests {
         check(&mut watch, &sight(800, 110, 10, 10), 15, &[]);
         check(&mut watch, &sight(700, 130, 10, 10), 20, &["keeps less WAL again", "not about to be lost"]);
         check(&mut watch, &sight(0, -5, 10, 10), 25, &["is lost when another 0 MiB"]);
+    }
+
+    #[test]
+    fn after_a_promotion_the_old_primary_does_not_count() {
+        let (mut samples, now) = (Samples::default(), Instant::now());
+        let at = |seconds: u64| now + Duration::from_secs(seconds);
+        assert_eq!(samples.lag(Lsn(1000), Lsn(990), at(0)), Lag { bytes: 10, time: Duration::ZERO });
+        assert_eq!(samples.lag(Lsn(995), Lsn(995), at(60)), Lag { bytes: 0, time: Duration::ZERO });
+        assert_eq!(samples.lag(Lsn(999), Lsn(995), at(65)), Lag { bytes: 4, time: Duration::ZERO });
+        assert_eq!(samples.lag(Lsn(999), Lsn(995), at(70)), Lag { bytes: 4, time: Duration::from_secs(5) });
     }
 
     #[test]

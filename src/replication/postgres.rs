@@ -30,8 +30,8 @@ const START_MAX: Duration = Duration::from_secs(60);
 /// Events between the driver and us, and those taken at a time. A row is one event of whatever size PostgreSQL allows, so this is
 /// kept small.
 const EVENTS_MAX: usize = 128;
-/// SQLSTATE: the slot is active for another process.
-const OBJECT_IN_USE: &str = "55006";
+/// Longest wait for a change of the slot, which takes no time where nobody reads it.
+const ALTER_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for the last acknowledgement when stopping.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 
@@ -93,18 +93,26 @@ impl Postgres {
     }
 
     /// A slot from before PostgreSQL 17, or that somebody else made: standbys keep a copy of it from now on.
-    async fn let_fail_over(&self, sql: &Connection, client: &mut ReplicationClient) -> Result<(), Error> {
+    ///
+    /// Only where nobody reads it. Else PostgreSQL waits for it to be free, however long that takes, also when we have gone.
+    async fn let_fail_over(&self, sql: &Connection, client: &mut ReplicationClient, pid: i32) -> Result<(), Error> {
         let slot = &self.options.slot;
         let found = Slot::read(&sql.client, slot).await.map_err(sql_error)?;
-        if !self.options.failover || found.is_none_or(|found| found.failover != Some(false)) {
+        let is_meant = |found: &Slot| found.failover == Some(false) && found.active_pid.is_none();
+        if !self.options.failover || !found.is_some_and(|found| is_meant(&found)) {
             return Ok(());
         }
-        // Slots are named by letters, digits and underscores. Where another process holds it, START_REPLICATION will say so.
+        // Slots are named by letters, digits and underscores.
         let statement = format!("ALTER_REPLICATION_SLOT \"{slot}\" (FAILOVER true)");
-        match bounded(client.simple_query(&statement)).await? {
-            Ok(_) => tracing::info!(slot, "standbys may keep a copy of the replication slot from now on"),
-            Err(error) if connection::sqlstate(&error) == Some(OBJECT_IN_USE) => {}
-            Err(error) => tracing::warn!(slot, "the replication slot will not outlive a failover: {error}"),
+        match timeout(ALTER_MAX, client.simple_query(&statement)).await {
+            Ok(Ok(_)) => tracing::info!(slot, "standbys may keep a copy of the replication slot from now on"),
+            Ok(Err(error)) => tracing::warn!(slot, "the replication slot will not outlive a failover: {error}"),
+            Err(_) => {
+                // Somebody was faster, and our walsender would wait for them.
+                let statement = "SELECT pg_terminate_backend($1)";
+                bounded(sql.client.query_opt(statement, &[&pid])).await?.map_err(sql_error)?;
+                return Err(Error::transient(format!("slot {slot} came into use while it was to be altered")));
+            }
         }
         Ok(())
     }
@@ -133,6 +141,7 @@ async fn check(sql: &Connection, options: &Options, slot_expected: bool) -> Resu
         slot: &options.slot,
         publication: &options.publication,
         slot_expected,
+        hold_back: options.hold_back,
     };
     let findings = bounded(requirements::check(&sql.client, &expectation)).await?.map_err(sql_error)?;
     let errors: Vec<String> =
@@ -169,9 +178,9 @@ impl Upstream for Postgres {
         if identity.system_id != source.system_identifier.to_string() {
             return Err(Error::transient("the two connections lead to different servers"));
         }
-        self.let_fail_over(&sql, &mut client).await?;
         let history = history(&mut client, identity.timeline).await?;
         let pid = walsender_pid(&mut client).await?;
+        self.let_fail_over(&sql, &mut client, pid).await?;
         let server = Server { source, history, wal_end: Lsn(identity.xlogpos.as_u64()) };
         Ok(PostgresLink {
             options: self.options.clone(),
@@ -240,7 +249,8 @@ impl Link for PostgresLink {
             .await
             .map_err(|_| Error::transient(format!("replication did not start within {} s", START_MAX.as_secs())))?;
         if let Err(error) = started {
-            if connection::sqlstate(&error) == Some(OBJECT_IN_USE) && self.evict_own().await? {
+            // object_in_use: the slot is active for another process.
+            if connection::sqlstate(&error) == Some("55006") && self.evict_own().await? {
                 return Err(Error::transient(format!("{error}, which this node left behind: ended it")));
             }
             return Err(driver_error(error));
@@ -274,6 +284,14 @@ impl Link for PostgresLink {
             }
         }
         Ok(())
+    }
+
+    fn lost(&self) -> impl Future<Output = Error> + Send + 'static {
+        let closed = self.sql.closed();
+        async {
+            closed.await;
+            Error::transient("the server ended the SQL connection: it shuts down, or somebody ended it")
+        }
     }
 
     fn acknowledge(&self, lsn: Lsn) {

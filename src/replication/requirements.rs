@@ -12,6 +12,7 @@ mod tables;
 use tokio_postgres::Client;
 
 use super::catalog::{Catalog, identifier};
+use super::hold_back::HoldBack;
 use super::slot::Slot;
 use crate::finding::{Finding, Report};
 use crate::mapping::Mapping;
@@ -32,6 +33,8 @@ pub struct Expectation<'a> {
     pub publication: &'a str,
     /// Whether the slot must be there. If not, there must be room for it.
     pub slot_expected: bool,
+    /// What the slot will not be told of.
+    pub hold_back: HoldBack,
 }
 
 /// Looks at everything, in four statements.
@@ -49,6 +52,8 @@ pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Fi
 
     let mut report = Report::default();
     server.check(&mut report);
+    server.check_synchronous_standbys(expected.hold_back, &mut report);
+    server.check_keep_size(expected.hold_back, &mut report);
     server.check_room(slot.as_ref(), &mut report);
     for table in &catalog.tables {
         check_table(table, expected, &server, catalog.publication.as_ref(), &mut report);

@@ -54,13 +54,13 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
     pub fn new(options: Options, upstream: U, outlet: O) -> Self {
         Self {
             held: Held::new(options.hold_back),
+            counting: Counting::new(options.mapping.tables().iter().map(|spec| spec.table.to_string())),
             options,
             upstream,
             outlet,
             status: watch::Sender::new(Status::Connecting),
             received: None,
             handed_on: watch::Sender::new(None),
-            counting: Counting::new(),
             has_streamed: false,
         }
     }
@@ -297,6 +297,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         let mut last_check: Option<Published> = None;
         let mut events = Vec::new();
         let mut unreadable = None;
+        let mut lost = std::pin::pin!(link.lost());
         loop {
             while let Some(entry) = intake.pop() {
                 let reached = reached(&entry);
@@ -336,6 +337,8 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                     received?;
                     unreadable = events.drain(..).try_for_each(|event| intake.take(event)).err();
                 }
+                // Behind the stream, which knows better why it ended.
+                error = &mut lost => return Err(error),
             }
         }
     }

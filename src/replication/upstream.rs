@@ -63,6 +63,10 @@ pub trait Link: Send {
     /// Where the link is of no more use.
     fn next(&mut self, events: &mut Vec<Event>) -> impl Future<Output = Result<(), Error>> + Send;
 
+    /// Completes when the SQL connection beside the stream has ended. A server that shuts down ends that one at once, and lets the
+    /// stream go on until everything is acknowledged, which may be held back.
+    fn lost(&self) -> impl Future<Output = Error> + Send + 'static;
+
     /// Tells the slot that everything up to this end LSN is durable here. Never goes back.
     fn acknowledge(&self, lsn: Lsn);
 

@@ -6,8 +6,10 @@
 use crate::support::faults::Fault;
 use crate::support::oracle::{Load, Oracle, Round};
 use crate::support::postgres::Postgres;
+use crate::support::proxy::Proxy;
 use crate::support::server::Server;
 use crate::support::standby::Pair;
+use crate::support::wait::eventually;
 use crate::support::writer::seed;
 use tuplewatch::dev_postgres::StopMode;
 
@@ -41,7 +43,8 @@ async fn some_time(load: &Load<'_>) {
 async fn a_synchronous_standby_lacks_nothing_that_was_published() {
     let mut pair = Pair::start().await;
     let sql = pair.primary.sql().await;
-    sql.run("ALTER SYSTEM SET synchronous_standby_names = '*'").await;
+    // Not '*': a logical walsender counts as a standby too, and ours would be the first.
+    sql.run("ALTER SYSTEM SET synchronous_standby_names = 'walreceiver'").await;
     sql.run("SELECT pg_reload_conf()").await;
     drop(sql);
     let round = round(&mut pair, async |pair, _| drop(pair.fail_over(StopMode::Immediate).await)).await;
@@ -81,4 +84,25 @@ async fn a_slot_that_could_not_fail_over_can_from_the_next_connection_on() {
     server.set("--replication-failover", "auto");
     server.die_and_return().await;
     assert!(fails_over().await);
+}
+
+/// PostgreSQL would have whoever alters a slot wait until it is free, and would not notice when they have gone.
+#[tokio::test]
+async fn a_slot_that_another_node_reads_is_not_altered() {
+    let postgres = Postgres::since(17, &[]).await;
+    let sql = postgres.sql().await;
+    let mut first = Server::serve(&postgres, &[("--replication-failover", "off")]).await;
+    let proxy = Proxy::to_postgres(&postgres.uri()).await;
+    let mut second = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
+    let before = proxy.accepted();
+    second.start().await;
+    eventually("it waits for the slot", async || second.has_said("is active for PID")).await;
+    // Two connections an attempt, and nobody is left behind.
+    eventually("it tries again", async || proxy.accepted() >= before + 12).await;
+    let walsenders = "(SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender') <= 2";
+    assert!(sql.is_true(walsenders).await, "the one that streams, and one that tries");
+    first.terminate().await;
+    first.ended().await;
+    second.serving().await;
+    assert!(sql.is_true("(SELECT failover FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await);
 }

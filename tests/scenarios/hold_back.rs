@@ -6,7 +6,9 @@ use crate::support::server::Server;
 use crate::support::sql::Sql;
 use crate::support::stream::{metadata, reason};
 use crate::support::wait::eventually;
+use std::time::Duration;
 use tonic::Code;
+use tuplewatch::dev_postgres::StopMode;
 
 const FLAGS: [(&str, &str); 2] = [("--replication-hold-back-age", "1h"), ("--replication-hold-back-size", "8MiB")];
 
@@ -78,4 +80,19 @@ async fn what_is_held_back_is_not_told_at_the_end_and_what_is_old_is_told_withou
     let mut stream = server.watch("t1", &token).await;
     stream.expect(Change::created("late")).await;
     stream.expect_silence().await;
+}
+
+/// A server that shuts down waits until everything is acknowledged, and what is held back is not.
+#[tokio::test]
+async fn what_is_held_back_holds_up_no_shutdown() {
+    let mut postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &FLAGS).await;
+    let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
+    drop(sql);
+    let took = postgres.stop(StopMode::Fast).await;
+    assert!(took < Duration::from_secs(4), "the shutdown took {took:?}");
+    postgres.start_again().await;
+    server.serving().await;
+    postgres.sql().await.insert("t1", "after").await;
+    stream.expect(Change::created("after")).await;
 }

@@ -147,7 +147,7 @@ async fn what_is_refused_says_why() {
     let flags = [("--server-http-body-size-max", "1KiB"), ("--server-http-cors-allowed-origins", "https://a.example")];
     let mut server = Server::serve(&postgres, &flags).await;
     let watch = "/v1/tenants/t1/watch";
-    assert_eq!(server.ask(Method::GET, "/healthz", "").await, (200, json!({"status": "SERVING"})));
+    assert_eq!(server.ask(Method::GET, "/healthz", "").await, (200, json!({"status": "ALIVE"})));
     for (method, path, body, status, code, says) in [
         (Method::POST, watch, "{", 400, 3, ""),
         (Method::POST, watch, r#"{"snap_token": "x"}"#, 400, 3, "INVALID_SNAP_TOKEN"),

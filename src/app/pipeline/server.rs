@@ -445,6 +445,10 @@ impl Link for ServerLink {
         self.server.world.step(|| format!("acknowledge {lsn}"));
     }
 
+    fn lost(&self) -> impl Future<Output = Error> + Send + 'static {
+        std::future::pending()
+    }
+
     async fn check_alive(&self) -> Result<(), Error> {
         self.check()
     }

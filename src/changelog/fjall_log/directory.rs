@@ -1,7 +1,7 @@
 //! The directory of a log, without opening what is in it.
 //!
 //! ```text
-//! <path>/tuplewatch-log.json     format and node id, written once
+//! <path>/tuplewatch-log.json     format, node id, and whether it has begun
 //! <path>/data/                   fjall
 //! ```
 
@@ -29,6 +29,9 @@ const FJALL_LOCK: &str = "lock";
 pub(in crate::changelog) struct Marker {
     format: u32,
     pub(in crate::changelog) node_id: String,
+    /// Whether the log follows a source, and with it a slot, which is then never made again by itself.
+    #[serde(default)]
+    pub(in crate::changelog) has_begun: bool,
 }
 
 impl Marker {
@@ -66,11 +69,20 @@ impl Marker {
 
     /// Of a log that begins in this directory.
     pub(super) fn create(path: &Path) -> io::Result<Self> {
-        let marker = Self { format: FORMAT, node_id: format!("{:016x}", fastrand::u64(..)) };
+        let marker = Self { format: FORMAT, node_id: format!("{:016x}", fastrand::u64(..)), has_begun: false };
         // The data directory first: a marker without one means that somebody deleted it.
         fs::create_dir_all(path.join(DATA))?;
-        write_synced(&path.join(MARKER_NEW), &path.join(MARKER), &serde_json::to_vec(&marker)?)?;
+        marker.write(path)?;
         Ok(marker)
+    }
+
+    fn write(&self, path: &Path) -> io::Result<()> {
+        write_synced(&path.join(MARKER_NEW), &path.join(MARKER), &serde_json::to_vec(self)?)
+    }
+
+    /// Of a log that has a source, from now on or as its data say.
+    pub(super) fn begin(path: &Path, node_id: &str) -> io::Result<()> {
+        Self { format: FORMAT, node_id: node_id.to_owned(), has_begun: true }.write(path)
     }
 }
 
@@ -108,8 +120,11 @@ pub(in crate::changelog) fn free_bytes(path: &Path) -> Option<u64> {
     Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Whether a process has the log open. To find out takes its lock for a moment, where nobody has it; fjall tries several times.
-pub(in crate::changelog) fn is_open(path: &Path) -> bool {
-    let lock = File::open(path.join(DATA).join(FJALL_LOCK)).map(|file| file.try_lock_shared());
-    matches!(lock, Ok(Err(fs::TryLockError::WouldBlock)))
+/// Whether a process has the log open; `None` where we may not know. To find out takes its lock for a moment, where nobody has it; fjall tries several times.
+pub(in crate::changelog) fn is_open(path: &Path) -> Option<bool> {
+    match File::open(path.join(DATA).join(FJALL_LOCK)) {
+        Ok(file) => Some(matches!(file.try_lock_shared(), Err(fs::TryLockError::WouldBlock))),
+        Err(error) if error.kind() == ErrorKind::NotFound => Some(false),
+        Err(_) => None,
+    }
 }

@@ -96,7 +96,7 @@ impl Standbys {
             let fix = if self.physical.is_empty() {
                 format!("-- give each standby a slot (primary_slot_name), and name them in {SETTING}")
             } else {
-                setting(&self.physical.join(", "))
+                setting(&self.physical.join(", "), "leave out those of backups, which are never promoted")
             };
             report.add(Finding::warning(SETTING, "is empty, and standbys are connected").means(meaning).fix(fix));
         }
@@ -118,7 +118,9 @@ impl Standbys {
         let what = format!("names {}", what.join(", and "));
         let good = self.named.iter().filter(|named| named.obstacle().is_none());
         let good: Vec<&str> = good.map(|named| named.name.as_str()).collect();
-        let fix = setting(&good.join(", "));
+        let until = "start the standby instead where it comes back soon: while it is not named, a promotion of it takes back what \
+                     was streamed";
+        let fix = setting(&good.join(", "), until);
         report.add(if fails_over {
             let meaning =
                 "The slot waits for it before it sends anything: nothing reaches tuplewatch until it is there.";
@@ -131,9 +133,9 @@ impl Standbys {
     }
 }
 
-fn setting(slots: &str) -> String {
+fn setting(slots: &str, but: &str) -> String {
     let value = literal(slots);
-    format!("ALTER SYSTEM SET {SETTING} = {value};  -- then a reload: SELECT pg_reload_conf();")
+    format!("ALTER SYSTEM SET {SETTING} = {value};  -- then a reload: SELECT pg_reload_conf(); but {but}")
 }
 
 pub(super) async fn check(

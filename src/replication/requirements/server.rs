@@ -4,9 +4,10 @@ use serde::Deserialize;
 use tokio_postgres::Client;
 
 use super::super::catalog::{Document, identifier};
+use super::super::hold_back::HoldBack;
 use super::super::slot::Slot;
 use super::MAJORS;
-use crate::finding::{Finding, Report};
+use crate::finding::{Bytes, Finding, Report};
 
 /// The server's settings and the role's rights.
 #[derive(Debug, Deserialize)]
@@ -26,6 +27,9 @@ pub(super) struct Server {
     walsenders_max: i64,
     commit_timestamps: String,
     slot_keep_size: String,
+    /// The same in bytes; below zero: no limit.
+    slot_keep_bytes: i64,
+    synchronous_standbys: String,
     /// Settings of which another value is in the configuration than in force.
     pending_restart: Vec<String>,
 }
@@ -49,6 +53,8 @@ impl Server {
                 'walsenders_max', current_setting('max_wal_senders')::int,
                 'commit_timestamps', current_setting('track_commit_timestamp'),
                 'slot_keep_size', current_setting('max_slot_wal_keep_size'),
+                'slot_keep_bytes', (SELECT setting::int8 << 20 FROM pg_settings WHERE name = 'max_slot_wal_keep_size'),
+                'synchronous_standbys', current_setting('synchronous_standby_names'),
                 'pending_restart',
                     COALESCE((SELECT json_agg(name) FROM pg_settings WHERE pending_restart), '[]'))
               FROM pg_roles WHERE rolname = current_user";
@@ -95,13 +101,59 @@ impl Server {
                 "ALTER SYSTEM SET track_commit_timestamp = on;  -- then restart PostgreSQL: a reload is not enough";
             report.warning("track_commit_timestamp", what, fix);
         }
-        if self.slot_keep_size == "-1" {
+    }
+
+    /// How much WAL the server keeps for a slot, and whether that is enough for what is held back on purpose.
+    pub(super) fn check_keep_size(&self, hold_back: HoldBack, report: &mut Report) {
+        const SETTING: &str = "max_slot_wal_keep_size";
+        let Ok(keep_bytes) = u64::try_from(self.slot_keep_bytes) else {
             let what = "is -1, no limit: if tuplewatch is away for long, its slot keeps WAL until the disk is full";
             let fix = "ALTER SYSTEM SET max_slot_wal_keep_size = '50GB';  -- what the disk can spare; then a reload: \
                        SELECT pg_reload_conf();";
-            report.warning("max_slot_wal_keep_size", what, fix);
+            return report.warning(SETTING, what, fix);
+        };
+        let held_bytes = if hold_back.age.is_zero() { 0 } else { hold_back.size_bytes };
+        // What comes on top: WAL since the last checkpoint, and while tuplewatch is away.
+        if held_bytes < keep_bytes / 2 {
+            return report.ok(SETTING, self.slot_keep_size.clone());
+        }
+        let what = format!(
+            "is {}, and replication.hold_back.size lets {} be held back of it",
+            self.slot_keep_size,
+            Bytes(held_bytes)
+        );
+        let fix = format!(
+            "ALTER SYSTEM SET {SETTING} = '{}MB';  -- then a reload: SELECT pg_reload_conf(); or set \
+             replication.hold_back.size to less",
+            (held_bytes >> 20).saturating_mul(4)
+        );
+        if held_bytes < keep_bytes {
+            let meaning = "Little WAL may be written while tuplewatch is away before the slot is lost.";
+            report.add(Finding::warning(SETTING, what).means(meaning).fix(fix));
         } else {
-            report.ok("max_slot_wal_keep_size", self.slot_keep_size.clone());
+            report.add(Finding::error(SETTING, what).means("The slot would be lost on purpose.").fix(fix));
+        }
+    }
+
+    /// PostgreSQL counts logical walsenders as standbys, and ours would answer when the slot is told, or before a standby has it.
+    pub(super) fn check_synchronous_standbys(&self, hold_back: HoldBack, report: &mut Report) {
+        const SETTING: &str = "synchronous_standby_names";
+        let mut names = self.synchronous_standbys.split([',', '(', ')', ' ', '"']);
+        let counts_us = names.any(|name| name == "*" || name.to_ascii_lowercase().starts_with("tuplewatch"));
+        if !counts_us {
+            return;
+        }
+        let what = format!("is {}, which tuplewatch matches too", self.synchronous_standbys);
+        let fix = format!(
+            "ALTER SYSTEM SET {SETTING} = 'FIRST 1 (standby1)';  -- the names (application_name) of your standbys; then a reload: \
+             SELECT pg_reload_conf();"
+        );
+        if hold_back.age.is_zero() {
+            let meaning = "A commit may be taken for replicated where only tuplewatch has it.";
+            report.add(Finding::warning(SETTING, what).means(meaning).fix(fix));
+        } else {
+            let meaning = "Every commit may have to wait until its WAL is older than replication.hold_back.age.";
+            report.add(Finding::error(SETTING, what).means(meaning).fix(fix));
         }
     }
 

@@ -1,6 +1,7 @@
 //! Against real PostgreSQL: each thing that can be wrong is made wrong, found, and healed by its own fix.
 
 use super::super::connection::Connection;
+use super::super::hold_back::HoldBack;
 use super::super::setup::{Event, Setup, Teardown};
 use super::super::test_postgres::{Database, Place, cluster, connect, one_table, tuples};
 use super::*;
@@ -10,7 +11,7 @@ use crate::finding::Severity;
 fn silent(_: Event<'_>) {}
 
 fn expectation<'a>(mapping: &'a Mapping, slot: &'a str) -> Expectation<'a> {
-    Expectation { mapping, slot, publication: "feed", slot_expected: true }
+    Expectation { mapping, slot, publication: "feed", slot_expected: true, hold_back: HoldBack::default() }
 }
 
 async fn errors(client: &Client, expected: &Expectation<'_>) -> Vec<Finding> {

@@ -1,5 +1,6 @@
 //! Against real PostgreSQL.
 
+use super::super::hold_back::HoldBack;
 use super::super::publication::fingerprint;
 use super::super::requirements::{Expectation, check};
 use super::super::test_postgres::{Database, mapping, one_table, tuples};
@@ -39,7 +40,13 @@ async fn everything_then_nothing_then_away() {
     assert_eq!(seen, all);
     assert_eq!(setup.plan(client).await.unwrap(), []);
     assert_eq!(setup.apply(&database.connection, &mut silent).await.unwrap(), []);
-    let expectation = Expectation { mapping: &mapping, slot: &database.name, publication: "Feed", slot_expected: true };
+    let expectation = Expectation {
+        mapping: &mapping,
+        slot: &database.name,
+        publication: "Feed",
+        slot_expected: true,
+        hold_back: HoldBack::default(),
+    };
     let findings = check(client, &expectation).await.unwrap();
     assert!(findings.iter().all(|finding| finding.severity != Severity::Error), "{findings:#?}");
 
@@ -93,7 +100,13 @@ async fn only_what_is_missing() {
     let done = setup.apply(&database.connection, &mut silent).await.unwrap();
     assert_eq!(explanations(&done), expected);
     assert_eq!(setup.plan(client).await.unwrap(), []);
-    let expectation = Expectation { mapping: &mapping, slot: &database.name, publication: "Feed", slot_expected: true };
+    let expectation = Expectation {
+        mapping: &mapping,
+        slot: &database.name,
+        publication: "Feed",
+        slot_expected: true,
+        hold_back: HoldBack::default(),
+    };
     let findings = check(client, &expectation).await.unwrap();
     assert!(findings.iter().all(|finding| finding.severity != Severity::Error), "{findings:#?}");
 

@@ -87,3 +87,31 @@ async fn a_limit_that_is_missing_is_a_warning() {
         assert_eq!(diagnosis.about("ok", setting).len(), 1, "{diagnosis:#?}");
     }
 }
+
+const HOLD_BACK: (&str, &str) = ("--replication-hold-back-age", "1m");
+
+#[tokio::test]
+async fn the_server_keeps_less_than_is_held_back() {
+    let patient = Patient::ready(Postgres::with(&[("max_slot_wal_keep_size", "512MB")]).await).await;
+    let mut patient = patient.with(HOLD_BACK.0, HOLD_BACK.1);
+    patient.heals("max_slot_wal_keep_size", "lets 1024 MiB be held back of it").await;
+}
+
+/// PostgreSQL takes a logical walsender for a standby, too.
+#[tokio::test]
+async fn commits_would_wait_for_what_is_held_back() {
+    const SETTING: &str = "synchronous_standby_names";
+    let patient = Patient::ready(Postgres::start().await).await;
+    patient.sql().await.run(&format!("ALTER SYSTEM SET {SETTING} = '*'")).await;
+    patient.reload().await;
+    let found = patient.doctor(&[]).await.about("warning", SETTING);
+    assert!(matches!(found.as_slice(), [finding] if finding.what.contains("tuplewatch matches too")), "{found:#?}");
+    let mut patient = patient.with(HOLD_BACK.0, HOLD_BACK.1);
+    let finding = patient.has(SETTING, "tuplewatch matches too").await;
+    patient.apply(&finding).await;
+    patient.is_well().await;
+    // Of that name there is none here, and a commit would wait for it.
+    patient.sql().await.run(&format!("ALTER SYSTEM RESET {SETTING}")).await;
+    patient.reload().await;
+    patient.streams().await;
+}
