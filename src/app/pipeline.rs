@@ -134,8 +134,9 @@ impl Run {
             // The token of a transaction that a failover takes away says no more than its floor.
             let start = if fault == Fault::Failover && start == Start::Transaction { Start::First } else { start };
             let tenant = TENANTS[random.usize(..TENANTS.len())];
-            // What is not published is noticed by a check, some seconds later.
-            let last = format!("{LAST}{:03}", if fault == Fault::Unpublished { 3 } else { 0 });
+            // What is not published is noticed by a check, some seconds later; and where connections break, and what was held
+            // back comes again first, later still.
+            let last = format!("{LAST}{:03}", if fault == Fault::Unpublished { 8 } else { 0 });
             Arc::new(Mutex::new(Reader::new(tenant, start, last, seed.wrapping_add(n as u64))))
         });
         let readers = readers.collect();
