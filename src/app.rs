@@ -123,11 +123,10 @@ fn hold_back(config: &Config) -> HoldBack {
 
 /// From where on the slot is worth a warning. What is held back on purpose is none; zero stays what turns one off.
 fn thresholds(config: &Config) -> Thresholds {
-    let config::Replication { warn, hold_back, .. } = &config.replication;
-    let held_bytes = if hold_back.age.is_zero() { 0 } else { hold_back.size.get() };
+    let (warn, hold_back) = (&config.replication.warn, hold_back(config));
     let retained = warn.retained_wal.get();
     Thresholds {
-        retained_wal_bytes: if retained == 0 { 0 } else { retained.saturating_add(held_bytes) },
+        retained_wal_bytes: if retained == 0 { 0 } else { retained.saturating_add(hold_back.bytes_max()) },
         safe_wal_bytes: warn.safe_wal_size.get(),
         lag: if warn.lag.is_zero() { warn.lag } else { warn.lag + hold_back.age },
     }

@@ -28,13 +28,13 @@ pub trait Probes: Send + Sync + 'static {
 }
 
 /// Alone in its own time: to read metrics holds up publishing for a moment, and must not do so all the time, whoever asks.
-struct Scrape<P>(Arc<Mutex<Arc<P>>>);
+type Alone<P> = Arc<Mutex<Arc<P>>>;
 
 pub(super) fn routes<P: Probes>(probes: P) -> Router {
     let probes = Arc::new(probes);
-    let scraping = Arc::new(Scrape(Arc::new(Mutex::new(probes.clone()))));
+    let alone: Alone<P> = Arc::new(Mutex::new(probes.clone()));
     let ready = Router::new().route("/readyz", get(ready::<P>)).with_state(probes);
-    let metrics = Router::new().route("/metrics", get(scrape::<P>)).with_state(scraping);
+    let metrics = Router::new().route("/metrics", get(scrape::<P>)).with_state(alone);
     Router::new().route("/healthz", get(alive)).merge(ready).merge(metrics)
 }
 
@@ -51,9 +51,9 @@ async fn ready<P: Probes>(State(probes): State<Arc<P>>) -> Response {
     (status, headers, body.to_string()).into_response()
 }
 
-async fn scrape<P: Probes>(State(scrape): State<Arc<Scrape<P>>>) -> Response {
+async fn scrape<P: Probes>(State(alone): State<Alone<P>>) -> Response {
     // Held for as long as it reads, also when nobody waits for it any more.
-    let probes = scrape.0.clone().lock_owned().await;
+    let probes = alone.lock_owned().await;
     match tokio::task::spawn_blocking(move || probes.metrics()).await {
         Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
         Err(error) => super::refusal::Refusal::from(Status::internal(error.to_string())).into_response(),

@@ -23,6 +23,13 @@ pub struct HoldBack {
     pub size_bytes: u64,
 }
 
+impl HoldBack {
+    /// WAL that may be held back, in bytes.
+    pub const fn bytes_max(self) -> u64 {
+        if self.age.is_zero() { 0 } else { self.size_bytes }
+    }
+}
+
 /// Tells what the slot may be told. Belongs to a session, and outlives its connections.
 #[derive(Debug, Default)]
 pub(super) struct Held {

@@ -18,7 +18,7 @@ use tokio_postgres::types::Type;
 use super::catalog::Document;
 use super::connection::{Connection, Endpoints};
 use super::postgres::application_name;
-use super::slot::Slot;
+use super::slot::{OPEN_TRANSACTIONS, Slot};
 use crate::lsn::Lsn;
 
 /// How often the slot is looked at: whatever is wrong with it is said within twice this.
@@ -169,8 +169,7 @@ impl fmt::Display for Condition {
             Self::Retained { bytes } => write!(
                 f,
                 "keeps {} of WAL on the server (replication.warn.retained_wal). Either this tuplewatch does not keep up, or a \
-                 transaction has been open for long: SELECT pid, xact_start, query FROM pg_stat_activity WHERE backend_xid IS \
-                 NOT NULL ORDER BY xact_start",
+                 transaction has been open for long: {OPEN_TRANSACTIONS}",
                 Mebibytes(*bytes)
             ),
             Self::Unsafe { bytes } => write!(
@@ -270,9 +269,7 @@ impl Watch {
                 found.push(retained);
             }
         }
-        if let Some(left) = slot.safe_wal_size {
-            // Below zero the next checkpoint takes it.
-            let bytes = u64::try_from(left).unwrap_or(0);
+        if let Some(bytes) = slot.safe_bytes() {
             let limit = thresholds.safe_wal_bytes;
             let unsafe_now = Condition::Unsafe { bytes };
             let is_present = self.present.iter().any(|present| present.is_same(&unsafe_now));
@@ -300,8 +297,7 @@ impl Sight {
             confirmed: self.confirmed,
             lag: slot_lag,
             retained_bytes: self.retained_bytes,
-            // Below zero the next checkpoint takes it.
-            safe_bytes: slot.safe_wal_size.map(|left| u64::try_from(left).unwrap_or(0)),
+            safe_bytes: slot.safe_bytes(),
             wal_status: slot.wal_status,
         });
         Report { at: now, at_time: SystemTime::now(), wal_end: self.wal_end, received, slot }

@@ -96,10 +96,12 @@ impl Postgres {
     ///
     /// Only where nobody reads it. Else PostgreSQL waits for it to be free, however long that takes, also when we have gone.
     async fn let_fail_over(&self, sql: &Connection, client: &mut ReplicationClient, pid: i32) -> Result<(), Error> {
+        if !self.options.failover {
+            return Ok(());
+        }
         let slot = &self.options.slot;
         let found = Slot::read(&sql.client, slot).await.map_err(sql_error)?;
-        let is_meant = |found: &Slot| found.failover == Some(false) && found.active_pid.is_none();
-        if !self.options.failover || !found.is_some_and(|found| is_meant(&found)) {
+        if !found.is_some_and(|found| found.failover == Some(false) && found.active_pid.is_none()) {
             return Ok(());
         }
         // Slots are named by letters, digits and underscores.

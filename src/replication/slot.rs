@@ -39,6 +39,9 @@ pub(super) struct Slot {
     /// Whether standbys keep a copy of it. From version 17 on.
     #[serde(default)]
     pub(super) failover: Option<bool>,
+    /// Whether it is itself such a copy, on what was a standby. From version 17 on.
+    #[serde(default)]
+    pub(super) synced: Option<bool>,
 }
 
 impl Slot {
@@ -46,6 +49,11 @@ impl Slot {
         let sql = "SELECT row_to_json(slot) FROM pg_catalog.pg_replication_slots AS slot WHERE slot_name::text = $1";
         let row = client.query_typed_opt(sql, &[(&name, Type::TEXT)]).await?;
         row.map(|row| row.try_get::<_, Document<Self>>(0).map(|document| document.0)).transpose()
+    }
+
+    /// WAL that may still be written before it is lost; `None`: there is no limit. Below zero the next checkpoint takes it.
+    pub(super) fn safe_bytes(&self) -> Option<u64> {
+        self.safe_wal_size.map(|left| u64::try_from(left).unwrap_or(0))
     }
 
     /// Why nothing can be read from it any more.
@@ -78,6 +86,10 @@ impl fmt::Display for Waiting {
         Ok(())
     }
 }
+
+/// Shows which transactions hold back what the server keeps for a slot.
+pub(super) const OPEN_TRANSACTIONS: &str =
+    "SELECT pid, xact_start, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start";
 
 /// The oldest version whose standbys can keep copies of logical slots, as `server_version_num` has it.
 pub(super) const FAILOVER_SLOTS: i32 = 170_000;

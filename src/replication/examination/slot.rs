@@ -7,14 +7,14 @@ use tokio_postgres::types::Type;
 
 use super::super::catalog::Document;
 use super::super::monitor::Thresholds;
-use super::super::slot::Slot;
+use super::super::slot::{OPEN_TRANSACTIONS, Slot};
 use crate::finding::{Bytes, Finding, Report, Span};
 
 /// What there is to see of a slot.
 #[derive(Debug, Deserialize)]
 pub(super) struct Sight {
-    slot: Slot,
-    /// The application name of the backend that has it. Hidden from roles that are not a member of its role.
+    pub(super) slot: Slot,
+    /// The application name of the backend that has it.
     holder: Option<String>,
     /// From the oldest WAL that is kept for it.
     retained_bytes: Option<u64>,
@@ -24,10 +24,6 @@ pub(super) struct Sight {
     lag_seconds: Option<f64>,
     /// From version 17 on.
     inactive_seconds: Option<f64>,
-    /// Whether it is copied to standbys.
-    pub(super) failover: bool,
-    /// Whether it is itself such a copy, on what was a standby.
-    pub(super) synced: bool,
     /// From version 18 on, in the form in which it is set.
     idle_timeout: Option<String>,
     may_list_wal: bool,
@@ -45,8 +41,6 @@ impl Sight {
                                         WHERE pid = slot.active_pid),
                        'inactive_seconds', extract(epoch FROM clock_timestamp()
                                                    - (to_json(slot) ->> 'inactive_since')::timestamptz),
-                       'failover', COALESCE((to_json(slot) ->> 'failover')::bool, false),
-                       'synced', COALESCE((to_json(slot) ->> 'synced')::bool, false),
                        'idle_timeout', NULLIF(current_setting('idle_replication_slot_timeout', true), '0'),
                        'may_list_wal', has_function_privilege('pg_ls_waldir()', 'EXECUTE'))
               FROM pg_replication_slots AS slot WHERE slot.slot_name::text = $1";
@@ -115,7 +109,7 @@ impl Sight {
             self.inactive_seconds.map(|inactive| format!(" for {}", Span(seconds(inactive)))).unwrap_or_default();
         let reader = if self.is_in_use() { String::new() } else { format!("; nobody has read it{since}") };
         let ago = lag.filter(|lag| !lag.is_zero()).map(|lag| format!(", {} or more", Span(lag))).unwrap_or_default();
-        let left = self.slot.safe_wal_size.map(|left| u64::try_from(left).unwrap_or(0));
+        let left = self.slot.safe_bytes();
         let left = left.map(|left| format!("; it is lost after another {}", Bytes(left))).unwrap_or_default();
         let what = format!("keeps {} of WAL, and is {} behind{ago}{reader}{left}", Bytes(retained), Bytes(behind));
 
@@ -139,17 +133,16 @@ impl Sight {
         } else {
             finding
                 .means("It is kept for a transaction that is still open, or was until a moment ago.")
-                .fix("SELECT pid, xact_start, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start;")
+                .fix(format!("{OPEN_TRANSACTIONS};"))
         });
     }
 
     fn check_safety(&self, subject: &str, thresholds: &Thresholds, report: &mut Report) {
         // Of one that is unreserved the requirements speak.
-        let Some(left) = self.slot.safe_wal_size.filter(|_| self.slot.wal_status.as_deref() != Some("unreserved"))
+        let Some(left) = self.slot.safe_bytes().filter(|_| self.slot.wal_status.as_deref() != Some("unreserved"))
         else {
             return;
         };
-        let left = u64::try_from(left).unwrap_or(0);
         if left < thresholds.safe_wal_bytes {
             let what = format!("is lost when another {} of WAL are written (safe_wal_size)", Bytes(left));
             let fix = "ALTER SYSTEM SET max_slot_wal_keep_size = -1;  -- or more than now, as much as the disk can spare; then a \
@@ -177,7 +170,7 @@ mod tests {
             "slot": {"plugin": "pgoutput", "slot_type": "logical", "database": "d", "active_pid": 7,
                      "wal_status": "reserved", "safe_wal_size": 1000},
             "holder": "tuplewatch me", "retained_bytes": 0, "behind_bytes": 0, "lag_seconds": null,
-            "inactive_seconds": null, "failover": false, "synced": false, "idle_timeout": null, "may_list_wal": true,
+            "inactive_seconds": null, "idle_timeout": null, "may_list_wal": true,
         });
         for (place, more) in [("/slot", slot), ("", changes)] {
             let object = sight.pointer_mut(place).unwrap().as_object_mut().unwrap();

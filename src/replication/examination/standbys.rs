@@ -5,6 +5,7 @@ use serde::Deserialize;
 use tokio_postgres::Client;
 
 use super::super::catalog::{Document, identifier, literal};
+use super::super::slot::FAILOVER_SLOTS;
 use super::slot::Sight;
 use crate::finding::{Finding, Report};
 
@@ -66,7 +67,7 @@ impl Standbys {
     }
 
     fn check(&self, slot: &str, sight: Option<&Sight>, report: &mut Report) {
-        if self.version_number < 17_00_00 {
+        if self.version_number < FAILOVER_SLOTS {
             if self.count > 0 {
                 let what = format!(
                     "{} connected. Before version 17 none gets a copy of the slot: a promotion leaves a gap, and takes a new slot \
@@ -78,10 +79,10 @@ impl Standbys {
             return;
         }
         let before = report.count();
-        self.check_named(sight.is_some_and(|sight| sight.failover), report);
+        self.check_named(sight.is_some_and(|sight| sight.slot.failover == Some(true)), report);
         let Some(sight) = sight else { return };
         let subject = format!("replication slot {slot}");
-        if self.count > 0 && !sight.failover {
+        if self.count > 0 && sight.slot.failover != Some(true) {
             let what = "is not copied to the standbys (failover is off)";
             let meaning = "After a promotion it is not there: what changes until there is a new one is a gap.";
             let fix = format!(
@@ -101,8 +102,8 @@ impl Standbys {
             report.add(Finding::warning(SETTING, "is empty, and standbys are connected").means(meaning).fix(fix));
         }
         if report.is_fine_since(before) {
-            let word = |is_on| if is_on { "on" } else { "off" };
-            let (failover, synced) = (word(sight.failover), word(sight.synced));
+            let word = |is_on: Option<bool>| if is_on == Some(true) { "on" } else { "off" };
+            let (failover, synced) = (word(sight.slot.failover), word(sight.slot.synced));
             report
                 .ok(subject, format!("failover is {failover}, synced is {synced}; standbys connected: {}", self.count));
         }

@@ -112,7 +112,7 @@ impl Server {
                        SELECT pg_reload_conf();";
             return report.warning(SETTING, what, fix);
         };
-        let held_bytes = if hold_back.age.is_zero() { 0 } else { hold_back.size_bytes };
+        let held_bytes = hold_back.bytes_max();
         // What comes on top: WAL since the last checkpoint, and while tuplewatch is away.
         if held_bytes < keep_bytes / 2 {
             return report.ok(SETTING, self.slot_keep_size.clone());

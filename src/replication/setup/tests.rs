@@ -17,6 +17,10 @@ fn explanations(steps: &[Step]) -> Vec<&str> {
     steps.iter().map(|step| step.explanation.as_str()).collect()
 }
 
+fn expectation<'a>(mapping: &'a Mapping, slot: &'a str) -> Expectation<'a> {
+    Expectation { mapping, slot, publication: "Feed", slot_expected: true, hold_back: HoldBack::default() }
+}
+
 #[tokio::test]
 async fn everything_then_nothing_then_away() {
     let database = Database::new().await;
@@ -40,14 +44,7 @@ async fn everything_then_nothing_then_away() {
     assert_eq!(seen, all);
     assert_eq!(setup.plan(client).await.unwrap(), []);
     assert_eq!(setup.apply(&database.connection, &mut silent).await.unwrap(), []);
-    let expectation = Expectation {
-        mapping: &mapping,
-        slot: &database.name,
-        publication: "Feed",
-        slot_expected: true,
-        hold_back: HoldBack::default(),
-    };
-    let findings = check(client, &expectation).await.unwrap();
+    let findings = check(client, &expectation(&mapping, &database.name)).await.unwrap();
     assert!(findings.iter().all(|finding| finding.severity != Severity::Error), "{findings:#?}");
 
     database.execute("INSERT INTO tuplewatch.relation_tuples VALUES ('t1', 'd', '1', 'r', 'u', '2')").await;
@@ -100,14 +97,7 @@ async fn only_what_is_missing() {
     let done = setup.apply(&database.connection, &mut silent).await.unwrap();
     assert_eq!(explanations(&done), expected);
     assert_eq!(setup.plan(client).await.unwrap(), []);
-    let expectation = Expectation {
-        mapping: &mapping,
-        slot: &database.name,
-        publication: "Feed",
-        slot_expected: true,
-        hold_back: HoldBack::default(),
-    };
-    let findings = check(client, &expectation).await.unwrap();
+    let findings = check(client, &expectation(&mapping, &database.name)).await.unwrap();
     assert!(findings.iter().all(|finding| finding.severity != Severity::Error), "{findings:#?}");
 
     // A new partition begins with an identity of its own.
