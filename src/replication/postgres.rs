@@ -94,15 +94,17 @@ impl Postgres {
 
     /// A slot from before PostgreSQL 17, or that somebody else made: standbys keep a copy of it from now on.
     ///
-    /// Only where nobody reads it. Else PostgreSQL waits for it to be free, however long that takes, also when we have gone.
+    /// Only where nobody reads it. Else PostgreSQL waits for it to be free, however long that takes, also when we have gone;
+    /// and it is not read as it is either, for then nobody could alter it until we stop.
     async fn let_fail_over(&self, sql: &Connection, client: &mut ReplicationClient, pid: i32) -> Result<(), Error> {
+        let slot = &self.options.slot;
         if !self.options.failover {
             return Ok(());
         }
-        let slot = &self.options.slot;
         let found = Slot::read(&sql.client, slot).await.map_err(sql_error)?;
-        if !found.is_some_and(|found| found.failover == Some(false) && found.active_pid.is_none()) {
-            return Ok(());
+        let Some(found) = found.filter(|found| found.failover == Some(false)) else { return Ok(()) };
+        if let Some(holder) = found.active_pid {
+            return Err(in_use(sql, slot, &format!("replication slot {slot} is active for PID {holder}")).await?);
         }
         // Slots are named by letters, digits and underscores.
         let statement = format!("ALTER_REPLICATION_SLOT \"{slot}\" (FAILOVER true)");
@@ -187,7 +189,6 @@ impl Upstream for Postgres {
         Ok(PostgresLink {
             options: self.options.clone(),
             endpoint: self.endpoint.clone(),
-            name,
             pid,
             sql,
             client,
@@ -201,8 +202,6 @@ impl Upstream for Postgres {
 pub struct PostgresLink {
     options: Options,
     endpoint: watch::Sender<Option<Endpoint>>,
-    /// Of both connections.
-    name: String,
     /// Of the walsender.
     pid: i32,
     sql: Connection,
@@ -213,17 +212,6 @@ pub struct PostgresLink {
 }
 
 impl PostgresLink {
-    /// Ends the walsender that holds the slot, if it is one that this node left behind: after a connection that died without
-    /// a word the server goes on waiting for an answer of it. Anybody else's is left alone.
-    async fn evict_own(&self) -> Result<bool, Error> {
-        let statement = "SELECT pg_terminate_backend(activity.pid)
-                           FROM pg_stat_activity AS activity JOIN pg_replication_slots AS slot ON slot.active_pid = activity.pid
-                          WHERE slot.slot_name = $1 AND activity.application_name = $2
-                            AND activity.backend_type = 'walsender'";
-        let row = bounded(self.sql.client.query_opt(statement, &[&self.options.slot, &self.name])).await?;
-        Ok(row.map_err(sql_error)?.is_some())
-    }
-
     /// The slot's confirmed flush, and the next transaction id.
     async fn slot_position(&self) -> Result<Started, Error> {
         let slot = &self.options.slot;
@@ -252,8 +240,8 @@ impl Link for PostgresLink {
             .map_err(|_| Error::transient(format!("replication did not start within {} s", START_MAX.as_secs())))?;
         if let Err(error) = started {
             // object_in_use: the slot is active for another process.
-            if connection::sqlstate(&error) == Some("55006") && self.evict_own().await? {
-                return Err(Error::transient(format!("{error}, which this node left behind: ended it")));
+            if connection::sqlstate(&error) == Some("55006") {
+                return Err(in_use(&self.sql, &self.options.slot, &error.to_string()).await?);
             }
             return Err(driver_error(error));
         }
@@ -383,6 +371,22 @@ fn sql_error(error: tokio_postgres::Error) -> Error {
 async fn bounded<T>(work: impl Future<Output = T>) -> Result<T, Error> {
     let late = |_| Error::transient(format!("the server did not answer within {} s", STATEMENT_MAX.as_secs()));
     timeout(STATEMENT_MAX, work).await.map_err(late)
+}
+
+/// What to say of a slot that is in use, as `what` tells. Ends the walsender that holds it if it is one that this node left
+/// behind: after a connection that died without a word the server goes on waiting for an answer of it. Anybody else's is left
+/// alone.
+async fn in_use(sql: &Connection, slot: &str, what: &str) -> Result<Error, Error> {
+    // Both connections of a node have the one name.
+    let statement = "SELECT pg_terminate_backend(activity.pid)
+                       FROM pg_stat_activity AS activity JOIN pg_replication_slots AS slot ON slot.active_pid = activity.pid
+                      WHERE slot.slot_name = $1 AND activity.application_name = current_setting('application_name')
+                        AND activity.backend_type = 'walsender'";
+    let evicted = bounded(sql.client.query_opt(statement, &[&slot])).await?.map_err(sql_error)?;
+    Ok(Error::transient(match evicted {
+        Some(_) => format!("{what}, which this node left behind: ended it"),
+        None => what.to_owned(),
+    }))
 }
 
 /// Which database this is; an error where the log is another one's.

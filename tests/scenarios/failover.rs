@@ -111,3 +111,22 @@ async fn a_slot_that_another_node_reads_is_not_altered() {
     second.serving().await;
     assert!(sql.is_true("(SELECT failover FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await);
 }
+
+/// The connection outlives the process, as in `slot::a_walsender_that_our_own_process_left_behind_is_ended`.
+#[tokio::test]
+async fn a_slot_that_our_own_process_left_in_use_is_altered() {
+    let postgres = Postgres::since(17, &[]).await;
+    let sql = postgres.sql().await;
+    let proxy = Proxy::to_postgres(&postgres.uri()).await;
+    let off = [("--replication-failover", "off")];
+    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &off).await;
+    server.start().await;
+    server.serving().await;
+    proxy.strand();
+    server.kill_9().await;
+    assert!(sql.walsender().await.is_some(), "the server has noticed");
+    server.set("--replication-failover", "auto");
+    server.start().await;
+    server.serving().await;
+    assert!(sql.is_true("(SELECT failover FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await);
+}
