@@ -9,7 +9,10 @@ use tuplewatch::cli::{self, Cli};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    cli::run(Cli::parse()).await
+fn main() -> std::io::Result<ExitCode> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    let code = runtime.block_on(cli::run(Cli::parse()));
+    // A thread may still be writing to a pipe that nobody reads, and would for ever.
+    runtime.shutdown_background();
+    Ok(code)
 }

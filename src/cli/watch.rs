@@ -16,8 +16,9 @@ use crate::grpc::watch::START_SNAP_TOKEN;
 use anyhow::{Context as _, anyhow};
 use clap::ValueHint;
 use lines::Lines;
-use std::io::{self, Write as _};
+use std::io;
 use std::time::Duration;
+use tokio::io::AsyncWriteExt as _;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
@@ -146,7 +147,7 @@ impl<'a> Watch<'a> {
         let mut responses = response.into_inner();
         while let Some(response) = responses.message().await? {
             let changes = response.changes.unwrap_or_default();
-            self.printer.print(&changes).map_err(End::Output)?;
+            self.printer.print(&changes).await.map_err(End::Output)?;
             self.token = changes.snap_token;
         }
         Ok(())
@@ -227,15 +228,15 @@ impl Printer {
         }
     }
 
-    /// A message at once, so that a reader sees all of it.
-    fn print(&mut self, changes: &DataChanges) -> io::Result<()> {
+    /// A message at once, so that a reader sees all of it. What waits for a reader that has stopped can be dropped.
+    async fn print(&mut self, changes: &DataChanges) -> io::Result<()> {
         let text = match self {
             Self::Text(lines) => lines.message(changes),
             Self::Json => json::line(changes),
         };
-        let mut out = io::stdout().lock();
-        out.write_all(text.as_bytes())?;
-        out.flush()
+        let mut out = tokio::io::stdout();
+        out.write_all(text.as_bytes()).await?;
+        out.flush().await
     }
 }
 

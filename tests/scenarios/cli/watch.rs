@@ -1,10 +1,13 @@
 //! `watch` and `token`.
 
-use super::process::{Process, program, tuplewatch};
+use super::process::{Process, program, signal, tuplewatch};
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
+use crate::support::wait::{eventually, within};
 use serde_json::{Value as Json, json};
+use std::process::Stdio;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::TcpListener;
 use tuplewatch::snap_token::SnapToken;
 
@@ -130,16 +133,39 @@ async fn it_ends_with_its_reader() {
     let sql = postgres.sql().await;
     let mut command = program(&std::env::temp_dir());
     command.args(["watch", "--tenant", "t1", "--server", &url(&server)]);
-    let mut watch = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let mut watch = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     drop(watch.stdout.take());
     let mut n = 0;
-    crate::support::wait::eventually("it ends", async || {
+    eventually("it ends", async || {
         sql.insert("t1", &format!("nobody-reads-{n}")).await;
         n += 1;
         watch.try_wait().unwrap().is_some()
     })
     .await;
     assert_eq!(watch.wait().await.unwrap().code(), Some(0));
+}
+
+/// A reader that has stopped holds up nobody who wants it to end.
+#[tokio::test]
+async fn it_ends_when_told_to_also_while_nobody_reads() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let mut command = program(&std::env::temp_dir());
+    command.args(["watch", "--tenant", "t1", "--server", &url(&server)]);
+    let mut watch = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let (out, err) = (watch.stdout.take().unwrap(), watch.stderr.take().unwrap());
+    let mut said = BufReader::new(err).lines();
+    assert!(within("it begins", said.next_line()).await.unwrap().unwrap().contains("watching tenant t1"));
+    // One message, and more than a pipe holds.
+    postgres.sql().await.insert_large("t1", 1..=200).await;
+    eventually("the pipe is full", async || rustix::io::ioctl_fionread(&out).unwrap() == 1 << 16).await;
+    signal(watch.id().unwrap(), "TERM");
+    assert_eq!(within("it ends", watch.wait()).await.unwrap().code(), Some(0));
+    let mut last = String::new();
+    while let Some(line) = said.next_line().await.unwrap() {
+        last = line;
+    }
+    assert!(last.contains("--snap-token"), "{last}");
 }
 
 #[tokio::test]
