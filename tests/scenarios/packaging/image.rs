@@ -92,6 +92,10 @@ fn the_image_is_what_its_files_say() {
 
     let environment = image.environment();
     assert!(environment["TUPLEWATCH_CHANGELOG__PATH"].starts_with(&format!("{}/", image.volume())));
+    // COPY changes the owner of nothing that is there already.
+    let owned = format!(" /volume {}", image.volume());
+    assert!(image.all("COPY").any(|rest| rest.contains("--chown=65532:65532") && rest.ends_with(&owned)));
+    assert!(image.all("RUN").all(|rest| !rest.contains(&format!("/image{}", image.volume()))));
     let config = Config::load(None, environment, &[]).unwrap_or_else(|error| panic!("{error}"));
     let ports = [config.server.grpc.port, config.server.http.unwrap().port];
     assert_eq!(image.ports(), BTreeSet::from(ports));
@@ -107,7 +111,8 @@ fn the_image_has_all_that_the_program_needs() {
     std::fs::create_dir_all(Path::new(&program).parent().unwrap()).unwrap();
     std::fs::copy(env!("CARGO_BIN_EXE_tuplewatch"), &program).unwrap();
     let collect = image.last("RUN").replace("/image", root.path().to_str().unwrap());
-    let collected = Command::new("sh").args(["-euc", &collect]).output().unwrap();
+    let shell = image.exec_form("SHELL");
+    let collected = Command::new(&shell[0]).args(&shell[1..]).arg(&collect).output().unwrap();
     assert!(collected.status.success(), "{collect}: {}", String::from_utf8_lossy(&collected.stderr));
 
     let mut libraries = BTreeSet::new();
