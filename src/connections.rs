@@ -3,6 +3,7 @@
 //! The accept loops of the libraries know no limit, and spin where the process has no descriptors left. Here the next ones wait to
 //! be accepted, in the listen queue of the operating system, until one of those that are open is closed.
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{SockRef, TcpKeepalive};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -24,10 +25,25 @@ const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Most connections of one edge: one for each stream and some more, or half of what the process may have open.
 pub fn limit(streams_max: usize) -> usize {
-    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
-    let half = (descriptors.saturating_sub(OTHER_DESCRIPTORS) / 2).max(1);
-    let wanted = streams_max.saturating_add(BESIDE_STREAMS).min(Semaphore::MAX_PERMITS);
-    wanted.min(usize::try_from(half).unwrap_or(usize::MAX))
+    let descriptors = raise_descriptors();
+    let half = usize::try_from(descriptors.saturating_sub(OTHER_DESCRIPTORS) / 2).unwrap_or(usize::MAX).max(1);
+    // More of them are enough for many streams: gRPC has a hundred on one connection.
+    if half < streams_max.min(BESIDE_STREAMS) {
+        tracing::warn!(
+            "the limit of open files is {descriptors}: no more than {half} connections of gRPC, and as many of HTTP, are \
+             accepted, and the next ones wait. Raise it (ulimit -n, LimitNOFILE, --ulimit nofile)"
+        );
+    }
+    streams_max.saturating_add(BESIDE_STREAMS).min(Semaphore::MAX_PERMITS).min(half)
+}
+
+/// Has the process open as much as it is allowed to ask for, and returns how much that is. What it starts with is mostly 1024, for
+/// the sake of programs that call `select`.
+fn raise_descriptors() -> u64 {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_ok();
+    // No number: there is no limit.
+    (if raised { maximum } else { current }).unwrap_or(u64::MAX)
 }
 
 /// A listener: bound before anything else starts, so that a taken port is said at once.

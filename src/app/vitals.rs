@@ -43,6 +43,12 @@ impl Probes for Vitals {
         let Some(lag) = self.report().and_then(|report| report.received) else {
             return Err("how far the server is has not been seen lately".to_owned());
         };
+        if lag.is_older {
+            return Err(format!(
+                "{} bytes of WAL, from before this process began, are still to be received",
+                lag.bytes
+            ));
+        }
         if lag.time < self.ready_lag_max {
             return Ok(());
         }

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 const SUBJECT: &str = "change log";
+/// The id of its user.
+const ROOT: u32 = 0;
 /// Enough that their median is not an accident, few enough that nobody waits for it on a slow disk.
 const SYNCS: usize = 20;
 /// A page, as the log's journal grows by.
@@ -41,7 +43,14 @@ pub fn examine(options: &Options) -> Examination {
 
 fn look(options: &Options, report: &mut Report) -> Option<Marker> {
     let path = std::path::absolute(&options.path).unwrap_or_else(|_| options.path.clone());
-    let place = nearest(&path);
+    let place = match nearest(&path) {
+        Ok(place) => place,
+        Err(error) => {
+            let what = format!("in {} cannot be looked at: {error}", path.display());
+            report.error(SUBJECT, what, "-- run doctor as the user that tuplewatch runs as");
+            return None;
+        }
+    };
     if !place.is_dir() {
         let what = format!("cannot be kept in {}: {} is not a directory", path.display(), place.display());
         report.error(SUBJECT, what, "-- set changelog.path to a directory, or to where one can be made");
@@ -68,8 +77,19 @@ fn look(options: &Options, report: &mut Report) -> Option<Marker> {
 }
 
 /// The directory itself, or the nearest above it that is there.
-fn nearest(path: &Path) -> &Path {
-    path.ancestors().find(|ancestor| ancestor.symlink_metadata().is_ok()).unwrap_or(path)
+///
+/// # Errors
+/// Where that cannot be seen.
+fn nearest(path: &Path) -> io::Result<&Path> {
+    for ancestor in path.ancestors() {
+        match ancestor.symlink_metadata() {
+            Ok(_) => return Ok(ancestor),
+            // Nothing can be below a file.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(path)
 }
 
 /// `is_open`: unknown where its lock cannot be read.
@@ -94,7 +114,7 @@ fn unreadable(error: &Error) -> Finding {
             "-- run the version that wrote it. Or, where that is not to be had: tuplewatch serve --reset-log, which costs \
              its history"
         }
-        _ => "tuplewatch serve --reset-log  -- the log's history is lost, and subscribers are told",
+        _ => "tuplewatch serve --reset-log  # the history of the log is lost, and subscribers are told",
     };
     Finding::error(SUBJECT, error.to_string()).fix(fix)
 }
@@ -102,6 +122,10 @@ fn unreadable(error: &Error) -> Finding {
 /// Files that a run as another user left behind.
 fn check_owners(path: &Path, report: &mut Report) {
     let Ok(own) = fs::metadata(path) else { return };
+    if own.uid() == ROOT {
+        // Whoever made the files could make them there, and root can write them: a volume, say, that belongs to a group.
+        return;
+    }
     let inside = fs::read_dir(path.join(DATA)).into_iter().flatten().flatten().map(|entry| entry.path());
     let files = [path.join(MARKER), path.join(DATA)].into_iter().chain(inside);
     let mut owners = files.filter_map(|file| Some((fs::metadata(&file).ok()?.uid(), file)));
@@ -109,8 +133,12 @@ fn check_owners(path: &Path, report: &mut Report) {
     let what = format!("{} belongs to user {owner}, and its directory to user {}", file.display(), own.uid());
     let meaning = "A tuplewatch that runs as the one cannot write what belongs to the other.";
     let fix = format!("chown -R {}:{} {}  # as root", own.uid(), own.gid(), word(path));
-    // To root everything is open, to others nothing of somebody else.
-    let finding = if access(&file, Access::WRITE_OK).is_ok() { Finding::warning } else { Finding::error };
+    // To root everything is open, which says nothing of the one that serves.
+    let finding = match access(&file, Access::WRITE_OK) {
+        Ok(()) if rustix::process::geteuid().is_root() => Finding::warning,
+        Ok(()) => return,
+        Err(_) => Finding::error,
+    };
     report.add(finding(SUBJECT, what).means(meaning).fix(fix));
 }
 

@@ -95,7 +95,7 @@ fn text(diagnosis: &Diagnosis, layout: Layout) -> String {
 
 fn write_finding(finding: &Finding, column: usize, layout: Layout, out: &mut String) {
     let severity = layout.severity(finding.severity, &format!("{:<8}", finding.severity));
-    let subject = format!("{:<column$}", finding.subject);
+    let subject = format!("{:<column$}", harmless(&finding.subject));
     let begin = MARGIN + subject.chars().count() + 2;
     let room = |indent: usize| layout.width.map_or(usize::MAX, |width| width.saturating_sub(indent));
     let indent = if room(begin) < COLUMN_MIN { MARGIN } else { begin };

@@ -32,6 +32,9 @@ pub const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
 /// Reason of `google.rpc.ErrorInfo` where it takes new credentials to go on.
 pub const CREDENTIALS_EXPIRED: &str = "CREDENTIALS_EXPIRED";
 
+/// Reason of `google.rpc.ErrorInfo` where the changes that come next are no longer kept.
+pub const SNAP_TOKEN_TOO_OLD: &str = "SNAP_TOKEN_TOO_OLD";
+
 /// Writes positions as tokens.
 #[derive(Clone)]
 pub struct Tokens {
@@ -132,7 +135,7 @@ pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
 }
 
 fn too_old(message: &str, earliest: Position, tokens: Option<&Tokens>) -> Status {
-    with_reason(Code::OutOfRange, message.to_owned(), "SNAP_TOKEN_TOO_OLD", earliest_of(earliest, tokens))
+    with_reason(Code::OutOfRange, message.to_owned(), SNAP_TOKEN_TOO_OLD, earliest_of(earliest, tokens))
 }
 
 fn earliest_of(earliest: Position, tokens: Option<&Tokens>) -> Vec<(&'static str, String)> {

@@ -82,7 +82,18 @@ pub(super) struct Column {
     pub(super) name: String,
     pub(super) number: i16,
     pub(super) type_oid: u32,
-    pub(super) generated: bool,
+    /// `attgenerated`: s(tored), v(irtual, from version 18 on), or empty.
+    pub(super) generated: String,
+}
+
+impl Column {
+    pub(super) const fn is_generated(&self) -> bool {
+        !self.generated.is_empty()
+    }
+
+    pub(super) fn is_stored(&self) -> bool {
+        self.generated == "s"
+    }
 }
 
 /// A row of `pg_inherits`.
@@ -243,10 +254,18 @@ pub(super) fn identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// A text as an SQL literal, whatever `standard_conforming_strings` is.
+/// A text as an SQL literal on one line, whatever `standard_conforming_strings` is.
 pub(super) fn literal(text: &str) -> String {
     let quoted = text.replace('\'', "''");
-    if quoted.contains('\\') { format!("E'{}'", quoted.replace('\\', "\\\\")) } else { format!("'{quoted}'") }
+    if !quoted.contains(|c: char| c == '\\' || c.is_control()) {
+        return format!("'{quoted}'");
+    }
+    let escaped = |c: char| match c {
+        '\\' => r"\\".to_owned(),
+        c if c.is_control() => format!("\\u{:04x}", u32::from(c)),
+        c => c.to_string(),
+    };
+    format!("E'{}'", quoted.chars().map(escaped).collect::<String>())
 }
 
 /// A value of type json, read as `T`.
@@ -325,7 +344,7 @@ SELECT json_build_object(
         'schema_usable', COALESCE(has_schema_privilege(wanted.namespace, 'USAGE'), false),
         'columns', COALESCE((
             SELECT json_agg(json_build_object('name', a.attname, 'number', a.attnum, 'type_oid', a.atttypid::int8,
-                                              'generated', a.attgenerated <> '') ORDER BY a.attname)
+                                              'generated', a.attgenerated) ORDER BY a.attname)
               FROM unnest($4, $5) AS mapped(ordinal, name)
               JOIN pg_attribute AS a ON a.attrelid = wanted.oid AND a.attname = mapped.name AND a.attnum > 0
                                     AND NOT a.attisdropped
@@ -368,5 +387,6 @@ mod tests {
         assert_eq!(identifier("a\"b"), "\"a\"\"b\"");
         assert_eq!(literal("it's"), "'it''s'");
         assert_eq!(literal(r"a\b'"), r"E'a\\b'''");
+        assert_eq!(literal("a\u{1b}\nb"), r"E'a\u001b\u000ab'");
     }
 }

@@ -42,7 +42,6 @@ impl Counting {
                 }
             }
             Entry::Break(gap) => metrics().breaks(gap.reason.code()).inc(),
-            Entry::Diverge { .. } => metrics().breaks(BreakReason::TimelineDiverged.code()).inc(),
             _ => {}
         }
     }

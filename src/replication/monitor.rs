@@ -7,18 +7,16 @@
 //! What a look found is also for metrics and readiness, with the lag of what was *received*: the slot is told later, and may be
 //! told late on purpose.
 
-use serde::Deserialize;
 use std::collections::VecDeque;
 use std::fmt;
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, timeout};
-use tokio_postgres::types::Type;
 
-use super::catalog::Document;
 use super::connection::{Connection, Endpoints};
 use super::postgres::application_name;
-use super::slot::{OPEN_TRANSACTIONS, Slot};
+use super::slot::{OPEN_TRANSACTIONS, Sight};
+use crate::finding::Bytes;
 use crate::lsn::Lsn;
 
 /// How often the slot is looked at: whatever is wrong with it is said within twice this.
@@ -86,22 +84,8 @@ pub struct Lag {
     pub bytes: u64,
     /// How long ago the server was there, in steps of the looks; zero where it is there now.
     pub time: Duration,
-}
-
-/// What one look saw.
-#[derive(Debug, Deserialize)]
-struct Sight {
-    /// None: there is no such slot.
-    slot: Option<Slot>,
-    /// The application name of the backend that has it.
-    holder: Option<String>,
-    /// How far the WAL is written.
-    #[serde(deserialize_with = "super::catalog::lsn")]
-    wal_end: Lsn,
-    /// From the oldest WAL that is kept for the slot.
-    retained_bytes: Option<u64>,
-    #[serde(deserialize_with = "super::catalog::optional_lsn")]
-    confirmed: Option<Lsn>,
+    /// It was there before this process looked for the first time: nobody knows how long before.
+    pub is_older: bool,
 }
 
 /// Something that is not as it should be.
@@ -138,15 +122,6 @@ impl Condition {
     }
 }
 
-/// Bytes as people read them.
-struct Mebibytes(u64);
-
-impl fmt::Display for Mebibytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} MiB", self.0 >> 20)
-    }
-}
-
 impl fmt::Display for Condition {
     /// Continues "replication slot NAME".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -170,40 +145,51 @@ impl fmt::Display for Condition {
                 f,
                 "keeps {} of WAL on the server (replication.warn.retained_wal). Either this tuplewatch does not keep up, or a \
                  transaction has been open for long: {OPEN_TRANSACTIONS}",
-                Mebibytes(*bytes)
+                Bytes(*bytes)
             ),
             Self::Unsafe { bytes } => write!(
                 f,
                 "is lost when another {} of WAL are written (replication.warn.safe_wal_size): let tuplewatch catch up, or raise \
                  max_slot_wal_keep_size and reload",
-                Mebibytes(*bytes)
+                Bytes(*bytes)
             ),
             Self::Lagging { behind_bytes, lag } => write!(
                 f,
                 "is {} behind, where the server was {} s ago (replication.warn.lag)",
-                Mebibytes(*behind_bytes),
+                Bytes(*behind_bytes),
                 lag.as_secs()
             ),
         }
     }
 }
 
-/// Where the server was when; in order, and only what is past the position that is followed.
+/// Where the server was when.
 #[derive(Debug, Default)]
-struct Samples(VecDeque<(Lsn, Instant)>);
+struct Samples {
+    /// In order, and only what is past the position that is followed.
+    ahead: VecDeque<(Lsn, Instant)>,
+    /// Where it was at the first look.
+    first: Option<Lsn>,
+    /// When it was looked at last.
+    last_look: Option<Instant>,
+}
 
 impl Samples {
     /// How far `position` is behind, with the server at `wal_end` now.
     fn lag(&mut self, wal_end: Lsn, position: Lsn, now: Instant) -> Lag {
-        while self.0.pop_front_if(|(lsn, _)| *lsn <= position).is_some() {}
+        while self.ahead.pop_front_if(|(lsn, _)| *lsn <= position).is_some() {}
         // Of a server that was further, and is no longer the primary.
-        while self.0.pop_back_if(|(lsn, _)| *lsn > wal_end).is_some() {}
-        let is_ahead = self.0.back().is_none_or(|(last, _)| *last < wal_end);
-        if wal_end > position && is_ahead && self.0.len() < SAMPLES_MAX {
-            self.0.push_back((wal_end, now));
+        while self.ahead.pop_back_if(|(lsn, _)| *lsn > wal_end).is_some() {}
+        let first = self.first.map_or(wal_end, |first| first.min(wal_end));
+        self.first = Some(first);
+        // Where nobody could look for long, it may have been so far since soon after.
+        let since = self.last_look.replace(now).filter(|last| now.saturating_duration_since(*last) > Report::AGE_MAX);
+        let is_ahead = self.ahead.back().is_none_or(|(last, _)| *last < wal_end);
+        if wal_end > position && is_ahead && self.ahead.len() < SAMPLES_MAX {
+            self.ahead.push_back((wal_end, since.unwrap_or(now)));
         }
-        let time = self.0.front().map_or(Duration::ZERO, |(_, since)| now.saturating_duration_since(*since));
-        Lag { bytes: wal_end.0.saturating_sub(position.0), time }
+        let time = self.ahead.front().map_or(Duration::ZERO, |(_, since)| now.saturating_duration_since(*since));
+        Lag { bytes: wal_end.0.saturating_sub(position.0), time, is_older: position < first }
     }
 }
 
@@ -278,7 +264,7 @@ impl Watch {
                 found.push(unsafe_now);
             }
         }
-        if let Some(Lag { bytes, time }) = lag {
+        if let Some(Lag { bytes, time, .. }) = lag {
             let lagging = Condition::Lagging { behind_bytes: bytes, lag: time };
             let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
             if self.passes(&lagging, ms(time), ms(thresholds.lag)) {
@@ -289,18 +275,18 @@ impl Watch {
     }
 }
 
-impl Sight {
-    fn report(self, received: Option<Lag>, slot_lag: Option<Lag>, now: Instant) -> Report {
-        let slot = self.slot.map(|slot| SlotReport {
+impl Report {
+    fn of(sight: Sight, received: Option<Lag>, slot_lag: Option<Lag>, now: Instant) -> Self {
+        let slot = sight.slot.map(|slot| SlotReport {
             is_active: slot.active_pid.is_some(),
             is_lost: slot.loss().is_some(),
-            confirmed: self.confirmed,
+            confirmed: sight.confirmed,
             lag: slot_lag,
-            retained_bytes: self.retained_bytes,
+            retained_bytes: sight.retained_bytes,
             safe_bytes: slot.safe_bytes(),
             wal_status: slot.wal_status,
         });
-        Report { at: now, at_time: SystemTime::now(), wal_end: self.wal_end, received, slot }
+        Self { at: now, at_time: SystemTime::now(), wal_end: sight.wal_end, received, slot }
     }
 }
 
@@ -329,15 +315,15 @@ impl Monitor {
     /// Runs until dropped. `received` follows up to which end LSN the session has handed on everything.
     pub async fn run(self, mut received: watch::Receiver<Option<Lsn>>) {
         let (mut watch, mut samples) = (Watch::default(), Samples::default());
-        let mut has_begun = false;
+        // There is a lag to tell of from the first session on; and that it is no older than this process, somebody may wait for.
+        let mut wanted = Some(Lsn::ZERO);
         let mut open: Option<Connection> = None;
         let mut ticks = tokio::time::interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
-                // From then on there is a lag to tell of, and somebody may wait for that to be ready.
-                _ = received.wait_for(Option::is_some), if !has_begun => has_begun = true,
+                _ = received.wait_for(|received| *received >= wanted), if wanted.is_some() => wanted = None,
             }
             let connection = match open.take().filter(|connection| !connection.is_closed()) {
                 Some(connection) => connection,
@@ -347,35 +333,24 @@ impl Monitor {
                     Err(_) => continue,
                 },
             };
-            match timeout(ANSWER_MAX, self.look(&connection)).await {
+            match timeout(ANSWER_MAX, Sight::read(&connection.client, &self.slot)).await {
                 Ok(Ok(sight)) => {
                     let now = Instant::now();
                     let (news, slot_lag) = watch.look(&sight, &self.own_name, &self.thresholds, now);
                     self.tell(&news);
-                    let received = *received.borrow();
-                    let lag = received.map(|received| samples.lag(sight.wal_end, received, now));
-                    self.reports.send_replace(Some(sight.report(lag, slot_lag, now)));
+                    let position = *received.borrow();
+                    let lag = position.map(|position| samples.lag(sight.wal_end, position, now));
+                    // Unless there will be no session any more.
+                    if lag.is_some_and(|lag| lag.is_older) && received.has_changed().is_ok() {
+                        wanted = samples.first;
+                    }
+                    self.reports.send_replace(Some(Report::of(sight, lag, slot_lag, now)));
                     open = Some(connection);
                 }
                 Ok(Err(error)) => tracing::debug!(%error, "the slot could not be looked at"),
                 Err(_) => tracing::debug!("the slot could not be looked at in time"),
             }
         }
-    }
-
-    async fn look(&self, connection: &Connection) -> Result<Sight, tokio_postgres::Error> {
-        let statement = "
-            SELECT json_build_object(
-                       'slot', CASE WHEN slot.slot_name IS NOT NULL THEN row_to_json(slot) END,
-                       'holder', (SELECT application_name FROM pg_catalog.pg_stat_activity WHERE pid = slot.active_pid),
-                       'wal_end', now.wal_end,
-                       'retained_bytes', CASE WHEN slot.restart_lsn IS NOT NULL
-                                          THEN GREATEST(pg_wal_lsn_diff(now.wal_end, slot.restart_lsn), 0) END,
-                       'confirmed', slot.confirmed_flush_lsn)
-              FROM (SELECT pg_current_wal_lsn() AS wal_end) AS now
-              LEFT JOIN pg_catalog.pg_replication_slots AS slot ON slot.slot_name::text = $1";
-        let row = connection.client.query_typed_one(statement, &[(&self.slot, Type::TEXT)]).await?;
-        row.try_get::<_, Document<Sight>>(0).map(|document| document.0)
     }
 
     fn tell(&self, news: &News) {
@@ -435,17 +410,18 @@ mod tests {
         // Around the threshold nothing is over yet.
         check(&mut watch, &sight(800, 110, 10, 10), 15, &[]);
         check(&mut watch, &sight(700, 130, 10, 10), 20, &["keeps less WAL again", "not about to be lost"]);
-        check(&mut watch, &sight(0, -5, 10, 10), 25, &["is lost when another 0 MiB"]);
+        check(&mut watch, &sight(0, -5, 10, 10), 25, &["is lost when another 0 bytes"]);
     }
 
     #[test]
     fn after_a_promotion_the_old_primary_does_not_count() {
         let (mut samples, now) = (Samples::default(), Instant::now());
         let at = |seconds: u64| now + Duration::from_secs(seconds);
-        assert_eq!(samples.lag(Lsn(1000), Lsn(990), at(0)), Lag { bytes: 10, time: Duration::ZERO });
-        assert_eq!(samples.lag(Lsn(995), Lsn(995), at(60)), Lag { bytes: 0, time: Duration::ZERO });
-        assert_eq!(samples.lag(Lsn(999), Lsn(995), at(65)), Lag { bytes: 4, time: Duration::ZERO });
-        assert_eq!(samples.lag(Lsn(999), Lsn(995), at(70)), Lag { bytes: 4, time: Duration::from_secs(5) });
+        let lag = |bytes, seconds, is_older| Lag { bytes, time: Duration::from_secs(seconds), is_older };
+        assert_eq!(samples.lag(Lsn(1000), Lsn(990), at(0)), lag(10, 0, true));
+        assert_eq!(samples.lag(Lsn(995), Lsn(995), at(25)), lag(0, 0, false));
+        assert_eq!(samples.lag(Lsn(999), Lsn(995), at(30)), lag(4, 0, false));
+        assert_eq!(samples.lag(Lsn(999), Lsn(995), at(35)), lag(4, 5, false));
     }
 
     #[test]
@@ -463,13 +439,22 @@ mod tests {
     }
 
     #[test]
+    fn how_old_a_lag_is_that_was_there_before_the_first_look_is_unknown() {
+        let now = Instant::now();
+        let mut samples = Samples::default();
+        let mut is_older = |wal_end, received| samples.lag(Lsn(wal_end), Lsn(received), now).is_older;
+        assert!(is_older(1000, 10) && is_older(2000, 999));
+        assert!(!is_older(3000, 1000));
+    }
+
+    #[test]
     fn what_was_received_has_a_lag_of_its_own() {
         let now = Instant::now();
         let at = |seconds: u64| now + Duration::from_secs(seconds);
         let mut samples = Samples::default();
         let mut check = |wal_end: u64, received: u64, seconds: u64, bytes: u64, time: u64| {
             let lag = samples.lag(Lsn(wal_end), Lsn(received), at(seconds));
-            assert_eq!(lag, Lag { bytes, time: Duration::from_secs(time) }, "{seconds}");
+            assert_eq!(lag, Lag { bytes, time: Duration::from_secs(time), is_older: false }, "{seconds}");
         };
         check(100, 100, 0, 0, 0);
         // What is on its way is not late yet.
@@ -480,8 +465,12 @@ mod tests {
         check(500, 350, 25, 150, 10);
         // It may be ahead of what was looked at.
         check(500, 510, 30, 0, 0);
+        // After a long time without a look it may be behind for as long.
+        check(900, 510, 100, 390, 70);
+        check(900, 800, 105, 100, 75);
+        check(950, 900, 110, 50, 0);
 
-        let report = sight(7, -5, 600, 400).report(None, None, now);
+        let report = Report::of(sight(7, -5, 600, 400), None, None, now);
         let slot = report.slot.unwrap();
         assert_eq!((slot.retained_bytes, slot.safe_bytes, slot.confirmed), (Some(7), Some(0), Some(Lsn(400))));
         assert!(slot.is_active && !slot.is_lost);

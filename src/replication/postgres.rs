@@ -96,7 +96,13 @@ impl Postgres {
     ///
     /// Only where nobody reads it. Else PostgreSQL waits for it to be free, however long that takes, also when we have gone;
     /// and it is not read as it is either, for then nobody could alter it until we stop.
-    async fn let_fail_over(&self, sql: &Connection, client: &mut ReplicationClient, pid: i32) -> Result<(), Error> {
+    async fn let_fail_over(
+        &self,
+        sql: &Connection,
+        client: &mut ReplicationClient,
+        name: &str,
+        pid: i32,
+    ) -> Result<(), Error> {
         let slot = &self.options.slot;
         if !self.options.failover {
             return Ok(());
@@ -104,7 +110,8 @@ impl Postgres {
         let found = Slot::read(&sql.client, slot).await.map_err(sql_error)?;
         let Some(found) = found.filter(|found| found.failover == Some(false)) else { return Ok(()) };
         if let Some(holder) = found.active_pid {
-            return Err(in_use(sql, slot, &format!("replication slot {slot} is active for PID {holder}")).await?);
+            let what = format!("replication slot {slot} is active for PID {holder}");
+            return Err(in_use(sql, slot, name, &what).await?);
         }
         // Slots are named by letters, digits and underscores.
         let statement = format!("ALTER_REPLICATION_SLOT \"{slot}\" (FAILOVER true)");
@@ -184,11 +191,12 @@ impl Upstream for Postgres {
         }
         let history = history(&mut client, identity.timeline).await?;
         let pid = walsender_pid(&mut client).await?;
-        self.let_fail_over(&sql, &mut client, pid).await?;
+        self.let_fail_over(&sql, &mut client, &name, pid).await?;
         let server = Server { source, history, wal_end: Lsn(identity.xlogpos.as_u64()) };
         Ok(PostgresLink {
             options: self.options.clone(),
             endpoint: self.endpoint.clone(),
+            name,
             pid,
             sql,
             client,
@@ -203,6 +211,7 @@ pub struct PostgresLink {
     options: Options,
     endpoint: watch::Sender<Option<Endpoint>>,
     /// Of the walsender.
+    name: String,
     pid: i32,
     sql: Connection,
     client: ReplicationClient,
@@ -241,7 +250,7 @@ impl Link for PostgresLink {
         if let Err(error) = started {
             // object_in_use: the slot is active for another process.
             if connection::sqlstate(&error) == Some("55006") {
-                return Err(in_use(&self.sql, &self.options.slot, &error.to_string()).await?);
+                return Err(in_use(&self.sql, &self.options.slot, &self.name, &error.to_string()).await?);
             }
             return Err(driver_error(error));
         }
@@ -373,16 +382,15 @@ async fn bounded<T>(work: impl Future<Output = T>) -> Result<T, Error> {
     timeout(STATEMENT_MAX, work).await.map_err(late)
 }
 
-/// What to say of a slot that is in use, as `what` tells. Ends the walsender that holds it if it is one that this node left
-/// behind: after a connection that died without a word the server goes on waiting for an answer of it. Anybody else's is left
-/// alone.
-async fn in_use(sql: &Connection, slot: &str, what: &str) -> Result<Error, Error> {
-    // Both connections of a node have the one name.
+/// What to say of a slot that is in use, as `what` tells. Ends the walsender that holds it if it is one that this node, whose
+/// walsenders have this name, left behind: after a connection that died without a word the server goes on waiting for an answer
+/// of it. Anybody else's is left alone.
+async fn in_use(sql: &Connection, slot: &str, name: &str, what: &str) -> Result<Error, Error> {
     let statement = "SELECT pg_terminate_backend(activity.pid)
                        FROM pg_stat_activity AS activity JOIN pg_replication_slots AS slot ON slot.active_pid = activity.pid
-                      WHERE slot.slot_name = $1 AND activity.application_name = current_setting('application_name')
+                      WHERE slot.slot_name = $1 AND activity.application_name = $2
                         AND activity.backend_type = 'walsender'";
-    let evicted = bounded(sql.client.query_opt(statement, &[&slot])).await?.map_err(sql_error)?;
+    let evicted = bounded(sql.client.query_opt(statement, &[&slot, &name])).await?.map_err(sql_error)?;
     Ok(Error::transient(match evicted {
         Some(_) => format!("{what}, which this node left behind: ended it"),
         None => what.to_owned(),

@@ -151,7 +151,7 @@ fn describe_table(table: &Table, publication: &Publication, lines: &mut Lines) {
         }
     }
     for column in &table.columns {
-        let generated = if column.generated { " generated" } else { "" };
+        let generated = if column.is_generated() { " generated" } else { "" };
         lines.add(&name, COLUMN, format!("{}: {} type {}{generated}", column.name, column.number, column.type_oid));
     }
     for partition in &table.partitions {

@@ -42,7 +42,11 @@ pub struct Expectation<'a> {
 /// # Errors
 /// Where PostgreSQL cannot be asked. What it answers is never an error but a finding.
 pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let mut report = Report::default();
     let server = Server::read(client).await?;
+    if !server.check_version(&mut report) {
+        return Ok(report.into_findings());
+    }
     let catalog = Catalog::read(client, expected.publication, expected.mapping).await?;
     let slot = Slot::read(client, expected.slot).await?;
     let tenants = match expected.mapping.tenants() {
@@ -50,7 +54,6 @@ pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Fi
         None => None,
     };
 
-    let mut report = Report::default();
     server.check(&mut report);
     server.check_synchronous_standbys(expected.hold_back, &mut report);
     server.check_keep_size(expected.hold_back, &mut report);
@@ -67,7 +70,7 @@ pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Fi
 }
 
 /// The way out where the slot is of no use any more.
-const RECREATE: &str = "tuplewatch setup --recreate-slot  -- what changed in between is lost, and subscribers are told";
+const RECREATE: &str = "tuplewatch setup --recreate-slot  # what changed in between is lost, and subscribers are told";
 
 fn check_publication(catalog: &Catalog, expected: &Expectation<'_>, has_slot: bool, report: &mut Report) {
     let name = identifier(expected.publication);
@@ -120,7 +123,7 @@ fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, 
     let subject = format!("replication slot {}", expected.slot);
     let Some(slot) = slot else {
         if !expected.slot_expected {
-            return report.ok(subject, "is not there yet: tuplewatch serve makes it");
+            return report.ok(subject, "is not there: tuplewatch serve makes it with a new change log");
         }
         let meaning = "The change log goes on from it: somebody has dropped it, or the server is another one (a promotion, an upgrade).";
         return report.add(Finding::error(subject, "does not exist").means(meaning).fix(RECREATE));

@@ -222,6 +222,9 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                     timeline = history.current().id, switch_lsn = %at, "the server goes on along another timeline"
                 );
                 self.deliver(Entry::Diverge { at, history }).await?;
+                if resume.is_some_and(|resume| at < resume) {
+                    metrics().breaks(BreakReason::TimelineDiverged.code()).inc();
+                }
                 self.received = self.received.map(|received| received.min(at));
                 self.held.forget();
                 // What is abandoned is not expected to come again: look at the log once more.

@@ -68,6 +68,40 @@ impl Slot {
     }
 }
 
+/// What there is to see of a slot from outside, at one moment.
+#[derive(Debug, Deserialize)]
+pub(super) struct Sight {
+    /// None: there is no such slot.
+    pub(super) slot: Option<Slot>,
+    /// The application name of the backend that has it.
+    pub(super) holder: Option<String>,
+    /// How far the server's WAL is written.
+    #[serde(deserialize_with = "super::catalog::lsn")]
+    pub(super) wal_end: Lsn,
+    /// From the oldest WAL that is kept for the slot. None: none is.
+    pub(super) retained_bytes: Option<u64>,
+    /// What the slot was told.
+    #[serde(deserialize_with = "super::catalog::optional_lsn")]
+    pub(super) confirmed: Option<Lsn>,
+}
+
+impl Sight {
+    pub(super) async fn read(client: &Client, name: &str) -> Result<Self, tokio_postgres::Error> {
+        let sql = "
+            SELECT json_build_object(
+                       'slot', CASE WHEN slot.slot_name IS NOT NULL THEN row_to_json(slot) END,
+                       'holder', (SELECT application_name FROM pg_catalog.pg_stat_activity WHERE pid = slot.active_pid),
+                       'wal_end', now.wal_end,
+                       'retained_bytes', CASE WHEN slot.restart_lsn IS NOT NULL
+                                          THEN GREATEST(pg_wal_lsn_diff(now.wal_end, slot.restart_lsn), 0) END,
+                       'confirmed', slot.confirmed_flush_lsn)
+              FROM (SELECT pg_current_wal_lsn() AS wal_end) AS now
+              LEFT JOIN pg_catalog.pg_replication_slots AS slot ON slot.slot_name::text = $1";
+        let row = client.query_typed_one(sql, &[(&name, Type::TEXT)]).await?;
+        row.try_get::<_, Document<Self>>(0).map(|document| document.0)
+    }
+}
+
 /// What a slot in the making waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiting {

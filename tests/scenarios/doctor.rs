@@ -17,6 +17,7 @@ use std::path::Path;
 use tempfile::TempDir;
 use tokio::process::Command;
 use tuplewatch::dev_postgres::StopMode;
+use tuplewatch::finding::shell_word;
 
 /// A server, and a node with a directory and flags of its own.
 struct Patient {
@@ -160,21 +161,26 @@ impl Patient {
         assert!(errors.is_empty(), "{errors:#?}");
     }
 
-    /// Does what a fix says: the statement or the command, and what its comment adds.
+    /// Does what a fix says: pastes it as it is, into the shell or into psql, and then does what its comment adds.
     async fn apply(&mut self, finding: &Finding) {
         let fix = finding.fix.as_deref().unwrap();
-        let (what, comment) = fix.split_once("  -- ").unwrap_or((fix, ""));
-        if let Some(arguments) = what.strip_prefix("tuplewatch ") {
-            let arguments: Vec<&str> = arguments.split(' ').collect();
-            self.run(arguments[0], &arguments[1..]).await.succeeded();
+        if fix.starts_with("tuplewatch ") {
+            // With the options that doctor had.
+            let options = self.flags.iter().flat_map(|(flag, value)| [shell_word(flag), shell_word(value)]);
+            let options = options.collect::<Vec<_>>().join(" ");
+            let script =
+                format!("tuplewatch() {{ {} \"$@\" {options}; }}\n{fix}", shell_word(env!("CARGO_BIN_EXE_tuplewatch")));
+            let mut shell = Command::new("sh");
+            shell.args(["-euc", &script]).current_dir(self.path());
+            run(shell).await.succeeded();
         } else {
-            self.sql().await.run(what).await;
+            self.sql().await.run(fix).await;
         }
-        if comment.contains("then restart PostgreSQL") {
+        if fix.contains("then restart PostgreSQL") {
             self.postgres.stop(StopMode::Fast).await;
             self.postgres.start_again().await;
         }
-        if comment.contains("then a reload: SELECT pg_reload_conf();") {
+        if fix.contains("then a reload: SELECT pg_reload_conf();") {
             self.reload().await;
         }
     }

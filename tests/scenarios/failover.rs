@@ -119,7 +119,9 @@ async fn a_slot_that_our_own_process_left_in_use_is_altered() {
     let sql = postgres.sql().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let off = [("--replication-failover", "off")];
-    let mut server = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &off).await;
+    // Whatever the URI says of names, walsenders have that of the node.
+    let uri = format!("{}?application_name=mine", proxy.uri(&postgres.uri()));
+    let mut server = Server::prepare_slot(&uri, "tuplewatch", &off).await;
     server.start().await;
     server.serving().await;
     proxy.strand();

@@ -192,6 +192,9 @@ fn code_remedy(code: &str, message: &str) -> Option<&'static str> {
         "28000" if message.contains("pg_hba.conf") => "Add a line to the server's pg_hba.conf and reload it",
         "28000" => "Check the user in database.uri, and the server's pg_hba.conf",
         "3D000" => "Create the database, or correct its name in database.uri",
+        "42501" if message.contains("permission denied for database") => {
+            "Let the owner of the database grant it: GRANT CONNECT ON DATABASE … TO the user in database.uri"
+        }
         "42501" => {
             "tuplewatch serve checks this when it starts: it names the privilege and the statement that grants it"
         }

@@ -81,9 +81,9 @@ impl Holders {
                 prepared.owner,
                 prepared.database
             );
+            // Names that others chose stay out of the comment, where nothing quotes them.
             let fix = format!(
-                "ROLLBACK PREPARED {gid};  -- or COMMIT PREPARED {gid}: whoever prepared it knows. In database {}",
-                prepared.database
+                "ROLLBACK PREPARED {gid};  -- or COMMIT PREPARED, as whoever prepared it knows; connected to its database"
             );
             report.add(Finding::warning(format!("prepared transaction {gid}"), what).means(MEANING).fix(fix));
         }

@@ -5,22 +5,21 @@ use std::time::Duration;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
-use super::super::catalog::Document;
+use super::super::catalog::{Document, literal};
 use super::super::monitor::Thresholds;
-use super::super::slot::{OPEN_TRANSACTIONS, Slot};
+use super::super::slot::{self, OPEN_TRANSACTIONS, Slot};
 use crate::finding::{Bytes, Finding, Report, Span};
 
-/// What there is to see of a slot.
-#[derive(Debug, Deserialize)]
+/// What there is to see of a slot: what its monitor sees, and what tells of times.
 pub(super) struct Sight {
     pub(super) slot: Slot,
-    /// The application name of the backend that has it.
-    holder: Option<String>,
-    /// From the oldest WAL that is kept for it.
-    retained_bytes: Option<u64>,
-    /// From what it was told.
-    behind_bytes: Option<u64>,
-    /// How long ago the server was where the slot is: at least, where this is known only from WAL files.
+    seen: slot::Sight,
+    times: Times,
+}
+
+#[derive(Debug, Deserialize)]
+struct Times {
+    /// How long ago the server was where the slot is: at least, where this is known only from WAL files. None: hidden from us.
     lag_seconds: Option<f64>,
     /// From version 17 on.
     inactive_seconds: Option<f64>,
@@ -31,12 +30,10 @@ pub(super) struct Sight {
 
 impl Sight {
     pub(super) async fn read(client: &Client, name: &str) -> Result<Option<Self>, tokio_postgres::Error> {
+        let mut seen = slot::Sight::read(client, name).await?;
+        let Some(slot) = seen.slot.take() else { return Ok(None) };
         let sql = "
             SELECT json_build_object(
-                       'slot', row_to_json(slot),
-                       'holder', (SELECT application_name FROM pg_stat_activity WHERE pid = slot.active_pid),
-                       'retained_bytes', GREATEST(pg_wal_lsn_diff(pg_current_wal_lsn(), slot.restart_lsn), 0),
-                       'behind_bytes', GREATEST(pg_wal_lsn_diff(pg_current_wal_lsn(), slot.confirmed_flush_lsn), 0),
                        'lag_seconds', (SELECT extract(epoch FROM flush_lag) FROM pg_stat_replication
                                         WHERE pid = slot.active_pid),
                        'inactive_seconds', extract(epoch FROM clock_timestamp()
@@ -45,8 +42,8 @@ impl Sight {
                        'may_list_wal', has_function_privilege('pg_ls_waldir()', 'EXECUTE'))
               FROM pg_replication_slots AS slot WHERE slot.slot_name::text = $1";
         let Some(row) = client.query_typed_opt(sql, &[(&name, Type::TEXT)]).await? else { return Ok(None) };
-        let Document(mut sight) = row.try_get::<_, Document<Self>>(0)?;
-        if sight.may_list_wal {
+        let Document(mut times) = row.try_get::<_, Document<Times>>(0)?;
+        if times.may_list_wal {
             // The server has written that file's last page since it was where the slot is. What a walsender reports is more
             // exact, and stands still with a subscriber that does.
             let sql = "SELECT extract(epoch FROM clock_timestamp() - wal.modification)::float8
@@ -55,18 +52,23 @@ impl Sight {
                         WHERE slot.slot_name::text = $1";
             let row = client.query_typed_opt(sql, &[(&name, Type::TEXT)]).await?;
             let seconds: Option<f64> = row.map(|row| row.try_get(0)).transpose()?;
-            sight.lag_seconds = [sight.lag_seconds, seconds].into_iter().flatten().reduce(f64::max);
+            times.lag_seconds = [times.lag_seconds, seconds].into_iter().flatten().reduce(f64::max);
         }
-        Ok(Some(sight))
+        Ok(Some(Self { slot, seen, times }))
     }
 
     pub(super) const fn is_in_use(&self) -> bool {
         self.slot.active_pid.is_some()
     }
 
+    /// From what it was told. None: it was never told anything.
+    fn behind_bytes(&self) -> Option<u64> {
+        self.seen.confirmed.map(|confirmed| self.seen.wal_end.0.saturating_sub(confirmed.0))
+    }
+
     /// How long ago the server was where the slot is.
     fn lag(&self) -> Option<Duration> {
-        if self.behind_bytes == Some(0) { Some(Duration::ZERO) } else { self.lag_seconds.map(seconds) }
+        if self.behind_bytes() == Some(0) { Some(Duration::ZERO) } else { self.times.lag_seconds.map(seconds) }
     }
 
     /// `own_name` is that of the connections of this node.
@@ -75,10 +77,10 @@ impl Sight {
         self.check_holder(&subject, own_name, report);
         // What is lost, or somebody else's, keeps nothing for us.
         if self.slot.loss().is_none() && self.slot.slot_type == "logical" {
-            self.check_position(&subject, thresholds, report);
+            self.check_position(name, &subject, thresholds, report);
             self.check_safety(&subject, thresholds, report);
         }
-        if let Some(timeout) = &self.idle_timeout {
+        if let Some(timeout) = &self.times.idle_timeout {
             let what = format!("is {timeout}: a slot that nobody has read for so long is lost");
             let fix = "ALTER SYSTEM SET idle_replication_slot_timeout = 0;  -- or longer than tuplewatch is ever away; then a \
                        reload: SELECT pg_reload_conf();";
@@ -87,9 +89,9 @@ impl Sight {
     }
 
     fn check_holder(&self, subject: &str, own_name: Option<&str>, report: &mut Report) {
-        let (Some(pid), Some(holder)) = (self.slot.active_pid, self.holder.as_deref()) else { return };
-        let is_ours = own_name.is_none_or(|own| holder.starts_with(own));
-        if holder.starts_with("tuplewatch ") && is_ours {
+        let (Some(pid), Some(holder)) = (self.slot.active_pid, self.seen.holder.as_deref()) else { return };
+        let is_tuplewatch = holder.starts_with("tuplewatch ");
+        if is_tuplewatch && own_name.is_none_or(|own| holder.starts_with(own)) {
             return;
         }
         let holder = if holder.is_empty() { "without a name" } else { holder };
@@ -99,34 +101,44 @@ impl Sight {
              own in replication.slot"
         );
         let what = format!("is in use by process {pid} ({holder}), which is not this tuplewatch");
-        report.add(Finding::warning(subject, what).means(meaning).fix(fix));
+        // Another one may be meant to be there, and this one to take over from it.
+        let finding = if is_tuplewatch { Finding::warning } else { Finding::error };
+        report.add(finding(subject, what).means(meaning).fix(fix));
     }
 
-    fn check_position(&self, subject: &str, thresholds: &Thresholds, report: &mut Report) {
-        let (Some(retained), Some(behind)) = (self.retained_bytes, self.behind_bytes) else { return };
+    fn check_position(&self, name: &str, subject: &str, thresholds: &Thresholds, report: &mut Report) {
+        let (Some(retained), Some(behind)) = (self.seen.retained_bytes, self.behind_bytes()) else { return };
         let lag = self.lag();
-        let since =
-            self.inactive_seconds.map(|inactive| format!(" for {}", Span(seconds(inactive)))).unwrap_or_default();
-        let reader = if self.is_in_use() { String::new() } else { format!("; nobody has read it{since}") };
-        let ago = lag.filter(|lag| !lag.is_zero()).map(|lag| format!(", {} or more", Span(lag))).unwrap_or_default();
+        let inactive = self.times.inactive_seconds.map(seconds);
+        let reader = match inactive {
+            _ if self.is_in_use() => String::new(),
+            Some(inactive) => format!("; nobody has read it for {}", Span(inactive)),
+            None => "; nobody has read it".to_owned(),
+        };
+        let ago = match lag {
+            Some(lag) if lag.is_zero() => String::new(),
+            Some(lag) => format!(", {} or more", Span(lag)),
+            None => ", since when is hidden from this role (GRANT pg_monitor)".to_owned(),
+        };
         let left = self.slot.safe_bytes();
         let left = left.map(|left| format!("; it is lost after another {}", Bytes(left))).unwrap_or_default();
         let what = format!("keeps {} of WAL, and is {} behind{ago}{reader}{left}", Bytes(retained), Bytes(behind));
 
-        let passes = |value: u64, threshold: u64| threshold > 0 && value >= threshold;
         let is_late = |duration: Option<Duration>| {
             duration.is_some_and(|duration| !thresholds.lag.is_zero() && duration >= thresholds.lag)
         };
-        let is_behind = is_late(lag) || (!self.is_in_use() && is_late(self.inactive_seconds.map(seconds)));
-        if !is_behind && !passes(retained, thresholds.retained_wal_bytes) {
+        let is_behind = is_late(lag) || (!self.is_in_use() && is_late(inactive));
+        let keeps_much = thresholds.retained_wal_bytes > 0 && retained >= thresholds.retained_wal_bytes;
+        if !is_behind && !keeps_much {
             return report.ok(subject, what);
         }
         let finding = Finding::warning(subject, what);
         report.add(if !self.is_in_use() {
-            finding
-                .means("Subscribers get nothing meanwhile, and the server keeps all WAL since.")
-                .fix("tuplewatch serve  -- or, if nobody will read it again: tuplewatch teardown")
-        } else if is_behind {
+            finding.means("Subscribers get nothing meanwhile, and the server keeps all WAL since.").fix(format!(
+                "tuplewatch serve  # or, if nobody will read it again, in psql: SELECT pg_drop_replication_slot({});",
+                literal(name)
+            ))
+        } else if is_behind || behind >= retained / 2 {
             finding
                 .means("Subscribers get changes late, and the server keeps all WAL since.")
                 .fix("-- tuplewatch does not keep up: its log says why (the disk of the change log, the network, a large transaction)")
@@ -169,14 +181,16 @@ mod tests {
         let mut sight = serde_json::json!({
             "slot": {"plugin": "pgoutput", "slot_type": "logical", "database": "d", "active_pid": 7,
                      "wal_status": "reserved", "safe_wal_size": 1000},
-            "holder": "tuplewatch me", "retained_bytes": 0, "behind_bytes": 0, "lag_seconds": null,
-            "inactive_seconds": null, "idle_timeout": null, "may_list_wal": true,
+            "holder": "tuplewatch me", "wal_end": "0/2000", "retained_bytes": 0, "confirmed": "0/2000",
+            "lag_seconds": null, "inactive_seconds": null, "idle_timeout": null, "may_list_wal": true,
         });
         for (place, more) in [("/slot", slot), ("", changes)] {
             let object = sight.pointer_mut(place).unwrap().as_object_mut().unwrap();
             object.extend(more.as_object().unwrap().clone());
         }
-        let sight: Sight = serde_json::from_value(sight).unwrap();
+        let times = serde_json::from_value(sight.clone()).unwrap();
+        let mut seen: slot::Sight = serde_json::from_value(sight).unwrap();
+        let sight = Sight { slot: seen.slot.take().unwrap(), seen, times };
         let mut report = Report::default();
         sight.check("s", Some("tuplewatch me"), &THRESHOLDS, &mut report);
         let bad = report.into_findings().into_iter().filter(|finding| finding.severity != Severity::Ok);
@@ -198,11 +212,12 @@ mod tests {
         check(none(), serde_json::json!({"holder": "pg_recvlogical"}), &["by process 7 (pg_recvlogical)"]);
         check(none(), serde_json::json!({"holder": "tuplewatch you"}), &["not this tuplewatch"]);
         check(none(), serde_json::json!({"retained_bytes": 1000}), &["transaction that is still open"]);
-        check(none(), serde_json::json!({"behind_bytes": 1, "lag_seconds": 60.0}), &["does not keep up"]);
+        check(none(), serde_json::json!({"retained_bytes": 1000, "confirmed": "0/1E00"}), &["does not keep up"]);
+        check(none(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 60.0}), &["does not keep up"]);
         // Where it is at the end, it does not matter how long ago that was written.
         check(none(), serde_json::json!({"lag_seconds": 6000.0}), &[]);
-        check(idle(), serde_json::json!({"behind_bytes": 1, "lag_seconds": 59.0}), &[]);
-        check(idle(), serde_json::json!({"behind_bytes": 1, "lag_seconds": 60.0}), &["fix: tuplewatch serve"]);
+        check(idle(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 59.0}), &[]);
+        check(idle(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 60.0}), &["fix: tuplewatch serve"]);
         check(idle(), serde_json::json!({"inactive_seconds": 7200.0}), &["nobody has read it for 120 min"]);
         check(serde_json::json!({"safe_wal_size": 99}), none(), &["99 bytes of WAL are written"]);
         check(serde_json::json!({"safe_wal_size": null}), none(), &[]);

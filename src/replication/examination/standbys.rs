@@ -58,7 +58,7 @@ impl Standbys {
                 'named', COALESCE((
                     SELECT json_agg(json_build_object('name', named.name, 'slot_type', slot.slot_type,
                                                       'active', slot.active) ORDER BY named.name)
-                      FROM (SELECT trim(item, ' \"') AS name
+                      FROM (SELECT lower(trim(item, ' \"')) AS name
                               FROM string_to_table(current_setting('synchronized_standby_slots', true), ',') AS item)
                            AS named
                       LEFT JOIN pg_replication_slots AS slot ON slot.slot_name::text = named.name

@@ -14,7 +14,6 @@ use crate::finding::{Bytes, Finding, Report};
 pub(super) struct Server {
     version: String,
     version_number: i32,
-    in_recovery: bool,
     pub(super) database: String,
     pub(super) role: String,
     may_replicate: bool,
@@ -40,7 +39,6 @@ impl Server {
             SELECT json_build_object(
                 'version', current_setting('server_version'),
                 'version_number', current_setting('server_version_num')::int,
-                'in_recovery', pg_is_in_recovery(),
                 'database', current_database(),
                 'role', current_user,
                 'may_replicate', rolsuper OR rolreplication OR COALESCE(
@@ -61,21 +59,28 @@ impl Server {
         client.query_typed_one(sql, &[]).await?.try_get::<_, Document<Self>>(0).map(|document| document.0)
     }
 
-    pub(super) fn check(&self, report: &mut Report) {
-        let major = self.version_number / 10_000;
-        if major < *MAJORS.start() {
-            let what = format!("PostgreSQL {} is too old: 14 is the oldest that works", self.version);
-            report.error("version", what, "-- upgrade PostgreSQL to 14 or newer");
-        } else if MAJORS.contains(&major) {
-            report.ok("version", format!("PostgreSQL {}", self.version));
+    pub(super) const fn major(&self) -> i32 {
+        self.version_number / 10_000
+    }
+
+    /// Whether it is one that can be asked for more.
+    pub(super) fn check_version(&self, report: &mut Report) -> bool {
+        let version = &self.version;
+        if self.major() < *MAJORS.start() {
+            let what = format!("PostgreSQL {version} is too old: {} is the oldest that works", MAJORS.start());
+            report.error("version", what, format!("-- upgrade PostgreSQL to {} or newer", MAJORS.start()));
+            return false;
+        }
+        if MAJORS.contains(&self.major()) {
+            report.ok("version", format!("PostgreSQL {version}"));
         } else {
-            let what = format!("PostgreSQL {} is newer than what tuplewatch is tested with (18)", self.version);
+            let what = format!("PostgreSQL {version} is newer than what tuplewatch is tested with ({})", MAJORS.end());
             report.warning("version", what, "-- see whether there is a newer tuplewatch that is");
         }
-        if self.in_recovery {
-            let fix = "SELECT pg_promote();  -- or rather: name the primary in database.uri";
-            report.error("server", "is a standby, and changes are read from the primary", fix);
-        }
+        true
+    }
+
+    pub(super) fn check(&self, report: &mut Report) {
         self.check_wal_level(report);
         let subject = format!("role {}", self.role);
         if self.may_replicate {
@@ -114,7 +119,7 @@ impl Server {
         };
         let held_bytes = hold_back.bytes_max();
         // What comes on top: WAL since the last checkpoint, and while tuplewatch is away.
-        if held_bytes < keep_bytes / 2 {
+        if held_bytes == 0 || held_bytes < keep_bytes / 2 {
             return report.ok(SETTING, self.slot_keep_size.clone());
         }
         let what = format!(
@@ -138,9 +143,7 @@ impl Server {
     /// PostgreSQL counts logical walsenders as standbys, and ours would answer when the slot is told, or before a standby has it.
     pub(super) fn check_synchronous_standbys(&self, hold_back: HoldBack, report: &mut Report) {
         const SETTING: &str = "synchronous_standby_names";
-        let mut names = self.synchronous_standbys.split([',', '(', ')', ' ', '"']);
-        let counts_us = names.any(|name| name == "*" || name.to_ascii_lowercase().starts_with("tuplewatch"));
-        if !counts_us {
+        if !counts_us(&self.synchronous_standbys) {
             return;
         }
         let what = format!("is {}, which tuplewatch matches too", self.synchronous_standbys);
@@ -193,6 +196,30 @@ impl Server {
             " (another value stands in the configuration and waits for a restart)"
         } else {
             ""
+        }
+    }
+}
+
+/// Whether `synchronous_standby_names` names a walsender of ours. PostgreSQL compares whole application names, and ours are
+/// `tuplewatch` and a node's id.
+fn counts_us(standbys: &str) -> bool {
+    let names = standbys.split([',', '(', ')']).map(|name| name.trim_matches([' ', '"']).to_ascii_lowercase());
+    names.into_iter().any(|name| name == "*" || name.starts_with("tuplewatch "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn standbys_that_are_ours() {
+        for ours in ["*", "\"*\"", "2 (a, *)", "ANY 1 (\"tuplewatch 7f\", b)", "FIRST 1 (\"Tuplewatch 7f\")"] {
+            assert!(counts_us(ours), "{ours}");
+        }
+        for others in
+            ["", "a", "tuplewatch", "FIRST 2 (tuplewatch_db1, \"tuplewatch-db2\")", "ANY 1 (\"my tuplewatch\")"]
+        {
+            assert!(!counts_us(others), "{others}");
         }
     }
 }

@@ -3,11 +3,14 @@
 use serde::Deserialize;
 use tokio_postgres::Client;
 
-use super::super::catalog::{Document, Publication, Table, identifier};
+use super::super::catalog::{Column, Document, Publication, Table, identifier};
 use super::Expectation;
 use super::server::Server;
 use crate::finding::{Finding, Report};
 use crate::mapping::TableName;
+
+/// Makes tables that are missing.
+const SETUP: &str = "tuplewatch setup  # it creates the tables of the preset tuples; those of other mappings are yours";
 
 /// Whether a watched table can be read, is published, and its old rows are complete.
 pub(super) fn check_table(
@@ -21,8 +24,7 @@ pub(super) fn check_table(
     let subject = format!("table {name}");
     let before = report.count();
     if table.oid.is_none() {
-        let fix =
-            "tuplewatch setup  -- it creates the tables of the preset 'tuples'; those of other mappings are yours";
+        let fix = SETUP;
         return report.error(subject, "does not exist", fix);
     }
     let spec = expected.mapping.tables().iter().find(|spec| spec.table == name);
@@ -48,6 +50,7 @@ pub(super) fn check_table(
     }
     if let Some(publication) = publication {
         check_membership(table, expected, publication, report);
+        check_generated(table, expected, publication, server, report);
     }
     if report.is_fine_since(before) {
         let what = if table.reads_old_rows { ", and its old rows are complete" } else { "" };
@@ -111,13 +114,32 @@ fn check_membership(table: &Table, expected: &Expectation<'_>, publication: &Pub
         let what = format!("column {} is not in the column list of the publication", column.name);
         report.add(Finding::error(&subject, what).means("Rows would come without it.").fix(afresh));
     }
-    let listed = |name: &String| member.columns.as_ref().is_some_and(|list| list.contains(name));
-    let all_generated = publication.generated.as_deref() == Some("s");
-    let generated = table.columns.iter().find(|column| column.generated && !all_generated && !listed(&column.name));
-    if let Some(column) = generated {
-        let fix = format!("ALTER PUBLICATION {published} SET (publish_generated_columns = stored);  -- 18 or newer");
-        report.error(&subject, format!("column {} is generated, and not published", column.name), fix);
-    }
+}
+
+/// Generated columns are published from version 18 on, and only those that are stored: where the publication lists columns, if
+/// they are listed; else if it says so.
+fn check_generated(
+    table: &Table,
+    expected: &Expectation<'_>,
+    publication: &Publication,
+    server: &Server,
+    report: &mut Report,
+) {
+    let is_published = |column: &Column| match table.own_member().and_then(|member| member.columns.as_ref()) {
+        // One that is not listed is reported as such.
+        Some(_) => true,
+        None => column.is_stored() && publication.generated.as_deref() == Some("s"),
+    };
+    let hidden = table.columns.iter().find(|column| column.is_generated() && !is_published(column));
+    let Some(column) = hidden else { return };
+    let fix = if column.is_stored() && server.major() >= 18 {
+        let publication = identifier(expected.publication);
+        format!("ALTER PUBLICATION {publication} SET (publish_generated_columns = stored);  -- at once, no reload")
+    } else {
+        "-- make it an ordinary column, or map another one".to_owned()
+    };
+    let what = format!("column {} is generated, and not published", column.name);
+    report.add(Finding::error(format!("table {}", table.name()), what).means("Rows come without it.").fix(fix));
 }
 
 /// The table that lists tenants: it is not watched, only read.
@@ -149,8 +171,7 @@ impl Tenants {
         let subject = format!("table {table}");
         let before = report.count();
         if !self.exists {
-            let fix =
-                "tuplewatch setup  -- it creates the tables of the preset 'tuples'; those of other mappings are yours";
+            let fix = SETUP;
             return report.error(subject, "does not exist, and tenants are looked up in it", fix);
         }
         if !self.has_column {

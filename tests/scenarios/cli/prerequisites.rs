@@ -141,7 +141,7 @@ async fn a_publication_that_was_dropped_is_repaired_by_what_is_said() {
     }
     process.signal("TERM");
     process.ended().await;
-    let (program, _) = fix.split_once("  --").unwrap_or((&fix, ""));
+    let (program, _) = fix.split_once("  # ").unwrap_or((&fix, ""));
     let arguments: Vec<&str> = program.split(' ').skip(1).chain(["--database-uri"]).collect();
     let uri = postgres.uri();
     tuplewatch(&[&arguments[..], &[&uri]].concat()).await.succeeded();
@@ -218,4 +218,25 @@ async fn what_is_in_the_way_on_our_own_side() {
     let confirmed = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'tuplewatch' AND NOT active";
     assert_eq!(sql.value(confirmed).await, "1", "the slot is free for the next attempt");
     works(&postgres.uri()).await;
+}
+
+/// What it starts with is often 1024, and what it may ask for much more.
+#[tokio::test]
+async fn the_limit_of_open_files_is_raised() {
+    let postgres = Postgres::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let uri = postgres.uri();
+    tuplewatch(&["setup", "--database-uri", &uri]).await.succeeded();
+    let serve = serve(&uri, directory.path());
+    let mut shell = Command::new("/bin/sh");
+    shell.env_clear().current_dir(directory.path()).kill_on_drop(true);
+    shell.args(["-c", "ulimit -Sn 512 && ulimit -Hn 700 && exec \"$0\" \"$@\""]).arg(serve.as_std().get_program());
+    let mut process = Process::start({
+        shell.args(serve.as_std().get_args());
+        shell
+    });
+    process.comes_to("the limit of open files is 700: no more than 222 connections of gRPC").await;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", process.id())).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(files.split_whitespace().nth(3), Some("700"), "{files}");
 }

@@ -3,7 +3,8 @@
 use super::{Patient, stops};
 use crate::support::postgres::Postgres;
 use crate::support::sql::Sql;
-use crate::support::wait::eventually;
+use crate::support::wait::{eventually, within};
+use pgwire_replication::{ReplicationClient, ReplicationConfig};
 
 const SLOT: &str = "replication slot tuplewatch";
 
@@ -114,6 +115,45 @@ async fn another_node_has_it() {
     patient.streams().await;
 }
 
+/// Whatever it is, it does not give way.
+#[tokio::test]
+async fn a_stranger_has_it() {
+    let patient = Patient::used(Postgres::start().await).await;
+    let uri: tokio_postgres::Config = patient.postgres.uri().parse().unwrap();
+    let stranger = ReplicationConfig::new("127.0.0.1", "postgres", "", "postgres", "tuplewatch", "tuplewatch")
+        .with_port(uri.get_ports()[0])
+        .with_application_name("cdc")
+        .with_ack_lsn(pgwire_replication::Lsn::ZERO);
+    let mut stranger = ReplicationClient::connect(stranger).await.unwrap();
+    patient.sql().await.insert("t1", "theirs").await;
+    within("the stranger reads", stranger.recv()).await.unwrap();
+    patient.has(SLOT, "(cdc), which is not this tuplewatch").await;
+    stranger.abort();
+    eventually("the slot is free", async || patient.doctor(&[]).await.summary.error == 0).await;
+}
+
+/// `serve` has stopped where it was, and the role that it has sees of its own walsender only that there is one.
+#[tokio::test]
+async fn it_is_read_too_slowly() {
+    let postgres = Postgres::start().await;
+    let admin = postgres.uri();
+    let patient = Patient::used(postgres).await.with("--replication-warn-retained-wal", "32MiB");
+    let sql = patient.sql().await;
+    sql.run("CREATE ROLE reader LOGIN REPLICATION; GRANT USAGE ON SCHEMA tuplewatch TO reader").await;
+    sql.run("GRANT SELECT ON ALL TABLES IN SCHEMA tuplewatch TO reader").await;
+    let patient = patient.with("--database-uri", &admin.replace("postgres@", "reader@"));
+    let process = patient.serve(&[], &[]).await;
+    process.signal("STOP");
+    let behind = "pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn) > 48 * 1024 * 1024";
+    write_until(&sql, "it is far behind", behind).await;
+    let warnings = patient.doctor(&[]).await.about("warning", SLOT);
+    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(finding.what.contains("hidden from this role (GRANT pg_monitor)"), "{finding:?}");
+    assert!(finding.fix.as_deref().unwrap().contains("tuplewatch does not keep up"), "{finding:?}");
+    process.signal("CONT");
+    stops(process).await;
+}
+
 /// A forgotten `BEGIN`.
 #[tokio::test]
 async fn a_transaction_holds_it_back() {
@@ -149,9 +189,9 @@ async fn a_transaction_holds_it_back() {
 #[tokio::test]
 async fn a_prepared_transaction_holds_it_back() {
     let mut patient = Patient::used(Postgres::with(&[("max_prepared_transactions", "5")]).await).await;
-    patient.sql().await.run("BEGIN; CREATE TABLE forgotten (); PREPARE TRANSACTION 'it''s forgotten'").await;
+    patient.sql().await.run("BEGIN; CREATE TABLE forgotten (); PREPARE TRANSACTION E'it''s\\nforgotten'").await;
     let warnings = patient.doctor(&["--long-transaction", "0s"]).await.of_severity("warning");
-    let found = warnings.iter().find(|finding| finding.subject == "prepared transaction 'it''s forgotten'");
+    let found = warnings.iter().find(|finding| finding.subject == r"prepared transaction E'it''s\u000aforgotten'");
     patient.apply(found.unwrap_or_else(|| panic!("{warnings:#?}"))).await;
     let diagnosis = patient.doctor(&["--long-transaction", "0s"]).await;
     assert_eq!(diagnosis.about("ok", "transactions").len(), 1, "{diagnosis:#?}");
