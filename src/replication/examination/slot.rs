@@ -118,6 +118,7 @@ impl Sight {
         let ago = match lag {
             Some(lag) if lag.is_zero() => String::new(),
             Some(lag) => format!(", {} or more", Span(lag)),
+            None if self.times.may_list_wal => String::new(),
             None => ", since when is hidden from this role (GRANT pg_monitor)".to_owned(),
         };
         let left = self.slot.safe_bytes();
