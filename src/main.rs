@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use std::process::ExitCode;
+use std::time::Duration;
 use tuplewatch::cli::{self, Cli};
 
 /// What one thread allocates another one frees, with every message. The system's allocator takes a quarter of the processor time
@@ -9,10 +10,13 @@ use tuplewatch::cli::{self, Cli};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Longest wait for what is still running in the end.
+const CLOSE_MAX: Duration = Duration::from_secs(1);
+
 fn main() -> std::io::Result<ExitCode> {
     let runtime = tokio::runtime::Runtime::new()?;
     let code = runtime.block_on(cli::run(Cli::parse()));
-    // A thread may still be writing to a pipe that nobody reads, and would for ever.
-    runtime.shutdown_background();
+    // A thread may be writing to a pipe that nobody reads, and would for ever.
+    runtime.shutdown_timeout(CLOSE_MAX);
     Ok(code)
 }

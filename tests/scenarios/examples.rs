@@ -138,7 +138,8 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     sql.insert("t1", "i").await;
     process.complains("ABORTED").await;
     example.catches_up(sql).await;
-    assert!(lines(&process)[5].starts_with("read anew: "), "{:?}", process.printed());
+    let printed = process.prints(6).await;
+    assert!(printed[5].starts_with("read anew: "), "{printed:?}");
     sql.insert("t1", "j").await;
     example.catches_up(sql).await;
 
@@ -153,6 +154,7 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     let process = example.start();
     process.complains("FAILED_PRECONDITION").await;
     example.catches_up(sql).await;
+    process.prints(1).await;
     assert_eq!(lines(&process), ["read anew: 1 tuples"]);
 }
 
