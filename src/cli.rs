@@ -167,19 +167,19 @@ fn print_config(config: &ConfigArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Completes at SIGINT or SIGTERM.
-async fn stop_signal() {
-    use tokio::signal::unix::{SignalKind, signal};
-    match signal(SignalKind::terminate()) {
-        Ok(mut terminate) => {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = tokio::signal::ctrl_c() => {}
-            }
-        }
-        Err(error) => {
-            tracing::warn!("SIGTERM cannot be caught: {error}");
-            let _ = tokio::signal::ctrl_c().await;
+/// Completes at SIGINT or SIGTERM. They are caught from now on, and not from when it is first polled.
+fn stop_signal() -> impl Future<Output = ()> {
+    use tokio::signal::unix::{Signal, SignalKind, signal};
+    let catch = |kind, name| signal(kind).inspect_err(|error| tracing::warn!("{name} cannot be caught: {error}")).ok();
+    let (interrupt, terminate) = (catch(SignalKind::interrupt(), "SIGINT"), catch(SignalKind::terminate(), "SIGTERM"));
+    let next = async |signal: Option<Signal>| match signal {
+        Some(mut signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    };
+    async move {
+        tokio::select! {
+            () = next(interrupt) => {}
+            () = next(terminate) => {}
         }
     }
 }
@@ -194,12 +194,6 @@ fn say(text: &str) {
 fn say_error(text: &str) {
     use std::io::Write;
     let _ = writeln!(std::io::stderr(), "tuplewatch: {text}");
-}
-
-/// Says what is going on, beside what is printed.
-fn notice(text: &str) {
-    use std::io::Write;
-    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 #[cfg(test)]

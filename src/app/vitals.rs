@@ -44,10 +44,7 @@ impl Probes for Vitals {
             return Err("how far the server is has not been seen lately".to_owned());
         };
         if lag.is_older {
-            return Err(format!(
-                "{} bytes of WAL, from before this process began, are still to be received",
-                lag.bytes
-            ));
+            return Err(format!("{} bytes of WAL behind, and how old they are is unknown: it catches up", lag.bytes));
         }
         if lag.time < self.ready_lag_max {
             return Ok(());

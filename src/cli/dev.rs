@@ -46,9 +46,9 @@ pub(super) async fn run(config: ConfigArgs, args: DevArgs) -> anyhow::Result<()>
     let installation = Installation::find(args.pg_bin.as_deref())?;
     let options =
         ClusterOptions { data_dir: args.data_dir.join("postgres"), port: args.pg_port, ..ClusterOptions::default() };
-    say(&format!("PostgreSQL {} from {}", installation.version(), installation.bin_dir().display()));
     // From here on Ctrl-C stops the cluster as well, and Drop does if anything fails.
     let mut stopping = Box::pin(stop_signal());
+    say(&format!("PostgreSQL {} from {}", installation.version(), installation.bin_dir().display()));
     let mut cluster = tokio::select! {
         cluster = Cluster::create_or_open(installation, options) => cluster?,
         () = &mut stopping => return Ok(()),

@@ -7,7 +7,7 @@ mod lines;
 
 use super::connection::ConnectionArgs;
 use super::terminal::{Style, program};
-use super::{examples, notice, stop_signal};
+use super::{examples, stop_signal};
 use crate::finding::shell_word;
 use crate::grpc::proto::watch_client::WatchClient;
 use crate::grpc::proto::{DataChanges, WatchRequest};
@@ -19,6 +19,7 @@ use lines::Lines;
 use std::io;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
+use tokio::time::timeout;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
@@ -46,6 +47,8 @@ enum Output {
     Json,
 }
 
+/// Longest wait for somebody to take them.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
 const WAIT_MIN: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
@@ -56,7 +59,8 @@ pub(super) async fn run(args: WatchArgs) -> anyhow::Result<()> {
         ended = watch.follow(endpoint) => return ended,
         () = stop_signal() => {}
     }
-    watch.say_how_to_resume();
+    // Whoever should read it may not.
+    let _ = timeout(LAST_WORDS_MAX, watch.say_how_to_resume()).await;
     Ok(())
 }
 
@@ -109,7 +113,7 @@ impl<'a> Watch<'a> {
             match status.code() {
                 // What passes: a server that restarts, a network that comes and goes.
                 Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal | Code::ResourceExhausted => {
-                    self.say_lost(&status);
+                    self.say_lost(&status).await;
                     tokio::time::sleep(self.wait).await;
                     self.wait = (self.wait * 2).min(WAIT_MAX);
                 }
@@ -119,7 +123,7 @@ impl<'a> Watch<'a> {
                 Code::Aborted => {
                     let details = status.get_error_details();
                     let next = details.error_info().and_then(|info| info.metadata.get(NEXT_SNAP_TOKEN)).cloned();
-                    notice(&self.style.warning(&format!("GAP: {}", status.message())));
+                    notice(&self.style.warning(&format!("GAP: {}", status.message()))).await;
                     self.token = next.ok_or_else(|| anyhow!("the server gave no token to go on from"))?;
                 }
                 code => {
@@ -138,7 +142,7 @@ impl<'a> Watch<'a> {
             request.metadata_mut().insert("authorization", authorization);
         }
         let response = WatchClient::new(channel).watch(request).await?;
-        self.say_begun();
+        self.say_begun().await;
         // So that a stream that is lost before its first message resumes where it started.
         if self.token.is_empty() {
             let start = response.metadata().get(START_SNAP_TOKEN).and_then(|token| token.to_str().ok());
@@ -153,30 +157,30 @@ impl<'a> Watch<'a> {
         Ok(())
     }
 
-    fn say_begun(&mut self) {
+    async fn say_begun(&mut self) {
         if !self.has_begun {
             let WatchArgs { tenant, connection, .. } = self.args;
             let from = if self.token.is_empty() { "now".to_owned() } else { format!("token {}", short(&self.token)) };
             let text = format!("watching tenant {tenant} on {} from {from}; Ctrl-C ends", connection.server);
-            notice(&self.style.faint(&text));
+            notice(&self.style.faint(&text)).await;
         } else if self.is_lost {
             let text = format!("connected again, resuming after the last token ({})", short(&self.token));
-            notice(&self.style.faint(&text));
+            notice(&self.style.faint(&text)).await;
         }
         (self.has_begun, self.is_lost, self.wait) = (true, false, WAIT_MIN);
     }
 
     /// Once, however often it is tried.
-    fn say_lost(&mut self, status: &Status) {
+    async fn say_lost(&mut self, status: &Status) {
         if !self.is_lost {
             let text = format!("{}: {}; reconnecting", self.args.connection.server, reason(status));
-            notice(&self.style.warning(&text));
+            notice(&self.style.warning(&text)).await;
         }
         self.is_lost = true;
     }
 
     /// At the end: what to type to get the rest.
-    fn say_how_to_resume(&self) {
+    async fn say_how_to_resume(&self) {
         if !self.has_begun {
             return;
         }
@@ -188,8 +192,15 @@ impl<'a> Watch<'a> {
         words.extend(["--snap-token".to_owned(), self.token.clone()]);
         let words: Vec<_> = words.iter().map(|word| shell_word(word)).collect();
         let command = format!("{} {}", program(), words.join(" "));
-        notice(&format!("{}\n  {}", self.style.faint("what comes after this:"), self.style.strong(&command)));
+        notice(&format!("{}\n  {}", self.style.faint("what comes after this:"), self.style.strong(&command))).await;
     }
+}
+
+/// Says what is going on, beside what is printed. As with [`Printer::print`], what waits for a reader can be dropped.
+async fn notice(text: &str) {
+    let mut out = tokio::io::stderr();
+    let _ = out.write_all(format!("{text}\n").as_bytes()).await;
+    let _ = out.flush().await;
 }
 
 /// Enough of a token to tell it from others: they begin alike.

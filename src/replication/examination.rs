@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use super::connection::{ConnectError, Connection, Endpoints};
 use super::monitor::Thresholds;
 use super::postgres::application_name;
-use super::requirements::{self, Expectation};
+use super::requirements::{self, Expectation, Version};
 use crate::finding::{Finding, Report};
 
 /// Longest wait for all answers together, once there is a connection.
@@ -60,11 +60,17 @@ impl Examination<'_> {
 
     async fn look(&self, connection: &Connection, report: &mut Report) -> Result<(), tokio_postgres::Error> {
         let client = &connection.client;
+        let version = Version::read(client).await?;
+        if !version.is_supported() {
+            report.add(version.finding());
+            return Ok(());
+        }
         report.extend(requirements::check(client, &self.expected).await?);
         let own_name = self.node_id.map(application_name);
         let sight = slot::Sight::read(client, self.expected.slot).await?;
         if let Some(sight) = &sight {
-            sight.check(self.expected.slot, own_name.as_deref(), &self.thresholds, report);
+            let held_bytes = self.expected.hold_back.bytes_max();
+            sight.check(self.expected.slot, own_name.as_deref(), &self.thresholds, held_bytes, report);
         }
         holders::check(client, self.long_transaction, report).await?;
         standbys::check(client, self.expected.slot, sight.as_ref(), report).await?;

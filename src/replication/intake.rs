@@ -56,7 +56,9 @@ pub enum Error {
     /// The server has another history than the log.
     #[error(
         "the change log has a transaction that ends at {at}, and the server no longer has it, on the same timeline: its storage \
-         was rolled back, and the log holds changes that never happened there. Start the log anew with --reset-log"
+         was rolled back, and the log holds changes that never happened there. As it has been written to since, start the log \
+         anew with --reset-log, and have every subscriber drop its token: it would be taken for one of what is written there \
+         now"
     )]
     Rewritten {
         /// The end LSN.

@@ -17,6 +17,7 @@ use super::slot::Slot;
 use crate::finding::{Finding, Report};
 use crate::mapping::Mapping;
 use server::Server;
+pub(super) use server::Version;
 use tables::{Tenants, check_table};
 
 /// The versions that tuplewatch is tested with.
@@ -37,16 +38,18 @@ pub struct Expectation<'a> {
     pub hold_back: HoldBack,
 }
 
-/// Looks at everything, in four statements.
+/// Looks at everything, in five statements.
 ///
 /// # Errors
 /// Where PostgreSQL cannot be asked. What it answers is never an error but a finding.
 pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Finding>, tokio_postgres::Error> {
     let mut report = Report::default();
-    let server = Server::read(client).await?;
-    if !server.check_version(&mut report) {
+    let version = Version::read(client).await?;
+    report.add(version.finding());
+    if !version.is_supported() {
         return Ok(report.into_findings());
     }
+    let server = Server::read(client).await?;
     let catalog = Catalog::read(client, expected.publication, expected.mapping).await?;
     let slot = Slot::read(client, expected.slot).await?;
     let tenants = match expected.mapping.tenants() {
@@ -59,7 +62,7 @@ pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Fi
     server.check_keep_size(expected.hold_back, &mut report);
     server.check_room(slot.as_ref(), &mut report);
     for table in &catalog.tables {
-        check_table(table, expected, &server, catalog.publication.as_ref(), &mut report);
+        check_table(table, expected, &server, &version, catalog.publication.as_ref(), &mut report);
     }
     if let (Some(tenants), Some(spec)) = (tenants, expected.mapping.tenants()) {
         tenants.check(&spec.table, &spec.id, &server, &mut report);

@@ -234,8 +234,9 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 // What is written there next would be taken for what we have.
                 return Err(Error::definite(format!(
                     "the server's WAL ends at {}, before what the change log has ({start}), on the same timeline: its \
-                     storage was rolled back, and the log holds changes that never happened there. Start the log anew with \
-                     --reset-log",
+                     storage was rolled back, and the log holds changes that never happened there. Before anybody writes to it, \
+                     have it begin a new timeline (recovery.signal, restore_command = 'false', and a restart). Or start the log \
+                     anew with --reset-log, and have every subscriber drop its token",
                     server.wal_end
                 )));
             }

@@ -25,7 +25,8 @@ struct Terminal {
 
 /// Below those that systems give to outgoing connections, so that it is free again after a restart.
 fn free_port() -> u16 {
-    let mut ports = std::iter::repeat_with(|| fastrand::u16(20_000..32_000));
+    // Where no PostgreSQL of a test is.
+    let mut ports = std::iter::repeat_with(|| fastrand::u16(10_000..15_000));
     ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).unwrap()
 }
 

@@ -3,6 +3,7 @@
 use crate::support::api::{Api, tuple};
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
+use crate::support::proxy::Proxy;
 use crate::support::scrape::Scrape;
 use crate::support::server::Server;
 use crate::support::stream::{changes, reason};
@@ -103,8 +104,11 @@ async fn what_happens_is_counted() {
     assert_eq!(refused.unwrap_err().code(), Code::InvalidArgument);
     let [gone, _kept] = streams;
     drop(gone);
+    let ended = |scrape: &Scrape| scrape.count("tuplewatch_streams_ended_total", &[("protocol", "grpc")]);
     eventually("the stream is gone", async || {
-        server.scrape().await.get("tuplewatch_subscribers", &[("protocol", "grpc")]) == 1.0
+        let scrape = server.scrape().await;
+        let is_gone = scrape.get("tuplewatch_subscribers", &[("protocol", "grpc")]) == 1.0;
+        is_gone && watches(&scrape, "CANCELLED") == 1.0 && ended(&scrape) == 1.0
     })
     .await;
     let scrape = server.scrape().await;
@@ -152,6 +156,13 @@ async fn reconnects_breaks_and_rows_that_do_not_decode_are_counted_once() {
     sql.run("TRUNCATE tuplewatch.relation_tuples").await;
     let (messages, status) = stream.ending().await;
     assert_eq!((changes(&messages), reason(&status).0), (vec![], Code::Aborted));
+    // Counted when the server is through with a stream, which is when its client may be already.
+    let ended = |scrape: &Scrape| scrape.count("tuplewatch_streams_ended_total", &[("protocol", "grpc")]);
+    eventually("both are counted", async || {
+        let scrape = server.scrape().await;
+        watches(&scrape, "ABORTED") == 2.0 && ended(&scrape) == 2.0
+    })
+    .await;
     let scrape = server.scrape().await;
     for reason in ["UNDECODABLE_ROW", "TRUNCATE"] {
         assert_eq!(scrape.get("tuplewatch_breaks_total", &[("reason", reason)]), 1.0);
@@ -159,7 +170,6 @@ async fn reconnects_breaks_and_rows_that_do_not_decode_are_counted_once() {
         assert_eq!(scrape.get("tuplewatch_streams_ended_total", &ended), 1.0);
     }
     assert_eq!(scrape.get("tuplewatch_decode_errors_total", &[("table", ATTRIBUTES)]), 1.0);
-    assert_eq!(watches(&scrape, "ABORTED"), 2.0);
 }
 
 /// A subscriber that comes back from far behind, and one that does not read.
@@ -248,6 +258,24 @@ async fn ready_is_who_streams_and_is_not_far_behind() {
 
     postgres.stop(StopMode::Fast).await;
     until_unready(&server, "the slot does not stream").await;
+}
+
+/// With hours of WAL to catch up with, the lag in seconds would begin at none all the same.
+#[tokio::test]
+async fn who_has_to_catch_up_after_the_start_is_not_ready() {
+    let postgres = Postgres::start().await;
+    let proxy = Proxy::to_postgres(&postgres.uri()).await;
+    let mut server = Server::serve_through(&proxy, &postgres).await;
+    until_ready(&server).await;
+    server.terminate().await;
+    server.ended().await;
+    postgres.sql().await.insert_large("t1", 1..=4000).await;
+    proxy.slow_down(4 << 20);
+    server.start().await;
+    until_unready(&server, "how old they are is unknown").await;
+    assert_eq!(server.scrape().await.get("tuplewatch_session_state", &[("state", "streaming")]), 1.0);
+    proxy.slow_down(0);
+    until_ready(&server).await;
 }
 
 #[tokio::test]

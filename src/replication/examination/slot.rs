@@ -72,12 +72,21 @@ impl Sight {
     }
 
     /// `own_name` is that of the connections of this node.
-    pub(super) fn check(&self, name: &str, own_name: Option<&str>, thresholds: &Thresholds, report: &mut Report) {
+    ///
+    /// So many bytes may be held back on purpose.
+    pub(super) fn check(
+        &self,
+        name: &str,
+        own_name: Option<&str>,
+        thresholds: &Thresholds,
+        held_bytes: u64,
+        report: &mut Report,
+    ) {
         let subject = format!("replication slot {name}");
         self.check_holder(&subject, own_name, report);
         // What is lost, or somebody else's, keeps nothing for us.
         if self.slot.loss().is_none() && self.slot.slot_type == "logical" {
-            self.check_position(name, &subject, thresholds, report);
+            self.check_position(name, &subject, thresholds, held_bytes, report);
             self.check_safety(&subject, thresholds, report);
         }
         if let Some(timeout) = &self.times.idle_timeout {
@@ -106,7 +115,7 @@ impl Sight {
         report.add(finding(subject, what).means(meaning).fix(fix));
     }
 
-    fn check_position(&self, name: &str, subject: &str, thresholds: &Thresholds, report: &mut Report) {
+    fn check_position(&self, name: &str, subject: &str, thresholds: &Thresholds, held_bytes: u64, report: &mut Report) {
         let (Some(retained), Some(behind)) = (self.seen.retained_bytes, self.behind_bytes()) else { return };
         let lag = self.lag();
         let inactive = self.times.inactive_seconds.map(seconds);
@@ -139,7 +148,7 @@ impl Sight {
                 "tuplewatch serve  # or, if nobody will read it again, in psql: SELECT pg_drop_replication_slot({});",
                 literal(name)
             ))
-        } else if is_behind || behind >= retained / 2 {
+        } else if is_behind || behind.saturating_sub(held_bytes) >= retained.saturating_sub(behind) {
             finding
                 .means("Subscribers get changes late, and the server keeps all WAL since.")
                 .fix("-- tuplewatch does not keep up: its log says why (the disk of the change log, the network, a large transaction)")
@@ -193,7 +202,7 @@ mod tests {
         let mut seen: slot::Sight = serde_json::from_value(sight).unwrap();
         let sight = Sight { slot: seen.slot.take().unwrap(), seen, times };
         let mut report = Report::default();
-        sight.check("s", Some("tuplewatch me"), &THRESHOLDS, &mut report);
+        sight.check("s", Some("tuplewatch me"), &THRESHOLDS, 0x100, &mut report);
         let bad = report.into_findings().into_iter().filter(|finding| finding.severity != Severity::Ok);
         bad.map(|finding| format!("{finding}")).collect()
     }
@@ -213,7 +222,8 @@ mod tests {
         check(none(), serde_json::json!({"holder": "pg_recvlogical"}), &["by process 7 (pg_recvlogical)"]);
         check(none(), serde_json::json!({"holder": "tuplewatch you"}), &["not this tuplewatch"]);
         check(none(), serde_json::json!({"retained_bytes": 1000}), &["transaction that is still open"]);
-        check(none(), serde_json::json!({"retained_bytes": 1000, "confirmed": "0/1E00"}), &["does not keep up"]);
+        check(none(), serde_json::json!({"retained_bytes": 1000, "confirmed": "0/1D00"}), &["does not keep up"]);
+        check(none(), serde_json::json!({"retained_bytes": 1000, "confirmed": "0/1E00"}), &["that is still open"]);
         check(none(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 60.0}), &["does not keep up"]);
         // Where it is at the end, it does not matter how long ago that was written.
         check(none(), serde_json::json!({"lag_seconds": 6000.0}), &[]);

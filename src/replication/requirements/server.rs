@@ -9,11 +9,48 @@ use super::super::slot::Slot;
 use super::MAJORS;
 use crate::finding::{Bytes, Finding, Report};
 
+/// Of PostgreSQL.
+#[derive(Debug)]
+pub(in crate::replication) struct Version {
+    text: String,
+    major: i32,
+}
+
+impl Version {
+    /// By itself, because an older one has not what else is asked for.
+    pub(in crate::replication) async fn read(client: &Client) -> Result<Self, tokio_postgres::Error> {
+        let sql = "SELECT current_setting('server_version'), current_setting('server_version_num')::int4 / 10000";
+        let row = client.query_typed_one(sql, &[]).await?;
+        Ok(Self { text: row.try_get(0)?, major: row.try_get(1)? })
+    }
+
+    pub(super) const fn major(&self) -> i32 {
+        self.major
+    }
+
+    /// Whether it can be asked for more.
+    pub(in crate::replication) const fn is_supported(&self) -> bool {
+        self.major >= *MAJORS.start()
+    }
+
+    pub(in crate::replication) fn finding(&self) -> Finding {
+        const SUBJECT: &str = "version";
+        let (text, oldest, newest) = (&self.text, MAJORS.start(), MAJORS.end());
+        if !self.is_supported() {
+            let what = format!("PostgreSQL {text} is too old: {oldest} is the oldest that works");
+            Finding::error(SUBJECT, what).fix(format!("-- upgrade PostgreSQL to {oldest} or newer"))
+        } else if self.major <= *newest {
+            Finding::ok(SUBJECT, format!("PostgreSQL {text}"))
+        } else {
+            let what = format!("PostgreSQL {text} is newer than what tuplewatch is tested with ({newest})");
+            Finding::warning(SUBJECT, what).fix("-- see whether there is a newer tuplewatch that is")
+        }
+    }
+}
+
 /// The server's settings and the role's rights.
 #[derive(Debug, Deserialize)]
 pub(super) struct Server {
-    version: String,
-    version_number: i32,
     pub(super) database: String,
     pub(super) role: String,
     may_replicate: bool,
@@ -37,8 +74,6 @@ impl Server {
     pub(super) async fn read(client: &Client) -> Result<Self, tokio_postgres::Error> {
         let sql = "
             SELECT json_build_object(
-                'version', current_setting('server_version'),
-                'version_number', current_setting('server_version_num')::int,
                 'database', current_database(),
                 'role', current_user,
                 'may_replicate', rolsuper OR rolreplication OR COALESCE(
@@ -57,27 +92,6 @@ impl Server {
                     COALESCE((SELECT json_agg(name) FROM pg_settings WHERE pending_restart), '[]'))
               FROM pg_roles WHERE rolname = current_user";
         client.query_typed_one(sql, &[]).await?.try_get::<_, Document<Self>>(0).map(|document| document.0)
-    }
-
-    pub(super) const fn major(&self) -> i32 {
-        self.version_number / 10_000
-    }
-
-    /// Whether it is one that can be asked for more.
-    pub(super) fn check_version(&self, report: &mut Report) -> bool {
-        let version = &self.version;
-        if self.major() < *MAJORS.start() {
-            let what = format!("PostgreSQL {version} is too old: {} is the oldest that works", MAJORS.start());
-            report.error("version", what, format!("-- upgrade PostgreSQL to {} or newer", MAJORS.start()));
-            return false;
-        }
-        if MAJORS.contains(&self.major()) {
-            report.ok("version", format!("PostgreSQL {version}"));
-        } else {
-            let what = format!("PostgreSQL {version} is newer than what tuplewatch is tested with ({})", MAJORS.end());
-            report.warning("version", what, "-- see whether there is a newer tuplewatch that is");
-        }
-        true
     }
 
     pub(super) fn check(&self, report: &mut Report) {
@@ -210,6 +224,22 @@ fn counts_us(standbys: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::finding::Severity;
+
+    #[test]
+    fn versions() {
+        for (major, severity) in [
+            (12, Severity::Error),
+            (13, Severity::Error),
+            (14, Severity::Ok),
+            (18, Severity::Ok),
+            (19, Severity::Warning),
+        ] {
+            let version = Version { text: format!("{major}.1"), major };
+            assert_eq!(version.finding().severity, severity, "{major}");
+            assert_eq!(version.is_supported(), severity != Severity::Error, "{major}");
+        }
+    }
 
     #[test]
     fn standbys_that_are_ours() {

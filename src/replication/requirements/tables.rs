@@ -5,7 +5,7 @@ use tokio_postgres::Client;
 
 use super::super::catalog::{Column, Document, Publication, Table, identifier};
 use super::Expectation;
-use super::server::Server;
+use super::server::{Server, Version};
 use crate::finding::{Finding, Report};
 use crate::mapping::TableName;
 
@@ -17,6 +17,7 @@ pub(super) fn check_table(
     table: &Table,
     expected: &Expectation<'_>,
     server: &Server,
+    version: &Version,
     publication: Option<&Publication>,
     report: &mut Report,
 ) {
@@ -50,7 +51,7 @@ pub(super) fn check_table(
     }
     if let Some(publication) = publication {
         check_membership(table, expected, publication, report);
-        check_generated(table, expected, publication, server, report);
+        check_generated(table, expected, publication, version, report);
     }
     if report.is_fine_since(before) {
         let what = if table.reads_old_rows { ", and its old rows are complete" } else { "" };
@@ -122,7 +123,7 @@ fn check_generated(
     table: &Table,
     expected: &Expectation<'_>,
     publication: &Publication,
-    server: &Server,
+    version: &Version,
     report: &mut Report,
 ) {
     let is_published = |column: &Column| match table.own_member().and_then(|member| member.columns.as_ref()) {
@@ -132,7 +133,7 @@ fn check_generated(
     };
     let hidden = table.columns.iter().find(|column| column.is_generated() && !is_published(column));
     let Some(column) = hidden else { return };
-    let fix = if column.is_stored() && server.major() >= 18 {
+    let fix = if column.is_stored() && version.major() >= 18 {
         let publication = identifier(expected.publication);
         format!("ALTER PUBLICATION {publication} SET (publish_generated_columns = stored);  -- at once, no reload")
     } else {

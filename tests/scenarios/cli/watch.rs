@@ -6,8 +6,8 @@ use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use crate::support::wait::{eventually, within};
 use serde_json::{Value as Json, json};
+use std::io::Read as _;
 use std::process::Stdio;
-use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::TcpListener;
 use tuplewatch::snap_token::SnapToken;
 
@@ -145,27 +145,37 @@ async fn it_ends_with_its_reader() {
     assert_eq!(watch.wait().await.unwrap().code(), Some(0));
 }
 
-/// A reader that has stopped holds up nobody who wants it to end.
+/// A reader that has stopped holds up nobody who wants it to end, and one that goes on gets whole lines.
 #[tokio::test]
 async fn it_ends_when_told_to_also_while_nobody_reads() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
-    let mut command = program(&std::env::temp_dir());
-    command.args(["watch", "--tenant", "t1", "--server", &url(&server)]);
-    let mut watch = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let (out, err) = (watch.stdout.take().unwrap(), watch.stderr.take().unwrap());
-    let mut said = BufReader::new(err).lines();
-    assert!(within("it begins", said.next_line()).await.unwrap().unwrap().contains("watching tenant t1"));
-    // One message, and more than a pipe holds.
-    postgres.sql().await.insert_large("t1", 1..=200).await;
-    eventually("the pipe is full", async || rustix::io::ioctl_fionread(&out).unwrap() == 1 << 16).await;
-    signal(watch.id().unwrap(), "TERM");
-    assert_eq!(within("it ends", watch.wait()).await.unwrap().code(), Some(0));
-    let mut last = String::new();
-    while let Some(line) = said.next_line().await.unwrap() {
-        last = line;
+    let sql = postgres.sql().await;
+    for is_read_again in [false, true] {
+        let mut command = program(&std::env::temp_dir());
+        command.args(["watch", "--tenant", "t1", "--output", "json", "--server", &url(&server)]);
+        let (mut out, writer) = std::io::pipe().unwrap();
+        // Where it is not read again both go the same way, so that its last words have no reader either.
+        let same = || (out.try_clone().unwrap(), writer.try_clone().unwrap());
+        let (err, err_writer) = if is_read_again { std::io::pipe().unwrap() } else { same() };
+        let mut watch = command.stdout(writer).stderr(err_writer).spawn().unwrap();
+        drop(command);
+        let holds = |out: &std::io::PipeReader| rustix::io::ioctl_fionread(out).unwrap();
+        eventually("it begins", async || holds(&err) > 0).await;
+        // One message, and more than a pipe holds.
+        sql.insert_large("t1", 1..=200).await;
+        sql.run("DELETE FROM tuplewatch.attributes").await;
+        eventually("the pipe fills up", async || holds(&out) > 1 << 15).await;
+        signal(watch.id().unwrap(), "TERM");
+        let mut printed = String::new();
+        if is_read_again {
+            let read = tokio::task::spawn_blocking(move || out.read_to_string(&mut printed).map(|_| printed));
+            printed = within("all of it", read).await.unwrap().unwrap();
+            let is_whole = |line: &str| serde_json::from_str::<Json>(line).is_ok();
+            assert!(printed.lines().all(is_whole) && printed.ends_with('\n'), "{printed}");
+        }
+        assert_eq!(within("it ends", watch.wait()).await.unwrap().code(), Some(0));
     }
-    assert!(last.contains("--snap-token"), "{last}");
 }
 
 #[tokio::test]
