@@ -210,8 +210,9 @@ impl Upstream for Postgres {
 pub struct PostgresLink {
     options: Options,
     endpoint: watch::Sender<Option<Endpoint>>,
-    /// Of the walsender.
+    /// That walsenders of this node have.
     name: String,
+    /// Of the walsender.
     pid: i32,
     sql: Connection,
     client: ReplicationClient,

@@ -27,6 +27,11 @@ fn watches(scrape: &Scrape, code: &str) -> f64 {
     scrape.count("tuplewatch_grpc_requests_total", &[WATCH[0], WATCH[1], ("code", code)])
 }
 
+/// Streams over gRPC that have ended.
+fn ended(scrape: &Scrape) -> f64 {
+    scrape.count("tuplewatch_streams_ended_total", &[("protocol", "grpc")])
+}
+
 fn changed(scrape: &Scrape, table: &str, operation: &str) -> f64 {
     scrape.count("tuplewatch_changes_total", &[("table", table), ("operation", operation)])
 }
@@ -104,7 +109,6 @@ async fn what_happens_is_counted() {
     assert_eq!(refused.unwrap_err().code(), Code::InvalidArgument);
     let [gone, _kept] = streams;
     drop(gone);
-    let ended = |scrape: &Scrape| scrape.count("tuplewatch_streams_ended_total", &[("protocol", "grpc")]);
     eventually("the stream is gone", async || {
         let scrape = server.scrape().await;
         let is_gone = scrape.get("tuplewatch_subscribers", &[("protocol", "grpc")]) == 1.0;
@@ -157,7 +161,6 @@ async fn reconnects_breaks_and_rows_that_do_not_decode_are_counted_once() {
     let (messages, status) = stream.ending().await;
     assert_eq!((changes(&messages), reason(&status).0), (vec![], Code::Aborted));
     // Counted when the server is through with a stream, which is when its client may be already.
-    let ended = |scrape: &Scrape| scrape.count("tuplewatch_streams_ended_total", &[("protocol", "grpc")]);
     eventually("both are counted", async || {
         let scrape = server.scrape().await;
         watches(&scrape, "ABORTED") == 2.0 && ended(&scrape) == 2.0
@@ -170,6 +173,7 @@ async fn reconnects_breaks_and_rows_that_do_not_decode_are_counted_once() {
         assert_eq!(scrape.get("tuplewatch_streams_ended_total", &ended), 1.0);
     }
     assert_eq!(scrape.get("tuplewatch_decode_errors_total", &[("table", ATTRIBUTES)]), 1.0);
+    assert_eq!(watches(&scrape, "ABORTED"), 2.0);
 }
 
 /// A subscriber that comes back from far behind, and one that does not read.

@@ -13,7 +13,6 @@ use crate::support::server::Server;
 use crate::support::sql::Sql;
 use crate::support::stream::{Stream, changes, metadata, reason};
 use crate::support::wait::{eventually, within};
-use pgwire_replication::{Lsn, ReplicationClient, ReplicationConfig};
 use std::time::{Duration, Instant};
 use tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -281,12 +280,7 @@ async fn a_slot_that_a_stranger_reads_is_taken_over_when_it_is_free() {
 
     proxy.silence();
     disconnect(&sql).await;
-    let uri: tokio_postgres::Config = postgres.uri().parse().unwrap();
-    let stranger = ReplicationConfig::new("127.0.0.1", "postgres", "", "postgres", "tuplewatch", "tuplewatch")
-        .with_port(uri.get_ports()[0])
-        .with_application_name("tuplewatch")
-        .with_ack_lsn(Lsn::ZERO);
-    let mut stranger = ReplicationClient::connect(stranger).await.unwrap();
+    let mut stranger = postgres.stranger("tuplewatch").await;
     sql.insert("t1", "meanwhile").await;
     // It reads, and acknowledges nothing.
     within("the stranger reads", stranger.recv()).await.unwrap();

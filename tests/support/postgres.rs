@@ -1,6 +1,7 @@
 //! A private cluster, gone with the test.
 
 use super::sql::Sql;
+use pgwire_replication::{Lsn, ReplicationClient, ReplicationConfig};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -103,6 +104,16 @@ impl Postgres {
 
     pub(crate) async fn sql(&self) -> Sql {
         Sql::connect(&self.uri()).await
+    }
+
+    /// Another program that reads the slot `tuplewatch`, under a name, and acknowledges nothing.
+    pub(crate) async fn stranger(&self, application_name: &str) -> ReplicationClient {
+        let uri: tokio_postgres::Config = self.uri().parse().unwrap();
+        let config = ReplicationConfig::new("127.0.0.1", "postgres", "", "postgres", "tuplewatch", "tuplewatch")
+            .with_port(uri.get_ports()[0])
+            .with_application_name(application_name)
+            .with_ack_lsn(Lsn::ZERO);
+        ReplicationClient::connect(config).await.unwrap()
     }
 
     /// Changes settings in force at the next start; the last value of a name counts.

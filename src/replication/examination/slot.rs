@@ -72,8 +72,7 @@ impl Sight {
     }
 
     /// `own_name` is that of the connections of this node.
-    ///
-    /// So many bytes may be held back on purpose.
+    /// `held_bytes` may be held back on purpose.
     pub(super) fn check(
         &self,
         name: &str,

@@ -217,8 +217,8 @@ impl Server {
 /// Whether `synchronous_standby_names` names a walsender of ours. PostgreSQL compares whole application names, and ours are
 /// `tuplewatch` and a node's id.
 fn counts_us(standbys: &str) -> bool {
-    let names = standbys.split([',', '(', ')']).map(|name| name.trim_matches([' ', '"']).to_ascii_lowercase());
-    names.into_iter().any(|name| name == "*" || name.starts_with("tuplewatch "))
+    let mut names = standbys.split([',', '(', ')']).map(|name| name.trim_matches([' ', '"']).to_ascii_lowercase());
+    names.any(|name| name == "*" || name.starts_with("tuplewatch "))
 }
 
 #[cfg(test)]

@@ -25,8 +25,7 @@ pub(super) fn check_table(
     let subject = format!("table {name}");
     let before = report.count();
     if table.oid.is_none() {
-        let fix = SETUP;
-        return report.error(subject, "does not exist", fix);
+        return report.error(subject, "does not exist", SETUP);
     }
     let spec = expected.mapping.tables().iter().find(|spec| spec.table == name);
     for wanted in spec.map(crate::mapping::TableSpec::columns).unwrap_or_default() {
@@ -172,8 +171,7 @@ impl Tenants {
         let subject = format!("table {table}");
         let before = report.count();
         if !self.exists {
-            let fix = SETUP;
-            return report.error(subject, "does not exist, and tenants are looked up in it", fix);
+            return report.error(subject, "does not exist, and tenants are looked up in it", SETUP);
         }
         if !self.has_column {
             let fix = "-- correct the mapping, or add the column";

@@ -6,7 +6,6 @@ use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use crate::support::wait::{eventually, within};
 use serde_json::{Value as Json, json};
-use std::io::Read as _;
 use std::process::Stdio;
 use tokio::net::TcpListener;
 use tuplewatch::snap_token::SnapToken;
@@ -154,7 +153,7 @@ async fn it_ends_when_told_to_also_while_nobody_reads() {
     for is_read_again in [false, true] {
         let mut command = program(&std::env::temp_dir());
         command.args(["watch", "--tenant", "t1", "--output", "json", "--server", &url(&server)]);
-        let (mut out, writer) = std::io::pipe().unwrap();
+        let (out, writer) = std::io::pipe().unwrap();
         // Where it is not read again both go the same way, so that its last words have no reader either.
         let same = || (out.try_clone().unwrap(), writer.try_clone().unwrap());
         let (err, err_writer) = if is_read_again { std::io::pipe().unwrap() } else { same() };
@@ -167,10 +166,9 @@ async fn it_ends_when_told_to_also_while_nobody_reads() {
         sql.run("DELETE FROM tuplewatch.attributes").await;
         eventually("the pipe fills up", async || holds(&out) > 1 << 15).await;
         signal(watch.id().unwrap(), "TERM");
-        let mut printed = String::new();
         if is_read_again {
-            let read = tokio::task::spawn_blocking(move || out.read_to_string(&mut printed).map(|_| printed));
-            printed = within("all of it", read).await.unwrap().unwrap();
+            let read = tokio::task::spawn_blocking(move || std::io::read_to_string(out));
+            let printed = within("all of it", read).await.unwrap().unwrap();
             let is_whole = |line: &str| serde_json::from_str::<Json>(line).is_ok();
             assert!(printed.lines().all(is_whole) && printed.ends_with('\n'), "{printed}");
         }

@@ -4,7 +4,6 @@ use super::{Patient, stops};
 use crate::support::postgres::Postgres;
 use crate::support::sql::Sql;
 use crate::support::wait::{eventually, within};
-use pgwire_replication::{ReplicationClient, ReplicationConfig};
 
 const SLOT: &str = "replication slot tuplewatch";
 
@@ -119,12 +118,7 @@ async fn another_node_has_it() {
 #[tokio::test]
 async fn a_stranger_has_it() {
     let patient = Patient::used(Postgres::start().await).await;
-    let uri: tokio_postgres::Config = patient.postgres.uri().parse().unwrap();
-    let stranger = ReplicationConfig::new("127.0.0.1", "postgres", "", "postgres", "tuplewatch", "tuplewatch")
-        .with_port(uri.get_ports()[0])
-        .with_application_name("cdc")
-        .with_ack_lsn(pgwire_replication::Lsn::ZERO);
-    let mut stranger = ReplicationClient::connect(stranger).await.unwrap();
+    let mut stranger = patient.postgres.stranger("cdc").await;
     patient.sql().await.insert("t1", "theirs").await;
     within("the stranger reads", stranger.recv()).await.unwrap();
     patient.has(SLOT, "(cdc), which is not this tuplewatch").await;
