@@ -32,7 +32,7 @@ mod support {
 }
 
 use std::time::{Duration, Instant};
-use support::faults::Fault::{Crash, CrashBoth, Cut, FullDisk, Kill, Restart, Silence, Terminate};
+use support::faults::Fault::{Crash, CrashBoth, Cut, FullDisk, Kill, Restart, Silence, Terminate, Unpublish};
 use support::faults::{Fault, Tally, World};
 use support::oracle::Oracle;
 use support::writer::seed;
@@ -41,10 +41,12 @@ const MINUTES: u64 = 20;
 /// Faults of a round; what comes before and after takes its time too.
 const ROUND: Duration = Duration::from_secs(50);
 /// What lasts, more rarely.
-const FAULTS: [Fault; 14] =
-    [Kill, Kill, Kill, Terminate, Terminate, Crash, Crash, Restart, Restart, CrashBoth, Cut, Cut, Silence, FullDisk];
+const FAULTS: [Fault; 16] = [
+    Kill, Kill, Kill, Terminate, Terminate, Crash, Crash, Restart, Restart, CrashBoth, Cut, Cut, Silence, FullDisk,
+    Unpublish, Unpublish,
+];
 /// Those that tuplewatch survives as a process, and its streams with it.
-const SURVIVED: [Fault; 8] = [Crash, Crash, Restart, Restart, Cut, Cut, Silence, FullDisk];
+const SURVIVED: [Fault; 9] = [Crash, Crash, Restart, Restart, Cut, Cut, Silence, FullDisk, Unpublish];
 /// Twice what its caches, memtables and queues come to at their most: more is a leak.
 const MEMORY_MIB_MAX: u64 = 512;
 /// As in production, rows come and go for ever.
@@ -65,7 +67,7 @@ async fn main() {
     // Dropped last: the server's log comes before it.
     let _told = Failed { seed };
     let mut world = World::start(&FAULTS, &SETTINGS, &FLAGS, seed).await;
-    let mut oracle = Oracle::begin(&world.postgres.uri(), &world.endpoint(), seed, MESSAGE_BYTES).await;
+    let mut oracle = Oracle::begin(&world.postgres.uri(), &world.endpoint(), seed, MESSAGE_BYTES, Box::new(world.server.gap_log())).await;
     let began = Instant::now();
     let (mut rounds, mut transactions, mut changes, mut returns, mut faults) = (0, 0, 0, 0, Tally::default());
     while began.elapsed() < Duration::from_secs(60 * minutes) {

@@ -34,9 +34,10 @@ use crate::thread;
 use anyhow::{Context as _, anyhow};
 use edges::Edges;
 use primary::{SqlPrimary, SqlSnapshots};
+use std::io::IsTerminal as _;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use vitals::Vitals;
 
@@ -237,6 +238,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     background.spawn(hub::publisher::run(hub.clone(), SqlSnapshots::new(primaries)));
     background.spawn(answering);
     background.spawn(monitor.run(session.received()));
+    background.spawn(request_checks(session.check_request()));
     let reporting = tokio::spawn(report_health(health.clone(), session.status()));
     let serving = edges.serve(services, vitals, health_service, edges::streams_max(config), streams_stopped);
     let mut server = tokio::spawn(serving);
@@ -353,6 +355,24 @@ async fn open_hub(
     options: hub::Options,
 ) -> anyhow::Result<Hub> {
     Ok(tokio::task::spawn_blocking(move || Hub::new(log, appended, options)).await??)
+}
+
+/// SIGHUP: what is published is checked at once, and a session that waits to try again does not wait. A terminal that is closed sends
+/// the same signal, and means that the process should end.
+async fn request_checks(request: Arc<Notify>) {
+    use tokio::signal::unix::{SignalKind, signal};
+    if std::io::stderr().is_terminal() {
+        return;
+    }
+    match signal(SignalKind::hangup()) {
+        Ok(mut hangups) => {
+            while hangups.recv().await.is_some() {
+                tracing::info!("SIGHUP: checking at once what is published");
+                request.notify_one();
+            }
+        }
+        Err(error) => tracing::warn!("SIGHUP cannot be caught: {error}"),
+    }
 }
 
 async fn report_health(health: tonic_health::server::HealthReporter, mut status: watch::Receiver<Status>) {

@@ -435,7 +435,7 @@ impl Open {
             }
         }
         let from = Position::inside(self.header.commit, steps);
-        self.breaks.push(Break { tenant, from, to: from, reason });
+        self.breaks.push(Break { tenant, from, to: from, reason, writers: Vec::new() });
     }
 
     /// Makes messages of all that is in parts.

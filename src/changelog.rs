@@ -47,7 +47,7 @@ use crate::transaction::{Break, Message, Transaction};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Most breaks that are kept; with more, the oldest go, and nobody from before them can resume.
+/// Most breaks that are kept; with more, the oldest go, and nobody from before them can resume. An open one stays.
 pub const BREAKS_MAX: usize = 10_000;
 
 /// One thing to append.
@@ -117,6 +117,8 @@ pub struct State {
     pub mapping: Option<[u8; 32]>,
     /// Everything up to here was visible when it was last recorded; not past the tail.
     pub visible: Lsn,
+    /// The gap whose end is not known yet, if there is one: see [`Break::writers`].
+    pub open_gap: Option<Break>,
 }
 
 /// What [`ChangeLog::read`] found.

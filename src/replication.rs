@@ -24,6 +24,8 @@ mod catalog;
 pub mod connection;
 mod counting;
 pub mod examination;
+mod gap;
+mod gap_log;
 mod hold_back;
 mod intake;
 pub mod monitor;
@@ -39,7 +41,7 @@ pub(crate) mod test_postgres;
 pub mod upstream;
 
 pub use hold_back::HoldBack;
-pub use intake::{Event, Intake};
+pub use intake::{CHECK_REQUEST, Event, Intake};
 pub use postgres::Postgres;
 pub use primaries::Primaries;
 pub use session::Session;

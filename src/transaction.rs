@@ -242,13 +242,34 @@ pub struct Break {
     pub tenant: Option<TenantId>,
     /// Complete up to and including here.
     pub from: Position,
-    /// Complete again from here on.
+    /// Complete again from here on, unless it is still open.
     pub to: Position,
     /// Why.
     pub reason: BreakReason,
+    /// Transactions that may have written inside the gap, and were still running when it was recorded. Where there are any, the
+    /// gap is *open*: what they wrote may be missing at their commit, behind `to`. Another gap, which covers this one, is
+    /// recorded when they have ended.
+    pub writers: Vec<Xid8>,
 }
 
 impl Break {
+    /// Whether its end is not known yet.
+    pub const fn is_open(&self) -> bool {
+        !self.writers.is_empty()
+    }
+
+    /// Whether `other` lies inside this one, for every tenant that it concerns.
+    pub fn covers(&self, other: &Self) -> bool {
+        (self.tenant.is_none() || self.tenant == other.tenant) && self.from <= other.from && other.to <= self.to
+    }
+
+    /// The open gap among these, which are in stream order, that no later one covers.
+    pub fn last_open(gaps: &[Self]) -> Option<&Self> {
+        let (at, open) = gaps.iter().enumerate().rfind(|(_, gap)| gap.is_open())?;
+        let later = gaps.get(at + 1..).unwrap_or_default();
+        (!later.iter().any(|gap| gap.covers(open))).then_some(open)
+    }
+
     /// What remains of it when everything past `at` is abandoned; `None` where it lay there altogether.
     pub fn up_to(self, at: Lsn) -> Option<Self> {
         let to = self.to.min(Position::at(at));

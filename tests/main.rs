@@ -54,6 +54,7 @@ mod scenarios {
     mod examples;
     mod failover;
     mod feedback;
+    mod gap;
     mod hold_back;
     mod http;
     mod lifecycle;

@@ -260,8 +260,15 @@ async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Inf
     let pause = |random: &mut Rng| tokio::time::sleep(Duration::from_millis(random.u64(0..60)));
     let count = random.usize(3..8);
     let fault_at = random.usize(1..count);
+    let mut writers_end_after = None;
     for n in 0..count {
         pause(&mut random).await;
+        // At once, while the gap waits for them, or when it was told long ago.
+        if writers_end_after == Some(0) {
+            tokio::time::sleep(Duration::from_millis(random.u64(0..12_000))).await;
+            server.commit_writers();
+        }
+        writers_end_after = writers_end_after.and_then(|count: usize| count.checked_sub(1));
         if n == fault_at {
             // What goes wrong before a log has begun, and was checked once, cannot be told.
             while fault != Fault::Nothing && !disk.is_verified() {
@@ -275,11 +282,16 @@ async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Inf
                     // Both between two checks, or not.
                     tokio::time::sleep(Duration::from_millis(random.u64(0..7_000))).await;
                     server.publish(false);
-                    for lost in 0..random.u8(..3) {
-                        server.commit(vec![("a", format!("hidden{lost}")), ("b", format!("hidden{lost}"))]);
+                    let hidden = |what: &str, n: u8| vec![("a", format!("{what}{n}")), ("b", format!("{what}{n}"))];
+                    for n in 0..random.u8(..3) {
+                        server.commit(hidden("hidden", n));
+                    }
+                    for n in 0..random.u8(..3) {
+                        server.write(hidden("late", n));
                     }
                     tokio::time::sleep(Duration::from_millis(random.u64(0..7_000))).await;
                     server.publish(true);
+                    writers_end_after = Some(random.usize(..count));
                 }
             }
         }
@@ -299,6 +311,7 @@ async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Inf
         server.write_wal();
         tokio::time::sleep(Duration::from_millis(1_500)).await;
     }
+    server.commit_writers();
     // More than one, for who starts after one.
     for n in 0.. {
         server.commit(TENANTS.map(|tenant| (tenant, format!("{LAST}{n:03}"))).into());

@@ -75,6 +75,7 @@ fn gap(name: Option<&str>, from: u64, to: u64) -> Break {
         from: Position::at(Lsn(from)),
         to: Position::at(Lsn(to)),
         reason: BreakReason::SlotMoved,
+        writers: Vec::new(),
     }
 }
 

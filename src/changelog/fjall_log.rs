@@ -283,6 +283,7 @@ impl ChangeLog for FjallLog {
                 .map(|(fingerprint, at)| Verified { fingerprint: fingerprint.clone(), at: Lsn(*at) }),
             mapping: memory.stored.mapping,
             visible: Lsn(memory.stored.visible),
+            open_gap: Break::last_open(&memory.breaks).cloned(),
         }
     }
 

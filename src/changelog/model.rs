@@ -33,6 +33,7 @@ impl Inner {
             verified: None,
             mapping: None,
             visible: Lsn::ZERO,
+            open_gap: None,
         })
     }
 
@@ -79,6 +80,7 @@ impl Inner {
             Entry::Mapping(fingerprint) => self.state().mapping = Some(*fingerprint),
             Entry::Visible(lsn) => self.state().visible = (*lsn).min(self.tail()),
         }
+        self.state().open_gap = Break::last_open(&self.breaks).cloned();
     }
 
     pub(crate) fn tail(&self) -> Lsn {

@@ -24,7 +24,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 /// Domain of `google.rpc.ErrorInfo`.
 pub const DOMAIN: &str = "tuplewatch";
-/// Where to go on after a break.
+/// Where to go on after a break. Absent while its end is not known: see [`crate::transaction::Break::writers`].
 pub const NEXT_SNAP_TOKEN: &str = "next_snap_token";
 /// The oldest token that can still be used.
 pub const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
@@ -105,6 +105,15 @@ pub fn of_start(error: StartError, tokens: Option<&Tokens>) -> Status {
 /// Why a stream ended.
 pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
     match end {
+        End::Broken(gap) if gap.is_open() => {
+            let message = format!(
+                "the history of tenant {tenant} is not continuous: {}; and transactions that began before are still running, whose \
+                 changes may be missing when they commit. Read the state anew and watch without a token; the gap is told \
+                 again, with {NEXT_SNAP_TOKEN} in the error details, when they have ended",
+                gap.reason
+            );
+            with_reason(Code::Aborted, message, gap.reason.code(), vec![])
+        }
         End::Broken(gap) => {
             let message = format!(
                 "the history of tenant {tenant} is not continuous: {}. Read the state anew, then go on from \

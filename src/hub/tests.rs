@@ -195,7 +195,7 @@ async fn who_has_all_there_is_is_woken_without_polling_again() {
     assert_eq!(next(&mut subscription, usize::MAX), (vec![230], true, 1));
     fixture.admit(transaction(240, &["a"])).await;
     let (from, to) = (Position::at(Lsn(250)), Position::at(Lsn(260)));
-    fixture.hub.interrupt(Break { tenant: None, from, to, reason: BreakReason::SlotMoved });
+    fixture.hub.interrupt(Break { tenant: None, from, to, reason: BreakReason::SlotMoved, writers: Vec::new() });
     fixture.publish(300, "");
     // There is something else to be told.
     assert_eq!(next(&mut subscription, usize::MAX), (vec![240], false, 2));
@@ -284,6 +284,7 @@ async fn breaks_stop_everybody_they_concern() {
         from: Position::at(Lsn(from)),
         to: Position::at(Lsn(to)),
         reason: BreakReason::SlotMoved,
+        writers: Vec::new(),
     };
     fixture.hub.interrupt(gap(Some("a"), 250, 260));
     fixture.admit(transaction(300, &["a", "b"])).await;

@@ -343,6 +343,13 @@ impl Window {
         self.wake_everybody(at);
     }
 
+    /// The gap that stands for this one: where it was recorded with an open end, the later one that covers it, once that is
+    /// published.
+    fn whole<'a>(&'a self, gap: &'a Break) -> &'a Break {
+        let published = |later: &&Break| later.to <= Position::at(self.published);
+        self.breaks.iter().rev().filter(published).find(|later| gap.is_open() && later.covers(gap)).unwrap_or(gap)
+    }
+
     /// What it holds and may hold, and who reads it.
     pub(super) fn usage(&self) -> Usage {
         Usage {
@@ -420,7 +427,7 @@ impl Window {
             .take_while(|gap| gap.to <= published)
             .find(|gap| gap.concerns(&feed.tenant));
         let limit = match gap {
-            Some(gap) if gap.from <= cursor => return Next::Broken(gap.clone()),
+            Some(gap) if gap.from <= cursor => return Next::Broken(self.whole(gap).clone()),
             Some(gap) => gap.from,
             None => published,
         };

@@ -3,14 +3,18 @@
 //! Without I/O: the session feeds it with events, and so does a test. It drops what was received before, counts what idle
 //! progress means, and puts breaks that were found by a check into their place in the stream.
 
-use crate::assembler::{self, Assembler};
+use crate::assembler::{self, Assembler, MESSAGE_PREFIX};
 use crate::changelog::Entry;
 use crate::lsn::{CommitTime, Lsn, Position, Xid8};
 use crate::pgoutput::RelationId;
-use crate::transaction::{Break, BreakReason, Header, Transaction};
+use crate::transaction::{Break, Header, Transaction};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+
+/// The content of the logical message, with tuplewatch's prefix, that asks for a check of what is published at once. Whoever may write
+/// one may also write tuples.
+pub const CHECK_REQUEST: &[u8] = b"check";
 
 /// What the replication driver hands on.
 #[derive(Clone, Debug)]
@@ -90,13 +94,15 @@ pub struct Intake {
     /// End LSN and id of what the log has and the slot sends again: it has to come.
     recorded: VecDeque<(Lsn, Xid8)>,
     out: VecDeque<Entry>,
+    check_requested: bool,
 }
 
 impl Intake {
     /// For a session whose slot begins at or before `received`; `xid` is the server's next transaction id at the time.
     pub fn new(assembler: Assembler, received: Lsn, xid: Xid8) -> Self {
         let (pending, recorded, out) = (None, VecDeque::new(), VecDeque::new());
-        Self { assembler, received, xid, skipping: false, idle: None, pending, recorded, out }
+        let (skipping, idle, check_requested) = (false, None, false);
+        Self { assembler, received, xid, skipping, idle, pending, recorded, out, check_requested }
     }
 
     /// What the log has of that which the slot is going to send again, in stream order. Where it does not come the server's
@@ -121,18 +127,17 @@ impl Intake {
         self.pending.is_some()
     }
 
-    /// History is not known to be continuous between `from` and `to` (which is ahead of everything received): a break will
-    /// follow once the stream is there, and then `then`.
-    pub fn interrupt(&mut self, from: Lsn, to: Lsn, reason: BreakReason, then: Vec<Entry>) {
-        let from = Position::at(from.min(self.received));
-        self.pending = Some(match self.pending.take() {
-            // One break covers both.
-            Some(earlier) => PendingBreak {
-                gap: Break { from: earlier.gap.from.min(from), to: Position::at(to), ..earlier.gap },
-                then: earlier.then.into_iter().chain(then).collect(),
-            },
-            None => PendingBreak { gap: Break { tenant: None, from, to: Position::at(to), reason }, then },
-        });
+    /// History is not known to be continuous in this gap, whose end is ahead of everything received: it will follow once the
+    /// stream is there, and then `then`. One at a time.
+    pub fn interrupt(&mut self, gap: Break, then: Vec<Entry>) {
+        assert!(self.pending.is_none(), "the session waits for one break before it finds the next");
+        let from = gap.from.min(Position::at(self.received));
+        self.pending = Some(PendingBreak { gap: Break { from, ..gap }, then });
+    }
+
+    /// Whether somebody asked since the last call, through the stream, that what is published be checked at once.
+    pub const fn take_check_request(&mut self) -> bool {
+        std::mem::replace(&mut self.check_requested, false)
     }
 
     /// Takes one event. What comes of it is in [`Intake::pop`].
@@ -156,7 +161,10 @@ impl Intake {
                     self.out.push_back(Entry::Staged(Arc::new(staged)));
                 }
             }
-            Event::Message { prefix, content } => self.assembler.logical_message(&prefix, &content),
+            Event::Message { prefix, content } => {
+                self.check_requested |= prefix == MESSAGE_PREFIX && *content == *CHECK_REQUEST;
+                self.assembler.logical_message(&prefix, &content);
+            }
             Event::Commit { commit, end } => {
                 let transaction = self.assembler.commit(commit, end)?;
                 if self.skipping {
@@ -242,6 +250,7 @@ mod tests {
     use super::*;
     use crate::assembler::{Limits, OnUndecodable};
     use crate::mapping::{Mapping, Spec};
+    use crate::transaction::BreakReason;
 
     fn intake(received: u64) -> Intake {
         let spec: Spec = config::Config::builder()
@@ -328,19 +337,26 @@ mod tests {
 
     #[test]
     fn a_break_stands_before_the_first_transaction_that_is_not_in_it() {
+        let gap = |from, to| Break {
+            tenant: None,
+            from: Position::at(Lsn(from)),
+            to: Position::at(Lsn(to)),
+            reason: BreakReason::MappingChanged,
+            writers: Vec::new(),
+        };
         let mut intake = intake(300);
-        intake.interrupt(Lsn(250), Lsn(420), BreakReason::MappingChanged, vec![Entry::Mapping([0; 32])]);
+        intake.interrupt(gap(250, 420), vec![Entry::Mapping([0; 32])]);
         transaction(&mut intake, 400);
         transaction(&mut intake, 420);
         assert_eq!(out(&mut intake), ["transaction 410", "break 250..420", "mapping", "transaction 430"]);
-        intake.interrupt(Lsn(425), Lsn(500), BreakReason::MappingChanged, vec![]);
+        intake.interrupt(gap(425, 500), vec![]);
         intake.take(Event::KeepAlive { wal_end: Lsn(490) }).unwrap();
         intake.advance();
         intake.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
         intake.advance();
         assert_eq!(out(&mut intake), ["progress 490", "break 425..500", "progress 500"]);
         // The marker itself is the last thing that an idle server has to say.
-        intake.interrupt(Lsn(500), Lsn(610), BreakReason::MappingChanged, vec![]);
+        intake.interrupt(gap(500, 610), vec![]);
         transaction(&mut intake, 600);
         assert_eq!(out(&mut intake), ["break 500..610"]);
     }

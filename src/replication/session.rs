@@ -1,6 +1,8 @@
 //! One session after the other: connect, check, stream, and again.
 
 use super::counting::Counting;
+use super::gap::{UnsettledGap, WRITERS_EVERY};
+use super::gap_log::GapLog;
 use super::hold_back::Held;
 use super::intake::Intake;
 use super::publication::{self, Published};
@@ -10,9 +12,11 @@ use crate::assembler::Assembler;
 use crate::changelog::{Entry, Origin, Room, State, Verified};
 use crate::lsn::{Lsn, Position};
 use crate::metrics::metrics;
+use crate::pgoutput::RelationId;
 use crate::transaction::{Break, BreakReason};
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 /// Most often that idle progress is recorded.
@@ -36,6 +40,9 @@ pub struct Session<U, O> {
     /// Tells of it, a batch at a time.
     handed_on: watch::Sender<Option<Lsn>>,
     counting: Counting,
+    gap_log: GapLog,
+    /// Wakes it to check what is published, or to try again, at once.
+    check_request: Arc<Notify>,
     /// Whether any session has got as far as streaming.
     has_streamed: bool,
 }
@@ -47,6 +54,8 @@ pub(super) type Stop = watch::Receiver<bool>;
 struct Opened<L> {
     link: L,
     intake: Intake,
+    /// What a check found, or an earlier session left open.
+    gap: Option<UnsettledGap>,
 }
 
 impl<U: Upstream, O: Outlet> Session<U, O> {
@@ -61,6 +70,8 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
             status: watch::Sender::new(Status::Connecting),
             received: None,
             handed_on: watch::Sender::new(None),
+            gap_log: GapLog::default(),
+            check_request: Arc::new(Notify::new()),
             has_streamed: false,
         }
     }
@@ -73,6 +84,11 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
     /// Follows up to which end LSN it has handed on everything; `None` before its first session.
     pub fn received(&self) -> watch::Receiver<Option<Lsn>> {
         self.handed_on.subscribe()
+    }
+
+    /// Notified, it checks at once what is published, and does not wait to try again.
+    pub fn check_request(&self) -> Arc<Notify> {
+        self.check_request.clone()
     }
 
     /// Streams until told to stop; reconnects as often as it takes. When it returns without an error, everything that was
@@ -103,6 +119,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
             tokio::select! {
                 biased;
                 () = tokio::time::sleep(wait) => {}
+                () = self.check_request.notified() => {}
                 () = stopped(&mut stop) => return Ok(()),
             }
         }
@@ -163,15 +180,12 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 started.confirmed
             }
             Some(resume) if started.confirmed > resume => {
-                tracing::error!(
-                    log = %resume, slot = %started.confirmed,
-                    "the slot has moved on without this change log: what was committed in between is lost to it"
-                );
                 let gap = Break {
                     tenant: None,
                     from: Position::at(resume),
                     to: Position::at(started.confirmed),
                     reason: BreakReason::SlotMoved,
+                    writers: Vec::new(),
                 };
                 self.deliver(Entry::Break(gap)).await?;
                 started.confirmed
@@ -185,15 +199,16 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         let mut intake = Intake::new(assembler, received, started.xid);
         let state = self.outlet.checkpoint().await?;
         let published = link.published().await?;
-        self.compare(&link, &published, &state, &mut intake).await?;
+        let gap = state.open_gap.as_ref().map(UnsettledGap::recorded);
+        let gap = self.compare(&link, &published, &state, &mut intake, gap).await?;
         let recorded = self.outlet.recorded_since(started.confirmed).await?;
         self.held.resume(started.confirmed, recorded.iter().map(|(end, _)| *end), Instant::now());
-        if !intake.has_pending_break() {
+        if !intake.has_pending_break() && !gap.as_ref().is_some_and(UnsettledGap::is_unrecorded) {
             // Under another mapping or publication other transactions would have changes.
             intake.expect(recorded);
             intake.await_tables(published.tables);
         }
-        Ok(Opened { link, intake })
+        Ok(Opened { link, intake, gap })
     }
 
     /// A link that has not started, to a server whose history the log follows; and where the log goes on, if it has begun.
@@ -244,16 +259,21 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         }
     }
 
-    /// Compares mapping and publication with what the log was written under.
+    /// Compares mapping and publication with what the log was written under. What differs is a gap, together with an earlier one that
+    /// has not ended; it is settled at once where nobody is writing.
     async fn compare(
         &self,
         link: &U::Link,
         published: &Published,
         state: &State,
         intake: &mut Intake,
-    ) -> Result<(), Error> {
+        gap: Option<UnsettledGap>,
+    ) -> Result<Option<UnsettledGap>, Error> {
         let mapping = self.options.mapping.fingerprint();
         let fingerprint = published.fingerprint.clone().ok_or_else(|| self.no_publication())?;
+        if gap.as_ref().is_some_and(|gap| gap.has_found(&fingerprint)) {
+            return Ok(gap);
+        }
         let mapping_changed = state.mapping.is_some_and(|recorded| recorded != mapping);
         let schema_changed = state.verified.as_ref().filter(|verified| verified.fingerprint != fingerprint);
         if !mapping_changed && schema_changed.is_none() {
@@ -263,20 +283,20 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
             if state.verified.is_none() {
                 intake.record(Entry::Verified(Verified { fingerprint, at: intake.received() }));
             }
-            return Ok(());
+            return Ok(gap);
         }
-        let to = link.mark().await?;
         let reason = match schema_changed {
-            Some(verified) => BreakReason::SchemaChanged {
+            // Another mapping is about other tables and columns: that they differ says nothing of the schema.
+            Some(verified) if !mapping_changed => BreakReason::SchemaChanged {
                 detail: publication::difference(Some(&verified.fingerprint), Some(&fingerprint)),
             },
-            None => BreakReason::MappingChanged,
+            _ => BreakReason::MappingChanged,
         };
-        tracing::error!("{reason}: subscribers have to read their state anew");
         let from = schema_changed.map_or(intake.received(), |verified| verified.at);
-        let then = vec![Entry::Mapping(mapping), Entry::Verified(Verified { fingerprint, at: to })];
-        intake.interrupt(from, to, reason, then);
-        Ok(())
+        // After the check, which saw what whoever begins to write from now on writes under.
+        let tables: Vec<RelationId> = published.tables.keys().copied().collect();
+        let writers = link.writers(&tables).await?;
+        UnsettledGap::noticed(from, reason, mapping, fingerprint, writers).with(gap).settle(link, intake).await
     }
 
     fn no_publication(&self) -> Error {
@@ -294,10 +314,12 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         room: &mut watch::Receiver<Room>,
         backoff: &mut Backoff,
     ) -> Result<(), Error> {
-        let Opened { mut link, mut intake } = opened;
+        let Opened { mut link, mut intake, mut gap } = opened;
+        let check_request = self.check_request.clone();
         let mut durable = self.outlet.durable();
         let mut progress = every(PROGRESS_EVERY);
         let mut verify = every(VERIFY_EVERY);
+        let mut ask_writers = every(WRITERS_EVERY);
         let mut last_check: Option<Published> = None;
         let mut events = Vec::new();
         let mut unreadable = None;
@@ -330,16 +352,30 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 changed = durable.changed() => changed.map_err(|_| Closed)?,
                 _ = progress.tick(), if intake.is_idle_ahead() => intake.advance(),
                 _ = verify.tick() => {
-                    tokio::select! {
+                    gap = tokio::select! {
                         biased;
-                        verified = self.verify(&link, &mut intake, &mut last_check) => verified?,
+                        verified = self.verify(&link, &mut intake, &mut last_check, gap) => verified?,
                         error = no_room(room) => return Err(error),
                         () = stopped(stop) => return self.finish(link, durable).await,
+                    };
+                }
+                _ = ask_writers.tick(), if gap.is_some() && !intake.has_pending_break() => {
+                    if let Some(unsettled) = gap.take() {
+                        gap = tokio::select! {
+                            biased;
+                            settled = unsettled.settle(&link, &mut intake) => settled?,
+                            error = no_room(room) => return Err(error),
+                            () = stopped(stop) => return self.finish(link, durable).await,
+                        };
                     }
                 }
+                () = check_request.notified() => verify.reset_immediately(),
                 received = link.next(&mut events) => {
                     received?;
                     unreadable = events.drain(..).try_for_each(|event| intake.take(event)).err();
+                    if intake.take_check_request() {
+                        verify.reset_immediately();
+                    }
                 }
                 // Behind the stream, which knows better why it ended.
                 error = &mut lost => return Err(error),
@@ -351,6 +387,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
     async fn deliver(&mut self, entry: Entry) -> Result<(), Closed> {
         self.outlet.deliver(entry.clone()).await?;
         self.counting.count(&entry);
+        self.gap_log.tell(&entry);
         Ok(())
     }
 
@@ -367,20 +404,23 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         told
     }
 
-    /// Checks what is published, and records how far it was as it is.
+    /// Checks what is published, and records how far it was as it is. What remains of the gap.
     async fn verify(
         &self,
         link: &U::Link,
         intake: &mut Intake,
         last_check: &mut Option<Published>,
-    ) -> Result<(), Error> {
+        mut gap: Option<UnsettledGap>,
+    ) -> Result<Option<UnsettledGap>, Error> {
         link.check_alive().await?;
         if intake.has_pending_break() {
-            return Ok(());
+            return Ok(gap);
         }
         let published = link.published().await?;
         let fingerprint = published.fingerprint.clone().ok_or_else(|| self.no_publication())?;
         match last_check.as_ref().filter(|last| last.fingerprint == published.fingerprint) {
+            // Before its gap is recorded it must not look as if it had always been so.
+            Some(_) if gap.as_ref().is_some_and(UnsettledGap::is_unrecorded) => {}
             // Equal twice: whatever was written before the first look was written under it.
             Some(last) if last.lsn <= intake.received() => {
                 intake.record(Entry::Verified(Verified { fingerprint, at: last.lsn }));
@@ -390,11 +430,11 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 let state = self.outlet.checkpoint().await?;
                 // Where less is published than there is, nothing may flow: an error that lasts, and the break when it is over.
                 link.check_fit().await?;
-                self.compare(link, &published, &state, intake).await?;
+                gap = self.compare(link, &published, &state, intake, gap).await?;
             }
         }
         *last_check = Some(published);
-        Ok(())
+        Ok(gap)
     }
 
     /// Stops in order: what was handed on becomes durable and is acknowledged.

@@ -7,6 +7,7 @@ use super::publication::Published;
 use super::{Error, Event};
 use crate::changelog::State;
 use crate::lsn::{Lsn, Xid8};
+use crate::pgoutput::RelationId;
 use crate::timeline::{History, Source};
 
 /// Makes links.
@@ -40,6 +41,15 @@ pub struct Started {
     pub confirmed: Lsn,
     /// The server's next transaction id.
     pub xid: Xid8,
+}
+
+/// A transaction that may be writing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Writer {
+    /// Its id.
+    pub xid: Xid8,
+    /// Id, process, user, application and age, as far as they can be seen.
+    pub description: String,
 }
 
 /// One connection to the server, which nothing revives once it has failed.
@@ -88,6 +98,19 @@ pub trait Link: Send {
     /// # Errors
     /// Where the server cannot be asked.
     fn published(&self) -> impl Future<Output = Result<Published, Error>> + Send;
+
+    /// Transactions, of whichever sessions and prepared ones too, that have an id and hold a lock that writers take on any of these
+    /// tables or their partitions.
+    ///
+    /// # Errors
+    /// Where the server cannot be asked.
+    fn writers(&self, tables: &[RelationId]) -> impl Future<Output = Result<Vec<Xid8>, Error>> + Send;
+
+    /// Those of these transactions that have not ended. The commit record of one that has is in the WAL.
+    ///
+    /// # Errors
+    /// Where the server cannot be asked.
+    fn running(&self, of: &[Xid8]) -> impl Future<Output = Result<Vec<Writer>, Error>> + Send;
 
     /// Writes something that comes out of the slot, and returns a position past it and past everything so far.
     ///

@@ -1,6 +1,6 @@
 //! [`crate::support::oracle`], with a fault of each kind in turn. `benches/soak.rs` has all of them at once, for hours.
 
-use crate::support::faults::Fault::{self, Crash, CrashBoth, Kill, KillOneOfTwo};
+use crate::support::faults::Fault::{self, Crash, CrashBoth, Kill, KillOneOfTwo, Unpublish};
 use crate::support::faults::World;
 use crate::support::oracle::Oracle;
 use crate::support::writer::seed;
@@ -34,6 +34,12 @@ async fn everybody_gets_everything_while_both_crash() {
     run(&[], 1 << 20, &[Kill, Crash, CrashBoth]).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everybody_gets_everything_but_what_a_gap_tells_while_the_publication_changes() {
+    let missed = run(&TIGHT, 1 << 10, &[Unpublish, Kill]).await;
+    assert!(missed > 0, "nothing was written while it was not published");
+}
+
 /// Whoever loses one of them goes on at the other, with the token that it has. Each keeps back a little from its slot, which
 /// comes again whenever it returns, and reaches nobody.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -42,10 +48,10 @@ async fn everybody_gets_everything_while_one_of_two_nodes_is_killed() {
     run(&[&TIGHT[..], &hold_back].concat(), 1 << 10, &[KillOneOfTwo]).await;
 }
 
-async fn run(flags: &[(&str, &str)], message_bytes: usize, faults: &'static [Fault]) {
+async fn run(flags: &[(&str, &str)], message_bytes: usize, faults: &'static [Fault]) -> usize {
     let seed = seed();
     let mut world = World::start(faults, &[], flags, seed).await;
-    let mut oracle = Oracle::begin(&world.postgres.uri(), &world.endpoint(), seed, message_bytes).await;
+    let mut oracle = Oracle::begin(&world.postgres.uri(), &world.endpoint(), seed, message_bytes, Box::new(world.server.gap_log())).await;
     let round = oracle
         .round(faults, async |load| {
             let tally = world.disturb(faults, load, Duration::from_secs(12), 3).await;
@@ -56,4 +62,5 @@ async fn run(flags: &[(&str, &str)], message_bytes: usize, faults: &'static [Fau
     assert!(round.returns >= 30, "too few came back to show anything: {}", round.returns);
     world.server.terminate().await;
     assert!(world.server.ended().await.success());
+    round.missed
 }

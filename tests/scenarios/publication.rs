@@ -3,7 +3,7 @@
 //! for ever. So each of these is noticed, is a break for every subscriber, and an error for as long as something is hidden.
 
 use crate::support::interruption::{Interruption, Lasting, Remedy, side_by_side};
-use crate::support::postgres::Postgres;
+use crate::support::postgres::{Postgres, major};
 use crate::support::sql::Sql;
 
 const SCHEMA_CHANGED: &[&str] = &["SCHEMA_CHANGED"];
@@ -170,11 +170,6 @@ async fn what_is_not_published_is_an_error_until_it_is_again() {
         }),
     }];
     tokio::join!(others, on_one_cluster(&hidden));
-}
-
-/// Which PostgreSQL the tests run against.
-fn major() -> u32 {
-    tuplewatch::dev_postgres::Installation::find(None).unwrap_or_else(|error| panic!("{error}")).major()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,7 +4,9 @@ use super::oracle::Load;
 use super::postgres::Postgres;
 use super::proxy::Proxy;
 use super::server::Server;
+use super::sql::Sql;
 use super::wait::{PATIENCE, eventually};
+use super::writer::TENANTS;
 use fastrand::Rng;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,6 +16,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tonic::transport::Endpoint;
 use tuplewatch::dev_postgres::StopMode;
+use tuplewatch::lsn::Lsn;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Fault {
@@ -35,6 +38,8 @@ pub(crate) enum Fault {
     FullDisk,
     /// SIGKILL of one of two nodes, which serve one database behind one address.
     KillOneOfTwo,
+    /// A table, or what is done to it, is not published for a while, and a transaction that wrote meanwhile stays open for longer.
+    Unpublish,
     /// A standby of PostgreSQL is promoted. Not inflicted here, but by those who have one.
     Failover,
 }
@@ -52,7 +57,7 @@ impl Fault {
 
     /// Whether it takes a while, in the midst of which others may come.
     const fn lasts(self) -> bool {
-        matches!(self, Self::Silence | Self::FullDisk)
+        matches!(self, Self::Silence | Self::FullDisk | Self::Unpublish)
     }
 }
 
@@ -92,6 +97,8 @@ pub(crate) struct World {
     /// Between the two.
     line: Option<Proxy>,
     disk: Option<Disk>,
+    /// How often a table was not published.
+    unpublished: u64,
 }
 
 impl World {
@@ -122,7 +129,7 @@ impl World {
             let balancer = Proxy::among(&[server.address(), other.address()]).await;
             twin = Some((other, balancer));
         }
-        Self { postgres, server, twin, random: Rng::with_seed(seed.wrapping_add(1000)), line, disk }
+        Self { postgres, server, twin, random: Rng::with_seed(seed.wrapping_add(1000)), line, disk, unpublished: 0 }
     }
 
     /// Where subscribers go.
@@ -194,7 +201,7 @@ impl World {
                 server.serving().await;
             }
             Fault::Cut => self.line().cut(),
-            Fault::Silence | Fault::FullDisk => unreachable!("{fault:?} lasts"),
+            Fault::Silence | Fault::FullDisk | Fault::Unpublish => unreachable!("{fault:?} lasts"),
             Fault::Failover => unreachable!("the scenario's own"),
         }
     }
@@ -206,24 +213,64 @@ impl World {
         let others: Vec<Fault> =
             faults.iter().copied().filter(|other| !other.lasts() && *other != Fault::Cut).collect();
         let other = self.random.choice(others).filter(|_| self.random.bool());
-        if fault == Fault::Silence {
-            self.line().silence();
-            // Mostly a hiccup; now and then longer than both sides bear.
-            let for_ms = if self.random.u8(..4) == 0 { 21_000..25_000 } else { 100..4_000 };
-            self.moment(for_ms).await;
-        } else {
-            load.history_is_dropped();
-            let said = |server: &Server| server.times_said("the disk of the change log is full");
-            let said_before = said(&self.server);
-            self.disk().fill();
-            eventually("the full disk is noticed", async || said(&self.server) > said_before).await;
-            self.moment(0..3_000).await;
+        let mut unpublished = None;
+        match fault {
+            Fault::Silence => {
+                self.line().silence();
+                // Mostly a hiccup; now and then longer than both sides bear.
+                let for_ms = if self.random.u8(..4) == 0 { 21_000..25_000 } else { 100..4_000 };
+                self.moment(for_ms).await;
+            }
+            Fault::Unpublish => {
+                unpublished = Some(self.unpublish().await);
+                // It is not noticed yet, waits for the writer, or was told as open.
+                self.moment(0..12_000).await;
+            }
+            _ => {
+                load.history_is_dropped();
+                let said = |server: &Server| server.times_said("the disk of the change log is full");
+                let said_before = said(&self.server);
+                self.disk().fill();
+                eventually("the full disk is noticed", async || said(&self.server) > said_before).await;
+                self.moment(0..3_000).await;
+            }
         }
         if let Some(other) = other {
             self.inflict(other, tally).await;
             self.moment(0..3_000).await;
         }
-        if fault == Fault::Silence { self.line().restore() } else { self.disk().free() }
+        match unpublished {
+            Some(unpublished) => self.end_gap(unpublished).await,
+            None if fault == Fault::Silence => self.line().restore(),
+            None => self.disk().free(),
+        }
+    }
+
+    /// A table, or what is done to it, is not published for a while. What is written meanwhile is not sent, whenever it commits.
+    async fn unpublish(&mut self) -> Unpublished {
+        const AWAY_AND_BACK: [(&str, &str); 3] = [
+            ("DROP TABLE tuplewatch.relation_tuples", "ADD TABLE tuplewatch.relation_tuples"),
+            ("SET (publish = 'delete')", "SET (publish = 'insert, update, delete, truncate')"),
+            ("SET TABLE tuplewatch.attributes", "SET TABLE tuplewatch.relation_tuples, tuplewatch.attributes"),
+        ];
+        let (sql, writer) = (self.postgres.sql().await, self.postgres.sql().await);
+        let (away, back) = AWAY_AND_BACK[self.random.usize(..AWAY_AND_BACK.len())];
+        sql.run(&format!("ALTER PUBLICATION tuplewatch {away}")).await;
+        self.unpublished += 1;
+        let rows = TENANTS.map(|tenant| format!("('{tenant}', 'late', '{}', 'viewer', 'user', 'u')", self.unpublished));
+        writer.run(&format!("BEGIN; INSERT INTO tuplewatch.relation_tuples VALUES {}", rows.join(", "))).await;
+        // Mostly between two checks.
+        self.moment(0..3_000).await;
+        sql.run(&format!("ALTER PUBLICATION tuplewatch {back}")).await;
+        Unpublished { writer, until: sql.flushed().await.parse().unwrap() }
+    }
+
+    /// Commits what was written without being published, and waits until the gap has ended.
+    async fn end_gap(&self, unpublished: Unpublished) {
+        // PostgreSQL may have been stopped meanwhile, and the transaction be gone.
+        let _ = unpublished.writer.batch_execute("COMMIT").await;
+        let ended = async || self.server.closed_gaps().into_keys().any(|to| to > unpublished.until);
+        eventually("the gap has ended", ended).await;
     }
 
     async fn moment(&mut self, ms: std::ops::Range<u64>) {
@@ -237,6 +284,14 @@ impl World {
     fn disk(&self) -> &Disk {
         self.disk.as_ref().expect("made where it is needed")
     }
+}
+
+/// What [`Fault::Unpublish`] leaves behind.
+struct Unpublished {
+    /// Has a transaction open that wrote.
+    writer: Sql,
+    /// All is published again from here on.
+    until: Lsn,
 }
 
 /// A file system that nobody else fills, with a reserve that leaves the change log little of it.

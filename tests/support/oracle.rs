@@ -4,15 +4,17 @@
 //! that they kept, forgetting what came after it. What each of them has at the end of a round must be, change by change,
 //! what an independent reading of a second slot has; and that must add up to what is in the tables.
 //!
-//! Two exceptions are told, and held to what was told. Where the disk of the change log was full, history is given up, and a
-//! token from before is refused with the earliest one that works. Then exactly the changes before that one are missing. And
-//! where a standby was promoted that lacked something, that never was: whoever had some of it takes it back.
+//! Three exceptions are told, and held to what was told. Where the disk of the change log was full, history is given up, and a
+//! token from before is refused with the earliest one that works. Then exactly the changes before that one are missing. Where
+//! a standby was promoted that lacked something, that never was: whoever had some of it takes it back. And where a table was not
+//! published for a while, every change that somebody did not get lies in a gap that this subscriber was told of, and the gap ends
+//! behind the commit of every transaction that wrote inside it.
 
 use super::change::Change;
 use super::faults::Fault;
 use super::reference::{self, Transaction};
 use super::sql::Sql;
-use super::stream::{Message, Stream, metadata, reason};
+use super::stream::{Message, Stream, metadata, optional_metadata, reason};
 use super::wait::{PATIENCE, eventually, within};
 use super::writer::{Habits, TENANTS, Writers, add_tenants};
 use fastrand::Rng;
@@ -23,7 +25,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 use tonic::transport::Endpoint;
 use tonic::{Code, Status};
-use tuplewatch::lsn::Position;
+use tuplewatch::lsn::{Lsn, Position};
 use tuplewatch::snap_token::SnapToken;
 
 const WRITERS: u64 = 8;
@@ -45,7 +47,12 @@ pub(crate) struct Oracle {
     /// What held for each tenant at the end of the round before.
     facts: HashMap<&'static str, BTreeSet<String>>,
     rounds: u64,
+    /// Where each gap begins that the server has logged, by where it ends.
+    gaps: GapLog,
 }
+
+/// The interval of each gap, by its end.
+pub(crate) type GapLog = Box<dyn Fn() -> HashMap<Lsn, Lsn>>;
 
 /// What the subscribers of a round have in common.
 #[derive(Default)]
@@ -81,6 +88,8 @@ pub(crate) struct Round {
     pub(crate) refusals: u64,
     /// Messages that subscribers had to take back.
     pub(crate) abandoned: u64,
+    /// Changes that subscribers did not get, and were told so.
+    pub(crate) missed: usize,
 }
 
 impl Shared {
@@ -115,7 +124,13 @@ impl Load<'_> {
 impl Oracle {
     /// Of the database that this URI leads to, and subscribers of the nodes at this address. To be called before anything is
     /// written.
-    pub(crate) async fn begin(uri: &str, endpoint: &Endpoint, seed: u64, message_bytes: usize) -> Self {
+    pub(crate) async fn begin(
+        uri: &str,
+        endpoint: &Endpoint,
+        seed: u64,
+        message_bytes: usize,
+        gaps: GapLog,
+    ) -> Self {
         let sql = Sql::connect(uri).await;
         add_tenants(&sql).await;
         reference::begin(&sql).await;
@@ -129,6 +144,8 @@ impl Oracle {
             let subscriber = Subscriber {
                 endpoint: endpoint.clone(),
                 tenant,
+                // Who starts now, and is told of a gap before the first message, goes on from where that was.
+                start_token: stream.start_token().to_owned(),
                 first_token: token,
                 random: Rng::with_seed(seed.wrapping_add(100 + n)),
                 faults: &[],
@@ -136,10 +153,11 @@ impl Oracle {
                 shared: shared.clone(),
                 kept: Vec::new(),
                 gaps: Vec::new(),
+                told: BTreeSet::new(),
             };
             subscribers.push((subscriber, stream));
         }
-        Self { uri: uri.to_owned(), seed, shared, subscribers, compared: 0, facts: HashMap::new(), rounds: 0 }
+        Self { uri: uri.to_owned(), seed, shared, subscribers, compared: 0, facts: HashMap::new(), rounds: 0, gaps }
     }
 
     /// Lets everybody write and read while `disturb` runs, which inflicts no other than these faults; then everybody catches up, and all is compared. The same
@@ -173,10 +191,12 @@ impl Oracle {
             }
             assert_eq!(facts, &sql.facts(tenant).await, "tenant {tenant}: the changes add up to something else");
         }
-        let mut changes_compared = 0;
+        let (mut changes_compared, mut missed) = (0, 0);
         for reader in readers {
             let (mut subscriber, stream) = within("everybody has everything", reader).await.unwrap();
-            changes_compared += subscriber.check(&of_tenant(&transactions, subscriber.tenant));
+            let (compared, not_sent) = subscriber.check(&of_tenant(&transactions, subscriber.tenant), &(self.gaps)());
+            changes_compared += compared;
+            missed += not_sent;
             subscriber.let_go();
             self.subscribers.push((subscriber, stream));
         }
@@ -186,6 +206,7 @@ impl Oracle {
             returns: self.shared.returns.load(Ordering::Relaxed),
             refusals: self.shared.refusals.load(Ordering::Relaxed),
             abandoned: self.shared.abandoned.load(Ordering::Relaxed),
+            missed,
         }
     }
 }
@@ -204,14 +225,38 @@ struct Subscriber {
     tenant: &'static str,
     /// What this round began with.
     first_token: String,
+    /// Where its first stream started.
+    start_token: String,
     random: Rng,
     /// What may happen in this round.
     faults: &'static [Fault],
     message_bytes: usize,
     shared: Arc<Shared>,
     kept: Vec<Message>,
-    /// Where history was given up: how many messages were kept before, and from where on there are all again.
-    gaps: Vec<(usize, Position)>,
+    gaps: Vec<Gap>,
+    /// The ends of all gaps that it was told of.
+    told: BTreeSet<Lsn>,
+}
+
+/// Where it was told that changes are missing.
+#[derive(Debug)]
+struct Gap {
+    /// How many messages were kept before.
+    kept_before: usize,
+    /// From where on there are all again.
+    to: Position,
+    /// Whether history was given up: then all that was kept before is whole.
+    is_dropped: bool,
+}
+
+/// Why it reads no further.
+enum Stopped {
+    /// It has the last change of all.
+    Done,
+    /// It left, or lost its stream.
+    Left,
+    /// It was told of a gap, with the token behind it where that is known.
+    Gap(Option<String>),
 }
 
 impl Subscriber {
@@ -220,18 +265,32 @@ impl Subscriber {
         let mut stream = first;
         loop {
             let patience = self.random.usize(1..300);
-            if self.read(&mut stream, patience, &last).await {
-                return (self, stream);
-            }
+            let stopped = self.read(&mut stream, patience, &last).await;
+            let token = match stopped {
+                Stopped::Done => return (self, stream),
+                Stopped::Left => {
+                    self.forget();
+                    self.token()
+                }
+                // The same gap is told to whoever asks, until it has an end.
+                Stopped::Gap(None) => {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    self.token()
+                }
+                Stopped::Gap(Some(next)) => {
+                    self.told.insert(position(&next).lsn);
+                    self.add_gap(position(&next), false);
+                    next
+                }
+            };
             drop(stream);
-            self.forget();
             self.shared.returns.fetch_add(1, Ordering::Relaxed);
-            stream = self.come_back().await;
+            stream = self.come_back(token).await;
         }
     }
 
-    /// Keeps some messages; whether the last change of all was among them.
-    async fn read(&mut self, stream: &mut Stream, count: usize, last: &Change) -> bool {
+    /// Keeps some messages.
+    async fn read(&mut self, stream: &mut Stream, count: usize, last: &Change) -> Stopped {
         let mut read = 0;
         // Near the end nobody leaves any more.
         while read < count || self.shared.is_over.load(Ordering::Relaxed) {
@@ -253,13 +312,16 @@ impl Subscriber {
                     self.shared.received.fetch_add(1, Ordering::Relaxed);
                     read += 1;
                     if is_last {
-                        return true;
+                        return Stopped::Done;
                     }
+                }
+                Err(status) if self.is_gap(&status) => {
+                    return Stopped::Gap(optional_metadata(&status, "next_snap_token"));
                 }
                 Err(status) if self.is_abandoned(&status, (Code::Aborted, "TIMELINE_DIVERGED")) => {
                     let parted = position(&metadata(&status, "next_snap_token"));
                     self.take_back(self.kept.partition_point(|message| position(&message.token) <= parted));
-                    return false;
+                    return Stopped::Left;
                 }
                 Err(status) => {
                     // Streams survive what happens to PostgreSQL, to the way there, and to the disk.
@@ -269,11 +331,11 @@ impl Subscriber {
                         "{}: {status:?}",
                         self.tenant
                     );
-                    return false;
+                    return Stopped::Left;
                 }
             }
         }
-        false
+        Stopped::Left
     }
 
     /// Chooses a message to go on behind, and forgets what came after it.
@@ -284,14 +346,25 @@ impl Subscriber {
         let keep = self.random.usize(from..=self.kept.len());
         self.kept.truncate(keep);
         // With nothing kept behind a gap, the token is one from before it.
-        self.gaps.retain(|(kept_before, _)| *kept_before < keep);
+        self.gaps.retain(|gap| gap.kept_before < keep);
     }
 
-    async fn come_back(&mut self) -> Stream {
+    /// Behind what it has kept.
+    fn token(&self) -> String {
+        let first = if self.first_token.is_empty() { &self.start_token } else { &self.first_token };
+        self.kept.last().map_or(first, |message| &message.token).clone()
+    }
+
+    /// Behind what it has kept there is nothing up to here.
+    fn add_gap(&mut self, to: Position, is_dropped: bool) {
+        // More may have gone since the last time that we asked.
+        self.gaps.retain(|gap| gap.kept_before < self.kept.len());
+        self.gaps.push(Gap { kept_before: self.kept.len(), to, is_dropped });
+    }
+
+    async fn come_back(&mut self, mut token: String) -> Stream {
         // PostgreSQL may be needed for it, and out of reach for as long as several faults take together.
         let deadline = Instant::now() + 2 * PATIENCE;
-        let mut token = self.kept.last().map_or(&self.first_token, |message| &message.token).clone();
-        assert!(!token.is_empty(), "a subscriber of {} got nothing before its first stream ended", self.tenant);
         loop {
             let status = match within("a stream", Stream::open(&self.endpoint, self.tenant, &token)).await {
                 Ok(stream) => return stream,
@@ -299,16 +372,14 @@ impl Subscriber {
             };
             if self.is_dropped_history(&status) {
                 token = metadata(&status, "earliest_snap_token");
-                // More may have gone since the last time that we asked.
-                self.gaps.retain(|(kept_before, _)| *kept_before < self.kept.len());
-                self.gaps.push((self.kept.len(), position(&token)));
+                self.add_gap(position(&token), true);
                 self.shared.refusals.fetch_add(1, Ordering::Relaxed);
                 continue;
             }
             if self.is_abandoned(&status, (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN")) {
                 // Where the histories part it does not say: perhaps behind the message before.
                 self.take_back(self.kept.len().checked_sub(1).expect("what a round begins with is of both histories"));
-                token = self.kept.last().map_or(&self.first_token, |message| &message.token).clone();
+                token = self.token();
                 continue;
             }
             assert!(!self.faults.is_empty() && is_lost_connection(&status), "{}: {status:?}", self.tenant);
@@ -322,6 +393,10 @@ impl Subscriber {
             && reason(status) == (Code::OutOfRange, "SNAP_TOKEN_TOO_OLD".to_owned())
     }
 
+    fn is_gap(&self, status: &Status) -> bool {
+        self.faults.contains(&Fault::Unpublish) && reason(status) == (Code::Aborted, "SCHEMA_CHANGED".to_owned())
+    }
+
     fn is_abandoned(&self, status: &Status, told: (Code, &str)) -> bool {
         self.faults.contains(&Fault::Failover) && reason(status) == (told.0, told.1.to_owned())
     }
@@ -333,27 +408,53 @@ impl Subscriber {
         self.kept.truncate(keep);
     }
 
-    /// Change by change what was committed, but for what was told to be gone. How many were compared.
-    fn check(&self, expected: &[(u64, &Change)]) -> usize {
-        let bounds = self.gaps.iter().map(|(kept_before, _)| *kept_before);
+    /// Change by change what was committed, but for what was told to be gone. How many were compared, and how many were missing.
+    fn check(&self, expected: &[(u64, &Change)], logged: &HashMap<Lsn, Lsn>) -> (usize, usize) {
+        let bounds = self.gaps.iter().map(|gap| gap.kept_before);
         let ends = bounds.clone().chain([self.kept.len()]);
-        let mut next = 0;
+        let (mut next, mut missed) = (0, 0);
         for (n, (begin, end)) in [0].into_iter().chain(bounds).zip(ends).enumerate() {
             let messages = &self.kept[begin..end];
             let had: Vec<&Change> = messages.iter().flat_map(|message| &message.changes).collect();
-            if n > 0 {
-                next = self.after_gap(self.gaps[n - 1].1, next, &had, expected);
+            if let Some(before) = n.checked_sub(1).map(|n| &self.gaps[n]) {
+                let first = self.after_gap(before.to, next, &had, expected);
+                if !before.is_dropped {
+                    missed += self.not_sent(&expected[next..first], logged);
+                }
+                next = first;
             }
-            let differs = had.iter().zip(next..).find(|(change, at)| expected.get(*at).map(|(_, c)| c) != Some(change));
-            if let Some((_, at)) = differs {
-                self.fail(&had, at - next, expected, at);
+            for (at, change) in had.iter().enumerate() {
+                // What was sent before a gap was noticed is in order, and may lack what the gap is about.
+                if self.gaps.get(n).is_some_and(|gap| !gap.is_dropped) {
+                    let found = expected[next..].iter().position(|(_, expected)| expected == change);
+                    let Some(passed) = found else { self.fail(&had, at, expected, next) };
+                    missed += self.not_sent(&expected[next..next + passed], logged);
+                    next += passed;
+                } else if expected.get(next).map(|(_, expected)| expected) != Some(change) {
+                    self.fail(&had, at, expected, next);
+                }
+                next += 1;
             }
-            next += had.len();
         }
         if next != expected.len() {
             self.fail(&[], 0, expected, next);
         }
-        self.kept.iter().map(|message| message.changes.len()).sum()
+        (self.kept.iter().map(|message| message.changes.len()).sum(), missed)
+    }
+
+    /// That all of these lie in gaps that it was told of; how many there are.
+    fn not_sent(&self, changes: &[(u64, &Change)], logged: &HashMap<Lsn, Lsn>) -> usize {
+        let interval = |to: &Lsn| *logged.get(to).unwrap_or_else(|| panic!("the log has no line for the gap up to {to}"));
+        let gaps: Vec<(Lsn, Lsn)> = self.told.iter().map(|to| (interval(to), *to)).collect();
+        for (commit_lsn, change) in changes {
+            let commit = Lsn(*commit_lsn);
+            assert!(
+                gaps.iter().any(|(from, to)| *from <= commit && commit < *to),
+                "tenant {}: {change:?} of {commit} was not sent, and lies in none of the gaps that were told: {gaps:?}",
+                self.tenant,
+            );
+        }
+        changes.len()
     }
 
     /// Which change comes first behind a gap that ends at a position.
@@ -384,6 +485,7 @@ impl Subscriber {
         self.first_token = self.kept.pop().expect("the last message").token;
         self.kept = Vec::new();
         self.gaps.clear();
+        self.told.clear();
     }
 }
 

@@ -36,6 +36,11 @@ const SETTINGS: [(&str, &str); 8] = [
     ("log_min_messages", "fatal"),
 ];
 
+/// Which PostgreSQL the tests run against.
+pub(crate) fn major() -> u32 {
+    Postgres::installed().major()
+}
+
 impl Postgres {
     pub(crate) async fn start() -> Self {
         Self::with(&[]).await

@@ -19,7 +19,7 @@ pub(crate) struct Transaction {
     pub(crate) changes: Vec<(String, Change)>,
 }
 
-/// To be called after the publication exists, and before anything is written. Does nothing where it was called before.
+/// To be called after the tables exist, and before anything is written. Does nothing where it was called before.
 pub(crate) async fn begin(sql: &Sql) {
     begin_with("", sql).await;
 }
@@ -30,6 +30,11 @@ pub(crate) async fn begin_with_failover(sql: &Sql) {
 }
 
 async fn begin_with(options: &str, sql: &Sql) {
+    // A publication of its own: what becomes of tuplewatch's is none of its business.
+    let has_none = sql.is_true("NOT EXISTS (SELECT FROM pg_publication WHERE pubname = 'reference')").await;
+    if has_none {
+        sql.run("CREATE PUBLICATION reference FOR TABLE tuplewatch.relation_tuples, tuplewatch.attributes").await;
+    }
     sql.run(&format!(
         "SELECT pg_create_logical_replication_slot('{SLOT}', 'pgoutput'{options}) \
           WHERE NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = '{SLOT}')"
@@ -52,7 +57,7 @@ pub(crate) async fn consume(sql: &Sql, after: u64) -> Vec<Transaction> {
 
 async fn read_by(function: &str, sql: &Sql) -> Vec<Transaction> {
     let statement = format!(
-        "SELECT data FROM {function}('{SLOT}', NULL, NULL, 'proto_version', '1', 'publication_names', 'tuplewatch')"
+        "SELECT data FROM {function}('{SLOT}', NULL, NULL, 'proto_version', '1', 'publication_names', 'reference')"
     );
     let mut reader = Reader::default();
     for row in sql.query(&statement, &[]).await.unwrap() {

@@ -6,6 +6,7 @@ use super::proxy::Proxy;
 use super::sql::Sql;
 use super::stream::Stream;
 use super::wait::{eventually, within};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -18,6 +19,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
+use tuplewatch::lsn::Lsn;
 
 /// Lines of the server's log that are shown where a test fails.
 const LOG_TAIL: usize = 500;
@@ -204,6 +206,11 @@ impl Server {
         self.signal("-CONT").await;
     }
 
+    /// SIGHUP.
+    pub(crate) async fn hang_up(&self) {
+        self.signal("-HUP").await;
+    }
+
     async fn signal(&self, signal: &str) {
         let status = Command::new("kill").args([signal, &self.pid().to_string()]).status().await.unwrap();
         assert!(status.success());
@@ -253,6 +260,23 @@ impl Server {
     /// Whether any line of the log holds this.
     pub(crate) fn has_said(&self, text: &str) -> bool {
         self.log.lock().unwrap().iter().any(|line| line.contains(text))
+    }
+
+    /// Where each gap begins that the log tells of, by where it ends, but for those whose end was not known.
+    pub(crate) fn closed_gaps(&self) -> HashMap<Lsn, Lsn> {
+        self.gap_log()()
+    }
+
+    /// [`Server::closed_gaps`], whenever it is called.
+    pub(crate) fn gap_log(&self) -> impl Fn() -> HashMap<Lsn, Lsn> + use<> {
+        let log = self.log.clone();
+        let interval = |line: &String| {
+            let line: serde_json::Value = serde_json::from_str(line).ok()?;
+            let is_gap = line.get("message")?.as_str()?.starts_with("a gap in the stream");
+            let lsn = |name: &str| line.get(name)?.as_str()?.parse::<Lsn>().ok();
+            (is_gap && line.get("is_open")? == false).then(|| Some((lsn("to")?, lsn("from")?)))?
+        };
+        move || log.lock().unwrap().iter().filter_map(interval).collect()
     }
 
     /// How many lines of the log hold this.

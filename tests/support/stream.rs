@@ -13,6 +13,7 @@ use tuplewatch::grpc::proto::{WatchRequest, WatchResponse};
 /// An open stream of one tenant's changes.
 pub(crate) struct Stream {
     responses: Streaming<WatchResponse>,
+    start_token: String,
     may_be_empty: bool,
 }
 
@@ -48,7 +49,15 @@ impl Stream {
         if !authorization.is_empty() {
             request.metadata_mut().insert("authorization", authorization.parse().unwrap());
         }
-        Ok(Self { responses: WatchClient::new(channel).watch(request).await?.into_inner(), may_be_empty: false })
+        let response = WatchClient::new(channel).watch(request).await?;
+        let start_token = response.metadata().get("snap-token").map(|token| token.to_str().unwrap().to_owned());
+        let start_token = start_token.unwrap_or_default();
+        Ok(Self { responses: response.into_inner(), start_token, may_be_empty: false })
+    }
+
+    /// Resumes from where the stream starts.
+    pub(crate) fn start_token(&self) -> &str {
+        &self.start_token
     }
 
     /// Takes messages without changes, too: where the mapping tells of transactions.
@@ -131,7 +140,11 @@ pub(crate) fn reason(status: &Status) -> (Code, String) {
 
 /// A value of `ErrorInfo.metadata`.
 pub(crate) fn metadata(status: &Status, key: &str) -> String {
+    optional_metadata(status, key).unwrap_or_else(|| panic!("no {key} in {status:?}"))
+}
+
+/// A value of `ErrorInfo.metadata`, if it is there.
+pub(crate) fn optional_metadata(status: &Status, key: &str) -> Option<String> {
     let details = status.get_error_details();
-    let value = details.error_info().and_then(|info| info.metadata.get(key)).cloned();
-    value.unwrap_or_else(|| panic!("no {key} in {status:?}"))
+    details.error_info().and_then(|info| info.metadata.get(key)).cloned()
 }

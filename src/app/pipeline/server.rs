@@ -10,8 +10,9 @@ use crate::changelog::State;
 use crate::hub::publisher::Snapshots;
 use crate::hub::start::{Look, Primary, TransactionStatus, Unreachable};
 use crate::lsn::{CommitTime, Lsn, Position, Snapshot, Xid8};
+use crate::pgoutput::RelationId;
 use crate::replication::publication::Published;
-use crate::replication::upstream::{Link, Server as Identity, Started, Upstream};
+use crate::replication::upstream::{Link, Server as Identity, Started, Upstream, Writer};
 use crate::replication::{Error, Event};
 use crate::snap_token::{SnapToken, TokenId};
 use crate::timeline::{History, Source, Timeline};
@@ -57,7 +58,7 @@ pub(super) struct Committed {
     pub(super) end: Lsn,
     pub(super) xid: Xid8,
     /// Tenant and id of what it created, in order.
-    pub(super) changes: Vec<(&'static str, String)>,
+    pub(super) changes: Vec<Row>,
     token: Option<TokenId>,
     /// Not sent: its table was not published.
     hidden: bool,
@@ -69,6 +70,9 @@ impl Committed {
         Instant::now() >= self.visible_at
     }
 }
+
+/// Tenant, and an id that is written once.
+pub(super) type Row = (&'static str, String);
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -95,6 +99,8 @@ struct Inner {
     confirmed_on_disk: Lsn,
     /// Which link has the slot; a later one takes it.
     holder: u64,
+    /// Transactions that have written and not committed, and what of it will not be sent.
+    writers: Vec<(Xid8, Vec<Row>)>,
     /// Changed with what is published.
     publication: u64,
     is_hidden: bool,
@@ -112,6 +118,7 @@ impl Server {
             confirmed: ORIGIN,
             confirmed_on_disk: ORIGIN,
             holder: 0,
+            writers: Vec::new(),
             publication: 1,
             is_hidden: false,
         };
@@ -143,7 +150,34 @@ impl Server {
     }
 
     /// Commits a transaction with these changes.
-    pub(super) fn commit(&self, changes: Vec<(&'static str, String)>) -> Committed {
+    pub(super) fn commit(&self, changes: Vec<Row>) -> Committed {
+        let mut inner = self.inner();
+        let (xid, hidden) = (Xid8(inner.next_xid), inner.is_hidden);
+        inner.next_xid += 1;
+        drop(inner);
+        self.commit_as(xid, changes, hidden)
+    }
+
+    /// Begins a transaction that writes these changes, and stays open.
+    pub(super) fn write(&self, changes: Vec<Row>) {
+        let mut inner = self.inner();
+        assert!(inner.is_hidden, "what is sent of a transaction is all of it or nothing, here");
+        let xid = Xid8(inner.next_xid);
+        inner.next_xid += 1;
+        inner.writers.push((xid, changes));
+        self.world.note(format!("xid {} writes what is not published, and stays open", xid.0));
+    }
+
+    /// Commits all that is open, however long ago it was written.
+    pub(super) fn commit_writers(&self) {
+        for (xid, changes) in self.inner().writers.clone() {
+            self.commit_as(xid, changes, true);
+            // Only now, as PostgreSQL does.
+            self.inner().writers.retain(|(writer, _)| *writer != xid);
+        }
+    }
+
+    fn commit_as(&self, xid: Xid8, changes: Vec<Row>, hidden: bool) -> Committed {
         let has_token = self.world.once_in(3) || self.inner().committed.is_empty();
         // One transaction may end where the next one commits.
         let gap = self.world.below(2) * self.world.below(40);
@@ -152,10 +186,7 @@ impl Server {
             let mut inner = self.inner();
             let commit = Lsn(inner.wal_end.0 + gap);
             let end = Lsn(commit.0 + 50);
-            let xid = Xid8(inner.next_xid);
-            inner.next_xid += 1;
             inner.wal_end = end;
-            let hidden = inner.is_hidden;
             let token = has_token.then(|| TokenId(u128::from(xid.0).to_be_bytes()));
             let transaction = Committed { commit, end, xid, changes, token, hidden, visible_at };
             inner.committed.push(transaction.clone());
@@ -186,6 +217,8 @@ impl Server {
         let mut inner = self.inner();
         inner.confirmed = inner.confirmed_on_disk;
         inner.holder += 1;
+        // Rolled back.
+        inner.writers.clear();
         drop(inner);
         self.tell();
     }
@@ -258,7 +291,9 @@ impl Server {
             .committed
             .iter()
             .filter(|t| !t.is_visible())
-            .map(|transaction| transaction.xid.0.to_string())
+            .map(|transaction| transaction.xid)
+            .chain(inner.writers.iter().map(|(xid, _)| *xid))
+            .map(|xid| xid.0.to_string())
             .collect();
         format!("{FIRST_XID}:{}:{}", inner.next_xid, running.join(",")).parse().unwrap()
     }
@@ -462,6 +497,18 @@ impl Link for ServerLink {
         let inner = self.server.inner();
         let fingerprint = Some(format!("publication\tversion\t{}\n", inner.publication));
         Ok(Published { fingerprint, lsn: inner.wal_end, tables: HashMap::new() })
+    }
+
+    async fn writers(&self, _: &[RelationId]) -> Result<Vec<Xid8>, Error> {
+        self.check()?;
+        Ok(self.server.inner().writers.iter().map(|(xid, _)| *xid).collect())
+    }
+
+    async fn running(&self, of: &[Xid8]) -> Result<Vec<Writer>, Error> {
+        self.check()?;
+        let inner = self.server.inner();
+        let running = inner.writers.iter().filter(|(xid, _)| of.contains(xid));
+        Ok(running.map(|(xid, _)| Writer { xid: *xid, description: xid.to_string() }).collect())
     }
 
     async fn mark(&self) -> Result<Lsn, Error> {

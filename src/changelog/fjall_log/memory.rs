@@ -106,7 +106,8 @@ impl Memory {
         batch.insert(&log.meta, meta_break(&gap), json);
         self.breaks.push(gap);
         if self.breaks.len() > BREAKS_MAX {
-            let oldest = self.breaks.remove(0);
+            // The session has to know of the open one until it is covered.
+            let oldest = self.breaks.remove(usize::from(self.breaks.first().is_some_and(Break::is_open)));
             batch.remove(&log.meta, meta_break(&oldest));
             self.stored.breaks_floor = pair(unpair(self.stored.breaks_floor).max(oldest.to));
         }

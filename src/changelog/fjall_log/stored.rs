@@ -54,6 +54,7 @@ pub(super) fn write_break(gap: &Break) -> StoredBreak {
         code: gap.reason.code().to_owned(),
         table: table.to_owned(),
         detail: detail.to_owned(),
+        writers: gap.writers.iter().map(|xid| xid.0).collect(),
     }
 }
 
@@ -63,6 +64,7 @@ pub(super) fn read_break(stored: StoredBreak) -> Option<Break> {
         from: unpair(stored.from),
         to: unpair(stored.to),
         reason: BreakReason::from_code(&stored.code, &stored.table, &stored.detail)?,
+        writers: stored.writers.into_iter().map(Xid8).collect(),
     })
 }
 
@@ -119,4 +121,6 @@ pub(super) struct StoredBreak {
     pub(super) code: String,
     pub(super) table: String,
     pub(super) detail: String,
+    #[serde(default)]
+    pub(super) writers: Vec<u64>,
 }

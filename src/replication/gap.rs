@@ -1,0 +1,135 @@
+//! A change of what is published, from the check that notices it to the end of its gap.
+//!
+//! PostgreSQL decides row by row what it sends, by what was published when the row was written, and sends a transaction when it
+//! commits. So a transaction that wrote to a table while it was not published, and is still open when the table is published
+//! again, commits *later*, without these rows. A gap therefore ends only when every transaction that may have been writing when
+//! the change was noticed has ended. Those are the holders of a lock on a mapped table that writers take; whoever takes one
+//! later writes under what the check has seen.
+//!
+//! ```text
+//!  noticed ──▶ all writers have ended ──▶ marker ──▶ the gap, with its end
+//!     │                                                     ▲ recorded again, with its end
+//!     └──▶ a writer stays for WRITERS_MAX ──▶ marker ──▶ the gap, open ──▶ all writers have ended ──▶ marker
+//! ```
+//!
+//! The stream goes on all the time. What is open is in the change log ([`Break::writers`]), so that no restart forgets it.
+
+use super::Error;
+use super::intake::Intake;
+use super::upstream::{Link, Writer};
+use crate::changelog::{Entry, Verified};
+use crate::lsn::{Lsn, Position, Xid8};
+use crate::transaction::{Break, BreakReason};
+use std::collections::BTreeSet;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long a gap waits for writers before it is recorded as open. With the time between two checks, a change is told within 10 s.
+const WRITERS_MAX: Duration = Duration::from_secs(3);
+/// How often the server is asked whether writers have ended.
+pub(super) const WRITERS_EVERY: Duration = Duration::from_millis(250);
+/// Transactions that a log line names.
+const NAMED_MAX: usize = 5;
+
+/// See the module. Belongs to one session.
+#[derive(Debug)]
+pub(super) struct UnsettledGap {
+    /// Complete up to and including here.
+    from: Position,
+    reason: BreakReason,
+    /// Still running when last asked.
+    writers: BTreeSet<Xid8>,
+    /// What the check found, until it is recorded with the gap.
+    found: Option<Found>,
+    noticed: Instant,
+}
+
+/// What the log compares with from now on.
+#[derive(Clone, Debug)]
+struct Found {
+    mapping: [u8; 32],
+    published: String,
+}
+
+impl UnsettledGap {
+    /// A check found what is published, or the mapping, to be another than recorded, when these were writing.
+    pub(super) fn noticed(
+        from: Lsn,
+        reason: BreakReason,
+        mapping: [u8; 32],
+        published: String,
+        writers: Vec<Xid8>,
+    ) -> Self {
+        let found = Some(Found { mapping, published });
+        Self { from: Position::at(from), reason, writers: writers.into_iter().collect(), found, noticed: Instant::now() }
+    }
+
+    /// One that an earlier session recorded as open.
+    pub(super) fn recorded(gap: &Break) -> Self {
+        let writers = gap.writers.iter().copied().collect();
+        Self { from: gap.from, reason: gap.reason.clone(), writers, found: None, noticed: Instant::now() }
+    }
+
+    /// This gap and an earlier one that has not ended, as one.
+    pub(super) fn with(mut self, earlier: Option<Self>) -> Self {
+        if let Some(earlier) = earlier {
+            self.from = self.from.min(earlier.from);
+            self.writers.extend(earlier.writers);
+        }
+        self
+    }
+
+    /// Whether this is what a check has found, and is not recorded yet.
+    pub(super) fn has_found(&self, published: &str) -> bool {
+        self.found.as_ref().is_some_and(|found| found.published == published)
+    }
+
+    /// Whether anything has to be recorded before what is published can be called verified.
+    pub(super) const fn is_unrecorded(&self) -> bool {
+        self.found.is_some()
+    }
+
+    /// Asks who still writes, and hands the gap to `intake` where it is time; what remains to be done.
+    pub(super) async fn settle(mut self, link: &impl Link, intake: &mut Intake) -> Result<Option<Self>, Error> {
+        let running = if self.writers.is_empty() {
+            Vec::new()
+        } else {
+            link.running(&self.writers.iter().copied().collect::<Vec<_>>()).await?
+        };
+        self.writers = running.iter().map(|writer| writer.xid).collect();
+        let is_due = self.writers.is_empty() || (self.is_unrecorded() && self.noticed.elapsed() >= WRITERS_MAX);
+        if !is_due {
+            return Ok(Some(self));
+        }
+        if !self.writers.is_empty() {
+            tracing::warn!(
+                "{}: the gap stays open until {}, as they may commit rows that PostgreSQL does not send; subscribers are told \
+                 now, and again with the token to go on from when it ends",
+                self.reason,
+                describe(&running)
+            );
+        }
+        // Behind everything that the writers did which have ended.
+        let to = link.mark().await?;
+        let gap = Break {
+            tenant: None,
+            from: self.from,
+            to: Position::at(to),
+            reason: self.reason.clone(),
+            writers: self.writers.iter().copied().collect(),
+        };
+        let then = self.found.take().map_or_else(Vec::new, |Found { mapping, published }| {
+            vec![Entry::Mapping(mapping), Entry::Verified(Verified { fingerprint: published, at: to })]
+        });
+        intake.interrupt(gap, then);
+        Ok((!self.writers.is_empty()).then_some(self))
+    }
+}
+
+/// "these transactions have ended: …", for people.
+fn describe(running: &[Writer]) -> String {
+    let named: Vec<&str> = running.iter().take(NAMED_MAX).map(|writer| writer.description.as_str()).collect();
+    let more = running.len().saturating_sub(NAMED_MAX);
+    let more = if more == 0 { String::new() } else { format!(", and {more} more") };
+    format!("these transactions have ended: {}{more}", named.join(", "))
+}

@@ -1,0 +1,109 @@
+//! Gaps in the server's log: one line each, with the reason, the table and what to do, for people who do not subscribe.
+//!
+//! Names no tenant and no values. Gaps that come often (a program that writes rows which do not decode) are a line a minute for each
+//! reason and table, with the number of those left out.
+
+use crate::changelog::Entry;
+use crate::transaction::{Break, BreakReason};
+use std::collections::HashMap;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Least time between two lines about one table for one reason.
+const LINE_EVERY: Duration = Duration::from_secs(60);
+/// Tables and reasons that are remembered; with more, the memory starts anew.
+const SUBJECTS_MAX: usize = 1_000;
+
+/// See the module. Belongs to a session.
+#[derive(Debug, Default)]
+pub(super) struct GapLog {
+    /// When there was a line last, and how many gaps had none since.
+    told: HashMap<(&'static str, String), (Instant, u64)>,
+}
+
+impl GapLog {
+    /// After it has reached log and hub.
+    pub(super) fn tell(&mut self, entry: &Entry) {
+        match entry {
+            Entry::Transaction(transaction) => transaction.breaks.iter().for_each(|gap| self.tell_gap(gap)),
+            Entry::Break(gap) => self.tell_gap(gap),
+            _ => {}
+        }
+    }
+
+    fn tell_gap(&mut self, gap: &Break) {
+        let Some(left_out) = self.is_due(&gap.reason) else { return };
+        tracing::error!(
+            reason = gap.reason.code(),
+            from = %gap.from,
+            to = %gap.to,
+            tenants = if gap.tenant.is_some() { "one" } else { "all" },
+            is_open = gap.is_open(),
+            left_out,
+            "a gap in the stream: {}. Its subscribers are told, and have to read their state anew. {}",
+            gap.reason,
+            remedy(&gap.reason)
+        );
+    }
+
+    /// How many were left out since the last line, if it is time for one.
+    fn is_due(&mut self, reason: &BreakReason) -> Option<u64> {
+        if self.told.len() >= SUBJECTS_MAX {
+            self.told.clear();
+        }
+        let now = Instant::now();
+        let subject = (reason.code(), reason.details().0.to_owned());
+        // What a check finds is rare, and has no table.
+        let (at, left_out) = match self.told.get_mut(&subject) {
+            Some(told) if !subject.1.is_empty() => told,
+            _ => {
+                self.told.insert(subject, (now, 0));
+                return Some(0);
+            }
+        };
+        if now.duration_since(*at) < LINE_EVERY {
+            *left_out += 1;
+            return None;
+        }
+        *at = now;
+        Some(std::mem::take(left_out))
+    }
+}
+
+/// What somebody on call does about it.
+const fn remedy(reason: &BreakReason) -> &'static str {
+    match reason {
+        BreakReason::Truncate { .. } => "Nothing is to be repaired. To remove rows without a gap, DELETE them",
+        BreakReason::Undecodable { .. } => {
+            "Correct the rows, or the mapping; which program wrote them is seen from the transactions of that time"
+        }
+        BreakReason::SlotMoved => {
+            "Find out who dropped, recreated or advanced the slot: it must be this tuplewatch's alone"
+        }
+        BreakReason::SchemaChanged { .. } => "If nobody meant to change this, run tuplewatch doctor",
+        BreakReason::MappingChanged => "Nothing is to be repaired if the mapping was changed on purpose",
+        BreakReason::TimelineDiverged => "Nothing is to be repaired after a failover that was meant",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_a_minute_for_each_table_and_reason() {
+        let mut log = GapLog::default();
+        let truncated = |table: &str| BreakReason::Truncate { table: table.into() };
+        assert_eq!(log.is_due(&truncated("a")), Some(0));
+        assert_eq!(log.is_due(&truncated("a")), None);
+        assert_eq!(log.is_due(&truncated("b")), Some(0));
+        let undecodable = BreakReason::Undecodable { table: "a".into(), detail: "x".into() };
+        assert_eq!(log.is_due(&undecodable), Some(0));
+        assert_eq!(log.is_due(&truncated("a")), None);
+        tokio::time::advance(LINE_EVERY).await;
+        assert_eq!(log.is_due(&truncated("a")), Some(2));
+        // Each of these is a line, however soon.
+        assert_eq!(log.is_due(&BreakReason::SlotMoved), Some(0));
+        assert_eq!(log.is_due(&BreakReason::SlotMoved), Some(0));
+    }
+}
