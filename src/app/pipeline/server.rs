@@ -170,7 +170,8 @@ impl Server {
 
     /// Commits all that is open, however long ago it was written.
     pub(super) fn commit_writers(&self) {
-        for (xid, changes) in self.inner().writers.clone() {
+        let writers = self.inner().writers.clone();
+        for (xid, changes) in writers {
             self.commit_as(xid, changes, true);
             // Only now, as PostgreSQL does.
             self.inner().writers.retain(|(writer, _)| *writer != xid);
