@@ -188,8 +188,8 @@ func (f *follower) follow(ctx context.Context) error {
 			switch code := refusal.Code(); {
 			case code == codes.Aborted && next != "":
 				f.token, f.isComplete = next, false // Rule 4: changes are missing before this token.
-			case code == codes.OutOfRange || code == codes.FailedPrecondition:
-				f.token, f.isComplete = "", false // Rule 4: the token is of no use any more.
+			case slices.Contains(readAgain, code):
+				f.token, f.isComplete = "", false // Rule 4: there is no token to go on from.
 			case !slices.Contains(passing, code):
 				return err
 			}
@@ -200,6 +200,9 @@ func (f *follower) follow(ctx context.Context) error {
 		time.Sleep(time.Duration((0.5 + rand.Float64()/2) * float64(wait)))
 	}
 }
+
+// What one begins anew after.
+var readAgain = []codes.Code{codes.Aborted, codes.OutOfRange, codes.FailedPrecondition}
 
 // What passes by itself. Everything else is for a person to look at.
 var passing = []codes.Code{codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded, codes.Internal, codes.Unknown,

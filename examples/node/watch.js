@@ -30,7 +30,7 @@ const CHANNEL = {
 const { status } = grpc;
 const PASSING = [status.UNAVAILABLE, status.RESOURCE_EXHAUSTED, status.DEADLINE_EXCEEDED, status.INTERNAL, status.UNKNOWN,
   status.CANCELLED];
-const READ_AGAIN = [status.OUT_OF_RANGE, status.FAILED_PRECONDITION];
+const READ_AGAIN = [status.ABORTED, status.OUT_OF_RANGE, status.FAILED_PRECONDITION];
 const WAIT_MAX_MS = 10_000;
 
 // Subjects by `document:1#viewer`, and the token of the state that they are from: saved together (rule 3).
@@ -129,7 +129,7 @@ async function follow(address, tenantId, index) {
       if (error.code === status.ABORTED && next) {
         [token, isComplete] = [next, false]; // Rule 4: changes are missing before this token.
       } else if (READ_AGAIN.includes(error.code)) {
-        [token, isComplete] = ["", false]; // Rule 4: the token is of no use any more.
+        [token, isComplete] = ["", false]; // Rule 4: there is no token to go on from.
       } else if (!PASSING.includes(error.code)) {
         throw error;
       }

@@ -34,7 +34,7 @@ CHANNEL = [
 # What passes by itself. Everything else is for a person to look at, but for the statuses that `follow` knows.
 PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED,
            grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED}
-READ_AGAIN = {grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION}
+READ_AGAIN = {grpc.StatusCode.ABORTED, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION}
 WAIT_MAX_SECONDS = 10
 
 
@@ -132,7 +132,7 @@ def follow(channel, tenant, index):
             if error.code() == grpc.StatusCode.ABORTED and next_token:
                 token, is_complete = next_token, False  # Rule 4: changes are missing before this token.
             elif error.code() in READ_AGAIN:
-                token, is_complete = "", False  # Rule 4: the token is of no use any more.
+                token, is_complete = "", False  # Rule 4: there is no token to go on from.
             elif error.code() not in PASSING:
                 raise
         finally:

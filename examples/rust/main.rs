@@ -150,8 +150,8 @@ impl Follower {
                 match (status.code(), next) {
                     // Rule 4: changes are missing before this token.
                     (Code::Aborted, Some(next)) => (self.token, self.is_complete) = (next.clone(), false),
-                    // Rule 4: the token is of no use any more.
-                    (Code::OutOfRange | Code::FailedPrecondition, _) => {
+                    // Rule 4: there is no token to go on from.
+                    (Code::Aborted | Code::OutOfRange | Code::FailedPrecondition, _) => {
                         (self.token, self.is_complete) = (String::new(), false);
                     }
                     // What passes by itself.
