@@ -409,7 +409,81 @@ pub(super) fn optional_lsn<'de, D: serde::Deserializer<'de>>(deserializer: D) ->
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_postgres::{Database, one_table};
     use super::*;
+
+    /// Rows that the statement goes through, whether it keeps them or not.
+    async fn rows_read(client: &Client, statement: fn(i32) -> String) -> f64 {
+        fn of(plan: &serde_json::Value) -> f64 {
+            let number = |key: &str| plan.get(key).and_then(serde_json::Value::as_f64).unwrap_or_default();
+            let rows = ["Actual Rows", "Rows Removed by Filter", "Rows Removed by Join Filter"].map(number);
+            let below = plan.get("Plans").and_then(serde_json::Value::as_array).into_iter().flatten();
+            number("Actual Loops") * rows.iter().sum::<f64>() + below.map(of).sum::<f64>()
+        }
+        let version: i32 =
+            client.query_typed_one("SELECT current_setting('server_version_num')::int4", &[]).await.unwrap().get(0);
+        let explain = format!("EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {}", statement(version));
+        let names = (["public"].as_slice(), ["root"].as_slice(), ["tenant", "id", "owner"].as_slice());
+        let none = None::<&str>;
+        let row = client
+            .query_typed_one(
+                &explain,
+                &[
+                    (&"feed", Type::TEXT),
+                    (&names.0, Type::TEXT_ARRAY),
+                    (&names.1, Type::TEXT_ARRAY),
+                    (&[1_i64, 1, 1].as_slice(), Type::INT8_ARRAY),
+                    (&names.2, Type::TEXT_ARRAY),
+                    (&none, Type::TEXT),
+                    (&none, Type::TEXT),
+                ],
+            )
+            .await
+            .unwrap();
+        let Document(plans) = row.get::<_, Document<serde_json::Value>>(0);
+        of(&plans[0]["Plan"])
+    }
+
+    /// With twice the partitions it is no more than twice the work, whatever the planner knows of them.
+    #[tokio::test]
+    async fn the_work_is_linear_in_the_partitions() {
+        const COUNT: i32 = 300;
+        let database = Database::new().await;
+        database
+            .execute(
+                "CREATE TABLE root (tenant int, id int, owner int, PRIMARY KEY (tenant, id, owner)) PARTITION BY LIST (tenant);
+                 CREATE PUBLICATION feed FOR TABLE root WITH (publish_via_partition_root = true)",
+            )
+            .await;
+        let mut before = None;
+        for first in [0, COUNT] {
+            database
+                .execute(&format!(
+                    "DO $$ BEGIN FOR n IN {} .. {} LOOP
+                         EXECUTE format('CREATE TABLE p%s PARTITION OF root FOR VALUES IN (%s)', n, n);
+                     END LOOP; END $$",
+                    first + 1,
+                    first + COUNT
+                ))
+                .await;
+            let client = &database.connection.client;
+            let mut now = Vec::new();
+            for analyzed in [false, true] {
+                if analyzed {
+                    for catalog in ["pg_class", "pg_inherits", "pg_index", "pg_attribute"] {
+                        database.execute(&format!("VACUUM ANALYZE {catalog}")).await;
+                    }
+                }
+                now.extend([rows_read(client, statement::everything).await, rows_read(client, statement::sum).await]);
+            }
+            if let Some(before) = before.replace(now.clone()) {
+                let ratios: Vec<f64> = std::iter::zip(&now, &before).map(|(now, before)| now / before).collect();
+                assert!(ratios.iter().all(|ratio| *ratio < 2.5), "{ratios:?}: {before:?}, then {now:?}");
+            }
+        }
+        let catalog = Catalog::read(&database.connection.client, "feed", &one_table("public.root")).await.unwrap();
+        assert_eq!(catalog.tables[0].partitions.len(), 600);
+    }
 
     #[test]
     fn quoting() {

@@ -137,7 +137,8 @@ pub(super) struct Tables {
 
 impl Tables {
     fn new(tuples_are_partitioned: Option<bool>, attributes_are_partitioned: Option<bool>) -> Self {
-        let choose = |is_partitioned: Option<bool>, whole, only| if is_partitioned == Some(true) { whole } else { only };
+        let choose =
+            |is_partitioned: Option<bool>, whole, only| if is_partitioned == Some(true) { whole } else { only };
         Self {
             tuples: choose(tuples_are_partitioned, "tuplewatch.relation_tuples", "ONLY tuplewatch.relation_tuples"),
             attributes: choose(attributes_are_partitioned, "tuplewatch.attributes", "ONLY tuplewatch.attributes"),

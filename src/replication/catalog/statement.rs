@@ -3,6 +3,8 @@
 //! Both take $1 publication, $2 and $3 schemas and names of the tables, $4 and $5 the mapped columns (number of table, name),
 //! $6 and $7 schema and name of the table that lists tenants, or nulls.
 //!
+//! Each begins with a comment, for those who look at pg_stat_activity.
+//!
 //! oids and xids are cast to int8, because JSON would have them as strings. `int2vector` begins at 0, and so do the
 //! slices of it; the columns of an index behind its key (INCLUDE) are not in a replica identity, and neither is a key
 //! that is deferrable.
@@ -83,7 +85,8 @@ pub(super) fn everything(version: i32) -> String {
         ("NULL", "NULL", "NULL::json")
     };
     format!(
-        "WITH RECURSIVE {RELATIONS}
+        "-- what is published
+WITH RECURSIVE {RELATIONS}
 SELECT json_build_object(
     'lsn', {LSN},
     'publication', (SELECT json_build_object(
@@ -173,7 +176,8 @@ pub(super) fn sum(version: i32) -> String {
         ""
     };
     format!(
-        "WITH RECURSIVE {RELATIONS},
+        "-- whether it changed
+WITH RECURSIVE {RELATIONS},
 facts(fact) AS (
     SELECT concat_ws(' ', 'publication', oid, xmin) FROM publication
     UNION ALL SELECT concat_ws(' ', 'member', oid, xmin) FROM pg_publication_rel

@@ -118,7 +118,8 @@ impl<'a> Changes<'a> {
             (CHILD, "the set of tables that inherit"),
         ];
         // A partition that comes or goes brings all its lines, and a column that is another one has types of its own: it is one thing.
-        let is_part = |topic: &str| topic != PARTITION && has(PARTITION) && [IDENTITY, PERSISTENCE, STORAGE].contains(&topic);
+        let is_part =
+            |topic: &str| topic != PARTITION && has(PARTITION) && [IDENTITY, PERSISTENCE, STORAGE].contains(&topic);
         for (topic, words) in topics {
             if has(topic) && !is_part(topic) {
                 changed.push(words.to_owned());
@@ -134,7 +135,8 @@ impl<'a> Changes<'a> {
         }
         if has(FILE) && !has(COLUMN) {
             let columns = Vec::from_iter(columns(DEFINITION)).join(" and ");
-            phrases.push(format!("table {table} was rewritten and its column {columns} altered, which may change values"));
+            phrases
+                .push(format!("table {table} was rewritten and its column {columns} altered, which may change values"));
         }
         if has(HAD_CHILDREN) && !has(CHILD) {
             phrases.push(format!("another table inherited from table {table} for a while"));

@@ -89,7 +89,8 @@ fn check_access(table: &TableName, schema_usable: bool, selectable: bool, role: 
 /// Where policies apply to our role, SQL sees less than is streamed.
 fn report_row_security(table: &TableName, role: &str, report: &mut Report) {
     let what = format!("row level security applies to role {role}: SQL would see and delete less than is there");
-    let meaning = "What is streamed is not filtered. So what is read, and what is streamed after it, would not fit together.";
+    let meaning =
+        "What is streamed is not filtered. So what is read, and what is streamed after it, would not fit together.";
     let fix = format!(
         "ALTER ROLE {} BYPASSRLS;  -- at once, no reload; or ALTER TABLE {} DISABLE ROW LEVEL SECURITY;",
         identifier(role),
@@ -102,7 +103,10 @@ fn report_row_security(table: &TableName, role: &str, report: &mut Report) {
 fn check_values(table: &Table, report: &mut Report) {
     for column in &table.columns {
         let Some(value_type) = column.nameful_type() else { continue };
-        let what = format!("column {} holds {}, which is written as a name that others can change", column.name, value_type.name);
+        let what = format!(
+            "column {} holds {}, which is written as a name that others can change",
+            column.name, value_type.name
+        );
         let meaning = "RENAME and DROP of the object it points to would change values without a change of the row.";
         let name = identifier(&column.name);
         let fix = format!(
