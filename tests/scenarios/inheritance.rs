@@ -2,7 +2,7 @@
 
 use crate::support::api::Api;
 use crate::support::change::Change;
-use crate::support::interruption::{Interruption, Lasting, Remedy};
+use crate::support::interruption::{Interruption, Lasting, Remedy, side_by_side};
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use tuplewatch::grpc::proto::TupleFilter;
@@ -12,6 +12,8 @@ const INHERIT: &str = "CREATE TABLE tuplewatch.archive () INHERITS (tuplewatch.r
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_table_that_inherits_is_an_error_and_then_a_break() {
+    let mut clusters = Vec::new();
+    let mut runs = Vec::new();
     for (name, remedy) in [
         ("detached", Remedy::Sql(&["ALTER TABLE tuplewatch.archive NO INHERIT tuplewatch.relation_tuples"])),
         ("dropped", Remedy::Sql(&["DROP TABLE tuplewatch.archive"])),
@@ -31,8 +33,10 @@ async fn a_table_that_inherits_is_an_error_and_then_a_break() {
         };
         let postgres = Postgres::start().await;
         let server = case.prepare(&postgres).await;
-        case.happens(postgres.sql().await, server).await;
+        runs.push((case, postgres.sql().await, server));
+        clusters.push(postgres);
     }
+    side_by_side(runs).await;
 }
 
 #[tokio::test]
