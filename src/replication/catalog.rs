@@ -147,7 +147,7 @@ impl Column {
     }
 
     /// The type in it whose text depends on names of other objects.
-    pub(super) fn nameful_type(&self) -> Option<&ValueType> {
+    pub(super) fn type_that_follows_names(&self) -> Option<&ValueType> {
         self.types.iter().find(|value_type| value_type.follows_names())
     }
 }

@@ -57,12 +57,15 @@
 //!
 //! Input and output functions of types that are replaced: by another version of an extension, for example.
 
+mod difference;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
 use tokio_postgres::Client;
 
+use self::difference::Difference;
 use super::catalog::{Catalog, CompositeAttribute, Label, Publication, Sum, Table};
 use crate::lsn::Lsn;
 use crate::mapping::Mapping;
@@ -280,9 +283,6 @@ pub fn difference(old: Option<&str>, new: Option<&str>) -> String {
         (Some(old), Some(new)) => Difference::between(old, new).describe(),
     }
 }
-
-mod difference;
-use difference::Difference;
 
 #[cfg(test)]
 mod tests;

@@ -102,7 +102,7 @@ fn report_row_security(table: &TableName, role: &str, report: &mut Report) {
 /// `regclass` and its kin: ALTER ... RENAME of what they point to changes values, and writes no row.
 fn check_values(table: &Table, report: &mut Report) {
     for column in &table.columns {
-        let Some(value_type) = column.nameful_type() else { continue };
+        let Some(value_type) = column.type_that_follows_names() else { continue };
         let what = format!(
             "column {} holds {}, which is written as a name that others can change",
             column.name, value_type.name
