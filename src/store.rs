@@ -16,6 +16,7 @@
 //! - **Nothing is written for a tenant that is being deleted.** Writers share an advisory lock of the tenant, which its
 //!   deletion takes alone. There is no foreign key (see `sql/0001_tables.sql`), and a row that comes after the deletion would
 //!   come back to life with the next tenant of that name. An advisory lock costs no WAL.
+//! - Facts are read as they are streamed: of an ordinary table without those that inherit from it ([`tenants::Tables`]).
 //!
 //! Values are never in an error: they are somebody's data.
 
@@ -37,7 +38,8 @@ use crate::replication::{Primaries, primaries};
 use filter::{Query, text};
 use pool::Pool;
 use std::time::Duration;
-use tokio_postgres::error::SqlState;
+use tenants::Tables;
+use tokio_postgres::error::{DbError, SqlState};
 use tokio_postgres::{Client, IsolationLevel, Transaction};
 
 /// Times that a call is tried where it collides with others.
@@ -93,6 +95,11 @@ impl From<tokio_postgres::Error> for Error {
             }
             // It is short of disk, memory or connections.
             code if code.code().starts_with("53") => Self::Unreachable(describe(&error)),
+            &SqlState::INSUFFICIENT_PRIVILEGE if is_of_row_security(refusal) => Self::Refused(format!(
+                "{}. Row level security applies to tuplewatch's role: ALTER ROLE ... BYPASSRLS, or ALTER TABLE ... DISABLE ROW LEVEL \
+                 SECURITY",
+                describe(&error)
+            )),
             &SqlState::INSUFFICIENT_PRIVILEGE => Self::Refused(format!(
                 "{}. Grant tuplewatch's role SELECT, INSERT, UPDATE and DELETE on the tables of schema tuplewatch, or \
                  have applications write them with SQL",
@@ -103,6 +110,11 @@ impl From<tokio_postgres::Error> for Error {
             _ => Self::Refused(describe(&error)),
         }
     }
+}
+
+/// Told by where PostgreSQL found it: the message is in the server's language.
+fn is_of_row_security(refusal: &DbError) -> bool {
+    matches!(refusal.routine(), Some("check_enable_rls" | "ExecWithCheckOptions"))
 }
 
 impl From<primaries::Error> for Error {
@@ -153,14 +165,14 @@ impl Store {
         persistently(CALL_MAX, || async {
             let mut connection = self.pool.get().await?;
             let transaction = begin(&mut connection).await?;
-            tenants::share(&transaction, tenant).await?;
+            let tables = tenants::share(&transaction, tenant).await?;
             let name = tenant.as_str();
             if let Some(filter) = tuples {
-                let query = filter.query("DELETE FROM tuplewatch.relation_tuples", &name);
+                let query = filter.query(&format!("DELETE FROM {}", tables.tuples), &name);
                 transaction.execute_typed(query.sql(), query.parameters()).await?;
             }
             if let Some(filter) = attributes {
-                let query = filter.query("DELETE FROM tuplewatch.attributes", &name);
+                let query = filter.query(&format!("DELETE FROM {}", tables.attributes), &name);
                 transaction.execute_typed(query.sql(), query.parameters()).await?;
             }
             finish(transaction).await
@@ -182,15 +194,18 @@ impl Store {
     ) -> Result<Page<T, 6>, Error> {
         let columns = ["entity_type", "entity_id", "relation", "subject_type", "subject_id", "subject_relation"];
         let (name, after) = (tenant.as_str(), after.map(Key::columns));
-        let mut query = filter.query(&page::select(columns, "", "tuplewatch.relation_tuples"), &name);
-        page::narrow(&mut query, columns, after.as_ref(), page_size);
+        let query = |tables: Tables| {
+            let mut query = filter.query(&page::select(columns, "", tables.tuples), &name);
+            page::narrow(&mut query, columns, after.as_ref(), page_size);
+            query
+        };
         let make = |row: &[&str]| match *row {
             [entity_type, entity_id, relation, subject_type, subject_id, subject_relation] => {
                 Ok(make(Tuple { entity_type, entity_id, relation, subject_type, subject_id, subject_relation }))
             }
             _ => Err("a tuple of other columns".to_owned()),
         };
-        self.read_page(tenant, &query, page_size, &make).await
+        self.read_page(tenant, query, page_size, &make).await
     }
 
     /// A page of the attributes that the filter picks, in the order of the primary key, each as `make` has it.
@@ -207,8 +222,11 @@ impl Store {
     ) -> Result<Page<T, 3>, Error> {
         let columns = ["entity_type", "entity_id", "attribute"];
         let (name, after) = (tenant.as_str(), after.map(Key::columns));
-        let mut query = filter.query(&page::select(columns, ", value::text", "tuplewatch.attributes"), &name);
-        page::narrow(&mut query, columns, after.as_ref(), page_size);
+        let query = |tables: Tables| {
+            let mut query = filter.query(&page::select(columns, ", value::text", tables.attributes), &name);
+            page::narrow(&mut query, columns, after.as_ref(), page_size);
+            query
+        };
         let make = |row: &[&str]| match *row {
             [entity_type, entity_id, attribute, value] => {
                 let value = parse_attribute_value(value)?;
@@ -216,20 +234,20 @@ impl Store {
             }
             _ => Err("an attribute of other columns".to_owned()),
         };
-        self.read_page(tenant, &query, page_size, &make).await
+        self.read_page(tenant, query, page_size, &make).await
     }
 
-    async fn read_page<T, const COLUMNS: usize>(
+    async fn read_page<'q, T, const COLUMNS: usize>(
         &self,
         tenant: &TenantId,
-        query: &Query<'_>,
+        query: impl Fn(Tables) -> Query<'q>,
         page_size: usize,
         make: &(impl Fn(&[&str]) -> Result<T, String> + Sync),
     ) -> Result<Page<T, COLUMNS>, Error> {
         persistently(CALL_MAX, || async {
             let connection = self.pool.get().await?;
-            tenants::require(&connection, tenant).await?;
-            page::read(&connection, query, page_size, make).await
+            let tables = tenants::require(&connection, tenant).await?;
+            page::read(&connection, &query(tables), page_size, make).await
         })
         .await
     }

@@ -57,18 +57,21 @@ mod scenarios {
     mod gap;
     mod hold_back;
     mod http;
+    mod inheritance;
     mod lifecycle;
     mod long_transaction;
     mod memory;
     mod metrics;
     mod oracle;
     mod packaging;
+    mod partitions;
     mod permify;
     mod position;
     mod publication;
     mod rate_limit;
     mod requests;
     mod retention;
+    mod row_security;
     mod rows;
     mod schema;
     mod slot;
@@ -80,6 +83,7 @@ mod scenarios {
     mod tls;
     mod tokens;
     mod transactions;
+    mod values;
     mod visibility;
     mod xid;
 }

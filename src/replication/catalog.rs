@@ -1,13 +1,15 @@
-//! What PostgreSQL's catalogs say about the publication and the mapped tables, read in one statement.
+//! What PostgreSQL's catalogs say about the publication and the mapped tables, read in one statement; and a cheap sum of it.
 //!
 //! Three readers ask the same questions: [`super::requirements`] what is wrong, [`super::setup`] what is missing,
 //! [`super::publication`] whether anything changed. So there is one answer, [`Catalog`].
 //!
 //! Only plain catalog tables are read for it, never functions such as `pg_get_publication_tables`: those look things up
-//! with a newer snapshot than the statement's, and the answer would mix two states. (The privileges are looked up that
-//! way; they are not part of the fingerprint.)
+//! with a newer snapshot than the statement's, and the answer would mix two states. (Privileges and row level security are looked
+//! up that way; they decide nothing of what is streamed.)
 //!
 //! Any role may read what is read here. PostgreSQL 14 to 18.
+
+mod statement;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -18,9 +20,6 @@ use tokio_postgres::types::{FromSql, Type, accepts};
 use crate::lsn::Lsn;
 use crate::mapping::{Mapping, TableName};
 
-/// Row filters, column lists and schemas in publications came with it.
-const FINE_GRAINED_PUBLICATIONS: i32 = 15_00_00;
-
 /// What one statement saw.
 #[derive(Debug, Deserialize)]
 pub(super) struct Catalog {
@@ -30,6 +29,17 @@ pub(super) struct Catalog {
     pub(super) publication: Option<Publication>,
     /// In the order of the mapping.
     pub(super) tables: Vec<Table>,
+    /// Whether row level security applies to our role in the table that lists tenants.
+    pub(super) tenants_are_filtered: bool,
+}
+
+/// Another one after any change of what a [`Catalog`] has.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Sum {
+    /// As in [`Catalog`].
+    #[serde(deserialize_with = "lsn")]
+    pub(super) lsn: Lsn,
+    pub(super) value: String,
 }
 
 /// A row of `pg_publication`.
@@ -57,18 +67,26 @@ pub(super) struct Table {
     pub(super) oid: Option<u32>,
     /// `relkind`: r for a table, p for a partitioned one.
     pub(super) kind: Option<String>,
+    /// `relfilenode` of an ordinary table: another one after TRUNCATE, VACUUM FULL, and whatever rewrites it.
+    pub(super) file: Option<u32>,
     /// The mapped columns that exist.
     pub(super) columns: Vec<Column>,
     /// Where the rows are: the table, and with a partitioned one all its leaves.
     pub(super) relations: Vec<Relation>,
     /// Every partition below it.
     pub(super) partitions: Vec<Partition>,
+    /// Every table that inherits from it, and is no partition nor a temporary table, which only its own session sees.
+    pub(super) children: Vec<Child>,
+    /// `relhassubclass` of an ordinary table: it has had children since it was last analyzed.
+    pub(super) had_children: bool,
     /// Its own membership in the publication, and those of the partitioned tables above it.
     pub(super) members: Vec<Member>,
     /// Schemas in the publication, of the table and of the partitioned tables above it.
     pub(super) schemas: Vec<SchemaMember>,
     /// Whether it is a partition of another table.
     pub(super) is_partition: bool,
+    /// Whether row level security applies to our role.
+    pub(super) is_filtered: bool,
     pub(super) selectable: bool,
     pub(super) schema_usable: bool,
     /// Whether the mapping counts what rows were before. Not from the catalog.
@@ -84,6 +102,39 @@ pub(super) struct Column {
     pub(super) type_oid: u32,
     /// `attgenerated`: s(tored), v(irtual, from version 18 on), or empty.
     pub(super) generated: String,
+    /// xmin of its row of `pg_attribute`: another one after every ALTER COLUMN.
+    pub(super) version: u64,
+    /// Its type, and every type under that: of elements, attributes, and what a domain or range is of.
+    pub(super) types: Vec<ValueType>,
+}
+
+/// A type that the text of a column's values depends on.
+#[derive(Debug, Deserialize)]
+pub(super) struct ValueType {
+    pub(super) oid: u32,
+    pub(super) schema: String,
+    pub(super) name: String,
+    /// Of an enum.
+    pub(super) labels: Vec<Label>,
+    /// Of a composite type, also those that were dropped.
+    pub(super) attributes: Vec<CompositeAttribute>,
+}
+
+/// A row of `pg_enum`.
+#[derive(Debug, Deserialize)]
+pub(super) struct Label {
+    pub(super) oid: u32,
+    /// xmin of the row.
+    pub(super) version: u64,
+    pub(super) label: String,
+}
+
+/// An attribute of a composite type.
+#[derive(Debug, Deserialize)]
+pub(super) struct CompositeAttribute {
+    pub(super) number: i16,
+    /// 0 where it was dropped.
+    pub(super) type_oid: u32,
 }
 
 impl Column {
@@ -94,14 +145,51 @@ impl Column {
     pub(super) fn is_stored(&self) -> bool {
         self.generated == "s"
     }
+
+    /// The type in it whose text depends on names of other objects.
+    pub(super) fn type_that_follows_names(&self) -> Option<&ValueType> {
+        self.types.iter().find(|value_type| value_type.follows_names())
+    }
 }
 
-/// A row of `pg_inherits`.
+impl ValueType {
+    /// `regclass` and its kin store an oid, and are written as a name.
+    fn follows_names(&self) -> bool {
+        self.schema == "pg_catalog" && (self.name.starts_with("reg") || self.name == "aclitem")
+    }
+}
+
+/// A row of `pg_inherits` of a partition.
 #[derive(Debug, Deserialize)]
 pub(super) struct Partition {
     pub(super) relation: u32,
     /// xmin of the row: another one where it was detached and attached again.
     pub(super) version: u64,
+    /// Whether it was created as a partition, and not truncated by a later transaction: all that ever was in it came under its root.
+    pub(super) was_born_empty: bool,
+}
+
+/// A row of `pg_inherits` of a table that inherits.
+#[derive(Debug, Deserialize)]
+pub(super) struct Child {
+    pub(super) relation: u32,
+    /// xmin of the row.
+    pub(super) version: u64,
+    schema: String,
+    name: String,
+    parent_schema: String,
+    parent: String,
+}
+
+impl Child {
+    pub(super) fn name(&self) -> TableName {
+        TableName { schema: self.schema.clone(), name: self.name.clone() }
+    }
+
+    /// The table that it inherits from, which may itself inherit from the mapped one.
+    pub(super) fn parent(&self) -> TableName {
+        TableName { schema: self.parent_schema.clone(), name: self.parent.clone() }
+    }
 }
 
 /// A table that holds rows itself, or the root of a partitioned one.
@@ -110,6 +198,8 @@ pub(super) struct Relation {
     pub(super) oid: u32,
     pub(super) schema: String,
     pub(super) name: String,
+    /// `relkind`: f for a foreign table, which only a partition can be.
+    pub(super) kind: String,
     /// `relpersistence`: p is the one that is in the WAL.
     pub(super) persistence: String,
     /// `relfilenode` of a partition below the mapped table: another one after TRUNCATE, and after a rewrite.
@@ -155,37 +245,66 @@ impl Catalog {
         publication: &str,
         mapping: &Mapping,
     ) -> Result<Self, tokio_postgres::Error> {
-        let version: i32 =
-            client.query_typed_one("SELECT current_setting('server_version_num')::int4", &[]).await?.try_get(0)?;
-        let schemas: Vec<&str> = mapping.tables().iter().map(|table| table.table.schema.as_str()).collect();
-        let names: Vec<&str> = mapping.tables().iter().map(|table| table.table.name.as_str()).collect();
-        // A flat list of the mapped columns, with the number of their table: arrays of arrays would have to be square.
-        let mut column_tables = Vec::new();
-        let mut columns = Vec::new();
-        for (n, table) in (1_i64..).zip(mapping.tables()) {
-            for column in table.columns() {
-                column_tables.push(n);
-                columns.push(column);
-            }
-        }
-        let row = client
-            .query_typed_one(
-                &statement(version),
-                &[
-                    (&publication, Type::TEXT),
-                    (&schemas, Type::TEXT_ARRAY),
-                    (&names, Type::TEXT_ARRAY),
-                    (&column_tables, Type::INT8_ARRAY),
-                    (&columns, Type::TEXT_ARRAY),
-                ],
-            )
-            .await?;
-        let Document(mut catalog) = row.try_get::<_, Document<Self>>(0)?;
+        let mut catalog: Self = ask(client, statement::everything, publication, mapping).await?;
         for (table, spec) in catalog.tables.iter_mut().zip(mapping.tables()) {
             table.reads_old_rows = spec.reads_old_rows();
         }
         Ok(catalog)
     }
+
+    /// The tables that inherit from this one without being mapped: nobody reads their changes.
+    pub(super) fn unmapped_children<'a>(&'a self, table: &'a Table) -> impl Iterator<Item = &'a Child> {
+        let is_mapped = |child: &Child| self.tables.iter().any(|table| table.oid == Some(child.relation));
+        table.children.iter().filter(move |child| !is_mapped(child))
+    }
+}
+
+impl Sum {
+    pub(super) async fn read(
+        client: &Client,
+        publication: &str,
+        mapping: &Mapping,
+    ) -> Result<Self, tokio_postgres::Error> {
+        ask(client, statement::sum, publication, mapping).await
+    }
+}
+
+/// Executes one of the statements.
+async fn ask<T: DeserializeOwned>(
+    client: &Client,
+    statement: fn(i32) -> String,
+    publication: &str,
+    mapping: &Mapping,
+) -> Result<T, tokio_postgres::Error> {
+    let version: i32 =
+        client.query_typed_one("SELECT current_setting('server_version_num')::int4", &[]).await?.try_get(0)?;
+    let schemas: Vec<&str> = mapping.tables().iter().map(|table| table.table.schema.as_str()).collect();
+    let names: Vec<&str> = mapping.tables().iter().map(|table| table.table.name.as_str()).collect();
+    // A flat list of the mapped columns, with the number of their table: arrays of arrays would have to be square.
+    let mut column_tables = Vec::new();
+    let mut columns = Vec::new();
+    for (n, table) in (1_i64..).zip(mapping.tables()) {
+        for column in table.columns() {
+            column_tables.push(n);
+            columns.push(column);
+        }
+    }
+    let tenants = mapping.tenants().map(|tenants| &tenants.table);
+    let row = client
+        .query_typed_one(
+            &statement(version),
+            &[
+                (&publication, Type::TEXT),
+                (&schemas, Type::TEXT_ARRAY),
+                (&names, Type::TEXT_ARRAY),
+                (&column_tables, Type::INT8_ARRAY),
+                (&columns, Type::TEXT_ARRAY),
+                (&tenants.map(|table| table.schema.as_str()), Type::TEXT),
+                (&tenants.map(|table| table.name.as_str()), Type::TEXT),
+            ],
+        )
+        .await?;
+    row.try_get::<_, Document<T>>(0).map(|document| document.0)
 }
 
 impl Table {
@@ -288,99 +407,83 @@ pub(super) fn optional_lsn<'de, D: serde::Deserializer<'de>>(deserializer: D) ->
     text.map(|text| text.parse().map_err(serde::de::Error::custom)).transpose()
 }
 
-/// $1 publication, $2 and $3 schemas and names of the tables, $4 and $5 the mapped columns: number of table, name.
-///
-/// oids and xids are cast to int8, because JSON would have them as strings. `int2vector` begins at 0, and so do the
-/// slices of it; the columns of an index behind its key (INCLUDE) are not in a replica identity, and neither is a key
-/// that is deferrable.
-fn statement(version: i32) -> String {
-    let (filter, columns, schemas) = if version >= FINE_GRAINED_PUBLICATIONS {
-        (
-            "md5(member.prqual::text)",
-            "CASE WHEN member.prattrs IS NOT NULL THEN
-                (SELECT json_agg(a.attname ORDER BY a.attnum) FROM pg_attribute AS a
-                  WHERE a.attrelid = member.prrelid AND a.attnum = ANY (member.prattrs::int2[]))
-             END",
-            "(SELECT json_agg(json_build_object('schema', s.nspname, 'oid', member.oid::int8,
-                                                'version', member.xmin::text::int8) ORDER BY member.oid)
-                FROM pg_publication_namespace AS member JOIN pg_namespace AS s ON s.oid = member.pnnspid
-               WHERE member.pnpubid = (SELECT oid FROM publication)
-                 AND member.pnnspid IN (SELECT c.relnamespace FROM lineage AS l JOIN pg_class AS c ON c.oid = l.oid
-                                         WHERE l.ordinal = wanted.ordinal))",
-        )
-    } else {
-        ("NULL", "NULL", "NULL::json")
-    };
-    format!(
-        "WITH RECURSIVE
-publication AS (SELECT p.xmin, p.* FROM pg_publication AS p WHERE p.pubname = $1),
-wanted AS (
-    SELECT w.ordinal, w.schema_name, w.table_name, c.oid, c.relkind, c.relispartition, n.oid AS namespace
-      FROM unnest($2, $3) WITH ORDINALITY AS w(schema_name, table_name, ordinal)
-      LEFT JOIN pg_namespace AS n ON n.nspname = w.schema_name
-      LEFT JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = w.table_name AND c.relkind IN ('r', 'p')),
-tree(ordinal, oid, attached) AS (
-    SELECT ordinal, oid, NULL::int8 FROM wanted WHERE oid IS NOT NULL
-    UNION ALL
-    SELECT t.ordinal, i.inhrelid, i.xmin::text::int8 FROM tree AS t
-      JOIN pg_class AS parent ON parent.oid = t.oid AND parent.relkind = 'p'
-      JOIN pg_inherits AS i ON i.inhparent = t.oid AND NOT i.inhdetachpending),
-lineage(ordinal, oid) AS (
-    SELECT ordinal, oid FROM wanted WHERE oid IS NOT NULL
-    UNION ALL
-    SELECT l.ordinal, i.inhparent FROM lineage AS l
-      JOIN pg_class AS child ON child.oid = l.oid AND child.relispartition
-      JOIN pg_inherits AS i ON i.inhrelid = l.oid AND NOT i.inhdetachpending)
-SELECT json_build_object(
-    'lsn', CASE WHEN pg_is_in_recovery() THEN '0/0' ELSE pg_current_wal_insert_lsn()::text END,
-    'publication', (SELECT json_build_object(
-        'oid', oid::int8, 'version', xmin::text::int8, 'all_tables', puballtables, 'insert', pubinsert,
-        'update', pubupdate, 'delete', pubdelete, 'truncate', pubtruncate, 'via_root', pubviaroot,
-        'generated', to_json(publication) ->> 'pubgencols') FROM publication),
-    'tables', (SELECT json_agg(json_build_object(
-        'schema', wanted.schema_name, 'name', wanted.table_name, 'oid', wanted.oid::int8, 'kind', wanted.relkind,
-        'is_partition', COALESCE(wanted.relispartition, false),
-        'selectable', COALESCE(has_table_privilege(wanted.oid, 'SELECT'), false),
-        'schema_usable', COALESCE(has_schema_privilege(wanted.namespace, 'USAGE'), false),
-        'columns', COALESCE((
-            SELECT json_agg(json_build_object('name', a.attname, 'number', a.attnum, 'type_oid', a.atttypid::int8,
-                                              'generated', a.attgenerated) ORDER BY a.attname)
-              FROM unnest($4, $5) AS mapped(ordinal, name)
-              JOIN pg_attribute AS a ON a.attrelid = wanted.oid AND a.attname = mapped.name AND a.attnum > 0
-                                    AND NOT a.attisdropped
-             WHERE mapped.ordinal = wanted.ordinal), '[]'),
-        'relations', COALESCE((
-            SELECT json_agg(json_build_object('oid', c.oid::int8, 'schema', n.nspname, 'name', c.relname,
-                    'persistence', c.relpersistence, 'identity', c.relreplident,
-                    'storage', CASE WHEN c.oid <> wanted.oid THEN c.relfilenode::int8 END,
-                    'identity_columns', COALESCE((
-                        SELECT json_agg(json_build_object('name', a.attname, 'number', a.attnum) ORDER BY a.attnum)
-                          FROM pg_index AS x
-                          JOIN pg_attribute AS a ON a.attrelid = x.indrelid
-                               AND a.attnum = ANY ((x.indkey::int2[])[0:x.indnkeyatts - 1])
-                         WHERE x.indrelid = c.oid AND x.indimmediate AND x.indisvalid
-                           AND CASE c.relreplident WHEN 'd' THEN x.indisprimary
-                                                   WHEN 'i' THEN x.indisreplident ELSE false END), '[]')
-                   ) ORDER BY c.oid)
-              FROM tree JOIN pg_class AS c ON c.oid = tree.oid JOIN pg_namespace AS n ON n.oid = c.relnamespace
-             WHERE tree.ordinal = wanted.ordinal AND (c.relkind <> 'p' OR c.oid = wanted.oid)), '[]'),
-        'partitions', COALESCE((
-            SELECT json_agg(json_build_object('relation', tree.oid::int8, 'version', tree.attached) ORDER BY tree.oid)
-              FROM tree WHERE tree.ordinal = wanted.ordinal AND tree.attached IS NOT NULL), '[]'),
-        'members', COALESCE((
-            SELECT json_agg(json_build_object('relation', member.prrelid::int8, 'oid', member.oid::int8,
-                    'version', member.xmin::text::int8, 'filter', {filter}, 'columns', {columns}) ORDER BY member.oid)
-              FROM pg_publication_rel AS member
-             WHERE member.prpubid = (SELECT oid FROM publication)
-               AND member.prrelid IN (SELECT l.oid FROM lineage AS l WHERE l.ordinal = wanted.ordinal)), '[]'),
-        'schemas', COALESCE({schemas}, '[]')
-    ) ORDER BY wanted.ordinal) FROM wanted))"
-    )
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::test_postgres::{Database, one_table};
     use super::*;
+
+    /// Rows that the statement goes through, whether it keeps them or not.
+    async fn rows_read(client: &Client, statement: fn(i32) -> String) -> f64 {
+        fn of(plan: &serde_json::Value) -> f64 {
+            let number = |key: &str| plan.get(key).and_then(serde_json::Value::as_f64).unwrap_or_default();
+            let rows = ["Actual Rows", "Rows Removed by Filter", "Rows Removed by Join Filter"].map(number);
+            let below = plan.get("Plans").and_then(serde_json::Value::as_array).into_iter().flatten();
+            number("Actual Loops") * rows.iter().sum::<f64>() + below.map(of).sum::<f64>()
+        }
+        let version: i32 =
+            client.query_typed_one("SELECT current_setting('server_version_num')::int4", &[]).await.unwrap().get(0);
+        let explain = format!("EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {}", statement(version));
+        let names = (["public"].as_slice(), ["root"].as_slice(), ["tenant", "id", "owner"].as_slice());
+        let none = None::<&str>;
+        let row = client
+            .query_typed_one(
+                &explain,
+                &[
+                    (&"feed", Type::TEXT),
+                    (&names.0, Type::TEXT_ARRAY),
+                    (&names.1, Type::TEXT_ARRAY),
+                    (&[1_i64, 1, 1].as_slice(), Type::INT8_ARRAY),
+                    (&names.2, Type::TEXT_ARRAY),
+                    (&none, Type::TEXT),
+                    (&none, Type::TEXT),
+                ],
+            )
+            .await
+            .unwrap();
+        let Document(plans) = row.get::<_, Document<serde_json::Value>>(0);
+        of(&plans[0]["Plan"])
+    }
+
+    /// With twice the partitions it is no more than twice the work, whatever the planner knows of them.
+    #[tokio::test]
+    async fn the_work_is_linear_in_the_partitions() {
+        const COUNT: i32 = 300;
+        let database = Database::new().await;
+        database
+            .execute(
+                "CREATE TABLE root (tenant int, id int, owner int, PRIMARY KEY (tenant, id, owner)) PARTITION BY LIST (tenant);
+                 CREATE PUBLICATION feed FOR TABLE root WITH (publish_via_partition_root = true)",
+            )
+            .await;
+        let mut before = None;
+        for first in [0, COUNT] {
+            database
+                .execute(&format!(
+                    "DO $$ BEGIN FOR n IN {} .. {} LOOP
+                         EXECUTE format('CREATE TABLE p%s PARTITION OF root FOR VALUES IN (%s)', n, n);
+                     END LOOP; END $$",
+                    first + 1,
+                    first + COUNT
+                ))
+                .await;
+            let client = &database.connection.client;
+            let mut now = Vec::new();
+            for analyzed in [false, true] {
+                if analyzed {
+                    for catalog in ["pg_class", "pg_inherits", "pg_index", "pg_attribute"] {
+                        database.execute(&format!("VACUUM ANALYZE {catalog}")).await;
+                    }
+                }
+                now.extend([rows_read(client, statement::everything).await, rows_read(client, statement::sum).await]);
+            }
+            if let Some(before) = before.replace(now.clone()) {
+                let ratios: Vec<f64> = std::iter::zip(&now, &before).map(|(now, before)| now / before).collect();
+                assert!(ratios.iter().all(|ratio| *ratio < 2.5), "{ratios:?}: {before:?}, then {now:?}");
+            }
+        }
+        let catalog = Catalog::read(&database.connection.client, "feed", &one_table("public.root")).await.unwrap();
+        assert_eq!(catalog.tables[0].partitions.len(), 600);
+    }
 
     #[test]
     fn quoting() {

@@ -1,7 +1,7 @@
 //! A real server: two connections, one for SQL (tokio-postgres) and one that replicates (pgwire-replication).
 
 use super::connection::{self, Connection, Endpoint, Endpoints};
-use super::publication::{self, Published};
+use super::publication::{Checks, Published};
 use super::requirements;
 use super::slot::{self, Slot, Waiting};
 use super::upstream::{Link, Server, Started, Upstream, Writer};
@@ -205,6 +205,7 @@ impl Upstream for Postgres {
             sql,
             client,
             server,
+            checks: Checks::default(),
             ending: None,
         })
     }
@@ -221,6 +222,7 @@ pub struct PostgresLink {
     sql: Connection,
     client: ReplicationClient,
     server: Server,
+    checks: Checks,
     /// What the stream ended with, behind events that were to be handed on first.
     ending: Option<Error>,
 }
@@ -317,7 +319,7 @@ impl Link for PostgresLink {
     }
 
     async fn published(&self) -> Result<Published, Error> {
-        bounded(publication::fingerprint(&self.sql.client, &self.options.publication, &self.options.mapping))
+        bounded(self.checks.next(&self.sql.client, &self.options.publication, &self.options.mapping))
             .await?
             .map_err(sql_error)
     }

@@ -1,9 +1,10 @@
-//! Whether what is published is still what it was.
+//! Whether what is published, and what its values say, is still what it was.
 //!
 //! Changes of a publication are silent. A table that is taken out and put in again lost what was written in between; a
 //! publication that was dropped and created anew wedges the slot on 14 to 17, and on 18 loses the middle; a row filter
-//! hides rows. Nothing of that is in the stream. So everything that decides what comes out of the slot is read every few
-//! seconds and compared: the [`Published::fingerprint`].
+//! hides rows. So are changes of values that no row event tells: a rewrite of the table, another label of an enum. Nothing of that is
+//! in the stream. So everything that decides what comes out of the slot, and as what text, is read every few seconds and
+//! compared: the [`Published::fingerprint`].
 //!
 //! # What an equal fingerprint proves
 //!
@@ -15,12 +16,30 @@
 //!   says nothing: a DDL may have committed between the two.
 //! - But B's snapshot was taken after A's LSN was read. Whatever committed below A's LSN is visible to B, and B saw nothing
 //!   new. Nor can there have been a change and its reversal: rows that are written or deleted and written again have
-//!   another oid or another xmin, and those are in the fingerprint. (Replica identities and columns have no such mark.
-//!   Where they are changed and changed back between two checks, the stream itself tells: it describes the table anew, and
+//!   another oid or another xmin, and those are in the fingerprint. (Replica identities have no such mark.
+//!   Where one is changed and changed back between two checks, the stream itself tells: it describes the table anew, and
 //!   a row that is incomplete is a gap of its own.)
 //! - One exception is left: a commit is in the WAL a moment before it is visible, and with synchronous replication the
 //!   moment lasts until a standby has answered. A DDL in that moment is noticed when it becomes visible, and the break then lies
 //!   behind it by a check or two. Nobody misses it for that: a break is for all readers, and all pass it.
+//!
+//! Most checks read only a [`Sum`], which takes the xmin of every catalog row that the fingerprint is made of. Where it is that of
+//! the check before, no such row was written in between, and the fingerprint is the same. Its LSN is read in the same way.
+//!
+//! # What differs and changes nothing
+//!
+//! Some lines may differ between fingerprints that are equivalent ([`is_equivalent`]): between their checks nothing happened that
+//! rows or values depend on. Equivalence is decided between one fingerprint and the next, and the next takes its place in the log. Where
+//! checks were missed, several harmless changes may look like one that is not: a gap too many, never one too few.
+//!
+//! - **Rewrites.** A column has the same type; are its values the same? What a value is written as depends on its bytes and its type, not
+//!   on the modifier or collation of its column. Its bytes change without a row event only where ALTER COLUMN ... TYPE or ... SET
+//!   EXPRESSION writes the table anew, and that gives the table another file *and* updates the column's row of `pg_attribute`, in
+//!   one commit. VACUUM FULL, CLUSTER, TRUNCATE, SET TABLESPACE, SET ACCESS METHOD and rewrites of other columns change only the
+//!   file; SET STATISTICS, SET DEFAULT, SET NOT NULL, or a longer varchar only that row.
+//! - **Labels.** ADD VALUE changes no value that is stored.
+//! - **Partitions.** One that was created as such was empty when it became one, and what was written to it since came under its root.
+//! - **Row level security** has no say in what is streamed. It is in the fingerprint so that the requirements are looked at again.
 //!
 //! # Partitions
 //!
@@ -32,13 +51,22 @@
 //!
 //! Unmapped columns, and everything else that does not decide which rows come out: owners, privileges, statistics. A table
 //! that gets another name and its old one back between two checks: what is written meanwhile comes under the other name.
+//!
+//! A partition that no check has seen before its rows went without a DELETE: created, filled and dropped between two checks, or
+//! filled and truncated by the very transaction that created it. It leaves no trace in the catalogs.
+//!
+//! Input and output functions of types that are replaced: by another version of an extension, for example.
 
-use std::collections::{BTreeSet, HashMap};
+mod difference;
+
+use std::collections::HashMap;
 use std::fmt;
 use std::fmt::Write as _;
+use std::sync::{Mutex, PoisonError};
 use tokio_postgres::Client;
 
-use super::catalog::{Catalog, Publication, Table};
+use self::difference::Difference;
+use super::catalog::{Catalog, CompositeAttribute, Label, Publication, Sum, Table};
 use crate::lsn::Lsn;
 use crate::mapping::Mapping;
 use crate::pgoutput::RelationId;
@@ -55,12 +83,43 @@ pub struct Published {
     pub tables: HashMap<RelationId, String>,
 }
 
-/// Reads the fingerprint: one statement, with its LSN (and one for the server's version). Costs the
-/// server 10 ms, nearly all of it planning.
+/// Checks, one after the other, of the same mapping on one server. Only the first, and those that find a change, read
+/// everything.
+#[derive(Debug, Default)]
+pub struct Checks {
+    /// The sum that was read before the fingerprint was.
+    last: Mutex<Option<(String, Published)>>,
+}
+
+impl Checks {
+    /// The next check. One statement where nothing changed, or else two (and one for the server's version). Costs the server some
+    /// 10 ms, most of it planning.
+    ///
+    /// # Errors
+    /// Where PostgreSQL cannot be asked.
+    pub async fn next(
+        &self,
+        client: &Client,
+        publication: &str,
+        mapping: &Mapping,
+    ) -> Result<Published, tokio_postgres::Error> {
+        let sum = Sum::read(client, publication, mapping).await?;
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some((_, published)) = last.filter(|(value, _)| *value == sum.value) {
+            return Ok(Published { lsn: sum.lsn, ..published });
+        }
+        let published = fingerprint(client, publication, mapping).await?;
+        // What changed since the sum was read makes the next one differ: everything is read once more.
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some((sum.value, published.clone()));
+        Ok(published)
+    }
+}
+
+/// Reads the fingerprint: one statement, with its LSN (and one for the server's version).
 ///
 /// # Errors
 /// Where PostgreSQL cannot be asked.
-pub async fn fingerprint(
+pub(super) async fn fingerprint(
     client: &Client,
     publication: &str,
     mapping: &Mapping,
@@ -71,6 +130,12 @@ pub async fn fingerprint(
         describe_publication(publication, &mut lines);
         for table in &catalog.tables {
             describe_table(table, publication, &mut lines);
+            for child in catalog.unmapped_children(table) {
+                lines.add(&table.name().to_string(), CHILD, format!("{}: version {}", child.relation, child.version));
+            }
+        }
+        if let Some(tenants) = mapping.tenants().filter(|_| catalog.tenants_are_filtered) {
+            lines.add(&tenants.table.to_string(), ROW_SECURITY, "applies");
         }
         lines.0
     });
@@ -88,10 +153,21 @@ const MEMBER: &str = "member";
 const FILTER: &str = "row filter";
 const COLUMN_LIST: &str = "column list";
 const COLUMN: &str = "column";
+/// The row of `pg_attribute` of a mapped column.
+const DEFINITION: &str = "definition";
+/// The file of an ordinary table.
+const FILE: &str = "file";
+const LABEL: &str = "label";
+const ATTRIBUTE: &str = "attribute";
 const PARTITION: &str = "partition";
+/// A partition that was created as such.
+const BORN_EMPTY: &str = "born empty";
+const CHILD: &str = "child";
+const HAD_CHILDREN: &str = "had children";
 const IDENTITY: &str = "identity";
 const PERSISTENCE: &str = "persistence";
 const STORAGE: &str = "storage";
+const ROW_SECURITY: &str = "row security";
 
 struct Lines(String);
 
@@ -153,9 +229,33 @@ fn describe_table(table: &Table, publication: &Publication, lines: &mut Lines) {
     for column in &table.columns {
         let generated = if column.is_generated() { " generated" } else { "" };
         lines.add(&name, COLUMN, format!("{}: {} type {}{generated}", column.name, column.number, column.type_oid));
+        lines.add(&name, DEFINITION, format!("{}: version {}", column.name, column.version));
+        for value_type in &column.types {
+            for Label { oid, version, label } in &value_type.labels {
+                let enum_type = value_type.oid;
+                lines.add(&name, LABEL, format!("{}: {enum_type} {oid} version {version} {label}", column.name));
+            }
+            for attribute in &value_type.attributes {
+                let CompositeAttribute { number, type_oid } = attribute;
+                let composite = value_type.oid;
+                lines.add(&name, ATTRIBUTE, format!("{}: {composite} {number} type {type_oid}", column.name));
+            }
+        }
+    }
+    if let Some(file) = table.file {
+        lines.add(&name, FILE, file);
     }
     for partition in &table.partitions {
-        lines.add(&name, PARTITION, format!("{} version {}", partition.relation, partition.version));
+        lines.add(&name, PARTITION, format!("{}: version {}", partition.relation, partition.version));
+        if partition.was_born_empty {
+            lines.add(&name, BORN_EMPTY, partition.relation);
+        }
+    }
+    if table.had_children {
+        lines.add(&name, HAD_CHILDREN, true);
+    }
+    if table.is_filtered {
+        lines.add(&name, ROW_SECURITY, "applies");
     }
     for relation in &table.relations {
         let numbers: Vec<String> = relation.identity_columns.iter().map(|column| column.number.to_string()).collect();
@@ -169,77 +269,18 @@ fn describe_table(table: &Table, publication: &Publication, lines: &mut Lines) {
     }
 }
 
+/// Whether no row and no value can have changed in silence between two checks, one after the other. See the module.
+pub fn is_equivalent(old: &str, new: &str) -> bool {
+    Difference::between(old, new).is_harmless()
+}
+
 /// What differs between two fingerprints, in a sentence for people. Names tables, and nothing that was in them.
 pub fn difference(old: Option<&str>, new: Option<&str>) -> String {
-    let (old, new) = match (old, new) {
-        (None, None) => return "there is no publication".to_owned(),
-        (Some(_), None) => return "the publication was dropped".to_owned(),
-        (None, Some(_)) => return "the publication was created".to_owned(),
-        (Some(old), Some(new)) => (old, new),
-    };
-    let old_lines: BTreeSet<&str> = old.lines().collect();
-    let new_lines: BTreeSet<&str> = new.lines().collect();
-    let mut changed: BTreeSet<(&str, &str)> = BTreeSet::new();
-    for line in old_lines.symmetric_difference(&new_lines) {
-        let mut fields = line.split('\t');
-        changed.insert((fields.next().unwrap_or_default(), fields.next().unwrap_or_default()));
-    }
-    let mut phrases: Vec<String> = Vec::new();
-    let is_new = changed.contains(&(PUBLICATION, OID));
-    if changed.iter().any(|(subject, _)| *subject == PUBLICATION) {
-        phrases.push(publication_phrase(|topic| changed.contains(&(PUBLICATION, topic))).to_owned());
-    }
-    let tables: BTreeSet<&str> =
-        changed.iter().map(|(subject, _)| *subject).filter(|name| *name != PUBLICATION).collect();
-    for table in tables {
-        let has = |topic: &str| changed.contains(&(table, topic));
-        let member = format!("{table}\t{MEMBER}\t");
-        let is_member = |lines: &BTreeSet<&str>| lines.iter().any(|line| line.starts_with(&member));
-        let phrase = if has(OID) {
-            format!("table {table} was created, dropped, renamed or replaced by another")
-        } else if has(MEMBER) {
-            match (is_member(&old_lines), is_member(&new_lines)) {
-                (true, false) => format!("table {table} was taken out of the publication"),
-                (false, true) => format!("table {table} was added to the publication"),
-                // Of course it is, where the publication itself is another one.
-                _ if is_new => continue,
-                _ => format!(
-                    "table {table} was taken out of the publication and added again, or is in it in another way"
-                ),
-            }
-        } else {
-            table_phrase(table, has)
-        };
-        phrases.push(phrase);
-    }
-    if phrases.is_empty() { "nothing differs".to_owned() } else { phrases.join("; ") }
-}
-
-fn table_phrase(table: &str, has: impl Fn(&str) -> bool) -> String {
-    let topics = [
-        (FILTER, "the row filter"),
-        (COLUMN_LIST, "the column list"),
-        (COLUMN, "a mapped column"),
-        (PARTITION, "the set of partitions"),
-        (IDENTITY, "the replica identity"),
-        (PERSISTENCE, "logging"),
-        (STORAGE, "the storage of a partition (TRUNCATE, or a rewrite)"),
-    ];
-    // A partition that comes or goes brings all its lines: it is one thing.
-    let named = topics.iter().filter(|(topic, _)| has(topic) && (*topic == PARTITION || !has(PARTITION)));
-    let named: Vec<&str> = named.map(|(_, words)| *words).collect();
-    format!("{} of table {table} changed", named.join(" and "))
-}
-
-fn publication_phrase(has: impl Fn(&str) -> bool) -> &'static str {
-    if has(OID) {
-        "the publication was dropped and created again"
-    } else if has(OPERATIONS) {
-        "the publication publishes other operations"
-    } else if has(VIA_ROOT) {
-        "publish_via_partition_root of the publication changed"
-    } else {
-        "the publication was altered"
+    match (old, new) {
+        (None, None) => "there is no publication".to_owned(),
+        (Some(_), None) => "the publication was dropped".to_owned(),
+        (None, Some(_)) => "the publication was created".to_owned(),
+        (Some(old), Some(new)) => Difference::between(old, new).describe(),
     }
 }
 

@@ -62,7 +62,7 @@ pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Fi
     server.check_keep_size(expected.hold_back, &mut report);
     server.check_room(slot.as_ref(), &mut report);
     for table in &catalog.tables {
-        check_table(table, expected, &server, &version, catalog.publication.as_ref(), &mut report);
+        check_table(table, &catalog, expected, &server, &version, &mut report);
     }
     if let (Some(tenants), Some(spec)) = (tenants, expected.mapping.tenants()) {
         tenants.check(&spec.table, &spec.id, &server, &mut report);

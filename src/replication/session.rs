@@ -275,13 +275,17 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
             return Ok(gap);
         }
         let mapping_changed = state.mapping.is_some_and(|recorded| recorded != mapping);
-        let schema_changed = state.verified.as_ref().filter(|verified| verified.fingerprint != fingerprint);
+        let recorded = state.verified.as_ref();
+        let schema_changed =
+            recorded.filter(|verified| !publication::is_equivalent(&verified.fingerprint, &fingerprint));
         if !mapping_changed && schema_changed.is_none() {
             if state.mapping.is_none() {
                 intake.record(Entry::Mapping(mapping));
             }
-            if state.verified.is_none() {
-                intake.record(Entry::Verified(Verified { fingerprint, at: intake.received() }));
+            // The next one is compared with this one. How far it was verified is for the next check to say.
+            if recorded.is_none_or(|verified| verified.fingerprint != fingerprint) {
+                let at = recorded.map_or(intake.received(), |verified| verified.at);
+                intake.record(Entry::Verified(Verified { fingerprint, at }));
             }
             return Ok(gap);
         }

@@ -55,9 +55,9 @@ impl Store {
             let name = id.as_str();
             let parameters = &[text(&name)];
             transaction.execute_typed(&lock, parameters).await?;
-            require(transaction.client(), id).await?;
-            for table in ["relation_tuples", "attributes"] {
-                let delete = format!("DELETE FROM tuplewatch.{table} WHERE tenant_id = $1");
+            let tables = require(transaction.client(), id).await?;
+            for table in [tables.tuples, tables.attributes] {
+                let delete = format!("DELETE FROM {table} WHERE tenant_id = $1");
                 transaction.execute_typed(&delete, parameters).await?;
             }
             transaction.execute_typed("DELETE FROM tuplewatch.tenants WHERE id = $1", parameters).await?;
@@ -105,16 +105,43 @@ fn tenant(row: &[&str]) -> Result<Tenant, String> {
 }
 
 /// Keeps the tenant from being deleted before the transaction ends; waits for a deletion that is under way.
-pub(super) async fn share(transaction: &Transaction<'_>, id: &TenantId) -> Result<(), Error> {
+pub(super) async fn share(transaction: &Transaction<'_>, id: &TenantId) -> Result<Tables, Error> {
     let lock = format!("SELECT pg_advisory_xact_lock_shared({LOCK})");
     transaction.execute_typed(&lock, &[text(&id.as_str())]).await?;
     // A statement of its own, which sees what the wait was for.
     require(transaction.client(), id).await
 }
 
-/// An error unless there is such a tenant.
-pub(super) async fn require(client: &Client, id: &TenantId) -> Result<(), Error> {
-    let statement = "SELECT EXISTS (SELECT FROM tuplewatch.tenants WHERE id = $1)";
+/// An error unless there is such a tenant. How to read its rows, asked along with it.
+pub(super) async fn require(client: &Client, id: &TenantId) -> Result<Tables, Error> {
+    let statement = "SELECT EXISTS (SELECT FROM tuplewatch.tenants WHERE id = $1),
+                            (SELECT relkind = 'p' FROM pg_catalog.pg_class
+                              WHERE oid = to_regclass('tuplewatch.relation_tuples')),
+                            (SELECT relkind = 'p' FROM pg_catalog.pg_class WHERE oid = to_regclass('tuplewatch.attributes'))";
     let row = client.query_typed_one(statement, &[text(&id.as_str())]).await?;
-    if row.try_get(0)? { Ok(()) } else { Err(Error::UnknownTenant(id.clone())) }
+    if !row.try_get::<_, bool>(0)? {
+        return Err(Error::UnknownTenant(id.clone()));
+    }
+    Ok(Tables::new(row.try_get(1)?, row.try_get(2)?))
+}
+
+/// The tables of facts, as they stand behind FROM.
+///
+/// An ordinary table is read alone: rows of tables that inherit from it are in its SELECT, but never in its stream. A partitioned
+/// one has its rows in its partitions.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tables {
+    pub(super) tuples: &'static str,
+    pub(super) attributes: &'static str,
+}
+
+impl Tables {
+    fn new(tuples_are_partitioned: Option<bool>, attributes_are_partitioned: Option<bool>) -> Self {
+        let choose =
+            |is_partitioned: Option<bool>, whole, only| if is_partitioned == Some(true) { whole } else { only };
+        Self {
+            tuples: choose(tuples_are_partitioned, "tuplewatch.relation_tuples", "ONLY tuplewatch.relation_tuples"),
+            attributes: choose(attributes_are_partitioned, "tuplewatch.attributes", "ONLY tuplewatch.attributes"),
+        }
+    }
 }

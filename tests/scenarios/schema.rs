@@ -63,10 +63,10 @@ async fn columns_that_are_not_mapped_come_and_go() {
 }
 
 /// Waits until what is published was checked twice from now on.
-async fn verified_again(postgres: &Postgres) {
+pub(super) async fn verified_again(postgres: &Postgres) {
     let sql = postgres.sql().await;
     let statement = "SELECT coalesce(max(query_start), 'epoch')::text FROM pg_stat_activity \
-                     WHERE application_name LIKE 'tuplewatch%' AND query LIKE '%pg_publication%' \
+                     WHERE application_name LIKE 'tuplewatch%' AND query LIKE '-- whether it changed%' \
                        AND pid <> pg_backend_pid()";
     for _ in 0..2 {
         let before = sql.value(statement).await;

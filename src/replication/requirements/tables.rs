@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use tokio_postgres::Client;
 
-use super::super::catalog::{Column, Document, Publication, Table, identifier};
+use super::super::catalog::{Catalog, Column, Document, Publication, Table, identifier};
 use super::Expectation;
 use super::server::{Server, Version};
 use crate::finding::{Finding, Report};
@@ -12,13 +12,13 @@ use crate::mapping::TableName;
 /// Makes tables that are missing.
 const SETUP: &str = "tuplewatch setup  # it creates the tables of the preset tuples; those of other mappings are yours";
 
-/// Whether a watched table can be read, is published, and its old rows are complete.
+/// Whether a watched table can be read, is published, its old rows are complete, and its rows and values change with row events.
 pub(super) fn check_table(
     table: &Table,
+    catalog: &Catalog,
     expected: &Expectation<'_>,
     server: &Server,
     version: &Version,
-    publication: Option<&Publication>,
     report: &mut Report,
 ) {
     let name = table.name();
@@ -35,8 +35,23 @@ pub(super) fn check_table(
         }
     }
     check_access(&name, table.schema_usable, table.selectable, &server.role, report);
+    if table.is_filtered {
+        report_row_security(&name, &server.role, report);
+    }
+    check_values(table, report);
+    for child in catalog.unmapped_children(table) {
+        let what = format!("table {} inherits from it, and is not mapped", child.name());
+        let (child, parent) = (child.name().to_sql(), child.parent().to_sql());
+        let fix = format!("ALTER TABLE {child} NO INHERIT {parent};  -- at once, no reload; or map it as well");
+        let meaning = "SELECT reads its rows as rows of the mapped table; their changes come under its own name.";
+        report.add(Finding::error(&subject, what).means(meaning).fix(fix));
+    }
     for relation in &table.relations {
         let relation_subject = format!("table {}", relation.name());
+        if relation.kind == "f" {
+            let fix = "-- detach it, or make it an ordinary table";
+            report.error(&relation_subject, "is a foreign table: its changes are not in the WAL", fix);
+        }
         if relation.persistence != "p" {
             let fix =
                 format!("ALTER TABLE {} SET LOGGED;  -- rewrites it under an exclusive lock", relation.name().to_sql());
@@ -48,7 +63,7 @@ pub(super) fn check_table(
         let meaning = "It says which columns of the row that was come with an UPDATE or DELETE.";
         report.add(Finding::error(format!("table {}", relation.name()), what).means(meaning).fix(fix));
     }
-    if let Some(publication) = publication {
+    if let Some(publication) = &catalog.publication {
         check_membership(table, expected, publication, report);
         check_generated(table, expected, publication, version, report);
     }
@@ -68,6 +83,37 @@ fn check_access(table: &TableName, schema_usable: bool, selectable: bool, role: 
     if !selectable {
         let fix = format!("GRANT SELECT ON {} TO {role};  -- at once, no reload", table.to_sql());
         report.error(&subject, "the role has no SELECT", fix);
+    }
+}
+
+/// Where policies apply to our role, SQL sees less than is streamed.
+fn report_row_security(table: &TableName, role: &str, report: &mut Report) {
+    let what = format!("row level security applies to role {role}: SQL would see and delete less than is there");
+    let meaning =
+        "What is streamed is not filtered. So what is read, and what is streamed after it, would not fit together.";
+    let fix = format!(
+        "ALTER ROLE {} BYPASSRLS;  -- at once, no reload; or ALTER TABLE {} DISABLE ROW LEVEL SECURITY;",
+        identifier(role),
+        table.to_sql()
+    );
+    report.add(Finding::error(format!("table {table}"), what).means(meaning).fix(fix));
+}
+
+/// `regclass` and its kin: ALTER ... RENAME of what they point to changes values, and writes no row.
+fn check_values(table: &Table, report: &mut Report) {
+    for column in &table.columns {
+        let Some(value_type) = column.type_that_follows_names() else { continue };
+        let what = format!(
+            "column {} holds {}, which is written as a name that others can change",
+            column.name, value_type.name
+        );
+        let meaning = "RENAME and DROP of the object it points to would change values without a change of the row.";
+        let name = identifier(&column.name);
+        let fix = format!(
+            "ALTER TABLE {} ALTER COLUMN {name} TYPE text USING {name}::text;  -- rewrites it under an exclusive lock; or map another column",
+            table.name().to_sql()
+        );
+        report.add(Finding::error(format!("table {}", table.name()), what).means(meaning).fix(fix));
     }
 }
 
@@ -149,12 +195,14 @@ pub(super) struct Tenants {
     has_column: bool,
     selectable: bool,
     schema_usable: bool,
+    is_filtered: bool,
 }
 
 impl Tenants {
     pub(super) async fn read(client: &Client, table: &TableName, id: &str) -> Result<Self, tokio_postgres::Error> {
         let sql = "
             SELECT json_build_object('exists', c.oid IS NOT NULL, 'has_column', a.attname IS NOT NULL,
+                       'is_filtered', COALESCE(row_security_active(c.oid), false),
                        'selectable', COALESCE(has_table_privilege(c.oid, 'SELECT'), false),
                        'schema_usable', COALESCE(has_schema_privilege(n.oid, 'USAGE'), false))
               FROM (SELECT) AS one
@@ -178,6 +226,9 @@ impl Tenants {
             report.error(&subject, format!("has no column {id}, which the mapping names"), fix);
         }
         check_access(table, self.schema_usable, self.selectable, &server.role, report);
+        if self.is_filtered {
+            report_row_security(table, &server.role, report);
+        }
         if report.is_fine_since(before) {
             report.ok(subject, "can be read");
         }

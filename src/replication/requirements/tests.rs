@@ -68,7 +68,7 @@ impl Ready {
         let found = self.errors().await;
         let [finding] = found.as_slice() else { panic!("{damage}: {found:#?}") };
         assert_eq!(finding.subject, names(subject), "{damage}");
-        assert!(finding.what.contains(what), "{damage}: {finding}");
+        assert!(finding.what.contains(&names(what)), "{damage}: {finding}");
         self.database.execute(finding.fix.as_deref().unwrap()).await;
         assert_eq!(self.errors().await, [], "{damage}, then {finding}");
     }
@@ -116,6 +116,18 @@ async fn the_preset() {
         ("REVOKE SELECT ON tuplewatch.attributes FROM {role}", attributes, "no SELECT"),
         ("REVOKE SELECT ON tuplewatch.tenants FROM {role}", "table tuplewatch.tenants", "no SELECT"),
         ("ALTER ROLE {role} NOREPLICATION", "role {role}", "no REPLICATION"),
+        (
+            "ALTER TABLE tuplewatch.attributes ENABLE ROW LEVEL SECURITY",
+            attributes,
+            "row level security applies to role {role}",
+        ),
+        ("ALTER ROLE {role} NOBYPASSRLS", attributes, "row level security applies"),
+        (
+            "ALTER ROLE {role} NOBYPASSRLS; ALTER TABLE tuplewatch.attributes DISABLE ROW LEVEL SECURITY; \
+             ALTER TABLE tuplewatch.tenants ENABLE ROW LEVEL SECURITY; ALTER TABLE tuplewatch.tenants FORCE ROW LEVEL SECURITY",
+            "table tuplewatch.tenants",
+            "row level security applies",
+        ),
     ] {
         ready.heals(damage, subject, what).await;
     }
@@ -219,6 +231,87 @@ async fn partitions_indexes_and_generated_columns() {
     let [finding] = found.as_slice() else { panic!("{found:#?}") };
     assert!(finding.what == what && finding.fix.as_deref().unwrap().starts_with("-- make it an ordinary"), "{finding}");
     table.away().await;
+}
+
+/// An owner is subject to policies only where they are forced on it.
+#[tokio::test]
+async fn row_level_security_of_an_owner() {
+    let sql = "CREATE TABLE t (tenant text, id text, owner text, PRIMARY KEY (tenant, id, owner))";
+    let ready = Ready::new(one_table("public.t"), sql).await;
+    ready.database.execute(&format!("ALTER TABLE t OWNER TO r{}", ready.database.name)).await;
+    ready
+        .database
+        .execute("ALTER TABLE t ENABLE ROW LEVEL SECURITY; CREATE POLICY mine ON t USING (tenant = 'a')")
+        .await;
+    assert_eq!(ready.errors().await, []);
+    ready.heals("ALTER TABLE t FORCE ROW LEVEL SECURITY", "table public.t", "row level security applies to role").await;
+    ready.away().await;
+}
+
+#[tokio::test]
+async fn tables_that_inherit() {
+    let sql = "CREATE TABLE parent (id text); \
+               CREATE TABLE t (tenant text, owner text, PRIMARY KEY (tenant, id, owner)) INHERITS (parent)";
+    // What it inherits from matters to nobody.
+    let ready = Ready::new(one_table("public.t"), sql).await;
+    ready.heals("CREATE TABLE child () INHERITS (t)", "table public.t", "table public.child inherits from it").await;
+    let damage = "ALTER TABLE child INHERIT t; CREATE TABLE grandchild () INHERITS (child); CREATE TEMP TABLE own () INHERITS (t)";
+    ready.database.execute(damage).await;
+    let found = ready.errors().await;
+    let [child, grandchild] = found.as_slice() else { panic!("{found:#?}") };
+    assert!(child.what.contains("public.child") && grandchild.what.contains("public.grandchild"), "{found:#?}");
+    assert!(grandchild.fix.as_deref().unwrap().contains(r#"NO INHERIT "public"."child""#), "{grandchild}");
+    ready.database.execute("ALTER TABLE grandchild NO INHERIT child; DROP TABLE own").await;
+
+    let both = super::super::test_postgres::mapping(
+        r#"{"tables": [
+            {"table": "public.t", "tenant": "tenant", "tuple": {"entity_type": {"constant": "d"}, "entity_id": "id",
+             "relation": {"constant": "r"}, "subject_type": {"constant": "u"}, "subject_id": "owner"}},
+            {"table": "public.child", "tenant": "tenant", "tuple": {"entity_type": {"constant": "d"}, "entity_id": "id",
+             "relation": {"constant": "r"}, "subject_type": {"constant": "u"}, "subject_id": "owner"}}]}"#,
+    );
+    ready.database.execute("ALTER TABLE child REPLICA IDENTITY FULL; ALTER PUBLICATION feed SET TABLE t, child").await;
+    ready.database.execute("GRANT SELECT ON child TO PUBLIC").await;
+    assert_eq!(errors(&ready.poor.client, &expectation(&both, &ready.database.name)).await, []);
+    ready.away().await;
+}
+
+/// Types that store an oid and are written as a name, wherever they are in a column.
+#[tokio::test]
+async fn values_that_follow_names() {
+    let sql = "CREATE TABLE t (tenant text, id text, owner text, other regclass);
+               CREATE DOMAIN named AS regclass; CREATE TYPE pair AS (a int, b named[]); CREATE TYPE oids AS RANGE (SUBTYPE = oid)";
+    let ready = Ready::new(one_table("public.t"), sql).await;
+    for (type_name, using, named) in [
+        ("regclass", "NULL", "regclass"),
+        ("named", "NULL", "regclass"),
+        ("regrole[]", "NULL", "regrole"),
+        ("pair[]", "NULL", "regclass"),
+        ("aclitem", "NULL", "aclitem"),
+        ("regprocedure", "NULL", "regprocedure"),
+    ] {
+        let damage = format!("ALTER TABLE t ALTER COLUMN owner TYPE {type_name} USING {using}");
+        ready
+            .heals(&damage, "table public.t", &format!("column owner holds {named}, which is written as a name"))
+            .await;
+    }
+    ready.database.execute("ALTER TABLE t ALTER COLUMN owner TYPE oids USING NULL").await;
+    assert_eq!(ready.errors().await, []);
+    ready.away().await;
+}
+
+#[tokio::test]
+async fn foreign_partitions() {
+    let sql = "CREATE TABLE root (tenant text, id text, owner text) PARTITION BY LIST (tenant);
+               CREATE FOREIGN DATA WRAPPER nothing; CREATE SERVER elsewhere FOREIGN DATA WRAPPER nothing";
+    let ready = Ready::new(one_table("public.root"), sql).await;
+    ready.database.execute("CREATE FOREIGN TABLE far PARTITION OF root FOR VALUES IN ('far') SERVER elsewhere").await;
+    let found = ready.errors().await;
+    assert!(
+        found.iter().any(|finding| finding.subject == "table public.far" && finding.what.contains("foreign table")),
+        "{found:#?}"
+    );
+    ready.away().await;
 }
 
 #[tokio::test]
