@@ -45,6 +45,7 @@ mod support {
 
 mod scenarios {
     mod authn;
+    mod certificates;
     mod cli;
     mod clients;
     mod data;
@@ -62,14 +63,17 @@ mod scenarios {
     mod metrics;
     mod oracle;
     mod packaging;
+    mod passwords;
     mod permify;
     mod position;
     mod publication;
     mod rate_limit;
+    mod refusals;
     mod requests;
     mod retention;
     mod rows;
     mod schema;
+    mod session_defaults;
     mod slot;
     mod slow_client;
     mod subscribers;
