@@ -380,7 +380,7 @@ impl Endpoint {
         let driver = tokio::spawn(async move {
             let why = match driver.await {
                 Ok(()) => "the SQL connection was closed".to_owned(),
-                Err(error) => failure::ending(&error),
+                Err(error) => describe(&error),
             };
             // Whoever uses the client gets an error too, and handles that.
             tracing::debug!(%endpoint, why, "an SQL connection ended");

@@ -122,7 +122,7 @@ async fn each_refusal_of_the_server_says_what_to_do() {
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
     sql.run(
-        "CREATE DATABASE closed ALLOW_CONNECTIONS false; CREATE DATABASE full CONNECTION LIMIT 0; CREATE DATABASE barred;
+        "CREATE DATABASE closed ALLOW_CONNECTIONS false; CREATE DATABASE filled CONNECTION LIMIT 0; CREATE DATABASE barred;
          REVOKE CONNECT ON DATABASE barred FROM PUBLIC;
          CREATE ROLE app LOGIN; CREATE ROLE few LOGIN CONNECTION LIMIT 0; CREATE ROLE nologin NOLOGIN",
     )
@@ -134,7 +134,7 @@ async fn each_refusal_of_the_server_says_what_to_do() {
     is_refused(&uri("nobody", "postgres"), &["SQLSTATE 28000", "Check the user in database.uri"]).await;
     is_refused(&uri("app", "nowhere"), &["SQLSTATE 3D000", "Create the database"]).await;
     is_put_off(&uri("few", "postgres"), &["SQLSTATE 53300", "ALTER ROLE … CONNECTION LIMIT"]).await;
-    is_put_off(&uri("app", "full"), &["SQLSTATE 53300", "ALTER DATABASE … CONNECTION LIMIT"]).await;
+    is_put_off(&uri("app", "filled"), &["SQLSTATE 53300", "ALTER DATABASE … CONNECTION LIMIT"]).await;
     let options = format!("{}?options=-c%20nonsense=1", uri("app", "postgres"));
     is_refused(&options, &["SQLSTATE 42704", "Check the options in database.uri"]).await;
     let options = format!("{}?options=-c%20lc_messages=C", uri("app", "postgres"));

@@ -30,6 +30,14 @@ const VALUES: [(&str, &str, &str); 13] = [
     ("jsonb", "'{\"a\": 1.50}'", "{\"a\": 1.50}"),
 ];
 
+/// Where PostgreSQL was built with libxml.
+const XML: (&str, &str, &str) = ("xml", "'<a>b</a>'", "<a>b</a>");
+
+async fn values(sql: &Sql) -> Vec<(&'static str, &'static str, &'static str)> {
+    let xml = sql.batch_execute("SELECT '<a/>'::xml").await.is_ok().then_some(XML);
+    VALUES.into_iter().chain(xml).collect()
+}
+
 /// In `ALTER … SET`. None of them is what an application would miss; each was somebody's default somewhere.
 const OF_THE_ROLE: [&str; 17] = [
     "IntervalStyle = 'iso_8601'",
@@ -57,7 +65,7 @@ const OF_THE_SERVER: [&str; 3] = ["TimeZone = 'Asia/Kolkata'", "extra_float_digi
 async fn prepare(sql: &Sql) -> tempfile::NamedTempFile {
     let mut mapping = "tables:\n".to_owned();
     sql.run("CREATE SCHEMA shop; CREATE TABLE bystander ()").await;
-    for (n, (of_type, ..)) in VALUES.iter().enumerate() {
+    for (n, (of_type, ..)) in values(sql).await.iter().enumerate() {
         sql.run(&format!("CREATE TABLE shop.v{n} (company text, id text PRIMARY KEY, value {of_type} NOT NULL)")).await;
         sql.run(&format!("ALTER TABLE shop.v{n} REPLICA IDENTITY FULL")).await;
         mapping += &format!(
@@ -77,7 +85,7 @@ async fn prepare(sql: &Sql) -> tempfile::NamedTempFile {
 
 /// Each value arrives in its ordinary form.
 async fn all_arrive(sql: &Sql, stream: &mut Stream, id: &str) {
-    for (n, (of_type, value, text)) in VALUES.iter().enumerate() {
+    for (n, (of_type, value, text)) in values(sql).await.iter().enumerate() {
         sql.run(&format!("INSERT INTO shop.v{n} VALUES ('t1', '{id}', {value})")).await;
         let expected = Change::create(Change::tuple("document", id, "has", "value", text, ""));
         let got = stream.next().await.changes;
@@ -102,6 +110,7 @@ async fn values_are_streamed_as_under_postgresqls_own_defaults() {
         sql.run("ALTER ROLE reader SET transaction_timeout = '300ms'").await;
     }
     sql.run("ALTER DATABASE postgres SET DateStyle = 'SQL, DMY'").await;
+    sql.run("ALTER ROLE reader IN DATABASE postgres SET array_nulls = off").await;
     for setting in OF_THE_SERVER {
         sql.run(&format!("ALTER SYSTEM SET {setting}")).await;
     }
@@ -113,7 +122,8 @@ async fn values_are_streamed_as_under_postgresqls_own_defaults() {
     all_arrive(&sql, &mut stream, "a").await;
     // By now any of the timeouts would have struck.
     let lived = "(SELECT now() - min(backend_start) > '1s' FROM pg_stat_activity WHERE usename = 'reader')";
-    let first = sql.walsender().await;
+    let walsender = async || sql.walsender().await.map(|(pid, _)| pid);
+    let first = walsender().await;
     eventually("the sessions have lived for a second", async || sql.is_true(lived).await).await;
 
     // A reload while it streams.
@@ -124,7 +134,7 @@ async fn values_are_streamed_as_under_postgresqls_own_defaults() {
     let fresh = async || postgres.sql().await.value("SHOW IntervalStyle").await == "sql_standard";
     eventually("the reload is seen", fresh).await;
     all_arrive(&sql, &mut stream, "b").await;
-    assert_eq!(sql.walsender().await, first, "the same session, from beginning to end");
+    assert_eq!(walsender().await, first, "the same session, from beginning to end");
 
     // The old row's values, too.
     sql.run("DELETE FROM shop.v0 WHERE id = 'a'").await;
@@ -146,7 +156,11 @@ async fn a_role_that_becomes_another_at_log_on_acts_as_itself() {
     let app = postgres.uri().replace("postgres@", "app@");
     let mut command = program(directory.path());
     command.args(["serve", "--database-uri", &app, "--changelog-path", "log", "--server-grpc-port", "0"]);
-    run(command).await.failed(&["role app: ", "the role has no SELECT", "TO \"app\";"]);
+    run(command).await.failed(&["the role has no SELECT", "TO \"app\";"]);
+    let ran = tuplewatch(&["doctor", "--database-uri", &app, "--changelog-path", "log"]).await;
+    for text in ["would become owner at log-on (SET role)", "ALTER ROLE \"app\" RESET role;"] {
+        assert!(ran.out.contains(text), "{ran:?}");
+    }
 }
 
 /// What clients send is written, whatever the defaults of the role are.

@@ -205,8 +205,8 @@ pub fn is_definite(error: &PgWireError) -> bool {
 /// By class (the first two characters) where the whole class is of one kind: PostgreSQL documentation, appendix A.
 fn is_definite_code(code: &str, message: &str) -> bool {
     match code {
-        // database_dropped; undefined_file: WAL that the slot needs has been removed; a pooler's refusal.
-        "57P04" | "58P01" | "08P01" => true,
+        // database_dropped; undefined_file: WAL that the slot needs has been removed.
+        "57P04" | "58P01" => true,
         // object_not_in_prerequisite_state: wal_level, an invalidated slot. But also a server that is not yet promoted.
         "55000" => !message.contains("recovery"),
         // feature_not_supported, invalid values (of an option), authorization, unknown database, unknown or forbidden objects.
@@ -234,7 +234,7 @@ impl Failure {
                 error.get_ref().is_some_and(|cause| cause.is::<rustls::Error>())
             }
             Self::Tls(_) | Self::Method(_) | Self::PasswordIsNoText | Self::Impostor(_) => true,
-            Self::Refused(refusal) => is_definite_code(&refusal.code, &refusal.message),
+            Self::Refused(refusal) => refusal.is_poolers() || is_definite_code(&refusal.code, &refusal.message),
             Self::Replication(error) => is_definite(error),
             Self::Sql(error) => {
                 error.as_db_error().is_some_and(|refusal| is_definite_code(refusal.code().code(), refusal.message()))
@@ -340,31 +340,27 @@ fn session_remedy(code: &str) -> Option<&'static str> {
     })
 }
 
-/// Why the server ended a session of ours, in a sentence.
-pub(super) fn ending(error: &tokio_postgres::Error) -> String {
-    let Some(refusal) = error.as_db_error() else {
-        return format!("the SQL connection was lost: {}", describe(error));
-    };
-    let why = match refusal.code().code() {
-        "57P01" => {
-            "PostgreSQL ended the SQL connection: it shuts down, or somebody ended the session (pg_terminate_backend)"
-        }
-        "57P02" => "PostgreSQL ended the SQL connection: another of its processes crashed, and it restarts",
-        "57P04" => "PostgreSQL ended the SQL connection: the database was dropped",
+/// Why the server ended a session of ours.
+fn ending(code: &str) -> Option<&'static str> {
+    Some(match code {
+        "57P01" => "PostgreSQL ended the session: it shuts down, or somebody ended the session (pg_terminate_backend)",
+        "57P02" => "PostgreSQL ended the session: another of its processes crashed, and it restarts",
+        "57P04" => "PostgreSQL ended the session: the database was dropped",
         "57P05" => {
-            "PostgreSQL ended the SQL connection as idle (idle_session_timeout), though tuplewatch turns that off for itself"
+            "PostgreSQL ended the session as idle (idle_session_timeout), though tuplewatch sets that to 0 for itself"
         }
-        "25P03" => "PostgreSQL ended the SQL connection as idle in a transaction (idle_in_transaction_session_timeout)",
-        "25P04" => "PostgreSQL ended the SQL connection for the length of a transaction (transaction_timeout)",
-        _ => "PostgreSQL ended the SQL connection",
-    };
-    format!("{why}: {}", describe(error))
+        "25P03" => "PostgreSQL ended the session as idle in a transaction (idle_in_transaction_session_timeout)",
+        "25P04" => "PostgreSQL ended the session for the length of a transaction (transaction_timeout)",
+        _ => return None,
+    })
 }
 
 /// The error in words: the driver's own leave out what the server said.
 pub fn describe(error: &tokio_postgres::Error) -> String {
     if let Some(refusal) = error.as_db_error() {
-        return format!("{} (SQLSTATE {})", refusal.message(), refusal.code().code());
+        let code = refusal.code().code();
+        let said = format!("{} (SQLSTATE {code})", refusal.message());
+        return ending(code).map_or_else(|| said.clone(), |why| format!("{why}: {said}"));
     }
     if error.is_closed() {
         return "the connection to PostgreSQL was closed".to_owned();
@@ -382,7 +378,10 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
 /// The same for the replication driver.
 pub fn describe_replication(error: &PgWireError) -> String {
     match error {
-        PgWireError::Server(text) => text.clone(),
+        PgWireError::Server(said) => {
+            let ending = sqlstate(error).and_then(ending);
+            ending.map_or_else(|| said.clone(), |why| format!("{why}: {said}"))
+        }
         PgWireError::Io(error) => match error.kind() {
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
                 "the replication connection was closed".to_owned()

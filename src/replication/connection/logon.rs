@@ -105,6 +105,7 @@ impl LogOn<'_> {
                     return Err(Failure::Method("Kerberos (GSSAPI)".to_owned()));
                 }
                 Message::AuthenticationSspi => return Err(Failure::Method("SSPI".to_owned())),
+                Message::NoticeResponse(_) => {}
                 _ => return Err(unexpected("during authentication")),
             }
         }
