@@ -121,12 +121,18 @@ async fn each_refusal_of_the_server_says_what_to_do() {
     let postgres = Postgres::with(&settings).await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
-    sql.run(
-        "CREATE DATABASE closed ALLOW_CONNECTIONS false; CREATE DATABASE filled CONNECTION LIMIT 0; CREATE DATABASE barred;
-         REVOKE CONNECT ON DATABASE barred FROM PUBLIC;
-         CREATE ROLE app LOGIN; CREATE ROLE few LOGIN CONNECTION LIMIT 0; CREATE ROLE nologin NOLOGIN",
-    )
-    .await;
+    // Each by itself: a database is not created inside a transaction.
+    for statement in [
+        "CREATE DATABASE closed ALLOW_CONNECTIONS false",
+        "CREATE DATABASE filled CONNECTION LIMIT 0",
+        "CREATE DATABASE barred",
+        "REVOKE CONNECT ON DATABASE barred FROM PUBLIC",
+        "CREATE ROLE app LOGIN",
+        "CREATE ROLE few LOGIN CONNECTION LIMIT 0",
+        "CREATE ROLE nologin NOLOGIN",
+    ] {
+        sql.run(statement).await;
+    }
     let uri = |user: &str, database: &str| postgres.uri_of(database).replace("postgres@", &format!("{user}@"));
     is_refused(&uri("postgres", "closed"), &["SQLSTATE 55000", "ALTER DATABASE … ALLOW_CONNECTIONS true"]).await;
     is_refused(&uri("app", "barred"), &["SQLSTATE 42501", "GRANT CONNECT ON DATABASE"]).await;

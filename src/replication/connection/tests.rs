@@ -395,11 +395,11 @@ async fn sockets_and_the_end_of_a_connection() {
 async fn replication_of_a_publication_with_any_name() {
     let server = Guarded::new().await;
     let connection = server.connect("postgres@localhost").await.unwrap();
-    let sql = "CREATE PUBLICATION \"It's \"\"Mine\"\"\" FOR ALL TABLES; CREATE TABLE t (n int)";
+    let sql = "CREATE PUBLICATION \"It's \"\"Mine\"\"\" FOR ALL TABLES; CREATE TABLE public.t (n int)";
     connection.client.batch_execute(sql).await.unwrap();
     let sql = "SELECT pg_create_logical_replication_slot('s', 'pgoutput')";
     connection.client.batch_execute(sql).await.unwrap();
-    connection.client.batch_execute("INSERT INTO t VALUES (1)").await.unwrap();
+    connection.client.batch_execute("INSERT INTO public.t VALUES (1)").await.unwrap();
     let config = connection.endpoint().replication_config("tests", "s", "It's \"Mine\"").await.unwrap();
     let mut replication = ReplicationClient::connect(config).await.unwrap();
     loop {
