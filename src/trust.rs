@@ -175,24 +175,33 @@ impl Verifier {
         if !self.names {
             return Ok(());
         }
-        match certificate.verify_is_valid_for_subject_name(name) {
-            Ok(()) => Ok(()),
-            Err(webpki::Error::CertNotValidForName(context))
-                if context.presented.is_empty() && !self.own.is_empty() =>
-            {
-                let common_name = common_name(certificate.subject()).unwrap_or_default();
-                let ServerName::DnsName(expected) = name else { return Err(other_name(name, common_name)) };
-                if matches(&common_name, expected.as_ref()) { Ok(()) } else { Err(other_name(name, common_name)) }
-            }
-            Err(webpki::Error::CertNotValidForName(context)) => Err(other_name(name, context.presented.join(", "))),
-            Err(error) => Err(refused(error)),
+        let presented = match certificate.verify_is_valid_for_subject_name(name) {
+            Ok(()) => return Ok(()),
+            Err(webpki::Error::CertNotValidForName(context)) => hosts(&context.presented),
+            Err(error) => return Err(refused(error)),
+        };
+        if !presented.is_empty() || self.own.is_empty() {
+            return Err(other_name(name, &presented));
+        }
+        let common_name = common_name(certificate.subject()).unwrap_or_default();
+        match name {
+            ServerName::DnsName(host) if matches(&common_name, host.as_ref()) => Ok(()),
+            _ => Err(other_name(name, &[common_name])),
         }
     }
 }
 
-fn other_name(expected: &ServerName<'_>, presented: String) -> Refused {
-    let presented = if presented.is_empty() { "nobody".to_owned() } else { presented };
-    Refused::OtherName { expected: expected.to_str().into_owned(), presented }
+/// Of the alternative names those that a host can have; webpki has them as `DnsName("db")` and `IpAddress(10.0.0.1)`.
+fn hosts(alternative_names: &[String]) -> Vec<String> {
+    let host = |name: &String| {
+        let inside = name.strip_prefix("DnsName(").or_else(|| name.strip_prefix("IpAddress("))?;
+        Some(inside.trim_end_matches(')').trim_matches('"').to_owned())
+    };
+    alternative_names.iter().filter_map(host).collect()
+}
+
+fn other_name(expected: &ServerName<'_>, presented: &[String]) -> Refused {
+    Refused::OtherName { expected: expected.to_str().into_owned(), presented: presented.join(", ") }
 }
 
 fn refused(error: webpki::Error) -> Refused {
@@ -367,5 +376,15 @@ mod tests {
         // libpq compares addresses with a common name too; nobody else does.
         check(params(&[], "10.0.0.1"), "10.0.0.1", false);
         check(authority(params(&[], "db")), "db", true);
+        let mut with_uri = params(&[], "db");
+        with_uri.subject_alt_names.push(rcgen::SanType::URI("spiffe://x/db".try_into().unwrap()));
+        check(with_uri, "db", true);
+    }
+
+    #[test]
+    fn names_are_said_as_they_are_written() {
+        let own = self_signed(&params(&["db", "10.0.0.1"], "ignored"));
+        let refused = verify(&[&own], &own, true, "elsewhere").unwrap_err();
+        assert_eq!(refused.to_string(), "the server's certificate is not valid for elsewhere: it is for db, 10.0.0.1");
     }
 }
