@@ -24,7 +24,7 @@ pub(super) type Pin = (&'static str, &'static str, Sessions);
 use Sessions::{All, Sql, Stream};
 
 /// Sent in the startup message: every server from PostgreSQL 14 on has them, and every role may set them.
-const PINS: [Pin; 25] = [
+const PINS: [Pin; 26] = [
     // The text of values: what is streamed, and what Data reads and writes.
     ("DateStyle", "ISO, MDY", All),
     ("IntervalStyle", "postgres", All),
@@ -54,6 +54,8 @@ const PINS: [Pin; 25] = [
     ("lock_timeout", "0", All),
     ("idle_in_transaction_session_timeout", "0", All),
     ("exit_on_error", "off", All),
+    // A reader that says nothing for so long has gone, and another may have the slot.
+    ("wal_sender_timeout", "20s", Stream),
     // Markers are written by SQL. That sessions only read by default is a habit, and no right that is missing.
     ("default_transaction_read_only", "off", All),
     ("default_transaction_isolation", "read committed", All),
