@@ -31,8 +31,11 @@ fn certificate(names: &[&str], common_name: &str, is_authority: bool) -> Certifi
 const VERSION_1: &str = include_str!("certificates/version_1.pem");
 const VERSION_1_KEY: &str = include_str!("certificates/version_1.key");
 
-/// Everything that is tried, with what is said of it under each host and mode; nothing where it works.
-fn cases() -> Vec<(&'static str, Certificate, [(&'static str, &'static str, &'static str); 4])> {
+/// A host, a mode, and what is said then; nothing where it works.
+type Use = (&'static str, &'static str, &'static str);
+
+/// Everything that is tried, each in four uses.
+fn cases() -> Vec<(&'static str, Certificate, [Use; 4])> {
     const OTHER: &str = "the server's certificate is not valid for";
     let v1 = Certificate { pem: VERSION_1.to_owned(), key: VERSION_1_KEY.to_owned() };
     vec![
