@@ -37,7 +37,8 @@
 //!    attributes, their bytes), [`transaction`] (messages and breaks), [`snap_token`], [`finding`] (what a check says).
 //! 2. Rows to changes, without I/O: [`pgoutput`], [`mapping`], [`assembler`].
 //! 3. The engine: [`changelog`], [`hub`], [`replication`], and [`store`], which writes the tables of the `tuples` preset.
-//! 4. The edges: [`grpc`], [`http`], [`cli`]; who gets in: [`admission`], [`authn`], [`tls`]; and what they need:
+//! 4. The edges: [`grpc`], [`http`], [`cli`]; who gets in: [`admission`], [`authn`], [`tls`]; whom we trust: [`trust`]; and what
+//!    they need:
 //!    [`config`], [`connections`], [`thread`], [`telemetry`], [`dev_postgres`]. [`metrics`] is what the engine and the edges count
 //!    with.
 //! 5. [`app`], which joins all of it.
@@ -70,3 +71,4 @@ pub mod thread;
 pub mod timeline;
 pub mod tls;
 pub mod transaction;
+pub mod trust;

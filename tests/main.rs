@@ -45,6 +45,7 @@ mod support {
 
 mod scenarios {
     mod authn;
+    mod certificates;
     mod cli;
     mod clients;
     mod data;
@@ -65,15 +66,18 @@ mod scenarios {
     mod oracle;
     mod packaging;
     mod partitions;
+    mod passwords;
     mod permify;
     mod position;
     mod publication;
     mod rate_limit;
+    mod refusals;
     mod requests;
     mod retention;
     mod row_security;
     mod rows;
     mod schema;
+    mod session_defaults;
     mod slot;
     mod slow_client;
     mod subscribers;

@@ -1,11 +1,26 @@
 //! Where a server is, and how to get in.
 
-use anyhow::Context as _;
+use crate::trust::{self, Authorities, Refused};
+use anyhow::{Context as _, bail};
 use clap::ValueHint;
-use std::path::PathBuf;
+use http::Uri;
+use hyper_util::rt::TokioIo;
+use rustls::RootCertStore;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{PrivateKeyDer, ServerName};
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tonic::metadata::AsciiMetadataValue;
-use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::{Channel, Endpoint};
+use tower_service::Service;
 
 /// Not a flag: those are seen by everybody who lists processes.
 const TOKEN_VARIABLE: &str = "TUPLEWATCH_TOKEN";
@@ -39,6 +54,8 @@ fn server_url(text: &str) -> Result<String, String> {
     }
 }
 
+/// Longest wait for a connection.
+const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// Windows that let a server send megabytes ahead; small ones cost latency.
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
@@ -58,25 +75,38 @@ impl ConnectionArgs {
         given.into_iter().filter_map(|(flag, value)| Some([flag.to_owned(), value?])).flatten().collect()
     }
 
-    pub(super) fn endpoint(&self) -> anyhow::Result<Endpoint> {
-        let endpoint = Endpoint::from_shared(self.server.clone())?
-            .connect_timeout(Duration::from_secs(5))
-            .http2_keep_alive_interval(Duration::from_secs(20))
-            .keep_alive_timeout(Duration::from_secs(10))
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW);
-        if !self.server.starts_with("https:") {
-            return Ok(endpoint);
-        }
-        let tls = match &self.ca_cert {
-            Some(path) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(path)?)),
-            None => ClientTlsConfig::new().with_enabled_roots(),
+    /// Reads the files of certificates.
+    pub(super) fn way(&self) -> anyhow::Result<Way> {
+        let endpoint = |url: String| -> anyhow::Result<Endpoint> {
+            Ok(Endpoint::from_shared(url)?
+                .connect_timeout(CONNECT_MAX)
+                .http2_keep_alive_interval(Duration::from_secs(20))
+                .keep_alive_timeout(Duration::from_secs(10))
+                .initial_stream_window_size(STREAM_WINDOW)
+                .initial_connection_window_size(CONNECTION_WINDOW))
         };
-        let tls = match (&self.client_cert, &self.client_key) {
-            (Some(cert), Some(key)) => tls.identity(Identity::from_pem(read(cert)?, read(key)?)),
-            _ => tls,
+        let Some(rest) = self.server.strip_prefix("https:") else {
+            return Ok(Way { endpoint: endpoint(self.server.clone())?, tls: None });
         };
-        endpoint.tls_config(tls).context("the certificates cannot be used")
+        let authorities = match &self.ca_cert {
+            Some(path) => Authorities::Own(certificates("--ca-cert", path)?),
+            None => Authorities::Public(system_roots()),
+        };
+        let identity = match (&self.client_cert, &self.client_key) {
+            (Some(cert), Some(key)) => {
+                let private = PrivateKeyDer::from_pem_slice(&read(key)?).ok();
+                let private =
+                    private.with_context(|| format!("{} (--client-key) holds no private key", key.display()))?;
+                Some((certificates("--client-cert", cert)?, private))
+            }
+            _ => None,
+        };
+        let mut config =
+            trust::client_config(authorities, true, identity).context("the certificates cannot be used")?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        // TLS is the connector's, below HTTP, which would want its own for https.
+        let endpoint = endpoint(format!("http:{rest}"))?.origin(self.server.parse()?);
+        Ok(Way { endpoint, tls: Some(Tls(Arc::new(config).into())) })
     }
 
     /// What to send as `authorization`. It is the present content of the file, which somebody may renew.
@@ -97,6 +127,78 @@ impl ConnectionArgs {
     }
 }
 
-fn read(path: &std::path::Path) -> anyhow::Result<Vec<u8>> {
+fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn certificates(flag: &str, path: &Path) -> anyhow::Result<Vec<rustls::pki_types::CertificateDer<'static>>> {
+    let found = trust::certificates(&read(path)?);
+    if found.is_empty() {
+        bail!("{} ({flag}) holds no certificate in PEM form", path.display());
+    }
+    Ok(found)
+}
+
+/// Those that the machine trusts; the ones among them that cannot be read are as good as not there.
+fn system_roots() -> RootCertStore {
+    let mut roots = RootCertStore::empty();
+    let _ = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    roots
+}
+
+/// The way to the server, for any number of connections.
+#[derive(Clone)]
+pub(super) struct Way {
+    endpoint: Endpoint,
+    tls: Option<Tls>,
+}
+
+impl Way {
+    /// A connection.
+    ///
+    /// # Errors
+    /// Where there is none, with [`Refused`] among the causes where the server's certificate is the reason.
+    pub(super) async fn connect(&self) -> Result<Channel, tonic::transport::Error> {
+        match &self.tls {
+            None => self.endpoint.connect().await,
+            Some(tls) => self.endpoint.connect_with_connector(tls.clone()).await,
+        }
+    }
+}
+
+/// Connects, and does the handshake. rustls' own connector would not trust as [`trust`] does.
+#[derive(Clone)]
+struct Tls(TlsConnector);
+
+/// A certificate that is not trusted, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}. {remedy}", remedy = .0.remedy("--ca-cert"))]
+struct Untrusted(Refused);
+
+impl Service<Uri> for Tls {
+    type Response = TokioIo<TlsStream<TcpStream>>;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let tls = self.0.clone();
+        let connect = async move {
+            // An IPv6 address has brackets in a URL, and none elsewhere.
+            let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+            let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
+            let stream = TcpStream::connect((host, uri.port_u16().unwrap_or(443))).await?;
+            stream.set_nodelay(true)?;
+            let untrusted = |error: io::Error| match Refused::of(&error) {
+                Some(refused) => io::Error::other(Untrusted(refused.clone())),
+                None => error,
+            };
+            Ok(TokioIo::new(tls.connect(name, stream).await.map_err(untrusted)?))
+        };
+        let late = |_| io::Error::from(io::ErrorKind::TimedOut);
+        Box::pin(async move { tokio::time::timeout(CONNECT_MAX, connect).await.map_err(late)? })
+    }
 }

@@ -64,7 +64,7 @@ const fn is_own(code: Code) -> bool {
 async fn ask(args: &HealthArgs) -> anyhow::Result<Result<ServingStatus, Status>> {
     let server = &args.connection.server;
     let unreachable = || format!("cannot reach {server}");
-    let channel: Channel = args.connection.endpoint()?.connect().await.with_context(unreachable)?;
+    let channel: Channel = args.connection.way()?.connect().await.with_context(unreachable)?;
     let mut request = Request::new(HealthCheckRequest { service: args.service.clone() });
     if let Some(authorization) = args.connection.authorization()? {
         request.metadata_mut().insert("authorization", authorization);

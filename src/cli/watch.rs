@@ -5,7 +5,7 @@
 mod json;
 mod lines;
 
-use super::connection::ConnectionArgs;
+use super::connection::{ConnectionArgs, Way};
 use super::terminal::{Style, program};
 use super::{examples, stop_signal};
 use crate::finding::shell_word;
@@ -21,7 +21,7 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
 use tokio::time::timeout;
 use tonic::metadata::AsciiMetadataValue;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
@@ -53,10 +53,10 @@ const WAIT_MIN: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
 pub(super) async fn run(args: WatchArgs) -> anyhow::Result<()> {
-    let endpoint = args.connection.endpoint()?;
+    let way = args.connection.way()?;
     let mut watch = Watch::new(&args);
     tokio::select! {
-        ended = watch.follow(endpoint) => return ended,
+        ended = watch.follow(way) => return ended,
         () = stop_signal() => {}
     }
     // Whoever should read it may not.
@@ -99,11 +99,11 @@ impl<'a> Watch<'a> {
         Self { args, printer, style, token, has_begun: false, is_lost: false, wait: WAIT_MIN }
     }
 
-    async fn follow(&mut self, endpoint: Endpoint) -> anyhow::Result<()> {
+    async fn follow(&mut self, way: Way) -> anyhow::Result<()> {
         let connection = &self.args.connection;
         loop {
             let authorization = connection.authorization()?;
-            let status = match self.stream(&endpoint, authorization.clone()).await {
+            let status = match self.stream(&way, authorization.clone()).await {
                 Ok(()) => Status::unavailable("the server ended the stream"),
                 Err(End::Status(status)) => status,
                 // Like `head`, which has what it wants.
@@ -134,8 +134,8 @@ impl<'a> Watch<'a> {
     }
 
     /// One connection, until it ends.
-    async fn stream(&mut self, endpoint: &Endpoint, authorization: Option<AsciiMetadataValue>) -> Result<(), End> {
-        let channel: Channel = endpoint.connect().await.map_err(|error| Status::from_error(Box::new(error)))?;
+    async fn stream(&mut self, way: &Way, authorization: Option<AsciiMetadataValue>) -> Result<(), End> {
+        let channel: Channel = way.connect().await.map_err(|error| Status::from_error(Box::new(error)))?;
         let tenant_id = self.args.tenant.clone();
         let mut request = Request::new(WatchRequest { tenant_id, snap_token: self.token.clone() });
         if let Some(authorization) = authorization {

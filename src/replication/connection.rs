@@ -2,35 +2,42 @@
 //!
 //! `database.uri` may say all that libpq's can. Two drivers have to follow it: tokio-postgres for SQL and
 //! pgwire-replication for the stream, each of which understands only a part. So it is parsed once, here, and resolved
-//! once, to one address of one host:
+//! once, to one address of one host; and both drivers are handed sessions that [`logon`] has logged on:
 //!
 //! ```text
 //! "postgres://…"  ──parse──▶ Endpoints ──connect──▶ Connection (SQL) ──endpoint()──▶ Endpoint
 //!  or "host=…"               every host             the first that is a primary      │
 //!                                                   replication_config(slot, …) ◀────┘
+//!
+//! each session:  dial ──▶ wire (TLS: crate::trust) ──▶ logon (password, pins) ──┬──────────▶ tokio-postgres
+//!                                                                              └─▶ relay ─▶ pgwire-replication
 //! ```
 //!
 //! # Invariants
 //!
 //! - Both connections go to the same *address*, not merely to the same name, which may stand for several servers.
-//! - Both have the same TLS: the replication driver's own upgrade is used for SQL too, and tokio-postgres is handed the
-//!   finished stream.
+//! - Both have the same TLS, prove themselves with the same password, and have the same settings, whatever the defaults
+//!   of role, database and server are: see [`pins`].
 //! - Neither goes to a standby: [`Endpoint::connect`] asks. Nor to an old primary, while there is a newer one.
 //! - No message and no `Debug` output has the password in it.
 //!
 //! # Differences from libpq
 //!
 //! - `sslmode=prefer` takes TLS where the server offers it, and does not try again without when that fails.
-//! - `verify-ca` also compares the host name: the driver (pgwire-replication 0.5 with rustls 0.23) does not recognize
-//!   the error that it means to overlook. That is too strict, never too lax; `host=NAME hostaddr=ADDRESS` is the way.
+//! - A certificate of X.509 version 1 is refused, and a common name is not compared with an address.
 //! - Without a host it is `localhost`, over TCP. Without `sslrootcert` and without `~/.postgresql/root.crt`,
 //!   certificates are verified against Mozilla's roots.
 //! - A client certificate is used if it is named, not because it lies in `~/.postgresql`.
 //! - Every host is tried, also after one that refused the password; see [`ConnectError::is_definite`].
 
 mod failure;
+mod logon;
 mod passfile;
+mod password;
+mod pins;
+mod relay;
 mod uri;
+mod wire;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -39,9 +46,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use pgwire_replication::tls::rustls::maybe_upgrade_to_tls;
 use pgwire_replication::{PgWireError, ReplicationConfig, TlsConfig};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -49,9 +54,14 @@ use tokio_postgres::{Client, NoTls};
 
 use super::catalog::identifier;
 use failure::{Attempt, Failure};
+use logon::{LogOn, LoggedOn};
 use passfile::{Passfile, Wanted};
+use password::Password;
+use pins::Sessions;
+use relay::Relay;
+use wire::{Tls, Wire};
 
-pub use failure::{ConnectError, describe, is_definite, sqlstate};
+pub use failure::{ConnectError, describe, describe_replication, is_definite, sqlstate};
 pub use uri::UriError;
 
 /// The timeline that a primary writes; NULL on a standby. The first eight digits of a WAL file's name are its timeline.
@@ -72,7 +82,7 @@ pub struct Endpoints {
     password: Password,
     passfile: Option<Passfile>,
     database: String,
-    tls: TlsConfig,
+    tls: Tls,
     connect_timeout: Duration,
     application_name: Option<String>,
     options: Option<String>,
@@ -95,17 +105,7 @@ enum Place {
     Socket { dir: String },
 }
 
-/// Never printed.
-#[derive(Clone, Default, PartialEq, Eq)]
-struct Password(String);
-
-impl fmt::Debug for Password {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
-
-/// TCP keepalive of the SQL connection. (The replication connection notices a dead peer by its own traffic.)
+/// TCP keepalive. (The replication connection notices a dead peer sooner, by its own traffic.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Keepalive {
     enabled: bool,
@@ -212,7 +212,7 @@ impl Endpoints {
     }
 
     async fn password_for(&self, host: &Host) -> Password {
-        let (Some(passfile), true) = (&self.passfile, self.password == Password::default()) else {
+        let (Some(passfile), true) = (&self.passfile, self.password.is_empty()) else {
             return self.password.clone();
         };
         let hosts: &[&str] = match &host.place {
@@ -252,7 +252,7 @@ pub struct Endpoint {
     user: String,
     password: Password,
     database: String,
-    tls: TlsConfig,
+    tls: Tls,
     connect_timeout: Duration,
     application_name: String,
     options: Option<String>,
@@ -281,19 +281,29 @@ impl Endpoint {
         self.attempt().await.map(|primary| primary.connection).map_err(failed)
     }
 
-    /// For a replication connection to the same address, with the same TLS, name and options. Positions, intervals and
-    /// bounds are the caller's to set; further `options` go behind those that are there.
-    pub fn replication_config(&self, slot: &str, publication: &str) -> ReplicationConfig {
+    /// Logs on for replication, at the same address; the configuration with which the driver gets this session, once and soon.
+    /// Positions, intervals and bounds are the caller's to set. The session is called `application_name`.
+    ///
+    /// # Errors
+    /// As [`Endpoints::connect`].
+    pub async fn replication_config(
+        &self,
+        application_name: &str,
+        slot: &str,
+        publication: &str,
+    ) -> Result<ReplicationConfig, ConnectError> {
+        let failed = |failure| ConnectError::new(vec![Attempt { endpoint: self.to_string(), failure }]);
+        let session = Box::pin(self.log_on(Sessions::Stream, application_name));
+        let session = tokio::time::timeout(self.connect_timeout, session).await;
+        let session = session.map_err(|_| failed(Failure::TimedOut(self.connect_timeout)))?.map_err(failed)?;
+        let relay = Relay::to(session).await.map_err(|error| failed(Failure::Relay(error)))?;
         // The server reads the names of publications as identifiers: without quotes it would fold them to lower case.
         let publication = identifier(publication);
-        let (host, tls) = self.host_and_tls();
-        let mut config =
-            ReplicationConfig::new(host, &self.user, &self.password.0, &self.database, slot, publication.as_str())
-                .with_port(self.port)
-                .with_tls(tls)
-                .with_application_name(&self.application_name);
-        config.options.clone_from(&self.options);
-        config
+        let host = std::net::Ipv4Addr::LOCALHOST.to_string();
+        Ok(ReplicationConfig::new(host, &self.user, "", &self.database, slot, publication.as_str())
+            .with_port(relay.port)
+            .with_tls(TlsConfig::disabled())
+            .with_application_name(relay.secret))
     }
 
     /// What a failure of the replication connection to this address means.
@@ -321,25 +331,10 @@ impl Endpoint {
         &self.user
     }
 
-    /// The host as the replication driver takes it: always an address, so that it cannot resolve to another one.
-    fn host_and_tls(&self) -> (String, TlsConfig) {
-        match &self.target {
-            Target::Socket { dir } => (dir.clone(), TlsConfig::disabled()),
-            Target::Tcp { name, address } => {
-                let host = match address {
-                    SocketAddr::V6(v6) if v6.scope_id() != 0 => format!("{}%{}", v6.ip(), v6.scope_id()),
-                    address => address.ip().to_string(),
-                };
-                let is_name = name.parse::<IpAddr>().is_err();
-                (host, TlsConfig { sni_hostname: is_name.then(|| name.clone()), ..self.tls.clone() })
-            }
-        }
-    }
-
     async fn attempt(&self) -> Result<Primary, Failure> {
         // Boxed: a TLS handshake in progress is large.
         let attempt = Box::pin(async {
-            let connection = self.log_on().await?;
+            let connection = self.start(self.log_on(Sessions::Sql, &self.application_name).await?).await?;
             let row = connection.client.query_typed_one(TIMELINE, &[]).await;
             let timeline: Option<i64> = row.and_then(|row| row.try_get(0)).map_err(Failure::Sql)?;
             let timeline = timeline.ok_or(Failure::InRecovery)?;
@@ -349,45 +344,49 @@ impl Endpoint {
         tokio::time::timeout(self.connect_timeout, attempt).await.map_err(timed_out)?
     }
 
-    async fn log_on(&self) -> Result<Connection, Failure> {
+    async fn log_on(&self, sessions: Sessions, application_name: &str) -> Result<LoggedOn, Failure> {
+        let log_on = LogOn {
+            user: &self.user,
+            password: &self.password,
+            database: &self.database,
+            application_name,
+            options: self.options.as_deref(),
+            sessions,
+        };
+        log_on.log_on(self.dial().await?).await
+    }
+
+    async fn dial(&self) -> Result<Wire, Failure> {
         match &self.target {
             Target::Socket { dir } => {
                 let path = Path::new(dir).join(format!(".s.PGSQL.{}", self.port));
-                self.start(UnixStream::connect(path).await.map_err(Failure::Dial)?).await
+                Ok(Box::new(UnixStream::connect(path).await.map_err(Failure::Dial)?))
             }
-            Target::Tcp { address, .. } => {
+            Target::Tcp { name, address } => {
                 let stream = TcpStream::connect(address).await.map_err(Failure::Dial)?;
                 stream.set_nodelay(true).and_then(|()| self.keepalive.set(&stream)).map_err(Failure::Dial)?;
-                let (host, tls) = self.host_and_tls();
-                self.start(maybe_upgrade_to_tls(stream, &tls, &host).await.map_err(Failure::Replication)?).await
+                Ok(wire::upgrade(stream, &self.tls, name).await?)
             }
         }
     }
 
-    async fn start<S>(&self, stream: S) -> Result<Connection, Failure>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
+    async fn start(&self, session: LoggedOn) -> Result<Connection, Failure> {
         let mut config = tokio_postgres::Config::new();
-        config.user(&self.user).dbname(&self.database).application_name(&self.application_name);
-        // An empty one too: then the server says that it is wrong, and not the driver that it is missing.
-        config.password(&self.password.0);
-        // The stream is what it shall be.
-        config.ssl_mode(tokio_postgres::config::SslMode::Disable);
-        if let Some(options) = &self.options {
-            config.options(options);
-        }
-        let (client, driver) = config.connect_raw(stream, NoTls).await.map_err(Failure::Sql)?;
+        // What the driver says of itself is swallowed: it is logged on.
+        config.user(&self.user).ssl_mode(tokio_postgres::config::SslMode::Disable);
+        let (client, driver) = config.connect_raw(session, NoTls).await.map_err(Failure::Sql)?;
         let endpoint = self.to_string();
-        let (open, closed) = watch::channel(());
+        let (ending, ended) = watch::channel(None);
         let driver = tokio::spawn(async move {
-            let _open = open;
+            let why = match driver.await {
+                Ok(()) => "the SQL connection was closed".to_owned(),
+                Err(error) => describe(&error),
+            };
             // Whoever uses the client gets an error too, and handles that.
-            if let Err(error) = driver.await {
-                tracing::debug!(%endpoint, %error, "an SQL connection ended");
-            }
+            tracing::debug!(%endpoint, why, "an SQL connection ended");
+            ending.send_replace(Some(why));
         });
-        Ok(Connection { client, endpoint: self.clone(), driver, closed })
+        Ok(Connection { client, endpoint: self.clone(), driver, ended })
     }
 }
 
@@ -438,8 +437,8 @@ pub struct Connection {
     endpoint: Endpoint,
     /// Moves the bytes. Ours, so that it does not outlive us where somebody holds on to a statement.
     driver: JoinHandle<()>,
-    /// Its sender goes with the driver.
-    closed: watch::Receiver<()>,
+    /// Why it has. The sender goes with the driver.
+    ended: watch::Receiver<Option<String>>,
 }
 
 impl Connection {
@@ -453,10 +452,13 @@ impl Connection {
         self.client.is_closed()
     }
 
-    /// Completes when it has.
-    pub fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
-        let mut closed = self.closed.clone();
-        async move { while closed.changed().await.is_ok() {} }
+    /// Completes when it has, and says why.
+    pub fn closed(&self) -> impl Future<Output = String> + Send + 'static {
+        let mut ended = self.ended.clone();
+        async move {
+            let why = ended.wait_for(Option::is_some).await.ok().and_then(|why| why.clone());
+            why.unwrap_or_else(|| "the SQL connection was given up".to_owned())
+        }
     }
 }
 

@@ -20,8 +20,6 @@ use tokio::time::timeout;
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
-/// `wal_sender_timeout` of the session: the server gives up a peer that says nothing for so long.
-const SENDER_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often we say something unasked. While PostgreSQL decodes what is not for us it does not ping, and looks at the last reply
 /// only when it is done.
 const WAKEUP: Duration = Duration::from_millis(500);
@@ -121,7 +119,10 @@ impl Postgres {
         let statement = format!("ALTER_REPLICATION_SLOT \"{slot}\" (FAILOVER true)");
         match timeout(ALTER_MAX, client.simple_query(&statement)).await {
             Ok(Ok(_)) => tracing::info!(slot, "standbys may keep a copy of the replication slot from now on"),
-            Ok(Err(error)) => tracing::warn!(slot, "the replication slot will not outlive a failover: {error}"),
+            Ok(Err(error)) => {
+                let why = connection::describe_replication(&error);
+                tracing::warn!(slot, "the replication slot will not outlive a failover: {why}");
+            }
             Err(_) => {
                 // Somebody was faster, and our walsender would wait for them.
                 let statement = "SELECT pg_terminate_backend($1)";
@@ -132,20 +133,17 @@ impl Postgres {
         Ok(())
     }
 
-    fn replication_config(&self, endpoint: &Endpoint, name: &str) -> ReplicationConfig {
-        let config = endpoint.replication_config(&self.options.slot, &self.options.publication);
-        // Behind those of the URI.
-        let given = config.options.clone().unwrap_or_default();
-        config
-            .with_options(format!("{given} -c wal_sender_timeout={}", SENDER_TIMEOUT.as_millis()).trim_start())
-            .with_application_name(name)
+    async fn replication_config(&self, endpoint: &Endpoint, name: &str) -> Result<ReplicationConfig, Error> {
+        let config = endpoint.replication_config(name, &self.options.slot, &self.options.publication).await;
+        Ok(config
+            .map_err(connect_error)?
             .with_status_interval(STATUS_EVERY)
             .with_wakeup_interval(WAKEUP)
             .with_buffer_size(EVENTS_MAX)
             // From where the slot is: what we have of it must come again as we have it.
             .with_start_lsn(pgwire_replication::Lsn::ZERO)
             // PostgreSQL takes 0/0 for "nothing to report": nothing is acknowledged before the checks have passed.
-            .with_ack_lsn(pgwire_replication::Lsn::ZERO)
+            .with_ack_lsn(pgwire_replication::Lsn::ZERO))
     }
 }
 
@@ -182,7 +180,7 @@ impl Upstream for Postgres {
             // Only while the log is empty: a slot made later would begin with a gap, and say nothing of it.
             self.create_slot(&sql).await?;
         }
-        let config = self.replication_config(sql.endpoint(), &name);
+        let config = self.replication_config(sql.endpoint(), &name).await?;
         let mut client = ReplicationClient::connect_gated(config).await.map_err(driver_error)?;
         // Such a database holds any bytes. Asked for UTF-8, the walsender would fail on those that are not, each time that it
         // came to them; as they are, they are a break for their tenant.
@@ -257,7 +255,8 @@ impl Link for PostgresLink {
         if let Err(error) = started {
             // object_in_use: the slot is active for another process.
             if connection::sqlstate(&error) == Some("55006") {
-                return Err(in_use(&self.sql, &self.options.slot, &self.name, &error.to_string()).await?);
+                let what = connection::describe_replication(&error);
+                return Err(in_use(&self.sql, &self.options.slot, &self.name, &what).await?);
             }
             return Err(driver_error(error));
         }
@@ -294,10 +293,7 @@ impl Link for PostgresLink {
 
     fn lost(&self) -> impl Future<Output = Error> + Send + 'static {
         let closed = self.sql.closed();
-        async {
-            closed.await;
-            Error::transient("the server ended the SQL connection: it shuts down, or somebody ended it")
-        }
+        async { Error::transient(closed.await) }
     }
 
     fn acknowledge(&self, lsn: Lsn) {
@@ -416,13 +412,15 @@ fn driver_lsn(lsn: Lsn) -> pgwire_replication::Lsn {
 }
 
 fn driver_error(error: pgwire_replication::PgWireError) -> Error {
-    if connection::sqlstate(&error) == Some("42704") && error.to_string().contains("publication") {
+    let what = connection::describe_replication(&error);
+    // undefined_object, of the stream: the slot was found, so that it is the publication.
+    if connection::sqlstate(&error) == Some("42704") && what.contains("publication") {
         return Error::definite(format!(
-            "{error}. The slot reads from before the publication was created: run tuplewatch setup --recreate-slot; what has \
+            "{what}. The slot reads from before the publication was created: run tuplewatch setup --recreate-slot; what has \
              changed in between is lost, and subscribers are told"
         ));
     }
-    if connection::is_definite(&error) { Error::definite(error) } else { Error::transient(error) }
+    if connection::is_definite(&error) { Error::definite(what) } else { Error::transient(what) }
 }
 
 fn connect_error(error: connection::ConnectError) -> Error {
@@ -430,10 +428,7 @@ fn connect_error(error: connection::ConnectError) -> Error {
 }
 
 fn sql_error(error: tokio_postgres::Error) -> Error {
-    match error.as_db_error() {
-        Some(db) => Error::transient(format!("{} ({})", db.message(), db.code().code())),
-        None => Error::transient(error),
-    }
+    Error::transient(connection::describe(&error))
 }
 
 async fn bounded<T>(work: impl Future<Output = T>) -> Result<T, Error> {

@@ -103,8 +103,11 @@ impl Database {
     }
 }
 
+/// Statements of the tests name tables without their schema, which those of tuplewatch's own sessions could not.
 pub(crate) async fn connect(uri: &str) -> Connection {
-    Endpoints::parse(uri).unwrap().connect("tests").await.unwrap_or_else(|error| panic!("{error}"))
+    let connection = Endpoints::parse(uri).unwrap().connect("tests").await.unwrap_or_else(|error| panic!("{error}"));
+    connection.client.batch_execute("SET search_path = public").await.unwrap();
+    connection
 }
 
 /// The preset `tuples`.

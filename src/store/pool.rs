@@ -93,8 +93,9 @@ impl managed::Manager for Opener {
             return Err(Error::Unreachable("tuplewatch is shutting down".to_owned()));
         };
         let connection = connection.map_err(|error: primaries::Error| Error::from(error))?;
+        // Triggers of these tables find what is in the schema public, as they do for other writers.
         let set = format!(
-            "SET statement_timeout = '{}s'; SET lock_timeout = '{}s'",
+            "SET search_path = \"$user\", public; SET statement_timeout = '{}s'; SET lock_timeout = '{}s'",
             STATEMENT_MAX.as_secs(),
             LOCK_MAX.as_secs()
         );

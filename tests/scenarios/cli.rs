@@ -10,7 +10,7 @@ mod configuration;
 mod documents;
 mod health;
 mod mapping;
-mod prerequisites;
+pub(crate) mod prerequisites;
 mod requests;
 pub(crate) mod setup;
 mod shell;

@@ -25,7 +25,7 @@ fn created(id: &str) -> Change {
 
 /// A server behind a proxy which sees to [`TIMEOUT`].
 async fn impatient(postgres: &Postgres) -> (Proxy, Server) {
-    let (asked, instead) = ("wal_sender_timeout=20000", "wal_sender_timeout=2000 ");
+    let (asked, instead) = ("wal_sender_timeout\x0020s", "wal_sender_timeout\x002s ");
     let proxy = Proxy::to_postgres_rewriting(&postgres.uri(), asked, instead).await;
     let server = Server::serve_through(&proxy, postgres).await;
     (proxy, server)

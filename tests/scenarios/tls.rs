@@ -110,8 +110,8 @@ async fn a_server_proves_who_it_is() {
     let (directory, server) = serve(&postgres, "server", false).await;
     gets_in(&postgres, watch(&directory, &server, "https", &["--ca-cert", "ours.pem"])).await;
     for (scheme, flags, says) in [
-        ("https", &["--ca-cert", "others.pem"][..], "invalid peer certificate"),
-        ("https", &[], "invalid peer certificate"),
+        ("https", &["--ca-cert", "others.pem"][..], "no authority that is trusted has issued the server's certificate"),
+        ("https", &[], "Name the file with the certificate of the authority that issued the server's in --ca-cert"),
         ("http", &[], "; reconnecting"),
     ] {
         let process = watch(&directory, &server, scheme, flags);
@@ -124,7 +124,9 @@ async fn a_server_proves_who_it_is() {
 async fn a_certificate_that_expired_is_said() {
     let postgres = Postgres::start().await;
     let (directory, server) = serve(&postgres, "expired", false).await;
-    watch(&directory, &server, "https", &["--ca-cert", "ours.pem"]).complains("certificate expired").await;
+    watch(&directory, &server, "https", &["--ca-cert", "ours.pem"])
+        .complains("the server's certificate has expired")
+        .await;
 }
 
 #[tokio::test]

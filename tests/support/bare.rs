@@ -19,7 +19,9 @@ impl Bare {
         let sql = Endpoints::parse(uri).unwrap().connect("bare").await.unwrap();
         let config = sql
             .endpoint()
-            .replication_config(slot, "tuplewatch")
+            .replication_config("bare", slot, "tuplewatch")
+            .await
+            .unwrap()
             .with_status_interval(Duration::from_millis(250))
             .with_wakeup_interval(Duration::from_millis(500))
             .with_buffer_size(8_192)

@@ -2,12 +2,20 @@
 //!
 //! **Transient**: the server may answer differently in a while, without anybody doing anything. **Definite**: somebody has
 //! to change something first. In doubt a failure is transient: trying again with backoff does less harm than giving up.
+//!
+//! A refusal is told by its SQLSTATE and, where one SQLSTATE has several causes, by the function of PostgreSQL that raised it:
+//! the text is in the language of the server, which nobody can choose before having logged on.
 
 use std::fmt;
 use std::io;
 use std::time::Duration;
 
+use fallible_iterator::FallibleIterator as _;
 use pgwire_replication::PgWireError;
+use postgres_protocol::message::backend::ErrorResponseBody;
+
+use super::pins::Sessions;
+use super::wire;
 
 /// No connection could be made, or one ended.
 #[derive(Debug)]
@@ -29,10 +37,103 @@ pub(super) enum Failure {
     Resolve(io::Error),
     Dial(io::Error),
     TimedOut(Duration),
+    Tls(wire::Error),
+    /// The connection broke, or something that is no PostgreSQL answered.
+    Lost(io::Error),
+    /// The server asks for another way to log on.
+    Method(String),
+    /// SCRAM cannot be done with it.
+    PasswordIsNoText,
+    /// The server does not know the password either.
+    Impostor(String),
+    /// By the server, before there was a session.
+    Refused(Refusal),
     InRecovery,
     Sql(tokio_postgres::Error),
-    /// Also of the TLS upgrade, which both connections take from this driver.
     Replication(PgWireError),
+    /// The replication driver could not be given its session.
+    Relay(io::Error),
+}
+
+/// What the server said.
+#[derive(Debug, Default)]
+pub(super) struct Refusal {
+    /// SQLSTATE.
+    code: String,
+    message: String,
+    hint: Option<String>,
+    /// The function in PostgreSQL's source. It is in no language, and the same in all versions that are supported.
+    routine: String,
+    /// Whether the session would have replicated.
+    is_stream: bool,
+}
+
+impl Refusal {
+    pub(super) fn read(error: &ErrorResponseBody, sessions: Sessions) -> io::Result<Self> {
+        let mut refusal = Self { is_stream: sessions == Sessions::Stream, ..Self::default() };
+        let mut fields = error.fields();
+        while let Some(field) = fields.next()? {
+            let value = String::from_utf8_lossy(field.value_bytes()).into_owned();
+            match field.type_() {
+                b'C' => refusal.code = value,
+                b'M' => refusal.message = value,
+                b'H' => refusal.hint = Some(value),
+                b'R' => refusal.routine = value,
+                _ => {}
+            }
+        }
+        Ok(refusal)
+    }
+
+    fn remedy(&self) -> Option<&'static str> {
+        Some(match (self.code.as_str(), self.routine.as_str()) {
+            ("28P01", _) => "Check user and password in database.uri, PGPASSWORD or the password file",
+            ("28000", "ClientAuthentication") => {
+                "Add a line for this user, database and address to the server's pg_hba.conf and reload it; where it has one for \
+                 TLS alone (hostssl), set sslmode=require in database.uri"
+            }
+            ("28000", "InitializeSessionUserId") => {
+                "Check the user in database.uri: the role must exist, and may log on (ALTER ROLE … LOGIN)"
+            }
+            ("28000", _) => "Check the user in database.uri, and the server's pg_hba.conf",
+            ("3D000", _) => "Create the database, or correct its name in database.uri",
+            ("42501", "CheckMyDatabase") => {
+                "Let the owner of the database grant it: GRANT CONNECT ON DATABASE … TO the user in database.uri"
+            }
+            ("42501", _) if self.is_stream => {
+                "Let a superuser grant it: ALTER ROLE … REPLICATION, of the user in database.uri"
+            }
+            ("42501" | "42704" | "22023", _) => {
+                "Check the options in database.uri: the role may not set one, or has it wrong"
+            }
+            ("53300", "InitializeSessionUserId") => {
+                "The role has a limit of its own: close other sessions of it, or raise it (ALTER ROLE … CONNECTION LIMIT 20; \
+                 tuplewatch takes database.max_connections and one)"
+            }
+            ("53300", "CheckMyDatabase") => {
+                "The database has a limit of its own: close other sessions, or raise it (ALTER DATABASE … CONNECTION LIMIT 100)"
+            }
+            ("53300", "InitPostgres") => {
+                "The rest is reserved for superusers: close other sessions, or raise max_connections and restart the server"
+            }
+            ("53300", _) if self.is_stream => {
+                "No walsender is free: stop another reader, or raise max_wal_senders and restart the server"
+            }
+            ("53300", _) => "Close other sessions, or raise max_connections and restart the server",
+            ("55000", _) => {
+                "Have it take connections again: ALTER DATABASE … ALLOW_CONNECTIONS true, by a superuser in another database; or \
+                 name another database in database.uri"
+            }
+            ("57P03", _) => "It is starting or stopping, or is a standby that takes no queries: wait",
+            _ => return None,
+        })
+    }
+
+    /// PgBouncer knows some parameters of the startup message and refuses all others, which PostgreSQL would take for settings.
+    /// It names the one, and uses the SQLSTATE of a violation of the protocol, as other poolers do. None tells a routine.
+    fn is_poolers(&self) -> bool {
+        self.code == "08P01" && self.routine.is_empty()
+    }
 }
 
 impl ConnectError {
@@ -58,7 +159,7 @@ impl ConnectError {
 
     /// What to do, where that is known.
     pub fn remedy(&self) -> Option<String> {
-        let mut remedies: Vec<&str> = self.attempts.iter().filter_map(|attempt| attempt.failure.remedy()).collect();
+        let mut remedies: Vec<String> = self.attempts.iter().filter_map(|attempt| attempt.failure.remedy()).collect();
         remedies.dedup();
         (!remedies.is_empty()).then(|| remedies.join(". "))
     }
@@ -96,11 +197,7 @@ pub fn sqlstate(error: &PgWireError) -> Option<&str> {
 pub fn is_definite(error: &PgWireError) -> bool {
     match error {
         PgWireError::Server(text) => sqlstate(error).is_some_and(|code| is_definite_code(code, text)),
-        // A handshake that the peer broke off is told from one that failed by its cause alone.
-        PgWireError::Tls(text) => {
-            !(text.starts_with("TLS handshake failed") && (text.contains("os error") || text.contains("handshake eof")))
-        }
-        PgWireError::Auth(_) | PgWireError::MessageTooLarge { .. } => true,
+        PgWireError::MessageTooLarge { .. } => true,
         _ => false,
     }
 }
@@ -117,21 +214,37 @@ fn is_definite_code(code: &str, message: &str) -> bool {
     }
 }
 
+impl From<wire::Error> for Failure {
+    fn from(error: wire::Error) -> Self {
+        Self::Tls(error)
+    }
+}
+
 impl Failure {
     fn is_definite(&self) -> bool {
         match self {
-            Self::Resolve(_) | Self::Dial(_) | Self::TimedOut(_) | Self::InRecovery => false,
+            Self::Resolve(_)
+            | Self::Dial(_)
+            | Self::TimedOut(_)
+            | Self::InRecovery
+            | Self::Lost(_)
+            | Self::Relay(_) => false,
+            // A handshake that the peer broke off is told from one that failed by its cause alone.
+            Self::Tls(wire::Error::Handshake(error)) => {
+                error.get_ref().is_some_and(|cause| cause.is::<rustls::Error>())
+            }
+            Self::Tls(_) | Self::Method(_) | Self::PasswordIsNoText | Self::Impostor(_) => true,
+            Self::Refused(refusal) => refusal.is_poolers() || is_definite_code(&refusal.code, &refusal.message),
             Self::Replication(error) => is_definite(error),
-            Self::Sql(error) => match error.as_db_error() {
-                Some(refusal) => is_definite_code(refusal.code().code(), refusal.message()),
-                // Neither refused nor broken off: the driver cannot do what the server asks for.
-                None => !(error.is_closed() || has_io_error(error)),
-            },
+            Self::Sql(error) => {
+                error.as_db_error().is_some_and(|refusal| is_definite_code(refusal.code().code(), refusal.message()))
+            }
         }
     }
 
     fn sqlstate(&self) -> Option<&str> {
         match self {
+            Self::Refused(refusal) => Some(&refusal.code),
             Self::Sql(error) => error.code().map(tokio_postgres::error::SqlState::code),
             Self::Replication(error) => sqlstate(error),
             _ => None,
@@ -143,114 +256,141 @@ impl Failure {
             Self::Resolve(error) => format!("the host name cannot be resolved: {error}"),
             Self::Dial(error) => error.to_string(),
             Self::TimedOut(limit) => format!("no answer within {limit:?} (connect_timeout)"),
+            Self::Tls(wire::Error::NotOffered) => "the server does not do TLS".to_owned(),
+            Self::Tls(wire::Error::File(what)) => what.clone(),
+            Self::Tls(wire::Error::Refused(refused)) => refused.to_string(),
+            Self::Tls(wire::Error::Handshake(error)) => format!("the TLS handshake failed: {error}"),
+            Self::Lost(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                "the connection was closed before the log-on was done".to_owned()
+            }
+            Self::Lost(error) => format!("the log-on failed: {error}"),
+            Self::Method(method) => format!("the server asks for {method}, which tuplewatch cannot do"),
+            Self::PasswordIsNoText => "the password is not UTF-8, and cannot be used for scram-sha-256".to_owned(),
+            Self::Impostor(what) => format!("the server does not prove that it knows the password: {what}"),
+            Self::Refused(refusal) if refusal.is_poolers() => {
+                format!(
+                    "something that is not PostgreSQL, most likely a connection pooler such as PgBouncer, says: {}",
+                    said(refusal)
+                )
+            }
+            Self::Refused(refusal) => said(refusal),
             Self::InRecovery => "it is a standby".to_owned(),
             Self::Sql(error) => describe(error),
-            Self::Replication(PgWireError::Server(text) | PgWireError::Tls(text) | PgWireError::Auth(text)) => {
-                text.clone()
+            Self::Replication(error) => describe_replication(error),
+            Self::Relay(error) => {
+                format!("a port of this machine's own cannot be used for the replication connection: {error}")
             }
-            Self::Replication(error) => error.to_string(),
         }
     }
 
-    fn remedy(&self) -> Option<&'static str> {
-        let what = self.what();
-        match self {
-            Self::Resolve(_) => Some("Check the host in database.uri"),
+    fn remedy(&self) -> Option<String> {
+        let remedy = match self {
+            Self::Resolve(_) => "Check the host in database.uri",
             Self::Dial(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                Some("Nothing listens there: check host and port in database.uri, and that PostgreSQL is running")
+                "Nothing listens there: check host and port in database.uri, and that PostgreSQL is running"
             }
-            Self::Dial(error) if error.kind() == io::ErrorKind::NotFound => Some(
-                "There is no such socket: check directory and port in database.uri, and that PostgreSQL is running",
-            ),
-            Self::Dial(_) => Some("Check host and port in database.uri, and that PostgreSQL is running"),
-            Self::TimedOut(_) => Some("A firewall may be in between, or the server overloaded"),
-            Self::InRecovery => {
-                Some("Changes are read from the primary: name it in database.uri, or all hosts with commas")
+            Self::Dial(error) if error.kind() == io::ErrorKind::NotFound => {
+                "There is no such socket: check directory and port in database.uri, and that PostgreSQL is running"
             }
-            Self::Replication(PgWireError::Tls(_)) => tls_remedy(&what),
-            Self::Replication(PgWireError::Auth(_)) => Some(AUTHENTICATION_METHODS),
-            Self::Replication(PgWireError::MessageTooLarge { .. }) => None,
-            Self::Sql(_) | Self::Replication(_) => match self.sqlstate() {
-                Some(code) => code_remedy(code, &what),
-                None => self.is_definite().then_some(AUTHENTICATION_METHODS),
+            Self::Dial(_) => "Check host and port in database.uri, and that PostgreSQL is running",
+            Self::TimedOut(_) => "A firewall may be in between, or the server overloaded",
+            Self::Tls(wire::Error::NotOffered) => {
+                "Turn on ssl on the server, or set sslmode=prefer or disable in database.uri"
+            }
+            Self::Tls(wire::Error::File(_)) => "Check sslrootcert, sslcert and sslkey in database.uri",
+            Self::Tls(wire::Error::Refused(refused)) => return Some(refused.remedy("sslrootcert in database.uri")),
+            Self::Tls(wire::Error::Handshake(_)) => return None,
+            Self::Lost(_) => "Check that PostgreSQL listens at this address; its log may say more",
+            Self::Method(_) => "Let its pg_hba.conf ask for scram-sha-256 or cert",
+            Self::PasswordIsNoText => "Give the role a password of text: ALTER ROLE … PASSWORD",
+            Self::Impostor(_) => "Check that the address leads to the right server",
+            Self::Refused(refusal) if refusal.is_poolers() => POOLER,
+            Self::Refused(refusal) => match &refusal.hint {
+                Some(hint) if refusal.remedy().is_none() => return Some(hint.clone()),
+                _ => refusal.remedy()?,
             },
-        }
+            Self::InRecovery => "Changes are read from the primary: name it in database.uri, or all hosts with commas",
+            Self::Relay(_) => "Check the limit of open files, and that the loopback interface is up",
+            Self::Sql(_) | Self::Replication(_) => session_remedy(self.sqlstate()?)?,
+        };
+        Some(remedy.to_owned())
     }
 }
 
-const POOLER: &str = "The address leads to a connection pooler, which cannot pass replication on: point database.uri at PostgreSQL itself";
+fn said(refusal: &Refusal) -> String {
+    format!("{} (SQLSTATE {})", refusal.message, refusal.code)
+}
 
-const AUTHENTICATION_METHODS: &str =
-    "The server asks for something that tuplewatch cannot give: let its pg_hba.conf ask for scram-sha-256 or cert";
+const POOLER: &str = "tuplewatch needs a direct connection, as poolers do not pass on replication and the settings of a session: \
+     point database.uri at PostgreSQL itself";
 
-fn code_remedy(code: &str, message: &str) -> Option<&'static str> {
+/// For errors of statements and of replication commands.
+fn session_remedy(code: &str) -> Option<&'static str> {
     Some(match code {
-        "28P01" => "Check user and password in database.uri, PGPASSWORD or the password file",
-        "28000" if message.contains("no encryption") => {
-            "The server may want TLS: set sslmode=require in database.uri, or else add a line to its pg_hba.conf and reload it"
+        "42501" | "42704" | "55000" | "58P01" => {
+            "tuplewatch serve checks this when it starts: it names what is missing, and the statement that repairs it"
         }
-        "28000" if message.contains("pg_hba.conf") => "Add a line to the server's pg_hba.conf and reload it",
-        "28000" => "Check the user in database.uri, and the server's pg_hba.conf",
-        "3D000" => "Create the database, or correct its name in database.uri",
-        "42501" if message.contains("permission denied for database") => {
-            "Let the owner of the database grant it: GRANT CONNECT ON DATABASE … TO the user in database.uri"
-        }
-        "42501" => {
-            "tuplewatch serve checks this when it starts: it names the privilege and the statement that grants it"
-        }
+        // Replication commands are no SQL. A pooler that took a replicating session for an ordinary one passes them on as such.
+        "42601" | "08P01" => POOLER,
         "53300" => {
-            "All connections are taken: wait, or raise max_connections (for replication, max_wal_senders) and restart it"
+            "Close other sessions, or raise max_connections (for replication, max_wal_senders) and restart the server"
         }
         "57P03" => "It is starting or stopping, or is a standby that takes no queries: wait",
-        // What only PostgreSQL itself understands: a connection that replicates, and its commands.
-        "08P01" if message.contains("startup parameter") => POOLER,
-        "42601" if message.contains("IDENTIFY_SYSTEM") => POOLER,
-        "42704" | "55000" | "58P01" => {
-            "tuplewatch serve checks this when it starts: it says what is missing and how to get it back"
-        }
         _ => return None,
     })
 }
 
-fn tls_remedy(message: &str) -> Option<&'static str> {
-    Some(if message.contains("does not support TLS") {
-        "Turn on ssl on the server, or set sslmode=prefer or disable in database.uri"
-    } else if message.contains("NotValidForName") || message.contains("not valid for name") {
-        "The certificate is for another host name (verify-ca compares it too): write host=NAME hostaddr=ADDRESS with a name that is in it"
-    } else if message.contains("UnknownIssuer") {
-        "Name the certificate of the authority that issued the server's in sslrootcert"
-    } else if message.contains("CaUsedAsEndEntity") {
-        "The server's certificate is itself a certificate of an authority: let the server have one that is issued by it (CA:FALSE)"
-    } else if message.contains("Expired") || message.contains("expired") {
-        "Renew the server's certificate"
-    } else if message.contains("TLS config error") {
-        "Check sslrootcert, sslcert and sslkey in database.uri"
-    } else {
-        return None;
-    })
-}
-
-fn has_io_error(error: &tokio_postgres::Error) -> bool {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(error);
-    while let Some(error) = cause {
-        if error.is::<io::Error>() {
-            return true;
+/// Why the server ended a session of ours.
+fn ending(code: &str) -> Option<&'static str> {
+    Some(match code {
+        "57P01" => "PostgreSQL ended the session: it shuts down, or somebody ended the session (pg_terminate_backend)",
+        "57P02" => "PostgreSQL ended the session: another of its processes crashed, and it restarts",
+        "57P04" => "PostgreSQL ended the session: the database was dropped",
+        "57P05" => {
+            "PostgreSQL ended the session as idle (idle_session_timeout), though tuplewatch sets that to 0 for itself"
         }
-        cause = error.source();
-    }
-    false
+        "25P03" => "PostgreSQL ended the session as idle in a transaction (idle_in_transaction_session_timeout)",
+        "25P04" => "PostgreSQL ended the session for the length of a transaction (transaction_timeout)",
+        _ => return None,
+    })
 }
 
 /// The error in words: the driver's own leave out what the server said.
 pub fn describe(error: &tokio_postgres::Error) -> String {
     if let Some(refusal) = error.as_db_error() {
-        return format!("{} (SQLSTATE {})", refusal.message(), refusal.code().code());
+        let code = refusal.code().code();
+        let said = format!("{} (SQLSTATE {code})", refusal.message());
+        return ending(code).map_or_else(|| said.clone(), |why| format!("{why}: {said}"));
     }
-    let mut text = error.to_string();
+    if error.is_closed() {
+        return "the connection to PostgreSQL was closed".to_owned();
+    }
+    let mut causes = Vec::new();
     let mut cause: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(error);
     while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
+        causes.push(error.to_string());
         cause = error.source();
     }
-    text
+    // The driver's own word for where it happened says nothing that its cause does not.
+    if causes.is_empty() { error.to_string() } else { causes.join(": ") }
+}
+
+/// The same for the replication driver.
+pub fn describe_replication(error: &PgWireError) -> String {
+    match error {
+        PgWireError::Server(said) => {
+            let ending = sqlstate(error).and_then(ending);
+            ending.map_or_else(|| said.clone(), |why| format!("{why}: {said}"))
+        }
+        PgWireError::Io(error) => match error.kind() {
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                "the replication connection was closed".to_owned()
+            }
+            _ => format!("the replication connection was lost: {error}"),
+        },
+        PgWireError::MessageTooLarge { payload_bytes, limit_bytes } => {
+            format!("the server sent a message of {payload_bytes} bytes, more than the {limit_bytes} that can be taken")
+        }
+        error => format!("the replication connection failed: {error}"),
+    }
 }

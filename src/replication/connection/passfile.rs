@@ -39,10 +39,11 @@ impl Passfile {
     /// The password of the first line that fits. A file that cannot be used is as good as none: the log says so.
     pub(super) async fn password(&self, wanted: Wanted<'_>) -> Option<Password> {
         let content = self.read().await?;
-        content.lines().find_map(|line| password_of(line, wanted)).map(Password)
+        let lines = content.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+        lines.into_iter().find_map(|line| password_of(line, wanted)).map(Password::new)
     }
 
-    async fn read(&self) -> Option<String> {
+    async fn read(&self) -> Option<Vec<u8>> {
         let passfile = self.path.display();
         let metadata = match tokio::fs::metadata(&self.path).await {
             Ok(metadata) => metadata,
@@ -60,7 +61,7 @@ impl Passfile {
             tracing::warn!(%passfile, "others can read the password file, so it is ignored: chmod 0600 it");
             return None;
         }
-        match tokio::fs::read_to_string(&self.path).await {
+        match tokio::fs::read(&self.path).await {
             Ok(content) => Some(content),
             Err(error) => {
                 tracing::warn!(%passfile, %error, "the password file cannot be read, and is ignored");
@@ -70,14 +71,14 @@ impl Passfile {
     }
 }
 
-fn password_of(line: &str, wanted: Wanted<'_>) -> Option<String> {
-    if line.starts_with('#') {
+fn password_of(line: &[u8], wanted: Wanted<'_>) -> Option<Vec<u8>> {
+    if line.starts_with(b"#") {
         return None;
     }
     let mut fields = Fields { rest: Some(line) };
     let mut fits = |values: &[&str]| {
         let Some(Field { text, plain }) = fields.next() else { return false };
-        (plain && text == "*") || values.contains(&text.as_str())
+        (plain && text == b"*") || values.iter().any(|value| value.as_bytes() == text)
     };
     let port = wanted.port.to_string();
     if fits(wanted.hosts) && fits(&[&port]) && fits(&[wanted.database]) && fits(&[wanted.user]) {
@@ -87,34 +88,38 @@ fn password_of(line: &str, wanted: Wanted<'_>) -> Option<String> {
     }
 }
 
-/// What stands between two colons.
+/// What stands between two colons. Bytes, as the password of one line may be no text, and those of others are.
 struct Field {
-    text: String,
+    text: Vec<u8>,
     /// Nothing in it was escaped, so that `*` is the wildcard.
     plain: bool,
 }
 
 struct Fields<'a> {
-    rest: Option<&'a str>,
+    rest: Option<&'a [u8]>,
 }
 
 impl Iterator for Fields<'_> {
     type Item = Field;
 
     fn next(&mut self) -> Option<Field> {
-        let mut field = Field { text: String::new(), plain: true };
-        let mut characters = self.rest.take()?.chars();
-        while let Some(c) = characters.next() {
-            match c {
-                ':' => {
-                    self.rest = Some(characters.as_str());
+        let mut field = Field { text: Vec::new(), plain: true };
+        let mut rest = self.rest.take()?;
+        while let Some((byte, behind)) = rest.split_first() {
+            rest = behind;
+            match byte {
+                b':' => {
+                    self.rest = Some(rest);
                     return Some(field);
                 }
-                '\\' => {
+                b'\\' => {
                     field.plain = false;
-                    field.text.extend(characters.next());
+                    let (escaped, behind) =
+                        rest.split_first().map_or((None, rest), |(byte, behind)| (Some(*byte), behind));
+                    rest = behind;
+                    field.text.extend(escaped);
                 }
-                c => field.text.push(c),
+                byte => field.text.push(*byte),
             }
         }
         Some(field)
@@ -130,7 +135,8 @@ mod tests {
     #[test]
     fn lines() {
         let check = |line: &str, expected: Option<&str>| {
-            assert_eq!(password_of(line, WANTED).as_deref(), expected, "{line}");
+            let found = password_of(line.as_bytes(), WANTED);
+            assert_eq!(found.as_deref(), expected.map(str::as_bytes), "{line}");
         };
         check("db1:5433:app:ada:secret", Some("secret"));
         check("localhost:5433:app:ada:secret", Some("secret"));
@@ -150,14 +156,19 @@ mod tests {
         check("db1:5433:app:ada:pass wörd ", Some("pass wörd "));
     }
 
+    #[test]
+    fn a_password_that_is_no_text() {
+        assert_eq!(password_of(b"*:*:*:*:\xe9\\:\xff", WANTED).as_deref(), Some(&b"\xe9:\xff"[..]));
+    }
+
     #[tokio::test]
     async fn the_first_line_that_fits_and_only_from_a_private_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), "db2:*:*:*:other\ndb1:*:*:ada:first\n*:*:*:*:second\n").unwrap();
+        std::fs::write(file.path(), b"db2:*:*:*:Latin-1 \xe9\r\ndb1:*:*:ada:first\r\n*:*:*:*:second\n").unwrap();
         let passfile = Passfile::new(file.path().to_owned());
         let set_mode = |mode| std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(mode)).unwrap();
         set_mode(0o600);
-        assert_eq!(passfile.password(WANTED).await.unwrap().0, "first");
+        assert_eq!(passfile.password(WANTED).await.unwrap().bytes(), b"first");
         for open in [0o640, 0o604, 0o660] {
             set_mode(open);
             assert!(passfile.password(WANTED).await.is_none(), "{open:o}");

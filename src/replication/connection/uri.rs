@@ -13,10 +13,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pgwire_replication::{SslMode, TlsConfig};
-
 use super::passfile::Passfile;
-use super::{Endpoints, HOSTS_MAX, Host, Keepalive, Password, Place};
+use super::password::Password;
+use super::wire::{SslMode, Tls};
+use super::{Endpoints, HOSTS_MAX, Host, Keepalive, Place};
 
 /// PostgreSQL's port.
 const DEFAULT_PORT: u16 = 5432;
@@ -54,9 +54,11 @@ pub enum UriError {
     #[error("'{given}' needs '{missing}' beside it")]
     Alone { given: &'static str, missing: &'static str },
     #[error(
-        "sslmode=verify-full compares the server's certificate with a host name, and a host is given by its address alone: write host=NAME hostaddr=ADDRESS, or sslmode=verify-ca"
+        "it is a URL of JDBC: write postgres://USER:PASSWORD@HOST:5432/DATABASE, without 'jdbc:', and libpq's parameters instead of the Java driver's"
     )]
-    VerifyFullWithAddress,
+    Jdbc,
+    #[error("it names a driver of another library (postgresql+DRIVER://): write postgres:// in its place")]
+    ForeignDriver,
 }
 
 /// How the environment is read: `std::env::var`, or a table in tests.
@@ -67,6 +69,12 @@ struct Given(BTreeMap<String, String>);
 
 pub(super) fn parse(text: &str, environment: Environment<'_>) -> Result<Endpoints, UriError> {
     let text = text.trim();
+    if text.starts_with("jdbc:") {
+        return Err(UriError::Jdbc);
+    }
+    if ["postgresql+", "postgres+"].iter().any(|scheme| text.starts_with(scheme)) {
+        return Err(UriError::ForeignDriver);
+    }
     let rest = ["postgres://", "postgresql://"].iter().find_map(|scheme| text.strip_prefix(scheme));
     let mut given = match rest {
         Some(rest) => from_uri(rest)?,
@@ -87,6 +95,10 @@ fn from_uri(text: &str) -> Result<Given, UriError> {
     let mut given = Given(BTreeMap::new());
     let (location, query) = text.split_once('?').unwrap_or((text, ""));
     let (authority, database) = location.split_once('/').unwrap_or((location, ""));
+    // The / was the password's, and the host would be the user's name. A database with an @ in its name is written with %40.
+    if database.contains('@') {
+        return Err(UriError::Punctuation);
+    }
     // The last @: no host holds one, and many a password does.
     let (user_info, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
     let (user, password) = user_info.split_once(':').unwrap_or((user_info, ""));
@@ -224,11 +236,6 @@ impl Given {
             .ok_or(UriError::NoUser)?;
         let hosts = self.hosts()?;
         let tls = self.tls(environment)?;
-        let by_address_alone =
-            |host: &Host| matches!(&host.place, Place::Tcp { name, .. } if name.parse::<IpAddr>().is_ok());
-        if tls.mode == SslMode::VerifyFull && hosts.iter().any(by_address_alone) {
-            return Err(UriError::VerifyFullWithAddress);
-        }
         let passfile = self
             .take("passfile")
             .or_else(|| environment("PGPASSFILE"))
@@ -242,7 +249,7 @@ impl Given {
         Ok(Endpoints {
             database: self.take("dbname").unwrap_or_else(|| user.clone()),
             user,
-            password: Password(self.take("password").or_else(|| environment("PGPASSWORD")).unwrap_or_default()),
+            password: Password::new(self.take("password").or_else(|| environment("PGPASSWORD")).unwrap_or_default()),
             passfile: passfile.map(Passfile::new),
             hosts,
             tls,
@@ -282,7 +289,7 @@ impl Given {
             .collect()
     }
 
-    fn tls(&mut self, environment: Environment<'_>) -> Result<TlsConfig, UriError> {
+    fn tls(&mut self, environment: Environment<'_>) -> Result<Tls, UriError> {
         let given_root = self.take("sslrootcert");
         let mut mode = match self.take("sslmode").as_deref() {
             None | Some("prefer") => SslMode::Prefer,
@@ -303,22 +310,21 @@ impl Given {
         if mode == SslMode::Require && given_root.is_some() {
             mode = SslMode::VerifyCa;
         }
-        let ca_pem_path = match given_root.as_deref() {
-            // Mozilla's roots, which the driver holds.
+        let root_cert = match given_root.as_deref() {
+            // Mozilla's.
             Some("system") => None,
             Some(path) => Some(PathBuf::from(path)),
             None => environment("HOME")
                 .map(|home| PathBuf::from(home).join(".postgresql/root.crt"))
-                .filter(|path| mode.verifies_certificate() && path.exists()),
+                .filter(|path| mode.verifies() && path.exists()),
         };
-        let client_cert_pem_path = self.take("sslcert").map(PathBuf::from);
-        let client_key_pem_path = self.take("sslkey").map(PathBuf::from);
-        match (&client_cert_pem_path, &client_key_pem_path) {
+        let identity = match (self.take("sslcert"), self.take("sslkey")) {
+            (Some(cert), Some(key)) => Some((PathBuf::from(cert), PathBuf::from(key))),
             (Some(_), None) => return Err(UriError::Alone { given: "sslcert", missing: "sslkey" }),
             (None, Some(_)) => return Err(UriError::Alone { given: "sslkey", missing: "sslcert" }),
-            _ => {}
-        }
-        Ok(TlsConfig { mode, ca_pem_path, sni_hostname: None, client_cert_pem_path, client_key_pem_path })
+            (None, None) => None,
+        };
+        Ok(Tls { mode, root_cert, identity })
     }
 
     fn target_session_attrs(&mut self) -> Result<(), UriError> {
@@ -349,7 +355,7 @@ impl Given {
     /// Parameters that ask for what happens anyway are accepted; asking for anything else is refused.
     fn ignore_harmless(&mut self) -> Result<(), UriError> {
         const NO_GSS: &str = "there is no GSSAPI encryption: use TLS";
-        const NO_BINDING: &str = "the replication driver has no channel binding: use sslmode=verify-full";
+        const NO_BINDING: &str = "there is no channel binding: use sslmode=verify-full";
         const HARMLESS: [(&str, &[&str], &str); 10] = [
             ("gssencmode", &["disable", "prefer"], NO_GSS),
             ("channel_binding", &["disable", "prefer"], NO_BINDING),

@@ -15,15 +15,16 @@ const ANSWER_MAX: Duration = Duration::from_secs(10);
 
 pub(super) async fn check(connection: &Connection, expected: &Expectation<'_>, report: &mut Report) {
     let endpoint = connection.endpoint();
-    let config = endpoint.replication_config(expected.slot, expected.publication);
     let identified = async {
-        let mut client = ReplicationClient::connect_gated(config).await?;
-        client.identify_system().await
+        let config =
+            endpoint.replication_config(endpoint.application_name(), expected.slot, expected.publication).await?;
+        let failed = |error| endpoint.replication_error(error);
+        let mut client = ReplicationClient::connect_gated(config).await.map_err(failed)?;
+        client.identify_system().await.map_err(failed)
     };
     match timeout(ANSWER_MAX, identified).await {
         Ok(Ok(_)) => report.ok(SUBJECT, "can be made"),
         Ok(Err(error)) => {
-            let error = endpoint.replication_error(error);
             // Insufficient privilege and too many connections: named already, with what is missing.
             let is_known = matches!(error.sqlstate(), Some("42501" | "53300")) && report.has_errors();
             if !is_known {

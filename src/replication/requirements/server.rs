@@ -54,6 +54,8 @@ pub(super) struct Server {
     pub(super) database: String,
     pub(super) role: String,
     may_replicate: bool,
+    /// Whom `ALTER ROLE … SET role` would have it be.
+    becomes: Option<String>,
     /// Amazon's servers grant replication, and set wal_level, by means of their own.
     is_rds: bool,
     wal_level: String,
@@ -78,6 +80,12 @@ impl Server {
                 'role', current_user,
                 'may_replicate', rolsuper OR rolreplication OR COALESCE(
                     (SELECT pg_has_role(oid, 'MEMBER') FROM pg_roles WHERE rolname = 'rds_replication'), false),
+                'becomes', (SELECT substr(setting, length('role=') + 1)
+                              FROM pg_db_role_setting, unnest(setconfig) AS setting
+                             WHERE setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = current_user))
+                               AND setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+                               AND starts_with(setting, 'role=')
+                             ORDER BY setrole DESC, setdatabase DESC LIMIT 1),
                 'is_rds', EXISTS (SELECT FROM pg_roles WHERE rolname = 'rds_replication'),
                 'wal_level', current_setting('wal_level'),
                 'slots', (SELECT count(*) FROM pg_replication_slots),
@@ -97,6 +105,13 @@ impl Server {
     pub(super) fn check(&self, report: &mut Report) {
         self.check_wal_level(report);
         let subject = format!("role {}", self.role);
+        if let Some(other) = self.becomes.as_ref().filter(|other| *other != "none" && **other != self.role) {
+            let role = identifier(&self.role);
+            let what =
+                format!("would become {other} at log-on (SET role), and acts as itself here, with its own rights");
+            let fix = format!("ALTER ROLE {role} RESET role;  -- or name another user in database.uri");
+            report.warning(&subject, what, fix);
+        }
         if self.may_replicate {
             report.ok(subject, "may replicate");
         } else {

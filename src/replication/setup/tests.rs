@@ -168,7 +168,7 @@ async fn slots_of_others_and_slots_in_use_are_left_alone() {
     }
 
     setup.apply(&database.connection, &mut silent).await.unwrap();
-    let config = database.connection.endpoint().replication_config(&database.name, "Feed");
+    let config = database.connection.endpoint().replication_config("tests", &database.name, "Feed").await.unwrap();
     let mut replication = pgwire_replication::ReplicationClient::connect(config).await.unwrap();
     replication.wait_started().await.unwrap();
     for error in [setup.plan(client).await.unwrap_err(), teardown.plan(client).await.unwrap_err()] {

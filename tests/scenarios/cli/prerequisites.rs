@@ -10,7 +10,7 @@ use tokio::process::Command;
 use tuplewatch::dev_postgres::StopMode;
 
 /// `serve` at any port, with its log in the directory.
-pub(super) fn serve(uri: &str, directory: &Path) -> Command {
+pub(crate) fn serve(uri: &str, directory: &Path) -> Command {
     let mut command = program(directory);
     command.args(["serve", "--database-uri", uri, "--changelog-path", "log", "--changelog-disk-reserve", "16MiB"]);
     command.args(["--server-host", "127.0.0.1", "--server-grpc-port", "0", "--server-http-port", "0"]);
