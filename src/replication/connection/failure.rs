@@ -63,6 +63,12 @@ impl ConnectError {
         (!remedies.is_empty()).then(|| remedies.join(". "))
     }
 
+    /// Whether a server has as many connections as it, the database or the role may have.
+    pub fn is_limit(&self) -> bool {
+        // too_many_connections
+        self.attempts.iter().any(|attempt| attempt.failure.sqlstate() == Some("53300"))
+    }
+
     /// The SQLSTATE with which the server (the last of several) refused.
     pub fn sqlstate(&self) -> Option<&str> {
         self.attempts.iter().rev().find_map(|attempt| attempt.failure.sqlstate())
@@ -199,7 +205,8 @@ fn code_remedy(code: &str, message: &str) -> Option<&'static str> {
             "tuplewatch serve checks this when it starts: it names the privilege and the statement that grants it"
         }
         "53300" => {
-            "All connections are taken: wait, or raise max_connections (for replication, max_wal_senders) and restart it"
+            "All connections are taken: end some, or raise the limit that tuplewatch doctor names (of the role, the database or \
+             the server)"
         }
         "57P03" => "It is starting or stopping, or is a standby that takes no queries: wait",
         // What only PostgreSQL itself understands: a connection that replicates, and its commands.
