@@ -54,6 +54,7 @@ mod scenarios {
     mod examples;
     mod failover;
     mod feedback;
+    mod health;
     mod hold_back;
     mod http;
     mod lifecycle;
