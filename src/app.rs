@@ -12,6 +12,7 @@
 //! Taking down goes with the stream: subscribers first (they are told to come back), then the session (its last
 //! acknowledgement waits for the log), then the log.
 
+mod delivery;
 pub mod diagnosis;
 mod edges;
 #[cfg(test)]
@@ -23,15 +24,17 @@ use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::recorder::{self, Closed};
 use crate::changelog::{self, ChangeLog, Entry, FjallLog, Room, State};
 use crate::config::{self, Config, MappingSource, Preset};
+use crate::grpc;
 use crate::hub::{self, Hub};
 use crate::lsn::{Lsn, Xid8};
 use crate::mapping::{Mapping, PERMIFY_PRESET, Spec, TUPLES_PRESET};
 use crate::metrics::process::Process;
 use crate::replication::connection::Endpoints;
 use crate::replication::monitor::{Monitor, Thresholds};
-use crate::replication::{self, HoldBack, Outlet, Postgres, Session, Status};
+use crate::replication::{self, HoldBack, Outlet, Postgres, Session};
 use crate::thread;
 use anyhow::{Context as _, anyhow};
+use delivery::Delivery;
 use edges::Edges;
 use primary::{SqlPrimary, SqlSnapshots};
 use std::io::IsTerminal as _;
@@ -114,7 +117,14 @@ fn session_options(config: &Config, mapping: Arc<Mapping>) -> replication::Optio
         },
         hold_back: hold_back(config),
         failover: config.replication.failover == config::Failover::Auto,
+        connections_max: connections_max(config),
     }
+}
+
+/// SQL connections that this process may have: Data and Tenancy have none where the tables are another program's.
+fn connections_max(config: &Config) -> usize {
+    let for_store = if edges::has_store(config) { config.database.connections_for_store() } else { 0 };
+    config::STREAMING_CONNECTIONS + for_store
 }
 
 fn hold_back(config: &Config) -> HoldBack {
@@ -201,9 +211,10 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let (durable, room) = (recorded.durable(), recorded.room());
     let joined = Joined { recorder: recorder_handle, hub: hub.clone() };
     let session_options = session_options(config, mapping.clone());
-    let monitor = Monitor::new(endpoints.clone(), &config.replication.slot, &state.node_id, thresholds(config));
-    let postgres = Postgres::new(session_options.clone(), endpoints);
+    let postgres = Postgres::new(session_options.clone(), endpoints.clone());
     let primaries = postgres.primaries();
+    let slot = &config.replication.slot;
+    let monitor = Monitor::new(endpoints, primaries.clone(), slot, &state.node_id, thresholds(config));
     let mut stop = std::pin::pin!(stop);
     let ready = tokio::select! {
         ready = postgres.preflight(&state) => ready.map(|()| true),
@@ -216,9 +227,26 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     }
 
     let session = Session::new(session_options, postgres, joined);
+    let (stop_streams, streams_stopped) = watch::channel(false);
+    let (stop_session, session_stopped) = watch::channel(false);
+    let snapshots = SqlSnapshots::new(primaries.clone());
+    let (primary, starts, answering) = SqlPrimary::new(primaries.clone(), mapping.tenants());
+    let delivery = Delivery {
+        hub: hub.clone(),
+        status: session.status(),
+        room: room.clone(),
+        received: session.received(),
+        durable: durable.clone(),
+        primaries: primaries.clone(),
+        visibility: (!options.before_visible).then(|| snapshots.answers()),
+        starts,
+    };
+    let (readiness, judging) = delivery.follow(streams_stopped.clone());
+    let health = grpc::health::service(readiness.clone());
     let vitals = Vitals {
         log,
         hub: hub.clone(),
+        readiness,
         status: session.status(),
         received: session.received(),
         durable,
@@ -226,21 +254,16 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
         reports: monitor.reports(),
         ready_lag_max: config.server.http.as_ref().map_or(Duration::ZERO, |http| http.ready_lag_max),
     };
-    let (stop_streams, streams_stopped) = watch::channel(false);
-    let (stop_session, session_stopped) = watch::channel(false);
-    let (primary, answering) = SqlPrimary::new(primaries.clone(), mapping.tenants());
-    let services = edges::services(config, &hub, primary, primaries.clone(), streams_stopped.clone());
-    let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+    let services = edges::services(config, &hub, primary, primaries, streams_stopped.clone());
 
     let mut background = JoinSet::new();
     background.spawn(record_visible(hub.watch_visible(), recorded));
-    background.spawn(hub::publisher::run(hub.clone(), SqlSnapshots::new(primaries)));
+    background.spawn(hub::publisher::run(hub.clone(), snapshots));
     background.spawn(answering);
     background.spawn(monitor.run(session.received()));
     background.spawn(request_checks(session.check_request()));
-    let reporting = tokio::spawn(report_health(health.clone(), session.status()));
-    let serving = edges.serve(services, vitals, health_service, edges::streams_max(config), streams_stopped);
+    let judging = tokio::spawn(judging);
+    let serving = edges.serve(services, vitals, health, edges::streams_max(config), streams_stopped);
     let mut server = tokio::spawn(serving);
     let streaming = thread::run("session".to_owned(), session.run(session_stopped));
     let (_, streaming) = streaming.context("cannot start the session's thread")?;
@@ -250,18 +273,18 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
         () = &mut stop => Ok(()),
         served = &mut server => flatten(served).and(Err(anyhow!("the servers ended by themselves"))),
         streamed = &mut session => flatten(streamed).and(Err(anyhow!("the replication session ended by itself"))),
+        // Without the publisher, say, nothing would be delivered any more; only a new process has one.
+        Some(part) = background.join_next() => {
+            part.context("a part panicked").and(Err(anyhow!("a part that delivers changes ended by itself")))
+        }
     };
     tracing::info!("shutting down");
 
     let deadline = tokio::time::Instant::now() + config.shutdown.grace_period;
     stop_streams.send_replace(true);
     hub.close();
-    reporting.abort();
-    for service in SERVICES {
-        health.set_service_status(service, tonic_health::ServingStatus::NotServing).await;
-        // Ends the streams of those who watch it, which would hold up the server.
-        health.clone().clear_service_status(service).await;
-    }
+    // Ends the streams of those who watch the health, which would hold up the server.
+    let _ = judging.await;
     if !server.is_finished() && tokio::time::timeout_at(deadline, &mut server).await.is_err() {
         tracing::warn!("streams were still open at the end of shutdown.grace_period and are cut");
         server.abort();
@@ -332,9 +355,6 @@ impl RecorderThread {
     }
 }
 
-/// Names that health knows: the server as a whole, and its services.
-const SERVICES: [&str; 4] = ["", "base.v1.Watch", "base.v1.Data", "base.v1.Tenancy"];
-
 /// Most often that the visible mark is recorded. What is past it is asked for again after a restart.
 const VISIBLE_EVERY: Duration = Duration::from_secs(1);
 
@@ -372,20 +392,5 @@ async fn request_checks(request: Arc<Notify>) {
             }
         }
         Err(error) => tracing::warn!("SIGHUP cannot be caught: {error}"),
-    }
-}
-
-async fn report_health(health: tonic_health::server::HealthReporter, mut status: watch::Receiver<Status>) {
-    loop {
-        let serving = match *status.borrow_and_update() {
-            Status::Streaming => tonic_health::ServingStatus::Serving,
-            _ => tonic_health::ServingStatus::NotServing,
-        };
-        for service in SERVICES {
-            health.set_service_status(service, serving).await;
-        }
-        if status.changed().await.is_err() {
-            return;
-        }
     }
 }

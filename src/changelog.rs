@@ -155,6 +155,8 @@ pub enum Room {
         /// Bytes free.
         free: u64,
     },
+    /// The directory is not the one that was opened: nobody could read back what is appended now.
+    Elsewhere,
 }
 
 /// What the log takes, and what it may.
@@ -311,4 +313,9 @@ pub trait ChangeLog: Send + Sync + 'static {
     /// # Errors
     /// As [`ChangeLog::append`].
     fn retain(&self, now_unix_seconds: u64) -> Result<Room, Error>;
+
+    /// Whether its directory is still the one that was opened: a process that starts now would find what is synced.
+    fn is_in_place(&self) -> bool {
+        true
+    }
 }

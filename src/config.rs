@@ -115,7 +115,7 @@ pub struct Http {
     pub cors_allowed_origins: Vec<String>,
     /// Longest body of a request.
     pub body_size_max: ByteSize,
-    /// `/readyz` says no from this lag behind the server on; zero only asks whether the slot streams.
+    /// `/readyz` says no from this lag behind the server on; zero only asks whether changes are delivered.
     pub ready_lag_max: Duration,
 }
 
@@ -173,7 +173,7 @@ pub struct Database {
 }
 
 /// SQL connections that streaming takes: visibility, the session's checks, starts, and the slot's monitor.
-const STREAMING_CONNECTIONS: usize = 4;
+pub const STREAMING_CONNECTIONS: usize = 4;
 
 impl Database {
     /// What is left of `max_connections` for Data and Tenancy.

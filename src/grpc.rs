@@ -8,6 +8,7 @@ mod calls;
 mod connection;
 pub mod data;
 mod fact;
+pub mod health;
 mod sent;
 pub mod status;
 pub mod tenancy;
@@ -28,7 +29,6 @@ use tokio::sync::watch::Receiver;
 use tokio::task::JoinSet;
 use tonic::service::Routes;
 use tonic::{Request, Status};
-use tonic_health::pb::health_server::{Health, HealthServer};
 use tower_layer::Layer as _;
 
 /// The generated types and clients of `proto/`.
@@ -106,7 +106,7 @@ pub struct Services<P> {
 pub async fn serve<P: crate::hub::start::Primary + 'static>(
     listener: Listener,
     services: Services<P>,
-    health: HealthServer<impl Health>,
+    health: health::Server<impl health::Reason>,
     admission: Admission,
     connections_max: usize,
     stop: Receiver<bool>,

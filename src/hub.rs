@@ -41,6 +41,7 @@ use crate::transaction::{Break, Message, Transaction};
 use bytes::Bytes;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 use window::Window;
 
 /// Reads of the log that run at the same time; more wait. They are short, and a thread each.
@@ -92,6 +93,15 @@ pub struct Usage {
     pub published: Lsn,
     /// How far each subscription is behind that, in bytes of WAL; zero for those that wait for more.
     pub lags: Vec<u64>,
+}
+
+/// What waits in memory, and since when.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waits {
+    /// When the oldest transaction was received that was not released yet.
+    pub unreleased_since: Option<Instant>,
+    /// Since when there is no room for what is received next.
+    pub full_since: Option<Instant>,
 }
 
 /// What positions belong to. Cheap to clone.
@@ -232,6 +242,11 @@ impl Hub {
     /// What is in memory, and how its readers do. Holds up publishing for a moment, which grows with the number of subscriptions.
     pub fn usage(&self) -> Usage {
         self.window().usage()
+    }
+
+    /// What waits, and since when.
+    pub fn waits(&self) -> Waits {
+        self.window().waits()
     }
 
     /// Follows up to where everything is visible to new snapshots. May repeat itself.

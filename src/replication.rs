@@ -73,6 +73,8 @@ pub struct Options {
     pub hold_back: HoldBack,
     /// Whether the slot is to be one that standbys keep a copy of, where PostgreSQL can (17).
     pub failover: bool,
+    /// SQL connections that this process may have, those of Data and Tenancy included.
+    pub connections_max: usize,
 }
 
 /// Where what a session receives goes: the change log and the hub, joined by `app`.

@@ -70,7 +70,7 @@ const CONFINED: [(&str, &[&str]); 18] = [
     ("tokio_postgres", &["replication", "store", "app", "cli"]),
     ("deadpool", &["store"]),
     ("fjall", &["changelog"]),
-    ("tonic", &["grpc", "http", "app", "cli"]),
+    ("tonic", &["grpc", "http", "cli"]),
     ("axum", &["http"]),
     ("hyper", &["http"]),
     ("prost_reflect", &["http"]),

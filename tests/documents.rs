@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// Alert rules lead to these sections of the runbook.
 const RUNBOOK: [&str; 9] = [
     "down",
-    "not-serving",
+    "not-ready",
     "the-slot-is-lost",
     "the-slot-does-not-move",
     "wal-piles-up",

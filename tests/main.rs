@@ -56,6 +56,7 @@ mod scenarios {
     mod failover;
     mod feedback;
     mod gap;
+    mod health;
     mod hold_back;
     mod http;
     mod inheritance;

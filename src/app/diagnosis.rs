@@ -1,6 +1,6 @@
 //! What `doctor` says: the change log's directory and the server, looked at beside whatever is running.
 
-use super::{endpoints, hold_back, load_mapping, log_options, thresholds};
+use super::{connections_max, endpoints, hold_back, load_mapping, log_options, thresholds};
 use crate::changelog::examination::examine;
 use crate::config::Config;
 use crate::finding::{Finding, Severity};
@@ -54,6 +54,7 @@ pub async fn diagnose(config: &Config, long_transaction: Duration) -> anyhow::Re
             slot_expected: log.has_begun,
             hold_back: hold_back(config),
         },
+        connections_max: connections_max(config),
         node_id: log.node_id.as_deref(),
         thresholds: thresholds(config),
         long_transaction,

@@ -18,7 +18,6 @@ use crate::store::Store;
 use anyhow::Context as _;
 use std::sync::Arc;
 use tokio::sync::watch;
-use tonic_health::pb::health_server::{Health, HealthServer};
 
 /// Both ports, and who gets in.
 pub(super) struct Edges {
@@ -55,7 +54,7 @@ impl Edges {
         self,
         services: Services<SqlPrimary>,
         probes: impl Probes,
-        health: HealthServer<impl Health>,
+        health: grpc::health::Server<impl grpc::health::Reason>,
         streams_max: usize,
         stop: watch::Receiver<bool>,
     ) -> anyhow::Result<()> {
@@ -107,14 +106,17 @@ pub(super) fn services(
         rows_per_write_max: config.database.max_data_per_write,
         resolve_timeout: config.service.watch.resolve_timeout,
     };
-    // Other tables are other programs' to write.
-    let is_ours = config.mapping.source == MappingSource::Preset(Preset::Tuples);
-    let store = is_ours.then(|| Store::new(primaries, config.database.connections_for_store()));
+    let store = has_store(config).then(|| Store::new(primaries, config.database.connections_for_store()));
     Services {
         watch: WatchService::new(hub.clone(), primary.clone(), watch, stop.clone()),
         data: Arc::new(DataService::new(store.clone(), hub.clone(), primary, data, stop)),
         tenancy: Arc::new(TenancyService::new(store)),
     }
+}
+
+/// Whether Data and Tenancy work: other tables are other programs' to write.
+pub(super) fn has_store(config: &Config) -> bool {
+    config.mapping.source == MappingSource::Preset(Preset::Tuples)
 }
 
 /// Streams at a time, in gRPC and HTTP together.

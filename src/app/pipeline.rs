@@ -64,6 +64,7 @@ fn options(hold_back: HoldBack) -> Options {
         on_undecodable: OnUndecodable::Break,
         hold_back,
         failover: true,
+        connections_max: 4,
     }
 }
 

@@ -5,99 +5,265 @@ use crate::hub::publisher::Snapshots;
 use crate::hub::start::{Look, Primary, TransactionStatus, Unreachable};
 use crate::lsn::{Lsn, Snapshot, Xid8};
 use crate::mapping::TenantsSpec;
-use crate::replication::Primaries;
 use crate::replication::connection::Connection;
+use crate::replication::primaries::{self, Line, Primaries};
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
-use tokio_postgres::Statement;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Statement};
 
 /// Longest wait for one answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Longest wait of one caller, with connecting and with those before it.
 const CALL_MAX: Duration = Duration::from_secs(30);
-/// After a failure to connect, the next try is not before this.
+/// After a failure to connect, the next try is not before this; twice as long after each further one. A session that has come to
+/// stream is a reason to try at once.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(5);
 /// Requests that wait for the connection.
 const QUEUE_MAX: usize = 4096;
 /// Requests that share one statement.
 const SHARED_MAX: usize = 1024;
 
+/// While the session's connection is shared, the next try for one of our own is not before this.
+const SHARE_FOR: Duration = Duration::from_secs(60);
+/// On a shared connection a lock, of a migration for instance, must not hold up everything else that is asked there.
+const SHARED_LOCK_MAX: Duration = Duration::from_secs(1);
+/// An idle node asks this often, so that it finds out that it could not when there is something to deliver.
+const PROBE_EVERY: Duration = Duration::from_secs(5);
+/// The same, for as long as there was no answer.
+const PROBE_AGAIN_AFTER: Duration = Duration::from_millis(250);
+
+/// Why a question was not answered. The text may name hosts.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub(super) struct Unanswered {
+    why: Why,
+    text: String,
+}
+
+/// The same in kinds, for those who have no credentials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Why {
+    /// Not within the time that it has.
+    Late,
+    /// There are as many connections as there may be.
+    Limit,
+    /// The role may not.
+    Rights,
+    /// A lock was not to be had in time.
+    Locked,
+    /// Whatever else: the log says it.
+    Other,
+}
+
+impl Unanswered {
+    fn late() -> Self {
+        Self { why: Why::Late, text: format!("no answer within {} s", ANSWER_MAX.as_secs()) }
+    }
+
+    fn other(error: impl std::fmt::Display) -> Self {
+        Self { why: Why::Other, text: error.to_string() }
+    }
+}
+
+impl From<primaries::Error> for Unanswered {
+    fn from(error: primaries::Error) -> Self {
+        let why = if error.is_limit() { Why::Limit } else { Why::Other };
+        Self { why, text: error.to_string() }
+    }
+}
+
+impl From<tokio_postgres::Error> for Unanswered {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let Some(refusal) = error.as_db_error() else { return Self::other(error) };
+        let why = match *refusal.code() {
+            SqlState::INSUFFICIENT_PRIVILEGE => Why::Rights,
+            SqlState::LOCK_NOT_AVAILABLE => Why::Locked,
+            SqlState::QUERY_CANCELED => Why::Late,
+            _ => Why::Other,
+        };
+        Self { why, text: format!("{} ({})", refusal.message(), refusal.code().code()) }
+    }
+}
+
+/// Whether questions of one kind are answered, as the last ones were. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct Answers(Arc<Mutex<Asked>>);
+
+#[derive(Debug)]
+struct Asked {
+    /// The question that waits for its answer.
+    waiting_since: Option<Instant>,
+    /// Since the last answer in good time.
+    silence: Option<Silence>,
+}
+
+/// No answer, or none in good time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Silence {
+    /// The first question without an answer was asked then.
+    pub(super) since: Instant,
+    /// Why the last one was not answered; `None` where it still waits, or nobody has asked yet.
+    pub(super) why: Option<Why>,
+}
+
+impl Answers {
+    /// An answer that took longer is as good as none: what waits for it waits for that long.
+    pub(super) const LATE: Duration = Duration::from_secs(5);
+
+    fn new() -> Self {
+        let silence = Some(Silence { since: Instant::now(), why: None });
+        Self(Arc::new(Mutex::new(Asked { waiting_since: None, silence })))
+    }
+
+    /// Nothing, where the last question was answered in good time, and the present one is not late.
+    pub(super) fn silence(&self) -> Option<Silence> {
+        let asked = self.lock();
+        let late = asked.waiting_since.filter(|since| since.elapsed() > Self::LATE);
+        asked.silence.or_else(|| late.map(|since| Silence { since, why: None }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Asked> {
+        // Nothing inside can panic half way.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn asked(&self) {
+        self.lock().waiting_since = Some(Instant::now());
+    }
+
+    fn answered<T>(&self, answer: &Result<T, Unanswered>) {
+        let mut asked = self.lock();
+        let since = asked.waiting_since.take().unwrap_or_else(Instant::now);
+        let why = match answer {
+            Ok(_) if since.elapsed() <= Self::LATE => {
+                asked.silence = None;
+                return;
+            }
+            Ok(_) => Why::Late,
+            Err(error) => error.why,
+        };
+        asked.silence.get_or_insert(Silence { since, why: None }).why = Some(why);
+    }
+}
+
 /// A connection that is made when it is needed, and again when it was lost or the session found another primary, with one
 /// prepared statement.
 struct Lazy {
     primaries: Primaries,
+    /// For the log: what is asked on it.
+    purpose: &'static str,
     statement: String,
-    open: Option<(Connection, Statement)>,
-    /// When connecting failed last, and why: not tried again for everybody who asks.
-    failed: Option<(Instant, String)>,
+    open: Option<Open>,
+    /// Not tried again for everybody who asks.
+    failed: Option<Failed>,
+    answers: Answers,
+}
+
+/// When connecting failed last, and why.
+struct Failed {
+    at: Instant,
+    retry_after: Duration,
+    why: Why,
+    text: String,
+}
+
+struct Open {
+    line: Line,
+    statement: Statement,
+    since: Instant,
 }
 
 impl Lazy {
-    const fn new(primaries: Primaries, statement: String) -> Self {
-        Self { primaries, statement, open: None, failed: None }
+    fn new(primaries: Primaries, purpose: &'static str, statement: String) -> Self {
+        Self { primaries, purpose, statement, open: None, failed: None, answers: Answers::new() }
     }
 
-    async fn get(&mut self) -> Result<&(Connection, Statement), String> {
+    async fn get(&mut self) -> Result<(Arc<Connection>, Statement), Unanswered> {
         let moved = self.primaries.has_moved();
-        if moved || self.open.as_ref().is_none_or(|(connection, _)| connection.is_closed()) {
-            self.open = None;
-            if let Some((at, error)) = &self.failed
-                && !moved
-                && at.elapsed() < RETRY_AFTER
-            {
-                return Err(error.clone());
-            }
-            // Bounded by the connect timeout of the URI.
-            self.open = match self.connect().await {
-                Ok(open) => Some(open),
-                Err(error) => {
-                    self.failed = Some((Instant::now(), error.clone()));
-                    return Err(error);
-                }
-            };
+        let was_shared = self.open.as_ref().is_some_and(|open| open.line.is_shared());
+        self.open.take_if(|open| moved || (was_shared && open.since.elapsed() >= SHARE_FOR));
+        if let Some(open) = &self.open
+            && let Some(connection) = open.line.get()
+        {
+            return Ok((connection, open.statement.clone()));
         }
-        self.open.as_ref().ok_or_else(|| "no connection".to_owned())
+        self.open = None;
+        if moved {
+            self.failed = None;
+        }
+        if let Some(Failed { at, retry_after, why, text }) = &self.failed
+            && at.elapsed() < *retry_after
+        {
+            return Err(Unanswered { why: *why, text: text.clone() });
+        }
+        // Bounded by the connect timeout of the URI.
+        match self.connect(was_shared).await {
+            Ok((connection, open)) => {
+                self.failed = None;
+                let statement = self.open.insert(open).statement.clone();
+                Ok((connection, statement))
+            }
+            Err(error) => {
+                let before = self.failed.take().map(|failed| failed.retry_after * 2);
+                let retry_after = before.unwrap_or(RETRY_AFTER).min(RETRY_AFTER_MAX);
+                self.failed =
+                    Some(Failed { at: Instant::now(), retry_after, why: error.why, text: error.text.clone() });
+                Err(error)
+            }
+        }
     }
 
-    async fn connect(&mut self) -> Result<(Connection, Statement), String> {
-        let connection = self.primaries.connect().await.map_err(|error| error.to_string())?;
+    async fn connect(&mut self, was_shared: bool) -> Result<(Arc<Connection>, Open), Unanswered> {
+        let line = self.primaries.connect_or_share().await?;
+        let connection = line.get().ok_or_else(|| Unanswered::other("the connection ended at once"))?;
         let prepare = async {
             // A mark must not wait for a synchronous standby.
-            connection.client.batch_execute("SET synchronous_commit = local").await.map_err(sql)?;
-            connection.client.prepare(&self.statement).await.map_err(sql)
+            connection.client.batch_execute("SET synchronous_commit = local").await?;
+            if line.is_shared() {
+                let set = format!("SET lock_timeout = '{}s'", SHARED_LOCK_MAX.as_secs());
+                connection.client.batch_execute(&set).await?;
+            }
+            connection.client.prepare(&self.statement).await
         };
-        let statement = tokio::time::timeout(ANSWER_MAX, prepare).await.map_err(|_| late())??;
-        Ok((connection, statement))
+        let statement = tokio::time::timeout(ANSWER_MAX, prepare).await.map_err(|_| Unanswered::late())??;
+        match (was_shared, line.is_shared()) {
+            (false, true) => tracing::warn!(
+                "PostgreSQL takes no more connections, so {} are asked on the session's: tuplewatch doctor names the limit",
+                self.purpose
+            ),
+            (true, false) => tracing::info!("{} have a connection of their own again", self.purpose),
+            _ => {}
+        }
+        let open = Open { line, statement, since: Instant::now() };
+        Ok((connection, open))
     }
-}
-
-fn late() -> String {
-    format!("no answer within {} s", ANSWER_MAX.as_secs())
 }
 
 /// Runs one question within its time; a connection that is late is given up.
 async fn ask<T>(
     lazy: &mut Lazy,
-    question: impl AsyncFnOnce(&(Connection, Statement)) -> Result<T, String>,
-) -> Result<T, String> {
-    let open = lazy.get().await?;
-    match tokio::time::timeout(ANSWER_MAX, question(open)).await {
-        Ok(answer) => answer,
-        Err(_) => {
-            lazy.open = None;
-            Err(late())
+    question: impl AsyncFnOnce(&Client, &Statement) -> Result<T, Unanswered>,
+) -> Result<T, Unanswered> {
+    lazy.answers.asked();
+    let answer = match lazy.get().await {
+        Ok((connection, statement)) => {
+            match tokio::time::timeout(ANSWER_MAX, question(&connection.client, &statement)).await {
+                Ok(answer) => answer,
+                Err(_) => {
+                    lazy.open = None;
+                    Err(Unanswered::late())
+                }
+            }
         }
-    }
-}
-
-fn sql(error: tokio_postgres::Error) -> String {
-    match error.as_db_error() {
-        Some(db) => format!("{} ({})", db.message(), db.code().code()),
-        None => error.to_string(),
-    }
+        Err(error) => Err(error),
+    };
+    lazy.answers.answered(&answer);
+    answer
 }
 
 /// `pg_current_snapshot()`, for the publisher.
@@ -105,18 +271,23 @@ pub(super) struct SqlSnapshots(Lazy);
 
 impl SqlSnapshots {
     pub(super) fn new(primaries: Primaries) -> Self {
-        Self(Lazy::new(primaries, "SELECT pg_current_snapshot()::text".into()))
+        Self(Lazy::new(primaries, "snapshots", "SELECT pg_current_snapshot()::text".into()))
+    }
+
+    /// Whether snapshots can be taken.
+    pub(super) fn answers(&self) -> Answers {
+        self.0.answers.clone()
     }
 }
 
 impl Snapshots for SqlSnapshots {
-    type Error = String;
+    type Error = Unanswered;
 
-    async fn take(&mut self) -> Result<Snapshot, String> {
-        ask(&mut self.0, async |(connection, statement)| {
-            let row = connection.client.query_one(statement, &[]).await.map_err(sql)?;
+    async fn take(&mut self) -> Result<Snapshot, Unanswered> {
+        ask(&mut self.0, async |client, statement| {
+            let row = client.query_one(statement, &[]).await?;
             let snapshot: String = row.get(0);
-            snapshot.parse().map_err(|error: crate::lsn::ParseSnapshotError| error.to_string())
+            snapshot.parse().map_err(Unanswered::other)
         })
         .await
     }
@@ -135,8 +306,12 @@ pub(super) struct SqlPrimary {
 }
 
 impl SqlPrimary {
-    /// The handle, and the task to be run. `tenants` tells where tenants are listed; without it every one exists.
-    pub(super) fn new(primaries: Primaries, tenants: Option<&TenantsSpec>) -> (Self, impl Future<Output = ()> + use<>) {
+    /// The handle, whether questions are answered, and the task to be run. `tenants` tells where tenants are listed; without it
+    /// every one exists.
+    pub(super) fn new(
+        primaries: Primaries,
+        tenants: Option<&TenantsSpec>,
+    ) -> (Self, Answers, impl Future<Output = ()> + use<>) {
         let (questions, received) = mpsc::channel(QUEUE_MAX);
         let known = match tenants {
             Some(spec) => {
@@ -147,8 +322,8 @@ impl SqlPrimary {
         };
         // The snapshot of a statement is taken before any of it is evaluated, and so before the flush position is read.
         let statement = format!("SELECT pg_current_wal_flush_lsn()::text, pg_current_snapshot()::text, {known}");
-        let lazy = Lazy::new(primaries, statement);
-        (Self { questions }, answer_all(lazy, received))
+        let lazy = Lazy::new(primaries, "starts of streams", statement);
+        (Self { questions }, lazy.answers.clone(), answer_all(lazy, received))
     }
 
     async fn put<T>(
@@ -183,7 +358,25 @@ impl Primary for SqlPrimary {
 
 async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
     let mut batch = Vec::new();
-    while questions.recv_many(&mut batch, SHARED_MAX).await > 0 {
+    let mut told = false;
+    let mut pause = Duration::ZERO;
+    loop {
+        match tokio::time::timeout(pause, questions.recv_many(&mut batch, SHARED_MAX)).await {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(_idle) => {
+                // The statement that starts streams, for nobody.
+                let failed = look(&mut lazy, &[]).await.err();
+                let is_lasting = lazy.answers.silence().is_some_and(|silence| silence.since.elapsed() > Answers::LATE);
+                if let Some(error) = failed.as_ref().filter(|_| is_lasting && !told) {
+                    tracing::warn!("no stream can start: {error}");
+                    told = true;
+                }
+                told &= failed.is_some();
+                pause = if failed.is_some() { PROBE_AGAIN_AFTER } else { PROBE_EVERY };
+                continue;
+            }
+        }
         let mut looks = Vec::new();
         for question in batch.drain(..) {
             match question {
@@ -193,10 +386,10 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
                 Question::Status { reply, .. } if reply.is_closed() => {}
                 Question::Mark { reply } if reply.is_closed() => {}
                 Question::Status { xid, reply } => {
-                    let _ = reply.send(status(&mut lazy, xid).await.map_err(Unreachable));
+                    let _ = reply.send(status(&mut lazy, xid).await.map_err(unreachable));
                 }
                 Question::Mark { reply } => {
-                    let _ = reply.send(mark(&mut lazy).await.map_err(Unreachable));
+                    let _ = reply.send(mark(&mut lazy).await.map_err(unreachable));
                 }
             }
         }
@@ -208,19 +401,24 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
         for (tenant, reply) in looks {
             let _ = reply.send(match &answer {
                 Ok((look, known)) => Ok(Look { tenant_exists: known.contains(tenant.as_str()), ..look.clone() }),
-                Err(error) => Err(Unreachable(error.clone())),
+                Err(error) => Err(Unreachable(error.to_string())),
             });
         }
     }
 }
 
-async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(Look, HashSet<String>), String> {
-    ask(lazy, async |(connection, statement)| {
-        let row = connection.client.query_one(statement, &[&tenants]).await.map_err(sql)?;
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+fn unreachable(error: Unanswered) -> Unreachable {
+    Unreachable(error.to_string())
+}
+
+async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(Look, HashSet<String>), Unanswered> {
+    ask(lazy, async |client, statement| {
+        let row = client.query_one(statement, &[&tenants]).await?;
         let flush_lsn: String = row.get(0);
-        let flush_lsn = flush_lsn.parse().map_err(|error: crate::lsn::ParseLsnError| error.to_string())?;
+        let flush_lsn = flush_lsn.parse().map_err(Unanswered::other)?;
         let snapshot: String = row.get(1);
-        let snapshot: Snapshot = snapshot.parse().map_err(|error: crate::lsn::ParseSnapshotError| error.to_string())?;
+        let snapshot: Snapshot = snapshot.parse().map_err(Unanswered::other)?;
         let known: Vec<String> = row.get(2);
         let look = Look { flush_lsn, snapshot: Arc::new(snapshot), tenant_exists: false };
         Ok((look, known.into_iter().collect()))
@@ -228,28 +426,71 @@ async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(Look, HashSet<String
     .await
 }
 
-async fn status(lazy: &mut Lazy, xid: Xid8) -> Result<TransactionStatus, String> {
-    ask(lazy, async |(connection, _)| {
+async fn status(lazy: &mut Lazy, xid: Xid8) -> Result<TransactionStatus, Unanswered> {
+    ask(lazy, async |client, _| {
         let statement = "SELECT pg_xact_status($1::text::xid8) IS NOT DISTINCT FROM 'in progress'";
-        match connection.client.query_one(statement, &[&xid.to_string()]).await {
+        match client.query_one(statement, &[&xid.to_string()]).await {
             Ok(row) if row.get(0) => Ok(TransactionStatus::InProgress),
             Ok(_) => Ok(TransactionStatus::Over),
             // Its transaction was lost in a crash, or the token is forged.
-            Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::INVALID_PARAMETER_VALUE) => {
-                Ok(TransactionStatus::Unassigned)
-            }
-            Err(error) => Err(sql(error)),
+            Err(error) if error.code() == Some(&SqlState::INVALID_PARAMETER_VALUE) => Ok(TransactionStatus::Unassigned),
+            Err(error) => Err(error.into()),
         }
     })
     .await
 }
 
-async fn mark(lazy: &mut Lazy) -> Result<Lsn, String> {
-    ask(lazy, async |(connection, _)| {
+async fn mark(lazy: &mut Lazy) -> Result<Lsn, Unanswered> {
+    ask(lazy, async |client, _| {
         let statement = "SELECT pg_logical_emit_message(true, 'tuplewatch', 'mark')::text";
-        let row = connection.client.query_one(statement, &[]).await.map_err(sql)?;
+        let row = client.query_one(statement, &[]).await?;
         let lsn: String = row.get(0);
-        lsn.parse().map_err(|error: crate::lsn::ParseLsnError| error.to_string())
+        lsn.parse().map_err(Unanswered::other)
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LATE: Duration = Answers::LATE;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silence_begins_with_the_first_question_and_ends_with_an_answer_in_good_time() {
+        let second = Duration::from_secs(1);
+        let refused = || Err::<(), _>(Unanswered { why: Why::Limit, text: String::new() });
+        let answers = Answers::new();
+        let began = Instant::now();
+        assert_eq!(answers.silence(), Some(Silence { since: began, why: None }), "nobody has asked yet");
+        answers.asked();
+        answers.answered(&Ok(()));
+        assert_eq!(answers.silence(), None);
+
+        // One that waits is no silence before it is late.
+        let asked_at = Instant::now();
+        answers.asked();
+        tokio::time::advance(LATE).await;
+        assert_eq!(answers.silence(), None);
+        tokio::time::advance(second).await;
+        assert_eq!(answers.silence(), Some(Silence { since: asked_at, why: None }));
+        // And late, it does not end one.
+        answers.answered(&Ok(()));
+        assert_eq!(answers.silence(), Some(Silence { since: asked_at, why: Some(Why::Late) }));
+        answers.asked();
+        answers.answered(&Ok(()));
+        assert_eq!(answers.silence(), None);
+
+        let asked_at = Instant::now();
+        for _ in 0..3 {
+            answers.asked();
+            answers.answered(&refused());
+            tokio::time::advance(second).await;
+        }
+        assert_eq!(
+            answers.silence(),
+            Some(Silence { since: asked_at, why: Some(Why::Limit) }),
+            "since the first of them"
+        );
+    }
 }

@@ -1,5 +1,6 @@
 //! What the process says of itself: put together from the log, the hub, the session and what its monitor found.
 
+use super::delivery::{Obstacle, Readiness};
 use crate::changelog::{ChangeLog, Room};
 use crate::http::Probes;
 use crate::hub::Hub;
@@ -17,6 +18,7 @@ use tokio::sync::watch;
 pub(super) struct Vitals {
     pub(super) log: Arc<dyn ChangeLog>,
     pub(super) hub: Hub,
+    pub(super) readiness: Readiness,
     pub(super) status: watch::Receiver<Status>,
     pub(super) received: watch::Receiver<Option<Lsn>>,
     pub(super) durable: watch::Receiver<Lsn>,
@@ -28,14 +30,8 @@ pub(super) struct Vitals {
 
 impl Probes for Vitals {
     fn ready(&self) -> Result<(), String> {
-        // Why it does not is for those who read the log: the reason names hosts, and a probe has no credentials.
-        match *self.status.borrow() {
-            Status::Streaming => {}
-            Status::Connecting => return Err("the slot does not stream yet".to_owned()),
-            Status::Retrying(_) => return Err("the slot does not stream, and is tried again: see the log".to_owned()),
-            Status::Failed(_) => {
-                return Err("the slot does not stream until something is repaired: see the log".to_owned());
-            }
+        if let Some(obstacle) = *self.readiness.borrow() {
+            return Err(obstacle.to_string());
         }
         if self.ready_lag_max.is_zero() {
             return Ok(());
@@ -74,7 +70,10 @@ impl Vitals {
         let durable = *self.durable.borrow();
         let received = self.received.borrow().unwrap_or_default().max(durable);
         let window = self.hub.usage();
+        let unreleased_since = self.hub.waits().unreleased_since;
         Readings {
+            not_ready_reason: self.readiness.borrow().map(Obstacle::reason),
+            oldest_waiting_seconds: unreleased_since.map_or(0.0, |since| since.elapsed().as_secs_f64()),
             session_state: match *self.status.borrow() {
                 Status::Connecting => "connecting",
                 Status::Streaming => "streaming",
@@ -107,7 +106,7 @@ impl Vitals {
             horizon_age_seconds: (seconds(SystemTime::now()) - usage.oldest_unix_seconds as f64).max(0.0),
             disk_free_bytes: usage.free_bytes,
             disk_reserve_bytes: usage.reserve_bytes,
-            has_room: *self.room.borrow() == Room::Enough,
+            has_room: !matches!(*self.room.borrow(), Room::Short { .. }),
         }
     }
 }

@@ -25,7 +25,7 @@ use crate::lsn::{Lsn, Position, Xid8};
 use crate::snap_token::TokenId;
 use crate::transaction::Break;
 use bytes::Bytes;
-use directory::{DATA, MARKER, MARKER_NEW, Marker, PROBE};
+use directory::{DATA, MARKER, MARKER_NEW, Marker, PROBE, Place};
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 use memory::{Memory, Written};
 use segments::Segments;
@@ -60,6 +60,7 @@ pub struct Options {
 pub struct FjallLog {
     options: Options,
     node_id: String,
+    place: Place,
     db: Database,
     meta: Keyspace,
     /// For readers: the segments, replaced as a whole when one comes or goes.
@@ -129,6 +130,7 @@ impl FjallLog {
         }
         let segments = Segments::open(&db, &meta, &damaged)?;
         let log = Self {
+            place: Place::of(&path).map_err(open)?,
             options,
             node_id: marker.node_id,
             db,
@@ -450,5 +452,9 @@ impl ChangeLog for FjallLog {
             segments = self.drop_oldest(&segments)?;
             expected = expected.saturating_add(before.saturating_sub(segments.bytes()));
         }
+    }
+
+    fn is_in_place(&self) -> bool {
+        self.place.is_intact()
     }
 }

@@ -133,7 +133,18 @@ impl Recorder {
     ///
     /// # Errors
     /// Where a write or sync failed.
-    pub async fn run(mut self) -> Result<(), Error> {
+    pub async fn run(self) -> Result<(), Error> {
+        let log = self.log.clone();
+        self.record().await.map_err(|error| match error {
+            // It can happen before it is noticed: new files are made by their path.
+            Error::Poisoned(what) if !log.is_in_place() => {
+                Error::Poisoned(format!("{what}: its directory was moved, deleted, unmounted or replaced"))
+            }
+            error => error,
+        })
+    }
+
+    async fn record(mut self) -> Result<(), Error> {
         let mut unsynced_since: Option<Instant> = None;
         let mut retained_at = Instant::now();
         let mut retained_bytes = 0;
@@ -160,6 +171,10 @@ impl Recorder {
             }
             let due = unsynced_since.is_some_and(|since| since.elapsed() >= SYNC_DELAY);
             if due || (!flushes.is_empty() && unsynced_since.is_some()) {
+                if !self.log.is_in_place() {
+                    // Until it is: nothing is called durable that the next process would not find.
+                    self.retain().await?;
+                }
                 self.sync()?;
                 unsynced_since = None;
             }
@@ -212,33 +227,45 @@ impl Recorder {
         Ok(())
     }
 
-    /// Enforces retention. Where the disk has no room left even so, waits for it: nothing is appended meanwhile.
+    /// Enforces retention. Where the disk has no room left even so, or the log's directory is gone, waits for it: nothing is appended
+    /// meanwhile, and nothing becomes durable.
     async fn retain(&self) -> Result<(), Error> {
         loop {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-            let room = self.log.retain(now)?;
+            let room = if self.log.is_in_place() { self.log.retain(now)? } else { Room::Elsewhere };
             let before = self.room.send_replace(room);
             match room {
                 Room::Enough => {
-                    if before != Room::Enough {
-                        tracing::info!("the disk of the change log has room again");
+                    match before {
+                        Room::Enough => {}
+                        Room::Short { .. } => tracing::info!("the disk of the change log has room again"),
+                        Room::Elsewhere => tracing::info!("the directory of the change log is back"),
                     }
                     return Ok(());
                 }
                 Room::Short { free } => {
-                    if before == Room::Enough {
+                    if !matches!(before, Room::Short { .. }) {
                         tracing::error!(
                             free_bytes = free,
                             "the disk of the change log is full up to changelog.disk_reserve and nothing is left to drop: \
                              reading from PostgreSQL stops, and WAL is kept there, until there is room"
                         );
                     }
-                    if self.commands.is_closed() {
-                        return Ok(());
+                }
+                Room::Elsewhere => {
+                    if before != Room::Elsewhere {
+                        tracing::error!(
+                            "the directory of the change log (changelog.path) was moved, deleted, unmounted or replaced: reading \
+                             from PostgreSQL stops, and WAL is kept there. Put the directory back, and tuplewatch goes on; a \
+                             restart without it begins a new change log, and every token from before is refused"
+                        );
                     }
-                    tokio::time::sleep(ROOM_EVERY).await;
                 }
             }
+            if self.commands.is_closed() {
+                return Ok(());
+            }
+            tokio::time::sleep(ROOM_EVERY).await;
         }
     }
 }

@@ -52,7 +52,7 @@ line is whole, with the day. What is said about the stream (connections lost, ga
 
 pub(super) const HEALTH: &str = "\
 Examples:
-  tuplewatch health                            # is the slot streaming?
+  tuplewatch health                            # are changes delivered? If not, why
   tuplewatch health --alive                    # does the process answer? For what restarts it
   tuplewatch health --service base.v1.Watch    # one service
   tuplewatch health --server https://tuplewatch.example.com:3478

@@ -1,11 +1,12 @@
 //! `tuplewatch health`: asks a running server how it is. For the health checks of containers, and for scripts.
 //!
-//! Two questions, which are easily taken for one. *Serving*: does the slot stream, so that a subscriber gets what is written now?
-//! While PostgreSQL is down it does not, and comes back by itself. *Alive*: does the process answer at all? That alone is what a
+//! Two questions, which are easily taken for one. *Serving*: are changes delivered, so that a subscriber gets what is written now?
+//! While PostgreSQL is down they are not, and are again by themselves. *Alive*: does the process answer at all? That alone is what a
 //! restart could repair, so that alone is for whoever restarts.
 
 use super::connection::ConnectionArgs;
 use super::{examples, say};
+use crate::grpc::health::REASON;
 use anyhow::{Context as _, anyhow, bail};
 use std::time::Duration;
 use tonic::transport::Channel;
@@ -39,11 +40,8 @@ pub(super) async fn run(args: &HealthArgs) -> anyhow::Result<()> {
         // Also one that does not let us in, or asks for patience. Whatever else answers is something in between.
         Ok(_) if args.alive => say("alive"),
         Err(status) if args.alive && is_own(status.code()) => say("alive"),
-        Ok(ServingStatus::Serving) => say("SERVING"),
-        Ok(status) => bail!(
-            "{server} is {}: the process runs, and does not stream from PostgreSQL (yet). Its log says why",
-            status.as_str_name()
-        ),
+        Ok((ServingStatus::Serving, _)) => say("SERVING"),
+        Ok((status, reason)) => bail!("{server} is {}: {reason}", status.as_str_name()),
         Err(status) if status.code() == Code::NotFound => {
             bail!("{server} knows no service '{}', or is shutting down", args.service)
         }
@@ -52,16 +50,16 @@ pub(super) async fn run(args: &HealthArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the server answers, be it a refusal.
-///
-/// # Errors
-/// Where there is no answer.
 /// Whether a server of ours answers a health check like this.
 const fn is_own(code: Code) -> bool {
     matches!(code, Code::NotFound | Code::Unauthenticated | Code::PermissionDenied | Code::ResourceExhausted)
 }
 
-async fn ask(args: &HealthArgs) -> anyhow::Result<Result<ServingStatus, Status>> {
+/// What the server answers, be it a refusal: its status, and why it is not serving.
+///
+/// # Errors
+/// Where there is no answer.
+async fn ask(args: &HealthArgs) -> anyhow::Result<Result<(ServingStatus, String), Status>> {
     let server = &args.connection.server;
     let unreachable = || format!("cannot reach {server}");
     let channel: Channel = args.connection.way()?.connect().await.with_context(unreachable)?;
@@ -70,7 +68,11 @@ async fn ask(args: &HealthArgs) -> anyhow::Result<Result<ServingStatus, Status>>
         request.metadata_mut().insert("authorization", authorization);
     }
     match HealthClient::new(channel).check(request).await {
-        Ok(response) => Ok(Ok(response.into_inner().status())),
+        Ok(response) => {
+            let reason = response.metadata().get(REASON).and_then(|reason| reason.to_str().ok());
+            let reason = reason.unwrap_or("the process runs, and does not say what is in the way").to_owned();
+            Ok(Ok((response.into_inner().status(), reason)))
+        }
         // A status with a cause was made here, of a connection that broke.
         Err(status) if std::error::Error::source(&status).is_some() => Err(status).with_context(unreachable),
         Err(status) => Ok(Err(status)),

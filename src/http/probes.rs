@@ -1,7 +1,7 @@
 //! What the process says of itself: whether it is alive, whether it is ready, and its metrics.
 //!
-//! *Alive* is who answers: who restarts what is not alive should not restart it because PostgreSQL is away. *Ready* is who streams,
-//! and is not far behind: a change that was made shortly ago is here.
+//! *Alive* is who answers: who restarts what is not alive should not restart it because PostgreSQL is away. *Ready* is who delivers,
+//! and is not far behind: a change that was made shortly ago has been sent.
 
 use super::json;
 use crate::metrics;
@@ -17,7 +17,7 @@ use tonic::Status;
 
 /// What is asked for here.
 pub trait Probes: Send + Sync + 'static {
-    /// Nothing, if the process streams and has nearly all there is; else what is missing.
+    /// Nothing, if the process delivers and has nearly all there is; else what is in the way, for somebody without credentials.
     ///
     /// # Errors
     /// In words.

@@ -8,6 +8,7 @@ use super::Hub;
 use crate::lsn::Snapshot;
 use std::fmt;
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// Takes snapshots: `pg_current_snapshot()` on the primary.
 pub trait Snapshots: Send {
@@ -23,6 +24,8 @@ const IMMEDIATE_TRIES: u32 = 3;
 const WAIT_MIN: Duration = Duration::from_millis(1);
 /// Under synchronous replication the wait is a round trip to a standby, or until somebody repairs it.
 const WAIT_MAX: Duration = Duration::from_millis(16);
+/// How often a snapshot is taken where nothing waits for one.
+const PROBE_EVERY: Duration = Duration::from_secs(5);
 /// Without PostgreSQL nothing can be known to be visible.
 const WAIT_ON_ERROR: Duration = Duration::from_millis(250);
 
@@ -57,19 +60,22 @@ async fn publish_visible(hub: Hub, mut snapshots: impl Snapshots) {
     let mut appended = hub.inner.appended.clone();
     let mut tries = 0;
     let mut failing = false;
+    let mut probe_at = Instant::now();
     loop {
         admitted.mark_unchanged();
         let (pending, needs_snapshot) = {
             let window = hub.window();
             (window.is_pending(), window.needs_snapshot())
         };
-        if !pending {
-            if admitted.changed().await.is_err() {
+        if !pending && !failing && Instant::now() < probe_at {
+            if let Ok(Err(_)) = tokio::time::timeout_at(probe_at, admitted.changed()).await {
                 return;
             }
             continue;
         }
-        let snapshot = if needs_snapshot {
+        // Also where nothing waits: an idle node must find out that it could not release the next change.
+        let snapshot = if needs_snapshot || !pending {
+            probe_at = Instant::now() + PROBE_EVERY;
             match snapshots.take().await {
                 Ok(snapshot) => {
                     failing = false;
@@ -78,7 +84,7 @@ async fn publish_visible(hub: Hub, mut snapshots: impl Snapshots) {
                 Err(error) => {
                     if !failing {
                         tracing::warn!(
-                            "changes wait to be published: what is visible in PostgreSQL is unknown: {error}"
+                            "PostgreSQL does not say which transactions are visible, so changes wait to be released: {error}"
                         );
                     }
                     failing = true;
@@ -89,7 +95,7 @@ async fn publish_visible(hub: Hub, mut snapshots: impl Snapshots) {
         } else {
             None
         };
-        if advance(&hub, snapshot.as_ref()) {
+        if advance(&hub, snapshot.as_ref()) || !pending {
             tries = 0;
             continue;
         }

@@ -527,3 +527,57 @@ async fn a_snapshot_is_everything_that_it_does_not_see() {
     assert!(check(60, "49:49:").await.unwrap_err().starts_with("UnknownTransaction"));
     assert!(check(66, "61:66:61").await.unwrap_err().starts_with("UnknownTransaction"));
 }
+
+/// Counts, and has no transaction running.
+struct Counted(Arc<AtomicUsize>);
+
+impl publisher::Snapshots for Counted {
+    type Error = Unreachable;
+
+    async fn take(&mut self) -> Result<Snapshot, Unreachable> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok("1000:1000:".parse().unwrap())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_publisher_finds_out_now_and_then_whether_it_could() {
+    let fixture = Fixture::new(10_000, false);
+    let taken = Arc::new(AtomicUsize::new(0));
+    let publishing = tokio::spawn(publisher::run(fixture.hub.clone(), Counted(taken.clone())));
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let idle = taken.load(Ordering::Relaxed);
+    assert!((10..=15).contains(&idle), "{idle} snapshots in a minute of nothing");
+    let mut subscription = fixture.subscribe("a", 100);
+    assert_eq!(ready(&mut subscription).await, None);
+    fixture.admit(transaction(200, &["a"])).await;
+    assert_eq!(ready(&mut subscription).await, Some(vec![200]), "and what comes is not kept for the next look");
+    publishing.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_is_known_by_its_oldest() {
+    let fixture = Fixture::new(10_000, false);
+    assert_eq!(fixture.hub.waits(), Waits::default());
+    let began = tokio::time::Instant::now();
+    fixture.admit(transaction(200, &["a"])).await;
+    tokio::time::advance(Duration::from_secs(1)).await;
+    fixture.admit(transaction(300, &["a"])).await;
+    fixture.hub.progress(Lsn(400));
+    assert_eq!(fixture.hub.waits().unreleased_since, Some(began));
+    fixture.publish(301, "300");
+    assert_eq!(fixture.hub.waits().unreleased_since, Some(began + Duration::from_secs(1)));
+    fixture.publish(301, "");
+    assert_eq!(fixture.hub.waits(), Waits::default(), "progress is nothing to release");
+
+    // No room, until the log has what is in memory.
+    let fixture = Fixture::new(100, false);
+    fixture.admit(transaction(200, &["a"])).await;
+    let hub = fixture.hub.clone();
+    let waiting = tokio::spawn(async move { hub.admit(Arc::new(transaction(300, &["a"]))).await });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(fixture.hub.waits().full_since.is_some());
+    fixture.append(transaction(200, &["a"]));
+    waiting.await.unwrap();
+    assert_eq!(fixture.hub.waits().full_since, None);
+}

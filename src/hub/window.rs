@@ -2,7 +2,7 @@
 
 use super::bell::Bell;
 use super::feeds::{Feeds, ReaderKey};
-use super::{Item, Options, Origin, Usage};
+use super::{Item, Options, Origin, Usage, Waits};
 use crate::change::TenantId;
 use crate::changelog::BREAKS_MAX;
 use crate::lsn::{Lsn, Position, Snapshot, Xid8};
@@ -11,6 +11,7 @@ use crate::transaction::{Break, Header, Transaction};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::task::Waker;
+use tokio::time::Instant;
 
 /// Transactions that may wait for their visibility (hours of a synchronous standby that is away, at some rate).
 const PENDING_MAX: usize = 1 << 20;
@@ -40,6 +41,8 @@ pub(super) struct Window {
     bells: Vec<Bell>,
     /// Nothing is handed out any more.
     closed: bool,
+    /// Since when a transaction waits for room.
+    full_since: Option<Instant>,
 }
 
 struct Entry {
@@ -52,6 +55,8 @@ struct Entry {
 }
 
 struct Pending {
+    /// When it was admitted.
+    since: Instant,
     end: Lsn,
     /// `None` where nothing has to become visible.
     xid: Option<Xid8>,
@@ -110,6 +115,7 @@ impl Window {
     ) -> Self {
         let in_doubt = in_doubt.iter().map(|(end, xid)| (*end, Some(*xid)));
         let pending = in_doubt.chain(std::iter::once((tail, None))).map(|(end, xid)| Pending {
+            since: Instant::now(),
             end,
             xid,
             on_disk: true,
@@ -131,6 +137,7 @@ impl Window {
             divergences: Vec::new(),
             bells: Vec::new(),
             closed: false,
+            full_since: None,
         }
     }
 
@@ -160,14 +167,11 @@ impl Window {
     /// Takes a transaction, unless there is no room that the log (which has everything up to `appended`) could make.
     pub(super) fn admit(&mut self, transaction: &Transaction, appended: Lsn) -> bool {
         let bytes = transaction.bytes();
-        if self.pending.len() >= PENDING_MAX {
+        if !self.make_room(bytes, appended) {
+            self.full_since.get_or_insert_with(Instant::now);
             return false;
         }
-        while self.bytes + bytes > self.options.window_bytes && !self.entries.is_empty() {
-            if !self.evict_oldest(appended) {
-                return false;
-            }
-        }
+        self.full_since = None;
         for (tenant, message) in &transaction.messages {
             let feed = self.feeds.get_or_add(tenant, self.floor);
             feed.messages.push_back(Item::new(message.clone()));
@@ -183,6 +187,7 @@ impl Window {
             Wake::Tenants(woken)
         };
         self.pending.push_back(Pending {
+            since: Instant::now(),
             end: transaction.end,
             xid: Some(transaction.header.xid),
             on_disk: transaction.staged,
@@ -196,6 +201,18 @@ impl Window {
             }
             let Header { commit, xid, .. } = transaction.header;
             self.entries.push_back(Entry { commit, xid, end: transaction.end, bytes, tenants });
+        }
+        true
+    }
+
+    fn make_room(&mut self, bytes: usize, appended: Lsn) -> bool {
+        if self.pending.len() >= PENDING_MAX {
+            return false;
+        }
+        while self.bytes + bytes > self.options.window_bytes && !self.entries.is_empty() {
+            if !self.evict_oldest(appended) {
+                return false;
+            }
         }
         true
     }
@@ -216,7 +233,7 @@ impl Window {
             {
                 last.end = last.end.max(lsn);
             }
-            _ => self.pending.push_back(Pending { end: lsn, xid: None, on_disk: false, wake }),
+            _ => self.pending.push_back(Pending { since: Instant::now(), end: lsn, xid: None, on_disk: false, wake }),
         }
     }
 
@@ -359,6 +376,12 @@ impl Window {
             published: self.published,
             lags: self.feeds.lags(self.published),
         }
+    }
+
+    /// Since when something waits.
+    pub(super) fn waits(&self) -> Waits {
+        let unreleased = self.pending.range(self.pending_published..).find(|item| item.xid.is_some());
+        Waits { unreleased_since: unreleased.map(|item| item.since), full_since: self.full_since }
     }
 
     /// Where everything stands, as one look.

@@ -5,6 +5,20 @@ use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricT
 
 /// States of the session: the values of a label.
 pub const SESSION_STATES: [&str; 4] = ["connecting", "streaming", "retrying", "failed"];
+/// Why nothing is delivered: the values of a label.
+pub const NOT_READY_REASONS: [&str; 11] = [
+    "starting",
+    "stopping",
+    "log_gone",
+    "disk_full",
+    "connection_limit",
+    "not_streaming",
+    "visibility_unknown",
+    "no_starts",
+    "not_visible",
+    "log_stuck",
+    "window_full",
+];
 /// What PostgreSQL says of a slot's WAL (`wal_status`): the values of a label.
 pub const WAL_STATUSES: [&str; 4] = ["reserved", "extended", "unreserved", "lost"];
 /// Of the lags of all streams: so many in a hundred have this or less. Gauges, because a summary's sum and count only grow.
@@ -13,6 +27,10 @@ const RANKS: [(&str, usize); 4] = [("p50", 50), ("p90", 90), ("p99", 99), ("max"
 /// Everything that is read. What is not known has no series, instead of a wrong one. LSNs are the 64-bit numbers.
 #[derive(Clone, Debug, Default)]
 pub struct Readings {
+    /// One of [`NOT_READY_REASONS`]; `None` where changes are delivered.
+    pub not_ready_reason: Option<&'static str>,
+    /// How long the oldest transaction has waited to be released; zero where none waits.
+    pub oldest_waiting_seconds: f64,
     /// One of [`SESSION_STATES`].
     pub session_state: &'static str,
     /// How far the stream was read.
@@ -106,6 +124,23 @@ impl Readings {
     pub(super) fn families(&self) -> Vec<MetricFamily> {
         let mut to = Families::default();
         to.info("tuplewatch_build_info", "The version that runs; always 1.", "version", env!("CARGO_PKG_VERSION"));
+        to.gauge(
+            "tuplewatch_ready",
+            "Whether changes are delivered: the slot streams, what is received is released, and streams can start.",
+            self.not_ready_reason.is_none(),
+        );
+        to.states(
+            "tuplewatch_not_ready",
+            "Why changes are not delivered: 1 for the reason that there is.",
+            "reason",
+            &NOT_READY_REASONS,
+            self.not_ready_reason.unwrap_or_default(),
+        );
+        to.gauge(
+            "tuplewatch_oldest_waiting_seconds",
+            "How long the oldest transaction has waited to be released to subscribers; 0 where none waits.",
+            self.oldest_waiting_seconds,
+        );
         to.states(
             "tuplewatch_session_state",
             "What the replication session is doing: 1 for the state that it is in.",

@@ -25,6 +25,8 @@ fn everything() -> String {
         safe_bytes: Some(1),
     };
     metrics.text(&Readings {
+        not_ready_reason: None,
+        oldest_waiting_seconds: 0.5,
         session_state: "streaming",
         received_lsn: Some(1 << 52),
         durable_lsn: Some(1),

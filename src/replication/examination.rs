@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use super::connection::{ConnectError, Connection, Endpoints};
 use super::monitor::Thresholds;
 use super::postgres::application_name;
-use super::requirements::{self, Expectation, Version};
+use super::requirements::{self, Expectation, Limits, Version};
 use crate::finding::{Finding, Report};
 
 /// Longest wait for all answers together, once there is a connection.
@@ -29,6 +29,8 @@ const ANSWER_MAX: Duration = Duration::from_secs(30);
 pub struct Examination<'a> {
     /// What `serve` is going to use.
     pub expected: Expectation<'a>,
+    /// SQL connections that `serve` may have.
+    pub connections_max: usize,
     /// Of the change log, where there is one.
     pub node_id: Option<&'a str>,
     /// Those of the slot's monitor.
@@ -66,6 +68,7 @@ impl Examination<'_> {
             return Ok(());
         }
         report.extend(requirements::check(client, &self.expected).await?);
+        Limits::read(client).await?.check(self.connections_max, report);
         let own_name = self.node_id.map(application_name);
         let sight = slot::Sight::read(client, self.expected.slot).await?;
         if let Some(sight) = &sight {

@@ -9,12 +9,14 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, timeout};
 
-use super::connection::{Connection, Endpoints};
+use super::connection::Endpoints;
 use super::postgres::application_name;
+use super::primaries::{Line, Primaries};
 use super::slot::{OPEN_TRANSACTIONS, Sight};
 use crate::finding::Bytes;
 use crate::lsn::Lsn;
@@ -301,6 +303,8 @@ impl Report {
 /// Looks at the slot for as long as it is polled, and logs.
 pub struct Monitor {
     endpoints: Endpoints,
+    /// Where a limit of connections is in the way, the session comes first, and lends its own.
+    primaries: Primaries,
     slot: String,
     /// Of the connections of this node.
     own_name: String,
@@ -310,9 +314,9 @@ pub struct Monitor {
 
 impl Monitor {
     /// Of the slot with this name on the primary among `endpoints`; `node_id` is that of the change log.
-    pub fn new(endpoints: Endpoints, slot: &str, node_id: &str, thresholds: Thresholds) -> Self {
+    pub fn new(endpoints: Endpoints, primaries: Primaries, slot: &str, node_id: &str, thresholds: Thresholds) -> Self {
         let (slot, own_name, reports) = (slot.to_owned(), application_name(node_id), watch::Sender::new(None));
-        Self { endpoints, slot, own_name, thresholds, reports }
+        Self { endpoints, primaries, slot, own_name, thresholds, reports }
     }
 
     /// Follows what it finds; `None` before its first look. It keeps what it found last where it cannot look.
@@ -325,21 +329,30 @@ impl Monitor {
         let (mut watch, mut samples) = (Watch::default(), Samples::default());
         // There is a lag to tell of from the first session on; and that it is no older than this process, somebody may wait for.
         let mut wanted = Some(Lsn::ZERO);
-        let mut open: Option<Connection> = None;
+        let mut open: Option<Line> = None;
+        let mut refused = self.primaries.clone();
         let mut ticks = tokio::time::interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
                 _ = received.wait_for(|received| *received >= wanted), if wanted.is_some() => wanted = None,
+                () = refused.session_refused(), if open.is_some() => open = None,
             }
-            let connection = match open.take().filter(|connection| !connection.is_closed()) {
-                Some(connection) => connection,
-                // That PostgreSQL is out of reach is the session's to say.
+            if self.primaries.is_session_refused() {
+                continue;
+            }
+            let line = match open.take().filter(|line| line.get().is_some()) {
+                Some(line) => Some(line),
                 None => match self.endpoints.connect(&self.own_name).await {
-                    Ok(connection) => connection,
-                    Err(_) => continue,
+                    Ok(connection) => Some(Line::Own(Arc::new(connection))),
+                    Err(error) if error.is_limit() => self.primaries.share(),
+                    // That PostgreSQL is out of reach is the session's to say.
+                    Err(_) => None,
                 },
+            };
+            let Some((line, connection)) = line.and_then(|line| line.get().map(|connection| (line, connection))) else {
+                continue;
             };
             match timeout(ANSWER_MAX, Sight::read(&connection.client, &self.slot)).await {
                 Ok(Ok(sight)) => {
@@ -353,7 +366,8 @@ impl Monitor {
                         wanted = samples.mostly_found();
                     }
                     self.reports.send_replace(Some(Report::of(sight, lag, slot_lag, now)));
-                    open = Some(connection);
+                    // One of its own may be free the next time.
+                    open = Some(line).filter(|line| !line.is_shared());
                 }
                 Ok(Err(error)) => tracing::debug!(%error, "the slot could not be looked at"),
                 Err(_) => tracing::debug!("the slot could not be looked at in time"),

@@ -1,19 +1,21 @@
 //! A real server: two connections, one for SQL (tokio-postgres) and one that replicates (pgwire-replication).
 
 use super::connection::{self, Connection, Endpoint, Endpoints};
+use super::primaries::Found;
 use super::publication::{Checks, Published};
 use super::requirements;
 use super::slot::{self, Slot, Waiting};
 use super::upstream::{Link, Server, Started, Upstream, Writer};
 use super::{Error, Event, Fatal, Options, Primaries};
 use crate::changelog::State;
-use crate::finding::Severity;
+use crate::finding::{Finding, Report, Severity};
 use crate::lsn::{CommitTime, Lsn, Snapshot, Xid8};
 use crate::pgoutput::RelationId;
 use crate::timeline::{History, Source};
 use futures_util::FutureExt as _;
 use pgwire_replication::{ReplicationClient, ReplicationConfig, ReplicationEvent};
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -46,20 +48,20 @@ pub(super) fn application_name(node_id: &str) -> String {
 pub struct Postgres {
     options: Options,
     endpoints: Endpoints,
-    /// The primary of the present or last session.
-    endpoint: watch::Sender<Option<Endpoint>>,
+    /// For those who ask the same server.
+    found: watch::Sender<Found>,
 }
 
 impl Postgres {
     /// Reads from the primary among `endpoints`.
     pub fn new(options: Options, endpoints: Endpoints) -> Self {
-        Self { options, endpoints, endpoint: watch::Sender::new(None) }
+        Self { options, endpoints, found: watch::Sender::default() }
     }
 
     /// Follows which server the session found to be the primary of its source. Whoever asks it anything asks this one, and
     /// again after every change.
     pub fn primaries(&self) -> Primaries {
-        Primaries::new(self.endpoint.subscribe())
+        Primaries::new(self.found.subscribe())
     }
 
     /// Looks whether it could stream, before anything is promised. What may pass (a server that is still starting) is no
@@ -71,7 +73,8 @@ impl Postgres {
         let look = async {
             let sql = self.endpoints.connect(&application_name(&state.node_id)).await.map_err(connect_error)?;
             own_source(&sql, state).await?;
-            check(&sql, &self.options, state.origin.is_some()).await
+            check(&sql, &self.options, state.origin.is_some()).await?;
+            self.warn_of_limits(&sql).await
         };
         match look.await {
             Err(Error::Transient(what)) => {
@@ -80,6 +83,26 @@ impl Postgres {
             }
             result => result,
         }
+    }
+
+    /// Says where PostgreSQL has fewer connections for this process than it may open.
+    async fn warn_of_limits(&self, sql: &Connection) -> Result<(), Error> {
+        let limits = bounded(requirements::Limits::read(&sql.client)).await?.map_err(sql_error)?;
+        let mut report = Report::default();
+        limits.check(self.options.connections_max, &mut report);
+        for Finding { subject, what, meaning, fix, .. } in report.into_findings() {
+            let (meaning, fix) = (meaning.unwrap_or_default(), fix.unwrap_or_default());
+            tracing::warn!("{subject}: {what}. {meaning} Fix: {fix}");
+        }
+        Ok(())
+    }
+
+    /// The session's SQL connection. Where a limit is in the way, others give up theirs.
+    async fn connect_sql(&self, name: &str) -> Result<Arc<Connection>, Error> {
+        let connected = self.endpoints.connect(name).await;
+        let is_refused = connected.as_ref().is_err_and(connection::ConnectError::is_limit);
+        self.found.send_if_modified(|found| std::mem::replace(&mut found.is_refused, is_refused) != is_refused);
+        connected.map(Arc::new).map_err(connect_error)
     }
 
     /// Makes the slot, if there is none.
@@ -173,7 +196,7 @@ impl Upstream for Postgres {
         if let Some(origin) = &state.origin {
             self.endpoints.prefer_timeline(origin.history.current().id);
         }
-        let sql = self.endpoints.connect(&name).await.map_err(connect_error)?;
+        let sql = self.connect_sql(&name).await?;
         let source = own_source(&sql, state).await?;
         check(&sql, &self.options, state.origin.is_some()).await?;
         if state.origin.is_none() {
@@ -197,7 +220,7 @@ impl Upstream for Postgres {
         let server = Server { source, history, wal_end: Lsn(identity.xlogpos.as_u64()) };
         Ok(PostgresLink {
             options: self.options.clone(),
-            endpoint: self.endpoint.clone(),
+            found: self.found.clone(),
             name,
             pid,
             sql,
@@ -212,12 +235,13 @@ impl Upstream for Postgres {
 /// See the module.
 pub struct PostgresLink {
     options: Options,
-    endpoint: watch::Sender<Option<Endpoint>>,
+    found: watch::Sender<Found>,
     /// That walsenders of this node have.
     name: String,
     /// Of the walsender.
     pid: i32,
-    sql: Connection,
+    /// Shared with those who are refused one of their own.
+    sql: Arc<Connection>,
     client: ReplicationClient,
     server: Server,
     checks: Checks,
@@ -265,7 +289,8 @@ impl Link for PostgresLink {
     }
 
     fn announce(&self) {
-        self.endpoint.send_replace(Some(self.sql.endpoint().clone()));
+        let (endpoint, session) = (Some(self.sql.endpoint().clone()), Arc::downgrade(&self.sql));
+        self.found.send_replace(Found { endpoint, session, is_refused: false });
     }
 
     async fn next(&mut self, events: &mut Vec<Event>) -> Result<(), Error> {

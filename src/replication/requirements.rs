@@ -6,6 +6,7 @@
 //!
 //! The role needs nothing to be able to ask: everything is read from catalogs that are open to all.
 
+mod connections;
 mod server;
 mod tables;
 
@@ -16,6 +17,7 @@ use super::hold_back::HoldBack;
 use super::slot::Slot;
 use crate::finding::{Finding, Report};
 use crate::mapping::Mapping;
+pub(super) use connections::Limits;
 use server::Server;
 pub(super) use server::Version;
 use tables::{Tenants, check_table};

@@ -475,6 +475,9 @@ async fn stopped(stop: &mut Stop) {
 /// A walsender that waits for somebody who cannot acknowledge holds up the shutdown of PostgreSQL: rather none.
 async fn no_room(room: &mut watch::Receiver<Room>) -> Error {
     match room.wait_for(|room| *room != Room::Enough).await {
+        Ok(room) if *room == Room::Elsewhere => {
+            Error::transient("the directory of the change log is gone: the session is closed until it is back")
+        }
         Ok(_) => Error::transient("the disk of the change log is full: the session is closed until it has room"),
         Err(_) => Closed.into(),
     }

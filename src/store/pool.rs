@@ -27,6 +27,7 @@ pub(super) struct Pool(managed::Pool<Opener>);
 impl Pool {
     /// Belongs to the runtime that this is called in.
     pub(super) fn new(primaries: Primaries, connections_max: usize) -> Self {
+        let session = primaries.clone();
         let opener = Opener { primaries, runtime: Handle::current() };
         let builder = managed::Pool::builder(opener)
             .max_size(connections_max)
@@ -34,7 +35,10 @@ impl Pool {
             .wait_timeout(Some(WAIT_MAX))
             .recycle_timeout(Some(WELL_MAX));
         match builder.build() {
-            Ok(pool) => Self(pool),
+            Ok(pool) => {
+                tokio::spawn(give_way(pool.weak(), session));
+                Self(pool)
+            }
             Err(error) => unreachable!("a pool with timeouts has a runtime for them: {error}"),
         }
     }
@@ -45,6 +49,17 @@ impl Pool {
             PoolError::Backend(error) => error,
             other => Error::Unreachable(other.to_string()),
         })
+    }
+}
+
+/// Closes what is idle where PostgreSQL refuses the session a connection.
+async fn give_way(pool: managed::WeakPool<Opener>, mut session: Primaries) {
+    loop {
+        session.session_refused().await;
+        let Some(pool) = pool.upgrade() else { return };
+        pool.retain(|_, _| false);
+        drop(pool);
+        session.session_accepted().await;
     }
 }
 

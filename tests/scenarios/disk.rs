@@ -127,7 +127,7 @@ async fn a_full_disk_lets_go_of_the_slot_and_loses_nothing() {
         !is_read(&sql).await
     })
     .await;
-    eventually("health is NOT_SERVING", async || server.health("").await == Ok(ServingStatus::NotServing)).await;
+    server.not_ready("disk_full", "the disk of the change log is full").await;
     eventually("it says so", async || server.has_said(FULL)).await;
     let before = writers.committed();
     eventually("more is written", async || writers.committed() > before + 50).await;

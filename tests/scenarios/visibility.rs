@@ -17,7 +17,8 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 
 /// A standby that will never be there. Only sessions that ask for it wait for it.
-const MISSING_STANDBY: [(&str, &str); 2] = [("synchronous_standby_names", "missing"), ("synchronous_commit", "local")];
+pub(super) const MISSING_STANDBY: [(&str, &str); 2] =
+    [("synchronous_standby_names", "missing"), ("synchronous_commit", "local")];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_change_can_be_read() {
@@ -73,13 +74,13 @@ fn id(change: &Change) -> &str {
 }
 
 /// A commit that waits for the standby.
-struct Waiting {
+pub(super) struct Waiting {
     commit: tokio::task::JoinHandle<()>,
 }
 
 impl Waiting {
     /// Returns when it waits: its record is in the WAL, and nobody can see it.
-    async fn insert(postgres: &Postgres, admin: &Sql, tenant: &str, id: &str) -> Self {
+    pub(super) async fn insert(postgres: &Postgres, admin: &Sql, tenant: &str, id: &str) -> Self {
         let sql = postgres.sql().await;
         sql.run("SET synchronous_commit = on; SET application_name = 'waiting'").await;
         let (tenant, id) = (tenant.to_owned(), id.to_owned());
@@ -96,7 +97,7 @@ impl Waiting {
             .await
     }
 
-    async fn release(self, admin: &Sql) {
+    pub(super) async fn release(self, admin: &Sql) {
         assert!(Self::is_waiting(admin).await, "it waited until now");
         // Not in a transaction, and so not in one batch.
         admin.run("ALTER SYSTEM SET synchronous_standby_names = ''").await;

@@ -9,7 +9,8 @@ use super::super::Error;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write as _};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 
 /// Counted up with every change that an older version would misread.
 pub(super) const FORMAT: u32 = 2;
@@ -86,6 +87,35 @@ impl Marker {
     }
 }
 
+/// Where a log was opened.
+pub(super) struct Place {
+    path: PathBuf,
+    opened: Vec<Identity>,
+}
+
+/// Device and inode.
+type Identity = (u64, u64);
+
+impl Place {
+    /// Of the log in this directory, which is open.
+    pub(super) fn of(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), opened: Self::look(path)? })
+    }
+
+    /// Whether the path still leads there. It does not where the directory was moved away, deleted, replaced, unmounted, or hidden by
+    /// another mount; the files that are open work all the same.
+    pub(super) fn is_intact(&self) -> bool {
+        Self::look(&self.path).is_ok_and(|found| found == self.opened)
+    }
+
+    /// The marker is left out: it is written anew when the log begins.
+    fn look(path: &Path) -> io::Result<Vec<Identity>> {
+        let data = path.join(DATA);
+        let identity = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()));
+        [path, &data, &data.join(FJALL_LOCK)].into_iter().map(identity).collect()
+    }
+}
+
 /// Whether the name is one of those that a log's directory has.
 pub(super) fn is_own(name: &std::ffi::OsStr) -> bool {
     [MARKER, MARKER_NEW, DATA, PROBE].iter().any(|own| name == *own)
@@ -126,5 +156,39 @@ pub(in crate::changelog) fn is_open(path: &Path) -> Option<bool> {
         Ok(file) => Some(matches!(file.try_lock_shared(), Err(fs::TryLockError::WouldBlock))),
         Err(error) if error.kind() == ErrorKind::NotFound => Some(false),
         Err(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_what_was_opened_and_not_what_has_its_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let (log, aside) = (directory.path().join("log"), directory.path().join("aside"));
+        let make = |path: &Path| {
+            fs::create_dir_all(path.join(DATA)).unwrap();
+            fs::write(path.join(DATA).join(FJALL_LOCK), "").unwrap();
+        };
+        make(&log);
+        let place = Place::of(&log).unwrap();
+        assert!(place.is_intact());
+
+        fs::rename(&log, &aside).unwrap();
+        assert!(!place.is_intact(), "moved away");
+        make(&log);
+        assert!(!place.is_intact(), "replaced");
+        fs::remove_dir_all(&log).unwrap();
+        std::os::unix::fs::symlink(&aside, &log).unwrap();
+        assert!(place.is_intact(), "it is there again, by whatever way");
+        // The marker is replaced when the log begins.
+        fs::write(aside.join(MARKER), "{}").unwrap();
+        assert!(place.is_intact());
+        fs::remove_file(aside.join(DATA).join(FJALL_LOCK)).unwrap();
+        assert!(!place.is_intact(), "emptied");
+        fs::remove_dir_all(&aside).unwrap();
+        assert!(!place.is_intact(), "deleted");
+        assert!(Place::of(&log).is_err());
     }
 }

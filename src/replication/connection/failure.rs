@@ -164,6 +164,12 @@ impl ConnectError {
         (!remedies.is_empty()).then(|| remedies.join(". "))
     }
 
+    /// Whether a server has as many connections as it, the database or the role may have.
+    pub fn is_limit(&self) -> bool {
+        // too_many_connections
+        self.attempts.iter().any(|attempt| attempt.failure.sqlstate() == Some("53300"))
+    }
+
     /// The SQLSTATE with which the server (the last of several) refused.
     pub fn sqlstate(&self) -> Option<&str> {
         self.attempts.iter().rev().find_map(|attempt| attempt.failure.sqlstate())
@@ -333,7 +339,8 @@ fn session_remedy(code: &str) -> Option<&'static str> {
         // Replication commands are no SQL. A pooler that took a replicating session for an ordinary one passes them on as such.
         "42601" | "08P01" => POOLER,
         "53300" => {
-            "Close other sessions, or raise max_connections (for replication, max_wal_senders) and restart the server"
+            "All connections are taken: end some, or raise the limit that tuplewatch doctor names (of the role, the database or \
+             the server)"
         }
         "57P03" => "It is starting or stopping, or is a standby that takes no queries: wait",
         _ => return None,

@@ -23,7 +23,7 @@ async fn a_server_without_postgresql_is_alive_and_not_serving() {
 
     postgres.stop(StopMode::Fast).await;
     crate::support::wait::eventually("it says so", async || health(&server, &[]).await.code == Some(1)).await;
-    health(&server, &[]).await.failed(&["is NOT_SERVING: the process runs, and does not stream from PostgreSQL"]);
+    health(&server, &[]).await.failed(&["is NOT_SERVING: the slot does not stream, and is tried again"]);
     assert_eq!(health(&server, &["--alive"]).await.succeeded(), "alive\n");
 }
 

@@ -54,6 +54,29 @@ async fn the_role_may_not_replicate() {
     patient.heals("role a reader", "has no REPLICATION").await;
 }
 
+/// Limits below what `serve` opens. It works all the same, until there is none at all.
+#[tokio::test]
+async fn there_are_fewer_connections_than_serve_uses() {
+    let mut patient = with_role(&format!("ALTER ROLE \"a reader\" REPLICATION; {MAY_READ}")).await;
+    let sql = patient.sql().await;
+    sql.run("ALTER ROLE \"a reader\" CONNECTION LIMIT 5; ALTER DATABASE postgres CONNECTION LIMIT 9").await;
+    drop(sql);
+    patient.postgres.stop_and_set(&[("superuser_reserved_connections", "90")]).await;
+    patient.postgres.start_again().await;
+    for (subject, what) in [
+        ("connections of role a reader", "may have 5 at a time, of which others use 0: tuplewatch serve uses up to 12"),
+        ("connections to database postgres", "may be 9 at a time"),
+        ("max_connections", "leaves ordinary roles 10 at a time"),
+    ] {
+        let found = patient.doctor(&[]).await.about("warning", subject);
+        assert!(matches!(found.as_slice(), [finding] if finding.what.contains(what)), "{subject}: {found:#?}");
+        patient.apply(&found[0]).await;
+        let diagnosis = patient.doctor(&[]).await;
+        assert!(diagnosis.about("warning", subject).is_empty(), "{diagnosis:#?}");
+    }
+    patient.streams().await;
+}
+
 #[tokio::test]
 async fn the_role_may_not_read_a_table() {
     let revoke = "REVOKE SELECT ON tuplewatch.attributes FROM \"a reader\"";

@@ -1,0 +1,437 @@
+//! Whether changes are delivered: the one judgement that `/readyz`, `grpc.health.v1`, `tuplewatch health` and the metrics repeat.
+//!
+//! A node delivers where the slot streams, PostgreSQL says what is visible, streams can start, and nothing is stuck on the way. An
+//! idle node is asked the same: [`super::primary`] and the hub's publisher probe every few seconds what they would need for the next
+//! change.
+//!
+//! It does not flap. What the session says counts at once. A statement counts against a node that was ready only after
+//! [`Answers::LATE`], and a node that was not becomes ready only with an answer. So a statement that fails once changes nothing.
+//!
+//! How far the node is behind the server is not judged here: it delivers, late. `/readyz` asks that too (`server.http.ready_lag_max`).
+
+use super::primary::{Answers, Silence, Why};
+use crate::changelog::Room;
+use crate::hub::{Hub, Waits};
+use crate::lsn::Lsn;
+use crate::replication::{Primaries, Status};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+/// How often it is judged, besides at every change of the session's status and of the log's room.
+const JUDGE_EVERY: Duration = Duration::from_secs(1);
+/// A commit is visible at once, or when a synchronous standby has it. One that takes longer waits for somebody to do something.
+const INVISIBLE_MAX: Duration = Duration::from_secs(15);
+/// A sync takes milliseconds; one that takes longer is no busy disk but one that hangs.
+const UNSYNCED_MAX: Duration = Duration::from_secs(30);
+/// Room in memory comes with each release, and each write to the log.
+const FULL_MAX: Duration = Duration::from_secs(15);
+
+/// Why nothing is delivered. No text names a host or has data: whoever probes has no credentials. All are ASCII.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Obstacle {
+    #[error("tuplewatch starts: PostgreSQL has not been asked everything yet")]
+    Starting,
+    #[error("tuplewatch is shutting down")]
+    Stopping,
+    #[error(
+        "the directory of the change log (changelog.path) was moved, deleted, unmounted or replaced: put it back, or restart \
+         tuplewatch to begin a new change log"
+    )]
+    LogGone,
+    #[error(
+        "the disk of the change log is full up to changelog.disk_reserve, so nothing is read from PostgreSQL: free some of it"
+    )]
+    DiskFull,
+    #[error(
+        "PostgreSQL takes no more connections from tuplewatch: end others, or raise the limit of the role, the database or the \
+         server that tuplewatch doctor names"
+    )]
+    ConnectionLimit,
+    #[error("the slot does not stream yet: the log of tuplewatch says what it waits for")]
+    Connecting,
+    #[error("the slot does not stream, and is tried again: see the log of tuplewatch, or ask tuplewatch doctor")]
+    Retrying,
+    #[error(
+        "the slot does not stream until something is repaired: see the log of tuplewatch, or ask tuplewatch doctor"
+    )]
+    Failed,
+    #[error("PostgreSQL does not say which transactions are visible, so no change can be released: {}", cause(*.0))]
+    VisibilityUnknown(Option<Why>),
+    #[error("no stream can start, because PostgreSQL does not say where to: {}", cause(*.0))]
+    NoStarts(Option<Why>),
+    #[error(
+        "a transaction has committed and is not visible to new snapshots of PostgreSQL: its commit waits for a synchronous \
+         standby (wait_event SyncRep in pg_stat_activity): repair the standby, or take it out of synchronous_standby_names"
+    )]
+    NotVisible,
+    #[error(
+        "the disk of the change log does not take what is written to it, so nothing is acknowledged: look at that disk"
+    )]
+    LogStuck,
+    #[error(
+        "memory is full of changes that are not released or not written to the change log yet (changelog.memory_window)"
+    )]
+    WindowFull,
+}
+
+/// What to do about a statement without an answer.
+const fn cause(why: Option<Why>) -> &'static str {
+    match why {
+        None | Some(Why::Late) => {
+            "it has not answered in time: look for an overload, and for locks (pg_stat_activity, pg_locks)"
+        }
+        Some(Why::Limit) => {
+            "it takes no more connections: end others, or raise the limit of the role, the database or the server that \
+             tuplewatch doctor names"
+        }
+        Some(Why::Rights) => "the role lacks a privilege: tuplewatch doctor names it, and the statement that grants it",
+        Some(Why::Locked) => "the table of tenants is locked: look for the transaction that holds the lock (pg_locks)",
+        Some(Why::Other) => "see the log of tuplewatch, or ask tuplewatch doctor",
+    }
+}
+
+impl Obstacle {
+    /// One of [`NOT_READY_REASONS`](crate::metrics::readings::NOT_READY_REASONS).
+    pub(super) const fn reason(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Stopping => "stopping",
+            Self::LogGone => "log_gone",
+            Self::DiskFull => "disk_full",
+            Self::ConnectionLimit => "connection_limit",
+            Self::Connecting | Self::Retrying | Self::Failed => "not_streaming",
+            Self::VisibilityUnknown(_) => "visibility_unknown",
+            Self::NoStarts(_) => "no_starts",
+            Self::NotVisible => "not_visible",
+            Self::LogStuck => "log_stuck",
+            Self::WindowFull => "window_full",
+        }
+    }
+}
+
+/// What is judged, as of one moment.
+#[derive(Clone, Debug)]
+struct Facts {
+    status: Status,
+    /// Since when the slot streams, where it does.
+    streaming_since: Option<Instant>,
+    room: Room,
+    /// PostgreSQL refuses the session a connection, because there are too many.
+    session_refused: bool,
+    /// Of the statement that says what is visible; `None` where changes are released without it.
+    visibility: Option<Silence>,
+    /// Of the statement that starts streams.
+    starts: Option<Silence>,
+    waits: Waits,
+    /// Since when something received is not durable, and nothing became durable.
+    unsynced_since: Option<Instant>,
+}
+
+/// The first thing in the way, the cause before what follows from it.
+fn judge(facts: &Facts, was_ready: bool, now: Instant) -> Option<Obstacle> {
+    let longer =
+        |since: Option<Instant>, most: Duration| since.is_some_and(|since| now.saturating_duration_since(since) > most);
+    // What a node can do must have been seen; that it cannot, must last.
+    let silent = |silence: Option<Silence>, obstacle: fn(Option<Why>) -> Obstacle| {
+        let Silence { since, why } = silence?;
+        // With the session comes the first moment that it could be asked.
+        let is_over = longer(facts.streaming_since.max(Some(since)), Answers::LATE);
+        match (was_ready, is_over) {
+            (true, false) => None,
+            (false, false) => Some(Obstacle::Starting),
+            (_, true) => Some(obstacle(why)),
+        }
+    };
+    match facts.room {
+        Room::Elsewhere => return Some(Obstacle::LogGone),
+        Room::Short { .. } => return Some(Obstacle::DiskFull),
+        Room::Enough => {}
+    }
+    match facts.status {
+        Status::Streaming => {}
+        _ if facts.session_refused => return Some(Obstacle::ConnectionLimit),
+        Status::Connecting => return Some(Obstacle::Connecting),
+        Status::Retrying(_) => return Some(Obstacle::Retrying),
+        Status::Failed(_) => return Some(Obstacle::Failed),
+    }
+    let unanswered = silent(facts.visibility, Obstacle::VisibilityUnknown);
+    if let Some(obstacle) = unanswered.or_else(|| silent(facts.starts, Obstacle::NoStarts)) {
+        return Some(obstacle);
+    }
+    if longer(facts.unsynced_since, UNSYNCED_MAX) {
+        return Some(Obstacle::LogStuck);
+    }
+    if longer(facts.waits.unreleased_since, INVISIBLE_MAX) {
+        return Some(Obstacle::NotVisible);
+    }
+    longer(facts.waits.full_since, FULL_MAX).then_some(Obstacle::WindowFull)
+}
+
+/// Follows the parts. Holds no handle that a part would wait for at the end.
+pub(super) struct Delivery {
+    pub(super) hub: Hub,
+    pub(super) status: watch::Receiver<Status>,
+    pub(super) room: watch::Receiver<Room>,
+    pub(super) received: watch::Receiver<Option<Lsn>>,
+    pub(super) durable: watch::Receiver<Lsn>,
+    pub(super) primaries: Primaries,
+    /// Of snapshots; `None` where changes are released without any (`service.watch.before_visible`).
+    pub(super) visibility: Option<Answers>,
+    pub(super) starts: Answers,
+}
+
+/// The judgement; nothing where changes are delivered.
+pub(super) type Readiness = watch::Receiver<Option<Obstacle>>;
+
+impl Delivery {
+    /// The judgement, and the task that makes it until `stop` turns true.
+    pub(super) fn follow(self, stop: watch::Receiver<bool>) -> (Readiness, impl Future<Output = ()>) {
+        let (judgement, readiness) = watch::channel(Some(Obstacle::Starting));
+        (readiness, self.run(judgement, stop))
+    }
+
+    async fn run(mut self, judgement: watch::Sender<Option<Obstacle>>, mut stop: watch::Receiver<bool>) {
+        let mut syncing = Syncing::default();
+        let mut streaming_since = None;
+        let mut ticks = interval(JUDGE_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while !*stop.borrow_and_update() {
+            let facts = self.look(&mut syncing, &mut streaming_since);
+            let before = *judgement.borrow();
+            let now = judge(&facts, before.is_none(), Instant::now());
+            if judgement.send_replace(now) != now {
+                tell(before, now);
+            }
+            // While it comes up, nobody waits for the next second.
+            let coming_up = now == Some(Obstacle::Starting);
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = tokio::time::sleep(JUDGE_EVERY / 50), if coming_up => {}
+                // A part that has ended is told by the process.
+                Ok(()) = self.status.changed() => {}
+                Ok(()) = self.room.changed() => {}
+                _ = stop.changed() => {}
+            }
+            if stop.has_changed().is_err() {
+                break;
+            }
+        }
+        judgement.send_replace(Some(Obstacle::Stopping));
+    }
+
+    fn look(&mut self, syncing: &mut Syncing, streaming_since: &mut Option<Instant>) -> Facts {
+        // In this order: what is durable was received before.
+        let durable = *self.durable.borrow();
+        let received = self.received.borrow().unwrap_or_default();
+        let status = self.status.borrow_and_update().clone();
+        *streaming_since = (status == Status::Streaming).then(|| streaming_since.unwrap_or_else(Instant::now));
+        Facts {
+            status,
+            streaming_since: *streaming_since,
+            room: *self.room.borrow_and_update(),
+            session_refused: self.primaries.is_session_refused(),
+            visibility: self.visibility.as_ref().and_then(Answers::silence),
+            starts: self.starts.silence(),
+            waits: self.hub.waits(),
+            unsynced_since: syncing.since(received, durable, Instant::now()),
+        }
+    }
+}
+
+/// For the log: once when it begins, and once when it is over.
+fn tell(before: Option<Obstacle>, now: Option<Obstacle>) {
+    match (before, now) {
+        (_, Some(Obstacle::Starting)) => {}
+        // The session and the recorder say more of themselves.
+        (_, Some(Obstacle::Connecting | Obstacle::Retrying | Obstacle::Failed)) => {}
+        (_, Some(Obstacle::LogGone | Obstacle::DiskFull)) => {}
+        (_, Some(obstacle)) => tracing::error!(reason = obstacle.reason(), "not ready: {obstacle}"),
+        (Some(Obstacle::Starting), None) => tracing::info!("ready: changes are delivered"),
+        (_, None) => tracing::info!("ready again: changes are delivered"),
+    }
+}
+
+/// How long the log has taken nothing of what was received.
+#[derive(Debug, Default)]
+struct Syncing(Option<(Lsn, Instant)>);
+
+impl Syncing {
+    fn since(&mut self, received: Lsn, durable: Lsn, now: Instant) -> Option<Instant> {
+        self.0 = match self.0 {
+            _ if received <= durable => None,
+            Some((at, since)) if at == durable => Some((at, since)),
+            _ => Some((durable, now)),
+        };
+        self.0.map(|(_, since)| since)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::readings::NOT_READY_REASONS;
+
+    fn at(seconds: u64) -> Instant {
+        static EPOCH: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
+        *EPOCH + Duration::from_secs(seconds)
+    }
+
+    /// A node that delivers.
+    fn well() -> Facts {
+        Facts {
+            status: Status::Streaming,
+            streaming_since: Some(at(90)),
+            room: Room::Enough,
+            session_refused: false,
+            visibility: None,
+            starts: None,
+            waits: Waits::default(),
+            unsynced_since: None,
+        }
+    }
+
+    fn silence(since: u64, why: Option<Why>) -> Option<Silence> {
+        Some(Silence { since: at(since), why })
+    }
+
+    fn waits(unreleased: Option<u64>, full: Option<u64>) -> Waits {
+        Waits { unreleased_since: unreleased.map(at), full_since: full.map(at) }
+    }
+
+    #[test]
+    fn what_is_in_the_way_and_from_when_on() {
+        let retrying = || Status::Retrying("db1.example refused ada".into());
+        let failed = || Status::Failed("db1.example lacks a slot".into());
+        let cases = [
+            ("all is well", well(), None, 0),
+            (
+                "a slot that does not stream counts at once",
+                Facts { status: retrying(), ..well() },
+                Some(Obstacle::Retrying),
+                0,
+            ),
+            ("so does one that needs repair", Facts { status: failed(), ..well() }, Some(Obstacle::Failed), 0),
+            (
+                "a limit of connections is named",
+                Facts { status: retrying(), session_refused: true, ..well() },
+                Some(Obstacle::ConnectionLimit),
+                0,
+            ),
+            ("a limit is over when the slot streams", Facts { session_refused: true, ..well() }, None, 0),
+            (
+                "the disk is the cause of a slot that does not stream",
+                Facts { status: retrying(), room: Room::Short { free: 1 }, ..well() },
+                Some(Obstacle::DiskFull),
+                0,
+            ),
+            (
+                "and so is its directory",
+                Facts { status: retrying(), room: Room::Elsewhere, ..well() },
+                Some(Obstacle::LogGone),
+                0,
+            ),
+            (
+                "a snapshot that fails once is nothing",
+                Facts { visibility: silence(100, Some(Why::Other)), ..well() },
+                None,
+                105,
+            ),
+            (
+                "one that fails for long is",
+                Facts { visibility: silence(100, Some(Why::Limit)), ..well() },
+                Some(Obstacle::VisibilityUnknown(Some(Why::Limit))),
+                106,
+            ),
+            (
+                "and so is one without an answer",
+                Facts { visibility: silence(100, None), starts: silence(100, None), ..well() },
+                Some(Obstacle::VisibilityUnknown(None)),
+                106,
+            ),
+            (
+                "a start that fails for long",
+                Facts { starts: silence(100, Some(Why::Rights)), ..well() },
+                Some(Obstacle::NoStarts(Some(Why::Rights))),
+                106,
+            ),
+            ("a commit that a standby confirms soon", Facts { waits: waits(Some(100), None), ..well() }, None, 115),
+            (
+                "one that it does not",
+                Facts { waits: waits(Some(100), None), ..well() },
+                Some(Obstacle::NotVisible),
+                116,
+            ),
+            (
+                "what waits because of the snapshot is not blamed on a standby",
+                Facts { visibility: silence(100, Some(Why::Late)), waits: waits(Some(100), None), ..well() },
+                Some(Obstacle::VisibilityUnknown(Some(Why::Late))),
+                120,
+            ),
+            ("a slow disk", Facts { unsynced_since: Some(at(100)), ..well() }, None, 130),
+            (
+                "a disk that hangs, and memory that is full because of it",
+                Facts { unsynced_since: Some(at(100)), waits: waits(Some(100), Some(110)), ..well() },
+                Some(Obstacle::LogStuck),
+                131,
+            ),
+            ("memory that is full for a moment", Facts { waits: waits(None, Some(100)), ..well() }, None, 115),
+            ("and for long", Facts { waits: waits(None, Some(100)), ..well() }, Some(Obstacle::WindowFull), 116),
+        ];
+        for (what, facts, expected, now) in cases {
+            assert_eq!(judge(&facts, true, at(now)), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_node_that_was_not_ready_becomes_so_with_an_answer_only() {
+        for (what, silence, now, expected) in [
+            (
+                "it could not be asked before there was a session",
+                silence(10, Some(Why::Other)),
+                91,
+                Some(Obstacle::Starting),
+            ),
+            ("it was asked just now", silence(100, None), 105, Some(Obstacle::Starting)),
+            ("it was asked for long", silence(100, None), 106, Some(Obstacle::NoStarts(None))),
+            ("a lock stays", silence(10, Some(Why::Locked)), 96, Some(Obstacle::NoStarts(Some(Why::Locked)))),
+            ("it was answered", None, 106, None),
+        ] {
+            assert_eq!(judge(&Facts { starts: silence, ..well() }, false, at(now)), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_log_is_stuck_from_when_it_stopped_to_move() {
+        let mut syncing = Syncing::default();
+        let mut since = |received, durable, now| syncing.since(Lsn(received), Lsn(durable), at(now));
+        assert_eq!(since(0, 10, 0), None, "a log from before");
+        assert_eq!(since(20, 10, 1), Some(at(1)));
+        assert_eq!(since(30, 10, 5), Some(at(1)), "more is received, and nothing durable");
+        assert_eq!(since(30, 20, 6), Some(at(6)), "it moves");
+        assert_eq!(since(30, 30, 7), None);
+    }
+
+    #[test]
+    fn reasons_are_a_bounded_label_and_fit_a_header() {
+        let whys = [None, Some(Why::Late), Some(Why::Limit), Some(Why::Rights), Some(Why::Locked), Some(Why::Other)];
+        let plain = [
+            Obstacle::Starting,
+            Obstacle::Stopping,
+            Obstacle::LogGone,
+            Obstacle::DiskFull,
+            Obstacle::ConnectionLimit,
+            Obstacle::Connecting,
+            Obstacle::Retrying,
+            Obstacle::Failed,
+            Obstacle::NotVisible,
+            Obstacle::LogStuck,
+            Obstacle::WindowFull,
+        ];
+        let statements = whys.into_iter().flat_map(|why| [Obstacle::VisibilityUnknown(why), Obstacle::NoStarts(why)]);
+        for obstacle in plain.into_iter().chain(statements) {
+            assert!(NOT_READY_REASONS.contains(&obstacle.reason()), "{obstacle:?}");
+            assert!(obstacle.to_string().bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{obstacle}");
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! Health is delivery (hazard 50): a node that cannot release what it has, or start a stream, says so everywhere, and why; and is ready
+//! again by itself when it can.
+
+mod probes;
+
+use super::visibility::{MISSING_STANDBY, Waiting};
+use crate::support::api::Api;
+use crate::support::change::Change;
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use crate::support::sql::Sql;
+use crate::support::stream::{metadata, reason};
+use crate::support::wait::{eventually, within};
+use std::path::PathBuf;
+use tonic::Code;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tuplewatch::dev_postgres::StopMode;
+
+/// A role that limits apply to, with all that `serve` needs.
+const FEEDER: &str = "CREATE ROLE feeder LOGIN REPLICATION;
+    GRANT USAGE ON SCHEMA tuplewatch TO feeder;
+    GRANT SELECT ON ALL TABLES IN SCHEMA tuplewatch TO feeder;
+    GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA tuplewatch TO feeder";
+
+/// Ends all connections of the role, its replication connection too.
+const END_THEIRS: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'feeder'";
+
+/// A node that logs on as `feeder`, prepared and not started.
+async fn prepare(postgres: &Postgres) -> Server {
+    let mut server = Server::prepare(postgres, &[]).await;
+    postgres.sql().await.run(FEEDER).await;
+    server.point_to(&postgres.uri().replace("postgres@", "feeder@"));
+    server
+}
+
+/// The same, streaming.
+async fn serve(postgres: &Postgres) -> Server {
+    let mut server = prepare(postgres).await;
+    server.start().await;
+    server.ready().await;
+    server
+}
+
+/// SQL connections of the node.
+async fn connections(admin: &Sql) -> usize {
+    let count = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'feeder' AND backend_type = 'client backend'";
+    admin.value(count).await.parse().unwrap()
+}
+
+#[tokio::test]
+async fn one_connection_is_enough_to_deliver() {
+    let mut postgres = Postgres::start().await;
+    let mut server = prepare(&postgres).await;
+    let admin = postgres.sql().await;
+    admin.run("ALTER ROLE feeder CONNECTION LIMIT 1").await;
+    server.start().await;
+    server.ready().await;
+    assert!(server.has_said("connections of role feeder: may have 1 at a time"), "the start names the limit");
+    assert!(server.has_said("ALTER ROLE \\\"feeder\\\" CONNECTION LIMIT 12"), "and the statement that raises it");
+
+    let (_, mut stream, _) = server.first_delivered(&postgres, "first").await;
+    assert_eq!(connections(&admin).await, 1);
+    eventually("the slot's monitor looks too", async || {
+        server.scrape().await.find("tuplewatch_server_lsn_bytes", &[]).is_some()
+    })
+    .await;
+    // Whoever was first has it, and the session gets it all the same.
+    drop(admin);
+    postgres.stop(StopMode::Fast).await;
+    postgres.start_again().await;
+    server.ready().await;
+    let admin = postgres.sql().await;
+    admin.insert("t1", "second").await;
+    stream.expect(Change::created("second")).await;
+    let mut late = server.watch("t1", "").await;
+
+    // A lock that starts of streams wait for holds up nothing else that shares the connection.
+    let holder = postgres.sql().await;
+    holder.run("BEGIN; LOCK TABLE tuplewatch.tenants IN ACCESS EXCLUSIVE MODE").await;
+    server.not_ready("no_starts", "the table of tenants is locked").await;
+    admin.insert("t1", "third").await;
+    stream.expect(Change::created("third")).await;
+    late.expect(Change::created("third")).await;
+    holder.run("ROLLBACK").await;
+    server.ready().await;
+    assert_eq!(connections(&admin).await, 1);
+}
+
+/// Else those that came first would keep the session out for ever.
+#[tokio::test]
+async fn what_else_is_connected_gives_way_to_the_session() {
+    let postgres = Postgres::start().await;
+    let mut server = prepare(&postgres).await;
+    let admin = postgres.sql().await;
+    admin.run("GRANT INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA tuplewatch TO feeder").await;
+    admin.run("ALTER ROLE feeder CONNECTION LIMIT 2").await;
+    server.start().await;
+    server.ready().await;
+    let mut stream = server.watch("t1", "").await;
+    // Snapshots or starts have the second one, until they are told to share; then Data has it, and keeps it.
+    let mut api = Api::of(&server).await;
+    let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'feeder' \
+                  AND (backend_type = 'walsender' OR query NOT LIKE 'COMMIT%')";
+    let has_pooled = "EXISTS (SELECT FROM pg_stat_activity WHERE usename = 'feeder' AND query LIKE 'COMMIT%')";
+    eventually("Data has a connection", async || {
+        admin.run(others).await;
+        let _ = api.try_write("t1", &["document:d1#viewer@user:u"]).await;
+        admin.is_true(has_pooled).await
+    })
+    .await;
+    admin.run("ALTER ROLE feeder CONNECTION LIMIT 1").await;
+    admin.run(others).await;
+    eventually("Data's connection is closed", async || !admin.is_true(has_pooled).await).await;
+    server.ready().await;
+    assert_eq!(connections(&admin).await, 1);
+    admin.insert("t1", "last").await;
+    stream.up_to(&Change::created("last")).await;
+}
+
+/// Connections of somebody else.
+struct Crowd(Vec<Sql>);
+
+impl Crowd {
+    /// Takes every connection that is free.
+    async fn grow(&mut self, uri: &str) {
+        while let Ok(sql) = Sql::try_connect(uri).await {
+            self.0.push(sql);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_limit_of_connections_that_leaves_none_is_told_until_it_is_raised() {
+    let postgres = Postgres::with(&[("max_connections", "30")]).await;
+    let server = serve(&postgres).await;
+    let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
+    let mut watching = server.health_changes().await;
+    assert_eq!(watching.next().await, ServingStatus::Serving);
+
+    for (id, limited) in [("role", "ROLE feeder"), ("database", "DATABASE postgres")] {
+        admin.run(&format!("ALTER {limited} CONNECTION LIMIT 0")).await;
+        admin.run(END_THEIRS).await;
+        server.not_ready("connection_limit", "PostgreSQL takes no more connections").await;
+        assert_eq!(watching.next().await, ServingStatus::NotServing);
+        admin.insert("t1", id).await;
+        admin.run(&format!("ALTER {limited} CONNECTION LIMIT -1")).await;
+        stream.expect(Change::created(id)).await;
+        server.ready().await;
+        assert_eq!(watching.next().await, ServingStatus::Serving);
+    }
+
+    // Somebody else has all that the server has for ordinary roles.
+    admin.run("CREATE ROLE crowd LOGIN").await;
+    let uri = postgres.uri().replace("postgres@", "crowd@");
+    let mut crowd = Crowd(Vec::new());
+    eventually("nothing is left for the node", async || {
+        admin.run(END_THEIRS).await;
+        crowd.grow(&uri).await;
+        connections(&admin).await == 0
+    })
+    .await;
+    server.not_ready("connection_limit", "PostgreSQL takes no more connections").await;
+    admin.insert("t1", "crowded").await;
+    crowd.0.clear();
+    stream.expect(Change::created("crowded")).await;
+    server.ready().await;
+}
+
+/// A process that does not run for as long as this lives.
+struct Suspended(u32);
+
+impl Suspended {
+    fn new(pid: u32) -> Self {
+        Self::signal(pid, "-STOP");
+        Self(pid)
+    }
+
+    fn signal(pid: u32, signal: &str) {
+        let status = std::process::Command::new("kill").args([signal, &pid.to_string()]).status().unwrap();
+        assert!(status.success() || signal == "-CONT", "{signal} {pid}");
+    }
+}
+
+impl Drop for Suspended {
+    fn drop(&mut self) {
+        Self::signal(self.0, "-CONT");
+    }
+}
+
+/// The process that accepts connections.
+fn postmaster(postgres: &Postgres) -> u32 {
+    let file = std::fs::read_to_string(postgres.pgdata().join("postmaster.pid")).unwrap();
+    file.lines().next().unwrap().parse().unwrap()
+}
+
+/// The backend that says what is visible.
+const SNAPSHOTS: &str =
+    "SELECT pid FROM pg_stat_activity WHERE usename = 'feeder' AND query = 'SELECT pg_current_snapshot()::text'";
+
+#[tokio::test]
+async fn a_visibility_statement_without_an_answer_is_told_also_of_an_idle_node() {
+    let postgres = Postgres::start().await;
+    let server = serve(&postgres).await;
+    let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
+    for waits_with_something in [false, true] {
+        let backend: u32 = admin.value(SNAPSHOTS).await.parse().unwrap();
+        // And nobody gets another connection in its place.
+        let suspended = [Suspended::new(postmaster(&postgres)), Suspended::new(backend)];
+        if waits_with_something {
+            admin.insert("t1", "second").await;
+        }
+        server.not_ready("visibility_unknown", "PostgreSQL does not say which transactions are visible").await;
+        let scrape = server.scrape().await;
+        assert_eq!(scrape.get("tuplewatch_session_state", &[("state", "streaming")]), 1.0);
+        assert_eq!(scrape.get("tuplewatch_oldest_waiting_seconds", &[]) > 0.0, waits_with_something);
+        drop(suspended);
+        server.ready().await;
+    }
+    stream.expect(Change::created("second")).await;
+}
+
+/// A restart of a backend, or an answer that takes a moment, changes nothing.
+#[tokio::test]
+async fn a_statement_that_fails_once_does_not_make_a_node_unready() {
+    let postgres = Postgres::start().await;
+    let mut server = serve(&postgres).await;
+    let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
+    let mut watching = server.health_changes().await;
+    assert_eq!(watching.next().await, ServingStatus::Serving);
+    for n in 0..3 {
+        let backend = admin.value(SNAPSHOTS).await;
+        admin.run(&format!("SELECT pg_terminate_backend({backend})")).await;
+        let id = format!("after{n}");
+        admin.insert("t1", &id).await;
+        stream.expect(Change::created(&id)).await;
+    }
+    // The next thing that happens to its health, and nothing before.
+    server.terminate().await;
+    assert_eq!(watching.next().await, ServingStatus::NotServing);
+    assert!(!server.has_said("not ready"));
+    assert_eq!(server.ended().await.code(), Some(0), "whoever watches the health holds up nothing");
+}
+
+#[tokio::test]
+async fn a_table_of_tenants_that_cannot_be_read_is_told() {
+    let postgres = Postgres::start().await;
+    let server = serve(&postgres).await;
+    let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
+
+    admin.run("REVOKE SELECT ON tuplewatch.tenants FROM feeder").await;
+    server.not_ready("no_starts", "the role lacks a privilege: tuplewatch doctor names it").await;
+    let status = server.try_watch("t1", "").await.err().unwrap();
+    assert_eq!(reason(&status), (Code::Unavailable, "POSTGRES_UNREACHABLE".into()));
+    admin.insert("t1", "second").await;
+    stream.expect(Change::created("second")).await;
+    admin.run("GRANT SELECT ON tuplewatch.tenants TO feeder").await;
+    server.ready().await;
+
+    // A migration, say, that holds a lock.
+    let holder = postgres.sql().await;
+    holder.run("BEGIN; LOCK TABLE tuplewatch.tenants IN ACCESS EXCLUSIVE MODE").await;
+    server.not_ready("no_starts", "look for an overload, and for locks").await;
+    holder.run("ROLLBACK").await;
+    server.ready().await;
+    let mut late = server.watch("t1", "").await;
+    admin.insert("t1", "third").await;
+    late.expect(Change::created("third")).await;
+}
+
+#[tokio::test]
+async fn a_commit_that_waits_for_a_standby_is_told_as_what_it_is() {
+    let postgres = Postgres::with(&MISSING_STANDBY).await;
+    let server = Server::serve(&postgres, &[]).await;
+    let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
+    let waiting = Waiting::insert(&postgres, &admin, "t1", "waiting").await;
+    server.not_ready("not_visible", "its commit waits for a synchronous standby").await;
+    assert!(server.scrape().await.get("tuplewatch_oldest_waiting_seconds", &[]) > 10.0);
+    waiting.release(&admin).await;
+    stream.expect(Change::created("waiting")).await;
+    server.ready().await;
+    assert_eq!(server.scrape().await.get("tuplewatch_oldest_waiting_seconds", &[]), 0.0);
+}
+
+/// What a log's directory is moved to.
+fn aside(server: &Server) -> PathBuf {
+    server.changelog().with_extension("aside")
+}
+
+/// What can stand in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Instead {
+    Nothing,
+    AnEmptyDirectory,
+    ACopy,
+}
+
+#[tokio::test]
+async fn a_change_log_that_was_moved_away_is_acknowledged_no_further_and_goes_on_when_it_is_back() {
+    let postgres = Postgres::start().await;
+    let mut server = serve(&postgres).await;
+    let (admin, mut stream, token) = server.first_delivered(&postgres, "first").await;
+    let (log, aside) = (server.changelog(), aside(&server));
+    for instead in [Instead::Nothing, Instead::AnEmptyDirectory, Instead::ACopy] {
+        std::fs::rename(&log, &aside).unwrap();
+        match instead {
+            Instead::Nothing => {}
+            Instead::AnEmptyDirectory => std::fs::create_dir(&log).unwrap(),
+            Instead::ACopy => {
+                let copied = std::process::Command::new("cp").arg("-a").arg(&aside).arg(&log).status();
+                assert!(copied.unwrap().success());
+            }
+        }
+        server.not_ready("log_gone", "the directory of the change log").await;
+        let is_read = "(SELECT active FROM pg_replication_slots WHERE slot_name = 'tuplewatch')";
+        eventually("the slot is let go of", async || !admin.is_true(is_read).await).await;
+        let id = format!("{instead:?}");
+        admin.insert("t1", &id).await;
+        let lsn = admin.flushed().await;
+        assert!(!admin.confirmed_reaches(&lsn).await);
+        if instead != Instead::Nothing {
+            std::fs::remove_dir_all(&log).unwrap();
+        }
+        std::fs::rename(&aside, &log).unwrap();
+        stream.expect(Change::created(&id)).await;
+        server.ready().await;
+        eventually("it is acknowledged", async || admin.confirmed_reaches(&lsn).await).await;
+    }
+    // And all of it is there for the next process.
+    server.die_and_return().await;
+    let mut resumed = server.watch("t1", &token).await;
+    for instead in [Instead::Nothing, Instead::AnEmptyDirectory, Instead::ACopy] {
+        resumed.expect(Change::created(&format!("{instead:?}"))).await;
+    }
+}
+
+#[tokio::test]
+async fn a_change_log_that_was_deleted_is_acknowledged_no_further_and_holds_up_no_shutdown() {
+    let postgres = Postgres::start().await;
+    let mut server = serve(&postgres).await;
+    let (admin, mut stream, token) = server.first_delivered(&postgres, "first").await;
+    admin.insert("t1", "acknowledged").await;
+    stream.expect(Change::created("acknowledged")).await;
+    let lsn = admin.flushed().await;
+    eventually("it is acknowledged", async || admin.confirmed_reaches(&lsn).await).await;
+    std::fs::remove_dir_all(server.changelog().join("data")).unwrap();
+    server.not_ready("log_gone", "restart tuplewatch to begin a new change log").await;
+    admin.insert("t1", "second").await;
+    let lsn = admin.flushed().await;
+    assert!(!admin.confirmed_reaches(&lsn).await);
+    server.terminate().await;
+    within("the stream ends", stream.try_next()).await.unwrap_err();
+    assert_eq!(server.ended().await.code(), Some(0));
+
+    // A new one begins where the slot is, and nothing is missing behind it.
+    std::fs::remove_dir_all(server.changelog()).unwrap();
+    server.start().await;
+    server.ready().await;
+    let status = server.try_watch("t1", &token).await.err().unwrap();
+    assert_eq!(reason(&status), (Code::OutOfRange, "SNAP_TOKEN_TOO_OLD".into()));
+    let mut again = server.watch("t1", &metadata(&status, "earliest_snap_token")).await;
+    again.expect(Change::created("second")).await;
+}
