@@ -112,6 +112,7 @@ fn session_options(config: &Config, mapping: Arc<Mapping>) -> replication::Optio
             config::OnUndecodable::Halt => OnUndecodable::Halt,
         },
         hold_back: hold_back(config),
+        commands: config.commands().clone(),
         failover: config.replication.failover == config::Failover::Auto,
     }
 }
@@ -200,7 +201,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let (durable, room) = (recorded.durable(), recorded.room());
     let joined = Joined { recorder: recorder_handle, hub: hub.clone() };
     let session_options = session_options(config, mapping.clone());
-    let monitor = Monitor::new(endpoints.clone(), &config.replication.slot, &state.node_id, thresholds(config));
+    let monitor = Monitor::new(endpoints.clone(), &session_options, &state.node_id, thresholds(config));
     let postgres = Postgres::new(session_options.clone(), endpoints);
     let primaries = postgres.primaries();
     let mut stop = std::pin::pin!(stop);

@@ -57,6 +57,8 @@ pub(super) struct Table {
     pub(super) oid: Option<u32>,
     /// `relkind`: r for a table, p for a partitioned one.
     pub(super) kind: Option<String>,
+    /// `relkind` of what has this name instead of a table.
+    pub(super) other_kind: Option<String>,
     /// The mapped columns that exist.
     pub(super) columns: Vec<Column>,
     /// Where the rows are: the table, and with a partitioned one all its leaves.
@@ -195,6 +197,11 @@ impl Table {
 
     pub(super) fn is_partitioned(&self) -> bool {
         self.kind.as_deref() == Some("p")
+    }
+
+    /// Whether it is one of PostgreSQL's own, which have the oids below `FirstNormalObjectId`.
+    pub(super) fn is_system(&self) -> bool {
+        self.oid.is_some_and(|oid| oid < 16_384)
     }
 
     /// Whether the publication has it: by itself, by its schema, by a table that it is a partition of, or with all.
@@ -339,6 +346,8 @@ SELECT json_build_object(
         'generated', to_json(publication) ->> 'pubgencols') FROM publication),
     'tables', (SELECT json_agg(json_build_object(
         'schema', wanted.schema_name, 'name', wanted.table_name, 'oid', wanted.oid::int8, 'kind', wanted.relkind,
+        'other_kind', (SELECT c.relkind FROM pg_class AS c WHERE c.relnamespace = wanted.namespace
+                          AND c.relname = wanted.table_name AND c.relkind NOT IN ('r', 'p')),
         'is_partition', COALESCE(wanted.relispartition, false),
         'selectable', COALESCE(has_table_privilege(wanted.oid, 'SELECT'), false),
         'schema_usable', COALESCE(has_schema_privilege(wanted.namespace, 'USAGE'), false),
