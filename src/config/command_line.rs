@@ -45,7 +45,10 @@ mod tests {
         assert_eq!(given("replication.slot", "s"), with(" --replication-slot s"));
         assert_eq!(given("database.uri", "postgres://u@h/db"), with(" --database-uri postgres://u@h/db"));
         let hint = " (its password is left out here: put it into PGPASSWORD)";
-        assert_eq!(given("database.uri", "postgres://u:secret@h/db"), with(&format!(" --database-uri postgres://u@h/db{hint}")));
+        assert_eq!(
+            given("database.uri", "postgres://u:secret@h/db"),
+            with(&format!(" --database-uri postgres://u@h/db{hint}"))
+        );
         assert_eq!(given("authn.preshared.keys", "secret"), with(" (secrets are left out here)"));
     }
 }

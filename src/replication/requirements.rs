@@ -109,9 +109,10 @@ impl Fixes<'_> {
     }
 
     fn setup(self) -> String {
-        self.commands.setup().fix("as the owner of the tables; it creates those of the preset tuples, others are yours to create")
+        self.commands
+            .setup()
+            .fix("as the owner of the tables; it creates those of the preset tuples, others are yours to create")
     }
-
 }
 
 /// The way out where the slot is of no use any more.
@@ -173,7 +174,8 @@ fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, 
             return report.ok(subject, "is not there: tuplewatch serve makes it with a new change log");
         }
         let meaning = "The change log goes on from it: somebody has dropped it, or the server is another one (a promotion, an upgrade).";
-        return report.add(Finding::error(subject, "does not exist").means(meaning).fix(recreate_slot(expected.commands)));
+        return report
+            .add(Finding::error(subject, "does not exist").means(meaning).fix(recreate_slot(expected.commands)));
     };
     if let Some(finding) = foreign_slot(slot, expected.slot, &server.database) {
         return report.add(finding);

@@ -128,7 +128,9 @@ fn all(findings: &[Finding]) -> String {
 
 fn locked_by(transactions: &[String]) -> String {
     if transactions.is_empty() {
-        return format!("a transaction was using the table for {LOCK_TIMEOUT_SECONDS} s, and has just ended. Run this again");
+        return format!(
+            "a transaction was using the table for {LOCK_TIMEOUT_SECONDS} s, and has just ended. Run this again"
+        );
     }
     let mut text =
         format!("the table could not be locked within {LOCK_TIMEOUT_SECONDS} s. Run this again when these have ended:");
@@ -202,7 +204,9 @@ impl Setup<'_> {
         let applied = if is_whole { applied(client).await? } else { Some(Vec::new()) };
         let is_missing = |version: &i32| applied.as_ref().is_some_and(|applied| !applied.contains(version));
         let missing = FILES.iter().filter(|(version, ..)| is_missing(version));
-        Ok(missing.map(|(_, name, sql)| Step::new(format!("apply {name}"), (*sql).to_owned(), Kind::Definition)).collect())
+        Ok(missing
+            .map(|(_, name, sql)| Step::new(format!("apply {name}"), (*sql).to_owned(), Kind::Definition))
+            .collect())
     }
 
     fn plan_identities(catalog: &Catalog) -> Vec<Step> {

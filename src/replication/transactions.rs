@@ -23,7 +23,7 @@ pub(super) struct Transaction {
     /// None: hidden from us.
     open_seconds: Option<f64>,
     /// User, database, application and state, as far as they can be seen.
-    whose: String,
+    pub(super) whose: String,
     /// The watched tables that it has locked.
     pub(super) tables: Vec<String>,
 }
@@ -106,7 +106,8 @@ pub(super) async fn open(
     locks: Locks,
     waiting: Option<i32>,
 ) -> Result<Vec<Transaction>, tokio_postgres::Error> {
-    // pg_locks has prepared transactions without a process, under the virtual id -1/xid.
+    // The locks of prepared transactions have no process. What they have in common with the transaction is a virtual id, which
+    // also has the lock of the id itself.
     let sql = "
         WITH locked AS (
             SELECT pid, virtualtransaction, json_agg(DISTINCT watched.name) AS tables
@@ -123,7 +124,10 @@ pub(super) async fn open(
             UNION ALL
             SELECT json_build_object('prepared', gid), prepared, transaction, tables,
                    concat_ws(', ', 'user ' || owner, 'database ' || pg_prepared_xacts.database)
-              FROM pg_prepared_xacts LEFT JOIN locked ON virtualtransaction = '-1/' || transaction)
+              FROM pg_prepared_xacts
+              LEFT JOIN (SELECT locked.tables, own.transactionid FROM locked JOIN pg_locks AS own USING (virtualtransaction)
+                          WHERE locked.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid') AS prepared_locks
+                     ON transactionid = transaction)
         SELECT COALESCE(json_agg(json_build_object(
                    'owner', owner, 'whose', whose, 'tables', COALESCE(tables, '[]'),
                    'open_seconds', extract(epoch FROM clock_timestamp() - since)) ORDER BY since, age(xid) DESC), '[]')
@@ -156,14 +160,6 @@ impl Transaction {
         }
     }
 
-    /// Whose it is, and since when, as far as that can be seen.
-    pub(super) fn description(&self) -> String {
-        match self.open() {
-            Some(open) => format!("{}, open for {}", self.whose, Span(open)),
-            None => self.whose.clone(),
-        }
-    }
-
     /// The statement that ends it, with what to know before as a comment. Names that others chose stay out of the comment,
     /// where nothing quotes them.
     pub(super) fn ending(&self) -> String {
@@ -182,7 +178,8 @@ impl Transaction {
 impl fmt::Display for Transaction {
     /// Whose it is, and what ends it, on one line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({}), which ends with ", self.subject(), self.description())?;
+        let open = self.open().map(|open| format!(", open for {}", Span(open))).unwrap_or_default();
+        write!(f, "{} ({}{open}), which ends with ", self.subject(), self.whose)?;
         match &self.owner {
             Owner::Session(pid) => write!(f, "SELECT pg_terminate_backend({pid})"),
             Owner::Prepared(gid) => write!(f, "COMMIT PREPARED {0} or ROLLBACK PREPARED {0}", literal(gid)),

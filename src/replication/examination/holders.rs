@@ -24,9 +24,9 @@ pub(super) async fn check(
     let catalog = Catalog::read(client, expected.publication, expected.mapping).await?;
     let open = transactions::open(client, &Watched::of(&catalog.tables), Locks::Writing, None).await?;
     let before = report.count();
-    let is_long = |transaction: &&Transaction| transaction.open().is_some_and(|open| open >= long);
-    for transaction in open.iter().filter(is_long).take(NAMED_MAX) {
-        report.add(finding(transaction));
+    let known = open.iter().filter_map(|transaction| Some((transaction, transaction.open()?)));
+    for (transaction, open) in known.filter(|(_, open)| *open >= long).take(NAMED_MAX) {
+        report.add(finding(transaction, open));
     }
     let hidden = open.iter().filter(|transaction| transaction.open().is_none()).count();
     if hidden > 0 {
@@ -39,11 +39,11 @@ pub(super) async fn check(
     Ok(())
 }
 
-fn finding(transaction: &Transaction) -> Finding {
-    let locked = match transaction.tables.as_slice() {
-        [] => String::new(),
-        tables => format!("has locked {}: ", tables.join(", ")),
+fn finding(transaction: &Transaction, open: Duration) -> Finding {
+    let (locked, meaning) = match transaction.tables.as_slice() {
+        [] => (String::new(), KEEPS_WAL),
+        tables => (format!(", has locked {}", tables.join(", ")), KEEPS_TABLE),
     };
-    let finding = Finding::warning(transaction.subject(), format!("{locked}{}", transaction.description()));
-    finding.means(if locked.is_empty() { KEEPS_WAL } else { KEEPS_TABLE }).fix(transaction.ending())
+    let what = format!("has been open for {}{locked} ({})", Span(open), transaction.whose);
+    Finding::warning(transaction.subject(), what).means(meaning).fix(transaction.ending())
 }

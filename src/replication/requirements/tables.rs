@@ -64,9 +64,10 @@ pub(in crate::replication) fn not_a_table(table: &Table) -> Option<Finding> {
     let subject = format!("table {}", table.name());
     let error = |what: String, fix: &str| Some(Finding::error(&subject, what).fix(fix));
     match table.other_kind.as_deref() {
-        None if table.is_system() => {
-            error("is a system catalog: PostgreSQL publishes no changes of those".to_owned(), "-- map a table of your own")
-        }
+        None if table.is_system() => error(
+            "is a system catalog: PostgreSQL publishes no changes of those".to_owned(),
+            "-- map a table of your own",
+        ),
         None => None,
         Some("v") => error(
             "is a view: changes can be read of tables only".to_owned(),

@@ -94,8 +94,9 @@ impl Rights {
         row.try_get::<_, Document<Self>>(0).map(|document| document.0)
     }
 
-    fn may_create(&self, what: &str, report: &mut Report) {
-        if !self.may_create {
+    fn may_create(&self, things: &[&str], report: &mut Report) {
+        if !self.may_create && !things.is_empty() {
+            let what = things.join(" or ");
             let fix = format!(
                 "GRANT CREATE ON DATABASE {} TO {};  -- at once, no reload; by its owner or a superuser",
                 identifier(&self.database),
@@ -124,6 +125,10 @@ impl Rights {
         if let Some(publication) = &self.publication {
             self.owns(&format!("publication {}", publication.name), publication, what, report);
         }
+    }
+
+    fn schema(&self) -> Option<&Object> {
+        self.schemas.iter().find(|schema| schema.name == PRESET_SCHEMA)
     }
 
     fn table(&self, name: &TableName) -> Option<&Object> {
@@ -161,6 +166,9 @@ impl Look<'_> {
         let mut names: Vec<TableName> = self.catalog.tables.iter().map(Table::name).collect();
         names.extend(BESIDE.iter().filter(|_| self.applies_schema).map(|(name, _)| preset_table(name)));
         let rights = Rights::read(client, self.setup.publication, &names).await?;
+        let schema = (self.applies_schema && rights.schema().is_none()).then_some("a schema");
+        let publication = self.catalog.publication.is_none().then_some("a publication");
+        rights.may_create(&schema.into_iter().chain(publication).collect::<Vec<_>>(), report);
         rights.uses_schemas(report);
         if self.applies_schema {
             Self::check_schema(&rights, &names, report);
@@ -174,9 +182,8 @@ impl Look<'_> {
 
     /// The files make a schema, tables, functions and comments, and leave tables alone that are there.
     fn check_schema(rights: &Rights, names: &[TableName], report: &mut Report) {
-        match rights.schemas.iter().find(|schema| schema.name == PRESET_SCHEMA) {
-            Some(schema) => rights.owns(&format!("schema {PRESET_SCHEMA}"), schema, "create tables in", report),
-            None => rights.may_create("a schema", report),
+        if let Some(schema) = rights.schema() {
+            rights.owns(&format!("schema {PRESET_SCHEMA}"), schema, "create tables in", report);
         }
         for name in names {
             rights.owns_table(name, "comment on", report);
@@ -211,7 +218,8 @@ impl Look<'_> {
         let columns = spec.map(crate::mapping::TableSpec::columns).unwrap_or_default();
         for wanted in columns {
             if !table.columns.iter().any(|column| column.name == wanted) {
-                let fix = "-- correct the mapping, or add the column; if the table is another one, give it another name";
+                let fix =
+                    "-- correct the mapping, or add the column; if the table is another one, give it another name";
                 report.error(&subject, format!("has no column {wanted}, which the mapping names"), fix);
             }
         }
@@ -229,17 +237,15 @@ impl Look<'_> {
 
     fn check_publication(&self, rights: &Rights, report: &mut Report) {
         match &self.catalog.publication {
-            None => {
-                rights.may_create("a publication", report);
-                if self.slot.is_some() && !self.setup.recreate_slot {
-                    let what = format!(
-                        "does not exist, and replication slot {} is older than a new one would be: it could not be read with it",
-                        self.setup.slot
-                    );
-                    let subject = format!("publication {}", self.setup.publication);
-                    report.error(subject, what, requirements::recreate_slot(self.setup.commands));
-                }
+            None if self.slot.is_some() && !self.setup.recreate_slot => {
+                let what = format!(
+                    "does not exist, and replication slot {} is older than a new one would be: it could not be read with it",
+                    self.setup.slot
+                );
+                let subject = format!("publication {}", self.setup.publication);
+                report.error(subject, what, requirements::recreate_slot(self.setup.commands));
             }
+            None => {}
             Some(publication) if self.alters(publication) => rights.owns_publication("alter", report),
             Some(_) => {}
         }
