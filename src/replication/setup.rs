@@ -23,9 +23,9 @@
 //!
 //! # Failure and recovery
 //!
-//! A run that was broken off is repaired by another. Two runs at once wait for each
-//! other (an advisory lock of the session, which goes with it). The transaction gives up after 5 s of waiting for a lock: while
-//! it waits behind a long transaction, all who come after it wait too.
+//! A run that was broken off is repaired by another. Two runs at once wait for each other (an advisory lock of the session,
+//! which goes with it). The transaction gives up after 5 s of waiting for a lock: while it waits behind a long transaction, all
+//! who come after it wait too.
 
 mod obstacles;
 mod step;
@@ -312,7 +312,7 @@ impl Teardown<'_> {
             report.extend(foreign_slot(slot, self.slot, &rights.database).into_iter().collect());
             check_unused(client, self.slot, slot, &mut report).await?;
         }
-        rights.owns_publication("drop", &mut report);
+        rights.check_publication_owner("drop", &mut report);
         none_in_the_way(report)?;
 
         let mut steps: Vec<Step> = slot.map(|_| Step::drop_slot(self.slot)).into_iter().collect();
@@ -372,7 +372,9 @@ async fn define(client: &Client, steps: &[Step], told: Told<'_>) -> Result<(), E
             return Err(undo(client, step, source).await);
         }
     }
-    client.batch_execute("COMMIT").await.map_err(|source| Error::Definition { step: "commit".to_owned(), source })
+    // Where the connection is lost here, nobody knows.
+    let committed = client.batch_execute("COMMIT").await;
+    committed.map_err(|source| Error::Alone { step: "be sure that the transaction was committed".to_owned(), source })
 }
 
 /// Rolls back, and says why: with the transactions for whose end the step would have had to wait.

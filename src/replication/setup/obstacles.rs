@@ -94,7 +94,7 @@ impl Rights {
         row.try_get::<_, Document<Self>>(0).map(|document| document.0)
     }
 
-    fn may_create(&self, things: &[&str], report: &mut Report) {
+    fn check_creation(&self, things: &[&str], report: &mut Report) {
         if !self.may_create && !things.is_empty() {
             let what = things.join(" or ");
             let fix = format!(
@@ -108,7 +108,7 @@ impl Rights {
     }
 
     /// Only its owner may do `what` with it.
-    fn owns(&self, subject: &str, object: &Object, what: &str, report: &mut Report) {
+    fn check_owner(&self, subject: &str, object: &Object, what: &str, report: &mut Report) {
         if !object.is_owned {
             let fix = format!(
                 "GRANT {} TO {};  -- by a superuser; or run setup as {}",
@@ -121,9 +121,9 @@ impl Rights {
         }
     }
 
-    pub(super) fn owns_publication(&self, what: &str, report: &mut Report) {
+    pub(super) fn check_publication_owner(&self, what: &str, report: &mut Report) {
         if let Some(publication) = &self.publication {
-            self.owns(&format!("publication {}", publication.name), publication, what, report);
+            self.check_owner(&format!("publication {}", publication.name), publication, what, report);
         }
     }
 
@@ -135,13 +135,13 @@ impl Rights {
         self.tables.iter().find(|object| object.name == name.name && object.schema.as_deref() == Some(&name.schema))
     }
 
-    fn owns_table(&self, name: &TableName, what: &str, report: &mut Report) {
+    fn check_table_owner(&self, name: &TableName, what: &str, report: &mut Report) {
         if let Some(object) = self.table(name) {
-            self.owns(&format!("table {name}"), object, what, report);
+            self.check_owner(&format!("table {name}"), object, what, report);
         }
     }
 
-    fn uses_schemas(&self, report: &mut Report) {
+    fn check_schemas(&self, report: &mut Report) {
         for schema in self.schemas.iter().filter(|schema| !schema.usable) {
             let (name, role) = (identifier(&schema.name), identifier(&self.role));
             let fix = format!("GRANT USAGE ON SCHEMA {name} TO {role};  -- at once, no reload; by {}", schema.owner);
@@ -168,8 +168,8 @@ impl Look<'_> {
         let rights = Rights::read(client, self.setup.publication, &names).await?;
         let schema = (self.applies_schema && rights.schema().is_none()).then_some("a schema");
         let publication = self.catalog.publication.is_none().then_some("a publication");
-        rights.may_create(&schema.into_iter().chain(publication).collect::<Vec<_>>(), report);
-        rights.uses_schemas(report);
+        rights.check_creation(&schema.into_iter().chain(publication).collect::<Vec<_>>(), report);
+        rights.check_schemas(report);
         if self.applies_schema {
             Self::check_schema(&rights, &names, report);
         }
@@ -183,10 +183,10 @@ impl Look<'_> {
     /// The files make a schema, tables, functions and comments, and leave tables alone that are there.
     fn check_schema(rights: &Rights, names: &[TableName], report: &mut Report) {
         if let Some(schema) = rights.schema() {
-            rights.owns(&format!("schema {PRESET_SCHEMA}"), schema, "create tables in", report);
+            rights.check_owner(&format!("schema {PRESET_SCHEMA}"), schema, "create tables in", report);
         }
         for name in names {
-            rights.owns_table(name, "comment on", report);
+            rights.check_table_owner(name, "comment on", report);
         }
         for (name, columns) in BESIDE {
             let name = preset_table(name);
@@ -231,7 +231,7 @@ impl Look<'_> {
         }
         // Said already where the files are applied.
         if !self.applies_schema && (is_added || table.unidentified().next().is_some()) {
-            rights.owns_table(&name, "publish", report);
+            rights.check_table_owner(&name, "publish", report);
         }
     }
 
@@ -246,7 +246,7 @@ impl Look<'_> {
                 report.error(subject, what, requirements::recreate_slot(self.setup.commands));
             }
             None => {}
-            Some(publication) if self.alters(publication) => rights.owns_publication("alter", report),
+            Some(publication) if self.alters(publication) => rights.check_publication_owner("alter", report),
             Some(_) => {}
         }
     }
