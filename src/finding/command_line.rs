@@ -9,7 +9,7 @@ pub struct CommandLine {
     /// Pairs of a flag and its value.
     options: Vec<(String, String)>,
     /// Says how to give what was left out because it is secret.
-    secrets: Option<&'static str>,
+    left_out: Option<&'static str>,
 }
 
 /// What `setup` reads of the configuration.
@@ -25,7 +25,7 @@ impl CommandLine {
 
     /// A secret was left out; `instead` says how to give it.
     pub const fn leave_out(&mut self, instead: &'static str) {
-        self.secrets = Some(instead);
+        self.left_out = Some(instead);
     }
 
     /// `tuplewatch setup`.
@@ -54,7 +54,7 @@ impl CommandLine {
         for (flag, value) in taken {
             line = format!("{line} {flag} {}", shell_word(value));
         }
-        Command { line, secrets: self.secrets }
+        Command { line, left_out: self.left_out }
     }
 }
 
@@ -62,14 +62,14 @@ impl CommandLine {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Command {
     line: String,
-    secrets: Option<&'static str>,
+    left_out: Option<&'static str>,
 }
 
 impl Command {
     /// As a fix, with what is to be known of it as a comment of the shell.
     pub fn fix(&self, comment: &str) -> String {
-        match self.secrets {
-            Some(secrets) => format!("{}  # {secrets}; {comment}", self.line),
+        match self.left_out {
+            Some(left_out) => format!("{}  # {left_out}; {comment}", self.line),
             None => format!("{}  # {comment}", self.line),
         }
     }
@@ -79,7 +79,7 @@ impl fmt::Display for Command {
     /// In a sentence.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.line)?;
-        self.secrets.map_or(Ok(()), |secrets| write!(f, " ({secrets})"))
+        self.left_out.map_or(Ok(()), |left_out| write!(f, " ({left_out})"))
     }
 }
 

@@ -62,33 +62,32 @@ pub(super) fn check_table(
 /// What has the name of a watched table, and is none whose changes can be read.
 pub(in crate::replication) fn not_a_table(table: &Table) -> Option<Finding> {
     let subject = format!("table {}", table.name());
-    let error = |what: String, fix: &str| Some(Finding::error(&subject, what).fix(fix));
+    let error = |what: &str, fix: &str| Some(Finding::error(&subject, what).fix(fix));
     match table.other_kind.as_deref() {
-        None if table.is_system() => error(
-            "is a system catalog: PostgreSQL publishes no changes of those".to_owned(),
-            "-- map a table of your own",
-        ),
+        None if table.is_system() => {
+            error("is a system catalog: PostgreSQL publishes no changes of those", "-- map a table of your own")
+        }
         None => None,
         Some("v") => error(
-            "is a view: changes can be read of tables only".to_owned(),
+            "is a view: changes can be read of tables only",
             "-- map the table that the view reads; the columns of the mapping are then those of the table",
         ),
         Some("m") => error(
-            "is a materialized view: changes can be read of tables only".to_owned(),
+            "is a materialized view: changes can be read of tables only",
             "-- map the table that it reads, or make it a table that a trigger or a job keeps",
         ),
         Some("f") => error(
-            "is a foreign table: its rows and their changes are in another server".to_owned(),
+            "is a foreign table: its rows and their changes are in another server",
             "-- run a tuplewatch for the server that has the table",
         ),
         Some(kind) => {
-            let kind = match kind {
-                "S" => "a sequence",
-                "i" | "I" => "an index",
-                "c" => "a composite type",
-                _ => "no table",
+            let what = match kind {
+                "S" => "is a sequence",
+                "i" | "I" => "is an index",
+                "c" => "is a composite type",
+                _ => "is no table",
             };
-            error(format!("is {kind}"), "-- correct the name in the mapping")
+            error(what, "-- correct the name in the mapping")
         }
     }
 }
