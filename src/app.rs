@@ -116,6 +116,7 @@ fn session_options(config: &Config, mapping: Arc<Mapping>) -> replication::Optio
             config::OnUndecodable::Halt => OnUndecodable::Halt,
         },
         hold_back: hold_back(config),
+        commands: config.commands().clone(),
         failover: config.replication.failover == config::Failover::Auto,
         connections_max: connections_max(config),
     }
@@ -213,8 +214,8 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let session_options = session_options(config, mapping.clone());
     let postgres = Postgres::new(session_options.clone(), endpoints.clone());
     let primaries = postgres.primaries();
-    let slot = &config.replication.slot;
-    let monitor = Monitor::new(endpoints, primaries.clone(), slot, &state.node_id, thresholds(config));
+    let monitor =
+        Monitor::new(endpoints, primaries.clone(), &session_options, &state.node_id, thresholds(config));
     let mut stop = std::pin::pin!(stop);
     let ready = tokio::select! {
         ready = postgres.preflight(&state) => ready.map(|()| true),

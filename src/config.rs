@@ -19,6 +19,7 @@
 
 mod authn;
 mod choice;
+mod command_line;
 mod database_uri;
 mod document;
 mod effective;
@@ -44,6 +45,7 @@ pub use error::Error;
 pub use host::Host;
 pub use quantity::ByteSize;
 
+use crate::finding::CommandLine;
 use error::Problem;
 use given::{
     boolean, choice, database_uri, duration, host, list, optional_path, origin, path, publication, schema, size, slot,
@@ -80,6 +82,7 @@ pub struct Config {
     /// Section `shutdown`.
     pub shutdown: Shutdown,
     effective: Effective,
+    commands: CommandLine,
 }
 
 /// Where requests are served.
@@ -317,6 +320,7 @@ impl Config {
             changelog,
             shutdown,
             effective: read.finish()?,
+            commands: command_line::of(file, overrides),
         })
     }
 
@@ -327,6 +331,11 @@ impl Config {
     /// Says where it can be set.
     pub fn require_database_uri(&self) -> Result<&DatabaseUri, Error> {
         self.database.uri.as_ref().ok_or_else(|| Problem::Missing { key: "database.uri" }.into())
+    }
+
+    /// How a message writes another command for the same configuration.
+    pub fn commands(&self) -> &CommandLine {
+        &self.commands
     }
 
     /// The configuration as YAML with the origin of every value; it loads again, but for the redacted secrets.

@@ -4,6 +4,10 @@
 //! psql or a command for the shell, and behind it, as a comment, what that alone does not do (a restart, a reload). A fix that no
 //! statement makes is a comment as a whole.
 
+mod command_line;
+
+pub use command_line::{Command, CommandLine};
+
 use serde::Serialize;
 use std::borrow::Cow;
 use std::fmt;

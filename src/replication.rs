@@ -38,6 +38,7 @@ pub mod setup;
 mod slot;
 #[cfg(test)]
 pub(crate) mod test_postgres;
+mod transactions;
 pub mod upstream;
 
 pub use hold_back::HoldBack;
@@ -48,6 +49,7 @@ pub use session::Session;
 
 use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::{Entry, Room, State, recorder::Closed};
+use crate::finding::CommandLine;
 use crate::lsn::{Lsn, Xid8};
 use crate::mapping::Mapping;
 use crate::timeline::Source;
@@ -71,6 +73,8 @@ pub struct Options {
     pub on_undecodable: OnUndecodable,
     /// What the slot is not told of yet.
     pub hold_back: HoldBack,
+    /// How messages write commands.
+    pub commands: CommandLine,
     /// Whether the slot is to be one that standbys keep a copy of, where PostgreSQL can (17).
     pub failover: bool,
     /// SQL connections that this process may have, those of Data and Tenancy included.

@@ -27,7 +27,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("hub", core_and(&["changelog", "metrics"])),
         ("replication", core_and(&["changelog", "metrics", "trust"])),
         ("store", core_and(&["replication"])),
-        ("config", vec![]),
+        ("config", vec!["finding"]),
         ("telemetry", vec!["config"]),
         ("dev_postgres", vec![]),
         ("authn", vec!["config"]),

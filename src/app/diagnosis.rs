@@ -43,8 +43,8 @@ impl Summary {
 pub async fn diagnose(config: &Config, long_transaction: Duration) -> anyhow::Result<Diagnosis> {
     let mapping = load_mapping(config)?;
     let endpoints = endpoints(config)?;
-    let options = log_options(config);
-    let log = tokio::task::spawn_blocking(move || examine(&options)).await?;
+    let (options, commands) = (log_options(config), config.commands().clone());
+    let log = tokio::task::spawn_blocking(move || examine(&options, &commands)).await?;
     let examination = Examination {
         expected: Expectation {
             mapping: &mapping,
@@ -53,6 +53,7 @@ pub async fn diagnose(config: &Config, long_transaction: Duration) -> anyhow::Re
             // A log that has begun goes on from its slot.
             slot_expected: log.has_begun,
             hold_back: hold_back(config),
+            commands: config.commands(),
         },
         connections_max: connections_max(config),
         node_id: log.node_id.as_deref(),

@@ -24,6 +24,7 @@ mod world;
 use super::{Joined, record_visible};
 use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::recorder;
+use crate::finding::CommandLine;
 use crate::hub::{self, Hub, publisher};
 use crate::mapping::{Mapping, TUPLES_PRESET};
 use crate::replication::{HoldBack, Options, Session};
@@ -63,6 +64,7 @@ fn options(hold_back: HoldBack) -> Options {
         limits: Limits { message_bytes: 100, change_bytes: 4096, stage_bytes: 250 },
         on_undecodable: OnUndecodable::Break,
         hold_back,
+        commands: CommandLine::default(),
         failover: true,
         connections_max: 4,
     }

@@ -4,7 +4,7 @@
 use super::Error;
 use super::fjall_log::Options;
 use super::fjall_log::directory::{self, DATA, MARKER, Marker, PROBE};
-use crate::finding::{Bytes, Finding, Report, shell_word};
+use crate::finding::{Bytes, CommandLine, Finding, Report, shell_word};
 use rustix::fs::{Access, access};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write as _};
@@ -34,14 +34,14 @@ pub struct Examination {
 }
 
 /// Looks at the directory. Waits for the disk.
-pub fn examine(options: &Options) -> Examination {
+pub fn examine(options: &Options, commands: &CommandLine) -> Examination {
     let mut report = Report::default();
-    let marker = look(options, &mut report);
+    let marker = look(options, commands, &mut report);
     let has_begun = marker.as_ref().is_some_and(|marker| marker.has_begun);
     Examination { node_id: marker.map(|marker| marker.node_id), has_begun, findings: report.into_findings() }
 }
 
-fn look(options: &Options, report: &mut Report) -> Option<Marker> {
+fn look(options: &Options, commands: &CommandLine, report: &mut Report) -> Option<Marker> {
     let path = std::path::absolute(&options.path).unwrap_or_else(|_| options.path.clone());
     let place = match nearest(&path) {
         Ok(place) => place,
@@ -61,7 +61,7 @@ fn look(options: &Options, report: &mut Report) -> Option<Marker> {
         Ok(marker) => marker,
         // Nothing is tried out in what may be somebody else's.
         Err(error) => {
-            report.add(unreadable(&error));
+            report.add(unreadable(&error, commands));
             return None;
         }
     };
@@ -106,15 +106,15 @@ fn describe(path: &Path, marker: Option<&Marker>, is_open: Option<bool>) -> Stri
     format!("in {path}, of node {node_id}, and {user}")
 }
 
-fn unreadable(error: &Error) -> Finding {
+fn unreadable(error: &Error, commands: &CommandLine) -> Finding {
     let fix = match error {
-        Error::Foreign(_) => "-- set changelog.path to an empty or new directory",
-        Error::Open { .. } => "-- let the user that tuplewatch runs as read it",
-        Error::Format { .. } => {
-            "-- run the version that wrote it. Or, where that is not to be had: tuplewatch serve --reset-log, which costs \
-             its history"
-        }
-        _ => "tuplewatch serve --reset-log  # the history of the log is lost, and subscribers are told",
+        Error::Foreign(_) => "-- set changelog.path to an empty or new directory".to_owned(),
+        Error::Open { .. } => "-- let the user that tuplewatch runs as read it".to_owned(),
+        Error::Format { .. } => format!(
+            "-- run the version that wrote it. Or, where that is not to be had, at the cost of its history: {}",
+            commands.reset_log()
+        ),
+        _ => commands.reset_log().fix("the history of the log is lost, and subscribers are told"),
     };
     Finding::error(SUBJECT, error.to_string()).fix(fix)
 }
@@ -286,7 +286,7 @@ mod tests {
 
     /// The errors.
     fn errors(options: &Options) -> Vec<Finding> {
-        let findings = examine(options).findings;
+        let findings = examine(options, &CommandLine::default()).findings;
         findings.into_iter().filter(|finding| finding.severity == Severity::Error).collect()
     }
 
@@ -298,18 +298,18 @@ mod tests {
     fn nothing_stays_and_nobody_is_disturbed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("not/yet");
-        let found = examine(&options(&path));
+        let found = examine(&options(&path), &CommandLine::default());
         assert!(found.node_id.is_none() && errors(&options(&path)).is_empty(), "{found:?}");
         assert_eq!(names(directory.path()), Vec::<String>::new());
 
         let log = FjallLog::open(options(&path)).unwrap();
         let before = names(&path);
-        let found = examine(&options(&path));
+        let found = examine(&options(&path), &CommandLine::default());
         assert_eq!(found.node_id, Some(log.state().node_id));
         assert!(found.findings.iter().any(|finding| finding.what.ends_with("a tuplewatch has it open")), "{found:?}");
         assert_eq!(names(&path), before);
         drop(log);
-        let found = examine(&options(&path));
+        let found = examine(&options(&path), &CommandLine::default());
         assert!(found.findings.iter().any(|finding| finding.what.ends_with("no tuplewatch has it open")), "{found:?}");
 
         // What a doctor that was killed leaves behind is in nobody's way.

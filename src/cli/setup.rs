@@ -4,7 +4,7 @@ use super::overrides::ConfigArgs;
 use super::{say, say_error};
 use crate::app;
 use crate::config::{Config, Failover, MappingSource, Preset};
-use crate::replication::setup::{Event, Setup, Teardown};
+use crate::replication::setup::{Event, Script, Setup, Teardown};
 use crate::telemetry;
 
 #[derive(Debug, clap::Args)]
@@ -40,9 +40,8 @@ pub(super) async fn setup(config: &ConfigArgs, args: &SetupArgs) -> anyhow::Resu
     let steps = wanted(&config, &mapping, args.recreate_slot).plan(&connection.client).await?;
     if steps.is_empty() {
         say("-- nothing to do: everything is there");
-    }
-    for step in steps {
-        say(&format!("{step}\n"));
+    } else {
+        say(&Script(&steps).to_string());
     }
     Ok(())
 }
@@ -55,6 +54,7 @@ fn wanted<'a>(config: &'a Config, mapping: &'a crate::mapping::Mapping, recreate
         apply_schema: config.mapping.source == MappingSource::Preset(Preset::Tuples),
         recreate_slot,
         failover: config.replication.failover == Failover::Auto,
+        commands: config.commands(),
     }
 }
 

@@ -56,6 +56,19 @@ impl DatabaseUri {
         Self(text.to_owned())
     }
 
+    /// The URI as another command can be given it: without its secrets, which come from elsewhere then. As it is displayed,
+    /// where it is not understood.
+    pub(super) fn without_password(&self) -> String {
+        let shown = self.to_string();
+        let mut text = shown.replace(&format!(":{HIDDEN}@"), "@");
+        for name in SECRET_PARAMETERS {
+            for separated in [format!("{name}={HIDDEN}&"), format!("{name}={HIDDEN} "), format!("{name}={HIDDEN}")] {
+                text = text.replace(&separated, "");
+            }
+        }
+        text.trim_end_matches(['?', '&', ' ']).to_owned()
+    }
+
     /// The URI with its password, for making a connection.
     pub fn expose(&self) -> &str {
         &self.0
@@ -229,6 +242,23 @@ mod tests {
             assert_eq!(uri.to_string(), shown, "{text:?}");
             assert_eq!(format!("{uri:?}"), format!("DatabaseUri({shown})"));
             assert_eq!(uri.expose(), text);
+        }
+    }
+
+    #[test]
+    fn passwords_can_be_left_out() {
+        for (text, without) in [
+            ("postgres://u:secret@h:5432/db", "postgres://u@h:5432/db"),
+            ("postgres://u@h/db?sslmode=require", "postgres://u@h/db?sslmode=require"),
+            ("postgres://h/db?user=a&password=secret&sslmode=require", "postgres://h/db?user=a&sslmode=require"),
+            ("postgres://h/db?user=a&password=secret", "postgres://h/db?user=a"),
+            ("postgres://h/db?password=secret", "postgres://h/db"),
+            ("host=h password=secret user=u", "host=h user=u"),
+            ("host=h user=u password='se cret'", "host=h user=u"),
+            // What is not understood.
+            ("postgres://u:12/secret@h/db", "postgres://***"),
+        ] {
+            assert_eq!(DatabaseUri::new(text).without_password(), without, "{text:?}");
         }
     }
 }

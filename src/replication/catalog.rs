@@ -69,6 +69,8 @@ pub(super) struct Table {
     pub(super) kind: Option<String>,
     /// `relfilenode` of an ordinary table: another one after TRUNCATE, VACUUM FULL, and whatever rewrites it.
     pub(super) file: Option<u32>,
+    /// `relkind` of what has this name instead of a table.
+    pub(super) other_kind: Option<String>,
     /// The mapped columns that exist.
     pub(super) columns: Vec<Column>,
     /// Where the rows are: the table, and with a partitioned one all its leaves.
@@ -314,6 +316,11 @@ impl Table {
 
     pub(super) fn is_partitioned(&self) -> bool {
         self.kind.as_deref() == Some("p")
+    }
+
+    /// Whether it is one of PostgreSQL's own, which have the oids below `FirstNormalObjectId`.
+    pub(super) fn is_system(&self) -> bool {
+        self.oid.is_some_and(|oid| oid < 16_384)
     }
 
     /// Whether the publication has it: by itself, by its schema, by a table that it is a partition of, or with all.

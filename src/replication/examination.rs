@@ -72,11 +72,12 @@ impl Examination<'_> {
         let own_name = self.node_id.map(application_name);
         let sight = slot::Sight::read(client, self.expected.slot).await?;
         if let Some(sight) = &sight {
+            let (slot, commands) = (self.expected.slot, self.expected.commands);
             let held_bytes = self.expected.hold_back.bytes_max();
-            sight.check(self.expected.slot, own_name.as_deref(), &self.thresholds, held_bytes, report);
+            sight.check(slot, own_name.as_deref(), &self.thresholds, held_bytes, commands, report);
         }
-        holders::check(client, self.long_transaction, report).await?;
-        standbys::check(client, self.expected.slot, sight.as_ref(), report).await?;
+        holders::check(client, &self.expected, self.long_transaction, report).await?;
+        standbys::check(client, &self.expected, sight.as_ref(), report).await?;
         clock::check(client, report).await?;
         // Where the slot is in use, such a connection is there, and what a second one needs may not be.
         if sight.is_none_or(|sight| !sight.is_in_use()) {

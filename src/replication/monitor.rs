@@ -14,11 +14,12 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, timeout};
 
+use super::Options;
 use super::connection::Endpoints;
 use super::postgres::application_name;
 use super::primaries::{Line, Primaries};
 use super::slot::{OPEN_TRANSACTIONS, Sight};
-use crate::finding::Bytes;
+use crate::finding::{Bytes, CommandLine};
 use crate::lsn::Lsn;
 
 /// How often the slot is looked at: whatever is wrong with it is said within twice this.
@@ -131,16 +132,8 @@ impl fmt::Display for Condition {
     /// Continues "replication slot NAME".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Missing => write!(
-                f,
-                "does not exist any more: run tuplewatch setup --recreate-slot; what changes meanwhile is lost, and \
-                 subscribers are told"
-            ),
-            Self::Lost(reason) => write!(
-                f,
-                "is lost ({reason}): run tuplewatch setup --recreate-slot; what has changed since is lost, and subscribers are \
-                 told"
-            ),
+            Self::Missing => f.write_str("does not exist any more"),
+            Self::Lost(reason) => write!(f, "is lost ({reason})"),
             Self::Held { pid, name } => write!(
                 f,
                 "is in use by process {pid} ({name}): stop that one, or give this tuplewatch a slot of its own in \
@@ -309,14 +302,22 @@ pub struct Monitor {
     /// Of the connections of this node.
     own_name: String,
     thresholds: Thresholds,
+    commands: CommandLine,
     reports: watch::Sender<Option<Report>>,
 }
 
 impl Monitor {
-    /// Of the slot with this name on the primary among `endpoints`; `node_id` is that of the change log.
-    pub fn new(endpoints: Endpoints, primaries: Primaries, slot: &str, node_id: &str, thresholds: Thresholds) -> Self {
-        let (slot, own_name, reports) = (slot.to_owned(), application_name(node_id), watch::Sender::new(None));
-        Self { endpoints, primaries, slot, own_name, thresholds, reports }
+    /// Of the session's slot on the primary among `endpoints`; `node_id` is that of the change log.
+    pub fn new(
+        endpoints: Endpoints,
+        primaries: Primaries,
+        options: &Options,
+        node_id: &str,
+        thresholds: Thresholds,
+    ) -> Self {
+        let (slot, commands) = (options.slot.clone(), options.commands.clone());
+        let (own_name, reports) = (application_name(node_id), watch::Sender::new(None));
+        Self { endpoints, primaries, slot, own_name, thresholds, commands, reports }
     }
 
     /// Follows what it finds; `None` before its first look. It keeps what it found last where it cannot look.
@@ -378,7 +379,13 @@ impl Monitor {
     fn tell(&self, news: &News) {
         for condition in &news.began {
             if condition.is_error() {
-                tracing::error!(slot = %self.slot, "replication slot {} {condition}", self.slot);
+                tracing::error!(
+                    slot = %self.slot,
+                    "replication slot {} {condition}: run {}; what has changed since, and until then, is lost, and subscribers are \
+                     told",
+                    self.slot,
+                    self.commands.recreate_slot()
+                );
             } else {
                 tracing::warn!(slot = %self.slot, "replication slot {} {condition}", self.slot);
             }

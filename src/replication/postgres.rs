@@ -178,6 +178,7 @@ async fn check(sql: &Connection, options: &Options, slot_expected: bool) -> Resu
         publication: &options.publication,
         slot_expected,
         hold_back: options.hold_back,
+        commands: &options.commands,
     };
     let findings = bounded(requirements::check(&sql.client, &expectation)).await?.map_err(sql_error)?;
     let errors: Vec<String> =
@@ -250,6 +251,20 @@ pub struct PostgresLink {
 }
 
 impl PostgresLink {
+    /// What the stream ended with.
+    fn stream_error(&self, error: pgwire_replication::PgWireError) -> Error {
+        let what = connection::describe_replication(&error);
+        // undefined_object, of the stream: the slot was found, so that it is the publication.
+        if connection::sqlstate(&error) == Some("42704") && what.contains("publication") {
+            return Error::definite(format!(
+                "{what}. The slot reads from before the publication was created: run {}; what has changed in between is lost, and \
+                 subscribers are told",
+                self.options.commands.recreate_slot()
+            ));
+        }
+        driver_error(error)
+    }
+
     /// The slot's confirmed flush, and the next transaction id.
     async fn slot_position(&self) -> Result<Started, Error> {
         let slot = &self.options.slot;
@@ -282,7 +297,7 @@ impl Link for PostgresLink {
                 let what = connection::describe_replication(&error);
                 return Err(in_use(&self.sql, &self.options.slot, &self.name, &what).await?);
             }
-            return Err(driver_error(error));
+            return Err(self.stream_error(error));
         }
         // The slot is ours now, so nobody moves it any more.
         self.slot_position().await
@@ -299,14 +314,15 @@ impl Link for PostgresLink {
         }
         let ended = || Error::transient("the server ended the stream");
         while events.is_empty() {
-            events.extend(convert(self.client.recv().await.map_err(driver_error)?.ok_or_else(ended)?));
+            let received = self.client.recv().await.map_err(|error| self.stream_error(error))?;
+            events.extend(convert(received.ok_or_else(ended)?));
         }
         while events.len() < EVENTS_MAX {
             // Unconstrained: what the stream ended with is lost where it is asked for and there is not yet time for the answer.
             match tokio::task::unconstrained(self.client.recv()).now_or_never() {
                 Some(Ok(Some(event))) => events.extend(convert(event)),
                 Some(Ok(None)) => self.ending = Some(ended()),
-                Some(Err(error)) => self.ending = Some(driver_error(error)),
+                Some(Err(error)) => self.ending = Some(self.stream_error(error)),
                 None => break,
             }
             if self.ending.is_some() {
@@ -438,13 +454,6 @@ fn driver_lsn(lsn: Lsn) -> pgwire_replication::Lsn {
 
 fn driver_error(error: pgwire_replication::PgWireError) -> Error {
     let what = connection::describe_replication(&error);
-    // undefined_object, of the stream: the slot was found, so that it is the publication.
-    if connection::sqlstate(&error) == Some("42704") && what.contains("publication") {
-        return Error::definite(format!(
-            "{what}. The slot reads from before the publication was created: run tuplewatch setup --recreate-slot; what has \
-             changed in between is lost, and subscribers are told"
-        ));
-    }
     if connection::is_definite(&error) { Error::definite(what) } else { Error::transient(what) }
 }
 

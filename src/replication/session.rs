@@ -305,9 +305,10 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
 
     fn no_publication(&self) -> Error {
         Error::definite(format!(
-            "publication {} does not exist. The slot is older than a new one would be: run tuplewatch setup --recreate-slot; \
-             what has changed since it was dropped is lost, and subscribers are told",
-            self.options.publication
+            "publication {} does not exist. The slot is older than a new one would be: run {}; what has changed since it was \
+             dropped is lost, and subscribers are told",
+            self.options.publication,
+            self.options.commands.recreate_slot()
         ))
     }
 

@@ -8,25 +8,46 @@
 //!
 //! What is there and only different, such as a row filter, is left alone: [`super::requirements`] reports it.
 //!
+//! # All or nothing
+//!
+//! Whatever can be seen to be in the way is looked for first ([`obstacles`]), and said all at once. Then all definitions are one
+//! transaction. The slot cannot be part of it: PostgreSQL makes none in a transaction that has written. If it fails for a
+//! reason that could not be seen before (somebody else took the last one, or nobody wanted to wait any longer), the rest is
+//! there, costs nothing, and another run makes the slot.
+//!
+//! # A table that is added while a slot is read
+//!
+//! PostgreSQL decides for each change whether the table was published when it was made. What a transaction wrote before the table
+//! was added is not sent, even if it commits after, with others of its rows. So the table is locked against writers until
+//! it is published: no transaction has rows on both sides. Tables that are published already are not locked.
+//!
 //! # Failure and recovery
 //!
-//! Every step is whole or not done, so a run that was broken off is repaired by another. Two runs at once wait for each
-//! other (an advisory lock of the session, which goes with it). Steps that lock tables give up after 5 s: while
-//! they wait behind a long transaction, all who come after them wait too.
+//! A run that was broken off is repaired by another. Two runs at once wait for each other (an advisory lock of the session,
+//! which goes with it). The transaction gives up after 5 s of waiting for a lock: while it waits behind a long transaction, all
+//! who come after it wait too.
 
-use std::fmt;
+mod obstacles;
+mod step;
+
+use std::fmt::Write as _;
 use std::time::Duration;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, error::DbError};
 
-use super::catalog::{Catalog, Publication, identifier, literal};
+use super::catalog::{Catalog, Publication, Table, identifier};
 use super::connection::Connection;
-use super::requirements::{ALL_OPERATIONS, creation};
-use super::slot::{Slot, can_fail_over, creation as slot_creation};
-use crate::mapping::{Mapping, TableName};
+use super::requirements::{ALL_OPERATIONS, creation, foreign_slot};
+use super::slot::{Slot, can_fail_over};
+use super::transactions::{self, NAMED_MAX, Transaction, Watched};
+use crate::finding::{CommandLine, Finding, Report, Severity};
+use crate::mapping::Mapping;
+use obstacles::{Look, Rights, check_unused, check_version};
+use step::{Kind, LOCK_TIMEOUT_SECONDS, begin};
 
 pub use super::slot::{Waiting, create_slot};
+pub use step::{Script, Step};
 
 /// The tables of the preset `tuples`: version, name and text of each file. Each adds its own row to
 /// `tuplewatch.schema_version`.
@@ -34,8 +55,6 @@ const FILES: [(i32, &str, &str); 2] = [
     (1, "0001_tables.sql", include_str!("../../sql/0001_tables.sql")),
     (2, "0002_snap_token.sql", include_str!("../../sql/0002_snap_token.sql")),
 ];
-/// For a table's lock. Ordinary transactions are over by then, and writers can bear to wait as long.
-const LOCK_TIMEOUT: &str = "5s";
 /// Of the advisory lock: "tuplewat" in ASCII, so that nobody has it by chance.
 const LOCK: i64 = 0x7475_706C_6577_6174;
 /// Between two tries to get it.
@@ -56,36 +75,8 @@ pub struct Setup<'a> {
     pub recreate_slot: bool,
     /// Whether standbys are to keep a copy of a new slot, where PostgreSQL can (17).
     pub failover: bool,
-}
-
-/// Something to do, or done.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
-    /// What it does, as an order: "create publication …".
-    pub explanation: String,
-    /// How.
-    pub sql: String,
-    /// Whether it runs in a transaction. Slots do not take part in any.
-    pub transactional: bool,
-    /// The slot that it makes.
-    makes: Option<NewSlot>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct NewSlot {
-    failover: bool,
-}
-
-impl fmt::Display for Step {
-    /// A comment and SQL, to be pasted into psql.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sql = self.sql.trim_end();
-        if self.transactional {
-            write!(f, "-- {}\nBEGIN;\n{sql}\nCOMMIT;", self.explanation)
-        } else {
-            write!(f, "-- {}\n{sql}", self.explanation)
-        }
-    }
+    /// How messages write commands.
+    pub commands: &'a CommandLine,
 }
 
 /// What happens while steps are carried out.
@@ -109,58 +100,52 @@ pub enum Error {
     #[error("PostgreSQL could not be asked: {}", super::connection::describe(.0))]
     Sql(#[from] tokio_postgres::Error),
 
-    #[error("could not {step}: {}{}", super::connection::describe(.source), remedy(.source))]
-    Step { step: String, source: tokio_postgres::Error },
+    #[error("{}", all(.0))]
+    InTheWay(Vec<Finding>),
 
-    #[error("the mapping watches {}, and there is no such table. Create it first, or correct the mapping (of the preset permify: mapping.schema)", list(.0))]
-    MissingTables(Vec<TableName>),
+    #[error("could not {step}, and nothing was changed: {}", locked_by(.transactions))]
+    Locked { step: String, transactions: Vec<String> },
 
+    #[error("could not {step}, and nothing was changed: {}{}", super::connection::describe(.source), remedy(.source))]
+    Definition { step: String, source: tokio_postgres::Error },
+
+    /// The only one that may leave something done.
     #[error(
-        "replication slot {slot} is in use by process {pid} ({holder}). Stop what uses it (or, for a process that was forgotten: SELECT pg_terminate_backend({pid})), and try again"
+        "could not {step}: {}{}. What was done before stays, and another run does the rest",
+        super::connection::describe(.source), remedy(.source)
     )]
-    SlotActive { slot: String, pid: i32, holder: String },
-
-    #[error(
-        "replication slot {slot} is not tuplewatch's: it is {what}. It is left alone; choose another name in replication.slot"
-    )]
-    ForeignSlot { slot: String, what: String },
-
-    #[error(
-        "publication {publication} is missing, and replication slot {slot} is older than a new one would be: it could not be read with it. Run tuplewatch setup --recreate-slot; what has changed since the publication was dropped is lost, and subscribers are told"
-    )]
-    SlotBeforePublication { publication: String, slot: String },
+    Alone { step: String, source: tokio_postgres::Error },
 }
 
-fn list(tables: &[TableName]) -> String {
-    tables.iter().map(TableName::to_string).collect::<Vec<_>>().join(", ")
+fn all(findings: &[Finding]) -> String {
+    let (things, are) = if findings.len() == 1 { ("one thing", "is") } else { ("several things", "are") };
+    let mut text = format!("nothing was changed, because {things} {are} in the way:");
+    for finding in findings {
+        let _ = write!(text, "\n{finding}");
+    }
+    text
+}
+
+fn locked_by(transactions: &[String]) -> String {
+    if transactions.is_empty() {
+        return format!(
+            "a transaction was using the table for {LOCK_TIMEOUT_SECONDS} s, and has just ended. Run this again"
+        );
+    }
+    let mut text =
+        format!("the table could not be locked within {LOCK_TIMEOUT_SECONDS} s. Run this again when these have ended:");
+    for transaction in transactions {
+        let _ = write!(text, "\n  {transaction}");
+    }
+    text
 }
 
 fn remedy(error: &tokio_postgres::Error) -> &'static str {
     let Some(code) = error.as_db_error().map(DbError::code) else { return "" };
     if *code == SqlState::INSUFFICIENT_PRIVILEGE {
-        ". Run setup as the owner of the tables who may also create in the database and has REPLICATION, or as a superuser"
-    } else if *code == SqlState::LOCK_NOT_AVAILABLE {
-        ". A long transaction is using the table: run setup again when it has ended"
-    } else if *code == SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE || *code == SqlState::CONFIGURATION_LIMIT_EXCEEDED {
-        ". tuplewatch serve checks this when it starts: it names the setting"
+        ". Run it as the owner of the tables who may also create in the database and has REPLICATION, or as a superuser"
     } else {
         ""
-    }
-}
-
-impl Step {
-    fn new(explanation: String, sql: String) -> Self {
-        Self { explanation, sql, transactional: true, makes: None }
-    }
-
-    fn drop_slot(slot: &str) -> Self {
-        let sql = format!("SELECT pg_drop_replication_slot({});", literal(slot));
-        Self { transactional: false, ..Self::new(format!("drop replication slot {slot}"), sql) }
-    }
-
-    fn create_slot(slot: &str, new: NewSlot) -> Self {
-        let sql = format!("SELECT {};", slot_creation(&literal(slot), new.failover));
-        Self { transactional: false, makes: Some(new), ..Self::new(format!("create replication slot {slot}"), sql) }
     }
 }
 
@@ -168,11 +153,28 @@ impl Setup<'_> {
     /// What is missing, in order. Changes nothing.
     ///
     /// # Errors
-    /// Where what is there is in the way.
+    /// With all that is in the way.
     pub async fn plan(&self, client: &Client) -> Result<Vec<Step>, Error> {
-        let mut steps = self.plan_schema(client).await?;
-        let rest = self.plan_rest(client, !steps.is_empty()).await?;
-        steps.extend(rest);
+        if let Some(finding) = check_version(client).await? {
+            return Err(Error::InTheWay(vec![finding]));
+        }
+        let catalog = Catalog::read(client, self.publication, self.mapping).await?;
+        let slot = Slot::read(client, self.slot).await?;
+        let mut steps = self.plan_schema(client, &catalog).await?;
+        let look = Look { setup: self, catalog: &catalog, slot: slot.as_ref(), applies_schema: !steps.is_empty() };
+        let mut report = Report::default();
+        look.check(client, &mut report).await?;
+        none_in_the_way(report)?;
+
+        steps.extend(Self::plan_identities(&catalog));
+        steps.extend(self.plan_publication(&catalog, slot.is_some() && !self.recreate_slot));
+        match slot {
+            Some(_) if !self.recreate_slot => steps.extend((!steps.is_empty()).then(Step::look_at_once)),
+            found => {
+                steps.extend(found.map(|_| Step::drop_slot(self.slot)));
+                steps.push(Step::create_slot(self.slot, self.failover && can_fail_over(client).await?));
+            }
+        }
         Ok(steps)
     }
 
@@ -180,69 +182,31 @@ impl Setup<'_> {
     /// [`create_slot`].
     ///
     /// # Errors
-    /// With the step that failed. Those before it stay done.
+    /// With what is in the way, or the step that failed.
     pub async fn apply(&self, connection: &Connection, told: Told<'_>) -> Result<Vec<Step>, Error> {
         lock(&connection.client, told).await?;
-        let done = self.apply_locked(connection, told).await;
+        let done = async {
+            let steps = self.plan(&connection.client).await?;
+            carry_out(connection, &steps, self.slot, told).await?;
+            Ok(steps)
+        };
+        let done = done.await;
         unlock(&connection.client).await;
         done
     }
 
-    async fn apply_locked(&self, connection: &Connection, told: Told<'_>) -> Result<Vec<Step>, Error> {
-        let client = &connection.client;
-        let mut done = Vec::new();
-        for step in self.plan_schema(client).await? {
-            carry_out(connection, &step, self.slot, told).await?;
-            done.push(step);
-        }
-        // Planned now, because only now it can be seen what the tables are like.
-        for step in self.plan_rest(client, false).await? {
-            carry_out(connection, &step, self.slot, told).await?;
-            done.push(step);
-        }
-        Ok(done)
-    }
-
-    async fn plan_schema(&self, client: &Client) -> Result<Vec<Step>, Error> {
+    async fn plan_schema(&self, client: &Client, catalog: &Catalog) -> Result<Vec<Step>, Error> {
         if !self.apply_schema {
             return Ok(Vec::new());
         }
-        let sql = "SELECT to_regclass('tuplewatch.schema_version') IS NOT NULL";
-        let is_there: bool = client.query_typed_one(sql, &[]).await?.try_get(0)?;
-        let mut applied: Vec<i32> = Vec::new();
-        if is_there {
-            for row in client.query_typed("SELECT version FROM tuplewatch.schema_version", &[]).await? {
-                applied.push(row.try_get(0)?);
-            }
-        }
         // A table that was dropped since comes back: applying a file again changes nothing else.
-        let catalog = Catalog::read(client, self.publication, self.mapping).await?;
-        if catalog.tables.iter().any(|table| table.oid.is_none()) {
-            applied.clear();
-        }
-        let missing = FILES.iter().filter(|(version, ..)| !applied.contains(version));
-        Ok(missing.map(|(_, name, sql)| Step::new(format!("apply {name}"), (*sql).to_owned())).collect())
-    }
-
-    /// Everything but the tables. `after_schema`: steps before these create tables that are not there yet.
-    async fn plan_rest(&self, client: &Client, after_schema: bool) -> Result<Vec<Step>, Error> {
-        let catalog = Catalog::read(client, self.publication, self.mapping).await?;
-        let missing = catalog.tables.iter().filter(|table| table.oid.is_none());
-        let missing: Vec<TableName> = missing.map(super::catalog::Table::name).collect();
-        if !missing.is_empty() && !after_schema {
-            return Err(Error::MissingTables(missing));
-        }
-        let mut steps = Self::plan_identities(&catalog);
-        match &catalog.publication {
-            Some(publication) => steps.extend(self.plan_changes(publication, &catalog)),
-            None => {
-                let tables: Vec<String> = catalog.tables.iter().map(|table| table.name().to_sql()).collect();
-                let explanation = format!("create publication {}", self.publication);
-                steps.push(Step::new(explanation, creation(self.publication, &tables)));
-            }
-        }
-        steps.extend(self.plan_slot(client, catalog.publication.is_some()).await?);
-        Ok(steps)
+        let is_whole = catalog.tables.iter().all(|table| table.oid.is_some() || table.other_kind.is_some());
+        let applied = if is_whole { applied(client).await? } else { Some(Vec::new()) };
+        let is_missing = |version: &i32| applied.as_ref().is_some_and(|applied| !applied.contains(version));
+        let missing = FILES.iter().filter(|(version, ..)| is_missing(version));
+        Ok(missing
+            .map(|(_, name, sql)| Step::new(format!("apply {name}"), (*sql).to_owned(), Kind::Definition))
+            .collect())
     }
 
     fn plan_identities(catalog: &Catalog) -> Vec<Step> {
@@ -251,50 +215,79 @@ impl Setup<'_> {
             for (relation, _) in table.unidentified() {
                 let name = relation.name();
                 let sql = format!("ALTER TABLE {} REPLICA IDENTITY FULL;", name.to_sql());
-                steps.push(Step::new(format!("let old rows of {name} be complete"), sql));
+                let kind = Kind::Alteration(Watched::one(relation.oid, &name));
+                steps.push(Step::new(format!("let old rows of {name} be complete"), sql, kind));
             }
         }
         steps
     }
 
-    fn plan_changes(&self, publication: &Publication, catalog: &Catalog) -> Vec<Step> {
+    /// `is_read`: there is a slot, which goes on.
+    fn plan_publication(&self, catalog: &Catalog, is_read: bool) -> Vec<Step> {
+        let list = |tables: &[&Table]| tables.iter().map(|table| table.name().to_sql()).collect::<Vec<_>>();
+        let Some(publication) = &catalog.publication else {
+            let sql = creation(self.publication, &list(&catalog.tables.iter().collect::<Vec<_>>()));
+            return vec![Step::new(format!("create publication {}", self.publication), sql, Kind::Definition)];
+        };
         let name = identifier(self.publication);
         let mut steps = Vec::new();
-        let mut settings = Vec::new();
-        if !(publication.insert && publication.update && publication.delete && publication.truncate) {
-            settings.push(format!("publish = '{ALL_OPERATIONS}'"));
-        }
-        if !publication.via_root && catalog.tables.iter().any(super::catalog::Table::is_partitioned) {
-            settings.push("publish_via_partition_root = true".to_owned());
-        }
+        let settings = settings(publication, catalog);
         if !settings.is_empty() {
             let sql = format!("ALTER PUBLICATION {name} SET ({});", settings.join(", "));
-            steps.push(Step::new(format!("let publication {} publish everything", self.publication), sql));
+            let explanation = format!("let publication {} publish everything", self.publication);
+            steps.push(Step::new(explanation, sql, Kind::Definition));
         }
-        let missing = catalog.tables.iter().filter(|table| !table.is_published(publication));
-        let missing: Vec<String> = missing.map(|table| table.name().to_sql()).collect();
-        if !missing.is_empty() {
-            let sql = format!("ALTER PUBLICATION {name} ADD TABLE {};", missing.join(", "));
-            steps.push(Step::new(format!("add tables to publication {}", self.publication), sql));
+        let missing: Vec<&Table> = catalog.tables.iter().filter(|table| !table.is_published(publication)).collect();
+        if missing.is_empty() {
+            return steps;
         }
+        let tables = list(&missing).join(", ");
+        if is_read {
+            let sql = format!("LOCK TABLE {tables} IN SHARE ROW EXCLUSIVE MODE;");
+            let explanation = "keep writers out of the tables to be added, whose rows would be sent in part";
+            steps.push(Step::new(explanation, sql, Kind::Addition(Watched::of(missing.iter().copied()))));
+        }
+        let sql = format!("ALTER PUBLICATION {name} ADD TABLE {tables};");
+        let kind = Kind::Addition(Watched::of(missing.iter().copied()));
+        steps.push(Step::new(format!("add tables to publication {}", self.publication), sql, kind));
         steps
     }
+}
 
-    async fn plan_slot(&self, client: &Client, has_publication: bool) -> Result<Vec<Step>, Error> {
-        let new = NewSlot { failover: self.failover && can_fail_over(client).await? };
-        let Some(slot) = Slot::read(client, self.slot).await? else {
-            return Ok(vec![Step::create_slot(self.slot, new)]);
-        };
-        refuse_foreign(client, self.slot, &slot).await?;
-        if self.recreate_slot {
-            refuse_active(client, self.slot, &slot).await?;
-            return Ok(vec![Step::drop_slot(self.slot), Step::create_slot(self.slot, new)]);
-        }
-        if has_publication {
-            return Ok(Vec::new());
-        }
-        Err(Error::SlotBeforePublication { publication: self.publication.to_owned(), slot: self.slot.to_owned() })
+/// The files of the preset that have been applied. None: only their owner sees that, and nobody else could apply them.
+async fn applied(client: &Client) -> Result<Option<Vec<i32>>, tokio_postgres::Error> {
+    let sql = "SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'),
+                      EXISTS (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attname = 'version')
+                 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+                WHERE n.nspname = 'tuplewatch' AND c.relname = 'schema_version'";
+    let Some(row) = client.query_typed_opt(sql, &[]).await? else { return Ok(Some(Vec::new())) };
+    let (is_readable, has_versions): (bool, bool) = (row.try_get(0)?, row.try_get(1)?);
+    if !is_readable {
+        return Ok(None);
     }
+    if !has_versions {
+        return Ok(Some(Vec::new()));
+    }
+    let rows = client.query_typed("SELECT version::int4 FROM tuplewatch.schema_version", &[]).await?;
+    rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>().map(Some)
+}
+
+/// What the publication has to be set to, where it publishes less.
+fn settings(publication: &Publication, catalog: &Catalog) -> Vec<String> {
+    let mut settings = Vec::new();
+    if !(publication.insert && publication.update && publication.delete && publication.truncate) {
+        settings.push(format!("publish = '{ALL_OPERATIONS}'"));
+    }
+    if !publication.via_root && catalog.tables.iter().any(Table::is_partitioned) {
+        settings.push("publish_via_partition_root = true".to_owned());
+    }
+    settings
+}
+
+fn none_in_the_way(report: Report) -> Result<(), Error> {
+    let mut findings = report.into_findings();
+    findings.retain(|finding| finding.severity == Severity::Error);
+    if findings.is_empty() { Ok(()) } else { Err(Error::InTheWay(findings)) }
 }
 
 /// What shall no longer be there. The tables stay, with all that is in them.
@@ -310,18 +303,23 @@ impl Teardown<'_> {
     /// What there is to remove. Changes nothing.
     ///
     /// # Errors
-    /// If the slot is in use, or somebody else's.
+    /// With all that is in the way: the slot is in use, or one of them is somebody else's.
     pub async fn plan(&self, client: &Client) -> Result<Vec<Step>, Error> {
-        let mut steps = Vec::new();
-        if let Some(slot) = Slot::read(client, self.slot).await? {
-            refuse_foreign(client, self.slot, &slot).await?;
-            refuse_active(client, self.slot, &slot).await?;
-            steps.push(Step::drop_slot(self.slot));
+        let rights = Rights::read(client, self.publication, &[]).await?;
+        let mut report = Report::default();
+        let slot = Slot::read(client, self.slot).await?;
+        if let Some(slot) = &slot {
+            report.extend(foreign_slot(slot, self.slot, &rights.database).into_iter().collect());
+            check_unused(client, self.slot, slot, &mut report).await?;
         }
+        rights.check_publication_owner("drop", &mut report);
+        none_in_the_way(report)?;
+
+        let mut steps: Vec<Step> = slot.map(|_| Step::drop_slot(self.slot)).into_iter().collect();
         let sql = "SELECT EXISTS (SELECT FROM pg_publication WHERE pubname = $1)";
         if client.query_typed_one(sql, &[(&self.publication, Type::TEXT)]).await?.try_get(0)? {
             let sql = format!("DROP PUBLICATION {};", identifier(self.publication));
-            steps.push(Step::new(format!("drop publication {}", self.publication), sql));
+            steps.push(Step::new(format!("drop publication {}", self.publication), sql, Kind::Definition));
         }
         Ok(steps)
     }
@@ -332,57 +330,67 @@ impl Teardown<'_> {
     /// As [`Self::plan`], or with the step that failed.
     pub async fn apply(&self, connection: &Connection, told: Told<'_>) -> Result<Vec<Step>, Error> {
         lock(&connection.client, told).await?;
-        let done = self.apply_locked(connection, told).await;
+        let done = async {
+            let steps = self.plan(&connection.client).await?;
+            carry_out(connection, &steps, self.slot, told).await?;
+            Ok(steps)
+        };
+        let done = done.await;
         unlock(&connection.client).await;
         done
     }
+}
 
-    async fn apply_locked(&self, connection: &Connection, told: Told<'_>) -> Result<Vec<Step>, Error> {
-        let steps = self.plan(&connection.client).await?;
-        for step in &steps {
-            carry_out(connection, step, self.slot, told).await?;
+async fn carry_out(connection: &Connection, steps: &[Step], slot: &str, told: Told<'_>) -> Result<(), Error> {
+    for steps in steps.chunk_by(|one, next| one.is_transactional() && next.is_transactional()) {
+        match steps {
+            [step] if !step.is_transactional() => alone(connection, step, slot, told).await?,
+            steps => define(&connection.client, steps, told).await?,
         }
-        Ok(steps)
     }
+    Ok(())
 }
 
-async fn refuse_foreign(client: &Client, name: &str, slot: &Slot) -> Result<(), Error> {
-    let database: String = client.query_typed_one("SELECT current_database()::text", &[]).await?.try_get(0)?;
-    let what = match (&slot.plugin, &slot.database) {
-        (Some(plugin), _) if plugin != "pgoutput" => format!("for the plugin {plugin}"),
-        (Some(_), Some(other)) if *other != database => format!("for database {other}"),
-        (Some(_), _) => return Ok(()),
-        (None, _) => "a physical one".to_owned(),
-    };
-    Err(Error::ForeignSlot { slot: name.to_owned(), what })
-}
-
-async fn refuse_active(client: &Client, name: &str, slot: &Slot) -> Result<(), Error> {
-    let Some(pid) = slot.active_pid else { return Ok(()) };
-    let sql = "SELECT concat_ws(', ', 'user ' || usename, NULLIF(application_name, ''), host(client_addr))
-                 FROM pg_stat_activity WHERE pid = $1";
-    let holder = client.query_typed_opt(sql, &[(&pid, Type::INT4)]).await?;
-    let holder = holder.map(|row| row.try_get(0)).transpose()?.unwrap_or_else(|| "which is ending".to_owned());
-    Err(Error::SlotActive { slot: name.to_owned(), pid, holder })
-}
-
-async fn carry_out(connection: &Connection, step: &Step, slot: &str, told: Told<'_>) -> Result<(), Error> {
-    let client = &connection.client;
+/// What cannot be part of a transaction.
+async fn alone(connection: &Connection, step: &Step, slot: &str, told: Told<'_>) -> Result<(), Error> {
     told(Event::Step(step));
-    let failed = |source| Error::Step { step: step.explanation.clone(), source };
-    if let Some(new) = step.makes {
+    let done = if let Kind::Slot { failover } = step.kind {
         let mut waiting = |waiting: &Waiting| told(Event::Waiting(waiting));
-        create_slot(connection, slot, new.failover, &mut waiting).await.map_err(failed)?;
-        return Ok(());
+        create_slot(connection, slot, failover, &mut waiting).await.map(drop)
+    } else {
+        connection.client.batch_execute(&step.sql).await
+    };
+    done.map_err(|source| Error::Alone { step: step.explanation.clone(), source })
+}
+
+/// All in one transaction.
+async fn define(client: &Client, steps: &[Step], told: Told<'_>) -> Result<(), Error> {
+    client.batch_execute(&begin()).await?;
+    for step in steps {
+        told(Event::Step(step));
+        if let Err(source) = client.batch_execute(&step.sql).await {
+            return Err(undo(client, step, source).await);
+        }
     }
-    if !step.transactional {
-        return client.batch_execute(&step.sql).await.map_err(failed);
+    // Where the connection is lost here, nobody knows.
+    let committed = client.batch_execute("COMMIT").await;
+    committed.map_err(|source| Error::Alone { step: "be sure that the transaction was committed".to_owned(), source })
+}
+
+/// Rolls back, and says why: with the transactions for whose end the step would have had to wait.
+async fn undo(client: &Client, step: &Step, source: tokio_postgres::Error) -> Error {
+    let step_name = step.explanation.clone();
+    // Where this fails the session has ended, and the transaction with it.
+    let rolled_back = client.batch_execute("ROLLBACK").await;
+    if source.code() != Some(&SqlState::LOCK_NOT_AVAILABLE) || rolled_back.is_err() {
+        return Error::Definition { step: step_name, source };
     }
-    let begin = format!("BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'");
-    client.batch_execute(&begin).await.map_err(failed)?;
-    let executed = client.batch_execute(&step.sql).await;
-    let ended = client.batch_execute(if executed.is_ok() { "COMMIT" } else { "ROLLBACK" }).await;
-    executed.and(ended).map_err(failed)
+    let open = match step.waits_for() {
+        Some((tables, locks)) => transactions::open(client, tables, locks, None).await.unwrap_or_default(),
+        None => Vec::new(),
+    };
+    let holders = open.iter().filter(|transaction| !transaction.tables.is_empty());
+    Error::Locked { step: step_name, transactions: holders.take(NAMED_MAX).map(Transaction::to_string).collect() }
 }
 
 async fn lock(client: &Client, told: Told<'_>) -> Result<(), Error> {

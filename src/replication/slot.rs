@@ -11,12 +11,11 @@ use tokio_postgres::types::{PgLsn, Type};
 
 use super::catalog::Document;
 use super::connection::Connection;
+use super::transactions::{self, Locks, NAMED_MAX, Watched};
 use crate::lsn::Lsn;
 
 /// Short waits are normal, and not worth a word.
 const TELL_EVERY: Duration = Duration::from_secs(3);
-/// Transactions that are named; more would not help whoever reads it.
-const BLOCKERS_MAX: i64 = 5;
 
 /// A row of `pg_replication_slots`. Columns that this version of PostgreSQL does not have are as if nothing were wrong.
 #[derive(Debug, Deserialize)]
@@ -30,6 +29,8 @@ pub(super) struct Slot {
     pub(super) safe_wal_size: Option<i64>,
     #[serde(default)]
     pub(super) two_phase: bool,
+    #[serde(default)]
+    pub(super) temporary: bool,
     /// From version 16 on.
     #[serde(default)]
     pub(super) conflicting: Option<bool>,
@@ -189,23 +190,8 @@ pub(super) fn creation(name: &str, failover: bool) -> String {
     format!("pg_catalog.pg_create_logical_replication_slot({name}, 'pgoutput'{failover})")
 }
 
-/// The oldest transactions that have written (or may have: they have an id), which is what a slot waits for.
-///
-/// The ids are visible to every role; what else `pg_stat_activity` says of strangers, only to members of
-/// `pg_read_all_stats`.
-async fn blockers(client: &Client, waiting_pid: i32) -> Result<Vec<String>, tokio_postgres::Error> {
-    let sql = "
-        SELECT concat(
-                   'transaction ', xid, ' of process ', pid, ' (', concat_ws(', ', 'user ' || usename,
-                   'database ' || datname, NULLIF(application_name, ''), state, 'open since ' || xact_start), ')')
-          FROM (SELECT backend_xid AS xid, pid, usename, datname, application_name, state, xact_start
-                  FROM pg_catalog.pg_stat_activity
-                 WHERE backend_xid IS NOT NULL AND pid <> $1
-                 ORDER BY age(backend_xid) DESC LIMIT $2) AS open
-        UNION ALL
-        SELECT concat('prepared transaction ', quote_literal(gid), ' (user ', owner, ', database ', database,
-                      ', since ', prepared, ': COMMIT PREPARED or ROLLBACK PREPARED ends it)')
-          FROM (SELECT * FROM pg_catalog.pg_prepared_xacts ORDER BY age(transaction) DESC LIMIT $2) AS prepared";
-    let rows = client.query_typed(sql, &[(&waiting_pid, Type::INT4), (&BLOCKERS_MAX, Type::INT8)]).await?;
-    rows.iter().map(|row| row.try_get(0)).collect()
+/// The oldest transactions that have an id, for which a slot waits.
+async fn blockers(client: &Client, waiting: i32) -> Result<Vec<String>, tokio_postgres::Error> {
+    let open = transactions::open(client, &Watched::default(), Locks::Writing, Some(waiting)).await?;
+    Ok(open.iter().take(NAMED_MAX).map(ToString::to_string).collect())
 }

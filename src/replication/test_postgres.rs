@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use super::connection::{Connection, Endpoints};
 use crate::dev_postgres::{Cluster, ClusterOptions, Installation};
+use crate::finding::CommandLine;
 use crate::mapping::{Mapping, Spec};
 
 /// A directory of its own, gone afterwards. Not created, so that PostgreSQL's user can reach it whatever our umask.
@@ -133,4 +134,10 @@ pub(crate) fn one_table(table: &str) -> Mapping {
 pub(crate) fn mapping(json: &str) -> Mapping {
     let spec: Spec = serde_json::from_str(json).unwrap();
     Mapping::new(spec).unwrap()
+}
+
+/// Commands without options.
+pub(crate) fn plain() -> &'static CommandLine {
+    static PLAIN: OnceLock<CommandLine> = OnceLock::new();
+    PLAIN.get_or_init(CommandLine::default)
 }

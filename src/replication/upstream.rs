@@ -10,6 +10,9 @@ use crate::lsn::{Lsn, Xid8};
 use crate::pgoutput::RelationId;
 use crate::timeline::{History, Source};
 
+/// Has a running session look at once at what is published, and not with its next check: after something was repaired or changed.
+pub(super) const LOOK_AT_ONCE: &str = "SELECT pg_logical_emit_message(true, 'tuplewatch', 'check');";
+
 /// Makes links.
 pub trait Upstream: Send + Sync {
     /// A connection.

@@ -10,6 +10,7 @@ mod configuration;
 mod documents;
 mod health;
 mod mapping;
+mod obstacles;
 pub(crate) mod prerequisites;
 mod requests;
 pub(crate) mod setup;

@@ -165,11 +165,7 @@ impl Patient {
     async fn apply(&mut self, finding: &Finding) {
         let fix = finding.fix.as_deref().unwrap();
         if fix.starts_with("tuplewatch ") {
-            // With the options that doctor had.
-            let options = self.flags.iter().flat_map(|(flag, value)| [shell_word(flag), shell_word(value)]);
-            let options = options.collect::<Vec<_>>().join(" ");
-            let script =
-                format!("tuplewatch() {{ {} \"$@\" {options}; }}\n{fix}", shell_word(env!("CARGO_BIN_EXE_tuplewatch")));
+            let script = format!("tuplewatch() {{ {} \"$@\"; }}\n{fix}", shell_word(env!("CARGO_BIN_EXE_tuplewatch")));
             let mut shell = Command::new("sh");
             shell.args(["-euc", &script]).current_dir(self.path());
             run(shell).await.succeeded();
@@ -237,6 +233,34 @@ async fn a_healthy_node_is_well_also_while_it_serves() {
     let said = process.complained();
     assert!(!said.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{said:#?}");
     stops(process).await;
+}
+
+/// The options that doctor had go with the commands that it names; but no password does.
+#[tokio::test]
+async fn a_fix_can_be_pasted_as_it_is() {
+    let patient = Patient::ready(Postgres::start().await).await;
+    let sql = patient.sql().await;
+    sql.run("DROP PUBLICATION tuplewatch").await;
+    std::fs::write(patient.path().join("my node.yaml"), "replication: {failover: 'off'}").unwrap();
+    let uri = patient.postgres.uri();
+    let secret = uri.replace("postgres@", "postgres:s3cr3t@");
+    let patient = patient.with("--config", "my node.yaml").with("--database-uri", &secret);
+    let finding = patient.has("publication tuplewatch", "does not exist").await;
+    let fix = finding.fix.clone().unwrap();
+    assert!(fix.starts_with("tuplewatch setup --recreate-slot --config 'my node.yaml' "), "{fix}");
+    assert!(fix.contains(&format!(" --database-uri {uri} ")) && fix.contains("PGPASSWORD"), "{fix}");
+    // What setup does not take is not there.
+    assert!(!fix.contains("--changelog"), "{fix}");
+
+    // The same in what setup and serve refuse with.
+    for subcommand in ["setup", "serve"] {
+        let ran = patient.run(subcommand, &[]).await;
+        assert!(!ran.err.contains("s3cr3t") && !ran.out.contains("s3cr3t"), "{ran:?}");
+        ran.failed(&["tuplewatch setup --recreate-slot --config 'my node.yaml' ", &uri, "PGPASSWORD"]);
+    }
+    let mut patient = patient;
+    patient.apply(&finding).await;
+    patient.is_well().await;
 }
 
 #[tokio::test]

@@ -96,6 +96,8 @@ SELECT json_build_object(
     'tenants_are_filtered', COALESCE((SELECT row_security_active(oid) FROM tenants), false),
     'tables', (SELECT json_agg(json_build_object(
         'schema', wanted.schema_name, 'name', wanted.table_name, 'oid', wanted.oid::int8, 'kind', wanted.relkind,
+        'other_kind', (SELECT c.relkind FROM pg_class AS c WHERE c.relnamespace = wanted.namespace
+                          AND c.relname = wanted.table_name AND c.relkind NOT IN ('r', 'p')),
         'file', CASE WHEN wanted.relkind = 'r' THEN wanted.relfilenode::int8 END,
         'is_partition', COALESCE(wanted.relispartition, false),
         'had_children', COALESCE(wanted.relkind = 'r' AND wanted.relhassubclass, false),

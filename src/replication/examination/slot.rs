@@ -8,7 +8,7 @@ use tokio_postgres::types::Type;
 use super::super::catalog::{Document, literal};
 use super::super::monitor::Thresholds;
 use super::super::slot::{self, OPEN_TRANSACTIONS, Slot};
-use crate::finding::{Bytes, Finding, Report, Span};
+use crate::finding::{Bytes, CommandLine, Finding, Report, Span};
 
 /// What there is to see of a slot: what its monitor sees, and what tells of times.
 pub(super) struct Sight {
@@ -79,13 +79,14 @@ impl Sight {
         own_name: Option<&str>,
         thresholds: &Thresholds,
         held_bytes: u64,
+        commands: &CommandLine,
         report: &mut Report,
     ) {
         let subject = format!("replication slot {name}");
         self.check_holder(&subject, own_name, report);
         // What is lost, or somebody else's, keeps nothing for us.
         if self.slot.loss().is_none() && self.slot.slot_type == "logical" {
-            self.check_position(name, &subject, thresholds, held_bytes, report);
+            self.check_position(name, &subject, thresholds, held_bytes, commands, report);
             self.check_safety(&subject, thresholds, report);
         }
         if let Some(timeout) = &self.times.idle_timeout {
@@ -114,7 +115,15 @@ impl Sight {
         report.add(finding(subject, what).means(meaning).fix(fix));
     }
 
-    fn check_position(&self, name: &str, subject: &str, thresholds: &Thresholds, held_bytes: u64, report: &mut Report) {
+    fn check_position(
+        &self,
+        name: &str,
+        subject: &str,
+        thresholds: &Thresholds,
+        held_bytes: u64,
+        commands: &CommandLine,
+        report: &mut Report,
+    ) {
         let (Some(retained), Some(behind)) = (self.seen.retained_bytes, self.behind_bytes()) else { return };
         let lag = self.lag();
         let inactive = self.times.inactive_seconds.map(seconds);
@@ -143,10 +152,10 @@ impl Sight {
         }
         let finding = Finding::warning(subject, what);
         report.add(if !self.is_in_use() {
-            finding.means("Subscribers get nothing meanwhile, and the server keeps all WAL since.").fix(format!(
-                "tuplewatch serve  # or, if nobody will read it again, in psql: SELECT pg_drop_replication_slot({});",
+            finding.means("Subscribers get nothing meanwhile, and the server keeps all WAL since.").fix(commands.serve().fix(&format!(
+                "or, if nobody will read it again, in psql: SELECT pg_drop_replication_slot({});",
                 literal(name)
-            ))
+            )))
         } else if is_behind || behind.saturating_sub(held_bytes) >= retained.saturating_sub(behind) {
             finding
                 .means("Subscribers get changes late, and the server keeps all WAL since.")
@@ -201,7 +210,7 @@ mod tests {
         let mut seen: slot::Sight = serde_json::from_value(sight).unwrap();
         let sight = Sight { slot: seen.slot.take().unwrap(), seen, times };
         let mut report = Report::default();
-        sight.check("s", Some("tuplewatch me"), &THRESHOLDS, 0x100, &mut report);
+        sight.check("s", Some("tuplewatch me"), &THRESHOLDS, 0x100, &CommandLine::default(), &mut report);
         let bad = report.into_findings().into_iter().filter(|finding| finding.severity != Severity::Ok);
         bad.map(|finding| format!("{finding}")).collect()
     }

@@ -6,8 +6,9 @@ use tokio_postgres::Client;
 
 use super::super::catalog::{Document, identifier, literal};
 use super::super::slot::FAILOVER_SLOTS;
+use super::Expectation;
 use super::slot::Sight;
-use crate::finding::{Finding, Report};
+use crate::finding::{CommandLine, Finding, Report};
 
 const SETTING: &str = "synchronized_standby_slots";
 
@@ -66,13 +67,13 @@ impl Standbys {
         client.query_typed_one(sql, &[]).await?.try_get::<_, Document<Self>>(0).map(|document| document.0)
     }
 
-    fn check(&self, slot: &str, sight: Option<&Sight>, report: &mut Report) {
+    fn check(&self, slot: &str, sight: Option<&Sight>, commands: &CommandLine, report: &mut Report) {
         if self.version_number < FAILOVER_SLOTS {
             if self.count > 0 {
                 let what = format!(
-                    "{} connected. Before version 17 none gets a copy of the slot: a promotion leaves a gap, and takes a new slot \
-                     (tuplewatch setup --recreate-slot)",
-                    self.count
+                    "{} connected. Before version 17 none gets a copy of the slot: a promotion leaves a gap, and takes a new slot: {}",
+                    self.count,
+                    commands.recreate_slot()
                 );
                 report.ok("standbys", what);
             }
@@ -141,11 +142,11 @@ fn setting(slots: &str, but: &str) -> String {
 
 pub(super) async fn check(
     client: &Client,
-    slot: &str,
+    expected: &Expectation<'_>,
     sight: Option<&Sight>,
     report: &mut Report,
 ) -> Result<(), tokio_postgres::Error> {
-    Standbys::read(client).await?.check(slot, sight, report);
+    Standbys::read(client).await?.check(expected.slot, sight, expected.commands, report);
     Ok(())
 }
 

@@ -104,6 +104,18 @@ impl Server {
 
     pub(super) fn check(&self, report: &mut Report) {
         self.check_wal_level(report);
+        self.check_replication(report);
+        self.check_commit_timestamps(report);
+    }
+
+    /// What a new slot needs, and room for it where it does not take the place of another.
+    pub(super) fn check_for_slot(&self, takes_room: bool, report: &mut Report) {
+        self.check_wal_level(report);
+        self.check_replication(report);
+        self.check_room_for("max_replication_slots", self.slots, self.slots_max, takes_room, report);
+    }
+
+    fn check_replication(&self, report: &mut Report) {
         let subject = format!("role {}", self.role);
         if let Some(other) = self.becomes.as_ref().filter(|other| *other != "none" && **other != self.role) {
             let role = identifier(&self.role);
@@ -124,6 +136,9 @@ impl Server {
             let meaning = "Only a role that has it may read from a replication slot.";
             report.add(Finding::error(subject, "has no REPLICATION").means(meaning).fix(fix));
         }
+    }
+
+    fn check_commit_timestamps(&self, report: &mut Report) {
         if self.commit_timestamps == "on" {
             report.ok("track_commit_timestamp", "on");
         } else {

@@ -4,19 +4,17 @@ use serde::Deserialize;
 use tokio_postgres::Client;
 
 use super::super::catalog::{Catalog, Column, Document, Publication, Table, identifier};
-use super::Expectation;
 use super::server::{Server, Version};
+use super::{Expectation, Fixes};
 use crate::finding::{Finding, Report};
 use crate::mapping::TableName;
-
-/// Makes tables that are missing.
-const SETUP: &str = "tuplewatch setup  # it creates the tables of the preset tuples; those of other mappings are yours";
 
 /// Whether a watched table can be read, is published, its old rows are complete, and its rows and values change with row events.
 pub(super) fn check_table(
     table: &Table,
     catalog: &Catalog,
     expected: &Expectation<'_>,
+    fixes: Fixes<'_>,
     server: &Server,
     version: &Version,
     report: &mut Report,
@@ -24,8 +22,11 @@ pub(super) fn check_table(
     let name = table.name();
     let subject = format!("table {name}");
     let before = report.count();
+    if let Some(finding) = not_a_table(table) {
+        return report.add(finding);
+    }
     if table.oid.is_none() {
-        return report.error(subject, "does not exist", SETUP);
+        return report.error(subject, "does not exist", fixes.setup());
     }
     let spec = expected.mapping.tables().iter().find(|spec| spec.table == name);
     for wanted in spec.map(crate::mapping::TableSpec::columns).unwrap_or_default() {
@@ -59,17 +60,50 @@ pub(super) fn check_table(
         }
     }
     for (relation, what) in table.unidentified() {
-        let fix = format!("ALTER TABLE {} REPLICA IDENTITY FULL;  -- at once, no reload", relation.name().to_sql());
+        let fix = fixes.alter(&format!("ALTER TABLE {} REPLICA IDENTITY FULL", relation.name().to_sql()));
         let meaning = "It says which columns of the row that was come with an UPDATE or DELETE.";
         report.add(Finding::error(format!("table {}", relation.name()), what).means(meaning).fix(fix));
     }
     if let Some(publication) = &catalog.publication {
-        check_membership(table, expected, publication, report);
-        check_generated(table, expected, publication, version, report);
+        check_membership(table, expected, fixes, publication, report);
+        check_generated(table, expected, fixes, publication, version, report);
     }
     if report.is_fine_since(before) {
         let what = if table.reads_old_rows { ", and its old rows are complete" } else { "" };
         report.ok(subject, format!("can be read, is published{what}"));
+    }
+}
+
+/// What has the name of a watched table, and is none whose changes can be read.
+pub(in crate::replication) fn not_a_table(table: &Table) -> Option<Finding> {
+    let subject = format!("table {}", table.name());
+    let error = |what: &str, fix: &str| Some(Finding::error(&subject, what).fix(fix));
+    match table.other_kind.as_deref() {
+        None if table.is_system() => {
+            error("is a system catalog: PostgreSQL publishes no changes of those", "-- map a table of your own")
+        }
+        None => None,
+        Some("v") => error(
+            "is a view: changes can be read of tables only",
+            "-- map the table that the view reads; the columns of the mapping are then those of the table",
+        ),
+        Some("m") => error(
+            "is a materialized view: changes can be read of tables only",
+            "-- map the table that it reads, or make it a table that a trigger or a job keeps",
+        ),
+        Some("f") => error(
+            "is a foreign table: its rows and their changes are in another server",
+            "-- run a tuplewatch for the server that has the table",
+        ),
+        Some(kind) => {
+            let what = match kind {
+                "S" => "is a sequence",
+                "i" | "I" => "is an index",
+                "c" => "is a composite type",
+                _ => "is no table",
+            };
+            error(what, "-- correct the name in the mapping")
+        }
     }
 }
 
@@ -117,12 +151,18 @@ fn check_values(table: &Table, report: &mut Report) {
     }
 }
 
-fn check_membership(table: &Table, expected: &Expectation<'_>, publication: &Publication, report: &mut Report) {
+fn check_membership(
+    table: &Table,
+    expected: &Expectation<'_>,
+    fixes: Fixes<'_>,
+    publication: &Publication,
+    report: &mut Report,
+) {
     let name = table.name();
     let subject = format!("table {name}");
     let published = identifier(expected.publication);
     if !table.is_published(publication) {
-        let fix = format!("ALTER PUBLICATION {published} ADD TABLE {};  -- at once, no reload", name.to_sql());
+        let fix = fixes.alter(&format!("ALTER PUBLICATION {published} ADD TABLE {}", name.to_sql()));
         let what = format!("is not in publication {}", expected.publication);
         let meaning =
             "No change of it reaches tuplewatch. Those made meanwhile are a gap, of which subscribers are told.";
@@ -137,17 +177,15 @@ fn check_membership(table: &Table, expected: &Expectation<'_>, publication: &Pub
         );
     }
     if table.is_partitioned() && !publication.via_root {
-        let fix =
-            format!("ALTER PUBLICATION {published} SET (publish_via_partition_root = true);  -- at once, no reload");
+        let fix = fixes.alter(&format!("ALTER PUBLICATION {published} SET (publish_via_partition_root = true)"));
         let what = "is partitioned, and its changes are published under the names of its partitions";
         report.add(Finding::error(&subject, what).means("The mapping does not have those names.").fix(fix));
     }
     let Some(member) = table.own_member() else { return };
-    let afresh = format!(
-        "BEGIN; ALTER PUBLICATION {published} DROP TABLE {table}; ALTER PUBLICATION {published} ADD TABLE {table}; COMMIT;  \
-         -- at once, no reload",
+    let afresh = fixes.alter(&format!(
+        "BEGIN; ALTER PUBLICATION {published} DROP TABLE {table}; ALTER PUBLICATION {published} ADD TABLE {table}; COMMIT",
         table = name.to_sql()
-    );
+    ));
     if member.filter.is_some() {
         let what = "has a row filter in the publication: what it hides would be missing without a trace";
         report.error(&subject, what, afresh.clone());
@@ -167,6 +205,7 @@ fn check_membership(table: &Table, expected: &Expectation<'_>, publication: &Pub
 fn check_generated(
     table: &Table,
     expected: &Expectation<'_>,
+    fixes: Fixes<'_>,
     publication: &Publication,
     version: &Version,
     report: &mut Report,
@@ -180,7 +219,7 @@ fn check_generated(
     let Some(column) = hidden else { return };
     let fix = if column.is_stored() && version.major() >= 18 {
         let publication = identifier(expected.publication);
-        format!("ALTER PUBLICATION {publication} SET (publish_generated_columns = stored);  -- at once, no reload")
+        fixes.alter(&format!("ALTER PUBLICATION {publication} SET (publish_generated_columns = stored)"))
     } else {
         "-- make it an ordinary column, or map another one".to_owned()
     };
@@ -215,11 +254,11 @@ impl Tenants {
         client.query_typed_one(sql, &parameters).await?.try_get::<_, Document<Self>>(0).map(|document| document.0)
     }
 
-    pub(super) fn check(&self, table: &TableName, id: &str, server: &Server, report: &mut Report) {
+    pub(super) fn check(&self, table: &TableName, id: &str, fixes: Fixes<'_>, server: &Server, report: &mut Report) {
         let subject = format!("table {table}");
         let before = report.count();
         if !self.exists {
-            return report.error(subject, "does not exist, and tenants are looked up in it", SETUP);
+            return report.error(subject, "does not exist, and tenants are looked up in it", fixes.setup());
         }
         if !self.has_column {
             let fix = "-- correct the mapping, or add the column";

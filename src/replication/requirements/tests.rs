@@ -3,7 +3,7 @@
 use super::super::connection::Connection;
 use super::super::hold_back::HoldBack;
 use super::super::setup::{Event, Setup, Teardown};
-use super::super::test_postgres::{Database, Place, cluster, connect, one_table, tuples};
+use super::super::test_postgres::{Database, Place, cluster, connect, one_table, plain, tuples};
 use super::*;
 use crate::dev_postgres::StopMode;
 use crate::finding::Severity;
@@ -11,7 +11,8 @@ use crate::finding::Severity;
 fn silent(_: Event<'_>) {}
 
 fn expectation<'a>(mapping: &'a Mapping, slot: &'a str) -> Expectation<'a> {
-    Expectation { mapping, slot, publication: "feed", slot_expected: true, hold_back: HoldBack::default() }
+    let hold_back = HoldBack::default();
+    Expectation { mapping, slot, publication: "feed", slot_expected: true, hold_back, commands: plain() }
 }
 
 async fn errors(client: &Client, expected: &Expectation<'_>) -> Vec<Finding> {
@@ -38,6 +39,7 @@ impl Ready {
             apply_schema: is_preset,
             recreate_slot: false,
             failover: true,
+            commands: plain(),
         };
         setup.apply(&database.connection, &mut silent).await.unwrap();
         let schema = if is_preset { "tuplewatch" } else { "public" };
@@ -144,6 +146,7 @@ async fn the_preset() {
         apply_schema: true,
         recreate_slot: true,
         failover: true,
+        commands: plain(),
     };
     setup.apply(&ready.database.connection, &mut silent).await.unwrap();
     assert_eq!(ready.errors().await, []);
@@ -449,6 +452,7 @@ async fn lost_slots_and_taken_walsenders() {
         apply_schema: false,
         recreate_slot: true,
         failover: true,
+        commands: plain(),
     };
     setup.apply(&admin, &mut silent).await.unwrap();
     assert_eq!(errors(&admin.client, &expectation(&mapping, "s")).await, []);

@@ -3,22 +3,27 @@
 use super::super::hold_back::HoldBack;
 use super::super::publication::fingerprint;
 use super::super::requirements::{Expectation, check};
-use super::super::test_postgres::{Database, mapping, one_table, tuples};
+use super::super::test_postgres::{Database, mapping, one_table, plain, tuples};
 use super::*;
 use crate::finding::Severity;
 
 fn silent(_: Event<'_>) {}
 
 fn wanted<'a>(mapping: &'a Mapping, slot: &'a str) -> Setup<'a> {
-    Setup { mapping, slot, publication: "Feed", apply_schema: false, recreate_slot: false, failover: true }
+    let (apply_schema, recreate_slot, failover) = (false, false, true);
+    Setup { mapping, slot, publication: "Feed", apply_schema, recreate_slot, failover, commands: plain() }
 }
+
+/// The last step where a tuplewatch may be running.
+const LOOK: &str = "have a running tuplewatch look at it";
 
 fn explanations(steps: &[Step]) -> Vec<&str> {
     steps.iter().map(|step| step.explanation.as_str()).collect()
 }
 
 fn expectation<'a>(mapping: &'a Mapping, slot: &'a str) -> Expectation<'a> {
-    Expectation { mapping, slot, publication: "Feed", slot_expected: true, hold_back: HoldBack::default() }
+    let hold_back = HoldBack::default();
+    Expectation { mapping, slot, publication: "Feed", slot_expected: true, hold_back, commands: plain() }
 }
 
 #[tokio::test]
@@ -31,7 +36,7 @@ async fn everything_then_nothing_then_away() {
     let all = ["apply 0001_tables.sql", "apply 0002_snap_token.sql", "create publication Feed", create_slot.as_str()];
     let planned = setup.plan(client).await.unwrap();
     assert_eq!(explanations(&planned), all);
-    assert_eq!(planned.iter().map(|step| step.transactional).collect::<Vec<_>>(), [true, true, true, false]);
+    assert_eq!(planned.iter().map(Step::is_transactional).collect::<Vec<_>>(), [true, true, true, false]);
 
     let mut seen = Vec::new();
     let mut told = |event: Event<'_>| {
@@ -62,11 +67,11 @@ async fn the_plan_is_sql_that_can_be_run_by_hand() {
     let database = Database::new().await;
     let mapping = tuples();
     let setup = Setup { apply_schema: true, ..wanted(&mapping, &database.name) };
-    for step in setup.plan(&database.connection.client).await.unwrap() {
-        let text = step.to_string();
-        // As psql would, which sends one statement after the other. Only the slot minds.
-        if step.transactional { database.execute(&text).await } else { database.execute(&step.sql).await }
-    }
+    let steps = setup.plan(&database.connection.client).await.unwrap();
+    // As psql would, which sends one statement after the other. Only the slot minds.
+    let (definitions, rest) = steps.split_at(steps.len() - 1);
+    database.execute(&Script(definitions).to_string()).await;
+    database.execute(&Script(rest).to_string()).await;
     assert_eq!(setup.plan(&database.connection.client).await.unwrap(), []);
     Teardown { slot: &database.name, publication: "Feed" }.apply(&database.connection, &mut silent).await.unwrap();
 }
@@ -102,13 +107,14 @@ async fn only_what_is_missing() {
 
     // A new partition begins with an identity of its own.
     database.execute(r#"CREATE TABLE p2 PARTITION OF "Odd ""Schema"""."it's" FOR VALUES IN ('t2')"#).await;
-    assert_eq!(explanations(&setup.plan(client).await.unwrap()), ["let old rows of public.p2 be complete"]);
+    let steps = setup.plan(client).await.unwrap();
+    assert_eq!(explanations(&steps), ["let old rows of public.p2 be complete", LOOK]);
     setup.apply(&database.connection, &mut silent).await.unwrap();
 
     // The slot is older than a publication that would be made now.
     database.execute("DROP PUBLICATION \"Feed\"").await;
-    let error = setup.plan(client).await.unwrap_err();
-    assert!(matches!(error, Error::SlotBeforePublication { .. }), "{error}");
+    let error = setup.plan(client).await.unwrap_err().to_string();
+    assert!(error.contains("is older than a new one would be") && error.contains("--recreate-slot"), "{error}");
     let again = Setup { recreate_slot: true, ..setup };
     let drop_slot = format!("drop replication slot {}", database.name);
     let done = again.apply(&database.connection, &mut silent).await.unwrap();
@@ -118,10 +124,12 @@ async fn only_what_is_missing() {
     database.execute("ALTER TABLE p1 REPLICA IDENTITY DEFAULT").await;
     let other = database.connect_as("postgres").await;
     other.client.batch_execute("BEGIN; LOCK TABLE p1 IN ROW EXCLUSIVE MODE").await.unwrap();
+    let pid: i32 = other.client.query_typed_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
     let error = setup.apply(&database.connection, &mut silent).await.unwrap_err().to_string();
-    assert!(error.contains("55P03") && error.contains("run setup again"), "{error}");
+    assert!(error.contains("nothing was changed") && error.contains("Run this again"), "{error}");
+    assert!(error.contains(&format!("SELECT pg_terminate_backend({pid})")), "{error}");
     other.client.batch_execute("COMMIT").await.unwrap();
-    assert_eq!(setup.apply(&database.connection, &mut silent).await.unwrap().len(), 1);
+    assert_eq!(setup.apply(&database.connection, &mut silent).await.unwrap().len(), 2);
     Teardown { slot: &database.name, publication: "Feed" }.apply(&database.connection, &mut silent).await.unwrap();
 }
 
@@ -157,12 +165,13 @@ async fn slots_of_others_and_slots_in_use_are_left_alone() {
     let teardown = Teardown { slot: &database.name, publication: "Feed" };
     let remove = format!("SELECT pg_drop_replication_slot('{}')", database.name);
     for (create, expected) in [
-        (format!("SELECT pg_create_physical_replication_slot('{}')", database.name), "a physical one"),
+        (format!("SELECT pg_create_physical_replication_slot('{}')", database.name), "is a physical slot"),
         (format!("SELECT pg_create_logical_replication_slot('{}', 'pgoutput')", database.name), &*other.name),
     ] {
         other.execute(&create).await;
         for error in [setup.plan(client).await.unwrap_err(), teardown.plan(client).await.unwrap_err()] {
-            assert!(matches!(error, Error::ForeignSlot { .. }) && error.to_string().contains(expected), "{error}");
+            let error = error.to_string();
+            assert!(error.contains("nothing was changed") && error.contains(expected), "{error}");
         }
         other.execute(&remove).await;
     }
@@ -172,13 +181,13 @@ async fn slots_of_others_and_slots_in_use_are_left_alone() {
     let mut replication = pgwire_replication::ReplicationClient::connect(config).await.unwrap();
     replication.wait_started().await.unwrap();
     for error in [setup.plan(client).await.unwrap_err(), teardown.plan(client).await.unwrap_err()] {
-        let message = error.to_string();
-        assert!(matches!(error, Error::SlotActive { pid, .. } if message.contains(&pid.to_string())), "{message}");
-        assert!(message.contains("tests") && message.contains("postgres"), "{message}");
+        let error = error.to_string();
+        assert!(error.contains("is in use by process") && error.contains("pg_terminate_backend("), "{error}");
+        assert!(error.contains("tests") && error.contains("postgres"), "{error}");
     }
     drop(replication);
     let mut removed = teardown.apply(&database.connection, &mut silent).await;
-    while matches!(removed, Err(Error::SlotActive { .. })) {
+    while matches!(removed, Err(Error::InTheWay(_))) {
         tokio::time::sleep(Duration::from_millis(20)).await;
         removed = teardown.apply(&database.connection, &mut silent).await;
     }
@@ -200,7 +209,9 @@ async fn two_at_once_and_one_that_may_not() {
     database.execute(&format!("CREATE ROLE {role} LOGIN; ALTER PUBLICATION \"Feed\" SET (publish = 'insert')")).await;
     let poor = database.connect_as(&role).await;
     let error = Setup { apply_schema: false, ..setup }.apply(&poor, &mut silent).await.unwrap_err().to_string();
-    assert!(error.contains("42501") && error.contains("as the owner"), "{error}");
+    assert!(error.contains("publication Feed: belongs to role postgres"), "{error}");
+    let error = Teardown { slot: &database.name, publication: "Feed" }.apply(&poor, &mut silent).await.unwrap_err();
+    assert!(error.to_string().contains("may not drop it"), "{error}");
     Teardown { slot: &database.name, publication: "Feed" }.apply(&database.connection, &mut silent).await.unwrap();
 }
 

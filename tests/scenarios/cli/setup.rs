@@ -31,6 +31,15 @@ async fn psql_runs(uri: &str, script: &str) {
     assert!(output.status.success(), "{output:?}\n{script}");
 }
 
+/// What setup would make.
+pub(super) async fn things(sql: &Sql) -> String {
+    sql.value(
+        "SELECT format('%s slots, %s publications, %s schemas', (SELECT count(*) FROM pg_replication_slots), \
+         (SELECT count(*) FROM pg_publication), (SELECT count(*) FROM pg_namespace WHERE nspname = 'tuplewatch'))",
+    )
+    .await
+}
+
 async fn leftovers(sql: &Sql) -> String {
     sql.value(
         "SELECT format('%s slots, %s publications, %s tuples', (SELECT count(*) FROM pg_replication_slots), \
@@ -73,8 +82,8 @@ async fn setup_is_done_once_and_undone_once() {
 
     let mut server = Server::serve(&postgres, &[]).await;
     let mut stream = server.watch("t1", "").await;
-    let in_use = "replication slot tuplewatch is in use by process ";
-    tuplewatch(&teardown).await.failed(&[in_use, "Stop what uses it", "and try again"]);
+    let in_use = "replication slot tuplewatch: is in use by process ";
+    tuplewatch(&teardown).await.failed(&["nothing was changed", in_use, "SELECT pg_terminate_backend("]);
     tuplewatch(&["setup", "--recreate-slot", "--database-uri", &uri]).await.failed(&[in_use]);
     sql.insert("t1", "kept").await;
     stream.expect(Change::create(Change::viewer("kept"))).await;
@@ -104,19 +113,13 @@ async fn what_setup_cannot_do_it_says() {
             .await
             .failed(&["Connection refused", "check host and port in database.uri"]);
     }
-    sql.run("CREATE ROLE powerless LOGIN").await;
-    let powerless = uri.replace("postgres@", "powerless@");
-    tuplewatch(&["setup", "--database-uri", &powerless]).await.failed(&[
-        "could not apply 0001_tables.sql: permission denied",
-        "Run setup as the owner of the tables who may also create in the database and has REPLICATION, or as a superuser",
-    ]);
     sql.run("SELECT pg_create_physical_replication_slot('theirs')").await;
     for subcommand in ["setup", "teardown"] {
         tuplewatch(&[subcommand, "--database-uri", &uri, "--replication-slot", "theirs"])
             .await
-            .failed(&["replication slot theirs is not tuplewatch's", "choose another name in replication.slot"]);
+            .failed(&["replication slot theirs: is a physical slot", "choose another name in replication.slot"]);
     }
-    assert_eq!(sql.value("SELECT count(*) FROM pg_replication_slots").await, "1", "theirs is left alone");
+    assert_eq!(things(&sql).await, "1 slots, 0 publications, 0 schemas", "theirs is left alone");
 
     // A slot waits for the transactions that are open; who holds it up is said, and it can be given up.
     let holder = Sql::connect(&uri).await;
@@ -135,4 +138,79 @@ async fn what_setup_cannot_do_it_says() {
     holder.run("ROLLBACK").await;
     tuplewatch(&["setup", "--database-uri", &uri]).await.succeeded();
     assert_eq!(sql.value("SELECT count(*) FROM pg_replication_slots").await, "2");
+}
+
+/// Inserts and messages for tuplewatch that come out of the slot.
+async fn sent(sql: &Sql) -> String {
+    sql.value(
+        "SELECT format('%s rows, %s looks', count(*) FILTER (WHERE get_byte(data, 0) = ascii('I')), \
+                       count(*) FILTER (WHERE get_byte(data, 0) = ascii('M') AND position('check'::bytea IN data) > 0)) \
+           FROM pg_logical_slot_peek_binary_changes('tuplewatch', NULL, NULL, 'proto_version', '1', \
+                                                    'publication_names', 'tuplewatch', 'messages', 'true')",
+    )
+    .await
+}
+
+const ATTRIBUTE: &str = "INSERT INTO tuplewatch.attributes VALUES ('t1', 'document', '1', 'public', \
+                         '{\"@type\": \"type.googleapis.com/base.v1.BooleanValue\"}')";
+
+/// PostgreSQL sends of a transaction what it wrote after the table was added, and not what it wrote before. So none may have
+/// both.
+#[tokio::test]
+async fn a_table_is_added_to_a_running_publication_while_nobody_writes_it() {
+    let postgres = Postgres::with(&[("max_prepared_transactions", "5")]).await;
+    let (sql, uri) = (postgres.sql().await, postgres.uri());
+    let setup = ["setup", "--database-uri", &uri];
+    tuplewatch(&setup).await.succeeded();
+    let take_out = "ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes";
+    sql.run(take_out).await;
+    let published = "SELECT count(*) FROM pg_publication_rel";
+
+    // Who writes a table that is published already is in nobody's way.
+    let other = Sql::connect(&uri).await;
+    other.run("BEGIN").await;
+    other.insert("t1", "published").await;
+    let writer = Sql::connect(&uri).await;
+    writer.run(&format!("SET application_name = 'nightly'; BEGIN; {ATTRIBUTE}")).await;
+    let pid = writer.value("SELECT pg_backend_pid()").await;
+    let end = format!("SELECT pg_terminate_backend({pid})");
+    let blocked = ["nothing was changed", "within 5 s", &format!("process {pid} (user postgres"), "nightly", &end];
+    tuplewatch(&setup).await.failed(&blocked);
+    assert_eq!(sql.value(published).await, "1");
+
+    // A prepared one has locks and no session.
+    writer.run("PREPARE TRANSACTION 'theirs'").await;
+    tuplewatch(&setup).await.failed(&["nothing was changed", "prepared transaction 'theirs'", "ROLLBACK PREPARED"]);
+    assert_eq!(sql.value(published).await, "1");
+    writer.run("ROLLBACK PREPARED 'theirs'").await;
+
+    // One that ends in time is waited for.
+    writer.run(&format!("BEGIN; {ATTRIBUTE}")).await;
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = super::process::program(directory.path());
+    command.args(setup);
+    let mut waiting = Process::start(command);
+    sql.until_waiting(1).await;
+    writer.run("COMMIT").await;
+    assert!(waiting.ended().await.success());
+    assert_eq!(sql.value(published).await, "2");
+    assert_eq!(tuplewatch(&setup).await.succeeded(), NOTHING_TO_DO);
+
+    // What was written before is not sent, and all that is written now is, of a transaction that is older.
+    assert_eq!(sent(&sql).await, "0 rows, 1 looks");
+    other.run("DELETE FROM tuplewatch.attributes").await;
+    other.run(&format!("{ATTRIBUTE}; COMMIT")).await;
+    assert_eq!(sent(&sql).await, "2 rows, 1 looks");
+}
+
+/// Sessions that are read only by default write where they say so.
+#[tokio::test]
+async fn a_role_that_is_read_only_by_default_can_set_up() {
+    let postgres = Postgres::start().await;
+    let (sql, uri) = (postgres.sql().await, postgres.uri());
+    sql.run("ALTER ROLE postgres SET default_transaction_read_only = on").await;
+    tuplewatch(&["setup", "--database-uri", &uri]).await.succeeded();
+    assert_eq!(tuplewatch(&["setup", "--database-uri", &uri]).await.succeeded(), NOTHING_TO_DO);
+    tuplewatch(&["teardown", "--database-uri", &uri]).await.succeeded();
+    assert_eq!(things(&sql).await, "0 slots, 0 publications, 1 schemas");
 }

@@ -7,8 +7,13 @@ use crate::support::wait::eventually;
 #[tokio::test]
 async fn wal_level_is_replica() {
     let mut patient = Patient::new(Postgres::with(&[("wal_level", "replica")]).await);
-    // All but the slot, which cannot be made.
-    patient.run("setup", &[]).await.failed(&["wal_level"]);
+    // All or nothing.
+    let fix = "ALTER SYSTEM SET wal_level = logical";
+    patient.run("setup", &[]).await.failed(&["nothing was changed", "wal_level: is replica", fix, "restart"]);
+    assert!(patient.sql().await.is_true("to_regnamespace('tuplewatch') IS NULL").await);
+    patient.sql().await.run(include_str!("../../../sql/0001_tables.sql")).await;
+    let publication = "CREATE PUBLICATION tuplewatch FOR TABLE tuplewatch.relation_tuples, tuplewatch.attributes";
+    patient.sql().await.run(publication).await;
     let finding = patient.has("wal_level", "is replica").await;
     assert!(!finding.what.contains("waits for a restart"), "{finding:?}");
 
@@ -22,9 +27,10 @@ async fn wal_level_is_replica() {
 
 #[tokio::test]
 async fn no_replication_slot_is_free() {
-    let mut patient = Patient::new(Postgres::with(&[("max_replication_slots", "1")]).await);
+    let mut patient = Patient::ready(Postgres::with(&[("max_replication_slots", "1")]).await).await;
+    patient.sql().await.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
     patient.sql().await.run("SELECT pg_create_physical_replication_slot('theirs')").await;
-    patient.run("setup", &[]).await.failed(&["all replication slots are in use"]);
+    patient.run("setup", &[]).await.failed(&["max_replication_slots: all 1 are in use"]);
     patient.heals("max_replication_slots", "all 1 are in use").await;
 }
 

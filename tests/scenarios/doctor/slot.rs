@@ -1,6 +1,6 @@
 //! The slot: lost, taken, behind, and held back.
 
-use super::{Patient, stops};
+use super::{Finding, Patient, stops};
 use crate::support::postgres::Postgres;
 use crate::support::sql::Sql;
 use crate::support::wait::{eventually, within};
@@ -23,6 +23,7 @@ async fn write_until(sql: &Sql, what: &str, condition: &str) {
 async fn it_is_lost() {
     let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "1MB")]).await).await;
     write_until(&patient.sql().await, "the slot is lost", "wal_status = 'lost'").await;
+    patient.run("setup", &[]).await.failed(&["nothing was changed", "is lost", "tuplewatch setup --recreate-slot"]);
     patient.heals(SLOT, "is lost").await;
 }
 
@@ -178,6 +179,36 @@ async fn a_transaction_holds_it_back() {
     patient.sql().await.run(hidden[0].fix.as_deref().unwrap()).await;
     let diagnosis = patient.doctor(&["--long-transaction", "0s"]).await;
     assert!(diagnosis.of_severity("warning").iter().any(|finding| finding.subject.starts_with("transaction of")));
+}
+
+/// A gap does not end before it, and nothing tells of it but its lock: it has written nothing.
+#[tokio::test]
+async fn a_transaction_has_locked_a_watched_table() {
+    let mut patient = Patient::used(Postgres::with(&[("max_prepared_transactions", "5")]).await).await;
+    let writer = patient.sql().await;
+    let reader = patient.sql().await;
+    reader.run("BEGIN; SELECT FROM tuplewatch.attributes").await;
+    writer.run("BEGIN; SET application_name = 'nightly'; DELETE FROM tuplewatch.attributes WHERE false").await;
+    let pid = writer.value("SELECT pg_backend_pid()").await;
+    let warnings = patient.doctor(&["--long-transaction", "0s"]).await.of_severity("warning");
+    let about: Vec<&Finding> = warnings.iter().filter(|finding| finding.subject.contains("transaction")).collect();
+    let [finding] = about.as_slice() else { panic!("{warnings:#?}") };
+    assert_eq!(finding.subject, format!("transaction of process {pid}"));
+    for says in ["has locked tuplewatch.attributes", "user postgres", "nightly", "idle in transaction"] {
+        assert!(finding.what.contains(says), "{finding:?}");
+    }
+    assert!(finding.meaning.as_deref().unwrap().contains("A gap"), "{finding:?}");
+    patient.apply(finding).await;
+
+    let prepare = "BEGIN; DELETE FROM tuplewatch.attributes; PREPARE TRANSACTION 'theirs'";
+    patient.sql().await.run(prepare).await;
+    let warnings =
+        patient.doctor(&["--long-transaction", "0s"]).await.about("warning", "prepared transaction 'theirs'");
+    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(finding.what.contains("has locked tuplewatch.attributes"), "{finding:?}");
+    patient.apply(finding).await;
+    let diagnosis = patient.doctor(&["--long-transaction", "0s"]).await;
+    assert_eq!(diagnosis.about("ok", "transactions").len(), 1, "{diagnosis:#?}");
 }
 
 #[tokio::test]

@@ -38,6 +38,10 @@ async fn deletions_are_not_published() {
 async fn a_table_was_taken_out_of_the_publication() {
     let mut patient = Patient::used(Postgres::start().await).await;
     patient.sql().await.run("ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes").await;
+    // A running tuplewatch looks at once.
+    let finding = patient.has("table tuplewatch.attributes", "is not in publication tuplewatch").await;
+    let fix = finding.fix.unwrap();
+    assert!(fix.contains("SELECT pg_logical_emit_message(true, 'tuplewatch', 'check');"), "{fix}");
     patient.heals("table tuplewatch.attributes", "is not in publication tuplewatch").await;
 }
 
@@ -108,4 +112,34 @@ async fn a_mapped_column_is_missing() {
     std::fs::write(patient.path().join("m.yaml"), SHARES.replace("person", "colleague")).unwrap();
     patient.is_well().await;
     patient.streams().await;
+}
+
+/// What has the name of a table, and what it is.
+#[tokio::test]
+async fn a_mapped_name_is_not_that_of_a_table() {
+    let foreign = "CREATE FOREIGN DATA WRAPPER nowhere; CREATE SERVER elsewhere FOREIGN DATA WRAPPER nowhere;
+                   CREATE FOREIGN TABLE shop.shares (company text) SERVER elsewhere";
+    for (create, drop, what) in [
+        ("CREATE VIEW shop.shares AS SELECT 1", "VIEW", "is a view"),
+        ("CREATE MATERIALIZED VIEW shop.shares AS SELECT 1", "MATERIALIZED VIEW", "is a materialized view"),
+        (foreign, "FOREIGN TABLE", "is a foreign table"),
+        ("CREATE SEQUENCE shop.shares", "SEQUENCE", "is a sequence"),
+        ("CREATE TYPE shop.shares AS (company text)", "TYPE", "is a composite type"),
+    ] {
+        let patient = with_shares(create).await;
+        let errors = patient.doctor(&[]).await.about("error", "table shop.shares");
+        let [finding] = errors.as_slice() else { panic!("{errors:#?}") };
+        assert!(finding.what.contains(what) && finding.fix.as_deref().unwrap().starts_with("-- "), "{finding:?}");
+        patient.run("setup", &[]).await.failed(&["nothing was changed", &format!("table shop.shares: {what}")]);
+        patient.run("serve", &[]).await.failed(&[what]);
+        patient.sql().await.run(&format!("DROP {drop} shop.shares; CREATE TABLE shop.shares ({COLUMNS})")).await;
+        patient.run("setup", &[]).await.succeeded();
+        patient.is_well().await;
+    }
+    let patient = with_shares("").await;
+    let system = SHARES.replace("shop.shares", "pg_catalog.pg_class").replace("company", "relname");
+    std::fs::write(patient.path().join("m.yaml"), system).unwrap();
+    let errors = patient.doctor(&[]).await.about("error", "table pg_catalog.pg_class");
+    assert!(errors[0].what.starts_with("is a system catalog"), "{errors:#?}");
+    patient.run("setup", &[]).await.failed(&["nothing was changed", "is a system catalog"]);
 }

@@ -1,0 +1,116 @@
+//! Commands in messages: with the options that this process was given, so that they can be pasted as they are.
+
+use super::shell_word;
+use std::fmt;
+
+/// The options of this process that others of its subcommands take too.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CommandLine {
+    /// Pairs of a flag and its value.
+    options: Vec<(String, String)>,
+    /// Says how to give what was left out because it is secret.
+    left_out: Option<&'static str>,
+}
+
+/// What `setup` reads of the configuration.
+const FOR_SETUP: [&str; 4] = ["--config", "--database-", "--mapping-", "--replication-"];
+/// `serve` reads all of it.
+const FOR_SERVE: [&str; 1] = ["--"];
+
+impl CommandLine {
+    /// One more option.
+    pub fn push(&mut self, flag: impl Into<String>, value: impl Into<String>) {
+        self.options.push((flag.into(), value.into()));
+    }
+
+    /// A secret was left out; `instead` says how to give it.
+    pub const fn leave_out(&mut self, instead: &'static str) {
+        self.left_out = Some(instead);
+    }
+
+    /// `tuplewatch setup`.
+    pub fn setup(&self) -> Command {
+        self.command("setup", &FOR_SETUP)
+    }
+
+    /// `tuplewatch setup --recreate-slot`.
+    pub fn recreate_slot(&self) -> Command {
+        self.command("setup --recreate-slot", &FOR_SETUP)
+    }
+
+    /// `tuplewatch serve`.
+    pub fn serve(&self) -> Command {
+        self.command("serve", &FOR_SERVE)
+    }
+
+    /// `tuplewatch serve --reset-log`.
+    pub fn reset_log(&self) -> Command {
+        self.command("serve --reset-log", &FOR_SERVE)
+    }
+
+    fn command(&self, subcommand: &str, takes: &[&str]) -> Command {
+        let mut line = format!("tuplewatch {subcommand}");
+        let taken = self.options.iter().filter(|(flag, _)| takes.iter().any(|prefix| flag.starts_with(prefix)));
+        for (flag, value) in taken {
+            line = format!("{line} {flag} {}", shell_word(value));
+        }
+        Command { line, left_out: self.left_out }
+    }
+}
+
+/// A command, for a message or a fix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    line: String,
+    left_out: Option<&'static str>,
+}
+
+impl Command {
+    /// As a fix, with what is to be known of it as a comment of the shell.
+    pub fn fix(&self, comment: &str) -> String {
+        match self.left_out {
+            Some(left_out) => format!("{}  # {left_out}; {comment}", self.line),
+            None => format!("{}  # {comment}", self.line),
+        }
+    }
+}
+
+impl fmt::Display for Command {
+    /// In a sentence.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.line)?;
+        self.left_out.map_or(Ok(()), |left_out| write!(f, " ({left_out})"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_have_the_options_that_they_take() {
+        let mut commands = CommandLine::default();
+        assert_eq!(commands.setup().to_string(), "tuplewatch setup");
+        assert_eq!(commands.reset_log().fix("why"), "tuplewatch serve --reset-log  # why");
+        for (flag, value) in [
+            ("--config", "my setup.yaml"),
+            ("--database-uri", "postgres://u@h/db"),
+            ("--replication-slot", "s"),
+            ("--changelog-path", "log"),
+        ] {
+            commands.push(flag, value);
+        }
+        let setup = "--config 'my setup.yaml' --database-uri postgres://u@h/db --replication-slot s";
+        assert_eq!(commands.setup().to_string(), format!("tuplewatch setup {setup}"));
+        assert_eq!(commands.serve().to_string(), format!("tuplewatch serve {setup} --changelog-path log"));
+        commands.leave_out("the password is left out");
+        assert_eq!(
+            commands.recreate_slot().fix("why"),
+            format!("tuplewatch setup --recreate-slot {setup}  # the password is left out; why")
+        );
+        assert_eq!(
+            commands.recreate_slot().to_string(),
+            format!("tuplewatch setup --recreate-slot {setup} (the password is left out)")
+        );
+    }
+}

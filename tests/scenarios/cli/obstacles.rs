@@ -1,0 +1,185 @@
+//! What is in the way of `setup`: all of it is said at once, with what repairs it, and nothing is changed.
+
+use super::process::{Ran, program, run, tuplewatch};
+use super::setup::things;
+use crate::support::postgres::Postgres;
+use crate::support::sql::Sql;
+
+const NOTHING: &str = "0 slots, 0 publications, 0 schemas";
+
+/// The statements behind `fix:`, as they are.
+fn fixes(ran: &Ran) -> Vec<String> {
+    let fixes = ran.err.lines().filter_map(|line| line.trim_start().strip_prefix("fix: "));
+    fixes.filter(|fix| !fix.starts_with("--")).map(str::to_owned).collect()
+}
+
+/// With a mapping file beside it.
+async fn with_mapping(subcommand: &[&str], mapping: &str) -> Ran {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("m.yaml"), mapping).unwrap();
+    let mut command = program(directory.path());
+    command.args(subcommand).args(["--mapping-file", "m.yaml"]);
+    run(command).await
+}
+
+/// Of tables with columns tenant, id and owner.
+fn mapping(tables: &[&str]) -> String {
+    let table = |name: &&str| {
+        format!(
+            "{{table: {name}, tenant: tenant, tuple: {{entity_type: {{constant: document}}, entity_id: id, \
+             relation: {{constant: owner}}, subject_type: {{constant: user}}, subject_id: owner}}}}"
+        )
+    };
+    format!("tables: [{}]", tables.iter().map(table).collect::<Vec<_>>().join(", "))
+}
+
+const COLUMNS: &str = "tenant text, id text, owner text, PRIMARY KEY (tenant, id, owner)";
+
+#[tokio::test]
+async fn what_the_server_and_the_role_lack_is_said_at_once() {
+    let postgres = Postgres::with(&[("wal_level", "replica"), ("max_replication_slots", "0")]).await;
+    let sql = postgres.sql().await;
+    sql.run("CREATE ROLE powerless LOGIN").await;
+    let uri = postgres.uri().replace("postgres@", "powerless@");
+    for arguments in [vec!["setup"], vec!["setup", "--dry-run"]] {
+        let ran = tuplewatch(&[&arguments[..], &["--database-uri", &uri]].concat()).await;
+        assert_eq!(ran.out, "");
+        ran.failed(&[
+            "nothing was changed, because several things are in the way",
+            "database postgres: role powerless may not create a schema or a publication in it",
+            "wal_level: is replica",
+            "role powerless: has no REPLICATION",
+            "max_replication_slots: all 0 are in use",
+        ]);
+    }
+    assert_eq!(things(&sql).await, NOTHING);
+
+    // Each fix is what it says.
+    for fix in fixes(&tuplewatch(&["setup", "--database-uri", &uri]).await) {
+        sql.run(&fix).await;
+    }
+    let mut postgres = postgres;
+    postgres.stop_and_set(&[]).await;
+    postgres.start_again().await;
+    tuplewatch(&["setup", "--database-uri", &postgres.uri().replace("postgres@", "powerless@")]).await.succeeded();
+    assert_eq!(things(&postgres.sql().await).await, "1 slots, 1 publications, 1 schemas");
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_tables_is_said_at_once() {
+    let postgres = Postgres::start().await;
+    let sql = postgres.sql().await;
+    let script = format!(
+        "CREATE ROLE owner; CREATE ROLE poor LOGIN REPLICATION; GRANT CREATE ON DATABASE postgres TO poor;
+         CREATE TABLE theirs ({COLUMNS}); ALTER TABLE theirs OWNER TO owner;
+         CREATE SCHEMA closed; CREATE TABLE closed.inside ({COLUMNS}); ALTER TABLE closed.inside OWNER TO poor;
+         CREATE UNLOGGED TABLE unlogged ({COLUMNS}); ALTER TABLE unlogged OWNER TO poor;
+         CREATE TABLE narrow (tenant text, id text PRIMARY KEY); ALTER TABLE narrow OWNER TO poor;
+         CREATE VIEW seen AS SELECT * FROM theirs"
+    );
+    sql.run(&script).await;
+    let uri = postgres.uri().replace("postgres@", "poor@");
+    let setup = ["setup", "--database-uri", &uri];
+    let all =
+        mapping(&["public.theirs", "closed.inside", "public.unlogged", "public.narrow", "public.seen", "public.none"]);
+    let ran = with_mapping(&setup, &all).await;
+    let fixes = fixes(&ran);
+    ran.failed(&[
+        "nothing was changed",
+        "table public.theirs: belongs to role owner, and role poor may not publish it",
+        "schema closed: role poor has no USAGE on it",
+        "table public.unlogged: is not logged",
+        "table public.narrow: has no column owner",
+        "table public.seen: is a view",
+        "table public.none: does not exist",
+    ]);
+    assert_eq!(things(&sql).await, NOTHING);
+
+    // The statements among the fixes repair what statements can.
+    assert_eq!(fixes.len(), 3, "{fixes:#?}");
+    for fix in fixes {
+        sql.run(&fix).await;
+    }
+    with_mapping(&setup, &mapping(&["public.theirs", "closed.inside", "public.unlogged"])).await.succeeded();
+    assert_eq!(sql.value("SELECT count(*) FROM pg_publication_rel").await, "3");
+}
+
+/// Tables with the names of the preset's, which `CREATE TABLE IF NOT EXISTS` would pass over.
+#[tokio::test]
+async fn tables_of_another_shape_are_not_taken_for_ours() {
+    let postgres = Postgres::start().await;
+    let (sql, uri) = (postgres.sql().await, postgres.uri());
+    let script = "CREATE SCHEMA tuplewatch; CREATE TABLE tuplewatch.relation_tuples (id int);
+                  CREATE TABLE tuplewatch.schema_version (id int); CREATE VIEW tuplewatch.tenants AS SELECT 1 AS id";
+    sql.run(script).await;
+    tuplewatch(&["setup", "--database-uri", &uri]).await.failed(&[
+        "nothing was changed",
+        "table tuplewatch.relation_tuples: has no column tenant_id",
+        "table tuplewatch.schema_version: has no column version",
+        "table tuplewatch.tenants: is not a table",
+    ]);
+    assert_eq!(sql.value("SELECT to_regclass('tuplewatch.attributes') IS NULL").await, "t");
+    assert_eq!(things(&sql).await, "0 slots, 0 publications, 1 schemas");
+
+    // And the schema of somebody else.
+    sql.run("DROP SCHEMA tuplewatch CASCADE; CREATE ROLE theirs; CREATE SCHEMA tuplewatch AUTHORIZATION theirs").await;
+    sql.run("CREATE ROLE poor LOGIN REPLICATION; GRANT CREATE ON DATABASE postgres TO poor").await;
+    let poor = uri.replace("postgres@", "poor@");
+    tuplewatch(&["setup", "--database-uri", &poor]).await.failed(&[
+        "schema tuplewatch: belongs to role theirs, and role poor may not create tables in it",
+        "schema tuplewatch: role poor has no USAGE on it",
+    ]);
+    assert_eq!(things(&sql).await, "0 slots, 0 publications, 1 schemas");
+}
+
+/// A slot that is there and is no good, a publication that is somebody else's.
+#[tokio::test]
+async fn slots_and_publications_that_cannot_be_used_are_said_at_once() {
+    let postgres = Postgres::start().await;
+    let (sql, uri) = (postgres.sql().await, postgres.uri());
+    sql.run("CREATE DATABASE elsewhere").await;
+    let elsewhere = Sql::connect(&postgres.uri_of("elsewhere")).await;
+    let make = "SELECT pg_create_logical_replication_slot('tuplewatch', 'pgoutput'";
+    let setup = ["setup", "--database-uri", &uri];
+    for (holder, create, says) in [
+        (&elsewhere, format!("{make})"), "is for database elsewhere"),
+        (&elsewhere, "SELECT pg_create_physical_replication_slot('tuplewatch')".to_owned(), "is a physical slot"),
+        (&sql, format!("{make}, true)"), "is a temporary one"),
+        (&sql, format!("{make}, false, true)"), "decodes two-phase transactions at PREPARE"),
+        (&sql, format!("{make})"), "publication tuplewatch: does not exist, and replication slot tuplewatch is older"),
+    ] {
+        holder.run(&create).await;
+        tuplewatch(&setup).await.failed(&["nothing was changed", says]);
+        assert_eq!(things(&sql).await, "1 slots, 0 publications, 0 schemas", "{says}");
+        holder.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
+    }
+
+    tuplewatch(&setup).await.succeeded();
+    sql.run("CREATE ROLE poor LOGIN REPLICATION; ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes").await;
+    sql.run("ALTER SCHEMA tuplewatch OWNER TO poor; ALTER TABLE tuplewatch.attributes OWNER TO poor").await;
+    let poor = uri.replace("postgres@", "poor@");
+    let belongs = "publication tuplewatch: belongs to role postgres, and role poor may not";
+    tuplewatch(&["setup", "--database-uri", &poor]).await.failed(&[&format!("{belongs} alter it")]);
+    tuplewatch(&["teardown", "--database-uri", &poor])
+        .await
+        .failed(&["nothing was changed", &format!("{belongs} drop it")]);
+    assert_eq!(things(&sql).await, "1 slots, 1 publications, 1 schemas");
+}
+
+/// What could not be seen before undoes all of it.
+#[tokio::test]
+async fn a_definition_that_fails_undoes_those_before_it() {
+    let postgres = Postgres::start().await;
+    let (sql, uri) = (postgres.sql().await, postgres.uri());
+    let script = "CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS
+                      $$BEGIN RAISE EXCEPTION 'publications are made by the platform team'; END$$;
+                  CREATE EVENT TRIGGER refuse ON ddl_command_end WHEN TAG IN ('CREATE PUBLICATION')
+                      EXECUTE FUNCTION refuse()";
+    sql.run(script).await;
+    tuplewatch(&["setup", "--database-uri", &uri])
+        .await
+        .failed(&["could not create publication tuplewatch, and nothing was changed", "made by the platform team"]);
+    assert_eq!(things(&sql).await, NOTHING);
+    sql.run("DROP EVENT TRIGGER refuse").await;
+    tuplewatch(&["setup", "--database-uri", &uri]).await.succeeded();
+}
