@@ -43,6 +43,7 @@ pub use environment::from_env;
 pub use error::Error;
 pub use host::Host;
 pub use quantity::ByteSize;
+pub use spelling::nearest;
 
 use error::Problem;
 use given::{

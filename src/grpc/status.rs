@@ -32,6 +32,9 @@ pub const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
 /// Reason of `google.rpc.ErrorInfo` where it takes new credentials to go on.
 pub const CREDENTIALS_EXPIRED: &str = "CREDENTIALS_EXPIRED";
 
+/// Reason of `google.rpc.ErrorInfo` where a tenant id cannot be one.
+const INVALID_TENANT: &str = "INVALID_TENANT";
+
 /// Reason of `google.rpc.ErrorInfo` where the changes that come next are no longer kept.
 pub const SNAP_TOKEN_TOO_OLD: &str = "SNAP_TOKEN_TOO_OLD";
 
@@ -76,11 +79,16 @@ pub(super) fn reason(status: &Status) -> Option<String> {
     status.get_details_error_info().map(|info| info.reason)
 }
 
+/// A tenant id that is none; `form` says what it must be.
+pub fn invalid_tenant(form: &str) -> Status {
+    with_reason(Code::InvalidArgument, format!("the tenant id {form}"), INVALID_TENANT, vec![])
+}
+
 /// Why a stream did not start.
 pub fn of_start(error: StartError, tokens: Option<&Tokens>) -> Status {
     let message = error.to_string();
     match error {
-        StartError::Tenant(_) => with_reason(Code::InvalidArgument, message, "INVALID_TENANT", vec![]),
+        StartError::Tenant(_) => with_reason(Code::InvalidArgument, message, INVALID_TENANT, vec![]),
         StartError::Token(_) => with_reason(Code::InvalidArgument, message, "INVALID_SNAP_TOKEN", vec![]),
         StartError::UnknownTenant(_) => with_reason(Code::NotFound, message, "TENANT_NOT_FOUND", vec![]),
         StartError::Foreign => with_reason(Code::FailedPrecondition, message, "FOREIGN_SNAP_TOKEN", vec![]),
