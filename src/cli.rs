@@ -5,6 +5,7 @@ mod connection;
 mod dev;
 mod doctor;
 mod examples;
+mod failure;
 mod health;
 mod overrides;
 mod setup;

@@ -2,10 +2,11 @@
 
 use anyhow::Context as _;
 use clap::ValueHint;
+use http::uri::Authority;
 use std::path::PathBuf;
 use std::time::Duration;
 use tonic::metadata::AsciiMetadataValue;
-use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity, Uri};
 
 /// Not a flag: those are seen by everybody who lists processes.
 const TOKEN_VARIABLE: &str = "TUPLEWATCH_TOKEN";
@@ -31,10 +32,20 @@ pub(super) struct ConnectionArgs {
     token_file: Option<PathBuf>,
 }
 
+/// Scheme, host and port, and nothing that would be passed over.
 fn server_url(text: &str) -> Result<String, String> {
-    let is_http = ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
+    let is_server = |uri: &Uri| {
+        let is_place = |authority: &Authority| {
+            let (whole, host) = (authority.as_str(), authority.host());
+            !matches!(host, "" | "[]") && (whole == host || authority.port_u16().is_some_and(|port| port != 0))
+        };
+        matches!(uri.scheme_str(), Some("http" | "https"))
+            && matches!(uri.path(), "" | "/")
+            && uri.query().is_none()
+            && uri.authority().is_some_and(is_place)
+    };
     match Endpoint::from_shared(text.to_owned()) {
-        Ok(_) if is_http => Ok(text.to_owned()),
+        Ok(endpoint) if is_server(endpoint.uri()) => Ok(text.to_owned()),
         _ => Err("write http://host:port or https://host:port".to_owned()),
     }
 }
@@ -99,4 +110,35 @@ impl ConnectionArgs {
 
 fn read(path: &std::path::Path) -> anyhow::Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_is_a_scheme_a_host_and_a_port() {
+        for text in ["http://127.0.0.1:3478", "https://feed.example", "http://[::1]:3478/", "HTTP://h:1"] {
+            assert_eq!(server_url(text).as_deref(), Ok(text));
+        }
+        for text in [
+            "",
+            "localhost:3478",
+            "ftp://h:1",
+            "unix:///tmp/s",
+            "http://",
+            "http://:3478",
+            "http://h:",
+            "http://h:0",
+            "http://h:99999",
+            "http://h:x",
+            "http://h h:1",
+            "http://user@h:1",
+            "http://h:1/base.v1.Watch",
+            "http://h:1?tenant=t1",
+            "https://",
+        ] {
+            assert!(server_url(text).is_err(), "{text}");
+        }
+    }
 }
