@@ -321,6 +321,15 @@ impl Config {
         })
     }
 
+    /// What the sources say of the log, whatever else is wrong with them: so that what is wrong can be said as they ask for.
+    pub fn logger(
+        file: Option<&Path>,
+        env: impl IntoIterator<Item = (String, String)>,
+        overrides: &[(String, String)],
+    ) -> Logger {
+        Logger::read(&mut Reader::new(file, env, overrides))
+    }
+
     /// The database URI, for the subcommands that cannot do without.
     ///
     /// # Errors
@@ -404,12 +413,16 @@ impl Tls {
     }
 }
 
+impl Default for Logger {
+    fn default() -> Self {
+        Self { level: LogLevel::Info, format: LogFormat::Text }
+    }
+}
+
 impl Logger {
     fn read(read: &mut Reader) -> Self {
-        Self {
-            level: read.get("logger.level", LogLevel::Info, choice),
-            format: read.get("logger.format", LogFormat::Text, choice),
-        }
+        let Self { level, format } = Self::default();
+        Self { level: read.get("logger.level", level, choice), format: read.get("logger.format", format, choice) }
     }
 }
 

@@ -1,6 +1,6 @@
 //! A flag for every configuration key: `server.grpc.port` is `--server-grpc-port`.
 
-use crate::config::{Config, Error};
+use crate::config::{Config, Error, Logger};
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches, ValueHint};
 use std::path::PathBuf;
 
@@ -66,6 +66,13 @@ impl ConfigArgs {
     /// All that is wrong with any of them.
     pub(super) fn load(&self) -> Result<Config, Error> {
         Config::load(self.file.as_deref(), crate::config::from_env()?, &self.overrides)
+    }
+
+    /// What they say of the log, whatever else is wrong with them.
+    pub(super) fn logger(&self) -> Logger {
+        let texts =
+            std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        Config::logger(self.file.as_deref(), texts, &self.overrides)
     }
 }
 
