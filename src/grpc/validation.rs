@@ -77,9 +77,9 @@ pub(super) fn tenant(field: &str, id: &str) -> Result<TenantId, Status> {
     TenantId::new(id).map_err(|error| status::invalid(vec![FieldViolation::new(field, error.to_string())]))
 }
 
-/// The tenant whose changes to watch, where the tables are those of a preset. An empty id is for the stream's start to refuse.
+/// The tenant whose changes to watch, where the tables are those of a preset. What is a tenant nowhere is for the start to refuse.
 pub(super) fn watched_tenant(id: &str) -> Result<(), Status> {
-    if id.is_empty() || is_id(id) { Ok(()) } else { Err(status::invalid_tenant(ID)) }
+    if is_id(id) || TenantId::new(id).is_err() { Ok(()) } else { Err(status::invalid_tenant(ID)) }
 }
 
 /// The name of a new tenant.
