@@ -14,7 +14,7 @@ mod token;
 mod watch;
 
 use crate::app;
-use crate::config::{self, LogFormat, Logger};
+use crate::config::{self, LogFormat};
 use crate::telemetry;
 use clap::{Parser, Subcommand};
 use overrides::ConfigArgs;
@@ -113,31 +113,30 @@ impl Cli {
         // Two implementations are in the tree, so that rustls does not choose; where one is installed already, it stays.
         let _ = rustls::crypto::ring::default_provider().install_default();
         self.color.apply();
-        let last_words = self.last_words();
-        let ended = match self.command {
-            Command::Serve { config, reset_log } => serve(&config, reset_log).await,
-            Command::Setup { config, args } => setup::setup(&config, &args).await,
-            Command::Doctor { config, args } => match doctor::run(&config, &args).await {
+        let ended = match &self.command {
+            Command::Serve { config, reset_log } => serve(config, *reset_log).await,
+            Command::Setup { config, args } => setup::setup(config, args).await,
+            Command::Doctor { config, args } => match doctor::run(config, args).await {
                 // What is wrong was said.
                 Ok(doctor::Verdict::Ill) => return FAILURE.into(),
                 Ok(doctor::Verdict::Well) => Ok(()),
                 Err(error) => Err(error),
             },
-            Command::Teardown { config } => setup::teardown(&config).await,
-            Command::Dev { config, args } => Box::pin(dev::run(config, args)).await,
+            Command::Teardown { config } => setup::teardown(config).await,
+            Command::Dev { config, args } => Box::pin(dev::run(config.clone(), args)).await,
             Command::Watch(args) => watch::run(args).await,
-            Command::Health(args) => health::run(&args).await,
+            Command::Health(args) => health::run(args).await,
             Command::Token(args) => {
-                token::run(&args);
+                token::run(args);
                 Ok(())
             }
-            Command::Config { config } => print_config(&config),
-            Command::Completions(args) => completions::run(&args),
+            Command::Config { config } => print_config(config),
+            Command::Completions(args) => completions::run(args),
         };
         match ended {
             Ok(()) => OK.into(),
             Err(error) => {
-                last_words.say(&describe(error.as_ref()));
+                self.say_last(&describe(error.as_ref()));
                 let misconfigured = error.is::<config::Error>() || error.is::<app::Misconfigured>();
                 if misconfigured { USAGE.into() } else { FAILURE.into() }
             }
@@ -146,35 +145,28 @@ impl Cli {
 
     /// Ends before it has begun, for want of what the system should give; the exit code.
     pub fn fail(&self, error: &std::io::Error) -> ExitCode {
-        self.last_words().say(&format!("cannot start: {error}"));
+        self.say_last(&format!("cannot start: {error}"));
         FAILURE.into()
     }
 
-    fn last_words(&self) -> LastWords {
-        match &self.command {
+    /// Says the error that the command ends with, as its configuration has the log, also where it is the configuration that is wrong: a
+    /// machine that reads JSON can read this line, too.
+    fn say_last(&self, text: &str) {
+        let logger = match &self.command {
             Command::Serve { config, .. }
             | Command::Setup { config, .. }
             | Command::Doctor { config, .. }
             | Command::Teardown { config }
             | Command::Dev { config, .. }
-            | Command::Config { config } => LastWords(config.logger()),
+            | Command::Config { config } => config.logger(),
             Command::Watch(_) | Command::Health(_) | Command::Token(_) | Command::Completions(_) => {
-                LastWords(Logger::default())
+                return say_error(text);
             }
-        }
-    }
-}
-
-/// How the error is said that a command ends with: a machine that reads JSON can read this line, too, also where it is the
-/// configuration that is wrong.
-struct LastWords(Logger);
-
-impl LastWords {
-    fn say(&self, text: &str) {
-        match self.0.format {
+        };
+        match logger.format {
             LogFormat::Text => say_error(text),
             LogFormat::Json => {
-                telemetry::init(&self.0);
+                telemetry::init(logger);
                 tracing::error!("{text}");
             }
         }

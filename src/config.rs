@@ -413,16 +413,12 @@ impl Tls {
     }
 }
 
-impl Default for Logger {
-    fn default() -> Self {
-        Self { level: LogLevel::Info, format: LogFormat::Text }
-    }
-}
-
 impl Logger {
     fn read(read: &mut Reader) -> Self {
-        let Self { level, format } = Self::default();
-        Self { level: read.get("logger.level", level, choice), format: read.get("logger.format", format, choice) }
+        Self {
+            level: read.get("logger.level", LogLevel::Info, choice),
+            format: read.get("logger.format", LogFormat::Text, choice),
+        }
     }
 }
 

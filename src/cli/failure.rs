@@ -14,6 +14,9 @@ use tonic_types::StatusExt as _;
 /// The pause of who is one too many, where the server does not say how long.
 const BUSY_PAUSE: Duration = Duration::from_secs(1);
 
+/// Of the alerts of TLS after its handshake, all are about the client's certificate.
+const CERTIFICATE_WANTED: &str = "it asks for a certificate that it trusts: see --client-cert and --client-key";
+
 /// Why there is no answer, or none that helps. The text has no subject where it is the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Failure {
@@ -121,7 +124,12 @@ fn of_io(error: &io::Error) -> Failure {
     if let Some(failure) = error.get_ref().and_then(|inner| of_cause(inner)) {
         return failure;
     }
-    if error.to_string().contains("failed to lookup address") {
+    // HTTP/2 keeps of an error of TLS no more than its text, and a name that is not found never was more than that.
+    let text = error.to_string();
+    if text.contains("received fatal alert") {
+        return Failure::lasting(CERTIFICATE_WANTED);
+    }
+    if text.contains("failed to lookup address") {
         return Failure::passing("its name cannot be resolved");
     }
     Failure::passing(match error.kind() {
@@ -167,7 +175,7 @@ fn of_tls(error: &rustls::Error) -> Failure {
             | AlertDescription::AccessDenied
             // Before TLS 1.3 this also stands for a certificate that is missing.
             | AlertDescription::HandshakeFailure,
-        ) => Failure::lasting("it asks for a certificate that it trusts: see --client-cert and --client-key"),
+        ) => Failure::lasting(CERTIFICATE_WANTED),
         rustls::Error::AlertReceived(AlertDescription::ProtocolVersion) | rustls::Error::PeerIncompatible(_) => {
             Failure::lasting("it speaks no version of TLS that is spoken here")
         }
@@ -222,6 +230,7 @@ mod tests {
                 "does not speak TLS",
             ),
             (tls(rustls::Error::AlertReceived(AlertDescription::CertificateRequired)), true, "--client-cert"),
+            (io::Error::new(ErrorKind::InvalidData, "received fatal alert: UnknownCA"), true, "--client-cert"),
             (tls(rustls::Error::HandshakeNotComplete), false, "the TLS handshake failed"),
         ] {
             let mut status = Status::unknown("transport error");

@@ -53,9 +53,9 @@ const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
 const WAIT_MIN: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
-pub(super) async fn run(args: WatchArgs) -> anyhow::Result<()> {
+pub(super) async fn run(args: &WatchArgs) -> anyhow::Result<()> {
     let endpoint = args.connection.endpoint()?;
-    let mut watch = Watch::new(&args);
+    let mut watch = Watch::new(args);
     tokio::select! {
         ended = watch.follow(endpoint) => return ended,
         () = stop_signal() => {}

@@ -246,13 +246,11 @@ fn is_plain(said: &str) -> bool {
 async fn it_ends_on_what_waiting_does_not_heal() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
-    let http_gateway = format!("http://{}", server.http_address());
     let tls_to_plain = format!("https://{}", server.address());
     let http1 = format!("http://127.0.0.1:{}", foreign(b"HTTP/1.1 400 Bad Request\r\n\r\n").await);
     // A fatal alert, as a server with TLS answers what is none.
     let tls = format!("http://127.0.0.1:{}", foreign(b"\x15\x03\x03\x00\x02\x02\x0a").await);
     for (address, says) in [
-        (&http_gateway, "it does not speak gRPC without TLS: write https://"),
         (&http1, "it does not speak gRPC without TLS: write https://"),
         (&tls, "it does not speak gRPC without TLS: write https://"),
         (&tls_to_plain, "it does not speak TLS: write http://"),
