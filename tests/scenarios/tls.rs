@@ -143,9 +143,9 @@ async fn clients_prove_who_they_are_where_an_authority_is_set() {
     for mut process in
         [watch(&directory, &server, "https", &["--ca-cert", "ours.pem"]), with("stranger"), with("expired")]
     {
+        postgres.sql().await.insert("t1", &process.id().to_string()).await;
         assert_eq!(process.ended().await.code(), Some(1));
         process.complains("it asks for a certificate that it trusts: see --client-cert").await;
-        postgres.sql().await.insert("t1", &process.id().to_string()).await;
         assert_eq!(process.printed(), [""; 0]);
     }
     // Nobody else is held up by them.

@@ -258,10 +258,10 @@ async fn it_ends_on_what_waiting_does_not_heal() {
         let ran = tuplewatch(&["watch", "--tenant", "t1", "--server", address]).await;
         assert!(is_plain(&ran.err), "{ran:?}");
         ran.failed(&[&format!("tuplewatch: cannot watch {address}: {says}")]);
-        // The other commands say it alike.
+        // Who tries once may find the connection closed before the answer that tells why.
         let ran = tuplewatch(&["health", "--server", address]).await;
         assert!(is_plain(&ran.err), "{ran:?}");
-        ran.failed(&[&format!("tuplewatch: cannot reach {address}: {says}")]);
+        ran.failed(&[&format!("tuplewatch: cannot reach {address}: ")]);
     }
     for address in ["http://127.0.0.1:99999", "127.0.0.1:3478", "http://h:1/path", "ftp://h:1"] {
         tuplewatch(&["watch", "--tenant", "t1", "--server", address]).await.misused(&["write http://host:port"]);
