@@ -44,8 +44,8 @@ fn server_url(text: &str) -> Result<String, String> {
             && uri.query().is_none()
             && uri.authority().is_some_and(is_place)
     };
-    match Endpoint::from_shared(text.to_owned()) {
-        Ok(endpoint) if is_server(endpoint.uri()) => Ok(text.to_owned()),
+    match text.parse::<Uri>() {
+        Ok(uri) if is_server(&uri) => Ok(text.to_owned()),
         _ => Err("write http://host:port or https://host:port".to_owned()),
     }
 }
