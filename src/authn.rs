@@ -45,30 +45,63 @@ impl Caller {
     }
 }
 
-/// Why credentials are not accepted. All but the last are displayed as the names that Permify has for them.
+/// Why credentials are not accepted. Displayed as Permify's name for it, where there is one, and what to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// No `authorization` header, or one with another scheme.
-    #[error("ERROR_CODE_MISSING_BEARER_TOKEN")]
+    /// No `authorization` header, several, or one with another scheme.
+    #[error(
+        "ERROR_CODE_MISSING_BEARER_TOKEN: this server asks for credentials, and the request has none: send one header \
+         `Authorization: Bearer ...` with a key or token"
+    )]
     MissingBearerToken,
     /// No JWT, no good signature, an algorithm that is not accepted, not yet or no longer valid.
-    #[error("ERROR_CODE_INVALID_BEARER_TOKEN")]
+    #[error(
+        "ERROR_CODE_INVALID_BEARER_TOKEN: the token is no JWT that the issuer signed and that is valid now: get a new one, \
+         and send it as `Authorization: Bearer ...`"
+    )]
     InvalidBearerToken,
     /// A JWT that was issued for somebody else.
-    #[error("ERROR_CODE_INVALID_AUDIENCE")]
+    #[error(
+        "ERROR_CODE_INVALID_AUDIENCE: the token was issued for another service: ask its issuer for one with the audience of \
+         this server (authn.oidc.audience)"
+    )]
     InvalidAudience,
     /// A JWT of another issuer.
-    #[error("ERROR_CODE_INVALID_ISSUER")]
+    #[error(
+        "ERROR_CODE_INVALID_ISSUER: the token is from another issuer: send one from the issuer of this server \
+         (authn.oidc.issuer)"
+    )]
     InvalidIssuer,
     /// A claim that must be there is missing, or is not what it should be.
-    #[error("ERROR_CODE_INVALID_CLAIMS")]
+    #[error(
+        "ERROR_CODE_INVALID_CLAIMS: a claim that the token must have is missing or has the wrong form: ask its issuer for one \
+         with aud, exp, and the claim of authn.oidc.tenants_claim if this server has that"
+    )]
     InvalidClaims,
     /// No key of the list.
-    #[error("ERROR_CODE_UNAUTHENTICATED")]
+    #[error(
+        "ERROR_CODE_UNAUTHENTICATED: the key is none of this server's: send one of authn.preshared.keys as \
+         `Authorization: Bearer ...`"
+    )]
     Unauthenticated,
     /// It cannot be told: the issuer does not answer, and none of the keys at hand is the token's.
     #[error("the keys of the tokens' issuer cannot be fetched at the moment: try again")]
     IssuerUnreachable,
+}
+
+impl Error {
+    /// A name for programs: Permify's without its `ERROR_CODE_`, where there is one.
+    pub const fn reason(self) -> &'static str {
+        match self {
+            Self::MissingBearerToken => "MISSING_BEARER_TOKEN",
+            Self::InvalidBearerToken => "INVALID_BEARER_TOKEN",
+            Self::InvalidAudience => "INVALID_AUDIENCE",
+            Self::InvalidIssuer => "INVALID_ISSUER",
+            Self::InvalidClaims => "INVALID_CLAIMS",
+            Self::Unauthenticated => "UNAUTHENTICATED",
+            Self::IssuerUnreachable => "ISSUER_UNREACHABLE",
+        }
+    }
 }
 
 /// Tells who makes a request.
@@ -147,6 +180,20 @@ mod tests {
                 headers.append(AUTHORIZATION, http::HeaderValue::from_bytes(value.as_bytes()).unwrap());
             }
             assert_eq!(bearer_token(&headers), expected, "{values:?}");
+        }
+    }
+    #[test]
+    fn a_refusal_is_its_name_and_a_sentence() {
+        for error in [
+            Error::MissingBearerToken,
+            Error::InvalidBearerToken,
+            Error::InvalidAudience,
+            Error::InvalidIssuer,
+            Error::InvalidClaims,
+            Error::Unauthenticated,
+        ] {
+            let said = error.to_string();
+            assert!(said.starts_with(&format!("ERROR_CODE_{}: ", error.reason())), "{said}");
         }
     }
 }

@@ -5,6 +5,7 @@ mod connection;
 mod dev;
 mod doctor;
 mod examples;
+mod failure;
 mod health;
 mod overrides;
 mod setup;
@@ -13,7 +14,7 @@ mod token;
 mod watch;
 
 use crate::app;
-use crate::config;
+use crate::config::{self, LogFormat};
 use crate::telemetry;
 use clap::{Parser, Subcommand};
 use overrides::ConfigArgs;
@@ -106,37 +107,68 @@ const FAILURE: u8 = 1;
 /// The command line or the configuration is wrong.
 const USAGE: u8 = 2;
 
-/// Runs the program; its exit code.
-pub async fn run(cli: Cli) -> ExitCode {
-    // Two implementations are in the tree, so that rustls does not choose; where one is installed already, it stays.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    cli.color.apply();
-    let ended = match cli.command {
-        Command::Serve { config, reset_log } => serve(&config, reset_log).await,
-        Command::Setup { config, args } => setup::setup(&config, &args).await,
-        Command::Doctor { config, args } => match doctor::run(&config, &args).await {
-            // What is wrong was said.
-            Ok(doctor::Verdict::Ill) => return FAILURE.into(),
-            Ok(doctor::Verdict::Well) => Ok(()),
-            Err(error) => Err(error),
-        },
-        Command::Teardown { config } => setup::teardown(&config).await,
-        Command::Dev { config, args } => Box::pin(dev::run(config, args)).await,
-        Command::Watch(args) => watch::run(args).await,
-        Command::Health(args) => health::run(&args).await,
-        Command::Token(args) => {
-            token::run(&args);
-            Ok(())
+impl Cli {
+    /// Runs the program; its exit code.
+    pub async fn run(self) -> ExitCode {
+        // Two implementations are in the tree, so that rustls does not choose; where one is installed already, it stays.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        self.color.apply();
+        let ended = match &self.command {
+            Command::Serve { config, reset_log } => serve(config, *reset_log).await,
+            Command::Setup { config, args } => setup::setup(config, args).await,
+            Command::Doctor { config, args } => match doctor::run(config, args).await {
+                // What is wrong was said.
+                Ok(doctor::Verdict::Ill) => return FAILURE.into(),
+                Ok(doctor::Verdict::Well) => Ok(()),
+                Err(error) => Err(error),
+            },
+            Command::Teardown { config } => setup::teardown(config).await,
+            Command::Dev { config, args } => Box::pin(dev::run(config.clone(), args)).await,
+            Command::Watch(args) => watch::run(args).await,
+            Command::Health(args) => health::run(args).await,
+            Command::Token(args) => {
+                token::run(args);
+                Ok(())
+            }
+            Command::Config { config } => print_config(config),
+            Command::Completions(args) => completions::run(args),
+        };
+        match ended {
+            Ok(()) => OK.into(),
+            Err(error) => {
+                self.say_last(&describe(error.as_ref()));
+                let misconfigured = error.is::<config::Error>() || error.is::<app::Misconfigured>();
+                if misconfigured { USAGE.into() } else { FAILURE.into() }
+            }
         }
-        Command::Config { config } => print_config(&config),
-        Command::Completions(args) => completions::run(&args),
-    };
-    match ended {
-        Ok(()) => OK.into(),
-        Err(error) => {
-            say_error(&describe(error.as_ref()));
-            let misconfigured = error.is::<config::Error>() || error.is::<app::Misconfigured>();
-            if misconfigured { USAGE.into() } else { FAILURE.into() }
+    }
+
+    /// Ends before it has begun, for want of what the system should give; the exit code.
+    pub fn fail(&self, error: &std::io::Error) -> ExitCode {
+        self.say_last(&format!("cannot start: {error}"));
+        FAILURE.into()
+    }
+
+    /// Says the error that the command ends with, as its configuration has the log, also where it is the configuration that is wrong: a
+    /// machine that reads JSON can read this line, too.
+    fn say_last(&self, text: &str) {
+        let logger = match &self.command {
+            Command::Serve { config, .. }
+            | Command::Setup { config, .. }
+            | Command::Doctor { config, .. }
+            | Command::Teardown { config }
+            | Command::Dev { config, .. }
+            | Command::Config { config } => config.logger(),
+            Command::Watch(_) | Command::Health(_) | Command::Token(_) | Command::Completions(_) => {
+                return say_error(text);
+            }
+        };
+        match logger.format {
+            LogFormat::Text => say_error(text),
+            LogFormat::Json => {
+                telemetry::init(logger);
+                tracing::error!("{text}");
+            }
         }
     }
 }

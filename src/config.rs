@@ -44,6 +44,7 @@ pub use environment::from_env;
 pub use error::Error;
 pub use host::Host;
 pub use quantity::ByteSize;
+pub use spelling::nearest;
 
 use crate::finding::CommandLine;
 use error::Problem;
@@ -322,6 +323,15 @@ impl Config {
             effective: read.finish()?,
             commands: command_line::of(file, overrides),
         })
+    }
+
+    /// What the sources say of the log, whatever else is wrong with them: so that what is wrong can be said as they ask for.
+    pub fn logger(
+        file: Option<&Path>,
+        env: impl IntoIterator<Item = (String, String)>,
+        overrides: &[(String, String)],
+    ) -> Logger {
+        Logger::read(&mut Reader::new(file, env, overrides))
     }
 
     /// The database URI, for the subcommands that cannot do without.

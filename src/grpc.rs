@@ -111,12 +111,15 @@ pub async fn serve<P: crate::hub::start::Primary + 'static>(
     connections_max: usize,
     stop: Receiver<bool>,
 ) -> Result<(), Error> {
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()?;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
     let others = Routes::new(health)
-        .add_service(reflection)
+        .add_service(reflection().build_v1()?)
+        // Many clients have only learned this one, which is the same in all but its name.
+        .add_service(reflection().build_v1alpha()?)
         .add_service(proto::data_server::DataServer::from_arc(services.data))
         .add_service(proto::tenancy_server::TenancyServer::from_arc(services.tenancy));
     let others = admission.layer(|error| status::of_admission(error).into_http()).layer(others.prepare());

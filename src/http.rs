@@ -19,6 +19,7 @@ mod call;
 mod data;
 mod json;
 mod listener;
+mod names;
 mod probes;
 mod refusal;
 mod tenancy;

@@ -101,6 +101,7 @@ pub(super) fn services(
         subscribers_max: streams_max(config),
         resolve_timeout: config.service.watch.resolve_timeout,
         token_form: token_form(config),
+        permify_tenants: matches!(config.mapping.source, MappingSource::Preset(_)),
     };
     let data = grpc::data::Options {
         rows_per_write_max: config.database.max_data_per_write,

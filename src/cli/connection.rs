@@ -4,6 +4,7 @@ use crate::trust::{self, Authorities, Refused};
 use anyhow::{Context as _, bail};
 use clap::ValueHint;
 use http::Uri;
+use http::uri::Authority;
 use hyper_util::rt::TokioIo;
 use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject as _;
@@ -46,10 +47,20 @@ pub(super) struct ConnectionArgs {
     token_file: Option<PathBuf>,
 }
 
+/// Scheme, host and port, and nothing that would be passed over.
 fn server_url(text: &str) -> Result<String, String> {
-    let is_http = ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
-    match Endpoint::from_shared(text.to_owned()) {
-        Ok(_) if is_http => Ok(text.to_owned()),
+    let is_server = |uri: &Uri| {
+        let is_place = |authority: &Authority| {
+            let (whole, host) = (authority.as_str(), authority.host());
+            !matches!(host, "" | "[]") && (whole == host || authority.port_u16().is_some_and(|port| port != 0))
+        };
+        matches!(uri.scheme_str(), Some("http" | "https"))
+            && matches!(uri.path(), "" | "/")
+            && uri.query().is_none()
+            && uri.authority().is_some_and(is_place)
+    };
+    match text.parse::<Uri>() {
+        Ok(uri) if is_server(&uri) => Ok(text.to_owned()),
         _ => Err("write http://host:port or https://host:port".to_owned()),
     }
 }
@@ -173,7 +184,7 @@ struct Tls(TlsConnector);
 /// A certificate that is not trusted, and what to do.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}. {remedy}", remedy = .0.remedy("--ca-cert"))]
-struct Untrusted(Refused);
+pub(super) struct Untrusted(Refused);
 
 impl Service<Uri> for Tls {
     type Response = TokioIo<TlsStream<TcpStream>>;
@@ -200,5 +211,35 @@ impl Service<Uri> for Tls {
         };
         let late = |_| io::Error::from(io::ErrorKind::TimedOut);
         Box::pin(async move { tokio::time::timeout(CONNECT_MAX, connect).await.map_err(late)? })
+    }
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_is_a_scheme_a_host_and_a_port() {
+        for text in ["http://127.0.0.1:3478", "https://feed.example", "http://[::1]:3478/", "HTTP://h:1"] {
+            assert_eq!(server_url(text).as_deref(), Ok(text));
+        }
+        for text in [
+            "",
+            "localhost:3478",
+            "ftp://h:1",
+            "unix:///tmp/s",
+            "http://",
+            "http://:3478",
+            "http://h:",
+            "http://h:0",
+            "http://h:99999",
+            "http://h:x",
+            "http://h h:1",
+            "http://user@h:1",
+            "http://h:1/base.v1.Watch",
+            "http://h:1?tenant=t1",
+            "https://",
+        ] {
+            assert!(server_url(text).is_err(), "{text}");
+        }
     }
 }

@@ -32,7 +32,7 @@ struct Place {
     data_dir: PathBuf,
 }
 
-pub(super) async fn run(config: ConfigArgs, args: DevArgs) -> anyhow::Result<()> {
+pub(super) async fn run(config: ConfigArgs, args: &DevArgs) -> anyhow::Result<()> {
     if config.sets("database.uri") {
         let what = "dev starts a PostgreSQL of its own: leave --database-uri out, or use serve";
         return Err(app::Misconfigured(what.to_owned()).into());

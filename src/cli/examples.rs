@@ -48,7 +48,12 @@ Examples:
   tuplewatch watch --tenant t1 --server https://feed.example:3478 --token-file token
 
 Text is a line a change: the time of its commit (UTC), + or -, and the tuple or attribute. Into a pipe or a file each \
-line is whole, with the day. What is said about the stream (connections lost, gaps, how to go on) goes to the standard error.";
+line is whole, with the day. What is said about the stream (connections lost, gaps, how to go on) goes to the standard error.
+
+It reconnects where that may help (a server that restarts, a limit), and resumes. Where it cannot (credentials, a tenant that is \
+not there, a token that is too old, a certificate that is not trusted) it ends.
+
+Exit codes: 0 where it was told to end, 1 for a failure, 2 where the command line is wrong.";
 
 pub(super) const HEALTH: &str = "\
 Examples:

@@ -5,9 +5,10 @@
 //! restart could repair, so that alone is for whoever restarts.
 
 use super::connection::ConnectionArgs;
+use super::failure::{Failure, is_local};
 use super::{examples, say};
 use crate::grpc::health::REASON;
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{anyhow, bail};
 use std::time::Duration;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
@@ -45,7 +46,7 @@ pub(super) async fn run(args: &HealthArgs) -> anyhow::Result<()> {
         Err(status) if status.code() == Code::NotFound => {
             bail!("{server} knows no service '{}', or is shutting down", args.service)
         }
-        Err(status) => bail!("{server} does not say how it is ({}): {}", status.code(), status.message()),
+        Err(status) => bail!("{server} does not say how it is: {}", Failure::of_status(&status).text()),
     }
     Ok(())
 }
@@ -61,8 +62,9 @@ const fn is_own(code: Code) -> bool {
 /// Where there is no answer.
 async fn ask(args: &HealthArgs) -> anyhow::Result<Result<(ServingStatus, String), Status>> {
     let server = &args.connection.server;
-    let unreachable = || format!("cannot reach {server}");
-    let channel: Channel = args.connection.way()?.connect().await.with_context(unreachable)?;
+    let unreachable = |failure: Failure| anyhow!("cannot reach {server}: {}", failure.text());
+    let channel = args.connection.way()?.connect().await;
+    let channel: Channel = channel.map_err(|error| unreachable(Failure::of_connection(&error)))?;
     let mut request = Request::new(HealthCheckRequest { service: args.service.clone() });
     if let Some(authorization) = args.connection.authorization()? {
         request.metadata_mut().insert("authorization", authorization);
@@ -73,8 +75,7 @@ async fn ask(args: &HealthArgs) -> anyhow::Result<Result<(ServingStatus, String)
             let reason = reason.unwrap_or("the process runs, and does not say what is in the way").to_owned();
             Ok(Ok((response.into_inner().status(), reason)))
         }
-        // A status with a cause was made here, of a connection that broke.
-        Err(status) if std::error::Error::source(&status).is_some() => Err(status).with_context(unreachable),
+        Err(status) if is_local(&status) => Err(unreachable(Failure::of_status(&status))),
         Err(status) => Ok(Err(status)),
     }
 }

@@ -1,14 +1,18 @@
 //! A flag for every configuration key: `server.grpc.port` is `--server-grpc-port`.
 
-use crate::config::{Config, Error};
+use crate::config::{Config, Error, Logger};
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches, ValueHint};
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 /// Where the configuration comes from: `--config`, and a flag a key.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ConfigArgs {
     file: Option<PathBuf>,
     overrides: Vec<(String, String)>,
+    /// Of the configuration that was loaded: a file that is a pipe can be read once.
+    logger: OnceLock<Logger>,
 }
 
 const FILE: &str = "config";
@@ -65,7 +69,16 @@ impl ConfigArgs {
     /// # Errors
     /// All that is wrong with any of them.
     pub(super) fn load(&self) -> Result<Config, Error> {
-        Config::load(self.file.as_deref(), crate::config::from_env()?, &self.overrides)
+        let config = Config::load(self.file.as_deref(), crate::config::from_env()?, &self.overrides)?;
+        self.logger.get_or_init(|| config.logger.clone());
+        Ok(config)
+    }
+
+    /// What they say of the log, whatever else is wrong with them.
+    pub(super) fn logger(&self) -> &Logger {
+        let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+        self.logger
+            .get_or_init(|| Config::logger(self.file.as_deref(), std::env::vars_os().filter_map(text), &self.overrides))
     }
 }
 

@@ -1,7 +1,7 @@
 //! `tuplewatch setup` and `tuplewatch teardown`.
 
 use super::overrides::ConfigArgs;
-use super::{say, say_error};
+use super::say;
 use crate::app;
 use crate::config::{Config, Failover, MappingSource, Preset};
 use crate::replication::setup::{Event, Script, Setup, Teardown};
@@ -21,8 +21,8 @@ pub(super) struct SetupArgs {
 fn tell(event: Event<'_>) {
     match event {
         Event::Step(step) => say(&format!("{} ...", step.explanation)),
-        Event::Waiting(waiting) => say_error(&waiting.to_string()),
-        Event::Locked => say_error("another setup or teardown is at work in this database: waiting for it"),
+        Event::Waiting(waiting) => tracing::warn!("{waiting}"),
+        Event::Locked => tracing::warn!("another setup or teardown is at work in this database: waiting for it"),
     }
 }
 

@@ -6,12 +6,13 @@ mod json;
 mod lines;
 
 use super::connection::{ConnectionArgs, Way};
+use super::failure::{Failure, is_local};
 use super::terminal::{Style, program};
 use super::{examples, stop_signal};
 use crate::finding::shell_word;
 use crate::grpc::proto::watch_client::WatchClient;
 use crate::grpc::proto::{DataChanges, WatchRequest};
-use crate::grpc::status::NEXT_SNAP_TOKEN;
+use crate::grpc::status::{AFTER_GAP, NEXT_SNAP_TOKEN};
 use crate::grpc::watch::START_SNAP_TOKEN;
 use anyhow::{Context as _, anyhow};
 use clap::ValueHint;
@@ -52,9 +53,9 @@ const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
 const WAIT_MIN: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
-pub(super) async fn run(args: WatchArgs) -> anyhow::Result<()> {
+pub(super) async fn run(args: &WatchArgs) -> anyhow::Result<()> {
     let way = args.connection.way()?;
-    let mut watch = Watch::new(&args);
+    let mut watch = Watch::new(args);
     tokio::select! {
         ended = watch.follow(way) => return ended,
         () = stop_signal() => {}
@@ -81,6 +82,9 @@ struct Watch<'a> {
 
 /// Why a connection is over.
 enum End {
+    /// It was not made.
+    Unreachable(tonic::transport::Error),
+    /// The server said so, or it broke.
     Status(Status),
     /// Nobody takes what is printed.
     Output(io::Error),
@@ -103,39 +107,58 @@ impl<'a> Watch<'a> {
         let connection = &self.args.connection;
         loop {
             let authorization = connection.authorization()?;
-            let status = match self.stream(&way, authorization.clone()).await {
-                Ok(()) => Status::unavailable("the server ended the stream"),
-                Err(End::Status(status)) => status,
+            let failure = match self.stream(&way, authorization.clone()).await {
+                Ok(()) => Failure::of_status(&Status::unavailable("the server ended the stream")),
                 // Like `head`, which has what it wants.
                 Err(End::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
                 Err(End::Output(error)) => return Err(error).context("cannot print the changes"),
-            };
-            match status.code() {
-                // What passes: a server that restarts, a network that comes and goes.
-                Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal | Code::ResourceExhausted => {
-                    self.say_lost(&status).await;
-                    tokio::time::sleep(self.wait).await;
-                    self.wait = (self.wait * 2).min(WAIT_MAX);
+                Err(End::Unreachable(error)) => Failure::of_connection(&error),
+                // A gap: said loudly, and gone on after it, as a person at a terminal would.
+                Err(End::Status(status)) if status.code() == Code::Aborted => {
+                    self.pass_gap(&status).await;
+                    continue;
                 }
                 // Expired, and renewed in the meantime.
-                Code::Unauthenticated if connection.authorization()? != authorization => self.is_lost = true,
-                // A gap: said loudly, and gone on after it, as a person at a terminal would.
-                Code::Aborted => {
-                    let details = status.get_error_details();
-                    let next = details.error_info().and_then(|info| info.metadata.get(NEXT_SNAP_TOKEN)).cloned();
-                    notice(&self.style.warning(&format!("GAP: {}", status.message()))).await;
-                    self.token = next.ok_or_else(|| anyhow!("the server gave no token to go on from"))?;
+                Err(End::Status(status))
+                    if status.code() == Code::Unauthenticated && connection.authorization()? != authorization =>
+                {
+                    self.is_lost = true;
+                    continue;
                 }
-                code => {
-                    return Err(anyhow!("{}", status.message()).context(format!("the server refused ({code})")));
-                }
+                Err(End::Status(status)) if !is_local(&status) => match Failure::of_status(&status) {
+                    Failure::Lasting(text) => return Err(anyhow!("the server refused: {text}")),
+                    passing @ Failure::Passing { .. } => passing,
+                },
+                Err(End::Status(status)) => Failure::of_status(&status),
+            };
+            match failure {
+                Failure::Passing { text, pause } => self.wait_after(&text, pause).await,
+                Failure::Lasting(text) => return Err(anyhow!("cannot watch {}: {text}", connection.server)),
             }
+        }
+    }
+
+    /// Goes on after a gap in the history, from where the server says, or else from now.
+    async fn pass_gap(&mut self, status: &Status) {
+        let details = status.get_error_details();
+        let next = details.error_info().and_then(|info| info.metadata.get(NEXT_SNAP_TOKEN)).cloned();
+        self.token = next.unwrap_or_default();
+        let what = status.message().trim_end_matches(AFTER_GAP);
+        let text = format!("GAP: {what}. Changes are missing here; {}", self.whence());
+        notice(&self.style.warning(&text)).await;
+    }
+
+    /// Where it reads on.
+    fn whence(&self) -> String {
+        match &*self.token {
+            "" => "reading from now on".to_owned(),
+            token => format!("resuming after token {}", short(token)),
         }
     }
 
     /// One connection, until it ends.
     async fn stream(&mut self, way: &Way, authorization: Option<AsciiMetadataValue>) -> Result<(), End> {
-        let channel: Channel = way.connect().await.map_err(|error| Status::from_error(Box::new(error)))?;
+        let channel: Channel = way.connect().await.map_err(End::Unreachable)?;
         let tenant_id = self.args.tenant.clone();
         let mut request = Request::new(WatchRequest { tenant_id, snap_token: self.token.clone() });
         if let Some(authorization) = authorization {
@@ -164,19 +187,23 @@ impl<'a> Watch<'a> {
             let text = format!("watching tenant {tenant} on {} from {from}; Ctrl-C ends", connection.server);
             notice(&self.style.faint(&text)).await;
         } else if self.is_lost {
-            let text = format!("connected again, resuming after the last token ({})", short(&self.token));
-            notice(&self.style.faint(&text)).await;
+            notice(&self.style.faint(&format!("connected again, {}", self.whence()))).await;
         }
         (self.has_begun, self.is_lost, self.wait) = (true, false, WAIT_MIN);
     }
 
-    /// Once, however often it is tried.
-    async fn say_lost(&mut self, status: &Status) {
+    /// Waits for the next attempt. What was lost is said once, however often it is tried.
+    async fn wait_after(&mut self, lost: &str, pause: Duration) {
+        let wait = self.wait.max(pause);
         if !self.is_lost {
-            let text = format!("{}: {}; reconnecting", self.args.connection.server, reason(status));
+            let server = &self.args.connection.server;
+            let (first, last) = (wait.as_secs_f32(), WAIT_MAX.as_secs());
+            let text = format!("{server}: {lost}; reconnecting in {first} s, then at least every {last} s");
             notice(&self.style.warning(&text)).await;
         }
         self.is_lost = true;
+        tokio::time::sleep(wait).await;
+        self.wait = (self.wait * 2).min(WAIT_MAX);
     }
 
     /// At the end: what to type to get the rest.
@@ -210,20 +237,6 @@ fn short(token: &str) -> String {
         Some((at, _)) if at > 0 => format!("…{}", token.get(at..).unwrap_or_default()),
         _ => token.to_owned(),
     }
-}
-
-/// The status with its causes, each said once.
-fn reason(status: &Status) -> String {
-    let mut parts = vec![status.message().to_owned()];
-    let mut cause = std::error::Error::source(status);
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !parts.contains(&text) {
-            parts.push(text);
-        }
-        cause = error.source();
-    }
-    parts.join(": ")
 }
 
 enum Printer {

@@ -1,7 +1,7 @@
 //! "Did you mean …": the known name that an unknown one was probably meant to be.
 
 /// The one known name that is near `unknown`: some slips of the finger away, or the same with its parents left out.
-pub(super) fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
+pub fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
     // One slip in three letters, two at most: beyond that a guess misleads more often than it helps.
     let slips_max = (unknown.chars().count() / 3).min(2);
     let slips_min = known.clone().map(|name| distance(unknown, name)).min()?;

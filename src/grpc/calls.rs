@@ -18,8 +18,12 @@ struct Method {
 
 /// By path. Clients may ask for any other, and what they ask for is no label.
 static METHODS: LazyLock<HashMap<String, Method>> = LazyLock::new(|| {
-    let sets =
-        [proto::DESCRIPTORS, tonic_health::pb::FILE_DESCRIPTOR_SET, tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET];
+    let sets = [
+        proto::DESCRIPTORS,
+        tonic_health::pb::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+    ];
     let mut methods = HashMap::new();
     // What does not read is not served either: a test finds all methods here.
     for file in sets.into_iter().filter_map(|set| FileDescriptorSet::decode(set).ok()).flat_map(|set| set.file) {
@@ -100,6 +104,7 @@ mod tests {
             "/base.v1.Tenancy/List",
             "/grpc.health.v1.Health/Check",
             "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
         ] {
             assert!(METHODS.contains_key(path), "{path}");
         }

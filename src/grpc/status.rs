@@ -26,11 +26,16 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 pub const DOMAIN: &str = "tuplewatch";
 /// Where to go on after a break. Absent while its end is not known: see [`crate::transaction::Break::writers`].
 pub const NEXT_SNAP_TOKEN: &str = "next_snap_token";
+/// How the message of a gap ends: what its reader is to do.
+pub const AFTER_GAP: &str = ". Read the state anew, then go on from next_snap_token in the error details";
 /// The oldest token that can still be used.
 pub const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
 
 /// Reason of `google.rpc.ErrorInfo` where it takes new credentials to go on.
 pub const CREDENTIALS_EXPIRED: &str = "CREDENTIALS_EXPIRED";
+
+/// Reason of `google.rpc.ErrorInfo` where a tenant id cannot be one.
+const INVALID_TENANT: &str = "INVALID_TENANT";
 
 /// Reason of `google.rpc.ErrorInfo` where the changes that come next are no longer kept.
 pub const SNAP_TOKEN_TOO_OLD: &str = "SNAP_TOKEN_TOO_OLD";
@@ -72,15 +77,20 @@ fn with_reason(code: Code, message: String, reason: &str, metadata: Vec<(&str, S
 }
 
 /// The reason in its `ErrorInfo`, if it has one.
-pub(super) fn reason(status: &Status) -> Option<String> {
+pub fn reason(status: &Status) -> Option<String> {
     status.get_details_error_info().map(|info| info.reason)
+}
+
+/// A tenant id that is none; `form` says what it must be.
+pub fn invalid_tenant(form: &str) -> Status {
+    with_reason(Code::InvalidArgument, format!("the tenant id {form}"), INVALID_TENANT, vec![])
 }
 
 /// Why a stream did not start.
 pub fn of_start(error: StartError, tokens: Option<&Tokens>) -> Status {
     let message = error.to_string();
     match error {
-        StartError::Tenant(_) => with_reason(Code::InvalidArgument, message, "INVALID_TENANT", vec![]),
+        StartError::Tenant(_) => with_reason(Code::InvalidArgument, message, INVALID_TENANT, vec![]),
         StartError::Token(_) => with_reason(Code::InvalidArgument, message, "INVALID_SNAP_TOKEN", vec![]),
         StartError::UnknownTenant(_) => with_reason(Code::NotFound, message, "TENANT_NOT_FOUND", vec![]),
         StartError::Foreign => with_reason(Code::FailedPrecondition, message, "FOREIGN_SNAP_TOKEN", vec![]),
@@ -115,18 +125,13 @@ pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
             with_reason(Code::Aborted, message, gap.reason.code(), vec![])
         }
         End::Broken(gap) => {
-            let message = format!(
-                "the history of tenant {tenant} is not continuous: {}. Read the state anew, then go on from \
-                 {NEXT_SNAP_TOKEN} in the error details",
-                gap.reason
-            );
+            let message = format!("the history of tenant {tenant} is not continuous: {}{AFTER_GAP}", gap.reason);
             let next = tokens.write(gap.to, CommitTime::default());
             with_reason(Code::Aborted, message, gap.reason.code(), vec![(NEXT_SNAP_TOKEN, next)])
         }
         End::Abandoned { at } => {
             let reason = crate::transaction::BreakReason::TimelineDiverged;
-            let message =
-                format!("{reason}. Read the state anew, then go on from {NEXT_SNAP_TOKEN} in the error details");
+            let message = format!("{reason}{AFTER_GAP}");
             let next = tokens.write(Position::at(at), CommitTime::default());
             with_reason(Code::Aborted, message, reason.code(), vec![(NEXT_SNAP_TOKEN, next)])
         }
@@ -227,13 +232,12 @@ pub fn no_bundles() -> Status {
 pub fn of_admission(error: &admission::Error) -> Status {
     let message = error.to_string();
     match error {
-        admission::Error::Credentials(authn::Error::IssuerUnreachable) => {
-            with_reason(Code::Unavailable, message, "ISSUER_UNREACHABLE", vec![])
-        }
-        admission::Error::Credentials(_) => {
-            // Permify's name is the whole message, as its clients compare it.
-            let reason = message.trim_start_matches("ERROR_CODE_").to_owned();
-            with_reason(Code::Unauthenticated, message, &reason, vec![])
+        admission::Error::Credentials(error) => {
+            let code = match error {
+                authn::Error::IssuerUnreachable => Code::Unavailable,
+                _ => Code::Unauthenticated,
+            };
+            with_reason(code, message, error.reason(), vec![])
         }
         admission::Error::Rate { retry_after, .. } => {
             let mut details = ErrorDetails::with_retry_info(Some(*retry_after));

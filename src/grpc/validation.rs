@@ -77,6 +77,11 @@ pub(super) fn tenant(field: &str, id: &str) -> Result<TenantId, Status> {
     TenantId::new(id).map_err(|error| status::invalid(vec![FieldViolation::new(field, error.to_string())]))
 }
 
+/// The tenant whose changes to watch, where the tables are those of a preset. What is a tenant nowhere is for the start to refuse.
+pub(super) fn watched_tenant(id: &str) -> Result<(), Status> {
+    if is_id(id) || TenantId::new(id).is_err() { Ok(()) } else { Err(status::invalid_tenant(ID)) }
+}
+
 /// The name of a new tenant.
 pub(super) fn tenant_name(name: &str) -> Result<(), Status> {
     check(!name.contains('\0'), "name", NO_NUL)?;

@@ -15,6 +15,7 @@
 use super::calls::code_name;
 use super::proto;
 use super::status::{self, Tokens};
+use super::validation;
 use crate::authn::Caller;
 use crate::hub::start::Primary;
 use crate::hub::{End, Hub, Item, Subscription};
@@ -74,6 +75,8 @@ pub struct Options {
     pub resolve_timeout: Duration,
     /// The form of the tokens of messages.
     pub token_form: Form,
+    /// Whether tenant ids have Permify's form, as in the presets. A mapping of one's own may have any.
+    pub permify_tenants: bool,
 }
 
 /// The service. Cheap to clone.
@@ -136,6 +139,9 @@ impl<P: Primary + 'static> WatchService<P> {
         let Inner { primary, options, streams, stop } = &*self.inner;
         if !options.enabled {
             return Err(status::disabled());
+        }
+        if options.permify_tenants {
+            validation::watched_tenant(&tenant_id)?;
         }
         if *stop.borrow() {
             return Err(status::shutting_down());

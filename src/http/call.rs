@@ -1,6 +1,6 @@
 //! An HTTP request → the request of a service, and back.
 
-use super::json;
+use super::json::{self, Reading};
 use super::refusal::Refusal;
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
@@ -17,7 +17,8 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A call of a service: body, path and (for GET) query make the message, and headers and extensions go along.
 ///
-/// The content type is not looked at: whatever it says, the body is JSON or is refused.
+/// Everything that is said is understood or refused; a field may be set in two places if they agree. The content type is not
+/// looked at, as in Permify's gateway: whatever it says, the body is JSON or is refused.
 pub(super) struct Call<T>(pub(super) tonic::Request<T>);
 
 impl<T: Message + Name + Default, S: Send + Sync> FromRequest<S> for Call<T> {
@@ -27,18 +28,24 @@ impl<T: Message + Name + Default, S: Send + Sync> FromRequest<S> for Call<T> {
         let (mut parts, body) = request.into_parts();
         let path = RawPathParams::from_request_parts(&mut parts, state).await;
         let path = path.map_err(|error| Status::invalid_argument(error.body_text()))?;
-        let query = if parts.method == Method::GET {
-            let query = Query::<Vec<(String, String)>>::from_request_parts(&mut parts, state).await;
-            query.map_err(|error| Status::invalid_argument(error.body_text()))?.0
-        } else {
-            Vec::new()
-        };
+        let query = Query::<Vec<(String, String)>>::from_request_parts(&mut parts, state).await;
+        let Query(query) = query.map_err(|error| Status::invalid_argument(error.body_text()))?;
+        if let Some((name, _)) = query.first().filter(|_| !matches!(parts.method, Method::GET | Method::HEAD)) {
+            return Err(Refusal::not_in_query(&parts.method, name));
+        }
         let body = Bytes::from_request(Request::from_parts(parts.clone(), body), state);
         let body = tokio::time::timeout(BODY_TIMEOUT, body).await.map_err(|_| Refusal::too_slow(BODY_TIMEOUT))?;
         let body = body.map_err(|error| Refusal::unreadable(error.status(), error.body_text()))?;
 
-        let query = query.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        let message = json::read(&body, query.chain(&path))?;
+        let mut reading = Reading::body::<T>(&body)?;
+        for (name, text) in &path {
+            reading.path(name, text)?;
+        }
+        for (name, text) in &query {
+            // No value here has a space. In a query `+` stands for one, and in a token for itself.
+            reading.parameter(name, &text.replace(' ', "+"))?;
+        }
+        let message = reading.finish()?;
         let metadata = MetadataMap::from_headers(parts.headers);
         let extensions: Extensions = parts.extensions;
         Ok(Self(tonic::Request::from_parts(metadata, extensions, message)))

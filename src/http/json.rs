@@ -2,9 +2,9 @@
 //!
 //! Out: field names as in `proto/`, fields that are not set written out (`"relation": ""`, `[]`; a message that is not
 //! set has nothing to write), an Any as `{"@type": …, …}`, `NaN` and `Infinity` as strings. In: these names or their
-//! lowerCamelCase forms; fields that nobody knows are ignored. The library does all of it, from the descriptors that the build
-//! writes.
+//! lowerCamelCase forms, each known and set once (`names`). The library does all of it, from the descriptors that the build writes.
 
+use super::names;
 use crate::grpc::proto::{DESCRIPTORS, WatchResponse};
 use prost::bytes::Bytes;
 use prost::{Message, Name};
@@ -19,7 +19,7 @@ use tonic::{Code, Status};
 /// Of all JSON here but streams.
 pub(super) const CONTENT_TYPE: &str = "application/json";
 
-const READ: DeserializeOptions = DeserializeOptions::new().deny_unknown_fields(false);
+const READ: DeserializeOptions = DeserializeOptions::new().deny_unknown_fields(true);
 const WRITE: SerializeOptions = SerializeOptions::new().use_proto_field_name(true).skip_default_fields(false);
 
 const COMPILED_IN: &str = "the descriptors are compiled in, and a test reads them";
@@ -55,35 +55,88 @@ pub(super) enum Changes {
     DataChanges,
 }
 
-/// The message that `body` and then `fields` set; where both set a field, `fields` do.
-///
-/// # Errors
-/// INVALID_ARGUMENT with what is wrong, and where.
-pub(super) fn read<'a, T: Message + Name + Default>(
-    body: &[u8],
-    fields: impl IntoIterator<Item = (&'a str, &'a str)>,
-) -> Result<T, Status> {
-    let descriptor = descriptor(&MESSAGES, &T::full_name())?;
-    let mut message = if body.trim_ascii().is_empty() {
-        // As nothing at all: what is required is for the service to say.
-        DynamicMessage::new(descriptor.clone())
-    } else {
+/// A request that is being put together from its body, its path and its query.
+pub(super) struct Reading {
+    message: DynamicMessage,
+    /// Parameters of the query that were there.
+    parameters: Vec<u32>,
+}
+
+impl Reading {
+    /// From the body.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT with what is wrong, and where.
+    pub(super) fn body<T: Message + Name>(body: &[u8]) -> Result<Self, Status> {
+        let descriptor = descriptor(&MESSAGES, &T::full_name())?;
+        let parameters = Vec::new();
+        if body.trim_ascii().is_empty() {
+            // As nothing at all: what is required is for the service to say.
+            return Ok(Self { message: DynamicMessage::new(descriptor), parameters });
+        }
         let mut json = serde_json::Deserializer::from_slice(body);
-        DynamicMessage::deserialize_with_options(descriptor.clone(), &mut json, &READ)
-            .and_then(|message| json.end().map(|()| message))
-            .map_err(|error| Status::invalid_argument(format!("the body is no {}: {error}", T::NAME)))?
-    };
-    for (name, text) in fields {
-        if let Some(field) = text_field(&descriptor, name) {
-            message.set_field(&field, Value::String(text.to_owned()));
+        let message = names::check(&descriptor, body)
+            .and_then(|()| DynamicMessage::deserialize_with_options(descriptor, &mut json, &READ))
+            .map_err(|error| Status::invalid_argument(format!("the body is no {}: {error}", T::NAME)))?;
+        Ok(Self { message, parameters })
+    }
+
+    /// A part of the path, whose name is a field's.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT where the body has another value for it.
+    pub(super) fn path(&mut self, name: &str, text: &str) -> Result<(), Status> {
+        match text_field(&self.message.descriptor(), name) {
+            Some(field) => self.set(&field, text),
+            None => Ok(()),
         }
     }
-    message.transcode_to().map_err(|error| Status::invalid_argument(format!("the body is no {}: {error}", T::NAME)))
+
+    /// A parameter of the query.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT where it is unknown, repeated, or has another value elsewhere.
+    pub(super) fn parameter(&mut self, name: &str, text: &str) -> Result<(), Status> {
+        let descriptor = self.message.descriptor();
+        let Some(field) = text_field(&descriptor, name) else {
+            let fields: Vec<FieldDescriptor> = descriptor.fields().filter(is_text).collect();
+            let known: Vec<&str> = fields.iter().map(FieldDescriptor::name).collect();
+            return Err(Status::invalid_argument(names::unknown("query parameter", name, &known)));
+        };
+        if self.parameters.contains(&field.number()) {
+            return Err(Status::invalid_argument(format!("query parameter `{}` is there twice", field.name())));
+        }
+        self.parameters.push(field.number());
+        self.set(&field, text)
+    }
+
+    /// Sets a field, unless that would hide what was said elsewhere.
+    fn set(&mut self, field: &FieldDescriptor, text: &str) -> Result<(), Status> {
+        if self.message.has_field(field) && self.message.get_field(field).as_str() != Some(text) {
+            let message =
+                format!("`{}` has one value in the path or the query, and another one elsewhere", field.name());
+            return Err(Status::invalid_argument(message));
+        }
+        self.message.set_field(field, Value::String(text.to_owned()));
+        Ok(())
+    }
+
+    /// The request.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT where it is none.
+    pub(super) fn finish<T: Message + Name + Default>(self) -> Result<T, Status> {
+        let message = self.message.transcode_to();
+        message.map_err(|error| Status::invalid_argument(format!("the body is no {}: {error}", T::NAME)))
+    }
 }
 
 fn text_field(descriptor: &MessageDescriptor, name: &str) -> Option<FieldDescriptor> {
-    let field = descriptor.get_field_by_name(name).or_else(|| descriptor.get_field_by_json_name(name))?;
-    (field.kind() == Kind::String && !field.is_list()).then_some(field)
+    names::field(descriptor, name).filter(is_text)
+}
+
+fn is_text(field: &FieldDescriptor) -> bool {
+    field.kind() == Kind::String && !field.is_list()
 }
 
 /// The JSON of a message.
@@ -161,7 +214,7 @@ mod tests {
     use super::*;
     use crate::grpc::proto::{
         Attribute, AttributeReadResponse, DataChange, DataChanges, DataWriteRequest, RelationshipReadRequest, Tenant,
-        TenantCreateResponse, data_change,
+        TenantCreateResponse, WatchRequest, data_change,
     };
     use serde_json::{Value as Json, json};
     use std::collections::HashMap;
@@ -171,6 +224,10 @@ mod tests {
 
     fn written<T: Message + Name>(message: &T) -> Json {
         serde_json::from_str(&write(message).unwrap()).unwrap()
+    }
+
+    fn read<T: Message + Name + Default>(body: &[u8]) -> Result<T, Status> {
+        Reading::body::<T>(body)?.finish()
     }
 
     fn tuple() -> Json {
@@ -185,7 +242,7 @@ mod tests {
     fn value(kind: &str, data: &Json) -> Result<Json, Status> {
         let value = json!({"@type": format!("{TYPE}{kind}"), "data": data});
         let request = json!({"attributes": [{"entity": {"type": "a", "id": "1"}, "attribute": "x", "value": value}]});
-        let request: DataWriteRequest = read(request.to_string().as_bytes(), [])?;
+        let request: DataWriteRequest = read(request.to_string().as_bytes())?;
         let response = AttributeReadResponse { attributes: request.attributes, continuous_token: String::new() };
         Ok(written(&response)["attributes"][0]["value"].take())
     }
@@ -236,25 +293,51 @@ mod tests {
     }
 
     #[test]
-    fn names_are_taken_in_both_forms_and_unknown_ones_ignored() {
+    fn names_are_taken_in_both_forms() {
         for body in [
-            json!({"tenant_id": "t1", "page_size": 5, "metadata": {"snap_token": "s"}}),
-            json!({"tenantId": "t1", "pageSize": "5", "metadata": {"snapToken": "s", "depth": 3}, "new": {"a": [1]}}),
+            json!({"tenant_id": "t1", "page_size": 5, "metadata": {"snap_token": "s"}, "filter": null}),
+            json!({"tenantId": "t1", "pageSize": "5", "metadata": {"snapToken": "s"}}),
         ] {
-            let request: RelationshipReadRequest = read(body.to_string().as_bytes(), []).unwrap();
+            let request: RelationshipReadRequest = read(body.to_string().as_bytes()).unwrap();
             assert_eq!((request.tenant_id.as_str(), request.page_size), ("t1", 5));
             assert_eq!(request.metadata.unwrap().snap_token, "s");
             assert_eq!(request.filter, None);
         }
     }
 
+    /// What path and query add to a body.
+    fn put_together(body: &str, path: &[(&str, &str)], query: &[(&str, &str)]) -> Result<WatchRequest, Status> {
+        let mut reading = Reading::body::<WatchRequest>(body.as_bytes())?;
+        path.iter().try_for_each(|(name, text)| reading.path(name, text))?;
+        query.iter().try_for_each(|(name, text)| reading.parameter(name, text))?;
+        reading.finish()
+    }
+
     #[test]
-    fn the_path_wins_over_the_body() {
-        let fields = [("tenant_id", "from path"), ("pageSize", "7"), ("filter", "x"), ("unknown", "x")];
-        for body in ["", " \n", "{}", "{\"tenant_id\": \"from body\", \"filter\": null}"] {
-            let request: RelationshipReadRequest = read(body.as_bytes(), fields).unwrap();
-            let expected = RelationshipReadRequest { tenant_id: "from path".into(), ..Default::default() };
-            assert_eq!(request, expected, "{body:?}");
+    fn path_query_and_body_must_agree() {
+        let tenant = [("tenant_id", "t1")];
+        for (body, path, query) in [
+            ("", &tenant[..], &[("snap_token", "s")][..]),
+            (" \n", &tenant, &[("snapToken", "s")]),
+            ("{\"tenant_id\": \"t1\"}", &tenant, &[("snap_token", "s"), ("tenant_id", "t1")]),
+            ("{\"tenantId\": \"\", \"snap_token\": \"s\"}", &tenant, &[]),
+            ("{\"tenant_id\": \"t1\", \"snap_token\": \"s\"}", &[], &[("snap_token", "s")]),
+        ] {
+            let expected = WatchRequest { tenant_id: "t1".into(), snap_token: "s".into() };
+            assert_eq!(put_together(body, path, query).unwrap(), expected, "{body:?} {query:?}");
+        }
+        let elsewhere = "has one value in the path or the query, and another one elsewhere";
+        for (body, query, says) in [
+            ("{\"tenant_id\": \"t2\"}", &[][..], elsewhere),
+            ("{\"snap_token\": \"s\"}", &[("snap_token", "other")], elsewhere),
+            ("", &[("tenantId", "t2")], elsewhere),
+            ("", &[("snap_token", "s"), ("snapToken", "s")], "query parameter `snap_token` is there twice"),
+            ("", &[("snaptoken", "s")], "unknown query parameter `snaptoken`: did you mean `snap_token`?"),
+            ("", &[("token", "s")], "unknown query parameter `token`: known here: tenant_id, snap_token"),
+        ] {
+            let refused = put_together(body, &tenant, query).unwrap_err();
+            assert_eq!(refused.code(), Code::InvalidArgument, "{body:?} {query:?}");
+            assert!(refused.message().contains(says), "{body:?} {query:?}: {refused}");
         }
     }
 
@@ -278,16 +361,16 @@ mod tests {
             &deep,
             &deep_any,
         ] {
-            let refused = read::<DataWriteRequest>(body.as_bytes(), []).unwrap_err();
+            let refused = read::<DataWriteRequest>(body.as_bytes()).unwrap_err();
             assert_eq!(refused.code(), Code::InvalidArgument);
             assert!(refused.message().starts_with("the body is no DataWriteRequest: "), "{refused}");
         }
-        assert!(read::<DataWriteRequest>(b"{\"tenant_id\": \"\xff\"}", []).is_err());
+        assert!(read::<DataWriteRequest>(b"{\"tenant_id\": \"\xff\"}").is_err());
     }
 
     #[test]
     fn changes_are_called_as_the_client_calls_them() {
-        let tuple: DataWriteRequest = read(json!({"tuples": [tuple()]}).to_string().as_bytes(), []).unwrap();
+        let tuple: DataWriteRequest = read(json!({"tuples": [tuple()]}).to_string().as_bytes()).unwrap();
         let tuple = tuple.tuples.into_iter().next().map(data_change::Type::Tuple);
         let change = DataChange { operation: data_change::Operation::Create as i32, r#type: tuple };
         let changes = DataChanges { snap_token: "s".into(), tuple_changes: vec![change] };

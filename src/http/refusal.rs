@@ -34,6 +34,13 @@ impl Refusal {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, status)
     }
 
+    /// A parameter where there are none.
+    pub(super) fn not_in_query(method: &Method, name: &str) -> Self {
+        let message =
+            format!("{method} takes no query parameters, and there is `{name}`: put it into the JSON of the body");
+        Self::from(Status::invalid_argument(message))
+    }
+
     /// The body cannot be read to its end: it is too large, or the connection broke.
     pub(super) fn unreadable(http: StatusCode, message: String) -> Self {
         let code = if http == StatusCode::PAYLOAD_TOO_LARGE { Code::ResourceExhausted } else { Code::InvalidArgument };

@@ -150,7 +150,7 @@ async fn ask(method: &str, path: &str, body: impl Into<Body>) -> (u16, Json) {
 async fn every_route_leads_to_its_method() {
     for (method, path, body, expected) in [
         ("POST", "/v1/tenants/t%31/data/write", json!({"tuples": [{}]}), json!({"snap_token": "[\"t1\",1,null,true]"})),
-        ("POST", "/v1/tenants/t1/data/delete", json!({"tenant_id": "other"}), json!({"snap_token": "t1"})),
+        ("POST", "/v1/tenants/t1/data/delete", json!({"tenant_id": "t1"}), json!({"snap_token": "t1"})),
         ("POST", "/v1/tenants/t1/relationships/write", json!({}), json!({"snap_token": "t1"})),
         ("POST", "/v1/tenants/t1/relationships/delete", json!({}), json!({"snap_token": "t1"})),
         (
@@ -161,7 +161,7 @@ async fn every_route_leads_to_its_method() {
         ),
         (
             "POST",
-            "/v1/tenants/t1/data/attributes/read?continuous_token=no",
+            "/v1/tenants/t1/data/attributes/read?",
             json!({"continuous_token": "c"}),
             json!({"attributes": [], "continuous_token": "c"}),
         ),
@@ -195,12 +195,52 @@ async fn errors_have_one_form() {
         ("POST", "/v1/tenants/t1/data/run-bundle", "{}", 501, 12, "bundles are not here"),
         ("POST", write, "{", 400, 3, "the body is no DataWriteRequest: EOF while parsing an object at line 1 column 1"),
         ("POST", "/v1/tenants/%ff/data/write", "{}", 400, 3, "Invalid UTF-8 in `tenant_id`"),
+        (
+            "POST",
+            "/v1/tenants/t1/data/write?tuples=1",
+            "{}",
+            400,
+            3,
+            "POST takes no query parameters, and there is `tuples`: put it into the JSON of the body",
+        ),
+        (
+            "DELETE",
+            "/v1/tenants/t1?force",
+            "",
+            400,
+            3,
+            "DELETE takes no query parameters, and there is `force`: put it into the JSON of the body",
+        ),
+        (
+            "DELETE",
+            "/v1/tenants/t1",
+            r#"{"id": "t2"}"#,
+            400,
+            3,
+            "`id` has one value in the path or the query, and another one elsewhere",
+        ),
         ("GET", write, "", 405, 12, "this path is not served by GET: see Allow"),
         ("POST", "/v1/nowhere", "{}", 404, 5, "nothing is served at /v1/nowhere"),
         ("GET", "/", "", 404, 5, "nothing is served at /"),
+        ("POST", "/v1/tenants/t1/data/write/", "{}", 404, 5, "nothing is served at /v1/tenants/t1/data/write/"),
+        (
+            "POST",
+            "/v1/tenants//data/write",
+            r#"{"tenant_id": "t1"}"#,
+            400,
+            3,
+            "`tenant_id` has one value in the path or the query, and another one elsewhere",
+        ),
     ] {
         let expected = json!({"code": code, "message": message, "details": []});
         assert_eq!(ask(method, path, body).await, (http, expected), "{method} {path}");
+    }
+    for (method, path, allow) in
+        [("GET", write, "POST"), ("PUT", "/v1/tenants/t1", "DELETE"), ("POST", "/healthz", "GET,HEAD")]
+    {
+        let request = Request::builder().method(method).uri(path).body(Body::empty()).unwrap();
+        let (status, headers, _) = send(router(&[]), request).await;
+        assert_eq!((status.as_u16(), headers["allow"].to_str().unwrap()), (405, allow), "{method} {path}");
     }
     let (status, body) = ask("POST", write, vec![b' '; (4 << 20) + 1]).await;
     assert_eq!((status, &body["code"]), (413, &json!(8)), "{body}");

@@ -7,7 +7,8 @@
 //! | an error | `{"error": {code, message, details}}`, the last line | `event: error`, `data: {code, …}`, the last event |
 //! | while idle | nothing | a comment |
 //!
-//! In both the headers are sent once the start is fixed, and `snap-token` among them resumes from this start.
+//! In both the headers are sent once the start is fixed, and `snap-token` among them resumes from this start. An EventSource that
+//! comes back sends the id of its last event beside the query that it began with; the id wins.
 //!
 //! An EventSource comes back by itself when a stream ends, with the id of the last event, but gives up for ever where it is
 //! answered with anything but 200. So what heals with time (PostgreSQL is away, too many streams) is told in a stream that
@@ -80,6 +81,12 @@ async fn lines<P: Primary + 'static>(
     request: tonic::Request<WatchRequest>,
     changes: Changes,
 ) -> Result<Response, Refusal> {
+    if request.metadata().get(LAST_EVENT_ID.as_str()).is_some_and(|last| !last.is_empty()) {
+        // Passed over, it would be a stream from now on for a client that wants to resume.
+        let message =
+            "Last-Event-ID is for Server-Sent Events, with GET: JSON lines resume after `snap_token` in the body";
+        return Err(Status::invalid_argument(message).into());
+    }
     let started = service.watch(request, &metrics().http).await?;
     let start = start_of(&started);
     let lines = messages(started.into_inner(), changes).map(|message| {
@@ -97,7 +104,7 @@ async fn events<P: Primary + 'static>(
     headers: HeaderMap,
     Call(mut request): Call<WatchRequest>,
 ) -> Result<Response, Refusal> {
-    // It is what came last, and the query is what the page began with.
+    // It is what came last, and the query is what the page began with: a browser sends both.
     if let Some(last) = headers.get(LAST_EVENT_ID).filter(|last| !last.is_empty()) {
         if last == ENDED {
             return Ok(StatusCode::NO_CONTENT.into_response());

@@ -9,6 +9,7 @@ mod changelog;
 mod configuration;
 mod documents;
 mod health;
+mod logs;
 mod mapping;
 mod obstacles;
 pub(crate) mod prerequisites;

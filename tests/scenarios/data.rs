@@ -383,6 +383,29 @@ async fn the_services_are_told_by_health_and_reflection() {
 }
 
 #[tokio::test]
+async fn reflection_is_also_for_clients_that_know_only_v1alpha() {
+    use tonic_reflection::pb::v1alpha::ServerReflectionRequest;
+    use tonic_reflection::pb::v1alpha::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1alpha::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1alpha::server_reflection_response::MessageResponse;
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let mut client = ServerReflectionClient::new(server.channel().await);
+    // As grpcurl does: what services are there, and the file of one.
+    let asks = [MessageRequest::ListServices("*".into()), MessageRequest::FileContainingSymbol("base.v1.Watch".into())];
+    let asks = asks.map(|ask| ServerReflectionRequest { host: String::new(), message_request: Some(ask) });
+    let mut responses = client.server_reflection_info(tokio_stream::iter(asks)).await.unwrap().into_inner();
+    let mut next = async || within("an answer", responses.message()).await.unwrap().unwrap().message_response;
+    let Some(MessageResponse::ListServicesResponse(list)) = next().await else { panic!("a list") };
+    let listed: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
+    for name in ["base.v1.Watch", "base.v1.Data", "base.v1.Tenancy", "grpc.health.v1.Health"] {
+        assert!(listed.contains(&name), "{name} is not in {listed:?}");
+    }
+    let Some(MessageResponse::FileDescriptorResponse(files)) = next().await else { panic!("a file") };
+    assert!(!files.file_descriptor_proto.is_empty());
+}
+
+#[tokio::test]
 async fn without_postgresql_it_says_so_and_afterwards_it_goes_on() {
     let mut postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;

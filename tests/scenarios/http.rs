@@ -1,5 +1,6 @@
 //! Watch over HTTP: JSON lines, and a browser's EventSource.
 
+mod names;
 mod python_client;
 
 use crate::support::http::{EventSource, Seen, reason};
@@ -130,8 +131,7 @@ async fn an_event_source_stops_at_a_gap() {
     assert_eq!(source.next().await, Seen::Closed(204));
 
     sql.insert("t1", "after").await;
-    let mut source =
-        EventSource::new(server.url(&format!("/v1/tenants/t1/watch?snap_token={}", next.replace('+', "%2B"))));
+    let mut source = EventSource::new(server.url(&format!("/v1/tenants/t1/watch?snap_token={next}")));
     assert_eq!(source.next().await, Seen::Open);
     let Seen::Message { data, .. } = source.next().await else { panic!("a message") };
     assert_eq!(document(&data), "after");
@@ -151,7 +151,8 @@ async fn what_is_refused_says_why() {
     for (method, path, body, status, code, says) in [
         (Method::POST, watch, "{", 400, 3, ""),
         (Method::POST, watch, r#"{"snap_token": "x"}"#, 400, 3, "INVALID_SNAP_TOKEN"),
-        (Method::POST, "/v1/tenants/no%20where/watch", "", 404, 5, "TENANT_NOT_FOUND"),
+        (Method::POST, "/v1/tenants/no%2Bwhere/watch", "", 404, 5, "TENANT_NOT_FOUND"),
+        (Method::POST, "/v1/tenants/no%20where/watch", "", 400, 3, "INVALID_TENANT"),
         (Method::POST, "/v1/watch/watch", "{}", 400, 3, "INVALID_TENANT"),
         (Method::POST, "/v1/watch/watch", r#"{"tenant_id": "nowhere"}"#, 404, 5, "TENANT_NOT_FOUND"),
         (Method::DELETE, watch, "", 405, 12, ""),

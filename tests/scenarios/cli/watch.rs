@@ -191,23 +191,10 @@ async fn refusals_are_final_and_absence_is_not() {
         tuplewatch(&[&refused[..], flags].concat()).await.failed(&["tuplewatch: the server refused", says]);
     }
 
-    // Something that is no tuplewatch, nothing at all, and then a server that comes and goes.
-    let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let foreign = format!("http://{}", other.local_addr().unwrap());
-    tokio::spawn(async move {
-        use tokio::io::AsyncWriteExt as _;
-        while let Ok((mut connection, _)) = other.accept().await {
-            let _ = connection.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
-        }
-    });
-    let mut puzzled = watch(&foreign, &["--tenant", "t1"]);
-    puzzled.complains("; reconnecting").await;
-    puzzled.signal("TERM");
-    assert_eq!(puzzled.ended().await.code(), Some(0));
-
+    // A server that comes and goes.
     server.kill_9().await;
     let mut patient = watch(&address, &["--tenant", "t1"]);
-    patient.complains("Connection refused (os error 111); reconnecting").await;
+    patient.complains(": Connection refused; reconnecting in 0.1 s, then at least every 5 s").await;
     patient.complains(&address.trim_end_matches('/')["http://".len()..]).await;
     server.start().await;
     patient.complains("watching tenant t1 on ").await;
@@ -219,14 +206,92 @@ async fn refusals_are_final_and_absence_is_not() {
     patient.complains("; reconnecting").await;
     sql.insert("t1", "a").await;
     server.start().await;
-    patient.complains("connected again, resuming after the last token (…").await;
+    patient.complains("connected again, resuming after token …").await;
     assert!(patient.prints(1).await[0].ends_with("+ document:a#viewer@user:u"));
     sql.run("TRUNCATE tuplewatch.relation_tuples").await;
     patient.complains("GAP: the history of tenant t1 is not continuous").await;
+    patient.complains(". Changes are missing here; resuming after token …").await;
+    assert!(!patient.complained().iter().any(|line| line.contains("next_snap_token")), "that is for programs");
     sql.insert("t1", "b").await;
     assert!(patient.prints(2).await[1].ends_with("+ document:b#viewer@user:u"));
     patient.signal("INT");
     assert_eq!(patient.ended().await.code(), Some(0));
+}
+
+/// What a listener answers that is no tuplewatch.
+async fn foreign(answer: &'static [u8]) -> u16 {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut connection, _)) = listener.accept().await {
+            let mut request = [0; 4096];
+            let _ = connection.read(&mut request).await;
+            let _ = connection.write_all(answer).await;
+            // Until the other end has read it.
+            while connection.read(&mut request).await.is_ok_and(|read| read > 0) {}
+        }
+    });
+    port
+}
+
+/// Nothing is said in the words of a library.
+fn is_plain(said: &str) -> bool {
+    let raw =
+        ["transport error", "h2 protocol error", "status:", "http2 error", "os error", "tcp connect error", "rustls"];
+    !raw.iter().any(|text| said.contains(text))
+}
+
+#[tokio::test]
+async fn it_ends_on_what_waiting_does_not_heal() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let tls_to_plain = format!("https://{}", server.address());
+    let http1 = format!("http://127.0.0.1:{}", foreign(b"HTTP/1.1 400 Bad Request\r\n\r\n").await);
+    // A fatal alert, as a server with TLS answers what is none.
+    let tls = format!("http://127.0.0.1:{}", foreign(b"\x15\x03\x03\x00\x02\x02\x0a").await);
+    for (address, says) in [
+        (&http1, "it does not speak gRPC without TLS: write https://"),
+        (&tls, "it does not speak gRPC without TLS: write https://"),
+        (&tls_to_plain, "it does not speak TLS: write http://"),
+    ] {
+        let ran = tuplewatch(&["watch", "--tenant", "t1", "--server", address]).await;
+        assert!(is_plain(&ran.err), "{ran:?}");
+        ran.failed(&[&format!("tuplewatch: cannot watch {address}: {says}")]);
+        // Who tries once may find the connection closed before the answer that tells why.
+        let ran = tuplewatch(&["health", "--server", address]).await;
+        assert!(is_plain(&ran.err), "{ran:?}");
+        ran.failed(&[&format!("tuplewatch: cannot reach {address}: ")]);
+    }
+    for address in ["http://127.0.0.1:99999", "127.0.0.1:3478", "http://h:1/path", "ftp://h:1"] {
+        tuplewatch(&["watch", "--tenant", "t1", "--server", address]).await.misused(&["write http://host:port"]);
+        tuplewatch(&["health", "--server", address]).await.misused(&["write http://host:port"]);
+    }
+    tuplewatch(&["watch", "--tenant", "a b", "--server", &url(&server)])
+        .await
+        .failed(&["the server refused: the tenant id must be"]);
+}
+
+#[tokio::test]
+async fn it_ends_where_watch_is_off_and_waits_where_a_place_is_to_be_had() {
+    let postgres = Postgres::start().await;
+    let mut server = Server::serve(&postgres, &[("--service-watch-subscribers-max", "1")]).await;
+    let address = url(&server);
+    let stream = server.watch("t1", "").await;
+    let waiting = watch(&address, &["--tenant", "t1"]);
+    waiting.complains("as many streams as it may (service.watch.subscribers_max); reconnecting in 1 s").await;
+    drop(stream);
+    waiting.complains("watching tenant t1 on ").await;
+
+    server.terminate().await;
+    server.ended().await;
+    waiting.complains("; reconnecting in ").await;
+    server.set("--service-watch-enabled", "false");
+    server.start().await;
+    let mut waiting = waiting;
+    assert_eq!(waiting.ended().await.code(), Some(1));
+    waiting.complains("the server refused: Watch is disabled in this server's configuration").await;
+    assert!(waiting.complained().iter().all(|line| is_plain(line)));
 }
 
 #[tokio::test]

@@ -1,0 +1,102 @@
+//! `logger.format: json`: every line of the standard error is JSON, to the last one.
+
+use super::process::{Ran, program, run};
+use crate::support::postgres::Postgres;
+use crate::support::server::Server;
+use serde_json::Value as Json;
+use tokio::process::Command;
+
+/// Ends with this code; the last line of what it logged is an error with this text, and all lines are JSON.
+fn ends(ran: &Ran, code: i32, says: &str) {
+    assert_eq!(ran.code, Some(code), "{ran:?}");
+    let lines: Vec<Json> = ran
+        .err
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect();
+    let last = lines.last().unwrap_or_else(|| panic!("{ran:?}"));
+    assert_eq!(last["level"], "ERROR", "{ran:?}");
+    assert!(last["message"].as_str().unwrap().contains(says), "{ran:?}");
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = program(&std::env::temp_dir());
+    command.args(arguments);
+    command
+}
+
+#[tokio::test]
+async fn the_error_at_the_end_is_json() {
+    let json = ["--logger-format", "json"];
+    let nowhere = ["--database-uri", "postgres://u@127.0.0.1:1/d"];
+    for (arguments, code, says) in [
+        (&["serve"][..], 2, "`database.uri` is required"),
+        (&["serve", "--server-grpc-port", "high"], 2, "must be a whole number"),
+        (&["serve", "--config", "nowhere.yaml"], 2, "cannot read file nowhere.yaml"),
+        (
+            &["serve", "--database-uri", "postgres://u@127.0.0.1:1/d", "--mapping-file", "nowhere.yaml"],
+            2,
+            "cannot read mapping",
+        ),
+        (&["serve", "--database-uri", "http://h/d"], 2, "database.uri cannot be used"),
+        (&["config", "--server-grpc-port", "high"], 2, "must be a whole number"),
+        (&["doctor"], 2, "`database.uri` is required"),
+        (&["dev", "--database-uri", "postgres://u@h/d"], 2, "dev starts a PostgreSQL of its own"),
+    ] {
+        ends(&run(command(&[arguments, &json].concat())).await, code, says);
+    }
+    for subcommand in ["setup", "teardown"] {
+        ends(&run(command(&[&[subcommand], &json[..], &nowhere].concat())).await, 1, "Connection refused");
+    }
+}
+
+#[tokio::test]
+async fn the_format_is_found_in_each_source_whatever_else_is_wrong() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("server.yaml");
+    std::fs::write(&file, "logger: {format: json}\nsever: {port: 1}\n").unwrap();
+    ends(&run(command(&["serve", "--config", file.to_str().unwrap()])).await, 2, "did you mean `server`?");
+
+    let mut from_environment = command(&["serve", "--server-grpc-port", "high"]);
+    from_environment.env("TUPLEWATCH_LOGGER__FORMAT", "json").env("TUPLEWATCH_SEVER__PORT", "1");
+    ends(&run(from_environment).await, 2, "the configuration has 2 errors");
+
+    // Text stays text, and so does what concerns no format.
+    let text = run(command(&["serve", "--logger-format", "text"])).await;
+    assert!(text.err.starts_with("tuplewatch: the configuration has an error"), "{text:?}");
+    let usage = run(command(&["serve", "--logger-format", "json", "--no-such-flag"])).await;
+    assert!(usage.err.starts_with("error: unexpected argument"), "{usage:?}");
+}
+
+/// Before anything else: there are not even descriptors for a runtime.
+#[tokio::test]
+async fn a_process_that_cannot_begin_says_so_in_json() {
+    for (format, begins) in [("json", "{"), ("text", "tuplewatch: cannot start: ")] {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "ulimit -n 4; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_tuplewatch"), "serve"]);
+        let ran = run({
+            shell.args(["--logger-format", format, "--database-uri", "postgres://u@h/d"]);
+            shell
+        })
+        .await;
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+        assert!(ran.err.starts_with(begins) && ran.err.contains("cannot start: Too many open files"), "{ran:?}");
+        if format == "json" {
+            ends(&ran, 1, "cannot start: Too many open files");
+        }
+    }
+}
+
+/// A port that is taken, and a change log that cannot be made: after the log has begun.
+#[tokio::test]
+async fn a_start_that_fails_ends_in_json() {
+    let postgres = Postgres::start().await;
+    let server = Server::serve(&postgres, &[]).await;
+    let (uri, port) = (postgres.uri(), server.address().port().to_string());
+    let serve = ["serve", "--logger-format", "json", "--database-uri", &uri, "--server-host", "127.0.0.1"];
+    let ran = run(command(&[&serve[..], &["--server-grpc-port", &port]].concat())).await;
+    ends(&ran, 1, "cannot listen on 127.0.0.1:");
+
+    let free = ["--server-grpc-port", "0", "--server-http-port", "0", "--changelog-path", "/dev/null/log"];
+    ends(&run(command(&[&serve[..], &free].concat())).await, 1, "/dev/null/log");
+}
