@@ -67,7 +67,9 @@ async fn main() {
     // Dropped last: the server's log comes before it.
     let _told = Failed { seed };
     let mut world = World::start(&FAULTS, &SETTINGS, &FLAGS, seed).await;
-    let mut oracle = Oracle::begin(&world.postgres.uri(), &world.endpoint(), seed, MESSAGE_BYTES, Box::new(world.server.gap_log())).await;
+    let mut oracle =
+        Oracle::begin(&world.postgres.uri(), &world.endpoint(), seed, MESSAGE_BYTES, Box::new(world.server.gap_log()))
+            .await;
     let began = Instant::now();
     let (mut rounds, mut transactions, mut changes, mut returns, mut faults) = (0, 0, 0, 0, Tally::default());
     while began.elapsed() < Duration::from_secs(60 * minutes) {

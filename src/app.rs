@@ -214,8 +214,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let session_options = session_options(config, mapping.clone());
     let postgres = Postgres::new(session_options.clone(), endpoints.clone());
     let primaries = postgres.primaries();
-    let monitor =
-        Monitor::new(endpoints, primaries.clone(), &session_options, &state.node_id, thresholds(config));
+    let monitor = Monitor::new(endpoints, primaries.clone(), &session_options, &state.node_id, thresholds(config));
     let mut stop = std::pin::pin!(stop);
     let ready = tokio::select! {
         ready = postgres.preflight(&state) => ready.map(|()| true),

@@ -61,7 +61,13 @@ impl UnsettledGap {
         writers: Vec<Xid8>,
     ) -> Self {
         let found = Some(Found { mapping, published });
-        Self { from: Position::at(from), reason, writers: writers.into_iter().collect(), found, noticed: Instant::now() }
+        Self {
+            from: Position::at(from),
+            reason,
+            writers: writers.into_iter().collect(),
+            found,
+            noticed: Instant::now(),
+        }
     }
 
     /// One that an earlier session recorded as open.

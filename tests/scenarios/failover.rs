@@ -18,7 +18,8 @@ const MESSAGE_BYTES: usize = 1 << 20;
 /// A round in which `disturb` has the standby promoted.
 async fn round(pair: &mut Pair, disturb: impl AsyncFnOnce(&mut Pair, &Load<'_>)) -> Round {
     let seed = seed();
-    let mut oracle = Oracle::begin(&pair.uri(), &pair.server.endpoint(), seed, MESSAGE_BYTES, Box::new(pair.server.gap_log())).await;
+    let mut oracle =
+        Oracle::begin(&pair.uri(), &pair.server.endpoint(), seed, MESSAGE_BYTES, Box::new(pair.server.gap_log())).await;
     let round = oracle
         .round(&[Fault::Failover], async |load| {
             some_time(load).await;

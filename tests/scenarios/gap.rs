@@ -164,7 +164,8 @@ impl Case {
                 sql.run("COMMIT PREPARED 'late'").await;
             }
             Ends::Terminate => {
-                let statement = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state = 'idle in transaction'";
+                let statement =
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state = 'idle in transaction'";
                 sql.run(statement).await;
             }
         }
@@ -198,7 +199,10 @@ async fn a_gap_ends_after_every_transaction_that_wrote_inside_it() {
 async fn a_table_that_a_new_mapping_adds_is_complete_only_after_its_writers() {
     let postgres = Postgres::start().await;
     let (sql, writer) = (postgres.sql().await, postgres.sql().await);
-    sql.run("CREATE TABLE a (t text, id text, PRIMARY KEY (t, id)); CREATE TABLE b (t text, id text, PRIMARY KEY (t, id))").await;
+    sql.run(
+        "CREATE TABLE a (t text, id text, PRIMARY KEY (t, id)); CREATE TABLE b (t text, id text, PRIMARY KEY (t, id))",
+    )
+    .await;
     let directory = tempfile::tempdir().unwrap();
     let file = |name: &str, tables: &[&str]| {
         let path = directory.path().join(name);
@@ -249,9 +253,11 @@ async fn what_is_published_is_checked_at_once_when_somebody_asks() {
     let began = Instant::now();
     for n in 0..6 {
         let mut stream = server.watch("t1", "").await;
-        sql.run("BEGIN; ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.relation_tuples; \
-                 ALTER PUBLICATION tuplewatch ADD TABLE tuplewatch.relation_tuples; COMMIT")
-            .await;
+        sql.run(
+            "BEGIN; ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.relation_tuples; \
+                 ALTER PUBLICATION tuplewatch ADD TABLE tuplewatch.relation_tuples; COMMIT",
+        )
+        .await;
         match n % 2 {
             0 => sql.run("SELECT pg_logical_emit_message(true, 'tuplewatch', 'check')").await,
             _ => server.hang_up().await,

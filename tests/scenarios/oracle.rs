@@ -36,7 +36,7 @@ async fn everybody_gets_everything_while_both_crash() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everybody_gets_everything_but_what_a_gap_tells_while_the_publication_changes() {
-    let missed = run(&TIGHT, 1 << 10, &[Unpublish, Kill]).await;
+    let missed = run(&TIGHT, 1 << 10, &[Unpublish]).await;
     assert!(missed > 0, "nothing was written while it was not published");
 }
 
@@ -51,7 +51,9 @@ async fn everybody_gets_everything_while_one_of_two_nodes_is_killed() {
 async fn run(flags: &[(&str, &str)], message_bytes: usize, faults: &'static [Fault]) -> usize {
     let seed = seed();
     let mut world = World::start(faults, &[], flags, seed).await;
-    let mut oracle = Oracle::begin(&world.postgres.uri(), &world.endpoint(), seed, message_bytes, Box::new(world.server.gap_log())).await;
+    let mut oracle =
+        Oracle::begin(&world.postgres.uri(), &world.endpoint(), seed, message_bytes, Box::new(world.server.gap_log()))
+            .await;
     let round = oracle
         .round(faults, async |load| {
             let tally = world.disturb(faults, load, Duration::from_secs(12), 3).await;

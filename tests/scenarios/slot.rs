@@ -103,7 +103,11 @@ async fn a_slot_that_moved_on_while_we_were_down_is_a_break_for_everybody() {
             stream.expect(created(&after)).await;
             server.die_and_return().await;
         }
-        assert_eq!(server.times_said("a gap in the stream: the replication slot had moved on"), n + 1, "said once each");
+        assert_eq!(
+            server.times_said("a gap in the stream: the replication slot had moved on"),
+            n + 1,
+            "said once each"
+        );
         stream = server.watch("t1", "").await;
     }
 }

@@ -124,13 +124,7 @@ impl Load<'_> {
 impl Oracle {
     /// Of the database that this URI leads to, and subscribers of the nodes at this address. To be called before anything is
     /// written.
-    pub(crate) async fn begin(
-        uri: &str,
-        endpoint: &Endpoint,
-        seed: u64,
-        message_bytes: usize,
-        gaps: GapLog,
-    ) -> Self {
+    pub(crate) async fn begin(uri: &str, endpoint: &Endpoint, seed: u64, message_bytes: usize, gaps: GapLog) -> Self {
         let sql = Sql::connect(uri).await;
         add_tenants(&sql).await;
         reference::begin(&sql).await;
@@ -444,7 +438,8 @@ impl Subscriber {
 
     /// That all of these lie in gaps that it was told of; how many there are.
     fn not_sent(&self, changes: &[(u64, &Change)], logged: &HashMap<Lsn, Lsn>) -> usize {
-        let interval = |to: &Lsn| *logged.get(to).unwrap_or_else(|| panic!("the log has no line for the gap up to {to}"));
+        let interval =
+            |to: &Lsn| *logged.get(to).unwrap_or_else(|| panic!("the log has no line for the gap up to {to}"));
         let gaps: Vec<(Lsn, Lsn)> = self.told.iter().map(|to| (interval(to), *to)).collect();
         for (commit_lsn, change) in changes {
             let commit = Lsn(*commit_lsn);
