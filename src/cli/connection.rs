@@ -52,7 +52,9 @@ fn server_url(text: &str) -> Result<String, String> {
     let is_server = |uri: &Uri| {
         let is_place = |authority: &Authority| {
             let (whole, host) = (authority.as_str(), authority.host());
-            !matches!(host, "" | "[]") && (whole == host || authority.port_u16().is_some_and(|port| port != 0))
+            !whole.contains('@')
+                && !matches!(host, "" | "[]")
+                && (whole == host || authority.port_u16().is_some_and(|port| port != 0))
         };
         matches!(uri.scheme_str(), Some("http" | "https"))
             && matches!(uri.path(), "" | "/")

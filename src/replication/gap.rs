@@ -16,6 +16,7 @@
 
 use super::Error;
 use super::intake::Intake;
+use super::transactions::NAMED_MAX;
 use super::upstream::{Link, Writer};
 use crate::changelog::{Entry, Verified};
 use crate::lsn::{Lsn, Position, Xid8};
@@ -28,8 +29,6 @@ use tokio::time::Instant;
 const WRITERS_MAX: Duration = Duration::from_secs(3);
 /// How often the server is asked whether writers have ended.
 pub(super) const WRITERS_EVERY: Duration = Duration::from_millis(250);
-/// Transactions that a log line names.
-const NAMED_MAX: usize = 5;
 
 /// See the module. Belongs to one session.
 #[derive(Debug)]
@@ -109,8 +108,8 @@ impl UnsettledGap {
         }
         if !self.writers.is_empty() {
             tracing::warn!(
-                "{}: the gap stays open until {}, as they may commit rows that PostgreSQL does not send; subscribers are told \
-                 now, and again with the token to go on from when it ends",
+                "{}: the gap stays open until these transactions have ended, as they may commit rows that PostgreSQL does not \
+                 send: {}. Subscribers are told now, and again with the token to go on from when it ends",
                 self.reason,
                 describe(&running)
             );
@@ -132,10 +131,14 @@ impl UnsettledGap {
     }
 }
 
-/// "these transactions have ended: …", for people.
+/// The transactions, for people.
 fn describe(running: &[Writer]) -> String {
-    let named: Vec<&str> = running.iter().take(NAMED_MAX).map(|writer| writer.description.as_str()).collect();
-    let more = running.len().saturating_sub(NAMED_MAX);
-    let more = if more == 0 { String::new() } else { format!(", and {more} more") };
-    format!("these transactions have ended: {}{more}", named.join(", "))
+    let mut named: Vec<&str> = running.iter().map(|writer| writer.description.as_str()).collect();
+    // One that has savepoints has several ids.
+    named.sort_unstable();
+    named.dedup();
+    let more = named.len().saturating_sub(NAMED_MAX);
+    named.truncate(NAMED_MAX);
+    let more = if more == 0 { String::new() } else { format!("; and {more} more") };
+    format!("{}{more}", named.join("; "))
 }

@@ -5,6 +5,7 @@ use super::primaries::Found;
 use super::publication::{Checks, Published};
 use super::requirements;
 use super::slot::{self, Slot, Waiting};
+use super::transactions;
 use super::upstream::{Link, Server, Started, Upstream, Writer};
 use super::{Error, Event, Fatal, Options, Primaries};
 use crate::changelog::State;
@@ -14,13 +15,10 @@ use crate::pgoutput::RelationId;
 use crate::timeline::{History, Source};
 use futures_util::FutureExt as _;
 use pgwire_replication::{ReplicationClient, ReplicationConfig, ReplicationEvent};
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
-use tokio_postgres::Row;
-use tokio_postgres::types::Type;
 
 /// How often we say something unasked. While PostgreSQL decodes what is not for us it does not ping, and looks at the last reply
 /// only when it is done.
@@ -362,55 +360,11 @@ impl Link for PostgresLink {
     }
 
     async fn writers(&self, tables: &[RelationId]) -> Result<Vec<Xid8>, Error> {
-        // The locks of one look, so that a transaction's lock on a table and the one on its id belong together. Who holds the first
-        // and not yet the second has not written. Ids of savepoints are among them.
-        let statement = "WITH held AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted)
-             SELECT DISTINCT pg_current_snapshot()::text, own.transactionid::text
-               FROM held AS lock
-               JOIN held AS own ON own.virtualtransaction = lock.virtualtransaction AND own.pid IS NOT DISTINCT FROM lock.pid
-              WHERE lock.locktype = 'relation'
-                AND lock.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-                AND lock.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
-                AND (lock.relation = ANY ($1)
-                     OR EXISTS (SELECT FROM pg_partition_ancestors(lock.relation) AS above(oid) WHERE above.oid = ANY ($1)))
-                AND own.locktype = 'transactionid' AND own.mode = 'ExclusiveLock'";
-        let oids: Vec<u32> = tables.iter().map(|table| table.0).collect();
-        let rows = bounded(self.sql.client.query_typed(statement, &[(&oids, Type::OID_ARRAY)])).await?;
-        rows.map_err(sql_error)?
-            .iter()
-            .map(|row| {
-                let (snapshot, xid): (String, String) = (row.get(0), row.get(1));
-                let snapshot: Snapshot = snapshot.parse().map_err(Error::definite)?;
-                Ok(snapshot.xmax().widen(xid.parse().map_err(Error::definite)?))
-            })
-            .collect()
+        bounded(transactions::writers(&self.sql.client, tables)).await?.map_err(sql_error)
     }
 
     async fn running(&self, of: &[Xid8]) -> Result<Vec<Writer>, Error> {
-        // A transaction gives up the lock on its id after its commit record is written. Other users' sessions show no more than their
-        // process to a role without pg_read_all_stats.
-        let statement = "SELECT lock.transactionid::text, lock.pid, activity.usename::text, activity.application_name,
-                    extract(epoch FROM clock_timestamp() - coalesce(activity.xact_start, prepared.prepared))::int8,
-                    prepared.gid
-               FROM pg_locks AS lock
-               LEFT JOIN pg_stat_activity AS activity ON activity.pid = lock.pid
-               LEFT JOIN pg_prepared_xacts AS prepared ON prepared.transaction = lock.transactionid
-              WHERE lock.granted AND lock.locktype = 'transactionid' AND lock.mode = 'ExclusiveLock'
-                AND lock.transactionid::text = ANY ($1)";
-        let ids: HashMap<String, Xid8> = of.iter().map(|xid| ((xid.0 as u32).to_string(), *xid)).collect();
-        let asked: Vec<&str> = ids.keys().map(String::as_str).collect();
-        let rows = bounded(self.sql.client.query_typed(statement, &[(&asked, Type::TEXT_ARRAY)])).await?;
-        let describe = |row: &Row| {
-            let xid = *ids.get(row.get::<_, &str>(0))?;
-            let (pid, gid): (Option<i32>, Option<&str>) = (row.get(1), row.get(5));
-            let mut parts: Vec<String> = pid.map(|pid| format!("pid {pid}")).into_iter().collect();
-            parts.extend(gid.map(|gid| format!("prepared as {gid:?}")));
-            parts.extend(row.get::<_, Option<&str>>(2).map(|user| format!("user {user:?}")));
-            parts.extend(row.get::<_, Option<&str>>(3).map(|application| format!("application {application:?}")));
-            parts.extend(row.get::<_, Option<i64>>(4).map(|seconds| format!("open for {seconds} s")));
-            Some(Writer { xid, description: format!("{} ({})", xid.0, parts.join(", ")) })
-        };
-        Ok(rows.map_err(sql_error)?.iter().filter_map(describe).collect())
+        bounded(transactions::running(&self.sql.client, of)).await?.map_err(sql_error)
     }
 
     async fn mark(&self) -> Result<Lsn, Error> {

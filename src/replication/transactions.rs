@@ -10,8 +10,11 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::catalog::{Document, Table, literal};
+use super::upstream::Writer;
 use crate::finding::Span;
+use crate::lsn::Xid8;
 use crate::mapping::TableName;
+use crate::pgoutput::RelationId;
 
 /// The oldest that are named; more would not help whoever reads it.
 pub(super) const NAMED_MAX: usize = 5;
@@ -144,6 +147,72 @@ pub(super) async fn open(
         )
         .await?;
     row.try_get::<_, Document<Vec<Transaction>>>(0).map(|document| document.0)
+}
+
+/// Those that have an id and have locked one of these tables, or a partition of one, as writers do.
+///
+/// # Errors
+/// Where PostgreSQL cannot be asked.
+pub(super) async fn writers(client: &Client, tables: &[RelationId]) -> Result<Vec<Xid8>, tokio_postgres::Error> {
+    // All locks in one look, so that a transaction's lock of a table and the one of its id belong together. A transaction that has the
+    // first and not yet the second has not written. Ids of savepoints are among them.
+    let sql = "
+        WITH held AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted)
+        SELECT DISTINCT pg_snapshot_xmax(pg_current_snapshot())::text::int8, own.transactionid::text::int8
+          FROM held AS lock
+          JOIN held AS own ON own.virtualtransaction = lock.virtualtransaction AND own.pid IS NOT DISTINCT FROM lock.pid
+         WHERE lock.locktype = 'relation' AND lock.mode = ANY ($2)
+           AND lock.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+           AND (lock.relation = ANY ($1)
+                OR EXISTS (SELECT FROM pg_partition_ancestors(lock.relation) AS above(oid) WHERE above.oid = ANY ($1)))
+           AND own.locktype = 'transactionid' AND own.mode = 'ExclusiveLock'";
+    let oids: Vec<u32> = tables.iter().map(|table| table.0).collect();
+    let modes = Locks::Writing.modes();
+    let rows = client.query_typed(sql, &[(&oids, Type::OID_ARRAY), (&modes, Type::TEXT_ARRAY)]).await?;
+    rows.iter()
+        .map(|row| {
+            let (next, xid): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
+            Ok(Xid8(next.cast_unsigned()).widen(low_half(Xid8(xid.cast_unsigned()))))
+        })
+        .collect()
+}
+
+/// Those of these transactions that have not ended. One that has, has given up the lock of its id, which is after its commit record
+/// was written.
+///
+/// # Errors
+/// Where PostgreSQL cannot be asked.
+pub(super) async fn running(client: &Client, of: &[Xid8]) -> Result<Vec<Writer>, tokio_postgres::Error> {
+    let sql = "
+        SELECT COALESCE(json_agg(json_build_object(
+                   'xid', transactionid::text::int8, 'tables', json_build_array(),
+                   'owner', CASE WHEN gid IS NULL THEN json_build_object('session', lock.pid)
+                                 ELSE json_build_object('prepared', gid) END,
+                   'open_seconds', extract(epoch FROM clock_timestamp() - COALESCE(xact_start, prepared)),
+                   'whose', concat_ws(', ', 'user ' || COALESCE(usename, owner), NULLIF(application_name, ''), state))), '[]')
+          FROM pg_locks AS lock
+          LEFT JOIN pg_stat_activity AS activity ON activity.pid = lock.pid
+          LEFT JOIN pg_prepared_xacts ON transaction = transactionid
+         WHERE granted AND locktype = 'transactionid' AND mode = 'ExclusiveLock' AND transactionid::text = ANY ($1)";
+    #[derive(Deserialize)]
+    struct Running {
+        xid: u32,
+        #[serde(flatten)]
+        transaction: Transaction,
+    }
+    let asked: Vec<String> = of.iter().map(|xid| low_half(*xid).to_string()).collect();
+    let row = client.query_typed_one(sql, &[(&asked, Type::TEXT_ARRAY)]).await?;
+    let Document(running) = row.try_get::<_, Document<Vec<Running>>>(0)?;
+    let writer = |running: Running| {
+        let xid = of.iter().find(|xid| low_half(**xid) == running.xid)?;
+        Some(Writer { xid: *xid, description: running.transaction.to_string() })
+    };
+    Ok(running.into_iter().filter_map(writer).collect())
+}
+
+/// As PostgreSQL's `xid` has it.
+const fn low_half(xid: Xid8) -> u32 {
+    (xid.0 & 0xFFFF_FFFF) as u32
 }
 
 impl Transaction {

@@ -51,7 +51,7 @@ pub struct Started {
 pub struct Writer {
     /// Its id.
     pub xid: Xid8,
-    /// Id, process, user, application and age, as far as they can be seen.
+    /// Whose it is and what ends it, as far as that can be seen, for people.
     pub description: String,
 }
 

@@ -2,7 +2,7 @@
 
 use crate::support::api::Api;
 use crate::support::change::Change;
-use crate::support::interruption::{Interruption, Lasting, Remedy, side_by_side};
+use crate::support::interruption::{Interruption, Lasting, Remedy, each_on_a_cluster};
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use tuplewatch::grpc::proto::TupleFilter;
@@ -12,13 +12,12 @@ const INHERIT: &str = "CREATE TABLE tuplewatch.archive () INHERITS (tuplewatch.r
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_table_that_inherits_is_an_error_and_then_a_break() {
-    let mut clusters = Vec::new();
-    let mut runs = Vec::new();
-    for (name, remedy) in [
-        ("detached", Remedy::Sql(&["ALTER TABLE tuplewatch.archive NO INHERIT tuplewatch.relation_tuples"])),
-        ("dropped", Remedy::Sql(&["DROP TABLE tuplewatch.archive"])),
-    ] {
-        let case = Interruption {
+    each_on_a_cluster(
+        [
+            ("detached", Remedy::Sql(&["ALTER TABLE tuplewatch.archive NO INHERIT tuplewatch.relation_tuples"])),
+            ("dropped", Remedy::Sql(&["DROP TABLE tuplewatch.archive"])),
+        ]
+        .map(|(name, remedy)| Interruption {
             name,
             fault: &[INHERIT],
             reasons: &["SCHEMA_CHANGED"],
@@ -30,13 +29,9 @@ async fn a_table_that_inherits_is_an_error_and_then_a_break() {
                 ],
                 remedy,
             }),
-        };
-        let postgres = Postgres::start().await;
-        let server = case.prepare(&postgres).await;
-        runs.push((case, postgres.sql().await, server));
-        clusters.push(postgres);
-    }
-    side_by_side(runs).await;
+        }),
+    )
+    .await;
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@
 
 use super::publication::create_partitioned;
 use crate::support::change::Change;
-use crate::support::interruption::{Interruption, Lasting, Remedy, side_by_side};
+use crate::support::interruption::{Interruption, Lasting, Remedy, each_on_a_cluster};
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use crate::support::sql::Sql;
@@ -132,15 +132,7 @@ async fn mapped_columns_and_tables_that_change_are_breaks_and_errors_where_nothi
             }),
         },
     ];
-    let mut clusters = Vec::new();
-    let mut runs = Vec::new();
-    for case in cases {
-        let postgres = Postgres::start().await;
-        let server = case.prepare(&postgres).await;
-        runs.push((case, postgres.sql().await, server));
-        clusters.push(postgres);
-    }
-    side_by_side(runs).await;
+    each_on_a_cluster(cases).await;
 }
 
 /// What is written meanwhile comes under a name that nobody watches.

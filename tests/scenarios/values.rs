@@ -4,7 +4,7 @@
 
 use super::schema::verified_again;
 use crate::support::change::Change;
-use crate::support::interruption::{Interruption, Lasting, Remedy, side_by_side};
+use crate::support::interruption::{Interruption, Lasting, Remedy, each_on_a_cluster};
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use crate::support::stream::{changes, metadata, reason};
@@ -151,13 +151,5 @@ async fn the_presets_values_change_without_a_row_event() {
             }),
         },
     ];
-    let mut clusters = Vec::new();
-    let mut runs = Vec::new();
-    for case in cases {
-        let postgres = Postgres::start().await;
-        let server = case.prepare(&postgres).await;
-        runs.push((case, postgres.sql().await, server));
-        clusters.push(postgres);
-    }
-    side_by_side(runs).await;
+    each_on_a_cluster(cases).await;
 }

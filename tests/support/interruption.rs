@@ -139,3 +139,16 @@ pub(crate) async fn side_by_side(runs: Vec<(Interruption, Sql, Server)>) {
         })
         .await;
 }
+
+/// The same, each on a cluster of its own, where they would be in each other's way.
+pub(crate) async fn each_on_a_cluster(cases: impl IntoIterator<Item = Interruption>) {
+    let mut clusters = Vec::new();
+    let mut runs = Vec::new();
+    for case in cases {
+        let postgres = Postgres::start().await;
+        let server = case.prepare(&postgres).await;
+        runs.push((case, postgres.sql().await, server));
+        clusters.push(postgres);
+    }
+    side_by_side(runs).await;
+}

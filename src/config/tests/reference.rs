@@ -13,7 +13,8 @@ fn rows() -> Vec<Row> {
     let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md")).unwrap();
     let cells = |line: &str| -> Vec<String> { line.split(" | ").map(str::to_owned).collect() };
     let bare = |cell: &str| cell.trim_start_matches("| ").trim_matches('`').to_owned();
-    let rows = text.lines().filter(|line| line.starts_with("| `")).map(cells);
+    // Other tables have fewer columns.
+    let rows = text.lines().filter(|line| line.starts_with("| `")).map(cells).filter(|row| row.len() > 3);
     rows.map(|row| Row { key: bare(&row[0]), takes: row[1].clone(), default: bare(&row[2]) }).collect()
 }
 

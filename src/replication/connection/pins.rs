@@ -35,8 +35,7 @@ const PINS: [Pin; 26] = [
     ("xmlbinary", "base64", All),
     ("xmloption", "content", All),
     ("array_nulls", "on", All),
-    // A value that names a table, a function or a type (regclass and its like) leaves out a schema that is in this path. The stream
-    // has the path of an ordinary session; our statements, the path that nobody else's functions are in.
+    // The stream has the path of an ordinary session; our statements, the path that nobody else's functions are in.
     ("search_path", "\"$user\", public", Stream),
     ("search_path", "pg_catalog, pg_temp", Sql),
     // How our statements are read, and how PostgreSQL writes the expressions that checks compare.

@@ -14,14 +14,20 @@ use crate::finding::{Bytes, Finding, Report};
 pub(in crate::replication) struct Version {
     text: String,
     major: i32,
+    minor: i32,
 }
+
+/// The first minor release of a major version whose walsender, after a transaction that wrote while a publication was altered, does not go
+/// on with what was published before.
+const MENDED_IN: [(i32, i32); 4] = [(14, 18), (15, 13), (16, 9), (17, 5)];
 
 impl Version {
     /// By itself, because an older one has not what else is asked for.
     pub(in crate::replication) async fn read(client: &Client) -> Result<Self, tokio_postgres::Error> {
-        let sql = "SELECT current_setting('server_version'), current_setting('server_version_num')::int4 / 10000";
+        let sql = "SELECT current_setting('server_version'), current_setting('server_version_num')::int4";
         let row = client.query_typed_one(sql, &[]).await?;
-        Ok(Self { text: row.try_get(0)?, major: row.try_get(1)? })
+        let number: i32 = row.try_get(1)?;
+        Ok(Self { text: row.try_get(0)?, major: number / 10_000, minor: number % 10_000 })
     }
 
     pub(super) const fn major(&self) -> i32 {
@@ -39,6 +45,16 @@ impl Version {
         if !self.is_supported() {
             let what = format!("PostgreSQL {text} is too old: {oldest} is the oldest that works");
             Finding::error(SUBJECT, what).fix(format!("-- upgrade PostgreSQL to {oldest} or newer"))
+        } else if let Some((major, minor)) =
+            MENDED_IN.iter().find(|(major, minor)| self.major == *major && self.minor < *minor)
+        {
+            let what = format!("PostgreSQL {text} can go on with what was published before a publication was altered");
+            let meaning = "Where the publication is altered while a transaction writes, rows of later transactions may not be sent, \
+                           and nothing tells.";
+            let fix = format!(
+                "-- update PostgreSQL to {major}.{minor} or newer; until then restart tuplewatch after ALTER PUBLICATION"
+            );
+            Finding::warning(SUBJECT, what).means(meaning).fix(fix)
         } else if self.major <= *newest {
             Finding::ok(SUBJECT, format!("PostgreSQL {text}"))
         } else {
@@ -258,16 +274,19 @@ mod tests {
 
     #[test]
     fn versions() {
-        for (major, severity) in [
-            (12, Severity::Error),
-            (13, Severity::Error),
-            (14, Severity::Ok),
-            (18, Severity::Ok),
-            (19, Severity::Warning),
+        for (major, minor, severity) in [
+            (12, 22, Severity::Error),
+            (13, 23, Severity::Error),
+            (14, 17, Severity::Warning),
+            (14, 18, Severity::Ok),
+            (15, 12, Severity::Warning),
+            (17, 5, Severity::Ok),
+            (18, 0, Severity::Ok),
+            (19, 0, Severity::Warning),
         ] {
-            let version = Version { text: format!("{major}.1"), major };
-            assert_eq!(version.finding().severity, severity, "{major}");
-            assert_eq!(version.is_supported(), severity != Severity::Error, "{major}");
+            let version = Version { text: format!("{major}.{minor}"), major, minor };
+            assert_eq!(version.finding().severity, severity, "{major}.{minor}");
+            assert_eq!(version.is_supported(), severity != Severity::Error, "{major}.{minor}");
         }
     }
 

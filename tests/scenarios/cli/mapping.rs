@@ -78,7 +78,8 @@ async fn a_table_of_ones_own_is_watched() {
     let file = file.to_str().unwrap();
     let setup = ["setup", "--database-uri", &uri, "--mapping-file", file];
     tuplewatch(&setup).await.failed(&[
-        "the mapping watches shop.shares, and there is no such table. Create it first, or correct the mapping",
+        "table shop.shares: does not exist, and the mapping watches it",
+        "create it, or correct the mapping",
     ]);
     sql.run(
         "CREATE SCHEMA shop; CREATE TABLE shop.shares (company text, document_id int, role text, person int, \
