@@ -16,7 +16,7 @@
 //! - **Nothing is written for a tenant that is being deleted.** Writers share an advisory lock of the tenant, which its
 //!   deletion takes alone. There is no foreign key (see `sql/0001_tables.sql`), and a row that comes after the deletion would
 //!   come back to life with the next tenant of that name. An advisory lock costs no WAL.
-//! - Facts are read as they are streamed: of an ordinary table without those that inherit from it ([`tenants::Tables`]).
+//! - Facts are read as they are streamed: of an ordinary table without those that inherit from it (`tenants::Tables`).
 //!
 //! Values are never in an error: they are somebody's data.
 

@@ -2,7 +2,7 @@
 //!
 //! `database.uri` may say all that libpq's can. Two drivers have to follow it: tokio-postgres for SQL and
 //! pgwire-replication for the stream, each of which understands only a part. So it is parsed once, here, and resolved
-//! once, to one address of one host; and both drivers are handed sessions that [`logon`] has logged on:
+//! once, to one address of one host; and both drivers are handed sessions that `logon` has logged on:
 //!
 //! ```text
 //! "postgres://…"  ──parse──▶ Endpoints ──connect──▶ Connection (SQL) ──endpoint()──▶ Endpoint
@@ -17,7 +17,7 @@
 //!
 //! - Both connections go to the same *address*, not merely to the same name, which may stand for several servers.
 //! - Both have the same TLS, prove themselves with the same password, and have the same settings, whatever the defaults
-//!   of role, database and server are: see [`pins`].
+//!   of role, database and server are: see `pins`.
 //! - Neither goes to a standby: [`Endpoint::connect`] asks. Nor to an old primary, while there is a newer one.
 //! - No message and no `Debug` output has the password in it.
 //!

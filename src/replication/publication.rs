@@ -23,7 +23,7 @@
 //!   moment lasts until a standby has answered. A DDL in that moment is noticed when it becomes visible, and the break then lies
 //!   behind it by a check or two. Nobody misses it for that: a break is for all readers, and all pass it.
 //!
-//! Most checks read only a [`Sum`], which takes the xmin of every catalog row that the fingerprint is made of. Where it is that of
+//! Most checks read only a `Sum`, which takes the xmin of every catalog row that the fingerprint is made of. Where it is that of
 //! the check before, no such row was written in between, and the fingerprint is the same. Its LSN is read in the same way.
 //!
 //! # What differs and changes nothing

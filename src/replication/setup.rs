@@ -10,7 +10,7 @@
 //!
 //! # All or nothing
 //!
-//! Whatever can be seen to be in the way is looked for first ([`obstacles`]), and said all at once. Then all definitions are one
+//! Whatever can be seen to be in the way is looked for first (`obstacles`), and said all at once. Then all definitions are one
 //! transaction. The slot cannot be part of it: PostgreSQL makes none in a transaction that has written. If it fails for a
 //! reason that could not be seen before (somebody else took the last one, or nobody wanted to wait any longer), the rest is
 //! there, costs nothing, and another run makes the slot.

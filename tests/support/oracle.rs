@@ -413,16 +413,17 @@ impl Subscriber {
             if let Some(before) = n.checked_sub(1).map(|n| &self.gaps[n]) {
                 let first = self.after_gap(before.to, next, &had, expected);
                 if !before.is_dropped {
-                    missed += self.not_sent(&expected[next..first], logged);
+                    missed += self.not_sent(before, &expected[next..first], logged);
                 }
                 next = first;
             }
             for (at, change) in had.iter().enumerate() {
                 // What was sent before a gap was noticed is in order, and may lack what the gap is about.
-                if self.gaps.get(n).is_some_and(|gap| !gap.is_dropped) {
+                let behind = self.gaps.get(n).filter(|gap| !gap.is_dropped || self.faults.contains(&Fault::Unpublish));
+                if let Some(behind) = behind {
                     let found = expected[next..].iter().position(|(_, expected)| expected == change);
                     let Some(passed) = found else { self.fail(&had, at, expected, next) };
-                    missed += self.not_sent(&expected[next..next + passed], logged);
+                    missed += self.not_sent(behind, &expected[next..next + passed], logged);
                     next += passed;
                 } else if expected.get(next).map(|(_, expected)| expected) != Some(change) {
                     self.fail(&had, at, expected, next);
@@ -436,11 +437,12 @@ impl Subscriber {
         (self.kept.iter().map(|message| message.changes.len()).sum(), missed)
     }
 
-    /// That all of these lie in gaps that it was told of; how many there are.
-    fn not_sent(&self, changes: &[(u64, &Change)], logged: &HashMap<Lsn, Lsn>) -> usize {
-        let interval =
-            |to: &Lsn| *logged.get(to).unwrap_or_else(|| panic!("the log has no line for the gap up to {to}"));
-        let gaps: Vec<(Lsn, Lsn)> = self.told.iter().map(|to| (interval(to), *to)).collect();
+    /// That all of these lie in gaps that it was told of; how many there are. Where history was given up, that is told of
+    /// everything before.
+    fn not_sent(&self, behind: &Gap, changes: &[(u64, &Change)], logged: &HashMap<Lsn, Lsn>) -> usize {
+        let is_told = |to: &Lsn| self.told.contains(to) || (behind.is_dropped && *to <= behind.to.lsn);
+        let gaps: Vec<(Lsn, Lsn)> =
+            logged.iter().filter(|(to, _)| is_told(to)).map(|(to, from)| (*from, *to)).collect();
         for (commit_lsn, change) in changes {
             let commit = Lsn(*commit_lsn);
             assert!(
