@@ -378,19 +378,19 @@ async fn open_hub(
 }
 
 /// SIGHUP: what is published is checked at once, and a session that waits to try again does not wait. A terminal that is closed sends
-/// the same signal, and means that the process should end.
+/// the same signal, and means that the process should end. Never returns: the end of a part is the end of the process.
 async fn request_checks(request: Arc<Notify>) {
     use tokio::signal::unix::{SignalKind, signal};
-    if std::io::stderr().is_terminal() {
-        return;
-    }
-    match signal(SignalKind::hangup()) {
-        Ok(mut hangups) => {
-            while hangups.recv().await.is_some() {
-                tracing::info!("SIGHUP: checking at once what is published");
-                request.notify_one();
+    if !std::io::stderr().is_terminal() {
+        match signal(SignalKind::hangup()) {
+            Ok(mut hangups) => {
+                while hangups.recv().await.is_some() {
+                    tracing::info!("SIGHUP: checking at once what is published");
+                    request.notify_one();
+                }
             }
+            Err(error) => tracing::warn!("SIGHUP cannot be caught: {error}"),
         }
-        Err(error) => tracing::warn!("SIGHUP cannot be caught: {error}"),
     }
+    std::future::pending().await
 }

@@ -42,7 +42,7 @@ mod transactions;
 pub mod upstream;
 
 pub use hold_back::HoldBack;
-pub use intake::{CHECK_REQUEST, Event, Intake};
+pub use intake::{Event, Intake};
 pub use postgres::Postgres;
 pub use primaries::Primaries;
 pub use session::Session;

@@ -3,6 +3,7 @@
 //! Without I/O: the session feeds it with events, and so does a test. It drops what was received before, counts what idle
 //! progress means, and puts breaks that were found by a check into their place in the stream.
 
+use super::upstream::CHECK_REQUEST;
 use crate::assembler::{self, Assembler, MESSAGE_PREFIX};
 use crate::changelog::Entry;
 use crate::lsn::{CommitTime, Lsn, Position, Xid8};
@@ -11,10 +12,6 @@ use crate::transaction::{Break, Header, Transaction};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-
-/// The content of the logical message, with tuplewatch's prefix, that asks for a check of what is published at once. Whoever may write
-/// one may also write tuples.
-pub const CHECK_REQUEST: &[u8] = b"check";
 
 /// What the replication driver hands on.
 #[derive(Clone, Debug)]

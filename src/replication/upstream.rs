@@ -12,6 +12,8 @@ use crate::timeline::{History, Source};
 
 /// Has a running session look at once at what is published, and not with its next check: after something was repaired or changed.
 pub(super) const LOOK_AT_ONCE: &str = "SELECT pg_logical_emit_message(true, 'tuplewatch', 'check');";
+/// The content of its message. Whoever may write one may also write tuples.
+pub(super) const CHECK_REQUEST: &[u8] = b"check";
 
 /// Makes links.
 pub trait Upstream: Send + Sync {
