@@ -303,11 +303,11 @@ async fn confirmed_reaches(sql: &Sql, slot: &str, end: &str) -> bool {
 }
 
 async fn drain_bare(postgres: &Postgres, shape: Shape, end: &str) -> Duration {
-    let uri = postgres.uri();
+    let config = postgres.replication_config(BARE);
     let end: Lsn = end.parse().unwrap();
     let read = async move {
         let began = Instant::now();
-        let mut bare = Bare::start(&uri, BARE).await;
+        let mut bare = Bare::start(config).await;
         let mut rows = 0;
         loop {
             let event = bare.next().await;

@@ -31,7 +31,7 @@ mod support {
     pub(crate) mod wait;
 }
 
-use pgwire_replication::ReplicationEvent;
+use pgwire_replication::{ReplicationConfig, ReplicationEvent};
 use prost::Message as _;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -147,8 +147,8 @@ async fn run(postgres: &Postgres, server: &mut Server, sql: &Sql, name: &str, co
         tokio::spawn(on_own_thread(move || receive(address, subscribed, prefix, count)))
     };
     let bare = {
-        let (uri, prefix) = (uri.clone(), prefix.clone());
-        tokio::spawn(on_own_thread(move || read(uri, started, prefix, count)))
+        let (config, prefix) = (postgres.replication_config(SLOT), prefix.clone());
+        tokio::spawn(on_own_thread(move || read(config, started, prefix, count)))
     };
     is_subscribed.await.expect("a stream");
     is_started.await.expect("a stream");
@@ -219,8 +219,8 @@ async fn receive(address: SocketAddr, subscribed: oneshot::Sender<()>, prefix: S
 }
 
 /// Reads the second slot; returns when the commit of each transaction was received.
-async fn read(uri: String, started: oneshot::Sender<()>, prefix: String, count: usize) -> Vec<Instant> {
-    let mut bare = Bare::start(&uri, SLOT).await;
+async fn read(config: ReplicationConfig, started: oneshot::Sender<()>, prefix: String, count: usize) -> Vec<Instant> {
+    let mut bare = Bare::start(config).await;
     started.send(()).unwrap();
     let mut received = Vec::with_capacity(count);
     let mut rows = Vec::with_capacity(count);

@@ -1,9 +1,9 @@
 //! Decoder for pgoutput, protocol version 1, text format: bytes → messages.
 //!
-//! The replication client hands on Begin, Commit and logical messages decoded; this decodes the rest: Relation, Type,
-//! Origin, Insert, Update, Delete and Truncate, as PostgreSQL's "Logical Replication Message Formats" defines them. Pure:
-//! borrowed from the input, no allocation per row, and whatever the bytes are, an error and never a panic. A message of an
-//! unknown type is an error as well: to skip it could be to lose a change.
+//! As PostgreSQL's "Logical Replication Message Formats" defines them: [`boundary`] decodes Begin, Commit and logical messages,
+//! [`decode`] what may stand between them (Relation, Type, Origin, Insert, Update, Delete and Truncate). Pure: borrowed from the
+//! input, no allocation per row, and whatever the bytes are, an error and never a panic. A message of an unknown type is an
+//! error as well: to skip it could be to lose a change.
 //!
 //! A row message names its table by a relation id that an earlier Relation message of the same session defined; see
 //! [`RelationId`]. The [`RelationCache`] keeps those definitions, with whatever the reader derives from them.
@@ -61,6 +61,36 @@ pub struct Column {
     pub in_identity: bool,
     /// The oid of its type.
     pub type_oid: u32,
+}
+
+/// Where a transaction begins and ends, and what somebody wrote with `pg_logical_emit_message`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Boundary<'a> {
+    /// A transaction begins.
+    Begin {
+        /// Its commit LSN (`final_lsn`).
+        commit: u64,
+        /// When it committed: microseconds since 2000-01-01 00:00 UTC.
+        commit_time: i64,
+        /// The lower half of its id.
+        xid: u32,
+    },
+    /// It ends.
+    Commit {
+        /// Its commit LSN.
+        commit: u64,
+        /// Its end LSN.
+        end: u64,
+    },
+    /// A logical message.
+    Logical {
+        /// Whether it belongs to the transaction around it.
+        is_transactional: bool,
+        /// Whose it is. Text in the database's encoding.
+        prefix: &'a [u8],
+        /// What it says.
+        content: &'a [u8],
+    },
 }
 
 /// One decoded message.
@@ -151,7 +181,48 @@ pub enum Error {
     Negative(&'static str),
 }
 
-/// Decodes one message.
+/// Decodes one message, if it is one of these. Any other is for [`decode`].
+///
+/// # Errors
+/// Where the bytes are not exactly one message.
+pub fn boundary(bytes: &[u8]) -> Result<Option<Boundary<'_>>, Error> {
+    let mut reader = Reader::new(bytes);
+    let kind = reader.u8("a message type")?;
+    let boundary = match kind {
+        b'B' => {
+            let commit = reader.u64("a commit LSN")?;
+            let commit_time = reader.i64("a commit time")?;
+            Boundary::Begin { commit, commit_time, xid: reader.u32("a transaction id")? }
+        }
+        b'C' => {
+            reader.u8("flags of a commit")?;
+            let commit = reader.u64("a commit LSN")?;
+            let end = reader.u64("an end LSN")?;
+            reader.i64("a commit time")?;
+            Boundary::Commit { commit, end }
+        }
+        b'M' => {
+            let flags = reader.u8("flags of a logical message")?;
+            reader.u64("a logical message's LSN")?;
+            let prefix = reader.c_string("a logical message's prefix")?;
+            let length = reader.i32("a logical message's length")?;
+            let length = usize::try_from(length).map_err(|_| Error::Negative("logical message's length"))?;
+            let content = reader.bytes(length, "a logical message")?;
+            Boundary::Logical { is_transactional: flags & 1 == 1, prefix, content }
+        }
+        _ => return Ok(None),
+    };
+    whole(kind, &reader).map(|()| Some(boundary))
+}
+
+fn whole(kind: u8, reader: &Reader<'_>) -> Result<(), Error> {
+    match reader.remaining() {
+        0 => Ok(()),
+        n => Err(Error::Trailing(char::from(kind), n)),
+    }
+}
+
+/// Decodes one message that is no [`Boundary`].
 ///
 /// # Errors
 /// Where the bytes are not exactly one message of protocol version 1 in text format.
@@ -213,10 +284,7 @@ pub fn decode(bytes: &[u8]) -> Result<Message<'_>, Error> {
         }
         other => return Err(Error::UnknownType(other)),
     };
-    match reader.remaining() {
-        0 => Ok(message),
-        n => Err(Error::Trailing(char::from(kind), n)),
-    }
+    whole(kind, &reader).map(|()| message)
 }
 
 fn relation(reader: &mut Reader<'_>) -> Result<Relation, Error> {

@@ -8,8 +8,8 @@
 //!
 //! Invariants:
 //!
-//! - *acknowledged ≤ durable ≤ received*, and further back where [`HoldBack`] says so. The driver's `ack_lsn` starts at `0/0`, which PostgreSQL takes for "nothing to
-//!   report", and is raised to what is durable only after the checks have passed.
+//! - *acknowledged ≤ durable ≤ received*, and further back where [`HoldBack`] says so. The server is told `0/0`, which PostgreSQL
+//!   takes for "nothing to report", until the checks have passed.
 //! - Idle progress is a log record too, at most one a second, synced before it is acknowledged.
 //! - A reconnect within the process goes on behind the last transaction that was handed on whole, and drops what comes
 //!   again, so that nobody is sent anything twice.
@@ -18,7 +18,7 @@
 //! Errors are *transient* (back off and reconnect), *definite* (nothing will flow until somebody repairs something: said
 //! once, retried slowly), or *fatal* (the process must end: this log does not belong to this database).
 //!
-//! This module alone knows the replication driver. It does not know the hub.
+//! This module alone knows pgwire-replication, whose messages it reads and writes. It does not know the hub.
 
 mod catalog;
 pub mod connection;

@@ -19,8 +19,8 @@ pub fn init(config: &Logger) {
         LogLevel::Warn => LevelFilter::WARN,
         LogLevel::Error => LevelFilter::ERROR,
     };
-    // Dependencies speak only where something is wrong. The driver calls every lost connection an error; we tell of it ourselves.
-    let filter = EnvFilter::new(format!("warn,pgwire_replication=off,fjall=error,lsm_tree=error,tuplewatch={level}"));
+    // Dependencies speak only where something is wrong.
+    let filter = EnvFilter::new(format!("warn,fjall=error,lsm_tree=error,tuplewatch={level}"));
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // An error means that logging was started before.
     match config.format {

@@ -1,6 +1,6 @@
 //! Work that has a thread to itself, with a runtime of that one thread.
 //!
-//! Tasks that hand much to each other do so without waking anybody else: the session and its driver, the streams of a connection
+//! Tasks that hand much to each other do so without waking anybody else: the session and its reports, the streams of a connection
 //! and what writes them.
 
 use std::io;

@@ -53,11 +53,20 @@ impl<'a> Reader<'a> {
         self.array(what).map(u64::from_be_bytes)
     }
 
-    /// A NUL-terminated UTF-8 string.
-    pub(super) fn str(&mut self, what: &'static str) -> Result<&'a str, Error> {
+    pub(super) fn i64(&mut self, what: &'static str) -> Result<i64, Error> {
+        self.array(what).map(i64::from_be_bytes)
+    }
+
+    /// A NUL-terminated string in whatever encoding, without its end.
+    pub(super) fn c_string(&mut self, what: &'static str) -> Result<&'a [u8], Error> {
         let length = self.rest.iter().position(|byte| *byte == 0).ok_or(Error::Truncated(what))?;
         let text = self.bytes(length, what)?;
         self.u8(what)?;
-        std::str::from_utf8(text).map_err(|_| Error::NotUtf8(what))
+        Ok(text)
+    }
+
+    /// A NUL-terminated UTF-8 string.
+    pub(super) fn str(&mut self, what: &'static str) -> Result<&'a str, Error> {
+        std::str::from_utf8(self.c_string(what)?).map_err(|_| Error::NotUtf8(what))
     }
 }

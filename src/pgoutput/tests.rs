@@ -49,6 +49,27 @@ fn values(row: &Row<'_>) -> Vec<String> {
 }
 
 #[test]
+fn boundaries() {
+    let wire = Wire::of(b'B').u32(0).u32(900).u32(0).u32(5).u32(7);
+    assert_eq!(boundary(&wire.0), Ok(Some(Boundary::Begin { commit: 900, commit_time: 5, xid: 7 })));
+    let wire = Wire::of(b'C').u8(0).u32(1).u32(900).u32(1).u32(950).u32(0).u32(5);
+    assert_eq!(boundary(&wire.0), Ok(Some(Boundary::Commit { commit: (1 << 32) + 900, end: (1 << 32) + 950 })));
+    for is_transactional in [true, false] {
+        // A prefix in an encoding that is not UTF-8.
+        let wire = Wire::of(b'M').u8(is_transactional.into()).u32(0).u32(900).u8(0xE9).u8(0).u32(2).u8(b'h').u8(0);
+        let message = Boundary::Logical { is_transactional, prefix: b"\xE9", content: b"h\0" };
+        assert_eq!(boundary(&wire.0), Ok(Some(message)));
+    }
+    assert_eq!(boundary(&Wire::of(b'I').0), Ok(None));
+    let check = |wire: Wire, expected: Error| assert_eq!(boundary(&wire.0), Err(expected));
+    check(Wire::default(), Error::Truncated("a message type"));
+    check(Wire::of(b'B').u32(0), Error::Truncated("a commit LSN"));
+    check(Wire::of(b'C').u8(0).u32(0).u32(0).u32(0).u32(0).u32(0).u32(0).u8(0), Error::Trailing('C', 1));
+    check(Wire::of(b'M').u8(1).u32(0).u32(0).u8(0).u32(u32::MAX), Error::Negative("logical message's length"));
+    check(Wire::of(b'M').u8(1).u32(0).u32(0).u8(0).u32(1), Error::Truncated("a logical message"));
+}
+
+#[test]
 fn relation_message() {
     let wire = Wire::of(b'R').u32(7).str("public").str("doc").u8(b'f').u16(2);
     let wire = wire.u8(1).str("id").u32(23).u32(u32::MAX).u8(0).str("body").u32(25).u32(u32::MAX);
@@ -112,17 +133,18 @@ fn malformed_messages() {
 proptest! {
     #[test]
     fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
-        let _ = decode(&bytes);
+        let _ = (decode(&bytes), boundary(&bytes));
     }
 
     /// Bytes that begin like a real message get further into the decoder.
     #[test]
     fn damaged_messages_never_panic(
-        kind in proptest::sample::select(b"RYOIUDT".to_vec()),
+        kind in proptest::sample::select(b"BCMRYOIUDT".to_vec()),
         bytes in proptest::collection::vec(prop_oneof![any::<u8>(), Just(0), Just(b'N'), Just(b't'), Just(b'K')], 0..128),
     ) {
         let mut message = vec![kind];
         message.extend(bytes);
+        let _ = boundary(&message);
         if let Ok(Message::Insert { new, .. }) = decode(&message) {
             prop_assert_eq!(new.values().count(), new.len());
         }

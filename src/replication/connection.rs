@@ -1,16 +1,16 @@
 //! Where PostgreSQL is, and connections to it.
 //!
-//! `database.uri` may say all that libpq's can. Two drivers have to follow it: tokio-postgres for SQL and
-//! pgwire-replication for the stream, each of which understands only a part. So it is parsed once, here, and resolved
-//! once, to one address of one host; and both drivers are handed sessions that `logon` has logged on:
+//! `database.uri` may say all that libpq's can, and two kinds of connection have to follow it: SQL, by tokio-postgres, and
+//! replication, whose messages pgwire-replication reads and writes. So it is parsed once, here, and resolved once, to one
+//! address of one host; and both begin with a session that `logon` has logged on:
 //!
 //! ```text
 //! "postgres://…"  ──parse──▶ Endpoints ──connect──▶ Connection (SQL) ──endpoint()──▶ Endpoint
 //!  or "host=…"               every host             the first that is a primary      │
-//!                                                   replication_config(slot, …) ◀────┘
+//!                                                   Walsender ◀──── replicate() ─────┘
 //!
-//! each session:  dial ──▶ wire (TLS: crate::trust) ──▶ logon (password, pins) ──┬──────────▶ tokio-postgres
-//!                                                                              └─▶ relay ─▶ pgwire-replication
+//! each session:  dial ──▶ wire (TLS: crate::trust) ──▶ peer (messages) ──▶ logon (password, pins) ──┬─▶ tokio-postgres
+//!                                                                                                  └─▶ Walsender
 //! ```
 //!
 //! # Invariants
@@ -34,9 +34,10 @@ mod failure;
 mod logon;
 mod passfile;
 mod password;
+mod peer;
 mod pins;
-mod relay;
 mod uri;
+mod walsender;
 mod wire;
 
 use std::fmt;
@@ -46,23 +47,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use pgwire_replication::{PgWireError, ReplicationConfig, TlsConfig};
 use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
 
-use super::catalog::identifier;
 use failure::{Attempt, Failure};
 use logon::{LogOn, LoggedOn};
 use passfile::{Passfile, Wanted};
 use password::Password;
 use pins::Sessions;
-use relay::Relay;
 use wire::{Tls, Wire};
 
-pub use failure::{ConnectError, describe, describe_replication, is_definite, sqlstate};
+pub use failure::{ConnectError, Refusal, describe};
 pub use uri::UriError;
+pub use walsender::{Error as WalsenderError, Identity, Walsender};
 
 /// The timeline that a primary writes; NULL on a standby. The first eight digits of a WAL file's name are its timeline.
 const TIMELINE: &str = "SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery() THEN
@@ -277,43 +276,32 @@ impl Endpoint {
     /// # Errors
     /// As [`Endpoints::connect`].
     pub async fn connect(&self) -> Result<Connection, ConnectError> {
-        let failed = |failure| ConnectError::new(vec![Attempt { endpoint: self.to_string(), failure }]);
-        self.attempt().await.map(|primary| primary.connection).map_err(failed)
+        self.attempt().await.map(|primary| primary.connection).map_err(|failure| self.failed(failure))
     }
 
-    /// Logs on for replication, at the same address; the configuration with which the driver gets this session, once and soon.
-    /// Positions, intervals and bounds are the caller's to set. The session is called `application_name`.
+    /// Logs on for replication, at the same address. The session is called `application_name`.
     ///
     /// # Errors
     /// As [`Endpoints::connect`].
-    pub async fn replication_config(
-        &self,
-        application_name: &str,
-        slot: &str,
-        publication: &str,
-    ) -> Result<ReplicationConfig, ConnectError> {
-        let failed = |failure| ConnectError::new(vec![Attempt { endpoint: self.to_string(), failure }]);
+    pub async fn replicate(&self, application_name: &str) -> Result<Walsender, ConnectError> {
         let session = Box::pin(self.log_on(Sessions::Stream, application_name));
         let session = tokio::time::timeout(self.connect_timeout, session).await;
-        let session = session.map_err(|_| failed(Failure::TimedOut(self.connect_timeout)))?.map_err(failed)?;
-        let relay = Relay::to(session).await.map_err(|error| failed(Failure::Relay(error)))?;
-        // The server reads the names of publications as identifiers: without quotes it would fold them to lower case.
-        let publication = identifier(publication);
-        let host = std::net::Ipv4Addr::LOCALHOST.to_string();
-        Ok(ReplicationConfig::new(host, &self.user, "", &self.database, slot, publication.as_str())
-            .with_port(relay.port)
-            .with_tls(TlsConfig::disabled())
-            .with_application_name(relay.secret))
+        let session = session.map_err(|_| Failure::TimedOut(self.connect_timeout)).flatten();
+        session.map(LoggedOn::into_walsender).map_err(|failure| self.failed(failure))
     }
 
     /// What a failure of the replication connection to this address means.
-    pub fn replication_error(&self, error: PgWireError) -> ConnectError {
-        ConnectError::new(vec![Attempt { endpoint: self.to_string(), failure: Failure::Replication(error) }])
+    pub fn replication_error(&self, error: WalsenderError) -> ConnectError {
+        self.failed(Failure::Replication(error))
     }
 
     /// The same for an error of the SQL connection.
     pub fn sql_error(&self, error: tokio_postgres::Error) -> ConnectError {
-        ConnectError::new(vec![Attempt { endpoint: self.to_string(), failure: Failure::Sql(error) }])
+        self.failed(Failure::Sql(error))
+    }
+
+    fn failed(&self, failure: Failure) -> ConnectError {
+        ConnectError::new(vec![Attempt { endpoint: self.to_string(), failure }])
     }
 
     /// The name of our sessions in `pg_stat_activity`; the server shows 63 bytes of it.
@@ -374,7 +362,7 @@ impl Endpoint {
         let mut config = tokio_postgres::Config::new();
         // What the driver says of itself is swallowed: it is logged on.
         config.user(&self.user).ssl_mode(tokio_postgres::config::SslMode::Disable);
-        let (client, driver) = config.connect_raw(session, NoTls).await.map_err(Failure::Sql)?;
+        let (client, driver) = config.connect_raw(session.disguised(), NoTls).await.map_err(Failure::Sql)?;
         let endpoint = self.to_string();
         let (ending, ended) = watch::channel(None);
         let driver = tokio::spawn(async move {

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-/// What the replication driver hands on.
+/// What the walsender sends.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// pgoutput's Begin.

@@ -1,6 +1,6 @@
-//! A real server: two connections, one for SQL (tokio-postgres) and one that replicates (pgwire-replication).
+//! A real server: two connections, one for SQL and one that replicates.
 
-use super::connection::{self, Connection, Endpoint, Endpoints};
+use super::connection::{self, Connection, Endpoints, Walsender, WalsenderError};
 use super::primaries::Found;
 use super::publication::{Checks, Published};
 use super::requirements;
@@ -10,32 +10,20 @@ use super::upstream::{Link, Server, Started, Upstream, Writer};
 use super::{Error, Event, Fatal, Options, Primaries};
 use crate::changelog::State;
 use crate::finding::{Finding, Report, Severity};
-use crate::lsn::{CommitTime, Lsn, Snapshot, Xid8};
+use crate::lsn::{Lsn, Snapshot, Xid8};
 use crate::pgoutput::RelationId;
 use crate::timeline::{History, Source};
-use futures_util::FutureExt as _;
-use pgwire_replication::{ReplicationClient, ReplicationConfig, ReplicationEvent};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-/// How often we say something unasked. While PostgreSQL decodes what is not for us it does not ping, and looks at the last reply
-/// only when it is done.
-const WAKEUP: Duration = Duration::from_millis(500);
-/// Most often that the server is told how far we are.
-const STATUS_EVERY: Duration = Duration::from_millis(250);
 /// A statement on the side connection that takes longer means that the server does not answer.
 const STATEMENT_MAX: Duration = Duration::from_secs(15);
 /// Longest wait for the slot: it has to be read in, and may still be given up by somebody else.
 const START_MAX: Duration = Duration::from_secs(60);
-/// Events between the driver and us, and those taken at a time. A row is one event of whatever size PostgreSQL allows, so this is
-/// kept small.
-const EVENTS_MAX: usize = 128;
 /// Longest wait for a change of the slot, which takes no time where nobody reads it.
 const ALTER_MAX: Duration = Duration::from_secs(5);
-/// Longest wait for the last acknowledgement when stopping.
-const CLOSE_MAX: Duration = Duration::from_secs(2);
 
 /// The name that connections of the node with this id have, in `pg_stat_activity` and `pg_stat_replication`.
 pub(super) fn application_name(node_id: &str) -> String {
@@ -122,7 +110,7 @@ impl Postgres {
     async fn let_fail_over(
         &self,
         sql: &Connection,
-        client: &mut ReplicationClient,
+        walsender: &mut Walsender,
         name: &str,
         pid: i32,
     ) -> Result<(), Error> {
@@ -138,12 +126,9 @@ impl Postgres {
         }
         // Slots are named by letters, digits and underscores.
         let statement = format!("ALTER_REPLICATION_SLOT \"{slot}\" (FAILOVER true)");
-        match timeout(ALTER_MAX, client.simple_query(&statement)).await {
+        match timeout(ALTER_MAX, walsender.query(&statement)).await {
             Ok(Ok(_)) => tracing::info!(slot, "standbys may keep a copy of the replication slot from now on"),
-            Ok(Err(error)) => {
-                let why = connection::describe_replication(&error);
-                tracing::warn!(slot, "the replication slot will not outlive a failover: {why}");
-            }
+            Ok(Err(error)) => tracing::warn!(slot, "the replication slot will not outlive a failover: {error}"),
             Err(_) => {
                 // Somebody was faster, and our walsender would wait for them.
                 let statement = "SELECT pg_terminate_backend($1)";
@@ -152,19 +137,6 @@ impl Postgres {
             }
         }
         Ok(())
-    }
-
-    async fn replication_config(&self, endpoint: &Endpoint, name: &str) -> Result<ReplicationConfig, Error> {
-        let config = endpoint.replication_config(name, &self.options.slot, &self.options.publication).await;
-        Ok(config
-            .map_err(connect_error)?
-            .with_status_interval(STATUS_EVERY)
-            .with_wakeup_interval(WAKEUP)
-            .with_buffer_size(EVENTS_MAX)
-            // From where the slot is: what we have of it must come again as we have it.
-            .with_start_lsn(pgwire_replication::Lsn::ZERO)
-            // PostgreSQL takes 0/0 for "nothing to report": nothing is acknowledged before the checks have passed.
-            .with_ack_lsn(pgwire_replication::Lsn::ZERO))
     }
 }
 
@@ -202,31 +174,29 @@ impl Upstream for Postgres {
             // Only while the log is empty: a slot made later would begin with a gap, and say nothing of it.
             self.create_slot(&sql).await?;
         }
-        let config = self.replication_config(sql.endpoint(), &name).await?;
-        let mut client = ReplicationClient::connect_gated(config).await.map_err(driver_error)?;
+        let mut walsender = sql.endpoint().replicate(&name).await.map_err(connect_error)?;
         // Such a database holds any bytes. Asked for UTF-8, the walsender would fail on those that are not, each time that it
         // came to them; as they are, they are a break for their tenant.
         let as_they_are = "SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false) \
                            WHERE pg_catalog.current_setting('server_encoding') = 'SQL_ASCII'";
-        bounded(client.simple_query(as_they_are)).await?.map_err(driver_error)?;
-        let identity = bounded(client.identify_system()).await?.map_err(driver_error)?;
-        if identity.system_id != source.system_identifier.to_string() {
+        bounded(walsender.query(as_they_are)).await?.map_err(walsender_error)?;
+        let identity = bounded(walsender.identify()).await?.map_err(walsender_error)?;
+        if identity.system_identifier != source.system_identifier {
             return Err(Error::transient("the two connections lead to different servers"));
         }
-        let history = history(&mut client, identity.timeline).await?;
-        let pid = walsender_pid(&mut client).await?;
-        self.let_fail_over(&sql, &mut client, &name, pid).await?;
-        let server = Server { source, history, wal_end: Lsn(identity.xlogpos.as_u64()) };
+        let history = history(&mut walsender, identity.timeline).await?;
+        let pid = walsender_pid(&mut walsender).await?;
+        self.let_fail_over(&sql, &mut walsender, &name, pid).await?;
+        let server = Server { source, history, wal_end: identity.wal_end };
         Ok(PostgresLink {
             options: self.options.clone(),
             found: self.found.clone(),
             name,
             pid,
             sql,
-            client,
+            walsender,
             server,
             checks: Checks::default(),
-            ending: None,
         })
     }
 }
@@ -241,26 +211,23 @@ pub struct PostgresLink {
     pid: i32,
     /// Shared with those who are refused one of their own.
     sql: Arc<Connection>,
-    client: ReplicationClient,
+    walsender: Walsender,
     server: Server,
     checks: Checks,
-    /// What the stream ended with, behind events that were to be handed on first.
-    ending: Option<Error>,
 }
 
 impl PostgresLink {
     /// What the stream ended with.
-    fn stream_error(&self, error: pgwire_replication::PgWireError) -> Error {
-        let what = connection::describe_replication(&error);
-        // undefined_object, of the stream: the slot was found, so that it is the publication.
-        if connection::sqlstate(&error) == Some("42704") && what.contains("publication") {
+    fn stream_error(&self, error: WalsenderError) -> Error {
+        // undefined_object: the slot was found, so that it is the publication.
+        if error.sqlstate() == Some("42704") && error.routine() == Some("get_publication_oid") {
             return Error::definite(format!(
-                "{what}. The slot reads from before the publication was created: run {}; what has changed in between is lost, and \
+                "{error}. The slot reads from before the publication was created: run {}; what has changed in between is lost, and \
                  subscribers are told",
                 self.options.commands.recreate_slot()
             ));
         }
-        driver_error(error)
+        walsender_error(error)
     }
 
     /// The slot's confirmed flush, and the next transaction id.
@@ -285,15 +252,13 @@ impl Link for PostgresLink {
     }
 
     async fn start(&mut self) -> Result<Started, Error> {
-        self.client.start().await.map_err(driver_error)?;
-        let started = timeout(START_MAX, self.client.wait_started())
-            .await
-            .map_err(|_| Error::transient(format!("replication did not start within {} s", START_MAX.as_secs())))?;
-        if let Err(error) = started {
+        let Options { slot, publication, .. } = &self.options;
+        let started = timeout(START_MAX, self.walsender.start(slot, publication)).await;
+        let late = |_| Error::transient(format!("replication did not start within {} s", START_MAX.as_secs()));
+        if let Err(error) = started.map_err(late)? {
             // object_in_use: the slot is active for another process.
-            if connection::sqlstate(&error) == Some("55006") {
-                let what = connection::describe_replication(&error);
-                return Err(in_use(&self.sql, &self.options.slot, &self.name, &what).await?);
+            if error.sqlstate() == Some("55006") {
+                return Err(in_use(&self.sql, slot, &self.name, &error.to_string()).await?);
             }
             return Err(self.stream_error(error));
         }
@@ -307,27 +272,7 @@ impl Link for PostgresLink {
     }
 
     async fn next(&mut self, events: &mut Vec<Event>) -> Result<(), Error> {
-        if let Some(error) = self.ending.take() {
-            return Err(error);
-        }
-        let ended = || Error::transient("the server ended the stream");
-        while events.is_empty() {
-            let received = self.client.recv().await.map_err(|error| self.stream_error(error))?;
-            events.extend(convert(received.ok_or_else(ended)?));
-        }
-        while events.len() < EVENTS_MAX {
-            // Unconstrained: what the stream ended with is lost where it is asked for and there is not yet time for the answer.
-            match tokio::task::unconstrained(self.client.recv()).now_or_never() {
-                Some(Ok(Some(event))) => events.extend(convert(event)),
-                Some(Ok(None)) => self.ending = Some(ended()),
-                Some(Err(error)) => self.ending = Some(self.stream_error(error)),
-                None => break,
-            }
-            if self.ending.is_some() {
-                break;
-            }
-        }
-        Ok(())
+        self.walsender.next(events).await.map_err(|error| self.stream_error(error))
     }
 
     fn lost(&self) -> impl Future<Output = Error> + Send + 'static {
@@ -336,7 +281,7 @@ impl Link for PostgresLink {
     }
 
     fn acknowledge(&self, lsn: Lsn) {
-        self.client.update_applied_lsn(driver_lsn(lsn));
+        self.walsender.acknowledge(lsn);
     }
 
     async fn check_alive(&self) -> Result<(), Error> {
@@ -381,34 +326,13 @@ impl Link for PostgresLink {
         Ok(self.slot_position().await?.confirmed)
     }
 
-    async fn close(mut self) {
-        let _ = timeout(CLOSE_MAX, self.client.shutdown()).await;
+    async fn close(self) {
+        self.walsender.close().await;
     }
 }
 
-fn convert(event: ReplicationEvent) -> Option<Event> {
-    let lsn = |lsn: pgwire_replication::Lsn| Lsn(lsn.as_u64());
-    Some(match event {
-        ReplicationEvent::Begin { final_lsn, xid, commit_time_micros } => {
-            Event::Begin { commit: lsn(final_lsn), xid, commit_time: CommitTime(commit_time_micros) }
-        }
-        ReplicationEvent::XLogData { data, .. } => Event::Change(data),
-        ReplicationEvent::Commit { lsn: commit, end_lsn, .. } => {
-            Event::Commit { commit: lsn(commit), end: lsn(end_lsn) }
-        }
-        ReplicationEvent::Message { transactional: true, prefix, content, .. } => Event::Message { prefix, content },
-        ReplicationEvent::KeepAlive { wal_end, .. } => Event::KeepAlive { wal_end: lsn(wal_end) },
-        ReplicationEvent::Message { .. } | ReplicationEvent::StoppedAt { .. } => return None,
-    })
-}
-
-fn driver_lsn(lsn: Lsn) -> pgwire_replication::Lsn {
-    pgwire_replication::Lsn::from_u64(lsn.0)
-}
-
-fn driver_error(error: pgwire_replication::PgWireError) -> Error {
-    let what = connection::describe_replication(&error);
-    if connection::is_definite(&error) { Error::definite(what) } else { Error::transient(what) }
+fn walsender_error(error: WalsenderError) -> Error {
+    if error.is_definite() { Error::definite(error) } else { Error::transient(error) }
 }
 
 fn connect_error(error: connection::ConnectError) -> Error {
@@ -458,18 +382,17 @@ async fn source(sql: &Connection) -> Result<Source, Error> {
     Ok(Source { system_identifier: system.cast_unsigned(), database_oid: oid })
 }
 
-async fn walsender_pid(client: &mut ReplicationClient) -> Result<i32, Error> {
-    let rows = bounded(client.simple_query("SELECT pg_catalog.pg_backend_pid()")).await?.map_err(driver_error)?;
-    let pid = rows.first().and_then(|row| row.first()).and_then(Option::as_ref);
-    let pid = pid.and_then(|text| std::str::from_utf8(text).ok()).and_then(|text| text.parse().ok());
+async fn walsender_pid(walsender: &mut Walsender) -> Result<i32, Error> {
+    let rows = bounded(walsender.query("SELECT pg_catalog.pg_backend_pid()")).await?.map_err(walsender_error)?;
+    let pid = rows.first().and_then(|row| row.first()?.as_ref()?.parse().ok());
     pid.ok_or_else(|| Error::transient("the walsender did not tell its process id"))
 }
 
 /// The timelines that lead to this one.
-async fn history(client: &mut ReplicationClient, timeline: u32) -> Result<History, Error> {
+async fn history(walsender: &mut Walsender, timeline: u32) -> Result<History, Error> {
     if timeline == 1 {
         return Ok(History::first());
     }
-    let file = bounded(client.timeline_history(timeline)).await?.map_err(driver_error)?;
-    History::parse(timeline, &String::from_utf8_lossy(&file.content)).map_err(Error::definite)
+    let file = bounded(walsender.timeline_history(timeline)).await?.map_err(walsender_error)?;
+    History::parse(timeline, &file).map_err(Error::definite)
 }

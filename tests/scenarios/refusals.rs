@@ -95,7 +95,8 @@ async fn a_connection_pooler_in_between_is_recognized() {
             let _ = client.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
         }
     });
-    let says = ["it sent something unexpected", "Check that PostgreSQL listens at this address"];
+    let says =
+        ["it sent something that is not of PostgreSQL's protocol", "Check that PostgreSQL listens at this address"];
     is_put_off(&format!("postgres://u@127.0.0.1:{port}/app?sslmode=disable"), &says).await;
 }
 

@@ -1,13 +1,12 @@
-//! What tuplewatch is measured against: the driver that it reads with, and nothing behind it.
+//! What tuplewatch is measured against: a client that reads a slot, pgwire-replication's, and nothing behind it.
 
-use pgwire_replication::{Lsn, ReplicationClient, ReplicationEvent};
+use pgwire_replication::{Lsn, ReplicationClient, ReplicationConfig, ReplicationEvent};
 use std::time::Duration;
-use tuplewatch::replication::connection::Endpoints;
 
-/// Commits between acknowledgements, each of which wakes the driver.
+/// Commits between acknowledgements, each of which wakes the client.
 const ACKNOWLEDGE_EVERY: u32 = 1_000;
 
-/// A reader of a slot of its own, with the options of tuplewatch's own session, but for a queue that is as long as suits it.
+/// A reader of a slot of its own, that reports as often as tuplewatch does, with a queue that is as long as suits it.
 pub(crate) struct Bare {
     client: ReplicationClient,
     commits: u32,
@@ -15,18 +14,12 @@ pub(crate) struct Bare {
 
 impl Bare {
     /// Returns once the server streams.
-    pub(crate) async fn start(uri: &str, slot: &str) -> Self {
-        let sql = Endpoints::parse(uri).unwrap().connect("bare").await.unwrap();
-        let config = sql
-            .endpoint()
-            .replication_config("bare", slot, "tuplewatch")
-            .await
-            .unwrap()
+    pub(crate) async fn start(config: ReplicationConfig) -> Self {
+        let config = config
             .with_status_interval(Duration::from_millis(250))
             .with_wakeup_interval(Duration::from_millis(500))
             .with_buffer_size(8_192)
-            .with_start_lsn(Lsn::ZERO)
-            .with_ack_lsn(Lsn::ZERO);
+            .with_start_lsn(Lsn::ZERO);
         let mut client = ReplicationClient::connect_gated(config).await.unwrap();
         client.start().await.unwrap();
         client.wait_started().await.unwrap();

@@ -113,12 +113,16 @@ impl Postgres {
 
     /// Another program that reads the slot `tuplewatch`, under a name, and acknowledges nothing.
     pub(crate) async fn stranger(&self, application_name: &str) -> ReplicationClient {
-        let uri: tokio_postgres::Config = self.uri().parse().unwrap();
-        let config = ReplicationConfig::new("127.0.0.1", "postgres", "", "postgres", "tuplewatch", "tuplewatch")
-            .with_port(uri.get_ports()[0])
-            .with_application_name(application_name)
-            .with_ack_lsn(Lsn::ZERO);
+        let config = self.replication_config("tuplewatch").with_application_name(application_name);
         ReplicationClient::connect(config).await.unwrap()
+    }
+
+    /// With which a client that is not ours reads a slot, and acknowledges nothing by itself.
+    pub(crate) fn replication_config(&self, slot: &str) -> ReplicationConfig {
+        let uri: tokio_postgres::Config = self.uri().parse().unwrap();
+        ReplicationConfig::new("127.0.0.1", "postgres", "", "postgres", slot, "tuplewatch")
+            .with_port(uri.get_ports()[0])
+            .with_ack_lsn(Lsn::ZERO)
     }
 
     /// Changes settings in force at the next start; the last value of a name counts.

@@ -11,10 +11,10 @@ use std::io;
 use std::time::Duration;
 
 use fallible_iterator::FallibleIterator as _;
-use pgwire_replication::PgWireError;
 use postgres_protocol::message::backend::ErrorResponseBody;
 
 use super::pins::Sessions;
+use super::walsender;
 use super::wire;
 
 /// No connection could be made, or one ended.
@@ -50,14 +50,12 @@ pub(super) enum Failure {
     Refused(Refusal),
     InRecovery,
     Sql(tokio_postgres::Error),
-    Replication(PgWireError),
-    /// The replication driver could not be given its session.
-    Relay(io::Error),
+    Replication(walsender::Error),
 }
 
 /// What the server said.
 #[derive(Debug, Default)]
-pub(super) struct Refusal {
+pub struct Refusal {
     /// SQLSTATE.
     code: String,
     message: String,
@@ -192,19 +190,46 @@ impl fmt::Display for ConnectError {
     }
 }
 
-/// The SQLSTATE of a server's error; the replication driver has it inside its text.
-pub fn sqlstate(error: &PgWireError) -> Option<&str> {
-    let PgWireError::Server(text) = error else { return None };
-    let (_, behind) = text.rsplit_once("(SQLSTATE ")?;
-    behind.strip_suffix(')').filter(|code| code.len() == 5)
+impl std::error::Error for walsender::Error {}
+
+impl walsender::Error {
+    /// The SQLSTATE with which the server refused.
+    pub fn sqlstate(&self) -> Option<&str> {
+        match self {
+            Self::Refused(refusal) => Some(&refusal.code),
+            Self::Ended | Self::Lost(_) => None,
+        }
+    }
+
+    /// The function of PostgreSQL's source that refused.
+    pub fn routine(&self) -> Option<&str> {
+        match self {
+            Self::Refused(refusal) => Some(&refusal.routine),
+            Self::Ended | Self::Lost(_) => None,
+        }
+    }
+
+    /// Whether trying again is pointless until somebody changes something.
+    pub fn is_definite(&self) -> bool {
+        matches!(self, Self::Refused(refusal) if is_definite_code(&refusal.code, &refusal.message))
+    }
 }
 
-/// Whether trying a replication connection again is pointless until somebody changes something.
-pub fn is_definite(error: &PgWireError) -> bool {
-    match error {
-        PgWireError::Server(text) => sqlstate(error).is_some_and(|code| is_definite_code(code, text)),
-        PgWireError::MessageTooLarge { .. } => true,
-        _ => false,
+impl fmt::Display for walsender::Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(refusal) => match ending(&refusal.code) {
+                Some(why) => write!(f, "{why}: {}", said(refusal)),
+                None => f.write_str(&said(refusal)),
+            },
+            Self::Ended => f.write_str("the server ended the stream"),
+            Self::Lost(error) => match error.kind() {
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                    f.write_str("the replication connection was closed")
+                }
+                _ => write!(f, "the replication connection was lost: {error}"),
+            },
+        }
     }
 }
 
@@ -229,19 +254,14 @@ impl From<wire::Error> for Failure {
 impl Failure {
     fn is_definite(&self) -> bool {
         match self {
-            Self::Resolve(_)
-            | Self::Dial(_)
-            | Self::TimedOut(_)
-            | Self::InRecovery
-            | Self::Lost(_)
-            | Self::Relay(_) => false,
+            Self::Resolve(_) | Self::Dial(_) | Self::TimedOut(_) | Self::InRecovery | Self::Lost(_) => false,
             // A handshake that the peer broke off is told from one that failed by its cause alone.
             Self::Tls(wire::Error::Handshake(error)) => {
                 error.get_ref().is_some_and(|cause| cause.is::<rustls::Error>())
             }
             Self::Tls(_) | Self::Method(_) | Self::PasswordIsNoText | Self::Impostor(_) => true,
             Self::Refused(refusal) => refusal.is_poolers() || is_definite_code(&refusal.code, &refusal.message),
-            Self::Replication(error) => is_definite(error),
+            Self::Replication(error) => error.is_definite(),
             Self::Sql(error) => {
                 error.as_db_error().is_some_and(|refusal| is_definite_code(refusal.code().code(), refusal.message()))
             }
@@ -252,7 +272,7 @@ impl Failure {
         match self {
             Self::Refused(refusal) => Some(&refusal.code),
             Self::Sql(error) => error.code().map(tokio_postgres::error::SqlState::code),
-            Self::Replication(error) => sqlstate(error),
+            Self::Replication(error) => error.sqlstate(),
             _ => None,
         }
     }
@@ -282,10 +302,7 @@ impl Failure {
             Self::Refused(refusal) => said(refusal),
             Self::InRecovery => "it is a standby".to_owned(),
             Self::Sql(error) => describe(error),
-            Self::Replication(error) => describe_replication(error),
-            Self::Relay(error) => {
-                format!("a port of this machine's own cannot be used for the replication connection: {error}")
-            }
+            Self::Replication(error) => error.to_string(),
         }
     }
 
@@ -316,7 +333,6 @@ impl Failure {
                 _ => refusal.remedy()?,
             },
             Self::InRecovery => "Changes are read from the primary: name it in database.uri, or all hosts with commas",
-            Self::Relay(_) => "Check the limit of open files, and that the loopback interface is up",
             Self::Sql(_) | Self::Replication(_) => session_remedy(self.sqlstate()?)?,
         };
         Some(remedy.to_owned())
@@ -380,24 +396,4 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
     }
     // The driver's own word for where it happened says nothing that its cause does not.
     if causes.is_empty() { error.to_string() } else { causes.join(": ") }
-}
-
-/// The same for the replication driver.
-pub fn describe_replication(error: &PgWireError) -> String {
-    match error {
-        PgWireError::Server(said) => {
-            let ending = sqlstate(error).and_then(ending);
-            ending.map_or_else(|| said.clone(), |why| format!("{why}: {said}"))
-        }
-        PgWireError::Io(error) => match error.kind() {
-            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
-                "the replication connection was closed".to_owned()
-            }
-            _ => format!("the replication connection was lost: {error}"),
-        },
-        PgWireError::MessageTooLarge { payload_bytes, limit_bytes } => {
-            format!("the server sent a message of {payload_bytes} bytes, more than the {limit_bytes} that can be taken")
-        }
-        error => format!("the replication connection failed: {error}"),
-    }
 }

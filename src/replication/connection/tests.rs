@@ -4,12 +4,12 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::Command;
 
-use pgwire_replication::ReplicationClient;
-
+use super::super::Event;
 use super::super::test_postgres::{Place, cluster};
 use super::wire::SslMode;
 use super::*;
 use crate::dev_postgres::{Cluster, StopMode};
+use crate::lsn::Lsn;
 
 fn environment(name: &str) -> Option<String> {
     match name {
@@ -153,24 +153,6 @@ fn what_is_refused_is_named_and_never_repeated() {
     }
 }
 
-#[test]
-fn errors_of_the_replication_driver() {
-    let check = |error: PgWireError, definite: bool, code: Option<&str>| {
-        assert_eq!((is_definite(&error), sqlstate(&error)), (definite, code), "{error}");
-    };
-    let server = |text: &str| PgWireError::Server(text.to_owned());
-    check(server("replication slot \"x\" does not exist (SQLSTATE 42704)"), true, Some("42704"));
-    check(server("replication slot \"x\" is active for PID 7 (SQLSTATE 55006)"), false, Some("55006"));
-    check(server("can no longer get changes from replication slot \"x\" (SQLSTATE 55000)"), true, Some("55000"));
-    check(server("cannot do it during recovery (SQLSTATE 55000)"), false, Some("55000"));
-    check(server("password authentication failed (SQLSTATE 28P01)"), true, Some("28P01"));
-    check(server("the database system is starting up (SQLSTATE 57P03)"), false, Some("57P03"));
-    check(server("terminating connection (SQLSTATE 57P01)"), false, Some("57P01"));
-    check(server("sorry, too many clients already (SQLSTATE 53300)"), false, Some("53300"));
-    check(server("unknown server error"), false, None);
-    check(PgWireError::from(std::io::Error::from(std::io::ErrorKind::BrokenPipe)), false, None);
-}
-
 /// With passwords and TLS, and everything else that a server of one's own has.
 struct Guarded {
     cluster: Cluster,
@@ -236,11 +218,11 @@ impl Guarded {
         let sql = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
         let row = connection.client.query_typed_one(sql, &[]).await.unwrap();
         assert_eq!(row.get::<_, bool>(0), tls, "{who}");
-        let config = connection.endpoint().replication_config("tests", "none", "none").await.unwrap();
-        let mut replication = ReplicationClient::connect_gated(config).await.unwrap();
-        let rows = replication.simple_query(sql).await.unwrap_or_else(|error| panic!("{who}: {error}"));
-        assert_eq!(rows[0][0].as_deref(), Some(if tls { b"t" } else { b"f" }.as_slice()), "{who}");
-        assert_eq!(replication.identify_system().await.unwrap().dbname.as_deref(), Some("postgres"));
+        let mut walsender = connection.endpoint().replicate("tests").await.unwrap();
+        let rows = walsender.query(sql).await.unwrap_or_else(|error| panic!("{who}: {error}"));
+        assert_eq!(rows[0][0].as_deref(), Some(if tls { "t" } else { "f" }), "{who}");
+        assert!(walsender.identify().await.unwrap().wal_end > Lsn(0));
+        walsender.close().await;
     }
 
     async fn fails(&self, who: &str, definite: bool, expected: &str) {
@@ -383,9 +365,8 @@ async fn sockets_and_the_end_of_a_connection() {
         format!("host={} port={} user=scram dbname=postgres", dir.display(), server.cluster.port()),
     ] {
         let connection = Endpoints::parse(&uri).unwrap().connect("tests").await.unwrap();
-        let config = connection.endpoint().replication_config("tests", "none", "none").await.unwrap();
-        let mut replication = ReplicationClient::connect_gated(config).await.unwrap();
-        replication.identify_system().await.unwrap();
+        let mut walsender = connection.endpoint().replicate("tests").await.unwrap();
+        assert!(walsender.identify().await.unwrap().wal_end > Lsn(0));
     }
     let missing = Endpoints::parse("postgres://u@%2Fmissing").unwrap().connect("tests").await.err().unwrap();
     assert!(!missing.is_definite() && missing.to_string().contains("no such socket"), "{missing}");
@@ -400,17 +381,15 @@ async fn replication_of_a_publication_with_any_name() {
     let sql = "SELECT pg_create_logical_replication_slot('s', 'pgoutput')";
     connection.client.batch_execute(sql).await.unwrap();
     connection.client.batch_execute("INSERT INTO public.t VALUES (1)").await.unwrap();
-    let config = connection.endpoint().replication_config("tests", "s", "It's \"Mine\"").await.unwrap();
-    let mut replication = ReplicationClient::connect(config).await.unwrap();
-    loop {
-        match replication.recv().await.unwrap().unwrap() {
-            pgwire_replication::ReplicationEvent::Commit { .. } => break,
-            _ => continue,
-        }
+    let mut walsender = connection.endpoint().replicate("tests").await.unwrap();
+    walsender.start("s", "It's \"Mine\"").await.unwrap();
+    let mut events = Vec::new();
+    while !events.iter().any(|event| matches!(event, Event::Commit { .. })) {
+        walsender.next(&mut events).await.unwrap();
     }
-    let config = connection.endpoint().replication_config("tests", "missing", "none").await.unwrap();
-    let mut replication = ReplicationClient::connect(config).await.unwrap();
-    let error = connection.endpoint().replication_error(replication.wait_started().await.unwrap_err());
+    let mut walsender = connection.endpoint().replicate("tests").await.unwrap();
+    let error = walsender.start("missing", "none").await.unwrap_err();
+    let error = connection.endpoint().replication_error(error);
     assert!(error.is_definite() && error.sqlstate() == Some("42704"), "{error}");
     assert!(error.to_string().contains("tuplewatch serve"), "{error}");
 }

@@ -1,11 +1,9 @@
 //! Whether a replication connection can be made: what `serve` needs, and what a connection pooler in between does not give.
 
-use pgwire_replication::ReplicationClient;
 use std::time::Duration;
 use tokio::time::timeout;
 
-use super::super::connection::Connection;
-use super::super::requirements::Expectation;
+use super::super::connection::{ConnectError, Connection};
 use super::unusable;
 use crate::finding::Report;
 
@@ -13,14 +11,13 @@ const SUBJECT: &str = "replication connection";
 /// For all of it: a log-on and one command.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
-pub(super) async fn check(connection: &Connection, expected: &Expectation<'_>, report: &mut Report) {
+pub(super) async fn check(connection: &Connection, report: &mut Report) {
     let endpoint = connection.endpoint();
     let identified = async {
-        let config =
-            endpoint.replication_config(endpoint.application_name(), expected.slot, expected.publication).await?;
-        let failed = |error| endpoint.replication_error(error);
-        let mut client = ReplicationClient::connect_gated(config).await.map_err(failed)?;
-        client.identify_system().await.map_err(failed)
+        let mut walsender = endpoint.replicate(endpoint.application_name()).await?;
+        let identity = walsender.identify().await.map_err(|error| endpoint.replication_error(error))?;
+        walsender.close().await;
+        Ok::<_, ConnectError>(identity)
     };
     match timeout(ANSWER_MAX, identified).await {
         Ok(Ok(_)) => report.ok(SUBJECT, "can be made"),

@@ -416,16 +416,13 @@ async fn lost_slots_and_taken_walsenders() {
     let found = errors(&admin.client, &other).await;
     assert_eq!(found.iter().map(|finding| &*finding.subject).collect::<Vec<_>>(), ["max_replication_slots"]);
 
-    let config = admin.endpoint().replication_config("tests", "s", "feed").await.unwrap();
-    let mut replication = pgwire_replication::ReplicationClient::connect_gated(config).await.unwrap();
-    replication.identify_system().await.unwrap();
+    let mut replication = admin.endpoint().replicate("tests").await.unwrap();
     let found = errors(&admin.client, &expectation(&mapping, "s")).await;
     assert_eq!(found.iter().map(|finding| &*finding.subject).collect::<Vec<_>>(), ["max_wal_senders"]);
-    let refused = admin.endpoint().replication_config("tests", "s", "feed").await.unwrap_err();
+    let refused = admin.endpoint().replicate("tests").await.err().unwrap();
     assert!(!refused.is_definite() && refused.to_string().contains("max_wal_senders"), "{refused}");
     // Our own walsender is not in our way.
-    replication.start().await.unwrap();
-    replication.wait_started().await.unwrap();
+    replication.start("s", "feed").await.unwrap();
     assert_eq!(errors(&admin.client, &expectation(&mapping, "s")).await, []);
     drop(replication);
 

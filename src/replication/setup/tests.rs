@@ -177,9 +177,8 @@ async fn slots_of_others_and_slots_in_use_are_left_alone() {
     }
 
     setup.apply(&database.connection, &mut silent).await.unwrap();
-    let config = database.connection.endpoint().replication_config("tests", &database.name, "Feed").await.unwrap();
-    let mut replication = pgwire_replication::ReplicationClient::connect(config).await.unwrap();
-    replication.wait_started().await.unwrap();
+    let mut replication = database.connection.endpoint().replicate("tests").await.unwrap();
+    replication.start(&database.name, "Feed").await.unwrap();
     for error in [setup.plan(client).await.unwrap_err(), teardown.plan(client).await.unwrap_err()] {
         let error = error.to_string();
         assert!(error.contains("is in use by process") && error.contains("pg_terminate_backend("), "{error}");
