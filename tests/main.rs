@@ -45,6 +45,7 @@ mod support {
 
 mod scenarios {
     mod authn;
+    mod backlog;
     mod certificates;
     mod cli;
     mod clients;

@@ -32,6 +32,7 @@
 
 mod failure;
 mod logon;
+mod low_water;
 mod passfile;
 mod password;
 mod peer;

@@ -7,11 +7,15 @@ use std::io;
 use bytes::BytesMut;
 use postgres_protocol::message::backend::{Header, Message};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf, split};
+use tokio::time::{Instant, timeout};
 
+use super::low_water::{LowWater, MARK, WAIT_MAX};
 use super::wire::Wire;
 
-/// Most that is read at a time.
-const CHUNK: usize = 128 << 10;
+/// Room that a read has at the least.
+const ROOM_MIN: usize = MARK;
+/// Of a new buffer.
+const ROOM: usize = 4 * MARK;
 /// The longest message that PostgreSQL makes: its `MaxAllocSize`.
 const MESSAGE_MAX: usize = 1 << 30;
 /// The longest before there is a session. Real ones have some hundred bytes.
@@ -29,13 +33,16 @@ pub(super) struct Incoming {
     /// See [`Incoming::unread`].
     buffer: BytesMut,
     message_max: usize,
+    mark: LowWater,
 }
 
 impl Peer {
     /// Who is not yet known to be PostgreSQL.
     pub(super) fn new(wire: Wire) -> Self {
+        let mark = LowWater::new(wire.tcp().and_then(|socket| socket.try_clone_to_owned().ok()));
         let (wire, outgoing) = split(wire);
-        Self { incoming: Incoming { wire, buffer: BytesMut::new(), message_max: EARLY_MESSAGE_MAX }, outgoing }
+        let (buffer, message_max) = (BytesMut::new(), EARLY_MESSAGE_MAX);
+        Self { incoming: Incoming { wire, buffer, message_max, mark }, outgoing }
     }
 
     /// From now on messages may be as long as PostgreSQL makes them.
@@ -89,17 +96,26 @@ impl Incoming {
 
     /// Waits for more, and takes what there is. Cancel safe.
     pub(super) async fn read(&mut self) -> io::Result<()> {
-        let wanted = self.first_length()?.map_or(0, |length| length.saturating_sub(self.buffer.len())).max(CHUNK / 2);
-        if self.buffer.capacity() - self.buffer.len() < wanted {
+        let missing = self.first_length()?.map_or(0, |length| length.saturating_sub(self.buffer.len()));
+        if self.buffer.capacity() - self.buffer.len() < missing.max(ROOM_MIN) {
             // Anew, so that the room of a long message is not kept.
-            let mut room = BytesMut::with_capacity((self.buffer.len() + wanted).max(CHUNK));
+            let mut room = BytesMut::with_capacity((self.buffer.len() + missing).max(ROOM));
             room.extend_from_slice(&self.buffer);
             self.buffer = room;
         }
-        match self.wire.read_buf(&mut self.buffer).await? {
-            0 => Err(io::ErrorKind::UnexpectedEof.into()),
-            _ => Ok(()),
+        let mut had_lapsed = false;
+        if self.mark.is_raised() {
+            match timeout(WAIT_MAX, self.wire.read_buf(&mut self.buffer)).await {
+                Ok(read) => return read.and_then(some).map(drop),
+                Err(_) => {
+                    self.mark.lower();
+                    had_lapsed = true;
+                }
+            }
         }
+        let bytes = self.wire.read_buf(&mut self.buffer).await.and_then(some)?;
+        self.mark.came(bytes, had_lapsed, Instant::now());
+        Ok(())
     }
 
     /// Of the first message, as far as that is known.
@@ -116,8 +132,106 @@ impl Incoming {
     }
 }
 
+/// The connection has not come to its end.
+fn some(bytes: usize) -> io::Result<usize> {
+    if bytes == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(bytes) }
+}
+
 /// The message of which these are all bytes.
 pub(super) fn parse(mut message: BytesMut) -> io::Result<Message> {
     Message::parse(&mut message)?
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it sent something that is not whole"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::BufMut as _;
+    use std::io::Write as _;
+    use std::time::Duration;
+    use tokio::net::{TcpListener, TcpStream};
+
+    const ROWS: usize = 50_000;
+    const ROW: usize = 150;
+
+    fn message(body: &[u8]) -> BytesMut {
+        let mut message = BytesMut::new();
+        message.put_u8(b'd');
+        message.put_u32(u32::try_from(4 + body.len()).unwrap());
+        message.put_slice(body);
+        message
+    }
+
+    async fn connected() -> (Peer, std::net::TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (stream, other) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        let other = other.unwrap().0.into_std().unwrap();
+        other.set_nonblocking(false).unwrap();
+        other.set_nodelay(true).unwrap();
+        (Peer::new(Box::new(stream.unwrap())), other)
+    }
+
+    /// A walsender that sends each row by itself, and then one more when it is told to.
+    #[tokio::test]
+    async fn a_backlog_comes_in_large_pieces_and_its_end_is_not_late() {
+        let (mut peer, mut walsender) = connected().await;
+        peer.trust();
+        let (go_on, told) = std::sync::mpsc::channel();
+        let sender = std::thread::spawn(move || {
+            for _ in 0..ROWS {
+                walsender.write_all(&message(&[b'w'; ROW])).unwrap();
+            }
+            while told.recv().is_ok() {
+                walsender.write_all(&message(b"last")).unwrap();
+            }
+        });
+        let (mut rows, mut reads) = (0, 0);
+        while rows < ROWS {
+            match peer.incoming.take().unwrap() {
+                Some(row) => {
+                    assert_eq!(row.len(), 5 + ROW);
+                    rows += 1;
+                }
+                None => {
+                    peer.incoming.read().await.unwrap();
+                    reads += 1;
+                }
+            }
+        }
+        assert!(reads < ROWS / 4, "{reads} reads of {ROWS} rows");
+        for _ in 0..3 {
+            go_on.send(()).unwrap();
+            let last = tokio::time::timeout(Duration::from_secs(30), peer.incoming.next());
+            assert_eq!(last.await.unwrap().unwrap(), message(b"last"));
+        }
+        drop(go_on);
+        sender.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn messages_of_any_length_and_what_is_none() {
+        let (mut peer, mut server) = connected().await;
+        let too_long = message(&vec![0; EARLY_MESSAGE_MAX]);
+        let sender = std::thread::spawn(move || {
+            for length in [0, 1, ROOM_MIN - 5, 3 * ROOM, 7] {
+                server.write_all(&message(&vec![b'x'; length])).unwrap();
+            }
+            server.write_all(b"d\0\0\0\x03").unwrap();
+        });
+        peer.trust();
+        for length in [0, 1, ROOM_MIN - 5, 3 * ROOM, 7] {
+            assert_eq!(peer.incoming.next().await.unwrap().len(), 5 + length);
+        }
+        assert!(peer.incoming.buffer.capacity() <= ROOM, "the room of the long one is given back");
+        assert_eq!(peer.incoming.next().await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+        sender.join().unwrap();
+
+        // Before it is known to be PostgreSQL, it is not believed such lengths.
+        let (mut peer, mut server) = connected().await;
+        server.write_all(&too_long[..5]).unwrap();
+        assert_eq!(peer.incoming.next().await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+        let (mut peer, server) = connected().await;
+        drop(server);
+        assert_eq!(peer.incoming.next().await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
 }

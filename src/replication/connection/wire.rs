@@ -1,6 +1,7 @@
 //! From an address to a stream of bytes to the server, with TLS where that is wanted.
 
 use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,8 +11,9 @@ use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{PrivateKeyDer, ServerName};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use crate::trust::{self, Authorities, Refused};
 
@@ -55,9 +57,28 @@ pub(super) enum Error {
 }
 
 /// Bytes in both directions.
-pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
+pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send + Sync {
+    /// Where they are carried by TCP.
+    fn tcp(&self) -> Option<BorrowedFd<'_>>;
+}
 
-impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync> Duplex for T {}
+impl Duplex for TcpStream {
+    fn tcp(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.as_fd())
+    }
+}
+
+impl Duplex for TlsStream<TcpStream> {
+    fn tcp(&self) -> Option<BorrowedFd<'_>> {
+        self.get_ref().0.tcp()
+    }
+}
+
+impl Duplex for UnixStream {
+    fn tcp(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
 
 /// A connection of any kind.
 pub(super) type Wire = Box<dyn Duplex>;
