@@ -90,6 +90,16 @@ impl Sql {
         eventually("what is committed is acknowledged", async || self.slot_reaches(slot, &lsn).await).await;
     }
 
+    /// Has what is published checked at once, and waits until that check has begun.
+    pub(crate) async fn check_published(&self) {
+        let last_check = "SELECT coalesce(max(query_start), 'epoch')::text FROM pg_stat_activity \
+                           WHERE application_name LIKE 'tuplewatch%' AND query LIKE '-- whether it changed%' \
+                             AND pid <> pg_backend_pid()";
+        let before = self.value(last_check).await;
+        self.run("SELECT pg_logical_emit_message(true, 'tuplewatch', 'check')").await;
+        eventually("what is published is checked", async || self.value(last_check).await > before).await;
+    }
+
     /// The process that streams tuplewatch's slot now, if any, and since when: another one after every reconnect.
     pub(crate) async fn walsender(&self) -> Option<(String, String)> {
         let statement = "SELECT pid, backend_start FROM pg_replication_slots JOIN pg_stat_activity ON pid = active_pid \
