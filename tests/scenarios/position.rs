@@ -35,8 +35,7 @@ async fn roll_back(postgres: &mut Postgres, server: &Server) -> String {
     sql.run("SELECT pg_logical_emit_message(true, 'other', repeat('x', 1 << 20))").await;
     sql.insert("t1", "undone").await;
     let token = stream.expect(created("undone")).await.token;
-    let lsn = sql.flushed().await;
-    eventually("it is in the log", async || sql.confirmed_reaches(&lsn).await).await;
+    sql.until_recorded("tuplewatch").await;
     drop(sql);
     postgres.stop(StopMode::Fast).await;
     postgres.put_back();

@@ -65,15 +65,9 @@ async fn columns_that_are_not_mapped_come_and_go() {
 /// Waits until what is published was checked twice from now on.
 pub(super) async fn verified_again(postgres: &Postgres) {
     let sql = postgres.sql().await;
-    let statement = "SELECT coalesce(max(query_start), 'epoch')::text FROM pg_stat_activity \
-                     WHERE application_name LIKE 'tuplewatch%' AND query LIKE '-- whether it changed%' \
-                       AND pid <> pg_backend_pid()";
     // The first may have looked before, and the last has only begun.
     for _ in 0..3 {
-        let before = sql.value(statement).await;
-        // Not in its turn, but at once.
-        sql.run("SELECT pg_logical_emit_message(true, 'tuplewatch', 'check')").await;
-        eventually("what is published is checked", async || sql.value(statement).await > before).await;
+        sql.check_published().await;
     }
 }
 
