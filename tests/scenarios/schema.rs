@@ -296,7 +296,7 @@ async fn without_a_replica_identity_postgresql_refuses_and_health_tells() {
     }
     let not_serving = Ok(ServingStatus::NotServing);
     eventually("health is NOT_SERVING", async || server.health("").await == not_serving).await;
-    assert!(server.has_said("old rows lack column entity_id: the replica identity does not cover it"));
+    server.says("old rows lack column entity_id: the replica identity does not cover it").await;
     sql.run("ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY DEFAULT").await;
     sql.run("DELETE FROM tuplewatch.relation_tuples").await;
     // Nothing was lost, so nothing is broken.

@@ -282,6 +282,11 @@ impl Server {
         self.log.lock().unwrap().iter().filter_map(|line| gap(line)).map(|gap| gap.to).max().unwrap_or_default()
     }
 
+    /// Waits until a line of the log holds this. What the log tells of may be seen elsewhere first.
+    pub(crate) async fn says(&self, text: &str) {
+        eventually(&format!("the log says {text:?}"), async || self.has_said(text)).await;
+    }
+
     /// How many lines of the log hold this.
     pub(crate) fn times_said(&self, text: &str) -> usize {
         self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
