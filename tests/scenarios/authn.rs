@@ -192,7 +192,7 @@ async fn an_issuer_rotates_its_keys_and_goes_away() {
     let [first_token, second_token, third_token] = [&first, &second, &third].map(bearer);
     let status = watch(&server, &first_token).await.err().expect("nobody can tell");
     assert_eq!(reason(&status), (Code::Unavailable, "ISSUER_UNREACHABLE".to_owned()));
-    assert!(server.has_said("without which no token is accepted"));
+    server.says("without which no token is accepted").await;
     refused(&server, "", MISSING, "nothing").await;
 
     issuer.start_again().await;

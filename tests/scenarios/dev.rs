@@ -1,6 +1,6 @@
 //! `dev` and `watch` as a new user meets them: two terminals, Ctrl-C, and whatever goes wrong on a laptop.
 
-use super::cli::process::{PG_BIN, Process, program, run, signal};
+use super::cli::process::{CTRL_C, PG_BIN, Process, on_terminal, program, run, signal};
 use super::cli::setup::psql;
 use super::cli::watch::watch;
 use crate::support::sql::Sql;
@@ -242,6 +242,25 @@ async fn the_first_minute_and_the_next_day() {
     assert!(printed[0].ends_with("- document:1#viewer@user:alice"), "{printed:?}");
     assert!(printed[1].ends_with("+ document:the-next-day#viewer@user:u"), "{printed:?}");
     terminal.interrupt("TERM").await;
+    assert_eq!(terminal.postmasters(), [0; 0]);
+}
+
+/// As a person runs it: everything that it prints goes to a terminal, and Ctrl-C is typed there.
+#[tokio::test]
+async fn on_a_terminal_it_runs_until_ctrl_c_is_typed() {
+    let mut terminal = Terminal::new();
+    let dev = terminal.dev.insert(Process::start(on_terminal(&terminal.command(&[]))));
+    dev.comes_to_print("streaming").await;
+    terminal.cluster = Some(terminal.find_cluster());
+    assert_eq!(terminal.postmasters().len(), 1);
+    let sql = terminal.sql().await;
+    let watch = terminal.watch(&["--output", "json"]);
+    warm_up(&sql, &[&watch]).await;
+    drop(sql);
+
+    let mut dev = terminal.dev.take().unwrap();
+    dev.types(CTRL_C).await;
+    assert_eq!(dev.ended().await.code(), Some(0), "{:?}", dev.printed());
     assert_eq!(terminal.postmasters(), [0; 0]);
 }
 

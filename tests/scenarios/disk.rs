@@ -128,7 +128,7 @@ async fn a_full_disk_lets_go_of_the_slot_and_loses_nothing() {
     })
     .await;
     server.not_ready("disk_full", "the disk of the change log is full").await;
-    eventually("it says so", async || server.has_said(FULL)).await;
+    server.says(FULL).await;
     let before = writers.committed();
     eventually("more is written", async || writers.committed() > before + 50).await;
     // Those that had come are delivered; the stream is open, and a new one is too.
@@ -149,7 +149,7 @@ async fn a_full_disk_lets_go_of_the_slot_and_loses_nothing() {
     disk.give_room();
     server.serving().await;
     assert!(is_read(&sql).await);
-    assert!(server.has_said("has room again"));
+    server.says("has room again").await;
     let more = received.len() + 100;
     while received.len() < more {
         received.push(stream.next().await);

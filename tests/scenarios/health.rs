@@ -55,8 +55,9 @@ async fn one_connection_is_enough_to_deliver() {
     admin.run("ALTER ROLE feeder CONNECTION LIMIT 1").await;
     server.start().await;
     server.ready().await;
-    assert!(server.has_said("connections of role feeder: may have 1 at a time"), "the start names the limit");
-    assert!(server.has_said("ALTER ROLE \\\"feeder\\\" CONNECTION LIMIT 12"), "and the statement that raises it");
+    // The start names the limit, and the statement that raises it.
+    server.says("connections of role feeder: may have 1 at a time").await;
+    server.says("ALTER ROLE \\\"feeder\\\" CONNECTION LIMIT 12").await;
 
     let (_, mut stream, _) = server.first_delivered(&postgres, "first").await;
     assert_eq!(connections(&admin).await, 1);

@@ -43,7 +43,7 @@ async fn a_node_that_lost_its_log_comes_back_with_what_was_held_back() {
     sql.insert("t1", "four").await;
     server.start().await;
     server.serving().await;
-    assert!(server.has_said("the change log begins where the slot is"));
+    server.says("the change log begins where the slot is").await;
 
     // Whoever has a token from what was held back goes on, as if nothing had happened.
     for (token, rest) in [(&one, &["two", "three", "four"][..]), (&written, &["three", "four"]), (&three, &["four"])] {

@@ -61,7 +61,7 @@ async fn run(flags: &[(&str, &str)], message_bytes: usize, faults: &'static [Fau
         })
         .await;
     assert!(round.transactions > 300, "too little was written to show anything: {}", round.transactions);
-    assert!(round.returns >= 30, "too few came back to show anything: {}", round.returns);
+    assert!(round.returns >= 10, "too few came back to show anything: {}", round.returns);
     world.server.terminate().await;
     assert!(world.server.ended().await.success());
     round.missed

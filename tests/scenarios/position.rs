@@ -35,8 +35,7 @@ async fn roll_back(postgres: &mut Postgres, server: &Server) -> String {
     sql.run("SELECT pg_logical_emit_message(true, 'other', repeat('x', 1 << 20))").await;
     sql.insert("t1", "undone").await;
     let token = stream.expect(created("undone")).await.token;
-    let lsn = sql.flushed().await;
-    eventually("it is in the log", async || sql.confirmed_reaches(&lsn).await).await;
+    sql.until_recorded("tuplewatch").await;
     drop(sql);
     postgres.stop(StopMode::Fast).await;
     postgres.put_back();
@@ -54,7 +53,7 @@ async fn a_storage_that_was_rolled_back_is_an_error_until_the_log_is_begun_anew(
     postgres.start_again().await;
     let sql = postgres.sql().await;
     let noticed = Instant::now();
-    eventually("it says what is wrong", async || server.has_said(ROLLED_BACK)).await;
+    server.says(ROLLED_BACK).await;
     // The longest backoff, and a little.
     assert!(noticed.elapsed() < Duration::from_secs(15), "{:?}", noticed.elapsed());
     assert!(server.has_said("--reset-log"), "and what to do");
@@ -102,7 +101,7 @@ async fn a_storage_that_was_rolled_back_and_has_grown_past_the_log_is_no_silent_
     // The stream is open before anything is noticed, or not; either way nothing of the new history comes.
     let mut streams = Vec::from_iter(server.try_watch("t1", &token).await);
     sql.insert("t1", "after").await;
-    eventually("it says what is wrong", async || server.has_said(ROLLED_BACK)).await;
+    server.says(ROLLED_BACK).await;
     streams.extend(server.try_watch("t1", &token).await);
     for stream in &mut streams {
         stream.expect_silence().await;

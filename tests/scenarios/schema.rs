@@ -65,15 +65,9 @@ async fn columns_that_are_not_mapped_come_and_go() {
 /// Waits until what is published was checked twice from now on.
 pub(super) async fn verified_again(postgres: &Postgres) {
     let sql = postgres.sql().await;
-    let statement = "SELECT coalesce(max(query_start), 'epoch')::text FROM pg_stat_activity \
-                     WHERE application_name LIKE 'tuplewatch%' AND query LIKE '-- whether it changed%' \
-                       AND pid <> pg_backend_pid()";
     // The first may have looked before, and the last has only begun.
     for _ in 0..3 {
-        let before = sql.value(statement).await;
-        // Not in its turn, but at once.
-        sql.run("SELECT pg_logical_emit_message(true, 'tuplewatch', 'check')").await;
-        eventually("what is published is checked", async || sql.value(statement).await > before).await;
+        sql.check_published().await;
     }
 }
 
@@ -302,7 +296,7 @@ async fn without_a_replica_identity_postgresql_refuses_and_health_tells() {
     }
     let not_serving = Ok(ServingStatus::NotServing);
     eventually("health is NOT_SERVING", async || server.health("").await == not_serving).await;
-    assert!(server.has_said("old rows lack column entity_id: the replica identity does not cover it"));
+    server.says("old rows lack column entity_id: the replica identity does not cover it").await;
     sql.run("ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY DEFAULT").await;
     sql.run("DELETE FROM tuplewatch.relation_tuples").await;
     // Nothing was lost, so nothing is broken.

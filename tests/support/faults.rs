@@ -255,10 +255,16 @@ impl World {
         ];
         let (sql, writer) = (self.postgres.sql().await, self.postgres.sql().await);
         let (away, back) = AWAY_AND_BACK[self.random.usize(..AWAY_AND_BACK.len())];
-        sql.run(&format!("ALTER PUBLICATION tuplewatch {away}")).await;
         self.unpublished += 1;
-        let rows = TENANTS.map(|tenant| format!("('{tenant}', 'late', '{}', 'viewer', 'user', 'u')", self.unpublished));
-        writer.run(&format!("BEGIN; INSERT INTO tuplewatch.relation_tuples VALUES {}", rows.join(", "))).await;
+        let insert = |kind: &str| {
+            let row = |tenant| format!("('{tenant}', '{kind}', '{}', 'viewer', 'user', 'u')", self.unpublished);
+            format!("INSERT INTO tuplewatch.relation_tuples VALUES {}", TENANTS.map(row).join(", "))
+        };
+        // The writer needs a row from before. PostgreSQL applies a change of the publication within a transaction that has written
+        // already. It sends any other by what is published when that commits, and then no row is missing.
+        writer.run(&format!("BEGIN; {}", insert("early"))).await;
+        sql.run(&format!("ALTER PUBLICATION tuplewatch {away}")).await;
+        writer.run(&insert(NOT_SENT)).await;
         // Mostly between two checks.
         self.moment(0..3_000).await;
         sql.run(&format!("ALTER PUBLICATION tuplewatch {back}")).await;
@@ -266,13 +272,28 @@ impl World {
     }
 
     /// Commits what was written without being published, and waits until the gap has ended.
-    async fn end_gap(&mut self, unpublished: Unpublished) {
+    async fn end_gap(&mut self, Unpublished { writer, until }: Unpublished) {
+        // Every second time the gap is told before the writer commits. A gap that does not wait for its writers has ended by then.
+        if self.unpublished % 2 == 1 {
+            eventually("the gap is told", async || self.server.last_gap() > until).await;
+        }
         // PostgreSQL may have been stopped meanwhile, and the transaction be gone.
-        let _ = unpublished.writer.batch_execute("COMMIT").await;
-        let ended = async || self.server.closed_gaps().into_keys().any(|to| to > unpublished.until);
+        let _ = writer.batch_execute("COMMIT").await;
+        let ended = async || self.server.closed_gaps().into_keys().any(|to| to > until);
         eventually("the gap has ended", ended).await;
-        // Mostly until what came last is behind the last check, so that the next gap would not hide it.
-        self.moment(0..12_000).await;
+        self.until_verified().await;
+    }
+
+    /// Waits until checks have verified what is published past everything that is committed by now. The next gap begins there or
+    /// later, so it cannot hide a row that this gap has to cover.
+    async fn until_verified(&self) {
+        let sql = self.postgres.sql().await;
+        // The second check finds the same as the first, which is verified then, and the third begins when the second has ended.
+        for _ in ["first", "second", "third"] {
+            sql.check_published().await;
+            // A check counts only up to what has been received.
+            sql.until_recorded("tuplewatch").await;
+        }
     }
 
     async fn moment(&mut self, ms: std::ops::Range<u64>) {
@@ -287,6 +308,9 @@ impl World {
         self.disk.as_ref().expect("made where it is needed")
     }
 }
+
+/// The type of the entities in rows that no stream gets, as they were written while their table was not published.
+pub(crate) const NOT_SENT: &str = "late";
 
 /// What [`Fault::Unpublish`] leaves behind.
 struct Unpublished {

@@ -97,11 +97,7 @@ impl Interruption {
             self.go_on(&server, status).await.expect(Change::created("after")).await;
             if process == 0 {
                 // A break that is not on disk yet would be found again, and then also cover what came after.
-                let on_disk = format!(
-                    "(SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{name}') >= '{}'",
-                    sql.flushed().await
-                );
-                eventually(&format!("{name}: it is on disk"), async || sql.is_true(&on_disk).await).await;
+                sql.until_recorded(name).await;
                 server.die_and_return().await;
             }
         }

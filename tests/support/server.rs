@@ -270,13 +270,21 @@ impl Server {
     /// [`Server::closed_gaps`], whenever it is called.
     pub(crate) fn gap_log(&self) -> impl Fn() -> HashMap<Lsn, Lsn> + use<> {
         let log = self.log.clone();
-        let interval = |line: &String| {
-            let line: serde_json::Value = serde_json::from_str(line).ok()?;
-            let is_gap = line.get("message")?.as_str()?.starts_with("a gap in the stream");
-            let lsn = |name: &str| line.get(name)?.as_str()?.parse::<Lsn>().ok();
-            (is_gap && line.get("is_open")? == false).then(|| Some((lsn("to")?, lsn("from")?)))?
-        };
-        move || log.lock().unwrap().iter().filter_map(interval).collect()
+        move || {
+            let lines = log.lock().unwrap();
+            let closed = lines.iter().filter_map(|line| gap(line)).filter(|gap| !gap.is_open);
+            closed.map(|gap| (gap.to, gap.from)).collect()
+        }
+    }
+
+    /// Up to where the gaps go that the log tells of, those included whose end was not known.
+    pub(crate) fn last_gap(&self) -> Lsn {
+        self.log.lock().unwrap().iter().filter_map(|line| gap(line)).map(|gap| gap.to).max().unwrap_or_default()
+    }
+
+    /// Waits until a line of the log holds this. What the log tells of may be seen elsewhere first.
+    pub(crate) async fn says(&self, text: &str) {
+        eventually(&format!("the log says {text:?}"), async || self.has_said(text)).await;
     }
 
     /// How many lines of the log hold this.
@@ -309,6 +317,21 @@ impl Server {
     fn last_http_address(&self) -> Option<SocketAddr> {
         self.log.lock().unwrap().iter().rev().find_map(|line| listening("HTTP", line))
     }
+}
+
+/// A gap that the log tells of.
+struct Gap {
+    from: Lsn,
+    to: Lsn,
+    is_open: bool,
+}
+
+/// The gap in the line that tells of one.
+fn gap(line: &str) -> Option<Gap> {
+    let line: serde_json::Value = serde_json::from_str(line).ok()?;
+    let says = line.get("message")?.as_str()?.starts_with("a gap in the stream");
+    let lsn = |name: &str| line.get(name)?.as_str()?.parse().ok();
+    says.then(|| Some(Gap { from: lsn("from")?, to: lsn("to")?, is_open: line.get("is_open")?.as_bool()? }))?
 }
 
 /// The address in the line that tells it.

@@ -71,10 +71,33 @@ impl Sql {
 
     /// Whether tuplewatch has acknowledged its slot up to this LSN.
     pub(crate) async fn confirmed_reaches(&self, lsn: &str) -> bool {
+        self.slot_reaches("tuplewatch", lsn).await
+    }
+
+    async fn slot_reaches(&self, slot: &str, lsn: &str) -> bool {
         self.is_true(&format!(
-            "(SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 'tuplewatch') >= '{lsn}'"
+            "(SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{slot}') >= '{lsn}'"
         ))
         .await
+    }
+
+    /// Waits until tuplewatch's change log has everything on disk that is committed by now, and every gap before it.
+    ///
+    /// A stream can have a change before the log has it on disk. A process that is killed in between reads the change from the slot
+    /// again, so a test has to wait only where the slot cannot send it again, or where the gap must not be found again.
+    pub(crate) async fn until_recorded(&self, slot: &str) {
+        let lsn = self.flushed().await;
+        eventually("what is committed is acknowledged", async || self.slot_reaches(slot, &lsn).await).await;
+    }
+
+    /// Has what is published checked at once, and waits until that check has begun.
+    pub(crate) async fn check_published(&self) {
+        let last_check = "SELECT coalesce(max(query_start), 'epoch')::text FROM pg_stat_activity \
+                           WHERE application_name LIKE 'tuplewatch%' AND query LIKE '-- whether it changed%' \
+                             AND pid <> pg_backend_pid()";
+        let before = self.value(last_check).await;
+        self.run("SELECT pg_logical_emit_message(true, 'tuplewatch', 'check')").await;
+        eventually("what is published is checked", async || self.value(last_check).await > before).await;
     }
 
     /// The process that streams tuplewatch's slot now, if any, and since when: another one after every reconnect.

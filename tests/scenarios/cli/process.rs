@@ -4,7 +4,7 @@ use crate::support::wait::{eventually, within};
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
-use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
 /// What chooses the PostgreSQL of `dev`: of all our environment, the one variable that it gets.
@@ -23,6 +23,34 @@ pub(crate) fn program(directory: &Path) -> Command {
     command.env_remove("USER").env_remove("LOGNAME");
     command.current_dir(directory).kill_on_drop(true).stdin(Stdio::null());
     command
+}
+
+/// What a terminal makes the signal INT of, for the program in its foreground.
+pub(crate) const CTRL_C: &str = "\x03";
+
+/// The same command on a terminal, which `script` makes. Both of its streams are what is printed there; what is typed comes through
+/// the standard input of `script`.
+pub(crate) fn on_terminal(command: &Command) -> Command {
+    let command = command.as_std();
+    let words: Vec<&str> =
+        std::iter::once(command.get_program()).chain(command.get_args()).map(|word| word.to_str().unwrap()).collect();
+    let mut script = Command::new("script");
+    if cfg!(target_os = "linux") {
+        script.args(["-q", "-e", "-c", &words.join(" "), "/dev/null"]);
+    } else {
+        script.args(["-q", "/dev/null"]).args(words);
+    }
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => script.env(name, value),
+            None => script.env_remove(name),
+        };
+    }
+    if let Some(directory) = command.get_current_dir() {
+        script.current_dir(directory);
+    }
+    script.stdin(Stdio::piped()).kill_on_drop(true);
+    script
 }
 
 /// How a run ended, and what it said.
@@ -142,10 +170,25 @@ impl Process {
 
     /// Waits for a complaint with this text, unless the process ends before.
     pub(crate) async fn comes_to(&mut self, text: &str) {
+        self.comes_to_say(text, Self::complained).await;
+    }
+
+    /// [`Process::comes_to`] for one on a terminal, where complaints are printed.
+    pub(crate) async fn comes_to_print(&mut self, text: &str) {
+        self.comes_to_say(text, Self::printed).await;
+    }
+
+    async fn comes_to_say(&mut self, text: &str, lines: impl Fn(&Self) -> Vec<String>) {
         let what = format!("'{text}' is said, or the process ends");
-        let is_there = |lines: Vec<String>| lines.iter().any(|line| line.contains(text));
-        eventually(&what, async || is_there(self.complained()) || !self.is_running()).await;
-        assert!(is_there(self.complained()), "ended without saying '{text}'");
+        let is_there = |process: &Self| lines(process).iter().any(|line| line.contains(text));
+        eventually(&what, async || is_there(self) || !self.is_running()).await;
+        assert!(is_there(self), "ended without saying '{text}'");
+    }
+
+    /// Types this on its terminal.
+    pub(crate) async fn types(&mut self, text: &str) {
+        let keyboard = self.child.stdin.as_mut().expect("a process on a terminal");
+        keyboard.write_all(text.as_bytes()).await.unwrap();
     }
 
     pub(crate) fn is_running(&mut self) -> bool {

@@ -1,10 +1,15 @@
-//! Colours and layout: on a terminal, into a pipe, and as one asks for it.
+//! What is different on a terminal: colours and layout, and that Ctrl-C ends a program.
 
-use super::process::{Process, program};
+use super::prerequisites::serve;
+use super::process::{CTRL_C, Process, on_terminal, program};
+use crate::support::change::Change;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
-use crate::support::wait::eventually;
+use crate::support::stream::{Stream, reason};
+use crate::support::wait::{eventually, within};
 use tokio::process::Command;
+use tonic::Code;
+use tonic::transport::Endpoint;
 
 /// `watch` of t1, with nothing in the environment that says something of colours.
 fn watch(server: &Server, flags: &[&str]) -> Command {
@@ -17,27 +22,6 @@ fn watch(server: &Server, flags: &[&str]) -> Command {
         .args(["watch", "--tenant", "t1", "--server", server.endpoint().uri().to_string().trim_end_matches('/')])
         .args(flags);
     command
-}
-
-/// The same command on a terminal, which `script` makes.
-fn on_terminal(command: &Command) -> Command {
-    let command = command.as_std();
-    let words: Vec<&str> =
-        std::iter::once(command.get_program()).chain(command.get_args()).map(|word| word.to_str().unwrap()).collect();
-    let mut script = Command::new("script");
-    if cfg!(target_os = "linux") {
-        script.args(["-q", "-e", "-c", &words.join(" "), "/dev/null"]);
-    } else {
-        script.args(["-q", "/dev/null"]).args(words);
-    }
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => script.env(name, value),
-            None => script.env_remove(name),
-        };
-    }
-    script.stdin(std::process::Stdio::null()).kill_on_drop(true);
-    script
 }
 
 const GREEN: &str = "\x1b[32m";
@@ -87,4 +71,29 @@ async fn colours_are_for_terminals() {
         assert_eq!(shown.contains("Z + document") || shown.contains("Z\x1b[0m"), !is_terminal, "{what}: {shown:?}");
         assert_eq!(printed.iter().any(|line| line.contains(" (UTC)")), *is_terminal, "{what}: {printed:?}");
     }
+}
+
+/// The end of a part is the end of the process, so no part may end because a terminal is attached. `dev` has a scenario of its own.
+#[tokio::test]
+async fn serve_runs_on_a_terminal_until_ctrl_c_is_typed() {
+    let postgres = Postgres::start().await;
+    drop(Server::prepare(&postgres, &[]).await);
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = serve(&postgres.uri(), directory.path());
+    command.args(["--color", "never"]);
+    let mut process = Process::start(on_terminal(&command));
+    process.comes_to_print("streaming").await;
+    process.comes_to_print("gRPC is listening").await;
+    let printed = process.printed();
+    let address = printed.iter().find_map(|line| line.split_once("gRPC is listening address=")).unwrap().1;
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+
+    let sql = postgres.sql().await;
+    let mut stream = within("a stream", Stream::open(&endpoint, "t1", "")).await.unwrap();
+    sql.insert("t1", "a").await;
+    stream.expect(Change::created("a")).await;
+    process.types(CTRL_C).await;
+    let (_, status) = stream.ending().await;
+    assert_eq!(reason(&status), (Code::Unavailable, "SHUTTING_DOWN".into()));
+    assert_eq!(process.ended().await.code(), Some(0));
 }
