@@ -91,7 +91,8 @@ struct Shape {
     targets: (Option<f64>, Option<f64>),
 }
 
-const SHAPES: [Shape; 4] = [
+const SHAPES: [Shape; 5] = [
+    Shape { name: "large", singles: 100, bigs: 10, big_rows: 50_000, targets: (Some(1.5), None), ..SINGLE },
     Shape { name: "mixed", bigs: 5, big_rows: 100_000, targets: (Some(1.0), Some(0.8)), ..SINGLE },
     SINGLE,
     Shape { name: "tens", singles: 25_000, rows: 10, targets: (None, None), ..SINGLE },

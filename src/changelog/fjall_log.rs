@@ -42,6 +42,9 @@ const CACHE_BYTES: u64 = 32 << 20;
 const MEMTABLE_BYTES: u64 = 16 << 20;
 /// Journals above this make fjall write out buffers.
 const JOURNAL_BYTES: u64 = 128 << 20;
+/// Threads of fjall's. By itself it has as many as there are cores; with two, the first passes compactions back to the queue, from
+/// which it takes them again, as long as the second is busy with one (`fjall::worker_pool`).
+const WORKERS: usize = 3;
 
 /// Bounds of a log.
 #[derive(Clone, Debug)]
@@ -99,16 +102,17 @@ impl FjallLog {
         let db = Database::builder(path.join(DATA))
             .cache_size(CACHE_BYTES)
             .max_journaling_size(JOURNAL_BYTES)
+            .worker_threads(WORKERS)
             .open()
             .map_err(|error| match error {
-            fjall::Error::Locked => Error::Locked(path.clone()),
-            // The directory is there, and was whole once: what is not as it was is somebody's doing.
-            fjall::Error::Io(source) if is_damage(source.kind()) => {
-                damaged(format!("a file of it is missing or does not read: {source}"))
-            }
-            fjall::Error::Io(source) => Error::Open { path: path.clone(), source },
-            error => damaged(error.to_string()),
-        })?;
+                fjall::Error::Locked => Error::Locked(path.clone()),
+                // The directory is there, and was whole once: what is not as it was is somebody's doing.
+                fjall::Error::Io(source) if is_damage(source.kind()) => {
+                    damaged(format!("a file of it is missing or does not read: {source}"))
+                }
+                fjall::Error::Io(source) => Error::Open { path: path.clone(), source },
+                error => damaged(error.to_string()),
+            })?;
         let read = |error: fjall::Error| damaged(error.to_string());
         if !db.keyspace_exists("meta") && !db.list_keyspace_names().is_empty() {
             return Err(damaged("its keyspace meta is missing".into()));
