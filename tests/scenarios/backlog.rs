@@ -18,8 +18,10 @@ const LARGE: usize = 10_000;
 
 #[tokio::test]
 async fn what_ends_a_backlog_is_not_late() {
-    // A relative directory is one in the data directory.
-    let postgres = Postgres::with(&[("unix_socket_directories", ".")]).await;
+    let mut postgres = Postgres::start().await;
+    let directory = postgres.pgdata().display().to_string();
+    postgres.stop_and_set(&[("unix_socket_directories", &directory)]).await;
+    postgres.start_again().await;
     let sql = postgres.sql().await;
     let key = KeyPair::generate().unwrap();
     let certificate = CertificateParams::new(vec!["localhost".to_owned()]).unwrap().self_signed(&key).unwrap();
@@ -30,11 +32,7 @@ async fn what_ends_a_backlog_is_not_late() {
     eventually("the server does TLS", async || sql.value("SHOW ssl").await == "on").await;
 
     let mut server = Server::prepare(&postgres, &[]).await;
-    let socket = format!(
-        "host={} port={} user=postgres dbname=postgres",
-        postgres.pgdata().display(),
-        sql.value("SHOW port").await
-    );
+    let socket = format!("host={directory} port={} user=postgres dbname=postgres", sql.value("SHOW port").await);
     let tcp = postgres.uri();
     for (what, uri, is_encrypted, address) in [
         ("TCP", format!("{tcp}?sslmode=disable"), "false", "127.0.0.1"),
