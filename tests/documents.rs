@@ -157,3 +157,20 @@ fn every_guarantee_is_held_by_a_test() {
         }
     }
 }
+
+/// The two commands that bring a bare machine to a running server and to passed tests.
+#[test]
+fn ci_runs_the_test_command_of_the_readme() {
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let first_screen = readme.split("\n## ").next().unwrap();
+    let ci = std::fs::read_to_string(root().join(".ci/run")).unwrap();
+    let command = |purpose: &str| {
+        let begins = format!("./requirements {purpose} && ");
+        let found = first_screen.lines().find(|line| line.starts_with(&begins));
+        found.unwrap_or_else(|| panic!("the README does not begin with {begins}…"))
+    };
+    assert!(command("dev").ends_with(" dev"));
+    let test = command("test");
+    assert!(ci.lines().any(|line| line.starts_with(test)), ".ci/run does not run {test}");
+    assert!(!ci.contains("apt-get"), "only ./requirements installs packages");
+}

@@ -305,7 +305,7 @@ async fn promtool(arguments: &[&str], input: &str) {
     let mut command = Command::new("promtool");
     command.args(arguments).current_dir(directory).kill_on_drop(true);
     let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let mut process = spawned.unwrap_or_else(|error| panic!("promtool: {error}: install prometheus, which has it"));
+    let mut process = spawned.unwrap_or_else(|error| panic!("promtool: {error} (./requirements test installs it)"));
     process.stdin.take().unwrap().write_all(input.as_bytes()).await.unwrap();
     let output = within("promtool", process.wait_with_output()).await.unwrap();
     let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();

@@ -40,7 +40,7 @@ pub(crate) async fn node_modules(program: &Path) -> String {
 /// What it printed. May take as long as the network does.
 async fn run(command: &mut Command) -> Vec<u8> {
     let output = command.kill_on_drop(true).output().await.unwrap_or_else(|error| {
-        panic!("{command:?}: {error}. This test needs Python 3.9 or newer with venv and pip, Node.js with npm, and their registries")
+        panic!("{command:?}: {error}. This test needs Python 3.9 or newer with venv and pip, Node.js 18 or newer with npm (./requirements test installs them), and their registries")
     });
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     output.stdout

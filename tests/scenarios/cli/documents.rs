@@ -14,8 +14,10 @@ fn commands() -> BTreeMap<String, BTreeSet<String>> {
         let text = std::fs::read_to_string(path).unwrap();
         // Blocks and spans alike.
         for code in text.replace("```", "`").split('`').skip(1).step_by(2) {
-            for line in code.lines().map(|line| line.trim().trim_start_matches("cargo run --release -- ").trim()) {
-                let line = line.strip_prefix("tuplewatch ").unwrap_or_default();
+            for line in code.lines().map(str::trim) {
+                // Through cargo it may stand behind the command that installs what is missing.
+                let through_cargo = line.split_once("cargo run --release -- ").map(|(_, rest)| rest);
+                let line = through_cargo.or(line.strip_prefix("tuplewatch ")).unwrap_or_default();
                 let mut words = line.split('#').next().unwrap().split_whitespace();
                 let Some(subcommand) = words.next().filter(|word| word.chars().all(|c| c.is_ascii_lowercase())) else {
                     continue;
