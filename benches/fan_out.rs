@@ -3,7 +3,9 @@
 //! `cargo bench --bench fan_out [-- --quick] [--rounds N] [--case NAME]` (or `just bench fan_out`). In rounds that alternate
 //! over the cases, each with a process of its own on one cluster. Every subscriber checks that it has every message once,
 //! in order. They all live in one thread of this process, behind a client that costs little; but they, PostgreSQL and
-//! tuplewatch share the machine, so figures compare within a run.
+//! tuplewatch share the machine, so figures compare within a run, and targets are ratios to two baselines of the same run:
+//! tonic's usual way to serve a stream, and a bare loop on h2 (`fan_out/baseline.rs`). Both send the same subscribers the
+//! same messages at the same rate. All three take turns, each round in another order.
 
 #![expect(
     clippy::unwrap_used,
@@ -29,18 +31,31 @@ mod support {
     pub(crate) mod wait;
 }
 
+#[path = "fan_out/baseline.rs"]
+mod baseline;
+#[path = "fan_out/results.rs"]
+mod results;
+#[path = "fan_out/subscribers.rs"]
+mod subscribers;
+
+use baseline::{Baseline, Way};
 use futures_util::future::join_all;
-use std::collections::BTreeMap;
+use results::Results;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
-use support::measure::{Summary, cpu_time};
+use subscribers::{Fleet, Shared, Subscriber};
+use support::measure::cpu_time;
 use support::postgres::Postgres;
-use support::raw_watch::{Connection, RawStream, Windows, changes, decimal, entity_id};
-use support::report::{at_least, at_most, has_flag, option, place, rounds};
+use support::raw_watch::{Connection, Windows};
+use support::report::{has_flag, option, place, rounds};
 use support::server::Server;
 use support::sql::Sql;
+
+/// The baselines have tuplewatch's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const FLAGS: [(&str, &str); 1] = [("--service-watch-subscribers-max", "20000")];
 /// As many as the largest case has subscribers.
@@ -101,18 +116,39 @@ struct Scale {
 
 impl Scale {
     fn from_arguments() -> Self {
-        let (seconds, transactions_max) = if has_flag("--quick") { (2, 2_000) } else { (5, 20_000) };
+        let (seconds, transactions_max) = if has_flag("--quick") { (2, 2_000) } else { (5, 10_000) };
         Self { rounds: rounds(), seconds, transactions_max, only: option("--case") }
     }
 }
 
+/// Who serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Contender {
+    Tuplewatch,
+    Baseline(Way),
+}
+
+use Contender::Tuplewatch;
+const TONIC: Contender = Contender::Baseline(Way::Broadcast);
+const H2: Contender = Contender::Baseline(Way::BareH2);
+
+impl Contender {
+    const fn name(self) -> &'static str {
+        match self {
+            Tuplewatch => "tuplewatch",
+            TONIC => "tonic's way",
+            H2 => "bare h2",
+        }
+    }
+}
+
 /// What one round of one case came to.
-#[derive(Default)]
 struct Round {
+    written: Written,
     delivered_per_second: f64,
     p50_ms: f64,
     p99_ms: f64,
-    /// Of tuplewatch, with all that a transaction costs before it is delivered.
+    /// Of who serves. Of tuplewatch, with all that a transaction costs before it is delivered.
     cpu_us_per_message: f64,
     /// Of one core.
     cpu_percent: f64,
@@ -120,10 +156,19 @@ struct Round {
     idle_kib_per_subscriber: f64,
 }
 
-/// What is said of it, the case, how it is measured, its unit, and what it may be at most.
-type Target = (&'static str, &'static str, fn(&Round) -> f64, &'static str, f64);
+/// The load that came.
+#[derive(Clone, Copy)]
+struct Written {
+    /// When what is measured began.
+    began_ns: u64,
+    transactions: u64,
+    per_second: f64,
+}
 
 fn main() {
+    if baseline::serve_if_asked() {
+        return;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(run(&Scale::from_arguments()));
 }
@@ -146,90 +191,167 @@ async fn run(scale: &Scale) {
     let chosen = |case: &&Case| scale.only.as_ref().is_none_or(|only| only == case.name);
     let cases: Vec<&Case> = CASES.iter().filter(chosen).collect();
     assert!(!cases.is_empty(), "--case is one of {:?}", CASES.map(|case| case.name));
-    let mut results: BTreeMap<&str, Vec<Round>> = BTreeMap::new();
+    start(&mut server).await;
+    let sample = warm_up("sample", &postgres, &server).await;
+    stop(&mut server).await;
+    let mut results = Results::default();
     for round in 0..scale.rounds {
         for case in &cases {
             let id = format!("{}-{round}", case.name);
-            results.entry(case.name).or_default().push(one_round(case, scale, &id, &postgres, &mut server).await);
+            for turn in 0..case.contenders().len() {
+                // tuplewatch first in the first round: the others have the load that it had.
+                let contender = case.contenders()[(round + turn) % case.contenders().len()];
+                let measured = match contender {
+                    Tuplewatch => round_of_tuplewatch(case, scale, &id, &postgres, &mut server).await,
+                    Contender::Baseline(way) => {
+                        round_of_baseline(case, way, results.last_written(case), &id, &sample).await
+                    }
+                };
+                results.add(case, contender, measured);
+            }
         }
     }
-    tell(&cases, &results);
+    results.tell(&cases);
 }
 
-async fn one_round(case: &Case, scale: &Scale, id: &str, postgres: &Postgres, server: &mut Server) -> Round {
+async fn start(server: &mut Server) {
     server.start().await;
     server.serving().await;
+}
+
+async fn stop(server: &mut Server) {
+    server.terminate().await;
+    server.ended().await;
+}
+
+async fn round_of_tuplewatch(case: &Case, scale: &Scale, id: &str, postgres: &Postgres, server: &mut Server) -> Round {
+    start(server).await;
     warm_up(id, postgres, server).await;
-    let base_kib = server.memory_kib("VmRSS");
     let transactions_max = match case.load {
         Load::Paced(rate) => rate * scale.seconds,
         Load::Unpaced | Load::Backlog => scale.transactions_max,
     };
-    let shared = Arc::new(Shared::new(transactions_max));
-    let fleet = Fleet::launch(case, server.address(), &shared);
-    shared.until("every stream is open", || shared.open.load(Relaxed) == case.streams()).await;
-    let idle_kib = idle_kib(server).await.saturating_sub(base_kib);
-
-    let cpu_before = cpu_time(server.pid());
-    let mut began = shared.now();
-    let transactions = match case.load {
-        Load::Paced(rate) => paced(case, rate, transactions_max, id, postgres, &shared).await,
-        Load::Unpaced => unpaced(scale, Duration::from_secs(scale.seconds), id, postgres).await,
+    let process = Process { pid: server.pid(), address: server.address() };
+    let round = process.measure(case, transactions_max, id, async |shared| match case.load {
+        Load::Paced(rate) => {
+            let tenants: Vec<String> = (0..case.load_tenants()).map(|n| format!("load{n}")).collect();
+            let writer = Writer::new(postgres, id.to_owned()).await;
+            let insert = async |number: u64| writer.insert(&tenants[number as usize % tenants.len()], 0, number).await;
+            paced(rate as f64, transactions_max, id, shared, insert).await
+        }
+        Load::Unpaced => unpaced(scale, Duration::from_secs(scale.seconds), id, postgres, shared).await,
         Load::Backlog => {
             server.suspend().await;
-            let transactions = unpaced(scale, DELIVERY_MAX, id, postgres).await;
-            began = shared.now();
+            let written = unpaced(scale, DELIVERY_MAX, id, postgres, shared).await;
+            let began_ns = shared.now();
             server.resume().await;
-            transactions
+            Written { began_ns, ..written }
         }
-    };
-    let expected = transactions * case.subscribers_a_transaction();
-    shared.until("everything is delivered", || shared.delivered.load(Relaxed) >= expected).await;
-    let cpu = cpu_time(server.pid()) - cpu_before;
-    let resident_mib = server.memory_kib("VmRSS") as f64 / 1024.0;
-    fleet.land();
-    // Each subscriber has had a beginning of its sequence, without a gap: so all together have had all of it.
-    assert_eq!((shared.delivered.load(Relaxed), shared.failed.load(Relaxed)), (expected, false), "{id}: delivered");
-    server.terminate().await;
-    server.ended().await;
+    });
+    let round = round.await;
+    stop(server).await;
+    round
+}
 
-    let seconds = Duration::from_nanos(shared.last_ns.load(Relaxed) - began).as_secs_f64();
-    Round {
-        delivered_per_second: expected as f64 / seconds,
-        p50_ms: shared.latencies.quantile(0.5).as_secs_f64() * 1e3,
-        p99_ms: shared.latencies.quantile(0.99).as_secs_f64() * 1e3,
-        cpu_us_per_message: cpu.as_secs_f64() * 1e6 / expected as f64,
-        cpu_percent: cpu.as_secs_f64() * 1e2 / seconds,
-        resident_mib,
-        idle_kib_per_subscriber: idle_kib as f64 / case.streams() as f64,
+/// As many messages as tuplewatch sent in its last round of this case, at the same rate.
+async fn round_of_baseline(case: &Case, way: Way, as_written: Written, id: &str, sample: &[u8]) -> Round {
+    let Written { transactions, per_second, .. } = as_written;
+    let mut baseline = Baseline::start(way, case.tenants, transactions, sample).await;
+    let process = Process { pid: baseline.pid(), address: baseline.address };
+    process
+        .measure(case, transactions, id, async |shared| match case.load {
+            Load::Paced(rate) => {
+                paced(rate as f64, transactions, id, shared, async |_| baseline.publish(1).await).await
+            }
+            Load::Unpaced => paced(per_second, transactions, id, shared, async |_| baseline.publish(1).await).await,
+            Load::Backlog => {
+                let began_ns = shared.now();
+                baseline.publish(transactions).await;
+                Written { began_ns, ..as_written }
+            }
+        })
+        .await
+}
+
+/// Who serves the subscribers of a round.
+struct Process {
+    pid: u32,
+    address: SocketAddr,
+}
+
+impl Process {
+    /// Opens the streams of a case, has the load come, and waits until every subscriber has all of it.
+    async fn measure(
+        &self,
+        case: &Case,
+        transactions_max: u64,
+        id: &str,
+        load: impl AsyncFnOnce(&Shared) -> Written,
+    ) -> Round {
+        let base_kib = self.resident_kib();
+        let shared = Arc::new(Shared::new(transactions_max));
+        let fleet = Fleet::launch(case, self.address, &shared);
+        shared.until("every stream is open", || shared.open.load(Relaxed) == case.streams()).await;
+        let idle_kib = self.idle_kib().await.saturating_sub(base_kib);
+
+        let cpu_before = cpu_time(self.pid);
+        let written = load(&shared).await;
+        let expected = written.transactions * case.subscribers_a_transaction();
+        shared.until("everything is delivered", || shared.delivered.load(Relaxed) >= expected).await;
+        let cpu = cpu_time(self.pid) - cpu_before;
+        let resident_mib = self.resident_kib() as f64 / 1024.0;
+        fleet.land();
+        // Each subscriber has had a beginning of its sequence, without a gap: so all together have had all of it.
+        assert_eq!((shared.delivered.load(Relaxed), shared.failed.load(Relaxed)), (expected, false), "{id}: delivered");
+
+        let seconds = Duration::from_nanos(shared.last_ns.load(Relaxed) - written.began_ns).as_secs_f64();
+        Round {
+            written,
+            delivered_per_second: expected as f64 / seconds,
+            p50_ms: shared.latencies.quantile(0.5).as_secs_f64() * 1e3,
+            p99_ms: shared.latencies.quantile(0.99).as_secs_f64() * 1e3,
+            cpu_us_per_message: cpu.as_secs_f64() * 1e6 / expected as f64,
+            cpu_percent: cpu.as_secs_f64() * 1e2 / seconds,
+            resident_mib,
+            idle_kib_per_subscriber: idle_kib as f64 / case.streams() as f64,
+        }
+    }
+
+    fn resident_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        resident.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// What it has once it has given back what starting so many streams took: the allocator waits for a moment before it does.
+    async fn idle_kib(&self) -> u64 {
+        const UNCHANGED_FOR: Duration = Duration::from_secs(3);
+        let (mut least, mut since) = (u64::MAX, Instant::now());
+        while since.elapsed() < UNCHANGED_FOR {
+            let now = self.resident_kib();
+            if now < least {
+                (least, since) = (now, Instant::now());
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        least
     }
 }
 
-/// What it has once it has given back what starting so many streams took: the allocator waits for a moment before it does.
-async fn idle_kib(server: &Server) -> u64 {
-    const UNCHANGED_FOR: Duration = Duration::from_secs(3);
-    let (mut least, mut since) = (u64::MAX, Instant::now());
-    while since.elapsed() < UNCHANGED_FOR {
-        let now = server.memory_kib("VmRSS");
-        if now < least {
-            (least, since) = (now, Instant::now());
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    least
-}
-
-/// What a process takes once it has delivered anything at all is no subscriber's.
-async fn warm_up(id: &str, postgres: &Postgres, server: &Server) {
+/// What a process takes once it has delivered anything at all is no subscriber's. Returns the last message that it sent.
+async fn warm_up(id: &str, postgres: &Postgres, server: &Server) -> Vec<u8> {
     let mut stream = Connection::open(server.address(), Windows::WIDE).await.watch("load0", "").await;
-    let writer = Writer::new(postgres, format!("warm-up-{id}")).await;
+    let writer = Writer::new(postgres, id.to_owned()).await;
+    let mut last = Vec::new();
     for number in 0..100 {
-        writer.insert("load0", 0, number).await;
-        let mut received = 0;
-        while received == 0 {
-            stream.read(|_| received += 1).await.unwrap();
+        // None of those that are counted.
+        writer.insert("load0", WRITERS, number).await;
+        last.clear();
+        while last.is_empty() {
+            stream.read(|message| last = message.to_vec()).await.unwrap();
         }
     }
+    last
 }
 
 /// Inserts numbered tuples.
@@ -259,25 +381,24 @@ impl Writer {
     }
 }
 
-async fn paced(case: &Case, rate: u64, count: u64, id: &str, postgres: &Postgres, shared: &Shared) -> u64 {
-    let tenants: Vec<String> = (0..case.load_tenants()).map(|n| format!("load{n}")).collect();
-    let writer = Writer::new(postgres, id.to_owned()).await;
-    let began = tokio::time::Instant::now();
+/// Has the numbers come at this rate, one after the other.
+async fn paced(rate: f64, count: u64, id: &str, shared: &Shared, mut write: impl AsyncFnMut(u64)) -> Written {
+    let (began, began_ns) = (tokio::time::Instant::now(), shared.now());
     for number in 0..count {
-        tokio::time::sleep_until(began + Duration::from_secs(1).mul_f64(number as f64 / rate as f64)).await;
-        writer.insert(&tenants[number as usize % tenants.len()], 0, number).await;
+        tokio::time::sleep_until(began + Duration::from_secs(1).mul_f64(number as f64 / rate)).await;
+        write(number).await;
         shared.committed_ns[number as usize].store(shared.now(), Relaxed);
     }
-    let took = began.elapsed().as_secs_f64();
-    if count as f64 / took < rate as f64 * 0.95 {
-        eprintln!("{id}: PostgreSQL committed {:.0} transactions a second, not {rate}", count as f64 / took);
+    let per_second = count as f64 / began.elapsed().as_secs_f64();
+    if per_second < rate * 0.95 {
+        eprintln!("{id}: {per_second:.0} transactions a second came, not {rate:.0}");
     }
-    count
+    Written { began_ns, transactions: count, per_second }
 }
 
 /// As many as come about in this time, and at most the most that there should be.
-async fn unpaced(scale: &Scale, time_max: Duration, id: &str, postgres: &Postgres) -> u64 {
-    let began = Instant::now();
+async fn unpaced(scale: &Scale, time_max: Duration, id: &str, postgres: &Postgres, shared: &Shared) -> Written {
+    let (began, began_ns) = (Instant::now(), shared.now());
     let each = scale.transactions_max / WRITERS as u64;
     let write = async |writer| {
         let inserts = Writer::new(postgres, id.to_owned()).await;
@@ -289,10 +410,16 @@ async fn unpaced(scale: &Scale, time_max: Duration, id: &str, postgres: &Postgre
         }
         number
     };
-    join_all((0..WRITERS).map(write)).await.into_iter().sum()
+    let transactions: u64 = join_all((0..WRITERS).map(write)).await.into_iter().sum();
+    Written { began_ns, transactions, per_second: transactions as f64 / began.elapsed().as_secs_f64() }
 }
 
 impl Case {
+    /// A baseline has nothing to say of tenants that are quiet: these cases compare tuplewatch with itself.
+    const fn contenders(&self) -> &'static [Contender] {
+        if self.quiet { &[Tuplewatch] } else { &[Tuplewatch, TONIC, H2] }
+    }
+
     const fn load_tenants(&self) -> usize {
         if self.quiet { 1 } else { self.tenants }
     }
@@ -323,224 +450,5 @@ impl Case {
             groups.push(vec![Subscriber { tenant: "load0".to_owned(), next: [0; WRITERS], step: 1 }]);
         }
         groups
-    }
-}
-
-/// What subscribers tell while they are at work.
-struct Shared {
-    epoch: Instant,
-    /// When the commit of a number was acknowledged; 0 where that is yet to come.
-    committed_ns: Vec<AtomicU64>,
-    open: AtomicU64,
-    delivered: AtomicU64,
-    last_ns: AtomicU64,
-    latencies: Histogram,
-    failed: AtomicBool,
-}
-
-impl Shared {
-    fn new(transactions_max: u64) -> Self {
-        Self {
-            epoch: Instant::now(),
-            committed_ns: (0..transactions_max).map(|_| AtomicU64::new(0)).collect(),
-            open: AtomicU64::new(0),
-            delivered: AtomicU64::new(0),
-            last_ns: AtomicU64::new(0),
-            latencies: Histogram::default(),
-            failed: AtomicBool::new(false),
-        }
-    }
-
-    fn now(&self) -> u64 {
-        self.epoch.elapsed().as_nanos() as u64
-    }
-
-    async fn until(&self, what: &str, condition: impl Fn() -> bool) {
-        let deadline = Instant::now() + DELIVERY_MAX;
-        while !condition() {
-            assert!(!self.failed.load(Relaxed), "a subscriber failed before {what}");
-            let delivered = self.delivered.load(Relaxed);
-            assert!(Instant::now() < deadline, "not within {DELIVERY_MAX:?}: {what}; {delivered} messages came");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-}
-
-/// Latencies, to within 3 %.
-struct Histogram(Vec<AtomicU64>);
-
-/// As a power of two, buckets of equal width for each doubling.
-const PRECISION: u32 = 5;
-
-impl Default for Histogram {
-    fn default() -> Self {
-        Self((0..64 << PRECISION).map(|_| AtomicU64::new(0)).collect())
-    }
-}
-
-impl Histogram {
-    fn add(&self, ns: u64, count: u64) {
-        let doublings = ns.max(1).ilog2().saturating_sub(PRECISION);
-        let bucket = (u64::from(doublings) << PRECISION) + (ns >> doublings);
-        self.0[bucket as usize].fetch_add(count, Relaxed);
-    }
-
-    /// The value below which `share` of the values lie.
-    fn quantile(&self, share: f64) -> Duration {
-        let counts: Vec<u64> = self.0.iter().map(|count| count.load(Relaxed)).collect();
-        let wanted = counts.iter().sum::<u64>() as f64 * share;
-        let mut below = 0;
-        let reaches = |count: &u64| {
-            below += count;
-            below as f64 >= wanted
-        };
-        let bucket = counts.iter().position(reaches).unwrap() as u64;
-        let doublings = (bucket >> PRECISION).saturating_sub(1);
-        Duration::from_nanos((bucket - (doublings << PRECISION)) << doublings)
-    }
-}
-
-/// All subscribers of a round, and their thread.
-struct Fleet {
-    stop: tokio::sync::oneshot::Sender<()>,
-    thread: std::thread::JoinHandle<()>,
-}
-
-impl Fleet {
-    fn launch(case: &Case, address: SocketAddr, shared: &Arc<Shared>) -> Self {
-        let (stop, stopped) = tokio::sync::oneshot::channel();
-        let (groups, shared) = (case.groups(), shared.clone());
-        let thread = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async {
-                let mut subscribers = tokio::task::JoinSet::new();
-                for group in groups {
-                    let connection = Connection::open(address, Windows::WIDE).await;
-                    for subscriber in group {
-                        subscribers.spawn(subscriber.follow(connection.clone(), shared.clone()));
-                    }
-                }
-                tokio::select! {
-                    _ = stopped => {}
-                    // They only ever end by failing, and have said why.
-                    _ = subscribers.join_next() => shared.failed.store(true, Relaxed),
-                }
-            });
-        });
-        Self { stop, thread }
-    }
-
-    fn land(self) {
-        let _ = self.stop.send(());
-        self.thread.join().unwrap();
-    }
-}
-
-struct Subscriber {
-    tenant: String,
-    /// The number that is due, by writer.
-    next: [u64; WRITERS],
-    step: u64,
-}
-
-impl Subscriber {
-    async fn follow(mut self, connection: Connection, shared: Arc<Shared>) {
-        let mut stream: RawStream = connection.watch(&self.tenant, "").await;
-        shared.open.fetch_add(1, Relaxed);
-        loop {
-            let mut received = 0;
-            // Of the first message that a frame completes; those with it have come together.
-            let mut now = None;
-            let read = stream.read(|message| {
-                let now = *now.get_or_insert_with(|| shared.now());
-                changes(message, |change| self.check(change, now, &shared));
-                received += 1;
-            });
-            read.await.unwrap_or_else(|error| panic!("the connection of {} failed: {error}", self.tenant));
-            if let Some(now) = now {
-                shared.last_ns.fetch_max(now, Relaxed);
-                shared.delivered.fetch_add(received, Relaxed);
-            }
-        }
-    }
-
-    fn check(&mut self, change: &[u8], now: u64, shared: &Shared) {
-        let id = decimal(entity_id(change));
-        let (writer, number) = ((id / NUMBERS_A_WRITER) as usize, id % NUMBERS_A_WRITER);
-        assert_eq!(number, self.next[writer], "{}: what came from writer {writer}, and what was due", self.tenant);
-        self.next[writer] += self.step;
-        // It may come before its writer has heard of the commit: 0 then.
-        let committed = shared.committed_ns[number as usize].load(Relaxed);
-        shared.latencies.add(if committed == 0 { 0 } else { now.saturating_sub(committed) }, 1);
-    }
-}
-
-fn tell(cases: &[&Case], results: &BTreeMap<&str, Vec<Round>>) {
-    let summary =
-        |case: &Case, of: fn(&Round) -> f64| Summary::of(&results[case.name].iter().map(of).collect::<Vec<_>>());
-    println!(
-        "\n{:<14}{:>12}  {:<14}{:>34}{:>28}{:>28}",
-        "case", "subscribers", "load", "delivered/s", "p50 ms", "p99 ms"
-    );
-    for case in cases {
-        let (load, paced) = match case.load {
-            Load::Paced(rate) => (format!("{rate}/s"), true),
-            Load::Unpaced => ("4 writers".to_owned(), false),
-            Load::Backlog => ("a backlog".to_owned(), false),
-        };
-        // Where nothing paces the load, latency is only the length of the queue.
-        let latency = |of: fn(&Round) -> f64| if paced { format!("{:.2}", summary(case, of)) } else { "-".to_owned() };
-        println!(
-            "{:<14}{:>12}  {:<14}{:>34}{:>28}{:>28}",
-            case.name,
-            case.streams(),
-            load,
-            format!("{:.0}", summary(case, |round| round.delivered_per_second)),
-            latency(|round| round.p50_ms),
-            latency(|round| round.p99_ms),
-        );
-    }
-    println!(
-        "\n{:<14}{:>28}{:>28}{:>28}{:>28}",
-        "case", "CPU µs/message", "CPU % of a core", "resident MiB", "KiB/idle subscriber"
-    );
-    for case in cases {
-        let idle = summary(case, |round| round.idle_kib_per_subscriber);
-        println!(
-            "{:<14}{:>28}{:>28}{:>28}{:>28}",
-            case.name,
-            format!("{:.2}", summary(case, |round| round.cpu_us_per_message)),
-            format!("{:.1}", summary(case, |round| round.cpu_percent)),
-            format!("{:.1}", summary(case, |round| round.resident_mib)),
-            if case.streams() < 100 { "-".to_owned() } else { format!("{idle:.1}") },
-        );
-    }
-    println!();
-    let median = |name: &str, of: fn(&Round) -> f64| {
-        let case = cases.iter().find(|case| case.name == name)?;
-        Some(summary(case, of).median)
-    };
-    let targets: [Target; 5] = [
-        ("1,000 × 200, CPU a message", "1000", |round| round.cpu_us_per_message, " µs", 1.5),
-        ("1,000 × 200, p99", "1000", |round| round.p99_ms, " ms", 5.0),
-        ("5,000 × 50, CPU a message", "5000", |round| round.cpu_us_per_message, " µs", 1.5),
-        ("5,000 × 50, p99", "5000", |round| round.p99_ms, " ms", 20.0),
-        ("resident per idle subscriber", "5000", |round| round.idle_kib_per_subscriber, " KiB", 4.0),
-    ];
-    for (what, name, of, unit, limit) in targets {
-        if let Some(value) = median(name, of) {
-            println!("{}", at_most(what, value, limit, unit));
-        }
-    }
-    for name in ["saturated", "backlog"] {
-        if let Some(value) = median(name, |round| round.delivered_per_second / 1e6) {
-            println!("{}", at_least(name, value, 2.0, " M/s"));
-        }
-    }
-    // A message, as PostgreSQL may commit fewer than are due in one of the two.
-    let cpu = |name| median(name, |round| round.cpu_us_per_message);
-    if let (Some(without), Some(with)) = (cpu("0-quiet"), cpu("1000-quiet")) {
-        // A tenth is what rounds differ by.
-        println!("{}", at_most("CPU with 1,000 quiet subscribers, to that without", with / without, 1.1, " ×"));
     }
 }

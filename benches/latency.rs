@@ -4,7 +4,8 @@
 //! rate, whatever becomes of them; a gRPC subscriber of tuplewatch and a bare reader of a second slot receive them at
 //! the same time, each on a thread of its own. In each round once with the default, of publishing only what is visible,
 //! and once with `service.watch.before_visible`. PostgreSQL streams a commit before it acknowledges it, so that times
-//! may be below zero. `--quick` is one round of 3 s.
+//! may be below zero. What tuplewatch adds to the bare reader's time is compared with a round trip to PostgreSQL: how long a
+//! `SELECT pg_current_snapshot()` takes from a third thread, which asks throughout. `--quick` is one round of 3 s.
 
 #![expect(
     clippy::unwrap_used,
@@ -49,6 +50,8 @@ use tuplewatch::grpc::proto::{DataChange, data_change};
 use tuplewatch::pgoutput;
 
 const RATE: usize = 500;
+/// Between two round trips.
+const ASK_EVERY: Duration = Duration::from_millis(10);
 const SECONDS: usize = 20;
 /// Of each run, not counted: caches fill, and connections are new.
 const WARM_UP_SECONDS: usize = 1;
@@ -66,7 +69,8 @@ async fn main() {
     println!(
         "latency: commit acknowledged to change received, in ms; {RATE} transactions a second for {seconds} s, \
          {} round(s), {}\n  \
-         round  published        tuplewatch p50     p99     max        bare p50     p99     max     tuplewatch - bare p50     p99",
+         round  published        tuplewatch p50     p99     max        bare p50     p99     max     tuplewatch - bare p50     p99  \
+         round trip p50     p99",
         rounds(),
         place(&postgres),
     );
@@ -81,18 +85,16 @@ async fn main() {
         }
     }
     println!();
+    let median = |rounds: &[f64]| Summary::of(rounds).median;
     for mode in &modes {
-        let differences = mode.differences.each_ref().map(|rounds| Summary::of(rounds));
-        println!(
-            "published {}: tuplewatch - bare: p50 {:.2} ms, p99 {:.2} ms",
-            mode.name, differences[0], differences[1]
-        );
+        let [p50, p99] = mode.added.each_ref().map(|rounds| median(rounds));
+        println!("published {}: tuplewatch - bare: p50 {p50:.2} ms, p99 {p99:.2} ms", mode.name);
     }
     println!();
-    let median = |mode: usize, quantile: usize| Summary::of(&modes[mode].differences[quantile]).median;
-    println!("{}", at_most("p50 above the bare reader's, median", median(0, 0), 0.5, " ms"));
-    println!("{}", at_most("p99 above the bare reader's, median", median(0, 1), 3.0, " ms"));
-    println!("{}", at_most("p50 above the bare reader's, before_visible, median", median(1, 0), 0.3, " ms"));
+    let ratio = |mode: usize, quantile: usize| median(&modes[mode].ratios[quantile]);
+    println!("{}", at_most("p50 above the bare reader's, in round trips", ratio(0, 0), 3.0, " ×"));
+    println!("{}", at_most("p99 above the bare reader's, in round trips", ratio(0, 1), 3.0, " ×"));
+    println!("{}", at_most("p50 above it, in round trips, before_visible", ratio(1, 0), 2.0, " ×"));
 }
 
 /// When changes are published, and what came of it.
@@ -100,20 +102,24 @@ struct Mode {
     name: &'static str,
     before_visible: &'static str,
     /// tuplewatch's p50 and p99 above those of the bare reader, of each round.
-    differences: [Vec<f64>; 2],
+    added: [Vec<f64>; 2],
+    /// The same in round trips: to their p50, and to their p99.
+    ratios: [Vec<f64>; 2],
 }
 
 impl Mode {
     fn new(name: &'static str, before_visible: &'static str) -> Self {
-        Self { name, before_visible, differences: Default::default() }
+        Self { name, before_visible, added: Default::default(), ratios: Default::default() }
     }
 
     fn add(&mut self, round: usize, run: Run) {
-        let [[a, b, c], [d, e, f]] = [run.tuplewatch, run.bare].map(figures);
-        self.differences[0].push(a - d);
-        self.differences[1].push(b - e);
+        let [[a, b, c], [d, e, f], [g, h, _]] = [run.tuplewatch, run.bare, run.round_trips].map(figures);
+        for (quantile, (added, round_trip)) in [(a - d, g), (b - e, h)].into_iter().enumerate() {
+            self.added[quantile].push(added);
+            self.ratios[quantile].push(added / round_trip);
+        }
         println!(
-            "  {:>5}  {:<12}  {a:>17.2}  {b:>6.2}  {c:>6.2}  {d:>14.2}  {e:>6.2}  {f:>6.2}  {:>24.2}  {:>6.2}",
+            "  {:>5}  {:<12}  {a:>17.2}  {b:>6.2}  {c:>6.2}  {d:>14.2}  {e:>6.2}  {f:>6.2}  {:>24.2}  {:>6.2}  {g:>14.2}  {h:>6.2}",
             round + 1,
             self.name,
             a - d,
@@ -126,6 +132,8 @@ impl Mode {
 struct Run {
     tuplewatch: Vec<f64>,
     bare: Vec<f64>,
+    /// From question to answer.
+    round_trips: Vec<f64>,
 }
 
 /// p50, p99 and the largest.
@@ -152,7 +160,12 @@ async fn run(postgres: &Postgres, server: &mut Server, sql: &Sql, name: &str, co
     };
     is_subscribed.await.expect("a stream");
     is_started.await.expect("a stream");
+    let asked = {
+        let uri = uri.clone();
+        tokio::spawn(on_own_thread(move || ask(uri, count)))
+    };
     let acknowledged = tokio::spawn(on_own_thread(move || commit(uri, prefix, count))).await.unwrap();
+    let round_trips = asked.await.unwrap();
     let arrived = async { (tuplewatch.await.unwrap(), bare.await.unwrap()) };
     let (tuplewatch, bare) = tokio::time::timeout(ARRIVES_WITHIN, arrived).await.expect("all changes arrive");
     server.terminate().await;
@@ -165,7 +178,7 @@ async fn run(postgres: &Postgres, server: &mut Server, sql: &Sql, name: &str, co
         let times = acknowledged.iter().zip(received).skip(WARM_UP_SECONDS * RATE);
         times.map(|(acknowledged, received)| millis(*acknowledged, received)).collect()
     };
-    Run { tuplewatch: since(tuplewatch), bare: since(bare) }
+    Run { tuplewatch: since(tuplewatch), bare: since(bare), round_trips }
 }
 
 /// Below zero where it was received first.
@@ -196,6 +209,24 @@ async fn commit(uri: String, prefix: String, count: usize) -> Vec<Instant> {
         acknowledged.push(commit.await.unwrap());
     }
     acknowledged
+}
+
+/// Asks PostgreSQL for a snapshot while so many transactions come; returns how many milliseconds each answer took.
+async fn ask(uri: String, count: usize) -> Vec<f64> {
+    let sql = Sql::connect(&uri).await;
+    let snapshot = sql.prepare("SELECT pg_current_snapshot()::text").await.unwrap();
+    let mut interval = tokio::time::interval(ASK_EVERY);
+    let mut round_trips = Vec::new();
+    let (began, lasts) = (Instant::now(), Duration::from_secs(1) * count as u32 / RATE as u32);
+    while began.elapsed() < lasts {
+        interval.tick().await;
+        let asked = Instant::now();
+        sql.query_one(&snapshot, &[]).await.unwrap();
+        if asked - began >= Duration::from_secs(WARM_UP_SECONDS as u64) {
+            round_trips.push(millis(asked, Instant::now()));
+        }
+    }
+    round_trips
 }
 
 /// Subscribes to tuplewatch; returns when each transaction was received.

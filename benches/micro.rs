@@ -7,6 +7,7 @@
 use bytes::Bytes;
 use criterion::{BatchSize, BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
+use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 use tuplewatch::assembler::{Assembler, Limits, OnUndecodable};
@@ -193,6 +194,21 @@ fn log_append(criterion: &mut Criterion) {
         });
         assert!(log.state().tail.0 > 1, "the transactions are there");
     }
+    file_append(&mut group);
+}
+
+/// What the disk itself takes: the same messages, written to a plain file and synced.
+fn file_append(group: &mut Group<'_>) {
+    const BATCH: u64 = 1_000;
+    let mut file = tempfile::tempfile().unwrap();
+    let bytes: Vec<u8> = (0..BATCH).flat_map(|n| message(n, 1).to_watch_response(TOKEN)).collect();
+    group.throughput(Throughput::Elements(BATCH));
+    group.bench_function(format!("{BATCH} to a plain file, synced"), |bencher| {
+        bencher.iter(|| {
+            file.write_all(black_box(&bytes)).unwrap();
+            file.sync_data().unwrap();
+        });
+    });
 }
 
 /// A change, and a message of changes that are encoded already.

@@ -3,7 +3,8 @@
 //! `cargo bench --bench replay [-- --quick] [--rounds N] [--changes N]` (or `just bench replay`). The log holds 10 M changes
 //! of 1,000 tenants, and a tenth as many, among them, of one that is large; transactions have 1,000 rows. Rounds alternate
 //! over the cases. tuplewatch is started anew for each, with a window of 1 MiB, so that it reads from its files; the
-//! system's page cache stays warm. Every subscriber checks that it has every change once, in order.
+//! system's page cache stays warm. Every subscriber checks that it has every change once, in order. What who is far behind
+//! could do instead, to read the state anew, is measured with it: `COPY` of the same tenant's rows.
 
 #![expect(
     clippy::unwrap_used,
@@ -29,6 +30,7 @@ mod support {
     pub(crate) mod wait;
 }
 
+use futures_util::stream::StreamExt as _;
 use std::time::{Duration, Instant};
 use support::measure::{Summary, cpu_time};
 use support::postgres::Postgres;
@@ -82,6 +84,9 @@ struct Figures {
     far_behind: Vec<f64>,
     first_ms: Vec<f64>,
     cpu_us_per_change: Vec<f64>,
+    /// Rows a second by COPY, and how many times as fast the subscriber is.
+    copy: Vec<f64>,
+    to_copy: Vec<f64>,
     small_ms: Vec<f64>,
     /// All together, in changes a second; and the last of them.
     many: Vec<f64>,
@@ -107,6 +112,7 @@ async fn main() {
     let mut figures = Figures::default();
     for round in 0..scale.rounds as u64 {
         far_behind(&scale, &mut server, &token, &mut figures).await;
+        copy(&scale, &postgres, &mut figures).await;
         // Each round another tenant.
         small(&scale, &mut server, &token, round % TENANTS, &mut figures).await;
         many(&scale, &mut server, &token, &mut figures).await;
@@ -223,6 +229,21 @@ async fn far_behind(scale: &Scale, server: &mut Server, token: &str, figures: &m
     stop(server).await;
 }
 
+/// The tenant's rows from its table.
+async fn copy(scale: &Scale, postgres: &Postgres, figures: &mut Figures) {
+    let sql = postgres.sql().await;
+    let began = Instant::now();
+    let statement = format!("COPY (SELECT * FROM tuplewatch.relation_tuples WHERE tenant_id = '{LARGE}') TO STDOUT");
+    let rows = sql.copy_out(statement.as_str()).await.unwrap();
+    // Each comes by itself.
+    let count = rows.fold(0, async |count, row| count + row.map(|_| 1).unwrap()).await;
+    let seconds = began.elapsed().as_secs_f64();
+    assert_eq!(count, scale.large, "rows of {LARGE}");
+    let per_second = count as f64 / seconds;
+    figures.copy.push(per_second);
+    figures.to_copy.push(figures.far_behind.last().unwrap() / per_second);
+}
+
 async fn small(scale: &Scale, server: &mut Server, token: &str, tenant: u64, figures: &mut Figures) {
     let connection = start(server).await;
     let began = Instant::now();
@@ -260,6 +281,7 @@ fn tell(scale: &Scale, figures: &Figures) {
     println!();
     line(&format!("{} changes behind: changes a second", scale.large), format!("{far_behind:.0}"));
     line("  first message after, ms", format!("{:.1}", Summary::of(&figures.first_ms)));
+    line("  rows a second of a COPY instead", format!("{:.0}", Summary::of(&figures.copy)));
     line("  CPU of tuplewatch a change, µs", format!("{:.2}", Summary::of(&figures.cpu_us_per_change)));
     line(&format!("a tenant of {} changes: ms until all are there", scale.small), format!("{small_ms:.1}"));
     line(
@@ -278,7 +300,7 @@ fn tell(scale: &Scale, figures: &Figures) {
         scale.all(),
         scan_ms / small_ms.median,
     );
-    println!("{}", at_least("far behind", far_behind.median / 1e6, 0.5, " M/s"));
+    println!("{}", at_least("far behind, to COPY", Summary::of(&figures.to_copy).median, 2.0, " ×"));
     // In proportion, but for what it takes to open any stream.
     println!("{}", at_least("a scan of everything, to a small tenant", scan_ms / small_ms.median, 100.0, " ×"));
 }
