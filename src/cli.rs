@@ -110,7 +110,7 @@ const USAGE: u8 = 2;
 impl Cli {
     /// Runs the program; its exit code.
     pub async fn run(self) -> ExitCode {
-        // Two implementations are in the tree, so that rustls does not choose; where one is installed already, it stays.
+        // Named here: a second implementation in the tree would leave rustls without a choice. One that is installed already stays.
         let _ = rustls::crypto::ring::default_provider().install_default();
         self.color.apply();
         let ended = match &self.command {
