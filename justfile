@@ -27,6 +27,10 @@ bench name *args:
 soak minutes="20":
     cargo bench --bench soak --profile dev -- --minutes {{minutes}}
 
+# What is generated from `proto/`, written anew.
+generate:
+    TUPLEWATCH_GENERATE=1 cargo test --test generated
+
 # API documentation, without warnings.
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked

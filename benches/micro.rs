@@ -117,11 +117,7 @@ fn assembly(criterion: &mut Criterion) {
 }
 
 fn transactions(group: &mut Group<'_>, name: &str, row: &[u8], rows: u64) {
-    let spec: Spec = config::Config::builder()
-        .add_source(config::File::from_str(TUPLES_PRESET, config::FileFormat::Yaml))
-        .build()
-        .and_then(config::Config::try_deserialize)
-        .unwrap();
+    let spec: Spec = tuplewatch::yaml::from_str(TUPLES_PRESET).unwrap();
     let limits = Limits { message_bytes: 1 << 20, change_bytes: 4 << 20, stage_bytes: 4 << 20 };
     let mut assembler = Assembler::new(Arc::new(Mapping::new(spec).unwrap()), limits, OnUndecodable::Halt);
     let mut commit = 0;

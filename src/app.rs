@@ -33,6 +33,7 @@ use crate::replication::connection::Endpoints;
 use crate::replication::monitor::{Monitor, Thresholds};
 use crate::replication::{self, HoldBack, Outlet, Postgres, Session};
 use crate::thread;
+use crate::yaml;
 use anyhow::{Context as _, anyhow};
 use delivery::Delivery;
 use edges::Edges;
@@ -69,22 +70,17 @@ impl std::error::Error for Misconfigured {}
 /// # Errors
 /// Where the file cannot be read, or is no mapping.
 pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
-    use ::config::{Config as Loader, File, FileFormat};
-    let (what, yaml) = match &config.mapping.source {
+    let (what, text) = match &config.mapping.source {
         MappingSource::Preset(Preset::Tuples) => ("preset tuples".to_owned(), TUPLES_PRESET.to_owned()),
         MappingSource::Preset(Preset::Permify) => ("preset permify".to_owned(), PERMIFY_PRESET.to_owned()),
         MappingSource::File(path) => {
             let what = format!("mapping file {}", path.display());
             let cannot = || Misconfigured(format!("cannot read {what} (mapping.file)"));
-            let yaml = std::fs::read_to_string(path).with_context(cannot)?;
-            (what, yaml)
+            let text = std::fs::read_to_string(path).with_context(cannot)?;
+            (what, text)
         }
     };
-    let mut spec: Spec = Loader::builder()
-        .add_source(File::from_str(&yaml, FileFormat::Yaml))
-        .build()
-        .and_then(Loader::try_deserialize)
-        .with_context(|| Misconfigured(format!("{what} does not read")))?;
+    let mut spec: Spec = yaml::from_str(&text).with_context(|| Misconfigured(format!("{what} does not read")))?;
     if config.mapping.source == MappingSource::Preset(Preset::Permify) {
         spec = spec.in_schema(&config.mapping.schema);
     }

@@ -290,7 +290,7 @@ mod tests {
     /// The generated types are the oracle: what we write must decode to what they would say, and be the same bytes.
     mod proto {
         #![allow(missing_docs, clippy::all, unreachable_pub)]
-        tonic::include_proto!("base.v1");
+        include!("grpc/proto/base.v1.rs");
     }
 
     fn any_of<M: prost::Message>(name: &str, message: &M) -> prost_types::Any {

@@ -19,7 +19,9 @@ use crate::telemetry;
 use clap::{Parser, Subcommand};
 use overrides::ConfigArgs;
 use std::process::ExitCode;
+use std::time::Duration;
 use terminal::Color;
+use tokio::runtime::Runtime;
 
 /// A change feed for relationship-based authorization data in PostgreSQL.
 ///
@@ -107,10 +109,29 @@ const FAILURE: u8 = 1;
 /// The command line or the configuration is wrong.
 const USAGE: u8 = 2;
 
+/// Longest wait for what is still running in the end.
+const CLOSE_MAX: Duration = Duration::from_secs(1);
+
+/// The whole program: reads the command line, starts the runtime and runs the command; its exit code.
+///
+/// It is neither async nor generic, and has to stay so: the bodies of async functions are compiled where they are first polled. In
+/// the binary that would be nearly all of the program, with every generic function that the library has already.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return cli.fail(&error),
+    };
+    let code = runtime.block_on(cli.run());
+    // A thread may be writing to a pipe that nobody reads, and would for ever.
+    runtime.shutdown_timeout(CLOSE_MAX);
+    code
+}
+
 impl Cli {
-    /// Runs the program; its exit code.
-    pub async fn run(self) -> ExitCode {
-        // Two implementations are in the tree, so that rustls does not choose; where one is installed already, it stays.
+    /// Runs the command; its exit code.
+    async fn run(self) -> ExitCode {
+        // Named here: a second implementation in the tree would leave rustls without a choice. One that is installed already stays.
         let _ = rustls::crypto::ring::default_provider().install_default();
         self.color.apply();
         let ended = match &self.command {
@@ -144,7 +165,7 @@ impl Cli {
     }
 
     /// Ends before it has begun, for want of what the system should give; the exit code.
-    pub fn fail(&self, error: &std::io::Error) -> ExitCode {
+    fn fail(&self, error: &std::io::Error) -> ExitCode {
         self.say_last(&format!("cannot start: {error}"));
         FAILURE.into()
     }

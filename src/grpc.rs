@@ -31,13 +31,14 @@ use tonic::service::Routes;
 use tonic::{Request, Status};
 use tower_layer::Layer as _;
 
-/// The generated types and clients of `proto/`.
+/// The types, servers and clients of `proto/`. Everything in `src/grpc/proto/` is generated: `just generate` writes it, and
+/// `tests/generated.rs` fails where it is not up to date.
 #[expect(missing_docs, clippy::all, reason = "generated")]
 pub mod proto {
-    tonic::include_proto!("base.v1");
+    include!("grpc/proto/base.v1.rs");
 
     /// All of `proto/`, for reflection.
-    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+    pub const DESCRIPTORS: &[u8] = include_bytes!("grpc/proto/descriptors.bin");
 }
 
 /// Why the server cannot serve.

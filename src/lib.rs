@@ -39,7 +39,7 @@
 //! 3. The engine: [`changelog`], [`hub`], [`replication`], and [`store`], which writes the tables of the `tuples` preset.
 //! 4. The edges: [`grpc`], [`http`], [`cli`]; who gets in: [`admission`], [`authn`], [`tls`]; whom we trust: [`trust`]; and what
 //!    they need:
-//!    [`config`], [`connections`], [`thread`], [`telemetry`], [`dev_postgres`]. [`metrics`] is what the engine and the edges count
+//!    [`config`], [`yaml`], [`connections`], [`thread`], [`telemetry`], [`dev_postgres`]. [`metrics`] is what the engine and the edges count
 //!    with.
 //! 5. [`app`], which joins all of it.
 //!
@@ -72,3 +72,4 @@ pub mod timeline;
 pub mod tls;
 pub mod transaction;
 pub mod trust;
+pub mod yaml;

@@ -7,8 +7,10 @@ use crate::config::{LogFormat, LogLevel, Logger};
 use anstream::{AutoStream, ColorChoice};
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::panic::PanicHookInfo;
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Starts logging. The first call wins: tests start several servers in one process.
 pub fn init(config: &Logger) {
@@ -20,18 +22,23 @@ pub fn init(config: &Logger) {
         LogLevel::Error => LevelFilter::ERROR,
     };
     // Dependencies speak only where something is wrong.
-    let filter = EnvFilter::new(format!("warn,fjall=error,lsm_tree=error,tuplewatch={level}"));
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let filter = Targets::new().with_default(LevelFilter::WARN).with_targets([
+        ("fjall", LevelFilter::ERROR),
+        ("lsm_tree", LevelFilter::ERROR),
+        ("tuplewatch", level),
+    ]);
+    let log = tracing_subscriber::registry().with(filter);
+    let lines = fmt::layer().with_writer(std::io::stderr);
     // An error means that logging was started before.
     match config.format {
         LogFormat::Json => {
-            if lines.json().flatten_event(true).try_init().is_ok() {
+            if log.with(lines.json().flatten_event(true)).try_init().is_ok() {
                 std::panic::set_hook(Box::new(log_panic));
             }
         }
         LogFormat::Text => {
             let is_colored = AutoStream::choice(&std::io::stderr()) != ColorChoice::Never;
-            let _ = lines.with_target(false).with_ansi(is_colored).try_init();
+            let _ = log.with(lines.with_target(false).with_ansi(is_colored)).try_init();
         }
     }
 }

@@ -91,7 +91,7 @@ fn server_config(
     client_ca: Option<&File>,
 ) -> Result<ServerConfig, Error> {
     let unusable = |error: &dyn std::error::Error| Error::Unusable { section, reason: error.to_string() };
-    // Two implementations are in the tree, so that rustls does not choose.
+    // Named here: a second implementation in the tree would leave rustls without a choice.
     let provider = Arc::new(ring::default_provider());
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()

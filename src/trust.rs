@@ -106,7 +106,7 @@ pub fn client_config(
     names: bool,
     identity: Option<Identity>,
 ) -> Result<ClientConfig, rustls::Error> {
-    // Two implementations are in the tree, so that rustls does not choose.
+    // Named here: a second implementation in the tree would leave rustls without a choice.
     let provider = Arc::new(ring::default_provider());
     let verifier = Verifier::new(authorities, names, provider.clone());
     let builder = ClientConfig::builder_with_provider(provider)

@@ -50,12 +50,8 @@ const RESTART_AFTER: Duration = Duration::from_millis(100);
 
 fn options(hold_back: HoldBack) -> Options {
     static MAPPING: OnceLock<Arc<Mapping>> = OnceLock::new();
-    let mapping = MAPPING.get_or_init(|| {
-        let loader = ::config::Config::builder()
-            .add_source(::config::File::from_str(TUPLES_PRESET, ::config::FileFormat::Yaml))
-            .build();
-        Arc::new(Mapping::new(loader.and_then(::config::Config::try_deserialize).unwrap()).unwrap())
-    });
+    let mapping =
+        MAPPING.get_or_init(|| Arc::new(Mapping::new(crate::yaml::from_str(TUPLES_PRESET).unwrap()).unwrap()));
     Options {
         slot: "slot".into(),
         publication: "publication".into(),

@@ -6,11 +6,7 @@ use crate::mapping::{Spec, TUPLES_PRESET};
 fn mapping(tells_transactions: bool) -> Arc<Mapping> {
     let transactions = "\n  - { table: tuplewatch.transactions, tenant: tenant_id, transaction: true }";
     let yaml = format!("{TUPLES_PRESET}{}", if tells_transactions { transactions } else { "" });
-    let spec: Spec = config::Config::builder()
-        .add_source(config::File::from_str(&yaml, config::FileFormat::Yaml))
-        .build()
-        .and_then(config::Config::try_deserialize)
-        .unwrap();
+    let spec: Spec = crate::yaml::from_str(&yaml).unwrap();
     Arc::new(Mapping::new(spec).unwrap())
 }
 

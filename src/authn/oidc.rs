@@ -15,6 +15,7 @@
 
 pub mod issuer;
 mod keys;
+mod signature;
 
 use super::{Caller, Error};
 use crate::config;
@@ -54,6 +55,7 @@ struct Known {
 
 /// Both halves; the second one is to be run as long as the first is used.
 pub(super) fn new(config: &config::Oidc) -> Result<(Verifier, Refresher), issuer::Error> {
+    signature::install();
     let (publish, known) = watch::channel(Known::default());
     let wanted = Arc::new(Notify::new());
     let issuer = Issuer::new(config.issuer.clone())?;

@@ -4,14 +4,13 @@ use std::collections::HashSet;
 use std::fmt;
 use std::net::IpAddr;
 
-use ::config::{Map, Value, ValueKind};
-
 use super::choice::AuthnMethod;
 use super::database_uri::HIDDEN;
 use super::document;
 use super::effective::{Setting, yaml_string};
 use super::given::{Allowed, Given, boolean, choice, list};
 use super::reader::Reader;
+use crate::yaml::{Section, Value};
 
 /// Who may make requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -201,10 +200,10 @@ fn preshared_key(given: &Given<'_>) -> Result<PresharedKey, Allowed> {
     key.ok_or_else(|| allowed.to_owned())
 }
 
-fn key_and_tenants(section: &Map<String, Value>) -> Option<PresharedKey> {
-    let ValueKind::String(text) = &section.get("key")?.kind else { return None };
+fn key_and_tenants(section: &Section) -> Option<PresharedKey> {
+    let Value::Text(text) = section.get("key")? else { return None };
     let tenants = match section.get("tenants") {
-        Some(value) => Some(tenants(&value.kind)?),
+        Some(value) => Some(tenants(value)?),
         None => None,
     };
     let known = 1 + usize::from(tenants.is_some());
@@ -216,10 +215,10 @@ fn key(text: &str) -> Option<String> {
     ((1..=4096).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())).then(|| text.to_owned())
 }
 
-fn tenants(kind: &ValueKind) -> Option<Vec<String>> {
-    let ValueKind::Array(items) = kind else { return None };
-    let tenant = |item: &Value| match &item.kind {
-        ValueKind::String(text) if !text.is_empty() => Some(text.clone()),
+fn tenants(value: &Value) -> Option<Vec<String>> {
+    let Value::List(items) = value else { return None };
+    let tenant = |item: &Value| match item {
+        Value::Text(text) if !text.is_empty() => Some(text.clone()),
         _ => None,
     };
     // An empty list could be meant for none or for all.

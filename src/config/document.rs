@@ -1,18 +1,17 @@
 //! Reads the YAML file into a flat list of dotted keys.
 //!
-//! The parser below the `config` crate recurses once for each level of nesting and copies what an alias stands for, so
-//! that a small file can overflow the stack, which aborts the process, or use up the memory. Three bounds keep the text
-//! harmless before it is parsed; a real configuration comes nowhere near them.
+//! The parser recurses once for each level of nesting and copies what an alias stands for, so that a small file can overflow
+//! the stack, which aborts the process, or use up the memory. Three bounds keep the text harmless before it is parsed; a real
+//! configuration comes nowhere near them.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use ::config::{ConfigError, FileFormat, Format, Map, Value, ValueKind};
-
 use super::error::{FileFault, Problem};
 use super::origin::{Name, Origin};
+use crate::yaml::{self, Section, Value};
 
 /// The complete configuration with a comment at every key is a tenth of this.
 pub(super) const FILE_BYTES_MAX: usize = 64 * 1024;
@@ -25,7 +24,7 @@ pub(super) const INDENT_MAX: usize = 64;
 pub(super) const ALIASES_MAX: usize = 4;
 
 /// Dotted keys and what they are set to: never a table, except for an empty one.
-pub(super) type Leaves = BTreeMap<String, ValueKind>;
+pub(super) type Leaves = BTreeMap<String, Value>;
 
 /// Reads the file at `path`; what can be read is returned along with the problems of the rest.
 pub(super) fn read(path: &Path) -> (Leaves, Vec<Problem>) {
@@ -46,10 +45,10 @@ pub(super) fn read(path: &Path) -> (Leaves, Vec<Problem>) {
 }
 
 /// A value that was given as text, and is written as in a file.
-pub(super) fn parse_value(text: &str) -> Option<ValueKind> {
+pub(super) fn parse_value(text: &str) -> Option<Value> {
     let mut table = parse(format!("value: {text}").as_bytes()).ok()?;
     let value = table.remove("value")?;
-    table.is_empty().then_some(value.kind)
+    table.is_empty().then_some(value)
 }
 
 /// At most one byte more than is allowed, so that a device or a pipe without end does no harm.
@@ -59,7 +58,7 @@ fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn parse(bytes: &[u8]) -> Result<Map<String, Value>, FileFault> {
+fn parse(bytes: &[u8]) -> Result<Section, FileFault> {
     if bytes.len() > FILE_BYTES_MAX {
         return Err(FileFault::TooLarge);
     }
@@ -72,15 +71,11 @@ fn parse(bytes: &[u8]) -> Result<Map<String, Value>, FileFault> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     check_bounds(text)?;
     if text.lines().all(is_blank) {
-        return Ok(Map::new());
+        return Ok(Section::new());
     }
-    FileFormat::Yaml.parse(None, text).map_err(|error| {
-        // This message would quote the text that stands in the place of the sections. The crate boxes it twice.
-        if error.is::<ConfigError>() || error.is::<Box<ConfigError>>() {
-            FileFault::NotSections
-        } else {
-            FileFault::Malformed(error)
-        }
+    yaml::parse(text).map_err(|error| match error {
+        yaml::Error::NotSections(_) => FileFault::NotSections,
+        error => FileFault::Malformed(error),
     })
 }
 
@@ -119,7 +114,7 @@ fn count_aliases(line: &str) -> usize {
         .count()
 }
 
-fn flatten(path: &Path, table: Map<String, Value>) -> (Leaves, Vec<Problem>) {
+fn flatten(path: &Path, table: Section) -> (Leaves, Vec<Problem>) {
     let mut leaves = Leaves::new();
     let mut problems = Vec::new();
     let mut open = vec![(String::new(), table)];
@@ -133,15 +128,15 @@ fn flatten(path: &Path, table: Map<String, Value>) -> (Leaves, Vec<Problem>) {
                 problems.push(Problem::Dotted { name });
                 continue;
             }
-            match value.kind {
-                ValueKind::Table(inner) if !inner.is_empty() => open.push((key, inner)),
-                kind => {
-                    leaves.insert(key, kind);
+            match value {
+                Value::Section(inner) if !inner.is_empty() => open.push((key, inner)),
+                value => {
+                    leaves.insert(key, value);
                 }
             }
         }
     }
-    // The parser's table has no order of its own.
+    // Sections are read from the last to the first.
     problems.sort_by_cached_key(Problem::to_string);
     (leaves, problems)
 }

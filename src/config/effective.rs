@@ -4,13 +4,12 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ::config::{FileFormat, Format, ValueKind};
-
 use super::choice::Choice;
 use super::database_uri::DatabaseUri;
 use super::host::Host;
 use super::origin::Origin;
 use super::quantity::{ByteSize, format_duration};
+use crate::yaml;
 
 /// The values in force with their origins. `Display` writes YAML, secrets redacted.
 #[derive(Clone, Debug, Default)]
@@ -142,8 +141,8 @@ impl<T: Choice> Setting for T {
 pub(super) fn yaml_string(text: &str) -> String {
     let has_plain_letters = text.chars().all(|c| c.is_ascii_alphanumeric() || "._/:+-".contains(c));
     let reads_back = || {
-        let table = FileFormat::Yaml.parse(None, &format!("key: {text}")).ok()?;
-        Some(matches!(&table.get("key")?.kind, ValueKind::String(read) if read == text))
+        let table = yaml::parse(&format!("key: {text}")).ok()?;
+        Some(matches!(table.get("key")?, yaml::Value::Text(read) if read == text))
     };
     if has_plain_letters && reads_back() == Some(true) {
         return text.to_owned();
@@ -183,17 +182,15 @@ mod tests {
             ("#a", "\"#a\""),
         ] {
             let written = yaml_string(text);
-            let table = FileFormat::Yaml.parse(None, &format!("key: {written} # x")).unwrap();
-            assert_eq!(table["key"].kind, ValueKind::String(text.into()), "{written}");
+            let table = yaml::parse(&format!("key: {written} # x")).unwrap();
+            assert_eq!(table["key"], yaml::Value::Text(text.into()), "{written}");
             if text != "::" {
                 assert_eq!(written, yaml);
             }
             // And as an item of a list.
             let texts = vec![text.to_owned(), "https://a.example:8443".to_owned()];
-            let table = FileFormat::Yaml.parse(None, &format!("key: {} # x", texts.to_yaml())).unwrap();
-            let ValueKind::Array(read) = &table["key"].kind else { panic!("{table:?}") };
-            let read: Vec<String> = read.iter().map(|item| item.clone().into_string().unwrap()).collect();
-            assert_eq!(read, texts);
+            let table = yaml::parse(&format!("key: {} # x", texts.to_yaml())).unwrap();
+            assert_eq!(table["key"], yaml::Value::List(texts.into_iter().map(yaml::Value::Text).collect()));
         }
     }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::document::{ALIASES_MAX, FILE_BYTES_MAX, INDENT_MAX};
 use super::origin::{Name, flag, one_line, variable};
+use crate::yaml;
 
 /// All that is wrong with the configuration, in one list: a headline, then one line for each problem.
 #[derive(Debug)]
@@ -68,7 +69,7 @@ pub(super) enum FileFault {
 
     /// The parser's message ends with the line and the column.
     #[error("{}", one_line(&.0.to_string()))]
-    Malformed(Box<dyn std::error::Error + Send + Sync>),
+    Malformed(yaml::Error),
 }
 
 impl Error {

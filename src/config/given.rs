@@ -5,12 +5,11 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ::config::{Map, Value, ValueKind};
-
 use super::choice::Choice;
 use super::database_uri::DatabaseUri;
 use super::host::Host;
 use super::quantity::{ByteSize, format_duration, parse_duration};
+use crate::yaml;
 
 /// One value as a source gave it.
 pub(super) enum Given<'a> {
@@ -19,9 +18,9 @@ pub(super) enum Given<'a> {
     Integer(i64),
     Boolean(bool),
     /// From a file only: elsewhere a list is a text with commas.
-    List(&'a [Value]),
+    List(&'a [yaml::Value]),
     /// From a file only.
-    Section(&'a Map<String, Value>),
+    Section(&'a yaml::Section),
     /// Something that no key takes, in words.
     Other(&'static str),
 }
@@ -29,17 +28,16 @@ pub(super) enum Given<'a> {
 /// What a key takes, in words that go on from "must be".
 pub(super) type Allowed = String;
 
-impl<'a> From<&'a ValueKind> for Given<'a> {
-    fn from(kind: &'a ValueKind) -> Self {
-        match kind {
-            ValueKind::String(text) => Self::Text(text),
-            ValueKind::I64(number) => Self::Integer(*number),
-            ValueKind::Boolean(value) => Self::Boolean(*value),
-            ValueKind::Float(_) => Self::Other("a fraction"),
-            ValueKind::U64(_) | ValueKind::I128(_) | ValueKind::U128(_) => Self::Other("too large a number"),
-            ValueKind::Nil => Self::Other("empty"),
-            ValueKind::Array(items) => Self::List(items),
-            ValueKind::Table(section) => Self::Section(section),
+impl<'a> From<&'a yaml::Value> for Given<'a> {
+    fn from(value: &'a yaml::Value) -> Self {
+        match value {
+            yaml::Value::Text(text) => Self::Text(text),
+            yaml::Value::Integer(number) => Self::Integer(*number),
+            yaml::Value::Boolean(value) => Self::Boolean(*value),
+            yaml::Value::Fraction(_) => Self::Other("a fraction"),
+            yaml::Value::Null => Self::Other("empty"),
+            yaml::Value::List(items) => Self::List(items),
+            yaml::Value::Section(section) => Self::Section(section),
         }
     }
 }
@@ -141,7 +139,7 @@ pub(super) fn list<T>(
 ) -> impl Fn(&Given<'_>) -> Result<Vec<T>, Allowed> {
     move |given| {
         let items: Vec<Given<'_>> = match given {
-            Given::List(items) => items.iter().map(|item| Given::from(&item.kind)).collect(),
+            Given::List(items) => items.iter().map(Given::from).collect(),
             Given::Text(text) if text.trim().is_empty() => Vec::new(),
             Given::Text(text) => text.split(',').map(|item| Given::Text(item.trim())).collect(),
             Given::Integer(_) | Given::Boolean(_) | Given::Section(_) | Given::Other(_) => {
@@ -231,8 +229,6 @@ fn text<T>(given: &Given<'_>, allowed: &str, parse: impl Fn(&str) -> Option<T>) 
 
 #[cfg(test)]
 mod tests {
-    use ::config::{FileFormat, Format as _};
-
     use super::*;
 
     #[test]
@@ -252,8 +248,8 @@ mod tests {
             ("[[1]]", wrong(1)),
             ("1", Err("a list, as in [a, b], or a text with commas between the items".to_owned())),
         ] {
-            let table = FileFormat::Yaml.parse(None, &format!("key: {yaml}")).unwrap();
-            assert_eq!(numbers(&Given::from(&table["key"].kind)), expected, "{yaml}");
+            let table = yaml::parse(&format!("key: {yaml}")).unwrap();
+            assert_eq!(numbers(&Given::from(&table["key"])), expected, "{yaml}");
         }
     }
 }

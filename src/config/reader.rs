@@ -3,8 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use ::config::{Map, ValueKind};
-
 use super::document::{self, Leaves};
 use super::effective::{Effective, Setting};
 use super::environment::OTHER_VARIABLES;
@@ -12,6 +10,7 @@ use super::error::{Error, Problem};
 use super::given::{Allowed, Given};
 use super::origin::{Name, Origin, VARIABLE_PREFIX, flag, variable};
 use super::spelling::nearest;
+use crate::yaml::{Section, Value};
 
 /// All sources, less the keys that were already read.
 pub(super) struct Reader {
@@ -61,8 +60,8 @@ impl Reader {
     ) -> T {
         let (value, origin) = match self.take(key) {
             None => (default, Origin::Default),
-            Some((kind, origin)) => {
-                let given = Given::from(&kind);
+            Some((given, origin)) => {
+                let given = Given::from(&given);
                 let value = parse(&given).unwrap_or_else(|allowed| {
                     let found = match given {
                         Given::List(_) | Given::Section(_) | Given::Other(_) => given.to_string(),
@@ -115,21 +114,21 @@ impl Reader {
     }
 
     /// Removes `key` from every source and returns it from the last one.
-    fn take(&mut self, key: &str) -> Option<(ValueKind, Origin)> {
+    fn take(&mut self, key: &str) -> Option<(Value, Origin)> {
         let below = format!("{key}.");
         let is_section = self.file.keys().any(|leaf| leaf.starts_with(&below));
         self.file.retain(|leaf, _| !leaf.starts_with(&below));
         let in_file = match self.file.remove(key) {
-            None if is_section => Some(ValueKind::Table(Map::new())),
+            None if is_section => Some(Value::Section(Section::new())),
             leaf => leaf,
         };
         let variable = variable(key);
         let in_environment = self.environment.remove(&variable);
         if let Some(text) = self.overrides.remove(key) {
-            return Some((ValueKind::String(text), Origin::Flag(flag(key))));
+            return Some((Value::Text(text), Origin::Flag(flag(key))));
         }
         if let Some(text) = in_environment {
-            return Some((ValueKind::String(text), Origin::Environment(variable)));
+            return Some((Value::Text(text), Origin::Environment(variable)));
         }
         Some((in_file?, Origin::File(self.path.clone())))
     }
@@ -138,7 +137,7 @@ impl Reader {
         let names: BTreeSet<&str> = self.known.keys().flat_map(|key| with_parents(key)).collect();
         // A mistyped section is reported once and not again for each key below it.
         let mut reported = BTreeSet::new();
-        for (leaf, kind) in std::mem::take(&mut self.file) {
+        for (leaf, value) in std::mem::take(&mut self.file) {
             let origin = Origin::File(self.path.clone());
             let unknown = with_parents(&leaf).find(|part| !names.contains(part));
             let problem = match unknown {
@@ -148,7 +147,7 @@ impl Reader {
                     name: Name { key: key.to_owned(), origin },
                 },
                 // `server:` with all its keys commented out.
-                None if matches!(kind, ValueKind::Nil | ValueKind::Table(_)) => continue,
+                None if matches!(value, Value::Null | Value::Section(_)) => continue,
                 None => Problem::SectionWithValue { name: Name { key: leaf, origin } },
             };
             self.problems.push(problem);

@@ -2,7 +2,7 @@
 //!
 //! Out: field names as in `proto/`, fields that are not set written out (`"relation": ""`, `[]`; a message that is not
 //! set has nothing to write), an Any as `{"@type": …, …}`, `NaN` and `Infinity` as strings. In: these names or their
-//! lowerCamelCase forms, each known and set once (`names`). The library does all of it, from the descriptors that the build writes.
+//! lowerCamelCase forms, each known and set once (`names`). The library does all of it, from the descriptors of `proto/`.
 
 use super::names;
 use crate::grpc::proto::{DESCRIPTORS, WatchResponse};

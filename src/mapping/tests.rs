@@ -24,12 +24,7 @@ const TUPLE_COLUMNS: [&str; 7] =
     ["tenant_id*", "entity_type*", "entity_id*", "relation*", "subject_type*", "subject_id*", "subject_relation*"];
 
 fn spec(yaml: &str) -> Spec {
-    config::Config::builder()
-        .add_source(config::File::from_str(yaml, config::FileFormat::Yaml))
-        .build()
-        .unwrap()
-        .try_deserialize()
-        .unwrap()
+    crate::yaml::from_str(yaml).unwrap()
 }
 
 fn preset() -> Mapping {

@@ -250,11 +250,7 @@ mod tests {
     use crate::transaction::BreakReason;
 
     fn intake(received: u64) -> Intake {
-        let spec: Spec = config::Config::builder()
-            .add_source(config::File::from_str(crate::mapping::TUPLES_PRESET, config::FileFormat::Yaml))
-            .build()
-            .and_then(config::Config::try_deserialize)
-            .unwrap();
+        let spec: Spec = crate::yaml::from_str(crate::mapping::TUPLES_PRESET).unwrap();
         let limits = Limits { message_bytes: 1 << 20, change_bytes: 4 << 20, stage_bytes: 4 << 20 };
         let assembler = Assembler::new(Arc::new(Mapping::new(spec).unwrap()), limits, OnUndecodable::Break);
         Intake::new(assembler, Lsn(received), Xid8(1000))

@@ -15,7 +15,6 @@ use crate::support::postgres::Postgres;
 use crate::support::sql::Sql;
 use crate::support::stream::Stream;
 use crate::support::wait::{eventually, within};
-use config::{FileFormat, Format as _, Value};
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -38,8 +37,7 @@ fn read(name: &str) -> String {
 }
 
 fn yaml(text: &str) -> Json {
-    let table = FileFormat::Yaml.parse(None, text).unwrap_or_else(|error| panic!("{error}\n{text}"));
-    Value::new(None, config::ValueKind::Table(table)).try_deserialize().unwrap()
+    tuplewatch::yaml::from_str(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
 }
 
 /// As texts: numbers and booleans in a list of arguments are such.

@@ -181,7 +181,7 @@ fn https(directory: &TempDir, authority: &str) -> Client<HttpsConnector<HttpConn
     let mut roots = RootCertStore::empty();
     let pem = std::fs::read(directory.path().join(authority)).unwrap();
     roots.add(CertificateDer::from_pem_slice(&pem).unwrap()).unwrap();
-    // Two implementations are in the tree, so that rustls does not choose.
+    // Named here: a second implementation in the tree would leave rustls without a choice.
     let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()

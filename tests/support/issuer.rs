@@ -4,9 +4,13 @@ use axum::Json;
 use axum::routing::get;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use jsonwebtoken::jwk::Jwk;
-use jsonwebtoken::{Algorithm, EncodingKey, Header, encode, get_current_timestamp};
-use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_RSA_SHA256, RsaKeySize};
+use jsonwebtoken::{Algorithm, get_current_timestamp};
+use ring::hmac;
+use ring::rand::SystemRandom;
+use ring::signature::{
+    ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _, RSA_PKCS1_SHA256, RSA_PKCS1_SHA384, RSA_PKCS1_SHA512,
+    RsaKeyPair, RsaPublicKeyComponents,
+};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,23 +21,37 @@ use tokio::task::JoinHandle;
 /// What the tokens of these tests are for.
 pub(crate) const AUDIENCE: &str = "tuplewatch-tests";
 
-/// A key with its name.
+/// A key with its name. Cheap to clone.
+#[derive(Clone)]
 pub(crate) struct Key {
     id: &'static str,
     algorithm: Algorithm,
-    private: EncodingKey,
+    private: Private,
+}
+
+#[derive(Clone)]
+enum Private {
+    Ec(Arc<EcdsaKeyPair>),
+    Rsa(Arc<RsaKeyPair>),
 }
 
 impl Key {
     pub(crate) fn ec(id: &'static str) -> Self {
-        let pair = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
-        Self { id, algorithm: Algorithm::ES256, private: EncodingKey::from_ec_der(&pair.serialize_der()) }
+        let (scheme, rng) = (&ECDSA_P256_SHA256_FIXED_SIGNING, SystemRandom::new());
+        let generated = EcdsaKeyPair::generate_pkcs8(scheme, &rng).unwrap();
+        let pair = EcdsaKeyPair::from_pkcs8(scheme, generated.as_ref(), &rng).unwrap();
+        Self { id, algorithm: Algorithm::ES256, private: Private::Ec(Arc::new(pair)) }
     }
 
+    /// One of two keys that are in files, because ring generates none.
     pub(crate) fn rsa(id: &'static str) -> Self {
-        let pair = KeyPair::generate_rsa_for(&PKCS_RSA_SHA256, RsaKeySize::_2048).unwrap();
-        // PKCS #8 puts 26 bytes in front of a 2048 bit key, and PKCS #1 is what is taken.
-        Self { id, algorithm: Algorithm::RS256, private: EncodingKey::from_rsa_der(&pair.serialize_der()[26..]) }
+        let file: &[u8] = match id {
+            "rsa" => include_bytes!("keys/rsa.p8"),
+            "stranger" => include_bytes!("keys/stranger.p8"),
+            _ => panic!("there is no RSA key named {id}"),
+        };
+        let pair = RsaKeyPair::from_pkcs8(file).unwrap();
+        Self { id, algorithm: Algorithm::RS256, private: Private::Rsa(Arc::new(pair)) }
     }
 
     /// The same key under another name, or with another algorithm.
@@ -41,26 +59,57 @@ impl Key {
         Self { id, algorithm, private: self.private.clone() }
     }
 
+    /// As a JWK, for any algorithm of its family.
     fn public(&self) -> Value {
-        let mut jwk = Jwk::from_encoding_key(&self.private, self.algorithm).unwrap();
-        jwk.common.key_id = Some(self.id.to_owned());
-        // Any of its family.
-        jwk.common.key_algorithm = None;
-        serde_json::to_value(jwk).unwrap()
+        let base64 = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+        match &self.private {
+            Private::Ec(pair) => {
+                let (x, y) = pair.public_key().as_ref()[1..].split_at(32);
+                json!({"kty": "EC", "kid": self.id, "crv": "P-256", "x": base64(x), "y": base64(y)})
+            }
+            Private::Rsa(pair) => {
+                let public = RsaPublicKeyComponents::<Vec<u8>>::from(pair.public());
+                json!({"kty": "RSA", "kid": self.id, "n": base64(&public.n), "e": base64(&public.e)})
+            }
+        }
     }
 
     /// A token with these claims.
     pub(crate) fn sign(&self, claims: &Value) -> String {
-        let header = Header { kid: Some(self.id.to_owned()), ..Header::new(self.algorithm) };
-        encode(&header, claims, &self.private).unwrap()
+        self.token(self.algorithm, claims, |text| self.signature(text))
+    }
+
+    fn signature(&self, text: &[u8]) -> Vec<u8> {
+        let rng = SystemRandom::new();
+        match &self.private {
+            Private::Ec(pair) => pair.sign(&rng, text).unwrap().as_ref().to_vec(),
+            Private::Rsa(pair) => {
+                let scheme = match self.algorithm {
+                    Algorithm::RS256 => &RSA_PKCS1_SHA256,
+                    Algorithm::RS384 => &RSA_PKCS1_SHA384,
+                    Algorithm::RS512 => &RSA_PKCS1_SHA512,
+                    other => panic!("an RSA key does not sign {other:?}"),
+                };
+                let mut signature = vec![0; pair.public().modulus_len()];
+                pair.sign(scheme, &rng, text, &mut signature).unwrap();
+                signature
+            }
+        }
     }
 
     /// A token that is signed with HMAC, and its secret is what everybody knows of this key.
     pub(crate) fn sign_with_public_key(&self, claims: &Value) -> String {
-        let header = Header { kid: Some(self.id.to_owned()), ..Header::new(Algorithm::HS256) };
-        let public = self.public();
-        let secret = URL_SAFE_NO_PAD.decode(public["n"].as_str().unwrap()).unwrap();
-        encode(&header, claims, &EncodingKey::from_secret(&secret)).unwrap()
+        let secret = URL_SAFE_NO_PAD.decode(self.public()["n"].as_str().unwrap()).unwrap();
+        let secret = hmac::Key::new(hmac::HMAC_SHA256, &secret);
+        self.token(Algorithm::HS256, claims, |text| hmac::sign(&secret, text).as_ref().to_vec())
+    }
+
+    fn token(&self, algorithm: Algorithm, claims: &Value, sign: impl Fn(&[u8]) -> Vec<u8>) -> String {
+        let header = json!({"alg": algorithm, "typ": "JWT", "kid": self.id});
+        let [header, claims] = [&header, claims].map(|part| URL_SAFE_NO_PAD.encode(part.to_string()));
+        let signed = format!("{header}.{claims}");
+        let signature = URL_SAFE_NO_PAD.encode(sign(signed.as_bytes()));
+        format!("{signed}.{signature}")
     }
 
     /// A token without a signature, which names this key.

@@ -93,7 +93,7 @@ pub(super) struct Issuer {
 
 impl Issuer {
     pub(super) fn new(url: SecureUrl) -> Result<Self, Error> {
-        // Two implementations are in the tree, so that rustls does not choose.
+        // Named here: a second implementation in the tree would leave rustls without a choice.
         let connector = HttpsConnectorBuilder::new()
             .with_provider_and_native_roots(rustls::crypto::ring::default_provider())
             .map_err(Error::Authorities)?
