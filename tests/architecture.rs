@@ -67,7 +67,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
 }
 
 /// Crates that only some modules may name.
-const CONFINED: [(&str, &[&str]); 19] = [
+const CONFINED: [(&str, &[&str]); 20] = [
     ("pgwire_replication", &["replication"]),
     ("tokio_postgres", &["replication", "store", "app", "cli"]),
     ("deadpool", &["store"]),
@@ -87,6 +87,7 @@ const CONFINED: [(&str, &[&str]); 19] = [
     ("anyhow", &["app", "cli"]),
     ("tracing_subscriber", &["telemetry"]),
     ("yaml_rust2", &["yaml"]),
+    ("libc", &["replication"]),
 ];
 
 /// What the core may not name.
