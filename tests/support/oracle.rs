@@ -239,8 +239,10 @@ struct Gap {
     kept_before: usize,
     /// From where on there are all again.
     to: Position,
-    /// Whether history was given up: then all that was kept before is whole.
+    /// Whether it was told of history that was given up, and of nothing behind that: then all that was kept before is whole.
     is_dropped: bool,
+    /// Up to where history was given up, if it was.
+    dropped_to: Lsn,
 }
 
 /// Why it reads no further.
@@ -351,9 +353,12 @@ impl Subscriber {
 
     /// Behind what it has kept there is nothing up to here.
     fn add_gap(&mut self, to: Position, is_dropped: bool) {
-        // More may have gone since the last time that we asked.
-        self.gaps.retain(|gap| gap.kept_before < self.kept.len());
-        self.gaps.push(Gap { kept_before: self.kept.len(), to, is_dropped });
+        let kept_before = self.kept.len();
+        // More may have gone since the last time that we asked, and the next gap may come right behind it.
+        let before = self.gaps.iter().filter(|gap| gap.kept_before == kept_before).map(|gap| gap.dropped_to).max();
+        let dropped_to = if is_dropped { Some(to.lsn) } else { before };
+        self.gaps.retain(|gap| gap.kept_before < kept_before);
+        self.gaps.push(Gap { kept_before, to, is_dropped, dropped_to: dropped_to.unwrap_or_default() });
     }
 
     async fn come_back(&mut self, mut token: String) -> Stream {
@@ -416,7 +421,8 @@ impl Subscriber {
             if let Some(before) = n.checked_sub(1).map(|n| &self.gaps[n]) {
                 let first = self.after_gap(before.to, next, &had, expected);
                 if !before.is_dropped {
-                    missed += self.not_sent(before, &expected[next..first], logged);
+                    let gone = expected[next..first].partition_point(|(commit, _)| *commit <= before.dropped_to.0);
+                    missed += self.not_sent(before, &expected[next + gone..first], logged);
                 }
                 next = first;
             }
@@ -443,7 +449,7 @@ impl Subscriber {
     /// That all of these lie in gaps that it was told of; how many there are. Where history was given up, that is told of
     /// everything before.
     fn not_sent(&self, behind: &Gap, changes: &[(u64, &Change)], logged: &HashMap<Lsn, Lsn>) -> usize {
-        let is_told = |to: &Lsn| self.told.contains(to) || (behind.is_dropped && *to <= behind.to.lsn);
+        let is_told = |to: &Lsn| self.told.contains(to) || *to <= behind.dropped_to;
         let gaps: Vec<(Lsn, Lsn)> =
             logged.iter().filter(|(to, _)| is_told(to)).map(|(to, from)| (*from, *to)).collect();
         for (commit_lsn, change) in changes {
