@@ -115,6 +115,16 @@ impl Load<'_> {
         .await;
     }
 
+    /// Waits until subscribers have come back so often in this round.
+    pub(crate) async fn has_returned(&self, least: u64) {
+        let returns = || self.shared.returns.load(Ordering::Relaxed);
+        eventually("subscribers have come back", async || {
+            assert!(!self.readers.iter().any(JoinHandle::is_finished), "a subscriber failed");
+            returns() >= least
+        })
+        .await;
+    }
+
     /// From now on, and for this round, the change log may have less than a subscriber asks for.
     pub(crate) fn history_is_dropped(&self) {
         self.shared.history_was_dropped.store(true, Ordering::Relaxed);

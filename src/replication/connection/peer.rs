@@ -56,12 +56,7 @@ impl Peer {
     }
 
     pub(super) async fn send(&mut self, message: impl FnOnce(&mut BytesMut) -> io::Result<()>) -> io::Result<()> {
-        let mut out = BytesMut::new();
-        // Fails for text with a zero byte in it.
-        message(&mut out)?;
-        self.outgoing.write_all(&out).await?;
-        // TLS would keep what is small.
-        self.outgoing.flush().await
+        send(&mut self.outgoing, message).await
     }
 
     /// The next message.
@@ -130,6 +125,19 @@ impl Incoming {
             length => Ok(length),
         }
     }
+}
+
+/// Sends what this writes, one message or several.
+pub(super) async fn send(
+    outgoing: &mut WriteHalf<Wire>,
+    messages: impl FnOnce(&mut BytesMut) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut out = BytesMut::new();
+    // Fails for text with a zero byte in it.
+    messages(&mut out)?;
+    outgoing.write_all(&out).await?;
+    // TLS would keep what is small.
+    outgoing.flush().await
 }
 
 /// The connection has not come to its end.

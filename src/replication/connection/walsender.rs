@@ -24,7 +24,7 @@ use pgwire_replication::protocol::{
 };
 use postgres_protocol::message::backend::{DataRowBody, Message};
 use postgres_protocol::message::frontend;
-use tokio::io::{AsyncWriteExt as _, WriteHalf};
+use tokio::io::WriteHalf;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -32,7 +32,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::super::Event;
 use super::super::catalog::identifier;
 use super::failure::Refusal;
-use super::peer::{Incoming, Peer, parse};
+use super::peer::{Incoming, Peer, parse, send};
 use super::pins::Sessions;
 use super::wire::Wire;
 use crate::lsn::{CommitTime, Lsn};
@@ -249,11 +249,12 @@ impl Walsender {
                 Some(reports) => reports.end().await?,
                 None => self.outgoing.take().ok_or(io::ErrorKind::BrokenPipe)?,
             };
-            let mut out = BytesMut::new();
-            frontend::copy_done(&mut out);
-            frontend::terminate(&mut out);
-            outgoing.write_all(&out).await?;
-            outgoing.flush().await?;
+            let last = |out: &mut BytesMut| {
+                frontend::copy_done(out);
+                frontend::terminate(out);
+                Ok(())
+            };
+            send(&mut outgoing, last).await?;
             // A connection that is closed with something unread is reset, and what was said last may be lost.
             loop {
                 self.incoming.next().await?;
@@ -264,11 +265,7 @@ impl Walsender {
 
     async fn command(&mut self, statement: &str) -> Result<(), Error> {
         let outgoing = self.outgoing.as_mut().ok_or_else(|| Error::unexpected("the stream has started"))?;
-        let mut out = BytesMut::new();
-        frontend::query(statement, &mut out)?;
-        outgoing.write_all(&out).await?;
-        outgoing.flush().await?;
-        Ok(())
+        Ok(send(outgoing, |out| frontend::query(statement, out)).await?)
     }
 }
 
