@@ -36,7 +36,8 @@ pub(crate) fn on_terminal(command: &Command) -> Command {
         std::iter::once(command.get_program()).chain(command.get_args()).map(|word| word.to_str().unwrap()).collect();
     let mut script = Command::new("script");
     if cfg!(target_os = "linux") {
-        script.args(["-q", "-e", "-c", &words.join(" "), "/dev/null"]);
+        // A shell that stayed in between would get the Ctrl-C too, and some then end by it whatever the program made of it.
+        script.args(["-q", "-e", "-c", &format!("exec {}", words.join(" ")), "/dev/null"]);
     } else {
         script.args(["-q", "/dev/null"]).args(words);
     }
