@@ -1,4 +1,4 @@
-# Every recipe of the project; `.ci/run` calls them.
+# The recipes of the project; `.ci/run` is what CI runs.
 
 default: lint test
 
