@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use tuplewatch::assembler::{Assembler, Limits, OnUndecodable};
 use tuplewatch::change::{self, Fact, Operation, TenantId, Tuple};
-use tuplewatch::changelog::{ChangeLog, Entry, FjallLog, Options, Origin};
+use tuplewatch::changelog::{ChangeLog, Entry, LocalLog, Options, Origin};
 use tuplewatch::lsn::{CommitTime, Lsn, Xid8};
 use tuplewatch::mapping::{Mapping, Spec, TUPLES_PRESET};
 use tuplewatch::pgoutput;
@@ -141,9 +141,9 @@ fn transactions(group: &mut Group<'_>, name: &str, row: &[u8], rows: u64) {
     });
 }
 
-fn log_in(path: &Path) -> FjallLog {
+fn log_in(path: &Path) -> LocalLog {
     let options = Options { path: path.to_owned(), age_seconds: 3600, size_bytes: 10 << 30, reserve_bytes: 0 };
-    let log = FjallLog::open(options).unwrap();
+    let log = LocalLog::open(options).unwrap();
     let source = Source { system_identifier: 1, database_oid: 1 };
     let origin = Origin { source, history: History::first(), lsn: Lsn(1), xid: Xid8(1) };
     log.append(&[Entry::Adopt(origin)]).unwrap();

@@ -22,7 +22,7 @@ mod vitals;
 
 use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::recorder::{self, Closed};
-use crate::changelog::{self, ChangeLog, Entry, FjallLog, Room, State};
+use crate::changelog::{self, ChangeLog, Entry, LocalLog, Room, State};
 use crate::config::{self, Config, MappingSource, Preset};
 use crate::grpc;
 use crate::hub::{self, Hub};
@@ -196,7 +196,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
 
     let log = open_log(config, reset_log).await?;
     let (recorder, recorder_handle) = recorder::new(log.clone());
-    let recorder = RecorderThread::start(recorder)?;
+    let recording = start_recorder(recorder)?;
     let options = hub::Options {
         window_bytes: config.changelog.memory_window.to_usize(),
         before_visible: config.service.watch.before_visible,
@@ -218,7 +218,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     };
     if !matches!(ready, Ok(true)) {
         drop((joined, recorded));
-        recorder.finish().await?;
+        recording.await?;
         return ready.map(drop).map_err(|error| anyhow!("{error}")).context("cannot start");
     }
 
@@ -294,7 +294,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     }
     background.shutdown().await;
     // The cause first: a failed log is what ends a session.
-    recorder.finish().await.and(ended)
+    recording.await.map_err(Into::into).and(ended)
 }
 
 fn flatten<E: Into<anyhow::Error>>(joined: Result<Result<(), E>, tokio::task::JoinError>) -> anyhow::Result<()> {
@@ -314,41 +314,27 @@ async fn open_log(config: &Config, reset: bool) -> anyhow::Result<Arc<dyn Change
     let options = log_options(config);
     let open = move || {
         if reset {
-            FjallLog::reset(&options.path)?;
+            LocalLog::reset(&options.path)?;
             tracing::warn!("the change log was deleted and begins anew: tokens from before are refused");
         }
-        FjallLog::open(options)
+        LocalLog::open(options)
     };
     Ok(Arc::new(tokio::task::spawn_blocking(open).await??))
 }
 
-/// The recorder on its thread.
-struct RecorderThread {
-    done: tokio::sync::oneshot::Receiver<Result<(), changelog::Error>>,
-}
-
-impl RecorderThread {
-    fn start(recorder: recorder::Recorder) -> anyhow::Result<Self> {
-        let runtime = tokio::runtime::Handle::current();
-        let (result, done) = tokio::sync::oneshot::channel();
-        std::thread::Builder::new()
-            .name("recorder".into())
-            .spawn(move || {
-                let ended = runtime.block_on(recorder.run());
-                if let Err(error) = &ended {
-                    tracing::error!("{error}");
-                }
-                // Whoever started it may be gone.
-                let _ = result.send(ended);
-            })
-            .context("cannot start the recorder's thread")?;
-        Ok(Self { done })
-    }
-
-    /// Waits until everything is on disk, which is when all handles are gone.
-    async fn finish(self) -> anyhow::Result<()> {
-        Ok(self.done.await.context("the recorder's thread panicked")??)
-    }
+/// Runs the recorder on a thread of its own. What comes back completes when everything is on disk, which is when all handles are gone.
+fn start_recorder(
+    recorder: recorder::Recorder,
+) -> anyhow::Result<impl Future<Output = Result<(), changelog::Error>> + Send + 'static> {
+    let recording = async move {
+        let ended = recorder.run().await;
+        if let Err(error) = &ended {
+            tracing::error!("{error}");
+        }
+        ended
+    };
+    let (_, recorded) = thread::run("recorder".to_owned(), recording).context("cannot start the recorder's thread")?;
+    Ok(recorded)
 }
 
 /// Most often that the visible mark is recorded. What is past it is asked for again after a restart.

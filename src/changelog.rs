@@ -8,7 +8,7 @@
 //!            └──────────────┴───────┴────────┴──────────────┘
 //! ```
 //!
-//! [`ChangeLog`] is the contract; [`FjallLog`] keeps it on local disk. The contract in full:
+//! [`ChangeLog`] is the contract; [`LocalLog`] keeps it on local disk. The contract in full:
 //!
 //! - [`ChangeLog::append`] takes entries in stream order and applies each atomically, in memory and to the operating
 //!   system; they are *durable* once [`ChangeLog::sync`] returned. After a crash the log is some prefix of what was
@@ -27,8 +27,7 @@
 //! ([`Recorder`](recorder::Recorder)) and read by many.
 
 pub mod examination;
-mod fjall_log;
-mod record;
+mod local;
 pub mod recorder;
 
 #[cfg(test)]
@@ -36,7 +35,7 @@ mod conformance;
 #[cfg(test)]
 pub(crate) mod model;
 
-pub use fjall_log::{FjallLog, Options};
+pub use local::{LocalLog, Options};
 
 use crate::assembler::Staged;
 use crate::change::TenantId;

@@ -185,23 +185,23 @@ fn the_model_conforms() {
 }
 
 #[test]
-fn fjall_conforms_and_keeps_it() {
+fn the_local_log_conforms_and_keeps_it() {
     let directory = tempfile::tempdir().unwrap();
-    let log = FjallLog::open(options(directory.path())).unwrap();
+    let log = LocalLog::open(options(directory.path())).unwrap();
     conforms(&log);
     let before = (log.state(), reads(&log, "a", Position::ZERO), log.breaks());
     drop(log);
-    let log = FjallLog::open(options(directory.path())).unwrap();
+    let log = LocalLog::open(options(directory.path())).unwrap();
     assert_eq!((log.state(), reads(&log, "a", Position::ZERO), log.breaks()), before);
 }
 
 #[test]
 fn staged_leftovers_go_at_open() {
     let directory = tempfile::tempdir().unwrap();
-    let log = FjallLog::open(options(directory.path())).unwrap();
+    let log = LocalLog::open(options(directory.path())).unwrap();
     log.append(&[adopt(), staged(100, "a", &[1, 2])]).unwrap();
     drop(log);
-    let log = FjallLog::open(options(directory.path())).unwrap();
+    let log = LocalLog::open(options(directory.path())).unwrap();
     log.append(&[transaction(100, &["b"]), transaction(120, &["a"])]).unwrap();
     assert_eq!(reads(&log, "a", Position::ZERO), [(120, 2)]);
 }
@@ -209,7 +209,7 @@ fn staged_leftovers_go_at_open() {
 #[test]
 fn retention_by_age_keeps_each_tenants_horizon() {
     let directory = tempfile::tempdir().unwrap();
-    let log = FjallLog::open(options(directory.path())).unwrap();
+    let log = LocalLog::open(options(directory.path())).unwrap();
     log.append(&[adopt(), transaction(100, &["a", "quiet"])]).unwrap();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     assert_eq!(log.retain(now + 1000).unwrap(), Room::Enough);
@@ -237,14 +237,14 @@ fn retention_by_age_keeps_each_tenants_horizon() {
     assert_eq!(log.horizon(&tenant("other")).unwrap(), Position::at(Lsn(50)));
     assert!(log.knows(&tenant("quiet")).unwrap());
     drop(log);
-    let log = FjallLog::open(options(directory.path())).unwrap();
+    let log = LocalLog::open(options(directory.path())).unwrap();
     assert_eq!(log.horizon(&tenant("quiet")).unwrap(), Position::inside(Lsn(100), u64::MAX));
 }
 
 #[test]
 fn a_full_disk_drops_history_and_then_says_so() {
     let directory = tempfile::tempdir().unwrap();
-    let log = FjallLog::open(Options { reserve_bytes: u64::MAX - 1, ..options(directory.path()) }).unwrap();
+    let log = LocalLog::open(Options { reserve_bytes: u64::MAX - 1, ..options(directory.path()) }).unwrap();
     log.append(&[adopt(), transaction(100, &["a"])]).unwrap();
     assert!(matches!(log.retain(0).unwrap(), Room::Short { .. }));
     assert_eq!(reads(&log, "a", Position::ZERO), []);
@@ -255,16 +255,16 @@ fn a_full_disk_drops_history_and_then_says_so() {
 fn directories_that_are_not_a_log() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("log");
-    let open = || FjallLog::open(options(&path)).map(drop).map_err(|error| error.to_string());
+    let open = || LocalLog::open(options(&path)).map(drop).map_err(|error| error.to_string());
     assert_eq!(open(), Ok(()));
-    let log = FjallLog::open(options(&path)).unwrap();
+    let log = LocalLog::open(options(&path)).unwrap();
     assert!(open().unwrap_err().contains("in use by another process"));
-    assert!(FjallLog::reset(&path).unwrap_err().to_string().contains("in use by another process"));
+    assert!(LocalLog::reset(&path).unwrap_err().to_string().contains("in use by another process"));
     drop(log);
 
     std::fs::remove_dir_all(path.join("data")).unwrap();
     assert!(open().unwrap_err().contains("is damaged (its directory data is missing)"));
-    FjallLog::reset(&path).unwrap();
+    LocalLog::reset(&path).unwrap();
     assert_eq!(open(), Ok(()));
 
     std::fs::write(path.join("tuplewatch-log.json"), r#"{"format": 99, "node_id": "x"}"#).unwrap();
@@ -273,16 +273,97 @@ fn directories_that_are_not_a_log() {
     assert!(open().unwrap_err().contains("is damaged"));
 
     std::fs::write(path.join("precious.txt"), "x").unwrap();
-    assert!(FjallLog::reset(&path).unwrap_err().to_string().contains("holds no change log"));
+    assert!(LocalLog::reset(&path).unwrap_err().to_string().contains("holds no change log"));
     let foreign = directory.path().join("foreign");
     std::fs::create_dir(&foreign).unwrap();
     std::fs::write(foreign.join("x"), "x").unwrap();
-    assert!(FjallLog::open(options(&foreign)).map(drop).unwrap_err().to_string().contains("holds no change log"));
+    assert!(LocalLog::open(options(&foreign)).map(drop).unwrap_err().to_string().contains("holds no change log"));
 }
 
 /// Random stream entries; the numbers become commit LSNs later.
 fn entries() -> impl Strategy<Value = Vec<(u8, u8)>> {
-    proptest::collection::vec((0u8..8, any::<u8>()), 1..40)
+    proptest::collection::vec((0u8..12, any::<u8>()), 1..40)
+}
+
+/// A log, the model, and every state of the model so far.
+struct Run {
+    directory: tempfile::TempDir,
+    opened: usize,
+    log: Option<LocalLog>,
+    model: Inner,
+    history: Vec<Inner>,
+    /// How many of those states are synced.
+    synced: usize,
+    /// Not appended yet.
+    waiting: Vec<Entry>,
+}
+
+impl Run {
+    fn begin() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let model = Inner::default();
+        let mut run = Self {
+            directory,
+            opened: 0,
+            log: None,
+            history: vec![model.clone()],
+            model,
+            synced: 0,
+            waiting: Vec::new(),
+        };
+        run.open();
+        run.push(adopt());
+        run
+    }
+
+    fn path(&self, n: usize) -> std::path::PathBuf {
+        self.directory.path().join(n.to_string())
+    }
+
+    /// Segments of some minutes, none of which is dropped.
+    fn open(&mut self) {
+        let options = Options { age_seconds: 16_000, ..options(&self.path(self.opened)) };
+        self.log = Some(LocalLog::open(options).unwrap());
+    }
+
+    fn log(&self) -> &LocalLog {
+        self.log.as_ref().unwrap()
+    }
+
+    fn push(&mut self, entry: Entry) {
+        self.model.apply(&entry);
+        self.history.push(self.model.clone());
+        self.waiting.push(entry);
+    }
+
+    /// Appends all that waits, at once.
+    fn append(&mut self) {
+        let waiting = std::mem::take(&mut self.waiting);
+        self.log().append(&waiting).unwrap();
+    }
+
+    fn sync(&mut self) {
+        self.append();
+        self.log().sync().unwrap();
+        self.synced = self.history.len() - 1;
+    }
+
+    /// The process dies, and the next one finds what the operating system has of the directory.
+    fn crash(&mut self) {
+        self.append();
+        copy_directory(&self.path(self.opened), &self.path(self.opened + 1));
+        self.log = None;
+        self.opened += 1;
+        self.open();
+        let matching = (self.synced..self.history.len()).rev().find(|length| same(self.log(), &self.history[*length]));
+        let matching = matching.unwrap_or_else(|| panic!("the log is no prefix of at least {} entries", self.synced));
+        self.history.truncate(matching + 1);
+        self.model = self.history.last().unwrap().clone();
+        // Opening discards what was staged.
+        self.model.apply(&Entry::Discard);
+        self.history.push(self.model.clone());
+        self.synced = self.synced.min(self.history.len() - 1);
+    }
 }
 
 proptest! {
@@ -291,75 +372,73 @@ proptest! {
     /// After a crash (the directory as it was at some moment, copied), the log is a prefix of what was appended and at
     /// least what was synced; and so again after the next.
     #[test]
-    fn a_crashed_log_is_a_prefix_of_the_model(steps in entries(), crash_every in 2usize..9) {
-        let directory = tempfile::tempdir().unwrap();
-        let mut path = directory.path().join("0");
-        let mut log = FjallLog::open(options(&path)).unwrap();
-        let mut model = Inner::default();
-        let mut history = vec![model.clone()];
-        let mut synced = 0;
-        let mut commit = 1000;
-        let mut open = None;
-        let append = |log: &FjallLog, model: &mut Inner, history: &mut Vec<Inner>, entry: Entry| {
-            log.append(std::slice::from_ref(&entry)).unwrap();
-            model.apply(&entry);
-            history.push(model.clone());
-        };
-        append(&log, &mut model, &mut history, adopt());
+    fn a_crashed_log_is_a_prefix_of_the_model(steps in entries(), crash_every in 4usize..20) {
+        const ROLLS_MAX: u64 = 10;
+        let mut run = Run::begin();
+        let (mut commit, mut open, mut rolls) = (1000, None, 0);
         for (n, (kind, pick)) in steps.into_iter().enumerate() {
-            let names: &[&str] = match pick % 3 { 0 => &["a"], 1 => &["b", "a"], _ => &["c"] };
+            let names: &[&str] = match pick % 4 { 0 => &["a"], 1 => &["b", "a"], 2 => &["a"], _ => &["c"] };
             commit += 10 + u64::from(pick % 2) * 10;
             // A staged transaction ends before the next thing, or is discarded.
-            if !matches!(kind, 5 | 7)
+            if !matches!(kind, 7..=9)
                 && let Some(open) = open.take()
             {
-                append(&log, &mut model, &mut history, end_of_staged(open));
+                run.push(end_of_staged(open));
             }
             match kind {
-                0..=2 => append(&log, &mut model, &mut history, transaction(commit, names)),
-                3 => append(&log, &mut model, &mut history, Entry::Progress(Lsn(commit))),
-                4 => {
-                    append(&log, &mut model, &mut history, staged(commit, "a", &[2, 5]));
+                0..=3 => run.push(transaction(commit, names)),
+                4 => run.push(Entry::Progress(Lsn(commit))),
+                5 => {
+                    run.push(staged(commit, "a", &[2, 5]));
                     open = Some(commit);
                 }
-                5 => {
-                    append(&log, &mut model, &mut history, Entry::Discard);
+                6 => run.push(Entry::Break(gap(None, commit, commit + 5))),
+                7 => {
+                    run.push(Entry::Discard);
                     open = None;
                 }
-                6 => append(&log, &mut model, &mut history, Entry::Break(gap(None, commit, commit + 5))),
-                _ => { log.sync().unwrap(); synced = history.len() - 1; }
+                8 => run.sync(),
+                9 if rolls < ROLLS_MAX => {
+                    run.append();
+                    rolls += 1;
+                    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+                    run.log().retain(now + rolls * 1_100).unwrap();
+                }
+                9 => {}
+                _ => {
+                    commit = commit.saturating_sub(pick.into()).max(60);
+                    run.push(Entry::Diverge { at: Lsn(commit), history: History::first() });
+                }
+            }
+            if pick % 3 == 0 {
+                run.append();
             }
             if n % crash_every == crash_every - 1 {
-                // What an operating system that goes on has of a process that does not.
-                let copy = directory.path().join(format!("{}", n + 1));
-                copy_directory(&path, &copy);
-                drop(log);
-                path = copy;
-                log = FjallLog::open(options(&path)).unwrap();
-                let matching = (synced..history.len()).rev().find(|length| same(&log, &history[*length]));
-                prop_assert!(matching.is_some(), "the log is no prefix of at least {synced} entries");
-                history.truncate(matching.unwrap() + 1);
-                model = history.last().unwrap().clone();
-                // Opening discards what was staged.
-                model.apply(&Entry::Discard);
+                run.crash();
                 open = None;
-                history.push(model.clone());
-                synced = synced.min(history.len() - 1);
             }
         }
-        prop_assert!(same(&log, &model));
+        run.append();
+        prop_assert!(same(run.log(), &run.model));
     }
 }
 
-fn same(log: &FjallLog, model: &Inner) -> bool {
+fn same(log: &LocalLog, model: &Inner) -> bool {
     let model = ModelLog::of(model.clone());
+    let commits: Vec<u64> = model.transactions_since(Lsn(0)).unwrap().iter().map(|(_, xid)| xid.0).collect();
     let all = |log: &dyn ChangeLog| {
         let reads: Vec<_> = ["a", "b", "c"]
             .iter()
             .map(|name| log.read(&tenant(name), Position::ZERO, Position::MAX, usize::MAX).unwrap())
             .collect();
-        let index = (log.transactions_since(Lsn(0)).unwrap(), log.largest_below(Xid8(u64::MAX)).unwrap());
-        (log.state().tail, log.state().origin, reads, log.breaks(), index)
+        let around = commits.iter().flat_map(|commit| [*commit, commit + 1]).chain([u64::MAX]);
+        let index: Vec<_> = around
+            .map(|at| {
+                let (before, below) = (log.transaction_before(Lsn(at)), log.largest_below(Xid8(at)));
+                (before.unwrap(), below.unwrap(), log.find_transaction(&tenant("z"), Xid8(at)).unwrap())
+            })
+            .collect();
+        (log.state().tail, log.state().origin, reads, log.breaks(), log.transactions_since(Lsn(0)).unwrap(), index)
     };
     all(log) == all(&model)
 }

@@ -2,8 +2,8 @@
 //! is. It works beside a `serve` that has the log open, and nothing that it makes stays.
 
 use super::Error;
-use super::fjall_log::Options;
-use super::fjall_log::directory::{self, DATA, MARKER, Marker, PROBE};
+use super::local::Options;
+use super::local::directory::{self, DATA, MARKER, Marker, PROBE};
 use crate::finding::{Bytes, CommandLine, Finding, Report, shell_word};
 use rustix::fs::{Access, access};
 use std::fs::{self, File};
@@ -277,7 +277,7 @@ fn word(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::changelog::{ChangeLog as _, FjallLog};
+    use crate::changelog::{ChangeLog as _, LocalLog};
     use crate::finding::Severity;
 
     fn options(path: &Path) -> Options {
@@ -302,7 +302,7 @@ mod tests {
         assert!(found.node_id.is_none() && errors(&options(&path)).is_empty(), "{found:?}");
         assert_eq!(names(directory.path()), Vec::<String>::new());
 
-        let log = FjallLog::open(options(&path)).unwrap();
+        let log = LocalLog::open(options(&path)).unwrap();
         let before = names(&path);
         let found = examine(&options(&path), &CommandLine::default());
         assert_eq!(found.node_id, Some(log.state().node_id));
@@ -316,8 +316,8 @@ mod tests {
         for path in [path, directory.path().join("empty")] {
             fs::create_dir_all(&path).unwrap();
             fs::write(path.join(PROBE), "x").unwrap();
-            drop(FjallLog::open(options(&path)).unwrap());
-            FjallLog::reset(&path).unwrap();
+            drop(LocalLog::open(options(&path)).unwrap());
+            LocalLog::reset(&path).unwrap();
             assert_eq!(names(&path), Vec::<String>::new());
         }
     }
@@ -339,7 +339,7 @@ mod tests {
             assert!(finding.what.contains(what) && finding.fix.as_deref().unwrap().contains(fix), "{finding}");
         }
         let path = directory.path().join("log");
-        drop(FjallLog::open(options(&path)).unwrap());
+        drop(LocalLog::open(options(&path)).unwrap());
         fs::remove_dir_all(path.join(DATA)).unwrap();
         let found = errors(&options(&path));
         assert!(

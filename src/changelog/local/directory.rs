@@ -13,7 +13,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 /// Counted up with every change that an older version would misread.
-pub(super) const FORMAT: u32 = 2;
+pub(super) const FORMAT: u32 = 3;
 pub(in crate::changelog) const MARKER: &str = "tuplewatch-log.json";
 /// Before it has its name.
 pub(super) const MARKER_NEW: &str = "tuplewatch-log.json.new";

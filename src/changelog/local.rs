@@ -4,7 +4,7 @@
 //! <path>/tuplewatch-log.json     format and node id, written once
 //! <path>/data/                   fjall
 //!   keyspace "meta"              origin, tail, segments, horizons of tenants, breaks
-//!   keyspace "segment-<n>"       messages by tenant, token ids, transactions
+//!   keyspace "segment-<n>"       messages by tenant, token ids, transactions (see `record`)
 //! ```
 //!
 //! Retention is a matter of dropping whole segments: before one goes, the newest position of each tenant in it is kept as
@@ -15,10 +15,11 @@
 
 pub(super) mod directory;
 mod memory;
+mod page;
+mod record;
 mod segments;
 mod stored;
 
-use super::record::{self, Horizon};
 use super::{Batch, ChangeLog, Entry, Error, Room, State, Trace, Usage, Verified};
 use crate::change::TenantId;
 use crate::lsn::{Lsn, Position, Xid8};
@@ -28,6 +29,8 @@ use bytes::Bytes;
 use directory::{DATA, MARKER, MARKER_NEW, Marker, PROBE, Place};
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 use memory::{Memory, Written};
+use page::{Malformed, Messages};
+use record::Horizon;
 use segments::Segments;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
@@ -60,7 +63,7 @@ pub struct Options {
 }
 
 /// See the module.
-pub struct FjallLog {
+pub struct LocalLog {
     options: Options,
     node_id: String,
     place: Place,
@@ -72,11 +75,22 @@ pub struct FjallLog {
     memory: Mutex<Memory>,
 }
 
-fn poisoned(error: &fjall::Error) -> Error {
+/// Why something that was written cannot be read.
+#[derive(Debug, thiserror::Error)]
+enum Unreadable {
+    /// The disk, or what is on it.
+    #[error(transparent)]
+    Store(#[from] fjall::Error),
+    /// Its checksum is right, and it is nothing that we write.
+    #[error(transparent)]
+    Page(#[from] Malformed),
+}
+
+fn poisoned(error: &impl std::fmt::Display) -> Error {
     Error::Poisoned(error.to_string())
 }
 
-fn unreadable(error: &fjall::Error) -> Error {
+fn unreadable(error: &impl std::fmt::Display) -> Error {
     Error::Read(error.to_string())
 }
 
@@ -84,7 +98,7 @@ fn segment_options() -> KeyspaceCreateOptions {
     KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES)
 }
 
-impl FjallLog {
+impl LocalLog {
     /// Opens the log, or begins one in an empty or missing directory.
     ///
     /// # Errors
@@ -268,14 +282,14 @@ fn is_damage(kind: std::io::ErrorKind) -> bool {
     matches!(kind, NotFound | AlreadyExists | UnexpectedEof | InvalidData)
 }
 
-impl FjallLog {
+impl LocalLog {
     fn horizon_of(&self, tenant: &TenantId) -> Result<Option<Horizon>, Error> {
         let stored = self.meta.get(meta_horizon(tenant)).map_err(|error| unreadable(&error))?;
         Ok(stored.and_then(|bytes| record::read_horizon(&bytes)))
     }
 }
 
-impl ChangeLog for FjallLog {
+impl ChangeLog for LocalLog {
     fn state(&self) -> State {
         let memory = self.memory();
         State {
@@ -297,16 +311,16 @@ impl ChangeLog for FjallLog {
         let segments = self.segments();
         let active = segments.active();
         let mut memory = self.memory();
-        let mut written = Written::new(self, &memory);
+        let mut written = Written::new(self, &memory, active);
         for entry in entries {
             // These look for what is there already, which a batch is not before it is committed.
             if matches!(entry, Entry::Discard | Entry::Diverge { .. }) {
                 written.commit(self, &memory)?;
-                written = Written::new(self, &memory);
+                written = Written::new(self, &memory, active);
             }
             written.rare |= !matches!(entry, Entry::Transaction(t) if !t.staged && t.breaks.is_empty())
                 && !matches!(entry, Entry::Progress(_));
-            memory.apply(entry, self, active, &mut written.batch)?;
+            memory.apply(entry, self, &mut written)?;
         }
         written.commit(self, &memory)?;
         if entries.iter().any(|entry| matches!(entry, Entry::Adopt(_))) {
@@ -324,23 +338,23 @@ impl ChangeLog for FjallLog {
         let mut batch = Batch::default();
         let mut bytes = 0;
         for segment in self.segments().since(after) {
-            let from = record::message_key(tenant, after);
-            for item in segment.keyspace.range(from..record::behind_tenant(tenant)) {
-                let (key, value) = item.into_inner().map_err(|error| unreadable(&error))?;
-                let message = record::read_message_key(&key)
-                    .and_then(|(_, order)| record::read_message(order.lsn, &Bytes::from(value)))
-                    .ok_or_else(|| Error::Read(format!("a message of tenant {tenant} does not decode")))?;
-                // The last message of a transaction stands below its end, and up_to may be that end.
-                if message.reached() > up_to {
-                    return Ok(batch);
+            let pages = record::messages_key(tenant, after)..record::behind_tenant(tenant);
+            for item in segment.keyspace.range(pages) {
+                let page = item.value().map_err(|error| unreadable(&error))?;
+                for message in Messages::of(Bytes::from(page)) {
+                    let message = message.map_err(|error| unreadable(&error))?;
+                    // The last message of a transaction stands below its end, and up_to may be that end.
+                    if message.reached() > up_to {
+                        return Ok(batch);
+                    }
+                    let Some(message) = message.after(after) else { continue };
+                    if bytes >= bytes_max {
+                        batch.more = true;
+                        return Ok(batch);
+                    }
+                    bytes += message.changes.len();
+                    batch.messages.push(message);
                 }
-                let Some(message) = message.after(after) else { continue };
-                if bytes >= bytes_max {
-                    batch.more = true;
-                    return Ok(batch);
-                }
-                bytes += message.changes.len();
-                batch.messages.push(message);
             }
         }
         Ok(batch)

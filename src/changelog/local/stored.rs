@@ -6,10 +6,11 @@
 //! | `tail` | LSN (8, big endian) |
 //! | `segments` | see [`super::segments`] |
 //! | `break/`, end position (16), start position (16), tenant | [`StoredBreak`], JSON |
-//! | `horizon/`, tenant | see [`super::super::record`] |
+//! | `horizon/`, tenant | see [`super::record`] |
 //! | `abandoned/`, xid8 (8, big endian) | nothing |
 
-use super::super::{Origin, record};
+use super::super::Origin;
+use super::record;
 use crate::change::TenantId;
 use crate::lsn::{Lsn, Position, Xid8};
 use crate::timeline::{History, Source, Timeline};

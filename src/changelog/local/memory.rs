@@ -1,0 +1,226 @@
+//! What an entry does to the log: in memory, and in the batch that takes it to the disk.
+
+use super::super::{BREAKS_MAX, Entry, Error};
+use super::page::{Indexed, MessagePage, TransactionPage, XidPage};
+use super::record::{self, XidsPrefix};
+use super::segments::Segment;
+use super::stored::{
+    META_STATE, META_TAIL, Stored, meta_abandoned, meta_break, pair, unpair, write_break, write_origin,
+};
+use super::{LocalLog, poisoned};
+use crate::change::TenantId;
+use crate::lsn::{Lsn, Position};
+use crate::transaction::{Break, Header, Message, Transaction};
+use fjall::OwnedWriteBatch as WriteBatch;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+/// What is kept in memory of `meta`.
+pub(super) struct Memory {
+    pub(super) stored: Stored,
+    pub(super) tail: Lsn,
+    pub(super) breaks: Vec<Break>,
+}
+
+impl Memory {
+    /// Applies one entry to what is written and to the memory of it.
+    pub(super) fn apply(&mut self, entry: &Entry, log: &LocalLog, written: &mut Written<'_>) -> Result<(), Error> {
+        match entry {
+            Entry::Adopt(origin) => {
+                self.stored.origin = Some(write_origin(origin));
+                self.stored.visible = origin.lsn.0;
+                self.tail = origin.lsn;
+            }
+            // Delivered once more, because it was not known to have arrived; what is there must not be taken for open.
+            Entry::Staged(staged) if staged.commit < self.tail => {}
+            Entry::Staged(staged) => {
+                let steps = staged.messages.iter().map(|(_, message)| message.last_step).max().unwrap_or(0);
+                self.stored.staged = Some((staged.commit.0, steps));
+                written.put_messages(&staged.messages);
+                written.put_tenants(staged.commit, &tenants(&staged.messages));
+            }
+            Entry::Discard => {
+                if let Some((commit, _)) = self.stored.staged.take() {
+                    let is_open = |other: Lsn| other == Lsn(commit);
+                    let batch = &mut written.batch;
+                    log.segments().remove(batch, Lsn(commit), &is_open).map_err(|error| poisoned(&error))?;
+                }
+            }
+            // Delivered once more, because it was not known to have arrived.
+            Entry::Transaction(transaction) if transaction.end <= self.tail => self.stored.staged = None,
+            Entry::Transaction(transaction) => {
+                written.put_messages(&transaction.messages);
+                written.put_index(transaction);
+                for gap in &transaction.breaks {
+                    self.add_break(gap.clone(), log, &mut written.batch)?;
+                }
+                self.stored.staged = None;
+                self.tail = transaction.end;
+            }
+            Entry::Progress(lsn) => self.tail = self.tail.max(*lsn),
+            Entry::Break(gap) => {
+                self.tail = self.tail.max(gap.to.lsn);
+                self.add_break(gap.clone(), log, &mut written.batch)?;
+            }
+            Entry::Diverge { at, history } => {
+                let batch = &mut written.batch;
+                let segments = log.segments();
+                let abandoned = segments.transactions_ending_past(*at).map_err(|error| poisoned(&error))?;
+                let is_past = |commit: Lsn| commit >= *at || abandoned.contains_key(&commit);
+                let first = abandoned.first_key_value().map_or(*at, |(commit, _)| *at.min(commit));
+                segments.remove(batch, first, &is_past).map_err(|error| poisoned(&error))?;
+                segments.remove_index(batch, &abandoned).map_err(|error| poisoned(&error))?;
+                for (_, xid) in abandoned.values() {
+                    batch.insert(&log.meta, meta_abandoned(*xid), []);
+                }
+                for gap in self.breaks.extract_if(.., |gap| gap.to > Position::at(*at)).collect::<Vec<_>>() {
+                    batch.remove(&log.meta, meta_break(&gap));
+                    if let Some(rest) = gap.up_to(*at) {
+                        self.add_break(rest, log, batch)?;
+                    }
+                }
+                self.tail = self.tail.min(*at);
+                self.stored.visible = self.stored.visible.min(at.0);
+                // What was verified past it was verified of another history.
+                if let Some((_, verified)) = &mut self.stored.verified {
+                    *verified = (*verified).min(at.0);
+                }
+                if let Some(origin) = &mut self.stored.origin {
+                    origin.timelines = history.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect();
+                }
+            }
+            Entry::Verified(verified) => self.stored.verified = Some((verified.fingerprint.clone(), verified.at.0)),
+            Entry::Mapping(fingerprint) => self.stored.mapping = Some(*fingerprint),
+            Entry::Visible(lsn) => self.stored.visible = lsn.0.min(self.tail.0),
+        }
+        Ok(())
+    }
+
+    /// What is appended from now on stands behind this.
+    pub(super) fn frontier(&self) -> Position {
+        self.stored.staged.map_or(Position::at(self.tail), unpair)
+    }
+
+    fn add_break(&mut self, gap: Break, log: &LocalLog, batch: &mut WriteBatch) -> Result<(), Error> {
+        let json = serde_json::to_vec(&write_break(&gap)).map_err(|error| Error::Poisoned(error.to_string()))?;
+        batch.insert(&log.meta, meta_break(&gap), json);
+        self.breaks.push(gap);
+        if self.breaks.len() > BREAKS_MAX {
+            // The session has to know of the open one until it is covered.
+            let oldest = self.breaks.remove(usize::from(self.breaks.first().is_some_and(Break::is_open)));
+            batch.remove(&log.meta, meta_break(&oldest));
+            self.stored.breaks_floor = pair(unpair(self.stored.breaks_floor).max(oldest.to));
+        }
+        Ok(())
+    }
+}
+
+/// Tenants of a transaction that its page of the index has at the most; more have keys of their own.
+const TENANTS_IN_PAGE_MAX: usize = 64;
+
+/// Entries on their way to the disk together.
+pub(super) struct Written<'a> {
+    pub(super) batch: WriteBatch,
+    active: &'a Segment,
+    /// By tenant.
+    messages: HashMap<TenantId, MessagePage>,
+    transactions: TransactionPage,
+    /// By what their keys begin with.
+    xids: BTreeMap<XidsPrefix, XidPage>,
+    tail_before: Lsn,
+    /// More than the tail changed.
+    pub(super) rare: bool,
+}
+
+impl<'a> Written<'a> {
+    pub(super) fn new(log: &LocalLog, memory: &Memory, active: &'a Segment) -> Self {
+        Self {
+            batch: log.db.batch(),
+            active,
+            messages: HashMap::new(),
+            transactions: TransactionPage::default(),
+            xids: BTreeMap::new(),
+            tail_before: memory.tail,
+            rare: false,
+        }
+    }
+
+    pub(super) fn commit(mut self, log: &LocalLog, memory: &Memory) -> Result<(), Error> {
+        for (tenant, page) in std::mem::take(&mut self.messages) {
+            self.finish_messages(&tenant, page);
+        }
+        self.finish_transactions();
+        for (prefix, page) in std::mem::take(&mut self.xids) {
+            if let Some((last, bytes)) = page.finish() {
+                self.batch.insert(&self.active.keyspace, record::xids_key(prefix, last), bytes);
+            }
+        }
+        if self.rare {
+            let json = serde_json::to_vec(&memory.stored).map_err(|error| Error::Poisoned(error.to_string()))?;
+            self.batch.insert(&log.meta, META_STATE, json);
+        }
+        if memory.tail != self.tail_before {
+            self.batch.insert(&log.meta, META_TAIL, record::write_lsn(memory.tail));
+        }
+        self.batch.commit().map_err(|error| poisoned(&error))
+    }
+
+    fn put_messages(&mut self, messages: &[(TenantId, Message)]) {
+        for (tenant, message) in messages {
+            let page = match self.messages.get_mut(tenant) {
+                Some(page) => page,
+                None => self.messages.entry(tenant.clone()).or_insert_with(MessagePage::new),
+            };
+            page.push(message);
+            if page.is_full() {
+                let page = std::mem::replace(page, MessagePage::new());
+                self.finish_messages(tenant, page);
+            }
+        }
+    }
+
+    fn finish_messages(&mut self, tenant: &TenantId, page: MessagePage) {
+        if let Some((last, bytes)) = page.finish() {
+            self.batch.insert(&self.active.keyspace, record::messages_key(tenant, last), bytes);
+        }
+    }
+
+    /// What a transaction is found by: ids of tokens; and where it has changes, its place, its id and its tenants.
+    fn put_index(&mut self, transaction: &Transaction) {
+        let Header { commit, xid, .. } = transaction.header;
+        let end = transaction.end;
+        for id in &transaction.token_ids {
+            self.batch.insert(&self.active.keyspace, record::token_key(*id), record::write_lsn(end));
+        }
+        if !transaction.has_changes() {
+            return;
+        }
+        let mut tenants = tenants(&transaction.messages);
+        if transaction.staged || tenants.len() > TENANTS_IN_PAGE_MAX {
+            self.put_tenants(commit, &tenants);
+            tenants.clear();
+        }
+        let tenants = tenants.into_iter().cloned().collect();
+        self.transactions.push(&Indexed { commit, end, xid, tenants });
+        if self.transactions.is_full() {
+            self.finish_transactions();
+        }
+        self.xids.entry(record::xids_prefix(xid)).or_default().push(xid, commit, end);
+    }
+
+    fn put_tenants(&mut self, commit: Lsn, tenants: &BTreeSet<&TenantId>) {
+        for tenant in tenants {
+            self.batch.insert(&self.active.keyspace, record::tenant_key(commit, tenant), []);
+        }
+    }
+
+    fn finish_transactions(&mut self) {
+        if let Some((last, bytes)) = std::mem::take(&mut self.transactions).finish() {
+            self.batch.insert(&self.active.keyspace, record::transactions_key(last), bytes);
+        }
+    }
+}
+
+/// In the order of their bytes.
+fn tenants(messages: &[(TenantId, Message)]) -> BTreeSet<&TenantId> {
+    messages.iter().map(|(tenant, _)| tenant).collect()
+}

@@ -1,0 +1,359 @@
+//! Pages: the elements that one append has for the same place, under one key.
+//!
+//! A transaction of one row costs a key-value store much more in keys than in bytes. So an append writes one page of messages for each
+//! tenant, one of transactions, and one for each 256 transaction ids, as long as they stay below [`BYTES_MAX`]. Elements are in commit
+//! order, and LSNs, ids and times are distances to the element before; those of the first are distances to zero. All numbers are varints.
+//!
+//! An element of a page of messages:
+//!
+//! | field | form |
+//! | --- | --- |
+//! | commit LSN | distance |
+//! | xid8 | zigzag of the distance |
+//! | commit timestamp, in microseconds | zigzag of the distance |
+//! | end LSN minus commit LSN; 0 where it is not the tenant's last of the transaction | |
+//! | last row step | |
+//! | length of steps, length of changes | |
+//! | steps, changes | that many bytes each |
+//!
+//! An element of a page of transactions:
+//!
+//! | field | form |
+//! | --- | --- |
+//! | commit LSN | distance |
+//! | end LSN minus commit LSN | |
+//! | xid8 | zigzag of the distance |
+//! | number of tenants; 0 where each has a key of its own | |
+//! | each tenant | 0, length, bytes; or for one that the page had before its number in it, from 1 |
+//!
+//! An element of a page of ids:
+//!
+//! | field | form |
+//! | --- | --- |
+//! | lowest byte of the xid8 | 1 byte |
+//! | commit LSN | distance |
+//! | end LSN minus commit LSN | |
+
+use crate::change::TenantId;
+use crate::lsn::{CommitTime, Lsn, Position, Xid8};
+use crate::transaction::{Header, Message};
+use bytes::Bytes;
+use prost::encoding::{decode_varint, encode_varint};
+use std::collections::HashMap;
+
+/// A page takes no more elements above this, in bytes. Large enough that the key does not count, small enough that skipping to an
+/// element inside is nothing.
+pub(super) const BYTES_MAX: usize = 16 << 10;
+
+/// A page is not what was written.
+#[derive(Debug, thiserror::Error)]
+#[error("a page of {0} does not decode")]
+pub(super) struct Malformed(pub(super) &'static str);
+
+fn write_signed(value: i64, out: &mut Vec<u8>) {
+    encode_varint(((value << 1) ^ (value >> 63)) as u64, out);
+}
+
+/// Takes a number off the front.
+fn number(bytes: &mut &[u8]) -> Option<u64> {
+    decode_varint(bytes).ok()
+}
+
+fn signed(bytes: &mut &[u8]) -> Option<i64> {
+    let value = number(bytes)?;
+    Some((value >> 1) as i64 ^ -((value & 1) as i64))
+}
+
+/// Takes this many bytes off the front.
+fn take<'a>(bytes: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
+    let (front, rest) = bytes.split_at_checked(usize::try_from(length).ok()?)?;
+    *bytes = rest;
+    Some(front)
+}
+
+/// What the distances of an element are counted from.
+const FIRST: Header = Header { commit: Lsn::ZERO, xid: Xid8(0), commit_time: CommitTime(0) };
+
+/// Messages of one tenant, being written.
+pub(super) struct MessagePage {
+    bytes: Vec<u8>,
+    before: Header,
+    last: Position,
+}
+
+impl MessagePage {
+    pub(super) const fn new() -> Self {
+        Self { bytes: Vec::new(), before: FIRST, last: Position::ZERO }
+    }
+
+    /// `message` stands behind those that are here.
+    pub(super) fn push(&mut self, message: &Message) {
+        let Header { commit, xid, commit_time } = message.header;
+        let (before, out) = (self.before, &mut self.bytes);
+        out.reserve(32 + message.steps.len() + message.changes.len());
+        encode_varint(commit.0.wrapping_sub(before.commit.0), out);
+        write_signed(xid.0.wrapping_sub(before.xid.0) as i64, out);
+        write_signed(commit_time.0.wrapping_sub(before.commit_time.0), out);
+        encode_varint(message.end.map_or(0, |end| end.0.saturating_sub(commit.0)), out);
+        encode_varint(message.last_step, out);
+        encode_varint(message.steps.len() as u64, out);
+        encode_varint(message.changes.len() as u64, out);
+        out.extend_from_slice(&message.steps);
+        out.extend_from_slice(&message.changes);
+        self.before = message.header;
+        self.last = message.order();
+    }
+
+    pub(super) const fn is_full(&self) -> bool {
+        self.bytes.len() >= BYTES_MAX
+    }
+
+    /// Place of its last message, and the value; `None` where it is empty.
+    pub(super) fn finish(self) -> Option<(Position, Vec<u8>)> {
+        (!self.bytes.is_empty()).then_some((self.last, self.bytes))
+    }
+}
+
+/// The messages of a page. Ends after the first that does not decode.
+pub(super) struct Messages {
+    rest: Bytes,
+    before: Header,
+}
+
+impl Messages {
+    pub(super) const fn of(page: Bytes) -> Self {
+        Self { rest: page, before: FIRST }
+    }
+
+    fn read(&mut self) -> Option<Message> {
+        let mut rest: &[u8] = &self.rest;
+        let commit = Lsn(self.before.commit.0.wrapping_add(number(&mut rest)?));
+        let xid = Xid8(self.before.xid.0.wrapping_add_signed(signed(&mut rest)?));
+        let commit_time = CommitTime(self.before.commit_time.0.wrapping_add(signed(&mut rest)?));
+        let end = match number(&mut rest)? {
+            0 => None,
+            length => Some(Lsn(commit.0.checked_add(length)?)),
+        };
+        let last_step = number(&mut rest)?;
+        let (steps_bytes, changes_bytes) = (number(&mut rest)?, number(&mut rest)?);
+        let steps = take(&mut rest, steps_bytes)?;
+        let changes = take(&mut rest, changes_bytes)?;
+        let header = Header { commit, xid, commit_time };
+        let (steps, changes) = (self.rest.slice_ref(steps), self.rest.slice_ref(changes));
+        self.before = header;
+        self.rest = self.rest.slice_ref(rest);
+        Some(Message { header, end, last_step, steps, changes })
+    }
+}
+
+impl Iterator for Messages {
+    type Item = Result<Message, Malformed>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.rest.is_empty() {
+            return None;
+        }
+        let message = self.read();
+        if message.is_none() {
+            self.rest.clear();
+        }
+        Some(message.ok_or(Malformed("messages")))
+    }
+}
+
+/// What the index has of a transaction with changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Indexed {
+    pub(super) commit: Lsn,
+    pub(super) end: Lsn,
+    pub(super) xid: Xid8,
+    /// Whose changes it has; empty where each of these tenants has a key of its own.
+    pub(super) tenants: Vec<TenantId>,
+}
+
+/// Transactions, being written.
+#[derive(Default)]
+pub(super) struct TransactionPage {
+    bytes: Vec<u8>,
+    last: Lsn,
+    last_xid: u64,
+    tenants: HashMap<TenantId, u64>,
+}
+
+impl TransactionPage {
+    /// `transaction` stands behind those that are here.
+    pub(super) fn push(&mut self, transaction: &Indexed) {
+        let Indexed { commit, end, xid, tenants } = transaction;
+        let out = &mut self.bytes;
+        encode_varint(commit.0.wrapping_sub(self.last.0), out);
+        encode_varint(end.0.saturating_sub(commit.0), out);
+        write_signed(xid.0.wrapping_sub(self.last_xid) as i64, out);
+        encode_varint(tenants.len() as u64, out);
+        for tenant in tenants {
+            if let Some(known) = self.tenants.get(tenant) {
+                encode_varint(*known, out);
+                continue;
+            }
+            encode_varint(0, out);
+            encode_varint(tenant.as_str().len() as u64, out);
+            out.extend_from_slice(tenant.as_str().as_bytes());
+            self.tenants.insert(tenant.clone(), self.tenants.len() as u64 + 1);
+        }
+        (self.last, self.last_xid) = (*commit, xid.0);
+    }
+
+    pub(super) const fn is_full(&self) -> bool {
+        self.bytes.len() >= BYTES_MAX
+    }
+
+    /// Commit LSN of its last transaction, and the value; `None` where it is empty.
+    pub(super) fn finish(self) -> Option<(Lsn, Vec<u8>)> {
+        (!self.bytes.is_empty()).then_some((self.last, self.bytes))
+    }
+}
+
+/// The transactions of a page.
+pub(super) fn transactions(page: &[u8]) -> Result<Vec<Indexed>, Malformed> {
+    let (mut rest, mut tenants, mut found) = (page, Vec::new(), Vec::new());
+    let (mut commit, mut xid) = (Lsn::ZERO, Xid8(0));
+    while !rest.is_empty() {
+        let indexed = transaction(&mut rest, commit, xid, &mut tenants).ok_or(Malformed("transactions"))?;
+        (commit, xid) = (indexed.commit, indexed.xid);
+        found.push(indexed);
+    }
+    Ok(found)
+}
+
+/// The next one behind another; `known` are the tenants so far.
+fn transaction(rest: &mut &[u8], commit: Lsn, xid: Xid8, known: &mut Vec<TenantId>) -> Option<Indexed> {
+    let commit = Lsn(commit.0.wrapping_add(number(rest)?));
+    let end = Lsn(commit.0.checked_add(number(rest)?)?);
+    let xid = Xid8(xid.0.wrapping_add_signed(signed(rest)?));
+    let mut tenants = Vec::new();
+    for _ in 0..number(rest)? {
+        tenants.push(match number(rest)?.checked_sub(1) {
+            Some(before) => known.get(usize::try_from(before).ok()?)?.clone(),
+            None => {
+                let length = number(rest)?;
+                let tenant = TenantId::new(std::str::from_utf8(take(rest, length)?).ok()?).ok()?;
+                known.push(tenant.clone());
+                tenant
+            }
+        });
+    }
+    Some(Indexed { commit, end, xid, tenants })
+}
+
+/// Ids that differ in the lowest byte only, being written.
+#[derive(Default)]
+pub(super) struct XidPage {
+    bytes: Vec<u8>,
+    last: Lsn,
+}
+
+impl XidPage {
+    /// The transaction stands behind those that are here.
+    pub(super) fn push(&mut self, xid: Xid8, commit: Lsn, end: Lsn) {
+        self.bytes.push((xid.0 & 0xFF) as u8);
+        encode_varint(commit.0.wrapping_sub(self.last.0), &mut self.bytes);
+        encode_varint(end.0.saturating_sub(commit.0), &mut self.bytes);
+        self.last = commit;
+    }
+
+    /// Commit LSN of its last transaction, and the value; `None` where it is empty.
+    pub(super) fn finish(self) -> Option<(Lsn, Vec<u8>)> {
+        (!self.bytes.is_empty()).then_some((self.last, self.bytes))
+    }
+}
+
+/// Id, commit LSN and end LSN of the transactions of a page whose smallest id could be `first`.
+pub(super) fn xids(first: Xid8, page: &[u8]) -> Result<Vec<(Xid8, Lsn, Lsn)>, Malformed> {
+    fn read(rest: &mut &[u8], first: Xid8, before: Lsn) -> Option<(Xid8, Lsn, Lsn)> {
+        let low = *take(rest, 1)?.first()?;
+        let commit = Lsn(before.0.wrapping_add(number(rest)?));
+        Some((Xid8(first.0 | u64::from(low)), commit, Lsn(commit.0.checked_add(number(rest)?)?)))
+    }
+    let (mut rest, mut commit, mut found) = (page, Lsn::ZERO, Vec::new());
+    while !rest.is_empty() {
+        let next = read(&mut rest, first, commit).ok_or(Malformed("transaction ids"))?;
+        commit = next.1;
+        found.push(next);
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    fn messages() -> impl Strategy<Value = Vec<Message>> {
+        let places = (1u64..1 << 40, 0u64..1 << 30, any::<u64>(), any::<i64>(), any::<bool>(), any::<u64>());
+        let message = (places, vec(any::<u8>(), 0..20), vec(any::<u8>(), 0..200)).prop_map(
+            |((distance, length, xid, time, last, last_step), steps, changes)| Message {
+                header: Header { commit: Lsn(distance), xid: Xid8(xid), commit_time: CommitTime(time) },
+                end: last.then_some(Lsn(length + 1)),
+                last_step,
+                steps: steps.into(),
+                changes: changes.into(),
+            },
+        );
+        vec(message, 1..8).prop_map(|mut messages| {
+            let mut commit = 0;
+            for message in &mut messages {
+                commit += message.header.commit.0;
+                message.header.commit = Lsn(commit);
+                message.end = message.end.map(|length| Lsn(commit + length.0));
+            }
+            messages
+        })
+    }
+
+    fn indexed() -> impl Strategy<Value = Vec<Indexed>> {
+        let one = (1u64..1 << 40, 0u64..1 << 30, any::<u64>(), vec("[a-d]{1,2}", 0..4));
+        vec(one, 1..8).prop_map(|all| {
+            let mut commit = 0;
+            let build = |(distance, length, xid, tenants): (u64, u64, u64, Vec<String>)| {
+                commit += distance;
+                let tenants = tenants.iter().map(|tenant| TenantId::new(tenant).unwrap()).collect();
+                Indexed { commit: Lsn(commit), end: Lsn(commit + length), xid: Xid8(xid), tenants }
+            };
+            all.into_iter().map(build).collect()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn messages_round_trip(messages in messages()) {
+            let mut page = MessagePage::new();
+            messages.iter().for_each(|message| page.push(message));
+            let (last, bytes) = page.finish().unwrap();
+            prop_assert_eq!(last, messages.last().unwrap().order());
+            let read: Vec<_> = Messages::of(bytes.into()).map(Result::unwrap).collect();
+            prop_assert_eq!(read, messages);
+        }
+
+        #[test]
+        fn transactions_and_their_ids_round_trip(written in indexed()) {
+            let (mut page, mut ids) = (TransactionPage::default(), XidPage::default());
+            for transaction in &written {
+                page.push(transaction);
+                ids.push(transaction.xid, transaction.commit, transaction.end);
+            }
+            let last = written.last().unwrap().commit;
+            let (at, bytes) = page.finish().unwrap();
+            prop_assert_eq!((at, transactions(&bytes).unwrap()), (last, written.clone()));
+            let (at, bytes) = ids.finish().unwrap();
+            let expected: Vec<_> = written.iter().map(|t| (Xid8(0x700 | t.xid.0 & 0xFF), t.commit, t.end)).collect();
+            prop_assert_eq!((at, xids(Xid8(0x700), &bytes).unwrap()), (last, expected));
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in vec(any::<u8>(), 0..64)) {
+            let _ = transactions(&bytes);
+            let _ = xids(Xid8(0), &bytes);
+            Messages::of(bytes.into()).for_each(drop);
+        }
+    }
+}

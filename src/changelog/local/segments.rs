@@ -1,0 +1,395 @@
+//! The list of segments: each a keyspace, in stream order, the last one active.
+
+use super::super::{Error, Trace};
+use super::page::{self, Indexed, Malformed, MessagePage, Messages, TransactionPage, XidPage};
+use super::record::{self, Horizon, XidsPrefix};
+use super::stored::{META_SEGMENTS, pair, unpair};
+use super::{Unreadable, poisoned, segment_options};
+use crate::change::TenantId;
+use crate::lsn::{Lsn, Position, Xid8};
+use bytes::Bytes;
+use fjall::{Database, Keyspace, OwnedWriteBatch as WriteBatch};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// Cheap to clone: readers take the list as it is, and keep deleted segments readable for themselves.
+#[derive(Clone)]
+pub(super) struct Segments(Arc<[Segment]>);
+
+#[derive(Clone)]
+pub(super) struct Segment {
+    id: u64,
+    /// Nothing in here stands before this.
+    first: Position,
+    pub(super) created_unix_seconds: u64,
+    pub(super) keyspace: Keyspace,
+}
+
+/// End LSN and id by commit LSN.
+pub(super) type Transactions = BTreeMap<Lsn, (Lsn, Xid8)>;
+
+#[derive(Serialize, Deserialize)]
+struct StoredSegment {
+    id: u64,
+    first: (u64, u64),
+    created_unix_seconds: u64,
+}
+
+fn name(id: u64) -> String {
+    format!("segment-{id:016x}")
+}
+
+impl Segments {
+    /// The stored list, or a first segment. Segments that are not on the list were being dropped, and go now.
+    pub(super) fn open(db: &Database, meta: &Keyspace, damaged: &dyn Fn(String) -> Error) -> Result<Self, Error> {
+        let read = |error: fjall::Error| damaged(error.to_string());
+        let stored: Vec<StoredSegment> = match meta.get(META_SEGMENTS).map_err(read)? {
+            Some(json) => serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?,
+            None => Vec::new(),
+        };
+        for existing in db.list_keyspace_names() {
+            let listed = stored.iter().any(|segment| name(segment.id) == *existing);
+            if existing.starts_with("segment-") && !listed {
+                let keyspace = db.keyspace(&existing, segment_options).map_err(read)?;
+                db.delete_keyspace(keyspace).map_err(read)?;
+            }
+        }
+        let mut segments = Vec::new();
+        for segment in stored {
+            let name = name(segment.id);
+            if !db.keyspace_exists(&name) {
+                return Err(damaged(format!("{name} is missing")));
+            }
+            segments.push(Segment {
+                id: segment.id,
+                first: unpair(segment.first),
+                created_unix_seconds: segment.created_unix_seconds,
+                keyspace: db.keyspace(&name, segment_options).map_err(read)?,
+            });
+        }
+        if !segments.is_empty() {
+            return Ok(Self(segments.into()));
+        }
+        let first = Segment {
+            id: 0,
+            first: Position::ZERO,
+            created_unix_seconds: unix_now(),
+            keyspace: db.keyspace(&name(0), segment_options).map_err(read)?,
+        };
+        let segments = Self([first].into());
+        let mut batch = db.batch();
+        segments.store(&mut batch, meta)?;
+        batch.commit().map_err(|error| poisoned(&error))?;
+        Ok(segments)
+    }
+
+    pub(super) fn store(&self, batch: &mut WriteBatch, meta: &Keyspace) -> Result<(), Error> {
+        let stored: Vec<_> = self
+            .0
+            .iter()
+            .map(|segment| StoredSegment {
+                id: segment.id,
+                first: pair(segment.first),
+                created_unix_seconds: segment.created_unix_seconds,
+            })
+            .collect();
+        let json = serde_json::to_vec(&stored).map_err(|error| Error::Poisoned(error.to_string()))?;
+        batch.insert(meta, META_SEGMENTS, json);
+        Ok(())
+    }
+
+    pub(super) fn active(&self) -> &Segment {
+        let active = self.0.last();
+        #[expect(clippy::expect_used, reason = "an invariant of this type")]
+        active.expect("a log always has an active segment")
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.0.iter().map(Segment::bytes).sum()
+    }
+
+    /// With a new active segment behind the others.
+    pub(super) fn rolled(&self, db: &Database, first: Position, now_unix_seconds: u64) -> Result<Self, Error> {
+        let id = self.active().id + 1;
+        let keyspace = db.keyspace(&name(id), segment_options).map_err(|error| poisoned(&error))?;
+        let new = Segment { id, first, created_unix_seconds: now_unix_seconds, keyspace };
+        Ok(Self(self.0.iter().cloned().chain([new]).collect()))
+    }
+
+    /// The oldest and the rest; `None` where there is only the active one.
+    pub(super) fn without_oldest(&self) -> Option<(Segment, Self)> {
+        let (oldest, rest) = self.0.split_first()?;
+        (!rest.is_empty()).then(|| (oldest.clone(), Self(rest.into())))
+    }
+
+    /// When the oldest was begun.
+    pub(super) fn oldest_created_unix_seconds(&self) -> u64 {
+        self.0.first().map_or(0, |oldest| oldest.created_unix_seconds)
+    }
+
+    /// When the oldest stopped being written to; `None` where there is only the active one.
+    pub(super) fn oldest_ended_unix_seconds(&self) -> Option<u64> {
+        self.0.get(1).map(|second| second.created_unix_seconds)
+    }
+
+    /// Those that can hold something after this position, oldest first.
+    pub(super) fn since(&self, after: Position) -> impl Iterator<Item = &Segment> {
+        // A segment can hold something only if the next one does not begin at or before the position.
+        let skipped = self.0.iter().skip(1).take_while(|next| next.first <= after).count();
+        self.0.iter().skip(skipped)
+    }
+
+    pub(super) fn newest_first(&self) -> impl Iterator<Item = &Segment> {
+        self.0.iter().rev()
+    }
+
+    /// Removes the messages of the transactions that the predicate picks by their commit LSN, all of them at or after `from`, and token
+    /// ids that point past it.
+    pub(super) fn remove(
+        &self,
+        batch: &mut WriteBatch,
+        from: Lsn,
+        pick: &dyn Fn(Lsn) -> bool,
+    ) -> Result<(), Unreadable> {
+        for segment in self.since(Position::at(from)) {
+            segment.remove_messages(batch, from, pick)?;
+            for item in segment.keyspace.prefix(record::TOKENS_PREFIX) {
+                let (key, value) = item.into_inner()?;
+                if record::read_lsn(&value).is_some_and(|end| end > from) {
+                    batch.remove(&segment.keyspace, key);
+                }
+            }
+            for item in segment.keyspace.range(record::tenants_prefix(from)..record::TENANTS_END.to_vec()) {
+                let key = item.key()?;
+                if record::read_tenant_key(&key).is_none_or(|(commit, _)| pick(commit)) {
+                    batch.remove(&segment.keyspace, key);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what these transactions are found by.
+    pub(super) fn remove_index(&self, batch: &mut WriteBatch, abandoned: &Transactions) -> Result<(), Unreadable> {
+        let Some((first, _)) = abandoned.first_key_value() else { return Ok(()) };
+        let buckets: BTreeSet<_> = abandoned.values().map(|(_, xid)| record::xids_prefix(*xid)).collect();
+        for segment in self.since(Position::at(*first)) {
+            for item in segment.transaction_pages(*first) {
+                let (key, mut transactions) = item?;
+                transactions.retain(|transaction| !abandoned.contains_key(&transaction.commit));
+                let mut page = TransactionPage::default();
+                transactions.iter().for_each(|transaction| page.push(transaction));
+                let rest = page.finish().map(|(last, bytes)| (record::transactions_key(last), bytes));
+                segment.replace(batch, &key, rest);
+            }
+            for bucket in &buckets {
+                for item in segment.xid_pages(*bucket) {
+                    let (key, mut xids) = item?;
+                    xids.retain(|(_, commit, _)| !abandoned.contains_key(commit));
+                    let mut page = XidPage::default();
+                    xids.iter().for_each(|(xid, commit, end)| page.push(*xid, *commit, *end));
+                    let rest = page.finish().map(|(last, bytes)| (record::xids_key(*bucket, last), bytes));
+                    segment.replace(batch, &key, rest);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Transactions with changes that committed at or after `from`.
+    pub(super) fn transactions_since(&self, from: Lsn) -> Result<Transactions, Unreadable> {
+        let mut found = Transactions::new();
+        for segment in self.since(Position::at(from)) {
+            for item in segment.transaction_pages(from) {
+                let (_, transactions) = item?;
+                let since = transactions.into_iter().filter(|transaction| transaction.commit >= from);
+                found.extend(since.map(|transaction| (transaction.commit, (transaction.end, transaction.xid))));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Those that end past `at`: those before it, too, whose commit record crosses it.
+    pub(super) fn transactions_ending_past(&self, at: Lsn) -> Result<Transactions, Unreadable> {
+        /// Far above the size of any commit record.
+        const COMMIT_RECORD_BYTES_MAX: u64 = 64 << 20;
+        let mut found = self.transactions_since(Lsn(at.0.saturating_sub(COMMIT_RECORD_BYTES_MAX)))?;
+        found.retain(|_, (end, _)| *end > at);
+        Ok(found)
+    }
+
+    /// The last transaction with changes that committed before `commit`.
+    pub(super) fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Unreadable> {
+        for segment in self.newest_first() {
+            // The page that `commit` would be in, and where that begins with it or behind it, the one before.
+            let around = segment.transaction_pages(commit).next().transpose()?.map(|(_, page)| page);
+            let before = record::TRANSACTIONS_PREFIX.to_vec()..record::transactions_key(commit);
+            let last_before = match segment.keyspace.range(before).next_back() {
+                Some(item) => page::transactions(&item.value()?)?,
+                None => Vec::new(),
+            };
+            let mut candidates = last_before.into_iter().chain(around.unwrap_or_default()).rev();
+            if let Some(found) = candidates.find(|transaction| transaction.commit < commit) {
+                return Ok(Some(found.xid));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The transaction with this id.
+    pub(super) fn find(&self, xid: Xid8) -> Result<Option<Trace>, Unreadable> {
+        for segment in self.newest_first() {
+            for item in segment.xid_pages(record::xids_prefix(xid)) {
+                let (_, xids) = item?;
+                if let Some((_, commit, end)) = xids.into_iter().find(|(other, ..)| *other == xid) {
+                    return Ok(Some(Trace::Committed { commit, end }));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The transaction with the largest id below, and its commit LSN. Ids are not in the order of segments.
+    pub(super) fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Unreadable> {
+        let mut largest = None;
+        for segment in self.0.iter() {
+            let own_bucket = record::xids_prefix(xid);
+            let mut here = segment.largest_in(own_bucket, xid)?;
+            if here.is_none() {
+                let lower = record::XIDS_PREFIX.to_vec()..own_bucket.to_vec();
+                if let Some(item) = segment.keyspace.range(lower).next_back() {
+                    let first = record::read_xids_key(&item.key()?).ok_or(Malformed("transaction ids"))?;
+                    here = segment.largest_in(record::xids_prefix(first), xid)?;
+                }
+            }
+            largest = largest.max(here);
+        }
+        Ok(largest)
+    }
+}
+
+impl Segment {
+    /// On disk. What is still in memory is not counted: a memtable at the most.
+    pub(super) fn bytes(&self) -> u64 {
+        self.keyspace.disk_space()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.keyspace.first_key_value().is_none()
+    }
+
+    /// Every tenant with messages here, and what is to be kept of them.
+    pub(super) fn horizons(&self) -> impl Iterator<Item = Result<(TenantId, Horizon), Unreadable>> + '_ {
+        self.tenants().map(|item| {
+            let (tenant, position) = item?;
+            let page =
+                self.keyspace.get(record::messages_key(&tenant, position))?.unwrap_or_else(|| fjall::Slice::new(&[]));
+            let last = Messages::of(Bytes::from(page)).last().transpose()?.ok_or(Malformed("messages"))?;
+            let end = last.end.unwrap_or_default();
+            Ok((tenant, Horizon { position, xid: last.header.xid, end }))
+        })
+    }
+
+    /// Every tenant with messages here, and the place of its newest: two seeks a tenant, whatever the number of messages.
+    fn tenants(&self) -> impl Iterator<Item = Result<(TenantId, Position), Unreadable>> + '_ {
+        fn place(key: Option<fjall::Guard>) -> Result<Option<(TenantId, Position)>, Unreadable> {
+            let Some(key) = key else { return Ok(None) };
+            Ok(Some(record::read_messages_key(&key.key()?).ok_or(Malformed("messages"))?))
+        }
+        let mut from = record::MESSAGES_PREFIX.to_vec();
+        std::iter::from_fn(move || {
+            let next = || {
+                let first = place(self.keyspace.range(from.clone()..record::TOKENS_PREFIX.to_vec()).next())?;
+                let Some((tenant, _)) = first else { return Ok(None) };
+                place(self.keyspace.prefix(record::tenant_prefix(&tenant)).next_back())
+            };
+            let newest = next().transpose()?;
+            match &newest {
+                Ok((tenant, _)) => from = record::behind_tenant(tenant),
+                Err(_) => from = record::TOKENS_PREFIX.to_vec(),
+            }
+            Some(newest)
+        })
+    }
+
+    fn remove_messages(&self, batch: &mut WriteBatch, from: Lsn, pick: &dyn Fn(Lsn) -> bool) -> Result<(), Unreadable> {
+        for item in self.tenants() {
+            let (tenant, newest) = item?;
+            if newest.lsn < from {
+                continue;
+            }
+            let pages = record::messages_key(&tenant, Position::at(from))..record::behind_tenant(&tenant);
+            for item in self.keyspace.range(pages) {
+                let (key, value) = item.into_inner()?;
+                let mut page = MessagePage::new();
+                for message in Messages::of(Bytes::from(value)) {
+                    let message = message?;
+                    if !pick(message.header.commit) {
+                        page.push(&message);
+                    }
+                }
+                let rest = page.finish().map(|(last, bytes)| (record::messages_key(&tenant, last), bytes));
+                self.replace(batch, &key, rest);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts what is left of a page in its place.
+    fn replace(&self, batch: &mut WriteBatch, key: &[u8], rest: Option<(Vec<u8>, Vec<u8>)>) {
+        // In a batch, the removal of a key and its insertion would have no order.
+        if rest.as_ref().is_none_or(|(new, _)| new != key) {
+            batch.remove(&self.keyspace, key);
+        }
+        if let Some((key, value)) = rest {
+            batch.insert(&self.keyspace, key, value);
+        }
+    }
+
+    /// Keys and contents of the pages that may have a transaction that committed at or after `from`.
+    fn transaction_pages(
+        &self,
+        from: Lsn,
+    ) -> impl Iterator<Item = Result<(fjall::Slice, Vec<Indexed>), Unreadable>> + use<> {
+        let pages = record::transactions_key(from)..record::XIDS_PREFIX.to_vec();
+        self.keyspace.range(pages).map(|item| {
+            let (key, value) = item.into_inner()?;
+            let transactions = page::transactions(&value)?;
+            Ok((key, transactions))
+        })
+    }
+
+    /// Keys and contents of the pages of ids whose keys begin with this.
+    #[expect(clippy::type_complexity, reason = "what a page has, beside its key")]
+    fn xid_pages(
+        &self,
+        prefix: XidsPrefix,
+    ) -> impl Iterator<Item = Result<(fjall::Slice, Vec<(Xid8, Lsn, Lsn)>), Unreadable>> + use<> {
+        self.keyspace.prefix(prefix).map(|item| {
+            let (key, value) = item.into_inner()?;
+            let first = record::read_xids_key(&key).ok_or(Malformed("transaction ids"))?;
+            let xids = page::xids(first, &value)?;
+            Ok((key, xids))
+        })
+    }
+
+    /// The largest id below `xid` in the pages whose keys begin with this, and its commit LSN.
+    fn largest_in(&self, prefix: XidsPrefix, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Unreadable> {
+        let mut largest = None;
+        for item in self.xid_pages(prefix) {
+            let (_, xids) = item?;
+            let below = xids.into_iter().filter(|(other, ..)| *other < xid);
+            largest = largest.max(below.map(|(xid, commit, _)| (xid, commit)).max());
+        }
+        Ok(largest)
+    }
+}
+
+fn unix_now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_secs())
+}
