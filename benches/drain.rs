@@ -44,7 +44,7 @@ use support::sql::Sql;
 use support::subscriber::{Changes, Subscriber, on_own_thread};
 use support::wait::eventually;
 use tokio::process::Command;
-use tuplewatch::grpc::proto::{DataChange, data_change};
+use tuplewatch::api::grpc::proto::{DataChange, data_change};
 
 /// Connections that write the backlog.
 const WRITERS: usize = 2;

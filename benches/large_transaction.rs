@@ -11,8 +11,8 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
+use tuplewatch::api::grpc::proto::{DataChanges, WatchRequest, data_change::Type, watch_client::WatchClient};
 use tuplewatch::dev_postgres::{Cluster, ClusterOptions, Installation, StopMode};
-use tuplewatch::grpc::proto::{DataChanges, WatchRequest, data_change::Type, watch_client::WatchClient};
 
 const MESSAGE_SIZE_MAX: usize = 1 << 20;
 
@@ -83,7 +83,7 @@ fn start(uri: &str, directory: &Path) -> anyhow::Result<(Server, String)> {
 async fn watch(
     address: &str,
     snap_token: &str,
-) -> anyhow::Result<tonic::Streaming<tuplewatch::grpc::proto::WatchResponse>> {
+) -> anyhow::Result<tonic::Streaming<tuplewatch::api::grpc::proto::WatchResponse>> {
     let mut client = WatchClient::connect(address.to_owned()).await?;
     let request = WatchRequest { tenant_id: "t1".into(), snap_token: snap_token.into() };
     Ok(client.watch(request).await?.into_inner())

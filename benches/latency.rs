@@ -46,8 +46,8 @@ use support::subscriber::{Subscriber, on_own_thread};
 use support::wait::eventually;
 use tokio::sync::oneshot;
 use tokio::time::MissedTickBehavior;
-use tuplewatch::grpc::proto::{DataChange, data_change};
-use tuplewatch::pgoutput;
+use tuplewatch::api::grpc::proto::{DataChange, data_change};
+use tuplewatch::decode::pgoutput;
 
 const RATE: usize = 500;
 /// Between two round trips.

@@ -15,28 +15,30 @@
 mod delivery;
 pub mod diagnosis;
 mod edges;
-#[cfg(test)]
-mod pipeline;
+pub(crate) mod log_and_hub;
 mod primary;
 mod vitals;
 
-use crate::assembler::{Limits, OnUndecodable};
-use crate::changelog::recorder::{self, Closed};
-use crate::changelog::{self, ChangeLog, Entry, LocalLog, Room, State};
+use crate::admin::monitor::{self, Monitor, Thresholds};
+use crate::api::grpc;
+use crate::changelog::recorder;
+use crate::changelog::{self, ChangeLog, LocalLog};
 use crate::config::{self, Config, MappingSource, Preset};
-use crate::grpc;
+use crate::decode::assembler::{Limits, OnUndecodable};
+use crate::decode::mapping::{Mapping, PERMIFY_PRESET, Spec, TUPLES_PRESET};
 use crate::hub::{self, Hub};
-use crate::lsn::{Lsn, Xid8};
-use crate::mapping::{Mapping, PERMIFY_PRESET, Spec, TUPLES_PRESET};
 use crate::metrics::process::Process;
-use crate::replication::connection::Endpoints;
-use crate::replication::monitor::{Monitor, Thresholds};
-use crate::replication::{self, HoldBack, Outlet, Postgres, Session};
+use crate::model::lsn::Lsn;
+use crate::postgres::connection::Endpoints;
+use crate::postgres::slot::HoldBack;
+use crate::replication::upstream::walsender::Postgres;
+use crate::replication::{self, Session};
 use crate::thread;
 use crate::yaml;
 use anyhow::{Context as _, anyhow};
 use delivery::Delivery;
 use edges::Edges;
+use log_and_hub::{LogAndHub, record_visible};
 use primary::{SqlPrimary, SqlSnapshots};
 use std::io::IsTerminal as _;
 use std::sync::Arc;
@@ -140,49 +142,6 @@ fn thresholds(config: &Config) -> Thresholds {
     }
 }
 
-/// The log and the hub, as the session sees them.
-struct Joined {
-    recorder: recorder::Handle,
-    hub: Hub,
-}
-
-impl Outlet for Joined {
-    /// The log first: what waits for room in the window waits for the log. The hub's part is the last, and either happens
-    /// or does not, so that a cancelled delivery can be repeated.
-    async fn deliver(&self, entry: Entry) -> Result<(), Closed> {
-        self.recorder.append(entry.clone()).await?;
-        match entry {
-            Entry::Adopt(origin) => self.hub.begin_at(origin.source, origin.history, origin.lsn),
-            Entry::Transaction(transaction) => self.hub.admit(transaction).await,
-            Entry::Progress(lsn) => self.hub.progress(lsn),
-            Entry::Break(gap) => self.hub.interrupt(gap),
-            Entry::Diverge { at, history } => {
-                // Readers go to the log for what the hub forgets: it must have forgotten too.
-                self.recorder.flush().await?;
-                self.hub.diverge(at, history);
-            }
-            Entry::Staged(_) | Entry::Discard | Entry::Verified(_) | Entry::Mapping(_) | Entry::Visible(_) => {}
-        }
-        Ok(())
-    }
-
-    async fn checkpoint(&self) -> Result<State, Closed> {
-        self.recorder.flush().await
-    }
-
-    async fn recorded_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, replication::Error> {
-        self.hub.recorded_since(from).await.map_err(|error| replication::Error::Transient(error.to_string()))
-    }
-
-    fn durable(&self) -> watch::Receiver<Lsn> {
-        self.recorder.durable()
-    }
-
-    fn room(&self) -> watch::Receiver<Room> {
-        self.recorder.room()
-    }
-}
-
 /// Serves until `stop` completes. Errors before the first stream say what to repair.
 ///
 /// # Errors
@@ -206,11 +165,17 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
 
     let recorded = recorder_handle.clone();
     let (durable, room) = (recorded.durable(), recorded.room());
-    let joined = Joined { recorder: recorder_handle, hub: hub.clone() };
+    let joined = LogAndHub { recorder: recorder_handle, hub: hub.clone() };
     let session_options = session_options(config, mapping.clone());
     let postgres = Postgres::new(session_options.clone(), endpoints.clone());
     let primaries = postgres.primaries();
-    let monitor = Monitor::new(endpoints, primaries.clone(), &session_options, &state.node_id, thresholds(config));
+    let watched = monitor::Options {
+        slot: session_options.slot.clone(),
+        node_id: state.node_id.clone(),
+        thresholds: thresholds(config),
+        commands: session_options.commands.clone(),
+    };
+    let monitor = Monitor::new(endpoints, primaries.clone(), watched);
     let mut stop = std::pin::pin!(stop);
     let ready = tokio::select! {
         ready = postgres.preflight(&state) => ready.map(|()| true),
@@ -335,19 +300,6 @@ fn start_recorder(
     };
     let (_, recorded) = thread::run("recorder".to_owned(), recording).context("cannot start the recorder's thread")?;
     Ok(recorded)
-}
-
-/// Most often that the visible mark is recorded. What is past it is asked for again after a restart.
-const VISIBLE_EVERY: Duration = Duration::from_secs(1);
-
-async fn record_visible(mut visible: watch::Receiver<Lsn>, recorder: recorder::Handle) {
-    while visible.changed().await.is_ok() {
-        let lsn = *visible.borrow_and_update();
-        if recorder.append(Entry::Visible(lsn)).await.is_err() {
-            return;
-        }
-        tokio::time::sleep(VISIBLE_EVERY).await;
-    }
 }
 
 /// Reads what was not visible when the log was closed.

@@ -37,12 +37,12 @@ pub(crate) mod model;
 
 pub use local::{LocalLog, Options};
 
-use crate::assembler::Staged;
-use crate::change::TenantId;
-use crate::lsn::{Lsn, Position, Xid8};
-use crate::snap_token::TokenId;
-use crate::timeline::{History, Source};
-use crate::transaction::{Break, Message, Transaction};
+use crate::decode::assembler::Staged;
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::snap_token::TokenId;
+use crate::model::timeline::{History, Source};
+use crate::model::transaction::{Break, Message, Transaction};
 use std::path::PathBuf;
 use std::sync::Arc;
 

@@ -9,13 +9,13 @@ mod failure;
 mod health;
 mod overrides;
 mod setup;
+mod telemetry;
 mod terminal;
 mod token;
 mod watch;
 
 use crate::app;
 use crate::config::{self, LogFormat};
-use crate::telemetry;
 use clap::{Parser, Subcommand};
 use overrides::ConfigArgs;
 use std::process::ExitCode;

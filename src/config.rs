@@ -46,7 +46,7 @@ pub use host::Host;
 pub use quantity::ByteSize;
 pub use spelling::nearest;
 
-use crate::finding::CommandLine;
+use crate::model::diagnostic::CommandLine;
 use error::Problem;
 use given::{
     boolean, choice, database_uri, duration, host, list, optional_path, origin, path, publication, schema, size, slot,

@@ -22,8 +22,8 @@
 
 mod bell;
 mod feeds;
+pub mod primary;
 pub mod publisher;
-mod resolve;
 pub mod start;
 mod subscription;
 mod window;
@@ -35,9 +35,9 @@ pub use bell::Bell;
 pub use subscription::{End, Filter, Subscription};
 
 use crate::changelog::ChangeLog;
-use crate::lsn::{Lsn, Xid8};
-use crate::timeline::{History, Source};
-use crate::transaction::{Break, Message, Transaction};
+use crate::model::lsn::{Lsn, Xid8};
+use crate::model::timeline::{History, Source};
+use crate::model::transaction::{Break, Message, Transaction};
 use bytes::Bytes;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::{Semaphore, watch};

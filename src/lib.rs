@@ -11,65 +11,62 @@
 //!                   replication::Session   reconnects, checks, acknowledges
 //!                                             │ events
 //!                                             ▼
-//!                   replication::Intake    drops what comes twice, idle progress, breaks
-//!                     └ assembler          rows → positioned changes, cut into messages
-//!                         ├ pgoutput         bytes → row messages           (pure)
-//!                         └ mapping          rows → tuples and attributes   (pure)
+//!                   replication::Intake    drops what comes twice, idle progress, gaps
+//!                     └ decode::assembler    rows → positioned changes, cut into messages
+//!                         ├ pgoutput           bytes → row messages
+//!                         └ mapping            rows → tuples and attributes
 //!                                             │ changelog::Entry
 //!                                             ▼
-//!                   app::Joined ─────┬─────────────────────┐
-//!                                    ▼                     ▼
+//!                   app::log_and_hub ─┬────────────────────┐
+//!                                     ▼                    ▼
 //!                   changelog (durable, bounded)     hub::window (recent, in memory)
-//!                                    │                     │ hub::publisher: visible in PostgreSQL?
-//!                                    └──────────┬──────────┘
+//!                                     │                    │ hub::publisher: visible in PostgreSQL?
+//!                                     └─────────┬──────────┘
 //!                                               ▼
 //!                   hub::Subscription      one reader over both tiers, per subscriber
 //!                                               ▼
-//!                   grpc::watch            base.v1.Watch, behind admission
-//!                         └ http           the same over HTTP: JSON lines, Server-Sent Events
+//!                   api::grpc::watch       base.v1.Watch, behind access::admission
+//!                         └ api::http      the same over HTTP: JSON lines, Server-Sent Events
 //!
-//!  grpc::data, grpc::tenancy ──▶ store ──SQL──▶ PostgreSQL     base.v1.Data, base.v1.Tenancy: one more writer
+//!  api::grpc::{data, tenancy} ──▶ store ──SQL──▶ PostgreSQL     base.v1.Data, base.v1.Tenancy: one more writer
 //! ```
 //!
-//! To read it from the ground up:
+//! The rooms, from the ground up:
 //!
-//! 1. The words: [`lsn`] (LSNs, positions, transaction ids), [`timeline`] (sources and histories), [`change`] (tuples,
-//!    attributes, their bytes), [`transaction`] (messages and breaks), [`snap_token`], [`finding`] (what a check says).
-//! 2. Rows to changes, without I/O: [`pgoutput`], [`mapping`], [`assembler`].
-//! 3. The engine: [`changelog`], [`hub`], [`replication`], and [`store`], which writes the tables of the `tuples` preset.
-//! 4. The edges: [`grpc`], [`http`], [`cli`]; who gets in: [`admission`], [`authn`], [`tls`]; whom we trust: [`trust`]; and what
-//!    they need:
-//!    [`config`], [`yaml`], [`connections`], [`thread`], [`telemetry`], [`dev_postgres`]. [`metrics`] is what the engine and the edges count
-//!    with.
-//! 5. [`app`], which joins all of it.
+//! | room | what it does | may wait or do I/O |
+//! | --- | --- | --- |
+//! | [`model`] | the words: positions, changes, transactions, gaps, snap tokens, diagnostics | no |
+//! | [`decode`] | rows of the stream → changes: pgoutput, mapping, assembler | no |
+//! | [`postgres`] | connecting to PostgreSQL; what its catalogs say of tables, publication and slot | yes |
+//! | [`replication`] | the session on the slot: reads, checks, acknowledges | yes |
+//! | [`changelog`] | the durable log: its contract, and one on local disk | yes |
+//! | [`hub`] | recent messages, what is visible, and every subscription | yes |
+//! | [`store`] | writes the tables of the preset `tuples` | yes |
+//! | [`access`] | who gets in, and whom we trust | yes |
+//! | [`api`] | the services over gRPC and HTTP | yes |
+//! | [`admin`] | setup, doctor, and the slot's monitor | yes |
+//! | [`app`] | builds `serve` from these, and takes it down in order | yes |
+//! | [`cli`] | the command line; [`config`] reads what it runs with | yes |
 //!
-//! What may use what is held by a test (`tests/architecture.rs`); why it is so is in ARCHITECTURE.md.
+//! Beside them: [`metrics`], [`yaml`], [`thread`], [`dev_postgres`] for `dev` and tests, and `simulation`, the deterministic test of the
+//! engine. What may use what is held by `tests/architecture.rs`; ARCHITECTURE.md says where to start for what.
 
-pub mod admission;
+pub mod access;
+pub mod admin;
+pub mod api;
 pub mod app;
-pub mod assembler;
-pub mod authn;
-pub mod change;
 pub mod changelog;
 pub mod cli;
 pub mod config;
-pub mod connections;
+pub mod decode;
 pub mod dev_postgres;
-pub mod finding;
-pub mod grpc;
-pub mod http;
 pub mod hub;
-pub mod lsn;
-pub mod mapping;
 pub mod metrics;
-pub mod pgoutput;
+pub mod model;
+pub mod postgres;
 pub mod replication;
-pub mod snap_token;
+#[cfg(test)]
+mod simulation;
 pub mod store;
-pub mod telemetry;
 pub mod thread;
-pub mod timeline;
-pub mod tls;
-pub mod transaction;
-pub mod trust;
 pub mod yaml;

@@ -20,39 +20,24 @@
 //!
 //! This module alone knows pgwire-replication, whose messages it reads and writes. It does not know the hub.
 
-mod catalog;
-pub mod connection;
+mod ack_delay;
 mod counting;
-pub mod examination;
 mod gap;
 mod gap_log;
-mod hold_back;
-mod intake;
-pub mod monitor;
-mod postgres;
-pub mod primaries;
-pub mod publication;
-pub mod requirements;
+mod receiver;
 mod session;
-pub mod setup;
-mod slot;
-#[cfg(test)]
-pub(crate) mod test_postgres;
-mod transactions;
 pub mod upstream;
 
-pub use hold_back::HoldBack;
-pub use intake::{Event, Intake};
-pub use postgres::Postgres;
-pub use primaries::Primaries;
+pub use receiver::Intake;
 pub use session::Session;
 
-use crate::assembler::{Limits, OnUndecodable};
 use crate::changelog::{Entry, Room, State, recorder::Closed};
-use crate::finding::CommandLine;
-use crate::lsn::{Lsn, Xid8};
-use crate::mapping::Mapping;
-use crate::timeline::Source;
+use crate::decode::assembler::{Limits, OnUndecodable};
+use crate::decode::mapping::Mapping;
+use crate::model::diagnostic::CommandLine;
+use crate::model::lsn::{Lsn, Xid8};
+use crate::model::timeline::Source;
+use crate::postgres::slot::HoldBack;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;

@@ -31,10 +31,10 @@ pub use filter::{AttributeFilter, TupleFilter};
 pub use page::{Key, Page, ParseKeyError};
 pub use tenants::Tenant;
 
-use crate::change::{Attribute, TenantId, Tuple};
-use crate::mapping::parse_attribute_value;
-use crate::replication::connection::describe;
-use crate::replication::{Primaries, primaries};
+use crate::decode::mapping::parse_attribute_value;
+use crate::model::change::{Attribute, TenantId, Tuple};
+use crate::postgres::connection::describe;
+use crate::postgres::primary::{self, Primaries};
 use filter::{Query, text};
 use pool::Pool;
 use std::time::Duration;
@@ -117,8 +117,8 @@ fn is_of_row_security(refusal: &DbError) -> bool {
     matches!(refusal.routine(), Some("check_enable_rls" | "ExecWithCheckOptions"))
 }
 
-impl From<primaries::Error> for Error {
-    fn from(error: primaries::Error) -> Self {
+impl From<primary::Error> for Error {
+    fn from(error: primary::Error) -> Self {
         Self::Unreachable(error.to_string())
     }
 }

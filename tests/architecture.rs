@@ -5,92 +5,79 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// Pure: no tokio, I/O, clock or logging.
-const CORE: [&str; 9] =
-    ["finding", "lsn", "timeline", "change", "transaction", "snap_token", "pgoutput", "mapping", "assembler"];
+/// Rooms without tokio, I/O, clock or logging.
+const PURE: [&str; 2] = ["model", "decode"];
 
-/// What each module may name of `crate`, beside itself.
-fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
-    let core_and = |more: &[&'static str]| [&CORE[..], more].concat();
-    BTreeMap::from([
-        ("finding", vec![]),
-        ("lsn", vec![]),
-        ("timeline", vec!["lsn"]),
-        ("change", vec![]),
-        ("snap_token", vec!["lsn"]),
-        ("transaction", vec!["change", "lsn", "snap_token"]),
-        ("pgoutput", vec![]),
-        ("mapping", vec!["change", "pgoutput"]),
-        ("assembler", vec!["change", "lsn", "mapping", "pgoutput", "snap_token", "transaction"]),
-        ("metrics", vec![]),
-        ("changelog", core_and(&["metrics"])),
-        ("hub", core_and(&["changelog", "metrics"])),
-        ("replication", core_and(&["changelog", "metrics", "trust"])),
-        ("store", core_and(&["replication"])),
-        ("yaml", vec![]),
-        ("config", vec!["finding", "yaml"]),
-        ("telemetry", vec!["config"]),
-        ("dev_postgres", vec![]),
-        ("authn", vec!["config"]),
-        ("admission", vec!["authn", "config"]),
-        ("tls", vec!["config"]),
-        ("trust", vec![]),
-        ("connections", vec![]),
-        ("thread", vec![]),
-        (
-            "grpc",
-            core_and(&["hub", "store", "config", "authn", "admission", "tls", "connections", "thread", "metrics"]),
-        ),
-        ("http", vec!["hub", "config", "connections", "grpc", "admission", "tls", "metrics"]),
-        (
-            "app",
-            core_and(&[
-                "changelog",
-                "hub",
-                "replication",
-                "store",
-                "grpc",
-                "http",
-                "config",
-                "authn",
-                "admission",
-                "connections",
-                "thread",
-                "metrics",
-                "yaml",
-            ]),
-        ),
-        ("cli", core_and(&["app", "replication", "grpc", "config", "telemetry", "dev_postgres", "trust"])),
-        ("lib", vec![]),
-        ("main", vec![]),
-    ])
-}
+/// What each room of `src` may use of the others.
+const MAY_USE: [(&str, &[&str]); 20] = [
+    ("model", &[]),
+    ("decode", &["model"]),
+    ("yaml", &[]),
+    ("metrics", &[]),
+    ("thread", &[]),
+    ("config", &["model", "yaml"]),
+    ("access", &["config"]),
+    ("postgres", &["access", "decode", "model"]),
+    ("changelog", &["decode", "metrics", "model"]),
+    ("replication", &["changelog", "decode", "metrics", "model", "postgres"]),
+    ("hub", &["changelog", "metrics", "model"]),
+    ("store", &["decode", "model", "postgres"]),
+    ("admin", &["decode", "model", "postgres"]),
+    ("api", &["access", "config", "hub", "metrics", "model", "store", "thread"]),
+    ("dev_postgres", &[]),
+    (
+        "app",
+        &[
+            "access",
+            "admin",
+            "api",
+            "changelog",
+            "config",
+            "decode",
+            "hub",
+            "metrics",
+            "model",
+            "postgres",
+            "replication",
+            "store",
+            "thread",
+            "yaml",
+        ],
+    ),
+    ("cli", &["access", "admin", "api", "app", "config", "decode", "dev_postgres", "model"]),
+    (
+        "simulation",
+        &["api", "app", "changelog", "decode", "hub", "metrics", "model", "postgres", "replication", "yaml"],
+    ),
+    ("lib", &["cli"]),
+    ("main", &[]),
+];
 
-/// Crates that only some modules may name.
+/// Crates that only some places may name: rooms, or files and folders in them.
 const CONFINED: [(&str, &[&str]); 20] = [
-    ("pgwire_replication", &["replication"]),
-    ("tokio_postgres", &["replication", "store", "app", "cli"]),
+    ("pgwire_replication", &["postgres"]),
+    ("tokio_postgres", &["admin", "app", "postgres", "replication", "store"]),
     ("deadpool", &["store"]),
-    ("fjall", &["changelog"]),
-    ("tonic", &["grpc", "http", "cli"]),
-    ("axum", &["http"]),
-    ("hyper", &["http"]),
-    ("prost_reflect", &["http"]),
-    ("jsonwebtoken", &["authn"]),
-    ("hyper_util", &["authn", "cli", "http"]),
-    ("governor", &["admission", "authn"]),
+    ("fjall", &["changelog/local"]),
+    ("tonic", &["api/grpc", "api/http", "cli"]),
+    ("axum", &["api/http"]),
+    ("hyper", &["api/http"]),
+    ("prost_reflect", &["api/http"]),
+    ("jsonwebtoken", &["access/authn"]),
+    ("hyper_util", &["access/authn", "api/http", "cli"]),
+    ("governor", &["access"]),
     ("clap", &["cli"]),
     ("clap_complete", &["cli"]),
     ("anstyle", &["cli"]),
-    ("anstream", &["cli", "telemetry"]),
+    ("anstream", &["cli"]),
     ("prometheus", &["metrics"]),
     ("anyhow", &["app", "cli"]),
-    ("tracing_subscriber", &["telemetry"]),
+    ("tracing_subscriber", &["cli"]),
     ("yaml_rust2", &["yaml"]),
-    ("libc", &["replication"]),
+    ("libc", &["postgres/connection/low_water"]),
 ];
 
-/// What the core may not name.
+/// What pure rooms may not name.
 const IMPURE: [&str; 11] = [
     "tokio",
     "tracing",
@@ -116,10 +103,10 @@ fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The top-level module that a file belongs to.
-fn module(root: &Path, path: &Path) -> String {
-    let first = path.strip_prefix(root).unwrap().components().next().unwrap();
-    first.as_os_str().to_str().unwrap().trim_end_matches(".rs").to_owned()
+/// The path of a file's module, as `["hub", "window"]`.
+fn module(root: &Path, path: &Path) -> Vec<String> {
+    let path = path.strip_prefix(root).unwrap().with_extension("");
+    path.components().map(|part| part.as_os_str().to_str().unwrap().to_owned()).collect()
 }
 
 /// Code without comments and tests.
@@ -146,62 +133,155 @@ fn names(code: &str, name: &str) -> bool {
     })
 }
 
-/// The modules named as `crate::module`, also in braces.
-fn crate_modules(code: &str) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    for (at, _) in code.match_indices("crate::") {
-        let before = code[..at].chars().next_back();
-        if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '$') {
-            continue;
-        }
-        let rest = &code[at + "crate::".len()..];
-        let list = rest.strip_prefix('{').map_or(rest, |inner| inner.split(';').next().unwrap());
-        let first =
-            |path: &str| path.trim().split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap().to_owned();
-        if rest.starts_with('{') {
-            found.extend(list.split(',').map(first));
-        } else {
-            found.insert(first(list));
+/// The paths that begin with `crate::` or `super::`, also those in braces: `crate::{a::B, c}` is two.
+fn paths(code: &str) -> Vec<Vec<String>> {
+    let mut found = Vec::new();
+    for start in ["crate::", "super::"] {
+        for (at, _) in code.match_indices(start) {
+            let before = code[..at].chars().next_back();
+            if before.is_some_and(|c| c.is_alphanumeric() || matches!(c, '_' | '$' | ':')) {
+                continue;
+            }
+            expand(&code[at..], Vec::new(), &mut found);
         }
     }
     found
 }
 
-#[test]
-fn modules_keep_to_their_layers() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut paths = Vec::new();
-    sources(&root, &mut paths);
-    assert!(paths.len() > 20, "the sources were not found");
-    let allowed = allowed();
-    let mut wrong = Vec::new();
-    for path in paths {
-        let module = module(&root, &path);
-        let code = code(&path);
-        let shown = path.strip_prefix(&root).unwrap().display().to_string();
-        let Some(may) = allowed.get(module.as_str()) else {
-            wrong.push(format!("{shown}: module '{module}' is in no layer: give it one in tests/architecture.rs"));
-            continue;
-        };
-        for used in crate_modules(&code) {
-            if used != module && !may.contains(&used.as_str()) {
-                wrong.push(format!("{shown} names crate::{used}"));
+/// Reads one path, or one for each part in braces, and returns what follows.
+fn expand<'a>(mut code: &'a str, mut path: Vec<String>, found: &mut Vec<Vec<String>>) -> &'a str {
+    loop {
+        code = code.trim_start();
+        if let Some(mut inner) = code.strip_prefix('{') {
+            loop {
+                inner = expand(inner, path.clone(), found).trim_start();
+                match inner.strip_prefix(',') {
+                    Some(next) if !next.trim_start().starts_with('}') => inner = next,
+                    _ => break,
+                }
+            }
+            let rest = inner.trim_start_matches(',').trim_start();
+            return rest.strip_prefix('}').unwrap_or(rest);
+        }
+        let end = code.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(code.len());
+        let (name, rest) = code.split_at(end);
+        if name.is_empty() {
+            // A glob, say.
+            found.push(path);
+            return rest.strip_prefix('*').unwrap_or(rest);
+        }
+        path.push(name.to_owned());
+        match rest.strip_prefix("::") {
+            Some(more) => code = more,
+            None => {
+                found.push(path);
+                return rest;
             }
         }
-        for (confined, homes) in CONFINED {
-            if names(&code, confined) && !homes.contains(&module.as_str()) {
-                wrong.push(format!("{shown} names {confined}"));
-            }
-        }
-        if CORE.contains(&module.as_str()) {
-            for impure in IMPURE {
-                if names(&code, impure) {
-                    wrong.push(format!("{shown} is pure and names {impure}"));
+    }
+}
+
+/// The module that a path leads to, seen from `own`: as deep as there are files.
+fn resolve(own: &[String], path: &[String], modules: &BTreeSet<Vec<String>>) -> Vec<String> {
+    let mut at = own.to_vec();
+    for name in path {
+        match name.as_str() {
+            "crate" => at.clear(),
+            "super" => drop(at.pop()),
+            _ => {
+                at.push(name.clone());
+                if !modules.contains(&at) {
+                    at.pop();
+                    break;
                 }
             }
         }
     }
+    at
+}
+
+/// Every module, and the modules that it names.
+fn dependencies(root: &Path) -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
+    let mut files = Vec::new();
+    sources(root, &mut files);
+    assert!(files.len() > 20, "the sources were not found");
+    let modules: BTreeSet<_> = files.iter().map(|file| module(root, file)).collect();
+    let named = |file: &PathBuf| {
+        let own = module(root, file);
+        let named = paths(&code(file)).iter().map(|path| resolve(&own, path, &modules)).collect();
+        (own, named)
+    };
+    files.iter().map(named).collect()
+}
+
+#[test]
+fn rooms_use_only_what_lies_below_them() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut wrong = Vec::new();
+    for (own, named) in dependencies(&root) {
+        let shown = own.join("::");
+        let Some((_, may)) = MAY_USE.iter().find(|(room, _)| own[0] == *room) else {
+            wrong.push(format!("{shown}: this room has no rule: give it one in tests/architecture.rs"));
+            continue;
+        };
+        let rooms: BTreeSet<_> = named.iter().filter_map(|module| module.first()).collect();
+        for used in rooms {
+            if *used != own[0] && !may.contains(&used.as_str()) {
+                wrong.push(format!("{shown} uses {used}"));
+            }
+        }
+    }
     assert!(wrong.is_empty(), "dependency rules are broken:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn crates_stay_in_their_places() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&root, &mut files);
+    let mut wrong = Vec::new();
+    for file in files {
+        let (own, code) = (module(&root, &file).join("/"), code(&file));
+        let is_in = |home: &str| own.strip_prefix(home).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        for (confined, homes) in CONFINED {
+            if names(&code, confined) && !homes.iter().any(|home| is_in(home)) {
+                wrong.push(format!("{own} names {confined}"));
+            }
+        }
+        for impure in IMPURE {
+            if PURE.iter().any(|room| is_in(room)) && names(&code, impure) {
+                wrong.push(format!("{own} is pure and names {impure}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "dependency rules are broken:\n{}", wrong.join("\n"));
+}
+
+/// A module and those inside it are one; beside that, no two modules need each other, directly or through others.
+#[test]
+fn no_modules_need_each_other() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let graph = dependencies(&root);
+    let others = |own: &[String]| {
+        let is_one = |other: &[String]| own.starts_with(other) || other.starts_with(own);
+        graph[own].iter().filter(move |other| !is_one(other)).cloned().collect::<Vec<_>>()
+    };
+    let mut cycles = Vec::new();
+    for start in graph.keys() {
+        let (mut seen, mut waiting) = (BTreeSet::new(), vec![vec![start.clone()]]);
+        while let Some(way) = waiting.pop() {
+            for next in others(way.last().unwrap()) {
+                let mut way = way.clone();
+                way.push(next.clone());
+                if next == *start {
+                    cycles.push(way.iter().map(|module| module.join("::")).collect::<Vec<_>>().join(" → "));
+                } else if seen.insert(next) {
+                    waiting.push(way);
+                }
+            }
+        }
+    }
+    assert!(cycles.is_empty(), "modules need each other:\n{}", cycles.join("\n"));
 }
 
 /// The tables of the `tuples` preset are known to its mapping and to its store.
@@ -211,9 +291,9 @@ fn tables_of_the_preset_are_named_where_they_belong() {
     let mut paths = Vec::new();
     sources(&root, &mut paths);
     for path in paths {
-        // What `dev` prints is an example for people to paste, and the pipeline test sends rows of its own.
-        let is_home = ["mapping", "store"].contains(&module(&root, &path).as_str())
-            || ["cli/dev.rs", "app/pipeline/server.rs"].iter().any(|example| path.ends_with(example));
+        // What `dev` prints is an example for people to paste, and the simulation sends rows of its own.
+        let homes = ["decode/mapping", "store", "cli/dev", "simulation/server"];
+        let is_home = homes.iter().any(|home| module(&root, &path).join("/").starts_with(home));
         let code = code(&path);
         for table in ["relation_tuples", "tuplewatch.attributes", "tuplewatch.tenants"] {
             assert!(is_home || !code.contains(table), "{} names {table}", path.display());
@@ -239,7 +319,7 @@ fn every_hazard_is_held_by_a_test() {
         for test in tests {
             let (module, name) = test.rsplit_once("::").unwrap_or_else(|| panic!("{test} is no path"));
             let path = module.replace("::", "/");
-            let places = [format!("tests/scenarios/{path}.rs"), format!("src/app/{path}.rs"), format!("src/{path}.rs")];
+            let places = [format!("tests/scenarios/{path}.rs"), format!("src/{path}.rs")];
             let source = places.iter().find_map(|place| std::fs::read_to_string(root.join(place)).ok());
             let source = source.unwrap_or_else(|| panic!("hazard {number}: there is no module {module}"));
             assert!(source.contains(&format!("fn {name}()")), "hazard {number}: there is no test {test}");
@@ -250,8 +330,15 @@ fn every_hazard_is_held_by_a_test() {
 
 #[test]
 fn the_reader_sees_what_it_should() {
-    let code = "use crate::{hub::Hub, lsn};\nlet x = crate::config::load(); tokio::spawn(x); my_tokio; $crate::no";
-    assert_eq!(crate_modules(code), ["config", "hub", "lsn"].map(String::from).into());
+    let split = |path: &str| path.split("::").map(String::from).collect::<Vec<_>>();
+    let code =
+        "use crate::{hub::{self, Hub}, lsn};\nlet x = crate::config::load(); tokio::spawn(x); my_tokio; $crate::no";
+    let expected = ["crate::hub::self", "crate::hub::Hub", "crate::lsn", "crate::config::load"];
+    assert_eq!(paths(code), expected.map(split));
+    assert_eq!(paths("use super::super::gap::*;"), [split("super::super::gap")]);
+    let modules = ["hub", "hub::window", "lsn"].map(split).into();
+    assert_eq!(resolve(&split("hub::window"), &split("super::Hub"), &modules), split("hub"));
+    assert_eq!(resolve(&split("lsn"), &split("crate::hub::window::Next"), &modules), split("hub::window"));
     assert!(names(code, "tokio"));
     assert!(!names("my_tokio::x tokios::x \"tokio::x fjall=error", "tokio"));
 }

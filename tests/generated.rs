@@ -1,4 +1,4 @@
-//! `src/grpc/proto/` is generated from `proto/` and kept in the repository: a build then needs neither a compiler for protobuf
+//! `src/api/grpc/proto/` is generated from `proto/` and kept in the repository: a build then needs neither a compiler for protobuf
 //! nor a generator of code, with all that these depend on.
 //!
 //! `just generate` writes the files, and this test fails where they are not what it would write. Run it after a change of `proto/`
@@ -44,7 +44,7 @@ fn contents(directory: &Path) -> Vec<(String, Vec<u8>)> {
 
 #[test]
 fn generated_code_is_up_to_date() {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/grpc/proto");
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api/grpc/proto");
     let generated = generate();
     if std::env::var_os(WRITE).is_some() {
         for (name, content) in &generated {
@@ -53,12 +53,12 @@ fn generated_code_is_up_to_date() {
     }
     let kept = contents(&directory);
     let names = |files: &[(String, Vec<u8>)]| files.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
-    assert_eq!(names(&kept), names(&generated), "src/grpc/proto/ has other files than are generated");
+    assert_eq!(names(&kept), names(&generated), "src/api/grpc/proto/ has other files than are generated");
     for ((name, kept), (_, generated)) in kept.iter().zip(&generated) {
         // Not printed: thousands of lines.
         assert!(
             kept == generated,
-            "src/grpc/proto/{name} is not what proto/ says: run `just generate` ({WRITE}=1 cargo test --test generated)"
+            "src/api/grpc/proto/{name} is not what proto/ says: run `just generate` ({WRITE}=1 cargo test --test generated)"
         );
     }
 }

@@ -14,7 +14,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{LocalSet, spawn_local};
-use tuplewatch::grpc::proto::WatchRequest;
+use tuplewatch::api::grpc::proto::WatchRequest;
 
 /// A DATA frame has at most as much.
 const JOIN_BYTES: usize = 16 << 10;

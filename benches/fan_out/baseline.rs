@@ -20,7 +20,7 @@ use std::process::Stdio;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::unix::pipe;
 use tokio::process::{Child, ChildStdin, Command};
-use tuplewatch::grpc::proto::WatchRequest;
+use tuplewatch::api::grpc::proto::WatchRequest;
 
 /// Of gRPC, before each message: a flag and the length.
 const PREFIX_BYTES: usize = 5;

@@ -9,8 +9,8 @@ use tokio::sync::broadcast::{self, Receiver, Sender};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
-use tuplewatch::grpc::proto::watch_server::{Watch, WatchServer};
-use tuplewatch::grpc::proto::{WatchRequest, WatchResponse};
+use tuplewatch::api::grpc::proto::watch_server::{Watch, WatchServer};
+use tuplewatch::api::grpc::proto::{WatchRequest, WatchResponse};
 
 pub(super) fn serve(source: Source) {
     tokio::runtime::Runtime::new().unwrap().block_on(async {

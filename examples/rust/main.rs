@@ -19,10 +19,10 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 // Of another crate, these come from compiling proto/ with tonic-prost-build.
-use tuplewatch::grpc::proto::data_change::{Operation, Type};
-use tuplewatch::grpc::proto::data_client::DataClient;
-use tuplewatch::grpc::proto::watch_client::WatchClient;
-use tuplewatch::grpc::proto::{
+use tuplewatch::api::grpc::proto::data_change::{Operation, Type};
+use tuplewatch::api::grpc::proto::data_client::DataClient;
+use tuplewatch::api::grpc::proto::watch_client::WatchClient;
+use tuplewatch::api::grpc::proto::{
     DataChange, RelationshipReadRequest, RelationshipReadRequestMetadata, Tuple, TupleFilter, WatchRequest,
 };
 

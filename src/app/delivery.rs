@@ -12,8 +12,9 @@
 use super::primary::{Answers, Silence, Why};
 use crate::changelog::Room;
 use crate::hub::{Hub, Waits};
-use crate::lsn::Lsn;
-use crate::replication::{Primaries, Status};
+use crate::model::lsn::Lsn;
+use crate::postgres::primary::Primaries;
+use crate::replication::Status;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};

@@ -1,11 +1,11 @@
 //! What `doctor` says: the change log's directory and the server, looked at beside whatever is running.
 
 use super::{connections_max, endpoints, hold_back, load_mapping, log_options, thresholds};
+use crate::admin::doctor::Examination;
 use crate::changelog::examination::examine;
 use crate::config::Config;
-use crate::finding::{Finding, Severity};
-use crate::replication::examination::Examination;
-use crate::replication::requirements::Expectation;
+use crate::model::diagnostic::{Finding, Severity};
+use crate::postgres::requirements::Expectation;
 use serde::Serialize;
 use std::time::Duration;
 

@@ -2,18 +2,18 @@
 //! is something to serve.
 
 use super::primary::SqlPrimary;
-use crate::admission::Admission;
-use crate::authn::{Authenticator, oidc};
+use crate::access::admission::Admission;
+use crate::access::authn::{Authenticator, oidc};
+use crate::access::connections;
+use crate::api::grpc::data::DataService;
+use crate::api::grpc::tenancy::TenancyService;
+use crate::api::grpc::watch::WatchService;
+use crate::api::grpc::{self, Services};
+use crate::api::http::{self, Gateway, Probes};
 use crate::config::{self, Config, MappingSource, Preset, SnapTokenFormat};
-use crate::connections;
-use crate::grpc::data::DataService;
-use crate::grpc::tenancy::TenancyService;
-use crate::grpc::watch::WatchService;
-use crate::grpc::{self, Services};
-use crate::http::{self, Gateway, Probes};
 use crate::hub::Hub;
-use crate::replication::Primaries;
-use crate::snap_token;
+use crate::model::snap_token;
+use crate::postgres::primary::Primaries;
 use crate::store::Store;
 use anyhow::Context as _;
 use std::sync::Arc;

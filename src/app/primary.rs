@@ -1,12 +1,12 @@
 //! What the hub asks of the primary, as SQL on connections of their own.
 
-use crate::change::TenantId;
+use crate::decode::mapping::TenantsSpec;
+use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
 use crate::hub::publisher::Snapshots;
-use crate::hub::start::{Look, Primary, TransactionStatus, Unreachable};
-use crate::lsn::{Lsn, Snapshot, Xid8};
-use crate::mapping::TenantsSpec;
-use crate::replication::connection::Connection;
-use crate::replication::primaries::{self, Line, Primaries};
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Snapshot, Xid8};
+use crate::postgres::connection::Connection;
+use crate::postgres::primary::{self, Line, Primaries};
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -70,8 +70,8 @@ impl Unanswered {
     }
 }
 
-impl From<primaries::Error> for Unanswered {
-    fn from(error: primaries::Error) -> Self {
+impl From<primary::Error> for Unanswered {
+    fn from(error: primary::Error) -> Self {
         let why = if error.is_limit() { Why::Limit } else { Why::Other };
         Self { why, text: error.to_string() }
     }
@@ -294,7 +294,7 @@ impl Snapshots for SqlSnapshots {
 }
 
 enum Question {
-    Look { tenant: TenantId, reply: oneshot::Sender<Result<Look, Unreachable>> },
+    PrimaryState { tenant: TenantId, reply: oneshot::Sender<Result<PrimaryState, Unreachable>> },
     Status { xid: Xid8, reply: oneshot::Sender<Result<TransactionStatus, Unreachable>> },
     Mark { reply: oneshot::Sender<Result<Lsn, Unreachable>> },
 }
@@ -342,9 +342,9 @@ impl SqlPrimary {
 }
 
 impl Primary for SqlPrimary {
-    async fn look(&self, tenant: &TenantId) -> Result<Look, Unreachable> {
+    async fn look(&self, tenant: &TenantId) -> Result<PrimaryState, Unreachable> {
         let tenant = tenant.clone();
-        self.put(|reply| Question::Look { tenant, reply }).await
+        self.put(|reply| Question::PrimaryState { tenant, reply }).await
     }
 
     async fn transaction_status(&self, xid: Xid8) -> Result<TransactionStatus, Unreachable> {
@@ -380,9 +380,9 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
         let mut looks = Vec::new();
         for question in batch.drain(..) {
             match question {
-                Question::Look { tenant, reply } if !reply.is_closed() => looks.push((tenant, reply)),
+                Question::PrimaryState { tenant, reply } if !reply.is_closed() => looks.push((tenant, reply)),
                 // Whoever asked may be gone, before and after.
-                Question::Look { .. } => {}
+                Question::PrimaryState { .. } => {}
                 Question::Status { reply, .. } if reply.is_closed() => {}
                 Question::Mark { reply } if reply.is_closed() => {}
                 Question::Status { xid, reply } => {
@@ -400,7 +400,9 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
         let answer = look(&mut lazy, &tenants).await;
         for (tenant, reply) in looks {
             let _ = reply.send(match &answer {
-                Ok((look, known)) => Ok(Look { tenant_exists: known.contains(tenant.as_str()), ..look.clone() }),
+                Ok((look, known)) => {
+                    Ok(PrimaryState { tenant_exists: known.contains(tenant.as_str()), ..look.clone() })
+                }
                 Err(error) => Err(Unreachable(error.to_string())),
             });
         }
@@ -412,7 +414,7 @@ fn unreachable(error: Unanswered) -> Unreachable {
     Unreachable(error.to_string())
 }
 
-async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(Look, HashSet<String>), Unanswered> {
+async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(PrimaryState, HashSet<String>), Unanswered> {
     ask(lazy, async |client, statement| {
         let row = client.query_one(statement, &[&tenants]).await?;
         let flush_lsn: String = row.get(0);
@@ -420,7 +422,7 @@ async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(Look, HashSet<String
         let snapshot: String = row.get(1);
         let snapshot: Snapshot = snapshot.parse().map_err(Unanswered::other)?;
         let known: Vec<String> = row.get(2);
-        let look = Look { flush_lsn, snapshot: Arc::new(snapshot), tenant_exists: false };
+        let look = PrimaryState { flush_lsn, snapshot: Arc::new(snapshot), tenant_exists: false };
         Ok((look, known.into_iter().collect()))
     })
     .await

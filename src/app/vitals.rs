@@ -1,15 +1,15 @@
 //! What the process says of itself: put together from the log, the hub, the session and what its monitor found.
 
 use super::delivery::{Obstacle, Readiness};
+use crate::admin::monitor::{Lag, Report, SlotReport};
+use crate::api::http::Probes;
 use crate::changelog::{ChangeLog, Room};
-use crate::http::Probes;
 use crate::hub::Hub;
-use crate::lsn::Lsn;
 use crate::metrics::metrics;
 use crate::metrics::process::Process;
 use crate::metrics::readings::{self, Readings};
+use crate::model::lsn::Lsn;
 use crate::replication::Status;
-use crate::replication::monitor::{Lag, Report, SlotReport};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;

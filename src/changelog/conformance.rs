@@ -2,10 +2,10 @@
 
 use super::model::{Inner, ModelLog};
 use super::*;
-use crate::change::{Fact, Operation, Tuple, encode};
-use crate::lsn::{CommitTime, Xid8};
-use crate::timeline::Timeline;
-use crate::transaction::{BreakReason, Header, MessageBuilder};
+use crate::model::change::{Fact, Operation, Tuple, encode};
+use crate::model::lsn::{CommitTime, Xid8};
+use crate::model::timeline::Timeline;
+use crate::model::transaction::{BreakReason, Header, MessageBuilder};
 use proptest::prelude::*;
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -4,7 +4,7 @@
 use super::Error;
 use super::local::Options;
 use super::local::directory::{self, DATA, MARKER, Marker, PROBE};
-use crate::finding::{Bytes, CommandLine, Finding, Report, shell_word};
+use crate::model::diagnostic::{Bytes, CommandLine, Finding, Report, shell_word};
 use rustix::fs::{Access, access};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write as _};
@@ -278,7 +278,7 @@ fn word(path: &Path) -> String {
 mod tests {
     use super::*;
     use crate::changelog::{ChangeLog as _, LocalLog};
-    use crate::finding::Severity;
+    use crate::model::diagnostic::Severity;
 
     fn options(path: &Path) -> Options {
         Options { path: path.to_owned(), age_seconds: 3600, size_bytes: 64 << 20, reserve_bytes: 16 << 20 }

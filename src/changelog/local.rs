@@ -21,10 +21,10 @@ mod segments;
 mod stored;
 
 use super::{Batch, ChangeLog, Entry, Error, Room, State, Trace, Usage, Verified};
-use crate::change::TenantId;
-use crate::lsn::{Lsn, Position, Xid8};
-use crate::snap_token::TokenId;
-use crate::transaction::Break;
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::snap_token::TokenId;
+use crate::model::transaction::Break;
 use bytes::Bytes;
 use directory::{DATA, MARKER, MARKER_NEW, Marker, PROBE, Place};
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};

@@ -1,10 +1,10 @@
 //! The change log as a handful of vectors: what the real one is compared with, and the storage of tests without a disk.
 
 use super::{Batch, ChangeLog, Entry, Error, Room, State, Trace};
-use crate::change::TenantId;
-use crate::lsn::{Lsn, Position, Xid8};
-use crate::snap_token::TokenId;
-use crate::transaction::{Break, Header, Message};
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::snap_token::TokenId;
+use crate::model::transaction::{Break, Header, Message};
 use std::sync::Mutex;
 
 #[derive(Default)]

@@ -5,8 +5,8 @@
 //! *durable* (the slot can be told). A failed write ends it, and with it the process.
 
 use super::{ChangeLog, Entry, Error, Room, State};
-use crate::lsn::Lsn;
 use crate::metrics::metrics;
+use crate::model::lsn::Lsn;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};

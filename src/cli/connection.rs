@@ -1,6 +1,6 @@
 //! Where a server is, and how to get in.
 
-use crate::trust::{self, Authorities, Refused};
+use crate::access::trust::{self, Authorities, Refused};
 use anyhow::{Context as _, bail};
 use clap::ValueHint;
 use http::Uri;

@@ -4,7 +4,7 @@ use super::overrides::ConfigArgs;
 use super::terminal::{Style, harmless};
 use super::{examples, say};
 use crate::app::diagnosis::{Diagnosis, diagnose};
-use crate::finding::{Finding, Severity};
+use crate::model::diagnostic::{Finding, Severity};
 use std::fmt::Write as _;
 use std::time::Duration;
 

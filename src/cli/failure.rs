@@ -4,7 +4,7 @@
 //! told by its cause.
 
 use super::connection::Untrusted;
-use crate::grpc::status;
+use crate::api::grpc::status;
 use rustls::AlertDescription;
 use std::error::Error as StdError;
 use std::io::{self, ErrorKind};

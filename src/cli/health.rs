@@ -7,7 +7,7 @@
 use super::connection::ConnectionArgs;
 use super::failure::{Failure, is_local};
 use super::{examples, say};
-use crate::grpc::health::REASON;
+use crate::api::grpc::health::REASON;
 use anyhow::{anyhow, bail};
 use std::time::Duration;
 use tonic::transport::Channel;

@@ -2,10 +2,10 @@
 
 use super::overrides::ConfigArgs;
 use super::say;
+use crate::admin::setup::{Event, Script, Setup, Teardown};
 use crate::app;
+use crate::cli::telemetry;
 use crate::config::{Config, Failover, MappingSource, Preset};
-use crate::replication::setup::{Event, Script, Setup, Teardown};
-use crate::telemetry;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct SetupArgs {
@@ -46,7 +46,7 @@ pub(super) async fn setup(config: &ConfigArgs, args: &SetupArgs) -> anyhow::Resu
     Ok(())
 }
 
-fn wanted<'a>(config: &'a Config, mapping: &'a crate::mapping::Mapping, recreate_slot: bool) -> Setup<'a> {
+fn wanted<'a>(config: &'a Config, mapping: &'a crate::decode::mapping::Mapping, recreate_slot: bool) -> Setup<'a> {
     Setup {
         mapping,
         slot: &config.replication.slot,

@@ -1,6 +1,6 @@
 //! What is different where a person reads the output, and how commands are written for people to paste.
 
-use crate::finding::shell_word;
+use crate::model::diagnostic::shell_word;
 use anstream::{AutoStream, ColorChoice};
 use anstyle::AnsiColor::{Green, Red, Yellow};
 use std::borrow::Cow;

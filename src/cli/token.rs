@@ -1,7 +1,7 @@
 //! `tuplewatch token`: explains one, without a server.
 
 use super::{examples, say};
-use crate::snap_token::SnapToken;
+use crate::model::snap_token::SnapToken;
 use std::fmt::Write as _;
 
 #[derive(Debug, clap::Args)]
@@ -60,7 +60,7 @@ fn explain(token: &SnapToken) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lsn::{CommitTime, Lsn, Position};
+    use crate::model::lsn::{CommitTime, Lsn, Position};
 
     #[test]
     fn explains() {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::database_uri::DatabaseUri;
 use super::origin::flag;
-use crate::finding::CommandLine;
+use crate::model::diagnostic::CommandLine;
 
 /// The keys in whose values there may be a secret, beside the URI, of which only the password is one.
 const SECRET: [&str; 1] = ["authn.preshared.keys"];

@@ -9,19 +9,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use super::error::{FileFault, Problem};
+use super::error::{ALIASES_MAX, FILE_BYTES_MAX, FileFault, INDENT_MAX, Problem};
 use super::origin::{Name, Origin};
 use crate::yaml::{self, Section, Value};
-
-/// The complete configuration with a comment at every key is a tenth of this.
-pub(super) const FILE_BYTES_MAX: usize = 64 * 1024;
-
-/// Nested blocks start in ever later columns, except for a list directly below its key: a line that starts in column n
-/// is nested 2n deep at most. The deepest key of ours is on level 4. Flow style (`[[…]]`) the parser bounds itself.
-pub(super) const INDENT_MAX: usize = 64;
-
-/// Aliases of aliases multiply. With so few, the text grows by a small factor at most.
-pub(super) const ALIASES_MAX: usize = 4;
 
 /// Dotted keys and what they are set to: never a table, except for an empty one.
 pub(super) type Leaves = BTreeMap<String, Value>;

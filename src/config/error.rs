@@ -4,9 +4,18 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use super::document::{ALIASES_MAX, FILE_BYTES_MAX, INDENT_MAX};
 use super::origin::{Name, flag, one_line, variable};
 use crate::yaml;
+
+/// The complete configuration with a comment at every key is a tenth of this.
+pub(super) const FILE_BYTES_MAX: usize = 64 * 1024;
+
+/// Nested blocks start in ever later columns, except for a list directly below its key: a line that starts in column n
+/// is nested 2n deep at most. The deepest key of ours is on level 4. Flow style (`[[…]]`) the parser bounds itself.
+pub(super) const INDENT_MAX: usize = 64;
+
+/// Aliases of aliases multiply. With so few, the text grows by a small factor at most.
+pub(super) const ALIASES_MAX: usize = 4;
 
 /// All that is wrong with the configuration, in one list: a headline, then one line for each problem.
 #[derive(Debug)]

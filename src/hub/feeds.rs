@@ -5,8 +5,8 @@
 
 use super::Item;
 use super::bell::Bell;
-use crate::change::TenantId;
-use crate::lsn::{Lsn, Position};
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position};
 use slab::Slab;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

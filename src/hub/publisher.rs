@@ -5,7 +5,7 @@
 //! small statement a batch, whatever the number of transactions, tenants and subscribers.
 
 use super::Hub;
-use crate::lsn::Snapshot;
+use crate::model::lsn::Snapshot;
 use std::fmt;
 use std::time::Duration;
 use tokio::time::Instant;

@@ -10,59 +10,22 @@
 //! Requests that come in together share one statement ([`Primary::look`] answers all of them). A tenant that the log knows
 //! resumes without any: a thousand subscribers that come back at once cost PostgreSQL nothing, and need it not to be there.
 
-use super::resolve::outcome;
+mod resolve;
+
+use super::primary::{Primary, TransactionStatus, Unreachable};
 use super::window::Anchor;
 use super::{Filter, Hub, Origin, Subscription};
-use crate::change::{TenantId, TenantIdError};
 use crate::changelog;
-use crate::lsn::{Lsn, Position, Snapshot, Xid8};
-use crate::snap_token::{self, SnapToken};
-use crate::timeline::History;
-use std::sync::Arc;
+use crate::model::change::{TenantId, TenantIdError};
+use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::snap_token::{self, SnapToken};
+use crate::model::timeline::History;
+use resolve::await_outcome;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// What the primary says, in one statement.
-#[derive(Clone, Debug)]
-pub struct Look {
-    /// `pg_current_wal_flush_lsn()`.
-    pub flush_lsn: Lsn,
-    /// `pg_current_snapshot()`, taken before `flush_lsn` was read.
-    pub snapshot: Arc<Snapshot>,
-    /// Whether the tenant that was asked for exists.
-    pub tenant_exists: bool,
-}
-
-/// What became of a transaction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TransactionStatus {
-    /// It runs.
-    InProgress,
-    /// It is over, or so old that nobody knows.
-    Over,
-    /// Its id was not handed out yet.
-    Unassigned,
-}
-
-/// PostgreSQL does not answer.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct Unreachable(pub String);
-
 /// Where PostgreSQL was not reached yet, or is not read for want of room on the disk.
 const NO_SESSION: &str = "no session with PostgreSQL was established yet: the log of tuplewatch says why";
-
-/// What the start of a subscription may ask the primary.
-pub trait Primary: Send + Sync {
-    /// Positions, a snapshot, and whether the tenant exists; as of a moment after the call.
-    fn look(&self, tenant: &TenantId) -> impl Future<Output = Result<Look, Unreachable>> + Send;
-
-    /// `pg_xact_status`.
-    fn transaction_status(&self, xid: Xid8) -> impl Future<Output = Result<TransactionStatus, Unreachable>> + Send;
-
-    /// Writes a transaction that everything committed before the call precedes in the stream; a position that it follows.
-    fn mark(&self) -> impl Future<Output = Result<Lsn, Unreachable>> + Send;
-}
 
 /// Why a subscription cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -257,10 +220,10 @@ impl Hub {
                 if floor > primary.look(tenant).await?.flush_lsn {
                     return Err(Error::BeyondHistory);
                 }
-                outcome(primary, xid, deadline, timeout).await?;
+                await_outcome(primary, xid, deadline, timeout).await?;
             }
             SnapToken::Xid(xid) | SnapToken::Snapshot { xid, .. } => {
-                if outcome(primary, xid, deadline, timeout).await? == TransactionStatus::Unassigned {
+                if await_outcome(primary, xid, deadline, timeout).await? == TransactionStatus::Unassigned {
                     return Err(Error::BeyondHistory);
                 }
             }

@@ -3,11 +3,11 @@
 use super::feeds::ReaderKey;
 use super::window::Next;
 use super::{Hub, Item, Origin};
-use crate::change::TenantId;
 use crate::changelog::{self, Batch};
-use crate::lsn::{Lsn, Position, Snapshot, Xid8};
 use crate::metrics::metrics;
-use crate::transaction::Break;
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position, Snapshot, Xid8};
+use crate::model::transaction::Break;
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -197,7 +197,7 @@ impl Subscription {
                             self.waiting = Some(self.read_log(up_to, bytes_max));
                             continue;
                         }
-                        // Look again when it is there, or when something else is to be told.
+                        // PrimaryState again when it is there, or when something else is to be told.
                         window.wait(self.key, cx.waker());
                         let mut append = Box::pin(async move {
                             if appended.changed().await.is_err() {

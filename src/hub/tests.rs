@@ -1,12 +1,12 @@
-use super::start::{Look, Primary, TransactionStatus, Unreachable};
+use super::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
 use super::*;
-use crate::change::{Fact, Operation, TenantId, Tuple, encode};
 use crate::changelog::model::ModelLog;
 use crate::changelog::{Entry, Origin};
-use crate::lsn::{CommitTime, Position, Snapshot, Xid8};
-use crate::snap_token::{SnapToken, TokenId};
-use crate::timeline::Timeline;
-use crate::transaction::{BreakReason, Header, Message, MessageBuilder};
+use crate::model::change::{Fact, Operation, TenantId, Tuple, encode};
+use crate::model::lsn::{CommitTime, Position, Snapshot, Xid8};
+use crate::model::snap_token::{SnapToken, TokenId};
+use crate::model::timeline::Timeline;
+use crate::model::transaction::{BreakReason, Header, Message, MessageBuilder};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
@@ -260,8 +260,10 @@ async fn a_staged_transaction_is_read_from_the_log_in_its_place() {
     assert_eq!(ready(&mut subscription).await, Some(vec![200]));
     assert_eq!(ready(&mut subscription).await, None);
     fixture.append(transaction(200, &["a"]));
-    let staged =
-        crate::assembler::Staged { commit: Lsn(300), messages: vec![(tenant("a"), message(300, None, &[0; 0]))] };
+    let staged = crate::decode::assembler::Staged {
+        commit: Lsn(300),
+        messages: vec![(tenant("a"), message(300, None, &[0; 0]))],
+    };
     fixture.log.append(&[Entry::Staged(Arc::new(staged))]).unwrap();
     fixture.append(large);
     fixture.publish(1000, "");
@@ -328,13 +330,13 @@ async fn streams_that_have_seen_an_abandoned_part_end() {
 
 /// A primary that answers as told.
 struct Scripted {
-    look: Result<Look, Unreachable>,
+    look: Result<PrimaryState, Unreachable>,
     status: TransactionStatus,
     mark: Lsn,
 }
 
 impl Primary for Scripted {
-    async fn look(&self, _: &TenantId) -> Result<Look, Unreachable> {
+    async fn look(&self, _: &TenantId) -> Result<PrimaryState, Unreachable> {
         self.look.clone()
     }
     async fn transaction_status(&self, _: Xid8) -> Result<TransactionStatus, Unreachable> {
@@ -345,13 +347,13 @@ impl Primary for Scripted {
     }
 }
 
-fn look(snapshot: &str) -> Look {
+fn look(snapshot: &str) -> PrimaryState {
     let snapshot = Arc::new(snapshot.parse().unwrap());
-    Look { flush_lsn: Lsn(500), snapshot, tenant_exists: true }
+    PrimaryState { flush_lsn: Lsn(500), snapshot, tenant_exists: true }
 }
 
 fn primary(tenant_exists: bool) -> Scripted {
-    let look = Look { tenant_exists, ..look("200:230:200") };
+    let look = PrimaryState { tenant_exists, ..look("200:230:200") };
     Scripted { look: Ok(look), status: TransactionStatus::Over, mark: Lsn(205) }
 }
 
@@ -372,7 +374,7 @@ async fn start(fixture: &Fixture, primary: &Scripted, name: &str, token: &str) -
 #[tokio::test(start_paused = true)]
 async fn now_is_what_the_snapshot_does_not_see() {
     let fixture = Fixture::new(1 << 20, false);
-    let primary = Scripted { look: Ok(Look { flush_lsn: Lsn(230), ..look("200:230:200") }), ..primary(true) };
+    let primary = Scripted { look: Ok(PrimaryState { flush_lsn: Lsn(230), ..look("200:230:200") }), ..primary(true) };
     let mut subscription = start(&fixture, &primary, "a", "").await.unwrap();
     // 200 committed before the flush position, and the snapshot does not see it; 210 it sees; 230 is after.
     for commit in [200, 210, 230] {
@@ -398,7 +400,7 @@ async fn what_the_log_has_and_nobody_sees_yet_waits_after_a_restart() {
     // Its snapshot does not see 210, which the log has had for long.
     let mut now = start(
         &after,
-        &Scripted { look: Ok(Look { flush_lsn: Lsn(240), ..look("210:240:210") }), ..primary(true) },
+        &Scripted { look: Ok(PrimaryState { flush_lsn: Lsn(240), ..look("210:240:210") }), ..primary(true) },
         "a",
         "",
     )

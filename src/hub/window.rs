@@ -3,11 +3,11 @@
 use super::bell::Bell;
 use super::feeds::{Feeds, ReaderKey};
 use super::{Item, Options, Origin, Usage, Waits};
-use crate::change::TenantId;
 use crate::changelog::BREAKS_MAX;
-use crate::lsn::{Lsn, Position, Snapshot, Xid8};
-use crate::timeline::History;
-use crate::transaction::{Break, Header, Transaction};
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position, Snapshot, Xid8};
+use crate::model::timeline::History;
+use crate::model::transaction::{Break, Header, Transaction};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::task::Waker;

@@ -5,7 +5,7 @@
 
 use crate::changelog::Entry;
 use crate::metrics::{Table, metrics};
-use crate::transaction::{BreakReason, Tally};
+use crate::model::transaction::{BreakReason, Tally};
 use std::sync::Arc;
 
 /// Tables whose counters are at hand. More than that are other ones all the time.

@@ -15,12 +15,13 @@
 //! The stream goes on all the time. What is open is in the change log ([`Break::writers`]), so that no restart forgets it.
 
 use super::Error;
-use super::intake::Intake;
-use super::transactions::NAMED_MAX;
-use super::upstream::{Link, Writer};
+use super::upstream::Link;
 use crate::changelog::{Entry, Verified};
-use crate::lsn::{Lsn, Position, Xid8};
-use crate::transaction::{Break, BreakReason};
+use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::transaction::{Break, BreakReason};
+use crate::postgres::transactions::NAMED_MAX;
+use crate::postgres::transactions::Writer;
+use crate::replication::receiver::Intake;
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::Instant;

@@ -4,7 +4,7 @@
 //! reason and table, with the number of those left out.
 
 use crate::changelog::Entry;
-use crate::transaction::{Break, BreakReason};
+use crate::model::transaction::{Break, BreakReason};
 use std::collections::HashMap;
 use std::time::Duration;
 use tokio::time::Instant;

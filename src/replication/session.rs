@@ -1,19 +1,19 @@
 //! One session after the other: connect, check, stream, and again.
 
-use super::counting::Counting;
-use super::gap::{UnsettledGap, WRITERS_EVERY};
-use super::gap_log::GapLog;
-use super::hold_back::Held;
-use super::intake::Intake;
-use super::publication::{self, Published};
-use super::upstream::{Link, Upstream};
 use super::{Backoff, Closed, Error, Fatal, Options, Outlet, Status};
-use crate::assembler::Assembler;
 use crate::changelog::{Entry, Origin, Room, State, Verified};
-use crate::lsn::{Lsn, Position};
+use crate::decode::assembler::Assembler;
+use crate::decode::pgoutput::RelationId;
 use crate::metrics::metrics;
-use crate::pgoutput::RelationId;
-use crate::transaction::{Break, BreakReason};
+use crate::model::lsn::{Lsn, Position};
+use crate::model::transaction::{Break, BreakReason};
+use crate::postgres::publication::{self, Published};
+use crate::replication::ack_delay::Held;
+use crate::replication::counting::Counting;
+use crate::replication::gap::{UnsettledGap, WRITERS_EVERY};
+use crate::replication::gap_log::GapLog;
+use crate::replication::receiver::Intake;
+use crate::replication::upstream::{Link, Upstream};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, watch};

@@ -1,19 +1,18 @@
-//! The server as a session sees it: PostgreSQL ([`super::Postgres`]), or a script in a test.
+//! The server as a session sees it: PostgreSQL ([`walsender`]), or a script in a test.
 //!
 //! Everything that decides what is lost, doubled or acknowledged is on the session's side of this contract, so that a test
 //! can run it against a server that fails at any moment.
 
-use super::publication::Published;
-use super::{Error, Event};
-use crate::changelog::State;
-use crate::lsn::{Lsn, Xid8};
-use crate::pgoutput::RelationId;
-use crate::timeline::{History, Source};
+pub mod walsender;
 
-/// Has a running session look at once at what is published, and not with its next check: after something was repaired or changed.
-pub(super) const LOOK_AT_ONCE: &str = "SELECT pg_logical_emit_message(true, 'tuplewatch', 'check');";
-/// The content of its message. Whoever may write one may also write tuples.
-pub(super) const CHECK_REQUEST: &[u8] = b"check";
+use super::Error;
+use crate::changelog::State;
+use crate::decode::pgoutput::RelationId;
+use crate::model::lsn::{Lsn, Xid8};
+use crate::model::timeline::{History, Source};
+use crate::postgres::connection::Event;
+use crate::postgres::publication::Published;
+use crate::postgres::transactions::Writer;
 
 /// Makes links.
 pub trait Upstream: Send + Sync {
@@ -46,15 +45,6 @@ pub struct Started {
     pub confirmed: Lsn,
     /// The server's next transaction id.
     pub xid: Xid8,
-}
-
-/// A transaction that may be writing.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Writer {
-    /// Its id.
-    pub xid: Xid8,
-    /// Whose it is and what ends it, as far as that can be seen, for people.
-    pub description: String,
 }
 
 /// One connection to the server, which nothing revives once it has failed.

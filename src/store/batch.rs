@@ -1,8 +1,8 @@
 //! What one call writes.
 
 use super::{Error, text};
-use crate::change::{AttributeValue, TenantId, Tuple};
-use crate::mapping::write_attribute_value;
+use crate::decode::mapping::write_attribute_value;
+use crate::model::change::{AttributeValue, TenantId, Tuple};
 use std::collections::{BTreeMap, BTreeSet};
 use tokio_postgres::Transaction;
 use tokio_postgres::types::{ToSql, Type};

@@ -1,8 +1,8 @@
 //! The store's connections: a bounded number, to the primary that the session reads from.
 
 use super::Error;
-use crate::replication::connection::Connection;
-use crate::replication::{Primaries, primaries};
+use crate::postgres::connection::Connection;
+use crate::postgres::primary::{self, Primaries};
 use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, TimeoutType};
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;
@@ -107,7 +107,7 @@ impl managed::Manager for Opener {
         let Some(Ok((connection, primaries))) = connecting.join_next().await else {
             return Err(Error::Unreachable("tuplewatch is shutting down".to_owned()));
         };
-        let connection = connection.map_err(|error: primaries::Error| Error::from(error))?;
+        let connection = connection.map_err(|error: primary::Error| Error::from(error))?;
         // Triggers of these tables find what is in the schema public, as they do for other writers.
         let set = format!(
             "SET search_path = \"$user\", public; SET statement_timeout = '{}s'; SET lock_timeout = '{}s'",

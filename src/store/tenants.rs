@@ -3,7 +3,7 @@
 use super::filter::{Query, text};
 use super::page::{self, Key, Page};
 use super::{CALL_MAX, Error, Store, TENANT_DELETION_MAX, begin, persistently};
-use crate::change::TenantId;
+use crate::model::change::TenantId;
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Transaction};
 

@@ -13,12 +13,12 @@ use crate::support::stream::reason;
 use crate::support::wait::{eventually, within};
 use std::collections::BTreeSet;
 use tonic::Code;
-use tuplewatch::dev_postgres::StopMode;
-use tuplewatch::grpc::proto::{
+use tuplewatch::api::grpc::proto::{
     Attribute, AttributeFilter, BooleanArrayValue, BooleanValue, BundleRunRequest, DoubleArrayValue, DoubleValue,
     IntegerArrayValue, IntegerValue, RelationshipDeleteRequest, RelationshipWriteRequest, StringArrayValue,
     StringValue, TenantListRequest, TupleFilter,
 };
+use tuplewatch::dev_postgres::StopMode;
 
 fn fact(text: &str) -> String {
     let separator = if text.matches('#').count() == 2 { "" } else { "#" };

@@ -17,7 +17,7 @@ use std::path::Path;
 use tempfile::TempDir;
 use tokio::process::Command;
 use tuplewatch::dev_postgres::StopMode;
-use tuplewatch::finding::shell_word;
+use tuplewatch::model::diagnostic::shell_word;
 
 /// A server, and a node with a directory and flags of its own.
 struct Patient {

@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use tempfile::TempDir;
 use tokio::process::Command;
-use tuplewatch::lsn::{CommitTime, Lsn, Position};
-use tuplewatch::snap_token::SnapToken;
+use tuplewatch::model::lsn::{CommitTime, Lsn, Position};
+use tuplewatch::model::snap_token::SnapToken;
 
 /// An example that follows t1, run again and again.
 struct Example {

@@ -5,7 +5,7 @@ use crate::support::change::Change;
 use crate::support::interruption::{Interruption, Lasting, Remedy, each_on_a_cluster};
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
-use tuplewatch::grpc::proto::TupleFilter;
+use tuplewatch::api::grpc::proto::TupleFilter;
 
 const INHERIT: &str = "CREATE TABLE tuplewatch.archive () INHERITS (tuplewatch.relation_tuples); \
                        INSERT INTO tuplewatch.archive VALUES ('t1', 'document', 'old', 'viewer', 'user', 'u')";

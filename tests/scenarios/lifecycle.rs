@@ -15,7 +15,7 @@ use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use tuplewatch::dev_postgres::StopMode;
-use tuplewatch::snap_token::SnapToken;
+use tuplewatch::model::snap_token::SnapToken;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sigterm_ends_streams_and_acknowledges_what_was_delivered() {

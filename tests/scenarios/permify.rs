@@ -14,8 +14,8 @@ use crate::support::writer::seed;
 use fastrand::Rng;
 use std::collections::{BTreeMap, HashSet};
 use tonic::Code;
-use tuplewatch::lsn::{Position, Xid8};
-use tuplewatch::snap_token::SnapToken;
+use tuplewatch::model::lsn::{Position, Xid8};
+use tuplewatch::model::snap_token::SnapToken;
 
 fn created(id: &str) -> Change {
     Change::created(id)

@@ -11,10 +11,10 @@ use reqwest::Method;
 use std::collections::HashMap;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
-use tuplewatch::grpc::proto;
-use tuplewatch::grpc::proto::data_client::DataClient;
-use tuplewatch::grpc::proto::tenancy_client::TenancyClient;
-use tuplewatch::grpc::proto::watch_client::WatchClient;
+use tuplewatch::api::grpc::proto;
+use tuplewatch::api::grpc::proto::data_client::DataClient;
+use tuplewatch::api::grpc::proto::tenancy_client::TenancyClient;
+use tuplewatch::api::grpc::proto::watch_client::WatchClient;
 
 /// Requests of each kind. Half of the texts are good ones, so that some requests get to the tables.
 const EACH: usize = 60;

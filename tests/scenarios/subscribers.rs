@@ -18,8 +18,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tonic::transport::Endpoint;
 use tonic::{Code, Status};
-use tuplewatch::lsn::{Lsn, Position, Xid8};
-use tuplewatch::snap_token::{SnapToken, TokenId};
+use tuplewatch::model::lsn::{Lsn, Position, Xid8};
+use tuplewatch::model::snap_token::{SnapToken, TokenId};
 
 fn endpoint(proxy: &Proxy) -> Endpoint {
     Endpoint::from_shared(format!("http://{}", proxy.address())).unwrap()
@@ -75,7 +75,7 @@ impl Forger {
         };
         let is_foreign = self.random.u8(..8) == 0;
         let source = if is_foreign { self.random.u64(..).to_be_bytes() } else { self.source };
-        let commit_time = tuplewatch::lsn::CommitTime(self.random.i64(..));
+        let commit_time = tuplewatch::model::lsn::CommitTime(self.random.i64(..));
         if self.random.u8(..4) == 0 {
             let id = TokenId(self.random.u128(..).to_be_bytes());
             let xid = [0, 1, 2, 3, 700, u64::from(u32::MAX), 1 << 32, u64::MAX, self.random.u64(..)];
@@ -182,7 +182,7 @@ async fn every_token_has_its_status() {
 
 /// A position before everything.
 fn position(source: [u8; 8], timeline: [u8; 8]) -> String {
-    let commit_time = tuplewatch::lsn::CommitTime(0);
+    let commit_time = tuplewatch::model::lsn::CommitTime(0);
     SnapToken::Position { source, timeline, position: Position::ZERO, commit_time }.to_string()
 }
 

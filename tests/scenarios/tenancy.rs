@@ -6,7 +6,7 @@ use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use crate::support::wait::within;
 use tonic::Code;
-use tuplewatch::grpc::proto::{TenantCreateRequest, TenantListRequest};
+use tuplewatch::api::grpc::proto::{TenantCreateRequest, TenantListRequest};
 
 #[tokio::test]
 async fn tenants_are_created_listed_and_deleted() {

@@ -15,8 +15,8 @@ use crate::support::stream::{metadata, reason};
 use crate::support::wait::eventually;
 use tonic::Code;
 use tuplewatch::dev_postgres::StopMode;
-use tuplewatch::lsn::Xid8;
-use tuplewatch::snap_token::SnapToken;
+use tuplewatch::model::lsn::Xid8;
+use tuplewatch::model::snap_token::SnapToken;
 
 /// Permify's token of the transaction that inserted this row of t1.
 async fn id_token(sql: &Sql, id: &str) -> String {

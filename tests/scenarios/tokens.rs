@@ -9,8 +9,8 @@ use crate::support::wait::{eventually, within};
 use crate::support::writer::add_tenants;
 use tokio::process::Command;
 use tonic::Code;
-use tuplewatch::lsn::{CommitTime, Lsn, Position};
-use tuplewatch::snap_token::SnapToken;
+use tuplewatch::model::lsn::{CommitTime, Lsn, Position};
+use tuplewatch::model::snap_token::SnapToken;
 
 fn created(id: &str) -> Change {
     Change::create(Change::viewer(id))

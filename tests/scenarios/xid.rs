@@ -16,8 +16,8 @@ use crate::support::writer::{TENANTS, add_tenants};
 use std::collections::HashMap;
 use tokio::process::Command;
 use tuplewatch::dev_postgres::StopMode;
-use tuplewatch::lsn::Lsn;
-use tuplewatch::snap_token::SnapToken;
+use tuplewatch::model::lsn::Lsn;
+use tuplewatch::model::snap_token::SnapToken;
 
 /// Where the upper half of an xid8 becomes 1.
 const EPOCH: u64 = 1 << 32;

@@ -7,9 +7,9 @@ use prost_types::Any;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
-use tuplewatch::grpc::proto::data_client::DataClient;
-use tuplewatch::grpc::proto::tenancy_client::TenancyClient;
-use tuplewatch::grpc::proto::{
+use tuplewatch::api::grpc::proto::data_client::DataClient;
+use tuplewatch::api::grpc::proto::tenancy_client::TenancyClient;
+use tuplewatch::api::grpc::proto::{
     Attribute, AttributeFilter, AttributeReadRequest, AttributeReadRequestMetadata, AttributeReadResponse,
     DataDeleteRequest, DataWriteRequest, Entity, EntityFilter, RelationshipReadRequest,
     RelationshipReadRequestMetadata, RelationshipReadResponse, Subject, SubjectFilter, Tenant, TenantCreateRequest,

@@ -3,7 +3,7 @@
 use prost::Message as _;
 use serde_json::Value as Json;
 use std::collections::BTreeSet;
-use tuplewatch::grpc::proto::{self, DataChange, data_change};
+use tuplewatch::api::grpc::proto::{self, DataChange, data_change};
 
 /// A fact that began or ceased to hold.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tonic::transport::Endpoint;
 use tuplewatch::dev_postgres::StopMode;
-use tuplewatch::lsn::Lsn;
+use tuplewatch::model::lsn::Lsn;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Fault {

@@ -25,8 +25,8 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 use tonic::transport::Endpoint;
 use tonic::{Code, Status};
-use tuplewatch::lsn::{Lsn, Position};
-use tuplewatch::snap_token::SnapToken;
+use tuplewatch::model::lsn::{Lsn, Position};
+use tuplewatch::model::snap_token::SnapToken;
 
 const WRITERS: u64 = 8;
 const SUBSCRIBERS: u64 = 6;

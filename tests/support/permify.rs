@@ -5,8 +5,8 @@ use super::postgres::Postgres;
 use super::server::Server;
 use super::sql::Sql;
 use std::collections::BTreeMap;
-use tuplewatch::lsn::Xid8;
-use tuplewatch::snap_token::SnapToken;
+use tuplewatch::model::lsn::Xid8;
+use tuplewatch::model::snap_token::SnapToken;
 
 /// What `expired_tx_id` is in a live row.
 pub(crate) const LIVE: &str = "9223372036854775807";

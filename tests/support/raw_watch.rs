@@ -8,7 +8,7 @@ use h2::{Reason, RecvStream};
 use prost::Message as _;
 use std::net::SocketAddr;
 use tokio::net::TcpStream;
-use tuplewatch::grpc::proto::WatchRequest;
+use tuplewatch::api::grpc::proto::WatchRequest;
 
 /// How much a peer may send ahead of what is read, in bytes.
 #[derive(Clone, Copy, Debug)]

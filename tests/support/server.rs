@@ -19,7 +19,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
-use tuplewatch::lsn::Lsn;
+use tuplewatch::model::lsn::Lsn;
 
 /// Lines of the server's log that are shown where a test fails.
 const LOG_TAIL: usize = 500;

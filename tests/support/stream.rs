@@ -7,8 +7,8 @@ use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 use tonic_types::StatusExt;
-use tuplewatch::grpc::proto::watch_client::WatchClient;
-use tuplewatch::grpc::proto::{WatchRequest, WatchResponse};
+use tuplewatch::api::grpc::proto::watch_client::WatchClient;
+use tuplewatch::api::grpc::proto::{WatchRequest, WatchResponse};
 
 /// An open stream of one tenant's changes.
 pub(crate) struct Stream {

@@ -8,7 +8,7 @@ use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 use tonic_prost::ProstCodec;
-use tuplewatch::grpc::proto::WatchRequest;
+use tuplewatch::api::grpc::proto::WatchRequest;
 
 /// Windows as a client has them that expects much.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;

@@ -8,9 +8,9 @@ use super::stored::{
     META_STATE, META_TAIL, Stored, meta_abandoned, meta_break, pair, unpair, write_break, write_origin,
 };
 use super::{LocalLog, poisoned};
-use crate::change::TenantId;
-use crate::lsn::{Lsn, Position};
-use crate::transaction::{Break, Header, Message, Transaction};
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position};
+use crate::model::transaction::{Break, Header, Message, Transaction};
 use fjall::OwnedWriteBatch as WriteBatch;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 

@@ -34,9 +34,9 @@
 //! | commit LSN | distance |
 //! | end LSN minus commit LSN | |
 
-use crate::change::TenantId;
-use crate::lsn::{CommitTime, Lsn, Position, Xid8};
-use crate::transaction::{Header, Message};
+use crate::model::change::TenantId;
+use crate::model::lsn::{CommitTime, Lsn, Position, Xid8};
+use crate::model::transaction::{Header, Message};
 use bytes::Bytes;
 use prost::encoding::{decode_varint, encode_varint};
 use std::collections::HashMap;

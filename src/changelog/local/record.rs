@@ -16,9 +16,9 @@
 //!
 //! A tenant's horizon, in `meta`, is a [`Horizon`]'s fields in order, 8 bytes each.
 
-use crate::change::TenantId;
-use crate::lsn::{Lsn, Position, Xid8};
-use crate::snap_token::TokenId;
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::snap_token::TokenId;
 
 const MESSAGES: u8 = 1;
 const TOKEN: u8 = 2;

@@ -5,8 +5,8 @@ use super::page::{self, Indexed, Malformed, MessagePage, Messages, TransactionPa
 use super::record::{self, Horizon, XidsPrefix};
 use super::stored::{META_SEGMENTS, pair, unpair};
 use super::{Unreadable, poisoned, segment_options};
-use crate::change::TenantId;
-use crate::lsn::{Lsn, Position, Xid8};
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position, Xid8};
 use bytes::Bytes;
 use fjall::{Database, Keyspace, OwnedWriteBatch as WriteBatch};
 use serde::{Deserialize, Serialize};

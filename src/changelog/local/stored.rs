@@ -11,10 +11,10 @@
 
 use super::super::Origin;
 use super::record;
-use crate::change::TenantId;
-use crate::lsn::{Lsn, Position, Xid8};
-use crate::timeline::{History, Source, Timeline};
-use crate::transaction::{Break, BreakReason};
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::timeline::{History, Source, Timeline};
+use crate::model::transaction::{Break, BreakReason};
 use serde::{Deserialize, Serialize};
 
 pub(super) const META_STATE: &[u8] = b"state";

@@ -1,7 +1,7 @@
 //! A message as protobuf's JSON mapping has it, with the proto's field names.
 
-use crate::grpc::proto::data_change::Type;
-use crate::grpc::proto::{self, DataChange, DataChanges};
+use crate::api::grpc::proto::data_change::Type;
+use crate::api::grpc::proto::{self, DataChange, DataChanges};
 use serde_json::{Value as Json, json};
 
 /// One line.

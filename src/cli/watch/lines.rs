@@ -12,9 +12,9 @@
 
 use super::super::terminal::{self, Style, harmless};
 use super::json::any_to_json;
-use crate::grpc::proto::data_change::{Operation, Type};
-use crate::grpc::proto::{self, DataChange, DataChanges};
-use crate::snap_token::SnapToken;
+use crate::api::grpc::proto::data_change::{Operation, Type};
+use crate::api::grpc::proto::{self, DataChange, DataChanges};
+use crate::model::snap_token::SnapToken;
 use serde_json::Value as Json;
 
 pub(super) struct Lines {
@@ -111,8 +111,8 @@ fn sides(change: &DataChange) -> (String, String) {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::change::{Attribute, AttributeValue, Fact, Operation, Tuple, encode, encode_watch_response};
-    use crate::lsn::{CommitTime, Lsn, Position};
+    use crate::model::change::{Attribute, AttributeValue, Fact, Operation, Tuple, encode, encode_watch_response};
+    use crate::model::lsn::{CommitTime, Lsn, Position};
     use prost::Message as _;
 
     fn change(operation: Operation, fact: &Fact<'_>) -> DataChange {

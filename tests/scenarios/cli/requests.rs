@@ -19,7 +19,7 @@ use tonic::body::Body;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tower_service::Service as _;
-use tuplewatch::grpc::proto::WatchRequest;
+use tuplewatch::api::grpc::proto::WatchRequest;
 
 const WATCH: &str = "/base.v1.Watch/Watch";
 

@@ -8,7 +8,7 @@ use crate::support::wait::{eventually, within};
 use serde_json::{Value as Json, json};
 use std::process::Stdio;
 use tokio::net::TcpListener;
-use tuplewatch::snap_token::SnapToken;
+use tuplewatch::model::snap_token::SnapToken;
 
 /// `watch` of a server, in the background.
 pub(crate) fn watch(server: &str, flags: &[&str]) -> Process {

@@ -9,7 +9,7 @@ use crate::support::wait::{eventually, within};
 use crate::support::writer::seed;
 use std::collections::BTreeSet;
 use tonic::Code;
-use tuplewatch::grpc::proto::{AttributeFilter, TupleFilter};
+use tuplewatch::api::grpc::proto::{AttributeFilter, TupleFilter};
 
 /// Has inserts of an entity do something first.
 async fn on_insert(sql: &Sql, entity: &str, does: &str) {

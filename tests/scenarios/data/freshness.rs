@@ -8,9 +8,9 @@ use crate::support::server::Server;
 use crate::support::stream::reason;
 use crate::support::wait::{eventually, within};
 use tonic::{Code, Status};
-use tuplewatch::grpc::proto::{AttributeFilter, RelationshipReadResponse};
-use tuplewatch::lsn::Lsn;
-use tuplewatch::snap_token::SnapToken;
+use tuplewatch::api::grpc::proto::{AttributeFilter, RelationshipReadResponse};
+use tuplewatch::model::lsn::Lsn;
+use tuplewatch::model::snap_token::SnapToken;
 
 fn texts(read: Result<RelationshipReadResponse, Status>) -> Vec<String> {
     read.unwrap_or_else(|status| panic!("a read: {status:?}")).tuples.iter().map(text).collect()

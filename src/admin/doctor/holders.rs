@@ -1,0 +1,49 @@
+//! Transactions that have been open for long, and hold something back until they end: the WAL that is kept for the slot, whose
+//! `restart_lsn` does not pass the beginning of one that has written; a slot in the making, which waits for all of those; and
+//! the end of a gap of a table that they have locked.
+
+use std::time::Duration;
+use tokio_postgres::Client;
+
+use super::Expectation;
+use crate::model::diagnostic::{Finding, Report, Span};
+use crate::postgres::catalog::{Catalog, identifier};
+use crate::postgres::transactions::{self, Locks, NAMED_MAX, Transaction, Watched};
+
+const KEEPS_WAL: &str = "The server keeps all WAL since its beginning for the slot, and a new slot waits for its end.";
+const KEEPS_TABLE: &str = "A gap of what it has locked does not end before it does, and setup cannot add such a table; the server keeps all WAL since \
+     its beginning.";
+
+pub(super) async fn check(
+    client: &Client,
+    expected: &Expectation<'_>,
+    long: Duration,
+    report: &mut Report,
+) -> Result<(), tokio_postgres::Error> {
+    let role: String = client.query_typed_one("SELECT current_user::text", &[]).await?.try_get(0)?;
+    let catalog = Catalog::read(client, expected.publication, expected.mapping).await?;
+    let open = transactions::open(client, &Watched::of(&catalog.tables), Locks::Writing, None).await?;
+    let before = report.count();
+    let known = open.iter().filter_map(|transaction| Some((transaction, transaction.open()?)));
+    for (transaction, open) in known.filter(|(_, open)| *open >= long).take(NAMED_MAX) {
+        report.add(finding(transaction, open));
+    }
+    let hidden = open.iter().filter(|transaction| transaction.open().is_none()).count();
+    if hidden > 0 {
+        let what = format!("{hidden} are open, and since when is hidden from role {role}");
+        let fix = format!("GRANT pg_read_all_stats TO {};  -- at once, no reload; by a superuser", identifier(&role));
+        report.add(Finding::ok("transactions", what).fix(fix));
+    } else if report.is_fine_since(before) {
+        report.ok("transactions", format!("none that writes has been open for {}", Span(long)));
+    }
+    Ok(())
+}
+
+fn finding(transaction: &Transaction, open: Duration) -> Finding {
+    let (locked, meaning) = match transaction.tables.as_slice() {
+        [] => (String::new(), KEEPS_WAL),
+        tables => (format!(", has locked {}", tables.join(", ")), KEEPS_TABLE),
+    };
+    let what = format!("has been open for {}{locked} ({})", Span(open), transaction.whose);
+    Finding::warning(transaction.subject(), what).means(meaning).fix(transaction.ending())
+}

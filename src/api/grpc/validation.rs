@@ -1,0 +1,285 @@
+//! What a request of Data or Tenancy must be like: Permify's forms, which the tables' constraints demand as well.
+//!
+//! | what | form |
+//! | --- | --- |
+//! | ids | 1 to 128 of `a-z A-Z 0-9 _ - @ . : +`, or a single `*` |
+//! | types, relations, names of attributes | 1 to 64 of `a-z A-Z _` |
+//! | a subject's relation | the same, or empty, or `...`, which means the same as empty |
+//!
+//! What is wrong is said of all fields at once, and never with their contents. Filters may hold any text: what does not
+//! fit the forms picks nothing.
+
+use super::proto;
+use super::{fact, status};
+use crate::model::change::{AttributeValue, TenantId, Tuple};
+use crate::store::{AttributeFilter, Batch, Key, TupleFilter};
+use std::fmt::Arguments;
+use tonic::Status;
+use tonic_types::FieldViolation;
+
+/// Violations that are reported; the status travels in headers, which clients bound at 8 KiB and more.
+const VIOLATIONS_MAX: usize = 10;
+/// An attribute's value must fit into one message of Watch, which gRPC clients refuse above 4 MiB.
+const VALUE_BYTES_MAX: usize = (4 << 20) - (4 << 10);
+/// A tenant's name is for people.
+const TENANT_NAME_BYTES_MAX: usize = 512;
+/// Rows of a page, where the request does not say.
+const PAGE_SIZE_DEFAULT: usize = 50;
+/// Rows of a page at most. Permify refuses larger pages in some versions and not in others; here they end early.
+const PAGE_SIZE_MAX: usize = 1_000;
+
+const ID: &str = "must be 1 to 128 of a-z, A-Z, 0-9, _, -, @, ., :, + or a single *";
+const NAME: &str = "must be 1 to 64 of a-z, A-Z and _";
+const REQUIRED: &str = "is required";
+const NO_NUL: &str = "must not contain a NUL character";
+
+/// Permify's word for a subject without a relation.
+const NO_RELATION: &str = "...";
+
+fn is_id(text: &str) -> bool {
+    let letter = |byte: u8| byte.is_ascii_alphanumeric() || b"_-@.:+".contains(&byte);
+    text == "*" || (1..=128).contains(&text.len()) && text.bytes().all(letter)
+}
+
+fn is_name(text: &str) -> bool {
+    (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphabetic() || byte == b'_')
+}
+
+fn without_dots(relation: &str) -> &str {
+    if relation == NO_RELATION { "" } else { relation }
+}
+
+/// Gathers what is wrong.
+#[derive(Default)]
+struct Violations(Vec<FieldViolation>);
+
+impl Violations {
+    fn unless(&mut self, holds: bool, field: Arguments<'_>, description: &str) {
+        if !holds && self.0.len() < VIOLATIONS_MAX {
+            self.0.push(FieldViolation::new(field.to_string(), description));
+        }
+    }
+
+    fn finish(self) -> Result<(), Status> {
+        if self.0.is_empty() { Ok(()) } else { Err(status::invalid(self.0)) }
+    }
+}
+
+fn check(holds: bool, field: &str, description: &str) -> Result<(), Status> {
+    let mut violations = Violations::default();
+    violations.unless(holds, format_args!("{field}"), description);
+    violations.finish()
+}
+
+/// The tenant of a request.
+pub(super) fn tenant(field: &str, id: &str) -> Result<TenantId, Status> {
+    check(is_id(id), field, ID)?;
+    TenantId::new(id).map_err(|error| status::invalid(vec![FieldViolation::new(field, error.to_string())]))
+}
+
+/// The tenant whose changes to watch, where the tables are those of a preset. What is a tenant nowhere is for the start to refuse.
+pub(super) fn watched_tenant(id: &str) -> Result<(), Status> {
+    if is_id(id) || TenantId::new(id).is_err() { Ok(()) } else { Err(status::invalid_tenant(ID)) }
+}
+
+/// The name of a new tenant.
+pub(super) fn tenant_name(name: &str) -> Result<(), Status> {
+    check(!name.contains('\0'), "name", NO_NUL)?;
+    check(
+        name.len() <= TENANT_NAME_BYTES_MAX,
+        "name",
+        &format!("must not have more than {TENANT_NAME_BYTES_MAX} bytes"),
+    )
+}
+
+/// What a write writes.
+pub(super) fn batch<'a>(
+    tuples: &'a [proto::Tuple],
+    attributes: &'a [proto::Attribute],
+    rows_max: usize,
+) -> Result<Batch<'a>, Status> {
+    let mut batch = Batch::default();
+    let mut violations = Violations::default();
+    for (n, tuple) in tuples.iter().enumerate() {
+        if let Some(tuple) = check_tuple(n, tuple, &mut violations) {
+            batch.put_tuple(tuple);
+        }
+    }
+    for (n, attribute) in attributes.iter().enumerate() {
+        put_attribute(n, attribute, &mut batch, &mut violations);
+    }
+    violations.finish()?;
+    let themselves = |tuple: &proto::Tuple| match (&tuple.entity, &tuple.subject) {
+        (Some(entity), Some(subject)) => {
+            entity.r#type == subject.r#type && entity.id == subject.id && tuple.relation == subject.relation
+        }
+        _ => false,
+    };
+    if let Some(n) = tuples.iter().position(themselves) {
+        return Err(status::entity_is_subject(format!("tuples[{n}]")));
+    }
+    if batch.len() > rows_max {
+        return Err(status::too_much_data(batch.len(), rows_max));
+    }
+    Ok(batch)
+}
+
+/// The older method for tuples alone wants at least one.
+pub(super) fn some_tuples(tuples: &[proto::Tuple]) -> Result<(), Status> {
+    check(!tuples.is_empty(), "tuples", "must have at least one tuple")
+}
+
+fn check_tuple<'a>(n: usize, tuple: &'a proto::Tuple, violations: &mut Violations) -> Option<Tuple<'a>> {
+    violations.unless(tuple.entity.is_some(), format_args!("tuples[{n}].entity"), REQUIRED);
+    violations.unless(tuple.subject.is_some(), format_args!("tuples[{n}].subject"), REQUIRED);
+    let (entity, subject) = (tuple.entity.as_ref()?, tuple.subject.as_ref()?);
+    let subject_relation = without_dots(&subject.relation);
+    violations.unless(is_name(&entity.r#type), format_args!("tuples[{n}].entity.type"), NAME);
+    violations.unless(is_id(&entity.id), format_args!("tuples[{n}].entity.id"), ID);
+    violations.unless(is_name(&tuple.relation), format_args!("tuples[{n}].relation"), NAME);
+    violations.unless(is_name(&subject.r#type), format_args!("tuples[{n}].subject.type"), NAME);
+    violations.unless(is_id(&subject.id), format_args!("tuples[{n}].subject.id"), ID);
+    let is_relation = subject_relation.is_empty() || is_name(subject_relation);
+    violations.unless(is_relation, format_args!("tuples[{n}].subject.relation"), NAME);
+    Some(Tuple {
+        entity_type: &entity.r#type,
+        entity_id: &entity.id,
+        relation: &tuple.relation,
+        subject_type: &subject.r#type,
+        subject_id: &subject.id,
+        subject_relation,
+    })
+}
+
+fn put_attribute<'a>(n: usize, attribute: &'a proto::Attribute, batch: &mut Batch<'a>, violations: &mut Violations) {
+    violations.unless(is_name(&attribute.attribute), format_args!("attributes[{n}].attribute"), NAME);
+    let Some(entity) = &attribute.entity else {
+        return violations.unless(false, format_args!("attributes[{n}].entity"), REQUIRED);
+    };
+    violations.unless(is_name(&entity.r#type), format_args!("attributes[{n}].entity.type"), NAME);
+    violations.unless(is_id(&entity.id), format_args!("attributes[{n}].entity.id"), ID);
+    match attribute.value.as_ref().ok_or(REQUIRED).and_then(fact::value_of).and_then(storable) {
+        Ok(value) => batch.put_attribute(&entity.r#type, &entity.id, &attribute.attribute, value),
+        Err(description) => violations.unless(false, format_args!("attributes[{n}].value"), description),
+    }
+}
+
+/// What `jsonb` can hold, and one message carry.
+fn storable(value: AttributeValue) -> Result<AttributeValue, &'static str> {
+    let has_nul = match &value {
+        AttributeValue::String(text) => text.contains('\0'),
+        AttributeValue::StringArray(texts) => texts.iter().any(|text| text.contains('\0')),
+        _ => false,
+    };
+    if has_nul {
+        return Err(NO_NUL);
+    }
+    if value.encode_data().len() > VALUE_BYTES_MAX {
+        return Err("is too large: one message of Watch must hold it, which is at most 4 MiB");
+    }
+    Ok(value)
+}
+
+/// Texts of a filter, which PostgreSQL must be able to hold.
+fn check_texts(field: &str, texts: [&str; 3], lists: [&[String]; 2]) -> Result<(), Status> {
+    let lists = lists.into_iter().flatten().map(String::as_str);
+    let has_nul = texts.into_iter().chain(lists).any(|text| text.contains('\0'));
+    check(!has_nul, field, NO_NUL)
+}
+
+/// What is left out picks all.
+pub(super) fn tuple_filter<'a>(field: &str, filter: Option<&'a proto::TupleFilter>) -> Result<TupleFilter<'a>, Status> {
+    let Some(filter) = filter else { return Ok(TupleFilter::default()) };
+    let mut checked = TupleFilter { relation: &filter.relation, ..TupleFilter::default() };
+    if let Some(entity) = &filter.entity {
+        (checked.entity_type, checked.entity_ids) = (&entity.r#type, &entity.ids);
+    }
+    if let Some(subject) = &filter.subject {
+        (checked.subject_type, checked.subject_ids) = (&subject.r#type, &subject.ids);
+        checked.subject_relation = Some(&*subject.relation).filter(|relation| !relation.is_empty()).map(without_dots);
+    }
+    let subject_relation = checked.subject_relation.unwrap_or_default();
+    check_texts(
+        field,
+        [checked.entity_type, checked.subject_type, subject_relation],
+        [checked.entity_ids, checked.subject_ids],
+    )?;
+    check(!checked.relation.contains('\0'), field, NO_NUL)?;
+    Ok(checked)
+}
+
+/// What is left out picks all.
+pub(super) fn attribute_filter<'a>(
+    field: &str,
+    filter: Option<&'a proto::AttributeFilter>,
+) -> Result<AttributeFilter<'a>, Status> {
+    let Some(filter) = filter else { return Ok(AttributeFilter::default()) };
+    let mut checked = AttributeFilter { attributes: &filter.attributes, ..AttributeFilter::default() };
+    if let Some(entity) = &filter.entity {
+        (checked.entity_type, checked.entity_ids) = (&entity.r#type, &entity.ids);
+    }
+    check_texts(field, [checked.entity_type, "", ""], [checked.entity_ids, checked.attributes])?;
+    Ok(checked)
+}
+
+/// A delete says what it deletes: a tenant's whole data goes with the tenant.
+pub(super) fn some_filter(is_there: bool, field: &str) -> Result<(), Status> {
+    check(is_there, field, "must say what to delete: an empty filter would pick everything")
+}
+
+/// Rows of a page.
+pub(super) fn page_size(asked: u32) -> usize {
+    match usize::try_from(asked) {
+        Ok(0) => PAGE_SIZE_DEFAULT,
+        Ok(asked) => asked.min(PAGE_SIZE_MAX),
+        Err(_) => PAGE_SIZE_MAX,
+    }
+}
+
+/// Where a page begins; `None` for the first one.
+pub(super) fn continuous_token<const COLUMNS: usize>(token: &str) -> Result<Option<Key<COLUMNS>>, Status> {
+    if token.is_empty() {
+        return Ok(None);
+    }
+    token.parse().map(Some).map_err(status::bad_continuous_token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms() {
+        let long = |n| "a".repeat(n);
+        for id in ["1", "*", "a-b_c@d.e:f+g", &long(128)] {
+            assert!(is_id(id), "{id}");
+        }
+        for id in ["", "**", "a*", "a b", "é", "a\0", "a/b", "a\n", &long(129)] {
+            assert!(!is_id(id), "{id}");
+        }
+        for name in ["a", "A_b", &long(64)] {
+            assert!(is_name(name), "{name}");
+        }
+        for name in ["", "a1", "a-b", "*", "...", "a\n", &long(65)] {
+            assert!(!is_name(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn everything_wrong_is_said_at_once_and_bounded() {
+        use tonic_types::StatusExt as _;
+        let tuple = proto::Tuple { entity: Some(proto::Entity::default()), ..Default::default() };
+        let status = batch(&vec![tuple; 100], &[proto::Attribute::default()], 1).unwrap_err();
+        assert_eq!(status.message(), "ERROR_CODE_VALIDATION");
+        let violations = status.get_details_bad_request().unwrap().field_violations;
+        assert_eq!(violations.len(), VIOLATIONS_MAX);
+        assert_eq!(violations[0].field, "tuples[0].subject");
+    }
+
+    #[test]
+    fn pages_are_bounded() {
+        for (asked, expected) in [(0, 50), (1, 1), (100, 100), (u32::MAX, PAGE_SIZE_MAX)] {
+            assert_eq!(page_size(asked), expected);
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! The HTTP gateway: what gRPC serves, as JSON.
+//!
+//! ```text
+//!  HTTP ─▶ listener ─▶ Gateway ─▶ call: JSON, path and query → tonic::Request ─▶ the services of gRPC, in process
+//!                                                                                         │
+//!  HTTP ◀──────────── JSON · JSON lines · Server-Sent Events ◀── answer · refusal · watch ◀┘
+//! ```
+//!
+//! Nothing is decided here that gRPC decides: validation, authorization and statuses are the services', and a request's headers
+//! and extensions (with the caller, once known) go over to them. What is decided here is how it looks in HTTP: paths, the JSON
+//! form (`json`), the HTTP status of a gRPC status (`refusal`), and how a stream of changes is written (`watch`).
+//!
+//! A stream's body is pulled from the service as fast as the client reads, so that a slow one costs here what it costs in gRPC.
+//!
+//! Left out on purpose: HTTP/2 (a browser that wants more than six streams comes through a proxy that speaks it) and
+//! compression, which would hold back small messages.
+
+mod call;
+mod data;
+mod json;
+mod listener;
+mod names;
+mod probes;
+mod refusal;
+mod tenancy;
+mod watch;
+
+pub use listener::{Error, Listener, serve};
+pub use probes::Probes;
+
+use crate::access::admission::Admission;
+use crate::api::grpc::proto::data_server::Data;
+use crate::api::grpc::proto::tenancy_server::Tenancy;
+use crate::api::grpc::{Services, status};
+use crate::config::Http as HttpConfig;
+use crate::hub::primary::Primary;
+use crate::metrics::metrics;
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, ORIGIN, RETRY_AFTER};
+use axum::http::{Method, Uri};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use refusal::Refusal;
+use std::sync::Arc;
+use std::time::Duration;
+use tower_http::cors::{AllowOrigin, CorsLayer};
+
+/// How long a browser may remember what CORS allows.
+const CORS_MAX_AGE: Duration = Duration::from_secs(3600);
+
+/// The routes that are served.
+pub struct Gateway {
+    routes: Router,
+    body_bytes_max: usize,
+    cors: Option<CorsLayer>,
+    /// Origins whose pages may write, or `*`.
+    origins: Arc<[String]>,
+    admission: Admission,
+}
+
+impl Gateway {
+    /// To all services, and to what the process says of itself.
+    pub fn new<P: Primary + 'static>(
+        config: &HttpConfig,
+        services: &Services<P>,
+        probes: impl Probes,
+        admission: Admission,
+    ) -> Self {
+        Self::over(config, watch::routes(services.watch.clone()).merge(probes::routes(probes)), admission)
+            .with_data(services.data.clone())
+            .with_tenancy(services.tenancy.clone())
+    }
+
+    fn with_data(mut self, data: Arc<impl Data>) -> Self {
+        self.routes = self.routes.merge(data::routes(data));
+        self
+    }
+
+    fn with_tenancy(mut self, tenancy: Arc<impl Tenancy>) -> Self {
+        self.routes = self.routes.merge(tenancy::routes(tenancy));
+        self
+    }
+
+    fn over(config: &HttpConfig, routes: Router, admission: Admission) -> Self {
+        Self {
+            routes,
+            body_bytes_max: config.body_size_max.to_usize(),
+            cors: cors(&config.cors_allowed_origins),
+            origins: config.cors_allowed_origins.as_slice().into(),
+            admission,
+        }
+    }
+
+    /// All routes, with what holds for each.
+    fn into_router(self) -> Router {
+        let router = self
+            .routes
+            .method_not_allowed_fallback(async |method: Method| Refusal::method_not_allowed(&method))
+            .fallback(async |uri: Uri| Refusal::no_route(uri.path()))
+            .layer(DefaultBodyLimit::max(self.body_bytes_max))
+            .layer(from_fn_with_state(self.origins, refuse_strange_pages))
+            .layer(self.admission.layer(|error| Refusal::from(status::of_admission(error)).into_response()));
+        // Outermost: a page of another origin may read why it was refused, too.
+        let router = match self.cors {
+            Some(cors) => router.layer(cors),
+            None => router,
+        };
+        router.layer(from_fn(count))
+    }
+}
+
+/// A browser sends what a form could send without asking first, wherever the page is from, and keeps only the answer from it: so
+/// that nobody's page writes to a server that its reader happens to reach.
+async fn refuse_strange_pages(State(allowed): State<Arc<[String]>>, request: Request, next: Next) -> Response {
+    match strange_page(&allowed, &request) {
+        Some(refusal) if !request.method().is_safe() => refusal.into_response(),
+        _ => next.run(request).await,
+    }
+}
+
+/// The refusal of a page that is neither of this server nor allowed.
+fn strange_page(allowed: &[String], request: &Request) -> Option<Refusal> {
+    let header = |name| request.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+    let origin = header(ORIGIN)?;
+    let is_own = origin.split_once("://").is_some_and(|(_, authority)| header(HOST) == Some(authority));
+    let is_allowed = allowed.iter().any(|allowed| allowed == "*" || allowed == origin);
+    (!is_own && !is_allowed).then(|| Refusal::from(status::strange_origin(origin)))
+}
+
+async fn count(request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    metrics().http_requests(response.status().as_str()).inc();
+    response
+}
+
+fn cors(origins: &[String]) -> Option<CorsLayer> {
+    if origins.is_empty() {
+        return None;
+    }
+    let listed = origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok());
+    let allowed =
+        if origins.iter().any(|origin| origin == "*") { AllowOrigin::any() } else { AllowOrigin::list(listed) };
+    let layer = CorsLayer::new()
+        .allow_origin(allowed)
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        .allow_headers([AUTHORIZATION, CONTENT_TYPE, watch::LAST_EVENT_ID])
+        .expose_headers([RETRY_AFTER, HeaderName::from_static(crate::api::grpc::watch::START_SNAP_TOKEN)])
+        .max_age(CORS_MAX_AGE);
+    Some(layer)
+}
+
+#[cfg(test)]
+mod tests;

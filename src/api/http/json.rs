@@ -1,0 +1,430 @@
+//! Messages ↔ protobuf's JSON form.
+//!
+//! Out: field names as in `proto/`, fields that are not set written out (`"relation": ""`, `[]`; a message that is not
+//! set has nothing to write), an Any as `{"@type": …, …}`, `NaN` and `Infinity` as strings. In: these names or their
+//! lowerCamelCase forms, each known and set once (`names`). The library does all of it, from the descriptors of `proto/`.
+
+use super::names;
+use crate::api::grpc::proto::{DESCRIPTORS, WatchResponse};
+use prost::bytes::Bytes;
+use prost::{Message, Name};
+use prost_reflect::{
+    DescriptorPool, DeserializeOptions, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, ReflectMessage as _,
+    SerializeOptions, Value,
+};
+use prost_types::FileDescriptorSet;
+use std::sync::LazyLock;
+use tonic::{Code, Status};
+
+/// Of all JSON here but streams.
+pub(super) const CONTENT_TYPE: &str = "application/json";
+
+const READ: DeserializeOptions = DeserializeOptions::new().deny_unknown_fields(true);
+const WRITE: SerializeOptions = SerializeOptions::new().use_proto_field_name(true).skip_default_fields(false);
+
+const COMPILED_IN: &str = "the descriptors are compiled in, and a test reads them";
+
+#[expect(clippy::expect_used, reason = "compiled in")]
+static MESSAGES: LazyLock<DescriptorPool> = LazyLock::new(|| DescriptorPool::decode(DESCRIPTORS).expect(COMPILED_IN));
+
+/// As [`MESSAGES`], with the name that newer clients have for the list of changes. On the wire they are the same.
+#[expect(clippy::expect_used, reason = "compiled in")]
+static RENAMED: LazyLock<DescriptorPool> = LazyLock::new(|| {
+    let mut files = FileDescriptorSet::decode(DESCRIPTORS).expect(COMPILED_IN);
+    let messages = files.file.iter_mut().flat_map(|file| &mut file.message_type);
+    for field in messages.filter(|message| message.name() == "DataChanges").flat_map(|message| &mut message.field) {
+        if field.name() == "tuple_changes" {
+            field.name = Some("data_changes".to_owned());
+            field.json_name = Some("dataChanges".to_owned());
+        }
+    }
+    DescriptorPool::from_file_descriptor_set(files).expect(COMPILED_IN)
+});
+
+/// `google.rpc`, with the details that an error can have.
+#[expect(clippy::expect_used, reason = "compiled in")]
+static ERRORS: LazyLock<DescriptorPool> =
+    LazyLock::new(|| DescriptorPool::decode(tonic_types::pb::FILE_DESCRIPTOR_SET).expect(COMPILED_IN));
+
+/// What the list of changes is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Changes {
+    /// In the first version of the API.
+    TupleChanges,
+    /// In later ones.
+    DataChanges,
+}
+
+/// A request that is being put together from its body, its path and its query.
+pub(super) struct Reading {
+    message: DynamicMessage,
+    /// Parameters of the query that were there.
+    parameters: Vec<u32>,
+}
+
+impl Reading {
+    /// From the body.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT with what is wrong, and where.
+    pub(super) fn body<T: Message + Name>(body: &[u8]) -> Result<Self, Status> {
+        let descriptor = descriptor(&MESSAGES, &T::full_name())?;
+        let parameters = Vec::new();
+        if body.trim_ascii().is_empty() {
+            // As nothing at all: what is required is for the service to say.
+            return Ok(Self { message: DynamicMessage::new(descriptor), parameters });
+        }
+        let mut json = serde_json::Deserializer::from_slice(body);
+        let message = names::check(&descriptor, body)
+            .and_then(|()| DynamicMessage::deserialize_with_options(descriptor, &mut json, &READ))
+            .map_err(|error| Status::invalid_argument(format!("the body is no {}: {error}", T::NAME)))?;
+        Ok(Self { message, parameters })
+    }
+
+    /// A part of the path, whose name is a field's.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT where the body has another value for it.
+    pub(super) fn path(&mut self, name: &str, text: &str) -> Result<(), Status> {
+        match text_field(&self.message.descriptor(), name) {
+            Some(field) => self.set(&field, text),
+            None => Ok(()),
+        }
+    }
+
+    /// A parameter of the query.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT where it is unknown, repeated, or has another value elsewhere.
+    pub(super) fn parameter(&mut self, name: &str, text: &str) -> Result<(), Status> {
+        let descriptor = self.message.descriptor();
+        let Some(field) = text_field(&descriptor, name) else {
+            let fields: Vec<FieldDescriptor> = descriptor.fields().filter(is_text).collect();
+            let known: Vec<&str> = fields.iter().map(FieldDescriptor::name).collect();
+            return Err(Status::invalid_argument(names::unknown("query parameter", name, &known)));
+        };
+        if self.parameters.contains(&field.number()) {
+            return Err(Status::invalid_argument(format!("query parameter `{}` is there twice", field.name())));
+        }
+        self.parameters.push(field.number());
+        self.set(&field, text)
+    }
+
+    /// Sets a field, unless that would hide what was said elsewhere.
+    fn set(&mut self, field: &FieldDescriptor, text: &str) -> Result<(), Status> {
+        if self.message.has_field(field) && self.message.get_field(field).as_str() != Some(text) {
+            let message =
+                format!("`{}` has one value in the path or the query, and another one elsewhere", field.name());
+            return Err(Status::invalid_argument(message));
+        }
+        self.message.set_field(field, Value::String(text.to_owned()));
+        Ok(())
+    }
+
+    /// The request.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT where it is none.
+    pub(super) fn finish<T: Message + Name + Default>(self) -> Result<T, Status> {
+        let message = self.message.transcode_to();
+        message.map_err(|error| Status::invalid_argument(format!("the body is no {}: {error}", T::NAME)))
+    }
+}
+
+fn text_field(descriptor: &MessageDescriptor, name: &str) -> Option<FieldDescriptor> {
+    names::field(descriptor, name).filter(is_text)
+}
+
+fn is_text(field: &FieldDescriptor) -> bool {
+    field.kind() == Kind::String && !field.is_list()
+}
+
+/// The JSON of a message.
+///
+/// # Errors
+/// INTERNAL, where it has an Any of a type that is not in `proto/`.
+pub(super) fn write<T: Message + Name>(message: &T) -> Result<String, Status> {
+    to_json(&decode(&descriptor(&MESSAGES, &T::full_name())?, Bytes::from(message.encode_to_vec()))?)
+}
+
+/// An encoded `WatchResponse`, in JSON.
+pub(super) struct Written {
+    /// The one that is in it.
+    pub(super) snap_token: String,
+    pub(super) json: String,
+}
+
+/// The JSON of an encoded `WatchResponse`.
+///
+/// # Errors
+/// As [`write`].
+pub(super) fn write_watch_response(encoded: Bytes, changes: Changes) -> Result<Written, Status> {
+    let pool = match changes {
+        Changes::TupleChanges => &MESSAGES,
+        Changes::DataChanges => &RENAMED,
+    };
+    let response = decode(&descriptor(pool, &WatchResponse::full_name())?, encoded)?;
+    let token = response.get_field_by_name("changes").and_then(|changes| {
+        let token = changes.as_message()?.get_field_by_name("snap_token")?;
+        token.as_str().map(str::to_owned)
+    });
+    Ok(Written { snap_token: token.unwrap_or_default(), json: to_json(&response)? })
+}
+
+/// `{code, message, details}`: a `google.rpc.Status`.
+pub(super) fn write_status(status: &Status) -> String {
+    let plain = tonic_types::pb::Status {
+        code: status.code() as i32,
+        message: status.message().to_owned(),
+        details: Vec::new(),
+    };
+    let rich = tonic_types::pb::Status::decode(status.details()).ok();
+    let rich = rich.map(|rich| tonic_types::pb::Status { details: rich.details, ..plain.clone() });
+    let json = |status: &tonic_types::pb::Status| {
+        to_json(&decode(&descriptor(&ERRORS, "google.rpc.Status")?, Bytes::from(status.encode_to_vec()))?)
+    };
+    // Without the details, where one of them is of a type that is not in `google.rpc`.
+    rich.and_then(|rich| json(&rich).ok()).or_else(|| json(&plain).ok()).unwrap_or_default()
+}
+
+fn descriptor(pool: &DescriptorPool, name: &str) -> Result<MessageDescriptor, Status> {
+    let missing = || Status::new(Code::Internal, format!("{name} has no JSON form"));
+    pool.get_message_by_name(name).ok_or_else(missing)
+}
+
+fn decode(descriptor: &MessageDescriptor, encoded: Bytes) -> Result<DynamicMessage, Status> {
+    DynamicMessage::decode(descriptor.clone(), encoded).map_err(|error| unwritable(descriptor, &error))
+}
+
+fn to_json(message: &DynamicMessage) -> Result<String, Status> {
+    let mut json = Vec::new();
+    message
+        .serialize_with_options(&mut serde_json::Serializer::new(&mut json), &WRITE)
+        .map_err(|error| unwritable(&message.descriptor(), &error))?;
+    String::from_utf8(json).map_err(|error| unwritable(&message.descriptor(), &error))
+}
+
+fn unwritable(descriptor: &MessageDescriptor, error: &dyn std::error::Error) -> Status {
+    tracing::error!("{} cannot be written as JSON: {error}", descriptor.full_name());
+    Status::internal("the answer cannot be written as JSON: see the server's log, or use gRPC")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::grpc::proto::{
+        Attribute, AttributeReadResponse, DataChange, DataChanges, DataWriteRequest, RelationshipReadRequest, Tenant,
+        TenantCreateResponse, WatchRequest, data_change,
+    };
+    use serde_json::{Value as Json, json};
+    use std::collections::HashMap;
+    use tonic_types::{ErrorDetails, StatusExt as _};
+
+    const TYPE: &str = "type.googleapis.com/base.v1.";
+
+    fn written<T: Message + Name>(message: &T) -> Json {
+        serde_json::from_str(&write(message).unwrap()).unwrap()
+    }
+
+    fn read<T: Message + Name + Default>(body: &[u8]) -> Result<T, Status> {
+        Reading::body::<T>(body)?.finish()
+    }
+
+    fn tuple() -> Json {
+        json!({
+            "entity": {"type": "document", "id": "1"},
+            "relation": "viewer",
+            "subject": {"type": "user", "id": "2", "relation": ""},
+        })
+    }
+
+    /// An attribute goes in as JSON and comes out as the same.
+    fn value(kind: &str, data: &Json) -> Result<Json, Status> {
+        let value = json!({"@type": format!("{TYPE}{kind}"), "data": data});
+        let request = json!({"attributes": [{"entity": {"type": "a", "id": "1"}, "attribute": "x", "value": value}]});
+        let request: DataWriteRequest = read(request.to_string().as_bytes())?;
+        let response = AttributeReadResponse { attributes: request.attributes, continuous_token: String::new() };
+        Ok(written(&response)["attributes"][0]["value"].take())
+    }
+
+    #[test]
+    fn values_of_all_types_go_in_and_out() {
+        for (kind, data) in [
+            ("StringValue", json!("text")),
+            ("StringValue", json!("")),
+            ("IntegerValue", json!(-2_147_483_648)),
+            ("IntegerValue", json!(0)),
+            ("DoubleValue", json!(1.5)),
+            ("DoubleValue", json!("NaN")),
+            ("DoubleValue", json!("Infinity")),
+            ("DoubleValue", json!("-Infinity")),
+            ("BooleanValue", json!(true)),
+            ("BooleanValue", json!(false)),
+            ("StringArrayValue", json!(["a", ""])),
+            ("IntegerArrayValue", json!([1, 0])),
+            ("DoubleArrayValue", json!([0.5, "NaN"])),
+            ("BooleanArrayValue", json!([])),
+        ] {
+            let expected = json!({"@type": format!("{TYPE}{kind}"), "data": data});
+            assert_eq!(value(kind, &data).unwrap(), expected, "{kind}");
+        }
+        for (kind, data, expected) in [
+            ("IntegerValue", json!("7"), json!(7)),
+            ("IntegerValue", json!(7.0), json!(7)),
+            ("DoubleValue", json!(1), json!(1.0)),
+        ] {
+            assert_eq!(value(kind, &data).unwrap()["data"], expected, "{kind} of {data}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_value_is_refused() {
+        for (kind, data) in [
+            ("IntegerValue", json!(2_147_483_648_i64)),
+            ("IntegerValue", json!(1.5)),
+            ("IntegerValue", json!("x")),
+            ("BooleanValue", json!("true")),
+            ("StringValue", json!(1)),
+            ("StringArrayValue", json!("a")),
+            ("UnknownValue", json!("a")),
+        ] {
+            assert_eq!(value(kind, &data).unwrap_err().code(), Code::InvalidArgument, "{kind} of {data}");
+        }
+    }
+
+    #[test]
+    fn names_are_taken_in_both_forms() {
+        for body in [
+            json!({"tenant_id": "t1", "page_size": 5, "metadata": {"snap_token": "s"}, "filter": null}),
+            json!({"tenantId": "t1", "pageSize": "5", "metadata": {"snapToken": "s"}}),
+        ] {
+            let request: RelationshipReadRequest = read(body.to_string().as_bytes()).unwrap();
+            assert_eq!((request.tenant_id.as_str(), request.page_size), ("t1", 5));
+            assert_eq!(request.metadata.unwrap().snap_token, "s");
+            assert_eq!(request.filter, None);
+        }
+    }
+
+    /// What path and query add to a body.
+    fn put_together(body: &str, path: &[(&str, &str)], query: &[(&str, &str)]) -> Result<WatchRequest, Status> {
+        let mut reading = Reading::body::<WatchRequest>(body.as_bytes())?;
+        path.iter().try_for_each(|(name, text)| reading.path(name, text))?;
+        query.iter().try_for_each(|(name, text)| reading.parameter(name, text))?;
+        reading.finish()
+    }
+
+    #[test]
+    fn path_query_and_body_must_agree() {
+        let tenant = [("tenant_id", "t1")];
+        for (body, path, query) in [
+            ("", &tenant[..], &[("snap_token", "s")][..]),
+            (" \n", &tenant, &[("snapToken", "s")]),
+            ("{\"tenant_id\": \"t1\"}", &tenant, &[("snap_token", "s"), ("tenant_id", "t1")]),
+            ("{\"tenantId\": \"\", \"snap_token\": \"s\"}", &tenant, &[]),
+            ("{\"tenant_id\": \"t1\", \"snap_token\": \"s\"}", &[], &[("snap_token", "s")]),
+        ] {
+            let expected = WatchRequest { tenant_id: "t1".into(), snap_token: "s".into() };
+            assert_eq!(put_together(body, path, query).unwrap(), expected, "{body:?} {query:?}");
+        }
+        let elsewhere = "has one value in the path or the query, and another one elsewhere";
+        for (body, query, says) in [
+            ("{\"tenant_id\": \"t2\"}", &[][..], elsewhere),
+            ("{\"snap_token\": \"s\"}", &[("snap_token", "other")], elsewhere),
+            ("", &[("tenantId", "t2")], elsewhere),
+            ("", &[("snap_token", "s"), ("snapToken", "s")], "query parameter `snap_token` is there twice"),
+            ("", &[("snaptoken", "s")], "unknown query parameter `snaptoken`: did you mean `snap_token`?"),
+            ("", &[("token", "s")], "unknown query parameter `token`: known here: tenant_id, snap_token"),
+        ] {
+            let refused = put_together(body, &tenant, query).unwrap_err();
+            assert_eq!(refused.code(), Code::InvalidArgument, "{body:?} {query:?}");
+            assert!(refused.message().contains(says), "{body:?} {query:?}: {refused}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_json_is_refused() {
+        let deep = format!("{{\"x\": {}", "[".repeat(100_000));
+        let any = |depth| {
+            format!("{{\"@type\": \"type.googleapis.com/google.protobuf.Any\", \"value\": {}", "{".repeat(depth))
+        };
+        let deep_any = format!("{{\"attributes\": [{{\"value\": {}", any(1).repeat(1000));
+        for body in [
+            "{",
+            "[]",
+            "null",
+            "1",
+            "\"a\"",
+            "{} {}",
+            "{\"tuples\": {}}",
+            "{\"tuples\": [1]}",
+            "\u{feff}{}",
+            &deep,
+            &deep_any,
+        ] {
+            let refused = read::<DataWriteRequest>(body.as_bytes()).unwrap_err();
+            assert_eq!(refused.code(), Code::InvalidArgument);
+            assert!(refused.message().starts_with("the body is no DataWriteRequest: "), "{refused}");
+        }
+        assert!(read::<DataWriteRequest>(b"{\"tenant_id\": \"\xff\"}").is_err());
+    }
+
+    #[test]
+    fn changes_are_called_as_the_client_calls_them() {
+        let tuple: DataWriteRequest = read(json!({"tuples": [tuple()]}).to_string().as_bytes()).unwrap();
+        let tuple = tuple.tuples.into_iter().next().map(data_change::Type::Tuple);
+        let change = DataChange { operation: data_change::Operation::Create as i32, r#type: tuple };
+        let changes = DataChanges { snap_token: "s".into(), tuple_changes: vec![change] };
+        let encoded = Bytes::from(WatchResponse { changes: Some(changes) }.encode_to_vec());
+        for (changes, name) in [(Changes::TupleChanges, "tuple_changes"), (Changes::DataChanges, "data_changes")] {
+            let json: Json = {
+                let written = write_watch_response(encoded.clone(), changes).unwrap();
+                assert_eq!(written.snap_token, "s");
+                serde_json::from_str(&written.json).unwrap()
+            };
+            let list = json!([{"operation": "OPERATION_CREATE", "tuple": self::tuple()}]);
+            assert_eq!(json, json!({"changes": {"snap_token": "s", (name): list}}));
+        }
+        let empty = Bytes::from(WatchResponse { changes: Some(DataChanges::default()) }.encode_to_vec());
+        let json = write_watch_response(empty, Changes::DataChanges).unwrap().json;
+        assert_eq!(json, r#"{"changes":{"snap_token":"","data_changes":[]}}"#);
+    }
+
+    #[test]
+    fn times_are_texts() {
+        let created_at = Some(prost_types::Timestamp { seconds: 0, nanos: 5_000_000 });
+        let tenant = Some(Tenant { id: "t1".into(), name: "é".into(), created_at });
+        let expected = json!({"tenant": {"id": "t1", "name": "é", "created_at": "1970-01-01T00:00:00.005Z"}});
+        assert_eq!(written(&TenantCreateResponse { tenant }), expected);
+    }
+
+    #[test]
+    fn an_error_has_its_details() {
+        let status = Status::not_found("no tenant");
+        let json: Json = serde_json::from_str(&write_status(&status)).unwrap();
+        assert_eq!(json, json!({"code": 5, "message": "no tenant", "details": []}));
+
+        let metadata = [("next_snap_token".to_owned(), "s".to_owned())];
+        let details = ErrorDetails::with_error_info("BROKEN", "tuplewatch", HashMap::from(metadata));
+        let status = Status::with_error_details(Code::Aborted, "broken", details);
+        let json: Json = serde_json::from_str(&write_status(&status)).unwrap();
+        let info = json!({
+            "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+            "reason": "BROKEN",
+            "domain": "tuplewatch",
+            "metadata": {"next_snap_token": "s"},
+        });
+        assert_eq!(json, json!({"code": 10, "message": "broken", "details": [info]}));
+
+        let status = Status::with_details(Code::Internal, "m", Bytes::from_static(b"\xff"));
+        let json: Json = serde_json::from_str(&write_status(&status)).unwrap();
+        assert_eq!(json, json!({"code": 13, "message": "m", "details": []}));
+    }
+
+    #[test]
+    fn a_value_of_an_unknown_type_is_no_panic() {
+        let value = Some(prost_types::Any { type_url: "example.com/x.Y".into(), value: vec![1] });
+        let attributes = vec![Attribute { entity: None, attribute: "x".into(), value }];
+        let response = AttributeReadResponse { attributes, continuous_token: String::new() };
+        assert_eq!(write(&response).unwrap_err().code(), Code::Internal);
+    }
+}

@@ -1,0 +1,123 @@
+//! Connections: how long one may last that does nothing.
+//!
+//! A connection that says nothing costs a descriptor until a timeout: of the TLS handshake, of the headers (which is also how
+//! long it may idle between requests), of the body (`call`). How many there are is bounded by [`crate::connections`], which also
+//! finds a client that is gone without a word, as HTTP/1 has no pings.
+
+use super::Gateway;
+use crate::access::connections;
+use crate::access::tls;
+use crate::config::Http as HttpConfig;
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::sync::watch::Receiver;
+use tokio::task::JoinSet;
+
+/// Longest time for the headers of a request to come, counted from when the connection is ready for one.
+const HEADERS_TIMEOUT: Duration = Duration::from_secs(30);
+/// Bytes of a response that wait for a client that does not read, and the longest headers of a request.
+const BUFFER_BYTES_MAX: usize = 64 << 10;
+
+/// Why the gateway cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The address is taken or not ours.
+    #[error("cannot listen on {address} for HTTP: {source} (server.host, server.http.port)")]
+    Bind {
+        /// The address.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The certificate or the key is not usable.
+    #[error(transparent)]
+    Tls(#[from] tls::Error),
+}
+
+/// A bound listener: bound before anything else starts, so that a taken port is said at once.
+pub struct Listener {
+    listener: connections::Listener,
+    tls: Option<tls::Acceptor>,
+}
+
+impl Listener {
+    /// Binds host and port (port 0 takes any), and reads certificate and key.
+    ///
+    /// # Errors
+    /// Where that is not possible.
+    pub async fn bind(host: &str, config: &HttpConfig) -> Result<Self, Error> {
+        let port = config.port;
+        let tls = match &config.tls {
+            Some(files) => Some(tls::Acceptor::read("server.http.tls", files, b"http/1.1").await?),
+            None => None,
+        };
+        let bind = |source| Error::Bind { address: format!("{host}:{port}"), source };
+        let listener = connections::Listener::bind(host, port).await.map_err(bind)?;
+        Ok(Self { listener, tls })
+    }
+
+    /// Where it listens.
+    pub const fn address(&self) -> SocketAddr {
+        self.listener.address()
+    }
+}
+
+/// Serves until `stop` turns true and all connections have ended.
+///
+/// Dropped before, it cuts them.
+pub async fn serve(listener: Listener, gateway: Gateway, connections_max: usize, stop: Receiver<bool>) {
+    let router = gateway.into_router();
+    let Listener { listener, tls } = listener;
+    let spawn = |connections: &mut JoinSet<()>, stream, place| {
+        let connection = connect(stream, tls.clone(), router.clone(), stop.clone());
+        connections.spawn(async move {
+            connection.await;
+            drop(place);
+        });
+    };
+    listener.serve("HTTP", connections_max, stop.clone(), spawn).await;
+}
+
+async fn connect(stream: TcpStream, tls: Option<tls::Acceptor>, router: Router, mut stop: Receiver<bool>) {
+    let Some(acceptor) = tls else {
+        return talk(stream, router, stop).await;
+    };
+    let handshake = tokio::select! {
+        handshake = acceptor.accept(stream) => handshake,
+        _ = stop.wait_for(|stop| *stop) => return,
+    };
+    match handshake {
+        Ok(stream) => talk(stream, router, stop).await,
+        Err(error) => tracing::debug!("a TLS handshake for HTTP failed: {error}"),
+    }
+}
+
+/// Requests and responses, one after the other.
+async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, mut stop: Receiver<bool>) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADERS_TIMEOUT)
+        .max_buf_size(BUFFER_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let mut connection = std::pin::pin!(connection);
+    let stopped = async move {
+        let _ = stop.wait_for(|stop| *stop).await;
+    };
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = stopped => {
+            // The answer that is on its way is sent; a stream ends by itself, with a last word.
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!("an HTTP connection ended: {error}");
+    }
+}

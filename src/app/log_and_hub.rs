@@ -1,0 +1,73 @@
+//! Where the session, the change log and the hub meet.
+//!
+//! ```text
+//!  session ──▶ LogAndHub ──┬──▶ recorder ──▶ change log
+//!                          └──▶ hub ──▶ publisher ──▶ record_visible ──▶ recorder
+//! ```
+//!
+//! The session hands over one entry at a time, and neither of the two knows the other. The positions that new snapshots can see go back
+//! to the log, so that a restart knows what it has to ask PostgreSQL about.
+
+use crate::changelog::recorder::{self, Closed};
+use crate::changelog::{Entry, Room, State};
+use crate::hub::Hub;
+use crate::model::lsn::{Lsn, Xid8};
+use crate::replication::{self, Outlet};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// The log and the hub, as the session sees them.
+pub(crate) struct LogAndHub {
+    pub(crate) recorder: recorder::Handle,
+    pub(crate) hub: Hub,
+}
+
+impl Outlet for LogAndHub {
+    /// The log first: what waits for room in the window waits for the log. The hub's part is the last, and either happens
+    /// or does not, so that a cancelled delivery can be repeated.
+    async fn deliver(&self, entry: Entry) -> Result<(), Closed> {
+        self.recorder.append(entry.clone()).await?;
+        match entry {
+            Entry::Adopt(origin) => self.hub.begin_at(origin.source, origin.history, origin.lsn),
+            Entry::Transaction(transaction) => self.hub.admit(transaction).await,
+            Entry::Progress(lsn) => self.hub.progress(lsn),
+            Entry::Break(gap) => self.hub.interrupt(gap),
+            Entry::Diverge { at, history } => {
+                // Readers go to the log for what the hub forgets: it must have forgotten too.
+                self.recorder.flush().await?;
+                self.hub.diverge(at, history);
+            }
+            Entry::Staged(_) | Entry::Discard | Entry::Verified(_) | Entry::Mapping(_) | Entry::Visible(_) => {}
+        }
+        Ok(())
+    }
+
+    async fn checkpoint(&self) -> Result<State, Closed> {
+        self.recorder.flush().await
+    }
+
+    async fn recorded_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, replication::Error> {
+        self.hub.recorded_since(from).await.map_err(|error| replication::Error::Transient(error.to_string()))
+    }
+
+    fn durable(&self) -> watch::Receiver<Lsn> {
+        self.recorder.durable()
+    }
+
+    fn room(&self) -> watch::Receiver<Room> {
+        self.recorder.room()
+    }
+}
+
+/// Most often that the visible mark is recorded. What is past it is asked for again after a restart.
+const VISIBLE_EVERY: Duration = Duration::from_secs(1);
+
+pub(crate) async fn record_visible(mut visible: watch::Receiver<Lsn>, recorder: recorder::Handle) {
+    while visible.changed().await.is_ok() {
+        let lsn = *visible.borrow_and_update();
+        if recorder.append(Entry::Visible(lsn)).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(VISIBLE_EVERY).await;
+    }
+}

@@ -1,0 +1,171 @@
+//! Where in the stream a token's transaction is.
+//!
+//! A transaction that the log has is there. One that it does not have may still come: while PostgreSQL says that it runs, and
+//! then until the stream has passed a mark that was written after it was over. One that has not come by then left no trace
+//! here: it was rolled back, touched nothing that is watched, or is from before what the log has.
+
+use super::{Error, Start};
+use crate::changelog::{self, ChangeLog, Trace};
+use crate::hub::primary::{Primary, TransactionStatus, Unreachable};
+use crate::hub::{Filter, Hub};
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position, Snapshot, Xid8};
+use crate::model::snap_token::TokenId;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long to wait, between looks, for a transaction to end.
+const STATUS_EVERY: Duration = Duration::from_millis(50);
+
+/// A transaction that left no trace.
+struct Missing {
+    /// Whether PostgreSQL has not even handed out its id.
+    is_unassigned: bool,
+    /// Whatever it did, it was over before this.
+    mark: Lsn,
+}
+
+impl Hub {
+    /// Right after the transaction that carried `id`. One that left no trace resolves to its floor: everything after it
+    /// includes everything after the transaction. What the reader has seen reaches to where the transaction ended, no earlier.
+    pub(super) async fn after_token(
+        &self,
+        primary: &impl Primary,
+        id: TokenId,
+        xid: Xid8,
+        floor: Lsn,
+        timeout: Duration,
+    ) -> Result<Start, Error> {
+        match self.settle(primary, xid, timeout, move |log| log.find_token(id)).await? {
+            Ok(end) => Ok(Start::after(Position::at(end))),
+            Err(missing) if floor > missing.mark => Err(Error::BeyondHistory),
+            Err(missing) => Ok(Start { seen: Position::at(missing.mark), ..Start::after(Position::at(floor)) }),
+        }
+    }
+
+    /// Right after the transaction with this id. There is nothing to go by for one that left no trace.
+    pub(super) async fn after_xid(
+        &self,
+        primary: &impl Primary,
+        tenant: &TenantId,
+        xid: Xid8,
+        timeout: Duration,
+    ) -> Result<Start, Error> {
+        let (_, end) = self.place_of(primary, tenant, xid, timeout).await?;
+        Ok(Start::after(Position::at(end)))
+    }
+
+    /// Everything that `snapshot`, which the transaction with this id took, does not see; without that transaction's own
+    /// changes.
+    pub(super) async fn after_snapshot(
+        &self,
+        primary: &impl Primary,
+        tenant: &TenantId,
+        xid: Xid8,
+        snapshot: Snapshot,
+        timeout: Duration,
+    ) -> Result<Start, Error> {
+        let (_, end) = self.place_of(primary, tenant, xid, timeout).await?;
+        let snapshot = Arc::new(snapshot);
+        let (whose, seen_by) = (tenant.clone(), snapshot.clone());
+        let first = self.on_disk(move |log| first_unseen(log, &whose, &seen_by)).await?;
+        let Some(first) = first else { return Err(self.unknown(tenant, xid).await?) };
+        // The snapshot was taken before the transaction ended, so it sees nothing that commits later.
+        let filter = Filter { lsn: end, snapshot, own: Some(xid) };
+        Ok(Start { position: first, seen: Position::at(end), filter: Some(filter) })
+    }
+
+    /// Commit and end LSN of the transaction with this id.
+    async fn place_of(
+        &self,
+        primary: &impl Primary,
+        tenant: &TenantId,
+        xid: Xid8,
+        timeout: Duration,
+    ) -> Result<(Lsn, Lsn), Error> {
+        let whose = tenant.clone();
+        match self.settle(primary, xid, timeout, move |log| log.find_transaction(&whose, xid)).await? {
+            Ok(Trace::Committed { commit, end }) => Ok((commit, end)),
+            Ok(Trace::Abandoned) => Err(Error::Abandoned),
+            Err(missing) if missing.is_unassigned => Err(Error::BeyondHistory),
+            Err(_) => Err(self.unknown(tenant, xid).await?),
+        }
+    }
+
+    async fn unknown(&self, tenant: &TenantId, xid: Xid8) -> Result<Error, changelog::Error> {
+        let tenant = tenant.clone();
+        let earliest = self.on_disk(move |log| log.horizon(&tenant)).await?;
+        Ok(Error::UnknownTransaction { xid, earliest })
+    }
+
+    /// What `find` finds of the transaction, once it is over and the stream is past it.
+    async fn settle<T: Send + 'static>(
+        &self,
+        primary: &impl Primary,
+        xid: Xid8,
+        timeout: Duration,
+        find: impl Fn(&dyn ChangeLog) -> Result<Option<T>, changelog::Error> + Clone + Send + 'static,
+    ) -> Result<Result<T, Missing>, Error> {
+        if let Some(found) = self.on_disk(find.clone()).await? {
+            return Ok(Ok(found));
+        }
+        let deadline = Instant::now() + timeout;
+        let is_unassigned = await_outcome(primary, xid, deadline, timeout).await? == TransactionStatus::Unassigned;
+        // If it committed, its commit is in the stream before the mark, and in the log soon after.
+        let mark = primary.mark().await?;
+        let mut appended = self.inner.appended.clone();
+        let reached =
+            tokio::time::timeout_at(deadline.max(Instant::now() + STATUS_EVERY), appended.wait_for(|lsn| *lsn > mark));
+        if reached.await.is_err() {
+            return Err(Unreachable(format!("the stream did not reach {mark} in time, try again")).into());
+        }
+        Ok(self.on_disk(find).await?.ok_or(Missing { is_unassigned, mark }))
+    }
+}
+
+/// Waits for a transaction to end; what it is then.
+pub(super) async fn await_outcome(
+    primary: &impl Primary,
+    xid: Xid8,
+    deadline: Instant,
+    timeout: Duration,
+) -> Result<TransactionStatus, Error> {
+    loop {
+        match primary.transaction_status(xid).await? {
+            TransactionStatus::InProgress if Instant::now() >= deadline => return Err(Error::StillRunning(timeout)),
+            TransactionStatus::InProgress => tokio::time::sleep(STATUS_EVERY).await,
+            ended => return Ok(ended),
+        }
+    }
+}
+
+/// A position before everything that the snapshot does not see, and not long before it; `None` where the log does not reach
+/// back that far.
+///
+/// Transactions from `xmax` on got their ids after the snapshot was taken, and so after whatever it sees had committed: they
+/// come behind any one that it sees. Those that were running are looked up one by one, since one may have committed, and not
+/// been visible yet.
+fn first_unseen(
+    log: &dyn ChangeLog,
+    tenant: &TenantId,
+    snapshot: &Snapshot,
+) -> Result<Option<Position>, changelog::Error> {
+    let mut below = log.largest_below(snapshot.xmax())?;
+    while let Some((xid, _)) = below.filter(|(xid, _)| !snapshot.sees(*xid)) {
+        below = log.largest_below(xid)?;
+    }
+    let Some((_, mut first)) = below else {
+        // Nothing has gone since the log began, and that was before the snapshot was taken.
+        let origin = log.state().origin.filter(|origin| origin.xid <= snapshot.xmax());
+        let origin = origin.map(|origin| Position::at(origin.lsn));
+        let horizon = log.horizon(tenant)?;
+        return Ok(origin.filter(|origin| horizon <= *origin));
+    };
+    for xid in snapshot.running() {
+        if let Some(Trace::Committed { commit, .. }) = log.find_transaction(tenant, *xid)? {
+            first = first.min(commit);
+        }
+    }
+    Ok(Some(Position::at(first)))
+}

@@ -1,0 +1,223 @@
+//! Which history a position belongs to: the source (one database of one cluster) and its timelines.
+//!
+//! After a promotion or a point-in-time recovery PostgreSQL goes on along a new timeline that branches off at a *switch
+//! LSN*; what the old one wrote past that LSN is no longer part of the history. Two clones can both be on "timeline 2",
+//! so a timeline is identified by its id *and* the LSN at which it begins.
+
+use crate::model::lsn::Lsn;
+use sha2::{Digest, Sha256};
+use std::fmt;
+
+/// One database of one PostgreSQL cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// `system_identifier` of `pg_control_system()`, given at initdb and shared by all physical copies.
+    pub system_identifier: u64,
+    /// The oid of the database.
+    pub database_oid: u32,
+}
+
+impl Source {
+    /// What tokens carry of it. The same bytes are made in SQL by `tuplewatch.snap_token()`.
+    pub fn hash(self) -> [u8; 8] {
+        let mut hasher = Sha256::new();
+        hasher.update(self.system_identifier.to_be_bytes());
+        hasher.update(self.database_oid.to_be_bytes());
+        prefix(hasher)
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "system {} database {}", self.system_identifier, self.database_oid)
+    }
+}
+
+/// One timeline: PostgreSQL's number for it, and the LSN at which it branched off its parent (`0/0` for the first).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeline {
+    /// 1 for a cluster that was never promoted or recovered.
+    pub id: u32,
+    /// The switch LSN: the first position that this timeline wrote itself.
+    pub begin: Lsn,
+}
+
+impl Timeline {
+    /// What tokens carry of it.
+    pub fn hash(self) -> [u8; 8] {
+        let mut hasher = Sha256::new();
+        hasher.update(self.id.to_be_bytes());
+        hasher.update(self.begin.0.to_be_bytes());
+        prefix(hasher)
+    }
+}
+
+fn prefix(hasher: Sha256) -> [u8; 8] {
+    let digest: [u8; 32] = hasher.finalize().into();
+    let [a, b, c, d, e, f, g, h, ..] = digest;
+    [a, b, c, d, e, f, g, h]
+}
+
+/// The timelines that lead to the server's present one, oldest first. Never empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct History {
+    ancestors: Vec<Timeline>,
+    current: Timeline,
+}
+
+/// A timeline history file that does not read as one.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("timeline history of timeline {timeline} has a line that is not 'parent LSN reason': '{line}'")]
+pub struct ParseHistoryError {
+    timeline: u32,
+    line: String,
+}
+
+impl History {
+    /// The history of a server that is on timeline 1: there is no history file for it.
+    pub const fn first() -> Self {
+        Self { ancestors: Vec::new(), current: Timeline { id: 1, begin: Lsn::ZERO } }
+    }
+
+    /// Reads a history file (`TIMELINE_HISTORY` of the replication protocol): a line a parent, `id TAB switch-LSN TAB
+    /// reason`, oldest first; blank lines and `#` comments are skipped.
+    ///
+    /// # Errors
+    /// Where a line has another form.
+    pub fn parse(timeline: u32, content: &str) -> Result<Self, ParseHistoryError> {
+        let mut ancestors = Vec::new();
+        let mut begin = Lsn::ZERO;
+        for line in content.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+            let mut fields = line.split_whitespace();
+            let parent = fields.next().and_then(|id| id.parse().ok());
+            let switch = fields.next().and_then(|lsn| lsn.parse().ok());
+            let (Some(id), Some(switch)) = (parent, switch) else {
+                return Err(ParseHistoryError { timeline, line: line.to_owned() });
+            };
+            ancestors.push(Timeline { id, begin });
+            begin = switch;
+        }
+        Ok(Self { ancestors, current: Timeline { id: timeline, begin } })
+    }
+
+    /// Builds a history from stored timelines, oldest first; `None` for an empty list.
+    pub fn from_timelines(mut timelines: Vec<Timeline>) -> Option<Self> {
+        let current = timelines.pop()?;
+        Some(Self { ancestors: timelines, current })
+    }
+
+    /// Oldest first, the present one last.
+    pub fn timelines(&self) -> impl Iterator<Item = Timeline> + '_ {
+        self.ancestors.iter().copied().chain(std::iter::once(self.current))
+    }
+
+    /// The timeline that the server is writing now.
+    pub const fn current(&self) -> Timeline {
+        self.current
+    }
+
+    /// The timeline that wrote what lies *before* `lsn`; at a switch LSN that is the older one, on which the position is
+    /// valid too.
+    pub fn writer_of(&self, lsn: Lsn) -> Timeline {
+        self.timelines()
+            .take_while(|timeline| timeline.begin < lsn)
+            .last()
+            .unwrap_or_else(|| self.ancestors.first().copied().unwrap_or(self.current))
+    }
+
+    /// Whether a position that was written on the timeline with this hash, at this LSN, lies on this history.
+    pub fn holds(&self, timeline_hash: [u8; 8], lsn: Lsn) -> bool {
+        let mut timelines = self.timelines().peekable();
+        while let Some(timeline) = timelines.next() {
+            if timeline.hash() == timeline_hash {
+                return timelines.peek().is_none_or(|next| lsn <= next.begin);
+            }
+        }
+        false
+    }
+
+    /// Whether the `recorded` history goes on where this one ends: whoever recorded it has followed a promotion, and a server
+    /// on this history was left behind by it.
+    pub fn was_left_behind_by(&self, recorded: &Self) -> bool {
+        let mut theirs = recorded.timelines();
+        self.timelines().all(|our| theirs.next() == Some(our)) && theirs.next().is_some()
+    }
+
+    /// Where the `recorded` history leaves this one: everything recorded past that LSN was abandoned. `None` where the
+    /// recorded history ends on the present timeline.
+    pub fn divergence_from(&self, recorded: &Self) -> Option<Lsn> {
+        let mut ours = self.timelines();
+        let mut theirs = recorded.timelines();
+        loop {
+            match (ours.next(), theirs.next()) {
+                (Some(our), Some(their)) if our == their => {}
+                (Some(our), Some(their)) => return Some(our.begin.min(their.begin)),
+                (Some(our), None) => return Some(our.begin),
+                (None, Some(their)) => return Some(their.begin),
+                (None, None) => return None,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn history(timeline: u32, content: &str) -> History {
+        History::parse(timeline, content).unwrap()
+    }
+
+    #[test]
+    fn reads_history_files() {
+        let read = history(3, "1\t0/3000000\tno recovery target specified\n\n2\t0/5000000\tbefore x\n");
+        let timelines: Vec<_> = read.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect();
+        assert_eq!(timelines, [(1, 0), (2, 0x300_0000), (3, 0x500_0000)]);
+        assert_eq!(History::parse(1, ""), Ok(History::first()));
+        assert!(History::parse(2, "one 0/1").is_err());
+        assert!(History::parse(2, "1").is_err());
+    }
+
+    #[test]
+    fn positions_lie_on_a_history_up_to_the_switch() {
+        let now = history(2, "1 0/300 x");
+        let first = Timeline { id: 1, begin: Lsn::ZERO };
+        let second = Timeline { id: 2, begin: Lsn(0x300) };
+        assert!(now.holds(first.hash(), Lsn(0x300)));
+        assert!(!now.holds(first.hash(), Lsn(0x301)));
+        assert!(now.holds(second.hash(), Lsn(0x900)));
+        // Another clone's timeline 2 is another timeline.
+        assert!(!now.holds(Timeline { id: 2, begin: Lsn(0x200) }.hash(), Lsn(0x250)));
+        assert_eq!(now.writer_of(Lsn(0x300)), first);
+        assert_eq!(now.writer_of(Lsn(0x301)), second);
+        assert_eq!(now.writer_of(Lsn::ZERO), first);
+    }
+
+    #[test]
+    fn left_behind() {
+        let (one, two, three) = (History::first(), history(2, "1 0/300 x"), history(3, "1 0/300 x\n2 0/500 y"));
+        let other_two = history(2, "1 0/200 x");
+        assert!(one.was_left_behind_by(&two) && one.was_left_behind_by(&three) && two.was_left_behind_by(&three));
+        for (ours, recorded) in [(&one, &one), (&two, &one), (&other_two, &two), (&other_two, &three)] {
+            assert!(!ours.was_left_behind_by(recorded), "{ours:?} {recorded:?}");
+        }
+    }
+
+    #[test]
+    fn divergence() {
+        let check = |ours: &History, recorded: &History, expected: Option<u64>| {
+            assert_eq!(ours.divergence_from(recorded), expected.map(Lsn));
+        };
+        let one = History::first();
+        let two = history(2, "1 0/300 x");
+        let other_two = history(2, "1 0/200 x");
+        let three = history(3, "1 0/300 x\n2 0/500 y");
+        check(&one, &one, None);
+        check(&two, &one, Some(0x300));
+        check(&three, &two, Some(0x500));
+        check(&three, &one, Some(0x300));
+        check(&other_two, &two, Some(0x200));
+        // Back on an older timeline: a storage rollback.
+        check(&one, &two, Some(0x300));
+    }
+}

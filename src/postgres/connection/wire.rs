@@ -1,0 +1,142 @@
+//! From an address to a stream of bytes to the server, with TLS where that is wanted.
+
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use postgres_protocol::message::frontend;
+use rustls::RootCertStore;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{PrivateKeyDer, ServerName};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use crate::access::trust::{self, Authorities, Refused};
+
+/// What `sslmode` and its like say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Tls {
+    pub(super) mode: SslMode,
+    /// Mozilla's authorities where there is none.
+    pub(super) root_cert: Option<PathBuf>,
+    /// The certificate and the key of the client.
+    pub(super) identity: Option<(PathBuf, PathBuf)>,
+}
+
+/// As in libpq. There is no `allow`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SslMode {
+    Disable,
+    Prefer,
+    Require,
+    VerifyCa,
+    VerifyFull,
+}
+
+impl SslMode {
+    pub(super) const fn verifies(self) -> bool {
+        matches!(self, Self::VerifyCa | Self::VerifyFull)
+    }
+}
+
+/// Why there is no TLS.
+#[derive(Debug)]
+pub(super) enum Error {
+    /// The server has none.
+    NotOffered,
+    /// A file cannot be read or used.
+    File(String),
+    /// The server's certificate.
+    Refused(Refused),
+    /// Anything else, of either side.
+    Handshake(io::Error),
+}
+
+/// Bytes in both directions.
+pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send + Sync {
+    /// Where they are carried by TCP.
+    fn tcp(&self) -> Option<BorrowedFd<'_>>;
+}
+
+impl Duplex for TcpStream {
+    fn tcp(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.as_fd())
+    }
+}
+
+impl Duplex for TlsStream<TcpStream> {
+    fn tcp(&self) -> Option<BorrowedFd<'_>> {
+        self.get_ref().0.tcp()
+    }
+}
+
+impl Duplex for UnixStream {
+    fn tcp(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// A connection of any kind.
+pub(super) type Wire = Box<dyn Duplex>;
+
+/// Asks a server for TLS, and does the handshake. `host` is the name or the address for which the certificate has to be.
+pub(super) async fn upgrade(mut stream: TcpStream, tls: &Tls, host: &str) -> Result<Wire, Error> {
+    if tls.mode == SslMode::Disable {
+        return Ok(Box::new(stream));
+    }
+    let mut request = BytesMut::new();
+    frontend::ssl_request(&mut request);
+    stream.write_all(&request).await.map_err(Error::Handshake)?;
+    // One byte and no more: what a man in the middle sends behind it must not be taken for a part of the encrypted stream.
+    match stream.read_u8().await.map_err(Error::Handshake)? {
+        b'S' => {}
+        _ if tls.mode == SslMode::Prefer => return Ok(Box::new(stream)),
+        _ => return Err(Error::NotOffered),
+    }
+    let name = ServerName::try_from(host.to_owned());
+    let name = name.map_err(|_| Error::File(format!("'{host}' is no name that a certificate can be for")))?;
+    let connected = TlsConnector::from(Arc::new(tls.config().await?)).connect(name, stream).await;
+    match connected {
+        Ok(stream) => Ok(Box::new(stream)),
+        Err(error) => Err(Refused::of(&error).cloned().map_or_else(|| Error::Handshake(error), Error::Refused)),
+    }
+}
+
+impl Tls {
+    /// Reads the files, so that a certificate that was renewed counts for the next connection.
+    async fn config(&self) -> Result<rustls::ClientConfig, Error> {
+        let authorities = match &self.root_cert {
+            _ if !self.mode.verifies() => Authorities::Anybody,
+            None => Authorities::Public(RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() }),
+            Some(path) => Authorities::Own(certificates("sslrootcert", path).await?),
+        };
+        let identity = match &self.identity {
+            None => None,
+            Some((cert, key)) => {
+                let pem = read("sslkey", key).await?;
+                let private = PrivateKeyDer::from_pem_slice(&pem);
+                let private = private.map_err(|_| Error::File(format!("{} (sslkey) holds no key", key.display())))?;
+                Some((certificates("sslcert", cert).await?, private))
+            }
+        };
+        trust::client_config(authorities, self.mode == SslMode::VerifyFull, identity)
+            .map_err(|error| Error::File(format!("sslcert and sslkey cannot be used: {error}")))
+    }
+}
+
+async fn certificates(setting: &str, path: &PathBuf) -> Result<Vec<rustls::pki_types::CertificateDer<'static>>, Error> {
+    let found = trust::certificates(&read(setting, path).await?);
+    if found.is_empty() {
+        return Err(Error::File(format!("{} ({setting}) holds no certificate in PEM form", path.display())));
+    }
+    Ok(found)
+}
+
+async fn read(setting: &str, path: &PathBuf) -> Result<Vec<u8>, Error> {
+    let unreadable = |error| Error::File(format!("cannot read {} ({setting}): {error}", path.display()));
+    tokio::fs::read(path).await.map_err(unreadable)
+}

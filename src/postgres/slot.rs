@@ -1,0 +1,214 @@
+//! The replication slot: what it is like, and making one.
+//!
+//! Making a slot waits until every transaction that was open at the start of it has ended, of the whole cluster. That can
+//! take as long as somebody's forgotten `BEGIN`, so whoever waits is told for whom.
+
+use serde::Deserialize;
+use std::fmt;
+use std::time::{Duration, Instant};
+use tokio_postgres::Client;
+use tokio_postgres::types::{PgLsn, Type};
+
+use crate::postgres::catalog::Document;
+use crate::postgres::connection::Connection;
+use crate::postgres::transactions::{self, Locks, NAMED_MAX, Watched};
+
+/// How much the slot is not told of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HoldBack {
+    /// What became durable here within this time. Zero: nothing is held back.
+    pub age: Duration,
+    /// But no more than this, in bytes of WAL.
+    pub size_bytes: u64,
+}
+
+impl HoldBack {
+    /// WAL that may be held back, in bytes.
+    pub const fn bytes_max(self) -> u64 {
+        if self.age.is_zero() { 0 } else { self.size_bytes }
+    }
+}
+
+use crate::model::lsn::Lsn;
+
+/// Short waits are normal, and not worth a word.
+const TELL_EVERY: Duration = Duration::from_secs(3);
+
+/// A row of `pg_replication_slots`. Columns that this version of PostgreSQL does not have are as if nothing were wrong.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Slot {
+    pub(crate) plugin: Option<String>,
+    pub(crate) slot_type: String,
+    pub(crate) database: Option<String>,
+    pub(crate) active_pid: Option<i32>,
+    pub(crate) wal_status: Option<String>,
+    /// How much may still be written before the slot is lost. None: there is no limit.
+    pub(crate) safe_wal_size: Option<i64>,
+    #[serde(default)]
+    pub(crate) two_phase: bool,
+    #[serde(default)]
+    pub(crate) temporary: bool,
+    /// From version 16 on.
+    #[serde(default)]
+    pub(crate) conflicting: Option<bool>,
+    /// From version 17 on.
+    #[serde(default)]
+    pub(crate) invalidation_reason: Option<String>,
+    /// Whether standbys keep a copy of it. From version 17 on.
+    #[serde(default)]
+    pub(crate) failover: Option<bool>,
+    /// Whether it is itself such a copy, on what was a standby. From version 17 on.
+    #[serde(default)]
+    pub(crate) synced: Option<bool>,
+}
+
+impl Slot {
+    pub(crate) async fn read(client: &Client, name: &str) -> Result<Option<Self>, tokio_postgres::Error> {
+        let sql = "SELECT row_to_json(slot) FROM pg_catalog.pg_replication_slots AS slot WHERE slot_name::text = $1";
+        let row = client.query_typed_opt(sql, &[(&name, Type::TEXT)]).await?;
+        row.map(|row| row.try_get::<_, Document<Self>>(0).map(|document| document.0)).transpose()
+    }
+
+    /// WAL that may still be written before it is lost; `None`: there is no limit. Below zero the next checkpoint takes it.
+    pub(crate) fn safe_bytes(&self) -> Option<u64> {
+        self.safe_wal_size.map(|left| u64::try_from(left).unwrap_or(0))
+    }
+
+    /// Why nothing can be read from it any more.
+    pub(crate) fn loss(&self) -> Option<String> {
+        if let Some(reason) = &self.invalidation_reason {
+            return Some(reason.clone());
+        }
+        if self.conflicting == Some(true) {
+            return Some("it conflicted with recovery".to_owned());
+        }
+        (self.wal_status.as_deref() == Some("lost")).then(|| "WAL that it needs has been removed".to_owned())
+    }
+}
+
+/// What there is to see of a slot from outside, at one moment.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Sight {
+    /// None: there is no such slot.
+    pub(crate) slot: Option<Slot>,
+    /// The application name of the backend that has it.
+    pub(crate) holder: Option<String>,
+    /// How far the server's WAL is written.
+    #[serde(deserialize_with = "crate::postgres::catalog::lsn")]
+    pub(crate) wal_end: Lsn,
+    /// From the oldest WAL that is kept for the slot. None: none is.
+    pub(crate) retained_bytes: Option<u64>,
+    /// What the slot was told.
+    #[serde(deserialize_with = "crate::postgres::catalog::optional_lsn")]
+    pub(crate) confirmed: Option<Lsn>,
+}
+
+impl Sight {
+    pub(crate) async fn read(client: &Client, name: &str) -> Result<Self, tokio_postgres::Error> {
+        let sql = "
+            SELECT json_build_object(
+                       'slot', CASE WHEN slot.slot_name IS NOT NULL THEN row_to_json(slot) END,
+                       'holder', (SELECT application_name FROM pg_catalog.pg_stat_activity WHERE pid = slot.active_pid),
+                       'wal_end', now.wal_end,
+                       'retained_bytes', CASE WHEN slot.restart_lsn IS NOT NULL
+                                          THEN GREATEST(pg_wal_lsn_diff(now.wal_end, slot.restart_lsn), 0) END,
+                       'confirmed', slot.confirmed_flush_lsn)
+              FROM (SELECT pg_current_wal_lsn() AS wal_end) AS now
+              LEFT JOIN pg_catalog.pg_replication_slots AS slot ON slot.slot_name::text = $1";
+        let row = client.query_typed_one(sql, &[(&name, Type::TEXT)]).await?;
+        row.try_get::<_, Document<Self>>(0).map(|document| document.0)
+    }
+}
+
+/// What a slot in the making waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// Since when.
+    pub elapsed: Duration,
+    /// Those that hold it up, each in words. Empty if they ended just now.
+    pub transactions: Vec<String>,
+}
+
+impl fmt::Display for Waiting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "waiting for transactions older than the new replication slot, {} s so far", self.elapsed.as_secs())?;
+        if !self.transactions.is_empty() {
+            write!(f, ": {}", self.transactions.join("; "))?;
+        }
+        Ok(())
+    }
+}
+
+/// Shows which transactions hold back what the server keeps for a slot.
+pub(crate) const OPEN_TRANSACTIONS: &str =
+    "SELECT pid, xact_start, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start";
+
+/// The oldest version whose standbys can keep copies of logical slots, as `server_version_num` has it.
+pub(crate) const FAILOVER_SLOTS: i32 = 170_000;
+
+/// Makes the slot and returns its consistent point: it streams every transaction that commits at or after it. The
+/// publication must be there already. With `failover`, standbys may keep a copy of it, where PostgreSQL can.
+///
+/// `told` is called every few seconds for as long as older transactions are open. There is no limit: it is for whoever is
+/// told to end them, or to drop this future. Then the server notices within seconds that nobody is left, and there is no
+/// slot.
+///
+/// # Errors
+/// Of PostgreSQL: 42710 if there is a slot of that name, 53400 if there are too many, 55000 if `wal_level` is wrong, 42501
+/// if the role has no REPLICATION.
+pub async fn create_slot(
+    connection: &Connection,
+    name: &str,
+    failover: bool,
+    told: &mut (dyn FnMut(&Waiting) + Send),
+) -> Result<Lsn, tokio_postgres::Error> {
+    let client = &connection.client;
+    let pid: i32 = client.query_typed_one("SELECT pg_backend_pid()", &[]).await?.try_get(0)?;
+    // Waiting is not a statement that hangs, and not a lock that somebody should give way to.
+    client.batch_execute("SET statement_timeout = 0; SET lock_timeout = 0").await?;
+    // Not to be had on every system that PostgreSQL runs on; then an abandoned wait goes on.
+    let unavailable = client.batch_execute("SET client_connection_check_interval = '1s'").await.is_err();
+    tracing::debug!(unavailable, "asked the server to notice when a client that waits has gone");
+
+    let started = Instant::now();
+    let sql = format!("SELECT lsn FROM {}", creation("$1", failover && can_fail_over(client).await?));
+    let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 1] = [(&name, Type::NAME)];
+    let mut creation = std::pin::pin!(client.query_typed_one(&sql, &parameters));
+    // A second connection, made only if there is something to tell.
+    let mut observer: Option<Connection> = None;
+    let created = loop {
+        if let Ok(created) = tokio::time::timeout(TELL_EVERY, &mut creation).await {
+            break created;
+        }
+        if observer.as_ref().is_none_or(Connection::is_closed) {
+            observer = connection.endpoint().connect().await.ok();
+        }
+        let transactions = match &observer {
+            Some(observer) => blockers(&observer.client, pid).await.unwrap_or_default(),
+            None => Vec::new(),
+        };
+        told(&Waiting { elapsed: started.elapsed(), transactions });
+    };
+    let reset = "RESET statement_timeout; RESET lock_timeout; RESET client_connection_check_interval";
+    let reset = client.batch_execute(reset).await;
+    let consistent_point: PgLsn = created?.try_get(0)?;
+    reset.map(|()| Lsn(consistent_point.into()))
+}
+
+/// Whether standbys of this server can keep copies of logical slots.
+pub(crate) async fn can_fail_over(client: &Client) -> Result<bool, tokio_postgres::Error> {
+    let sql = "SELECT current_setting('server_version_num')::int4 >= $1";
+    client.query_typed_one(sql, &[(&FAILOVER_SLOTS, Type::INT4)]).await?.try_get(0)
+}
+
+/// The call that makes a slot; `name` is SQL.
+pub(crate) fn creation(name: &str, failover: bool) -> String {
+    let failover = if failover { ", failover => true" } else { "" };
+    format!("pg_catalog.pg_create_logical_replication_slot({name}, 'pgoutput'{failover})")
+}
+
+/// The oldest transactions that have an id, for which a slot waits.
+async fn blockers(client: &Client, waiting: i32) -> Result<Vec<String>, tokio_postgres::Error> {
+    let open = transactions::open(client, &Watched::default(), Locks::Writing, Some(waiting)).await?;
+    Ok(open.iter().take(NAMED_MAX).map(ToString::to_string).collect())
+}

@@ -1,0 +1,322 @@
+//! What comes out of the slot, in order, to entries of the change log.
+//!
+//! Without I/O: the session feeds it with events, and so does a test. It drops what was received before, counts what idle
+//! progress means, and puts breaks that were found by a check into their place in the stream.
+
+use crate::changelog::Entry;
+use crate::decode::assembler::{self, Assembler, MESSAGE_PREFIX};
+use crate::decode::pgoutput::RelationId;
+use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::transaction::{Break, Header, Transaction};
+use crate::postgres::connection::Event;
+use crate::postgres::publication::CHECK_REQUEST;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+/// Why the stream cannot be read on. All of these are lasting.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// See there.
+    #[error(transparent)]
+    Assembler(#[from] assembler::Error),
+    /// The server has another history than the log.
+    #[error(
+        "the change log has a transaction that ends at {at}, and the server no longer has it, on the same timeline: its storage \
+         was rolled back, and the log holds changes that never happened there. As it has been written to since, start the log \
+         anew with --reset-log, and have every subscriber drop its token: it would be taken for one of what is written there \
+         now"
+    )]
+    Rewritten {
+        /// The end LSN.
+        at: Lsn,
+    },
+}
+
+/// A break that a check found, waiting for the stream to get to its end.
+#[derive(Clone, Debug)]
+struct PendingBreak {
+    gap: Break,
+    /// What was found, to be recorded with it.
+    then: Vec<Entry>,
+}
+
+/// See the module. Belongs to one session.
+#[derive(Debug)]
+pub struct Intake {
+    assembler: Assembler,
+    /// Everything up to this end LSN was handed on.
+    received: Lsn,
+    /// Transactions are widened from here.
+    xid: Xid8,
+    /// The open transaction was handed on before.
+    skipping: bool,
+    /// How far an idle server has got, beyond `received`.
+    idle: Option<Lsn>,
+    pending: Option<PendingBreak>,
+    /// End LSN and id of what the log has and the slot sends again: it has to come.
+    recorded: VecDeque<(Lsn, Xid8)>,
+    out: VecDeque<Entry>,
+    check_requested: bool,
+}
+
+impl Intake {
+    /// For a session whose slot begins at or before `received`; `xid` is the server's next transaction id at the time.
+    pub fn new(assembler: Assembler, received: Lsn, xid: Xid8) -> Self {
+        let (pending, recorded, out) = (None, VecDeque::new(), VecDeque::new());
+        let (skipping, idle, check_requested) = (false, None, false);
+        Self { assembler, received, xid, skipping, idle, pending, recorded, out, check_requested }
+    }
+
+    /// What the log has of that which the slot is going to send again, in stream order. Where it does not come the server's
+    /// storage was rolled back, and what is written there since must not be taken for what was.
+    pub fn expect(&mut self, recorded: Vec<(Lsn, Xid8)>) {
+        let received = self.received;
+        self.recorded = recorded.into_iter().filter(|(end, _)| *end <= received).collect();
+    }
+
+    /// The mapped tables that there are; see [`Assembler::await_tables`].
+    pub fn await_tables(&mut self, tables: HashMap<RelationId, String>) {
+        self.assembler.await_tables(tables);
+    }
+
+    /// Everything up to this end LSN has been turned into entries.
+    pub const fn received(&self) -> Lsn {
+        self.received
+    }
+
+    /// Whether a break waits for the stream to reach its end.
+    pub const fn has_pending_break(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// History is not known to be continuous in this gap, whose end is ahead of everything received: it will follow once the
+    /// stream is there, and then `then`. One at a time.
+    pub fn interrupt(&mut self, gap: Break, then: Vec<Entry>) {
+        assert!(self.pending.is_none(), "the session waits for one break before it finds the next");
+        let from = gap.from.min(Position::at(self.received));
+        self.pending = Some(PendingBreak { gap: Break { from, ..gap }, then });
+    }
+
+    /// Whether somebody asked since the last call, through the stream, that what is published be checked at once.
+    pub const fn take_check_request(&mut self) -> bool {
+        std::mem::replace(&mut self.check_requested, false)
+    }
+
+    /// Takes one event. What comes of it is in [`Intake::pop`].
+    ///
+    /// # Errors
+    /// Where the stream cannot be read on; lasting.
+    pub fn take(&mut self, event: Event) -> Result<(), Error> {
+        match event {
+            Event::Begin { commit, xid, commit_time } => {
+                self.expect_nothing_before(commit)?;
+                // A break ends before the first transaction that is not in it.
+                self.break_up_to(commit);
+                self.xid = self.xid.widen(xid);
+                self.skipping = commit < self.received;
+                self.assembler.begin(Header { commit, xid: self.xid, commit_time })?;
+            }
+            Event::Change(bytes) => {
+                if let Some(staged) = self.assembler.change(&bytes)?
+                    && !self.skipping
+                {
+                    self.out.push_back(Entry::Staged(Arc::new(staged)));
+                }
+            }
+            Event::Message { prefix, content } => {
+                self.check_requested |= prefix == MESSAGE_PREFIX && *content == *CHECK_REQUEST;
+                self.assembler.logical_message(&prefix, &content);
+            }
+            Event::Commit { commit, end } => {
+                let transaction = self.assembler.commit(commit, end)?;
+                if self.skipping {
+                    self.check_off(&transaction)?;
+                } else if self.break_up_to(end) {
+                    // The marker, which ends where the gap does: it is inside, and nobody gets past it before the break.
+                    self.out.extend(transaction.staged.then_some(Entry::Discard));
+                } else {
+                    self.received = end;
+                    self.out.push_back(Entry::Transaction(Arc::new(transaction)));
+                }
+                self.skipping = false;
+            }
+            Event::KeepAlive { wal_end } => {
+                if !self.assembler.in_transaction() {
+                    self.expect_nothing_before(wal_end)?;
+                    self.idle = self.idle.max(Some(wal_end));
+                }
+            }
+        }
+        self.idle = self.idle.filter(|idle| *idle > self.received);
+        Ok(())
+    }
+
+    /// The next entry to deliver.
+    pub fn pop(&mut self) -> Option<Entry> {
+        self.out.pop_front()
+    }
+
+    /// Whether the server is ahead of what was received, without anything for us in between.
+    pub fn is_idle_ahead(&self) -> bool {
+        self.idle.is_some() && !self.assembler.in_transaction()
+    }
+
+    /// Turns idle progress into an entry. To be called at most once a second.
+    pub fn advance(&mut self) {
+        if self.assembler.in_transaction() {
+            return;
+        }
+        if let Some(idle) = self.idle.take() {
+            let _ = self.break_up_to(idle);
+            self.received = self.received.max(idle);
+            self.out.push_back(Entry::Progress(idle));
+        }
+    }
+
+    /// Tells of the pending break, if the stream has got to its end; whether it did.
+    fn break_up_to(&mut self, lsn: Lsn) -> bool {
+        let Some(pending) = self.pending.take_if(|pending| pending.gap.to <= Position::at(lsn)) else { return false };
+        self.received = self.received.max(pending.gap.to.lsn);
+        self.out.push_back(Entry::Break(pending.gap));
+        self.out.extend(pending.then);
+        true
+    }
+
+    /// A transaction came again. It is the one that the log has, if the server's history is the one that we followed.
+    fn check_off(&mut self, transaction: &Transaction) -> Result<(), Error> {
+        let known = |(end, xid): &mut (Lsn, Xid8)| *end == transaction.end && *xid == transaction.header.xid;
+        if self.recorded.pop_front_if(known).is_none()
+            && self.recorded.front().is_some_and(|(end, _)| *end <= transaction.end)
+        {
+            return Err(Error::Rewritten { at: transaction.end });
+        }
+        Ok(())
+    }
+
+    /// Everything that ends at or before here has come, if it was there.
+    fn expect_nothing_before(&self, lsn: Lsn) -> Result<(), Error> {
+        match self.recorded.front() {
+            Some((end, _)) if *end <= lsn => Err(Error::Rewritten { at: *end }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Queues an entry behind what was received so far.
+    pub fn record(&mut self, entry: Entry) {
+        self.out.push_back(entry);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decode::assembler::{Limits, OnUndecodable};
+    use crate::decode::mapping::{Mapping, Spec};
+    use crate::model::lsn::CommitTime;
+    use crate::model::transaction::BreakReason;
+
+    fn intake(received: u64) -> Intake {
+        let spec: Spec = crate::yaml::from_str(crate::decode::mapping::TUPLES_PRESET).unwrap();
+        let limits = Limits { message_bytes: 1 << 20, change_bytes: 4 << 20, stage_bytes: 4 << 20 };
+        let assembler = Assembler::new(Arc::new(Mapping::new(spec).unwrap()), limits, OnUndecodable::Break);
+        Intake::new(assembler, Lsn(received), Xid8(1000))
+    }
+
+    fn transaction(intake: &mut Intake, commit: u64) {
+        let commit = Lsn(commit);
+        intake.take(Event::Begin { commit, xid: 1001, commit_time: CommitTime(0) }).unwrap();
+        intake.take(Event::KeepAlive { wal_end: Lsn(commit.0 + 5) }).unwrap();
+        intake.take(Event::Commit { commit, end: Lsn(commit.0 + 10) }).unwrap();
+    }
+
+    fn out(intake: &mut Intake) -> Vec<String> {
+        std::iter::from_fn(|| intake.pop())
+            .map(|entry| match entry {
+                Entry::Transaction(t) => format!("transaction {}", t.end.0),
+                Entry::Progress(lsn) => format!("progress {}", lsn.0),
+                Entry::Break(gap) => format!("break {}..{}", gap.from.lsn.0, gap.to.lsn.0),
+                Entry::Verified(_) => "verified".into(),
+                Entry::Mapping(_) => "mapping".into(),
+                other => format!("{other:?}"),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_was_received_is_dropped() {
+        let mut intake = intake(300);
+        transaction(&mut intake, 280);
+        assert!(out(&mut intake).is_empty());
+        // Its commit LSN is the end LSN that was received last.
+        transaction(&mut intake, 300);
+        assert_eq!(out(&mut intake), ["transaction 310"]);
+        assert_eq!(intake.received(), Lsn(310));
+    }
+
+    #[test]
+    fn what_the_log_has_must_come_again() {
+        let check = |recorded: &[(u64, u64)], commits: &[u64], expected: Option<u64>| {
+            let mut intake = intake(300);
+            intake.expect(recorded.iter().map(|(end, xid)| (Lsn(*end), Xid8(*xid))).collect());
+            let events = commits.iter().flat_map(|commit| {
+                let commit = Lsn(*commit);
+                let begin = Event::Begin { commit, xid: 1001, commit_time: CommitTime(0) };
+                [begin, Event::Commit { commit, end: Lsn(commit.0 + 10) }]
+            });
+            let last = Event::KeepAlive { wal_end: Lsn(400) };
+            let failed = events.chain([last]).find_map(|event| intake.take(event).err());
+            assert_eq!(failed, expected.map(|at| Error::Rewritten { at: Lsn(at) }), "{recorded:?} {commits:?}");
+        };
+        check(&[], &[100, 200], None);
+        check(&[(110, 1001), (210, 1001)], &[100, 200, 300], None);
+        // Without changes it is not in the log.
+        check(&[(210, 1001)], &[100, 200], None);
+        check(&[(210, 1001)], &[100], Some(210));
+        check(&[(210, 1001)], &[100, 300], Some(210));
+        check(&[(210, 999)], &[200], Some(210));
+        // Beyond what was received.
+        check(&[(310, 1001)], &[200], None);
+    }
+
+    #[test]
+    fn idle_progress_only_outside_transactions_and_forward() {
+        let mut intake = intake(300);
+        intake.take(Event::Begin { commit: Lsn(400), xid: 1, commit_time: CommitTime(0) }).unwrap();
+        intake.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
+        assert!(!intake.is_idle_ahead());
+        intake.take(Event::Commit { commit: Lsn(400), end: Lsn(410) }).unwrap();
+        intake.take(Event::KeepAlive { wal_end: Lsn(405) }).unwrap();
+        assert!(!intake.is_idle_ahead());
+        intake.take(Event::KeepAlive { wal_end: Lsn(600) }).unwrap();
+        assert!(intake.is_idle_ahead());
+        intake.advance();
+        intake.advance();
+        assert_eq!(out(&mut intake), ["transaction 410", "progress 600"]);
+    }
+
+    #[test]
+    fn a_break_stands_before_the_first_transaction_that_is_not_in_it() {
+        let gap = |from, to| Break {
+            tenant: None,
+            from: Position::at(Lsn(from)),
+            to: Position::at(Lsn(to)),
+            reason: BreakReason::MappingChanged,
+            writers: Vec::new(),
+        };
+        let mut intake = intake(300);
+        intake.interrupt(gap(250, 420), vec![Entry::Mapping([0; 32])]);
+        transaction(&mut intake, 400);
+        transaction(&mut intake, 420);
+        assert_eq!(out(&mut intake), ["transaction 410", "break 250..420", "mapping", "transaction 430"]);
+        intake.interrupt(gap(425, 500), vec![]);
+        intake.take(Event::KeepAlive { wal_end: Lsn(490) }).unwrap();
+        intake.advance();
+        intake.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
+        intake.advance();
+        assert_eq!(out(&mut intake), ["progress 490", "break 425..500", "progress 500"]);
+        // The marker itself is the last thing that an idle server has to say.
+        intake.interrupt(gap(500, 610), vec![]);
+        transaction(&mut intake, 600);
+        assert_eq!(out(&mut intake), ["break 500..610"]);
+    }
+}

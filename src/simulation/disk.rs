@@ -1,0 +1,185 @@
+//! A change log whose disk fails: a crash keeps what was synced and some of what was not; a sync may fail; and a disk may lie.
+
+use super::world::World;
+use crate::changelog::model::{Inner, ModelLog};
+use crate::changelog::{Batch, ChangeLog, Entry, Error, Room, State, Trace};
+use crate::model::change::TenantId;
+use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::snap_token::TokenId;
+use crate::model::transaction::Break;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// What one process writes to, and the next one finds.
+#[derive(Clone)]
+pub(super) struct Disk {
+    world: World,
+    inner: Arc<Mutex<Contents>>,
+}
+
+struct Contents {
+    /// As it would come back after the worst crash.
+    synced: Inner,
+    /// Applied since the last sync.
+    unsynced: Vec<Entry>,
+    /// All of it.
+    applied: Inner,
+    /// What was synced, one state for each sync: a disk that lies goes back to an older one.
+    older: Vec<Inner>,
+    /// A write or sync failed.
+    poisoned: bool,
+}
+
+impl Disk {
+    pub(super) fn new(world: World) -> Self {
+        let contents = Contents {
+            synced: Inner::default(),
+            unsynced: Vec::new(),
+            applied: Inner::default(),
+            older: Vec::new(),
+            poisoned: false,
+        };
+        Self { world, inner: Arc::new(Mutex::new(contents)) }
+    }
+
+    fn contents(&self) -> MutexGuard<'_, Contents> {
+        self.inner.lock().unwrap()
+    }
+
+    /// The tail that a crash cannot take.
+    pub(super) fn synced_tail(&self) -> Lsn {
+        self.contents().synced.tail()
+    }
+
+    /// Whether a crash cannot take what the first check found.
+    pub(super) fn is_verified(&self) -> bool {
+        self.contents().synced.state().verified.is_some()
+    }
+
+    /// What the next process finds: all that was synced and, of what was not, what happened to be written. `lies`: not even
+    /// that.
+    pub(super) fn crash(&self, lies: bool) {
+        let mut contents = self.contents();
+        let kept = usize::try_from(self.world.below(contents.unsynced.len() as u64 + 1)).unwrap();
+        let mut found = contents.synced.clone();
+        for entry in contents.unsynced.iter().take(kept) {
+            found.apply(entry);
+        }
+        self.world.note(format!("the disk keeps {kept} of {} entries that were not synced", contents.unsynced.len()));
+        if lies && !contents.older.is_empty() {
+            let back = usize::try_from(self.world.below(contents.older.len() as u64)).unwrap();
+            found = contents.older[back].clone();
+            self.world.note(format!("the disk lied: it goes back to {}", found.tail()));
+        }
+        // As opening does.
+        found.apply(&Entry::Discard);
+        *contents = Contents {
+            synced: found.clone(),
+            unsynced: Vec::new(),
+            applied: found,
+            older: contents.older.clone(),
+            poisoned: false,
+        };
+    }
+
+    fn model(&self) -> ModelLog {
+        ModelLog::of(self.contents().applied.clone())
+    }
+}
+
+impl ChangeLog for Disk {
+    fn state(&self) -> State {
+        self.contents().applied.state().clone()
+    }
+
+    fn append(&self, entries: &[Entry]) -> Result<(), Error> {
+        let gone = || Error::Poisoned("the process is dead".into());
+        for entry in entries {
+            // Before each: what came before it in the same batch may be on disk, and the rest not.
+            if self.contents().poisoned || !self.world.step(|| format!("append {}", name(entry))) {
+                return Err(gone());
+            }
+            let mut contents = self.contents();
+            contents.applied.apply(entry);
+            contents.unsynced.push(entry.clone());
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), Error> {
+        if self.contents().poisoned || !self.world.step(|| "sync begins".into()) {
+            return Err(Error::Poisoned("the process is dead".into()));
+        }
+        if self.world.once_in(60) {
+            self.contents().poisoned = true;
+            self.world.note("the sync fails".into());
+            return Err(Error::Poisoned("no space, or worse".into()));
+        }
+        {
+            let mut contents = self.contents();
+            contents.synced = contents.applied.clone();
+            contents.unsynced.clear();
+            let synced = contents.synced.clone();
+            contents.older.push(synced);
+        }
+        if self.world.step(|| "synced".into()) { Ok(()) } else { Err(Error::Poisoned("the process is dead".into())) }
+    }
+
+    fn read(&self, tenant: &TenantId, after: Position, up_to: Position, bytes_max: usize) -> Result<Batch, Error> {
+        self.model().read(tenant, after, up_to, bytes_max)
+    }
+
+    fn reads_block(&self) -> bool {
+        false
+    }
+
+    fn transactions_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, Error> {
+        self.model().transactions_since(from)
+    }
+
+    fn horizon(&self, tenant: &TenantId) -> Result<Position, Error> {
+        self.model().horizon(tenant)
+    }
+
+    fn knows(&self, tenant: &TenantId) -> Result<bool, Error> {
+        self.model().knows(tenant)
+    }
+
+    fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error> {
+        self.model().find_token(id)
+    }
+
+    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<Trace>, Error> {
+        self.model().find_transaction(tenant, xid)
+    }
+
+    fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error> {
+        self.model().transaction_before(commit)
+    }
+
+    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Error> {
+        self.model().largest_below(xid)
+    }
+
+    fn breaks(&self) -> Vec<Break> {
+        self.model().breaks()
+    }
+
+    fn retain(&self, now_unix_seconds: u64) -> Result<Room, Error> {
+        self.model().retain(now_unix_seconds)
+    }
+}
+
+fn name(entry: &Entry) -> String {
+    match entry {
+        Entry::Adopt(origin) => format!("the origin {}", origin.lsn),
+        Entry::Staged(staged) => format!("messages of the open transaction {}", staged.commit),
+        Entry::Discard => "the end of an open transaction".into(),
+        Entry::Transaction(transaction) => format!("transaction {}..{}", transaction.header.commit, transaction.end),
+        Entry::Progress(lsn) => format!("progress {lsn}"),
+        Entry::Break(gap) => format!("break {}..{}", gap.from.lsn, gap.to.lsn),
+        Entry::Diverge { at, .. } => format!("divergence at {at}"),
+        Entry::Verified(verified) => format!("verified {}", verified.at),
+        Entry::Mapping(_) => "mapping".into(),
+        Entry::Visible(lsn) => format!("visible {lsn}"),
+    }
+}
