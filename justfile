@@ -33,6 +33,6 @@ generate:
 
 # API documentation, without warnings.
 doc:
-    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked
+    RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --no-deps --document-private-items --locked
 
 ci: lint doc test

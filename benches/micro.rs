@@ -135,7 +135,7 @@ fn transactions(group: &mut Group<'_>, name: &str, row: &[u8], rows: u64) {
                 assert!(assembler.change(black_box(row)).unwrap().is_none(), "nothing is staged");
             }
             let transaction = assembler.commit(Lsn(commit), Lsn(commit + COMMIT_DISTANCE)).unwrap();
-            assert!(transaction.has_changes() && transaction.breaks.is_empty(), "every row is a change");
+            assert!(transaction.has_changes() && transaction.gaps.is_empty(), "every row is a change");
             transaction
         });
     });
@@ -167,7 +167,7 @@ fn log_append(criterion: &mut Criterion) {
                     end: Lsn(commit + COMMIT_DISTANCE),
                     messages: vec![(tenant.clone(), message(commit, 1))],
                     staged: false,
-                    breaks: vec![],
+                    gaps: vec![],
                     token_ids: vec![],
                     tallies: vec![],
                 }))

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  session ──▶ Joined ──┬──▶ recorder ──▶ change log ──┐
-//!                       └──▶ hub ◀── publisher         │ reads
+//!                       └──▶ hub ◀── releaser          │ reads
 //!                             └──▶ gRPC streams ◀──────┘
 //!                                    └──▶ HTTP streams
 //!
@@ -16,8 +16,8 @@ mod delivery;
 pub mod diagnosis;
 mod edges;
 pub(crate) mod log_and_hub;
+mod node_status;
 mod primary;
-mod vitals;
 
 use crate::admin::monitor::{self, Monitor, Thresholds};
 use crate::api::grpc;
@@ -30,7 +30,7 @@ use crate::hub::{self, Hub};
 use crate::metrics::process::Process;
 use crate::model::lsn::Lsn;
 use crate::postgres::connection::Endpoints;
-use crate::postgres::slot::HoldBack;
+use crate::postgres::slot::AckDelay;
 use crate::replication::upstream::walsender::Postgres;
 use crate::replication::{self, Session};
 use crate::thread;
@@ -38,14 +38,14 @@ use crate::yaml;
 use anyhow::{Context as _, anyhow};
 use delivery::Delivery;
 use edges::Edges;
-use log_and_hub::{LogAndHub, record_visible};
+use log_and_hub::{LogAndHub, record_watermark};
+use node_status::NodeStatus;
 use primary::{SqlPrimary, SqlSnapshots};
 use std::io::IsTerminal as _;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
-use vitals::Vitals;
 
 /// gRPC clients refuse messages above 4 MiB by default; a little of it is for the token and the framing.
 const CHANGE_BYTES_MAX: usize = (4 << 20) - 1024;
@@ -110,10 +110,10 @@ fn session_options(config: &Config, mapping: Arc<Mapping>) -> replication::Optio
             stage_bytes: STAGE_BYTES,
         },
         on_undecodable: match config.mapping.on_undecodable {
-            config::OnUndecodable::Break => OnUndecodable::Break,
+            config::OnUndecodable::Gap => OnUndecodable::Gap,
             config::OnUndecodable::Halt => OnUndecodable::Halt,
         },
-        hold_back: hold_back(config),
+        ack_delay: ack_delay(config),
         commands: config.commands().clone(),
         failover: config.replication.failover == config::Failover::Auto,
         connections_max: connections_max(config),
@@ -126,19 +126,19 @@ fn connections_max(config: &Config) -> usize {
     config::STREAMING_CONNECTIONS + for_store
 }
 
-fn hold_back(config: &Config) -> HoldBack {
-    let config::HoldBack { age, size } = config.replication.hold_back;
-    HoldBack { age, size_bytes: size.get() }
+fn ack_delay(config: &Config) -> AckDelay {
+    let config::AckDelay { age, size } = config.replication.acknowledgement_delay;
+    AckDelay { age, size_bytes: size.get() }
 }
 
 /// From where on the slot is worth a warning. What is held back on purpose is none; zero stays what turns one off.
 fn thresholds(config: &Config) -> Thresholds {
-    let (warn, hold_back) = (&config.replication.warn, hold_back(config));
+    let (warn, ack_delay) = (&config.replication.warn, ack_delay(config));
     let retained = warn.retained_wal.get();
     Thresholds {
-        retained_wal_bytes: if retained == 0 { 0 } else { retained.saturating_add(hold_back.bytes_max()) },
+        retained_wal_bytes: if retained == 0 { 0 } else { retained.saturating_add(ack_delay.bytes_max()) },
         safe_wal_bytes: warn.safe_wal_size.get(),
-        lag: if warn.lag.is_zero() { warn.lag } else { warn.lag + hold_back.age },
+        lag: if warn.lag.is_zero() { warn.lag } else { warn.lag + ack_delay.age },
     }
 }
 
@@ -204,7 +204,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     };
     let (readiness, judging) = delivery.follow(streams_stopped.clone());
     let health = grpc::health::service(readiness.clone());
-    let vitals = Vitals {
+    let node_status = NodeStatus {
         log,
         hub: hub.clone(),
         readiness,
@@ -218,13 +218,13 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let services = edges::services(config, &hub, primary, primaries, streams_stopped.clone());
 
     let mut background = JoinSet::new();
-    background.spawn(record_visible(hub.watch_visible(), recorded));
-    background.spawn(hub::publisher::run(hub.clone(), snapshots));
+    background.spawn(record_watermark(hub.watch_watermark(), recorded));
+    background.spawn(hub::releaser::run(hub.clone(), snapshots));
     background.spawn(answering);
     background.spawn(monitor.run(session.received()));
     background.spawn(request_checks(session.check_request()));
     let judging = tokio::spawn(judging);
-    let serving = edges.serve(services, vitals, health, edges::streams_max(config), streams_stopped);
+    let serving = edges.serve(services, node_status, health, edges::streams_max(config), streams_stopped);
     let mut server = tokio::spawn(serving);
     let streaming = thread::run("session".to_owned(), session.run(session_stopped));
     let (_, streaming) = streaming.context("cannot start the session's thread")?;
@@ -234,7 +234,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
         () = &mut stop => Ok(()),
         served = &mut server => flatten(served).and(Err(anyhow!("the servers ended by themselves"))),
         streamed = &mut session => flatten(streamed).and(Err(anyhow!("the replication session ended by itself"))),
-        // Without the publisher, say, nothing would be delivered any more; only a new process has one.
+        // Without the releaser, say, nothing would be delivered any more; only a new process has one.
         Some(part) = background.join_next() => {
             part.context("a part panicked").and(Err(anyhow!("a part that delivers changes ended by itself")))
         }

@@ -20,7 +20,7 @@
 //! - Below [`ChangeLog::horizon`] something *of that tenant* was dropped by retention. A tenant that was quiet keeps an old
 //!   horizon, however long ago its last change was.
 //! - A transaction with changes is found by its id as long as it is here. One that was abandoned stays known as such.
-//! - Breaks outlive the messages around them.
+//! - Gaps outlive the messages around them.
 //! - Any failed write or sync poisons the log: every later call fails, and the process must end.
 //!
 //! PostgreSQL is the truth: losing this log costs history, not correctness. It is written by one thread
@@ -42,12 +42,12 @@ use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
 use crate::model::timeline::{History, Source};
-use crate::model::transaction::{Break, Message, Transaction};
+use crate::model::transaction::{Gap, Message, Transaction};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Most breaks that are kept; with more, the oldest go, and nobody from before them can resume. An open one stays.
-pub const BREAKS_MAX: usize = 10_000;
+/// Most gaps that are kept; with more, the oldest go, and nobody from before them can resume. An open one stays.
+pub const GAPS_MAX: usize = 10_000;
 
 /// One thing to append.
 #[derive(Clone, Debug)]
@@ -63,7 +63,7 @@ pub enum Entry {
     /// Nothing for us up to this LSN.
     Progress(Lsn),
     /// A gap that is not inside a transaction; the tail moves to its end.
-    Break(Break),
+    Gap(Gap),
     /// The server went on along another history: what lies past `at` is abandoned.
     Diverge {
         /// The switch LSN.
@@ -76,7 +76,7 @@ pub enum Entry {
     /// The mapping in use from the tail on.
     Mapping([u8; 32]),
     /// Everything up to here is visible to every new snapshot of PostgreSQL.
-    Visible(Lsn),
+    Watermark(Lsn),
 }
 
 /// Where a log began.
@@ -115,9 +115,9 @@ pub struct State {
     /// The mapping that the log was written with.
     pub mapping: Option<[u8; 32]>,
     /// Everything up to here was visible when it was last recorded; not past the tail.
-    pub visible: Lsn,
-    /// The gap whose end is not known yet, if there is one: see [`Break::writers`].
-    pub open_gap: Option<Break>,
+    pub watermark: Lsn,
+    /// The gap whose end is not known yet, if there is one: see [`Gap::writers`].
+    pub open_gap: Option<Gap>,
 }
 
 /// What [`ChangeLog::read`] found.
@@ -131,7 +131,7 @@ pub struct Batch {
 
 /// What the log knows of a transaction id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trace {
+pub enum TransactionOutcome {
     /// It committed, with changes.
     Committed {
         /// Its commit LSN.
@@ -146,7 +146,7 @@ pub enum Trace {
 
 /// What the disk has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Room {
+pub enum DiskSpace {
     /// Go on.
     Enough,
     /// Less than the reserve is free, and nothing is left to drop: stop appending.
@@ -285,7 +285,7 @@ pub trait ChangeLog: Send + Sync + 'static {
     ///
     /// # Errors
     /// Where the disk cannot be read.
-    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<Trace>, Error>;
+    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<TransactionOutcome>, Error>;
 
     /// The id of the last transaction with changes, of whichever tenant, that committed before `commit`, if it is still here.
     ///
@@ -299,8 +299,8 @@ pub trait ChangeLog: Send + Sync + 'static {
     /// Where the disk cannot be read.
     fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Error>;
 
-    /// All breaks, in stream order of their ends.
-    fn breaks(&self) -> Vec<Break>;
+    /// All gaps, in stream order of their ends.
+    fn gaps(&self) -> Vec<Gap>;
 
     /// What it takes on disk. A log in memory takes nothing.
     fn usage(&self) -> Usage {
@@ -311,7 +311,7 @@ pub trait ChangeLog: Send + Sync + 'static {
     ///
     /// # Errors
     /// As [`ChangeLog::append`].
-    fn retain(&self, now_unix_seconds: u64) -> Result<Room, Error>;
+    fn retain(&self, now_unix_seconds: u64) -> Result<DiskSpace, Error>;
 
     /// Whether its directory is still the one that was opened: a process that starts now would find what is synced.
     fn is_in_place(&self) -> bool {

@@ -196,7 +196,7 @@ pub struct Replication {
     /// Whether the slot is one that standbys keep a copy of, where PostgreSQL can.
     pub failover: Failover,
     /// What is on disk here, and the slot is not told of yet.
-    pub hold_back: HoldBack,
+    pub acknowledgement_delay: AckDelay,
     /// When a warning about the slot is logged.
     pub warn: SlotWarnings,
 }
@@ -204,7 +204,7 @@ pub struct Replication {
 /// What PostgreSQL keeps for a node that may lose its change log: the slot is told only what is older than `age`, or further back
 /// than `size`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HoldBack {
+pub struct AckDelay {
     /// Zero holds nothing back.
     pub age: Duration,
     /// In WAL, of whatever is written to the cluster.
@@ -477,16 +477,16 @@ impl Replication {
             slot: read.get("replication.slot", "tuplewatch".to_owned(), slot),
             publication: read.get("replication.publication", "tuplewatch".to_owned(), publication),
             failover: read.get("replication.failover", Failover::Auto, choice),
-            hold_back: HoldBack {
+            acknowledgement_delay: AckDelay {
                 // Off: it keeps WAL on the primary, and sends it again at each reconnect.
                 age: read.get(
-                    "replication.hold_back.age",
+                    "replication.acknowledgement_delay.age",
                     Duration::ZERO,
                     duration(Duration::ZERO..=Duration::from_secs(DAY_SECS)),
                 ),
                 // At the most, what the log has of it (16 bytes a transaction) is held in memory while it comes again.
                 size: read.get(
-                    "replication.hold_back.size",
+                    "replication.acknowledgement_delay.size",
                     ByteSize::gib(1),
                     size(ByteSize::mib(1)..=ByteSize::gib(64)),
                 ),
@@ -538,7 +538,7 @@ impl Mapping {
                 MappingSource::File(file)
             }
         };
-        Self { source, schema, on_undecodable: read.get("mapping.on_undecodable", OnUndecodable::Break, choice) }
+        Self { source, schema, on_undecodable: read.get("mapping.on_undecodable", OnUndecodable::Gap, choice) }
     }
 }
 

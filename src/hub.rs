@@ -1,17 +1,17 @@
 //! The hub: from the stream of received transactions to any number of subscriptions.
 //!
 //! ```text
-//!               admit                publish                      subscriptions
-//!   session ───────────▶ window ──(visible in Postgres?)──▶ published ──▶ one reader each:
+//!               admit                release                      subscriptions
+//!   session ───────────▶ window ──(visible in Postgres?)──▶ released ──▶ one reader each:
 //!                        (memory, bounded)                                window, or change log
 //!                          │ evicts only what the log can give back
 //!                          ▼
 //!                        change log
 //! ```
 //!
-//! - **Seen means readable.** A transaction is published once a snapshot of PostgreSQL sees it, because PostgreSQL streams a
+//! - **Seen means readable.** A transaction is released once a snapshot of PostgreSQL sees it, because PostgreSQL streams a
 //!   commit before it is visible, and a cache that reloads on the message would cache the old state again. One statement
-//!   decides for everything that waits ([`publisher`]).
+//!   decides for everything that waits ([`releaser`]).
 //! - **One reader over both tiers.** A [`Subscription`] is a position and nothing else that matters: it yields what follows,
 //!   from memory where memory has it and from the log where not, and then waits. There is no catch-up mode to leave.
 //! - **Nobody holds back anybody.** A slow subscription holds no memory: the window evicts by its own bound, and the
@@ -20,24 +20,24 @@
 //!
 //! This module reads the log and never writes it; it knows nothing of replication.
 
-mod bell;
 mod feeds;
 pub mod primary;
-pub mod publisher;
+pub mod releaser;
 pub mod start;
 mod subscription;
+mod wake_batch;
 mod window;
 
 #[cfg(test)]
 mod tests;
 
-pub use bell::Bell;
 pub use subscription::{End, Filter, Subscription};
+pub use wake_batch::WakeBatch;
 
 use crate::changelog::ChangeLog;
 use crate::model::lsn::{Lsn, Xid8};
 use crate::model::timeline::{History, Source};
-use crate::model::transaction::{Break, Message, Transaction};
+use crate::model::transaction::{Gap, Message, Transaction};
 use bytes::Bytes;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::{Semaphore, watch};
@@ -52,7 +52,7 @@ const DISK_READS_MAX: usize = 4;
 pub struct Options {
     /// Memory for recent messages, in bytes.
     pub window_bytes: usize,
-    /// Publish at once, without asking whether PostgreSQL's snapshots see it yet.
+    /// Release at once, without asking whether PostgreSQL's snapshots see it yet.
     pub before_visible: bool,
 }
 
@@ -89,8 +89,8 @@ pub struct Usage {
     pub bytes_max: usize,
     /// Transactions that wait to be visible.
     pub pending: usize,
-    /// Everything before is published.
-    pub published: Lsn,
+    /// Everything before is released.
+    pub released: Lsn,
     /// How far each subscription is behind that, in bytes of WAL; zero for those that wait for more.
     pub lags: Vec<u64>,
 }
@@ -112,19 +112,19 @@ pub type Origin = (Source, Arc<History>);
 pub struct Hub {
     inner: Arc<Inner>,
     /// What subscriptions of this handle are woken by.
-    bell: Option<Bell>,
+    wake_batch: Option<WakeBatch>,
 }
 
 struct Inner {
     log: Arc<dyn ChangeLog>,
     /// Up to which end LSN the log can give back what memory forgets.
     appended: watch::Receiver<Lsn>,
-    /// Held for short, bounded work, and never across an await.
+    /// AckTracker for short, bounded work, and never across an await.
     window: Mutex<Window>,
-    /// Tells the publisher that something waits.
+    /// Tells the releaser that something waits.
     admitted: watch::Sender<Lsn>,
-    /// Follows the window's visible mark; also tells who waits for room in it.
-    visible: watch::Sender<Lsn>,
+    /// Follows the window's watermark; also tells who waits for room in it.
+    watermark: watch::Sender<Lsn>,
     disk_reads: Arc<Semaphore>,
     options: Options,
 }
@@ -141,29 +141,29 @@ impl Hub {
     ) -> Result<Self, crate::changelog::Error> {
         let state = log.state();
         // What the log has and PostgreSQL may not show yet waits like what is received.
-        let in_doubt = log.transactions_since(state.visible)?;
+        let in_doubt = log.transactions_since(state.watermark)?;
         let origin = state.origin.map(|origin| (origin.source, Arc::new(origin.history)));
-        let window = Window::new(options, origin, state.visible, &in_doubt, state.tail, log.breaks());
+        let window = Window::new(options, origin, state.watermark, &in_doubt, state.tail, log.gaps());
         Ok(Self {
             inner: Arc::new(Inner {
                 log,
                 appended,
                 window: Mutex::new(window),
                 admitted: watch::Sender::new(state.tail),
-                visible: watch::Sender::new(state.visible),
+                watermark: watch::Sender::new(state.watermark),
                 disk_reads: Arc::new(Semaphore::new(DISK_READS_MAX)),
                 options,
             }),
-            bell: None,
+            wake_batch: None,
         })
     }
 
-    /// A handle for a thread that serves many subscriptions, and the bell that has to run there: what is published wakes them
+    /// A handle for a thread that serves many subscriptions, and the wake_batch that has to run there: what is released wakes them
     /// together, from within.
-    pub fn with_bell(&self) -> (Self, Bell) {
-        let bell = Bell::default();
-        self.window().hang(bell.clone());
-        (Self { inner: self.inner.clone(), bell: Some(bell.clone()) }, bell)
+    pub fn with_wake_batch(&self) -> (Self, WakeBatch) {
+        let wake_batch = WakeBatch::default();
+        self.window().hang(wake_batch.clone());
+        (Self { inner: self.inner.clone(), wake_batch: Some(wake_batch.clone()) }, wake_batch)
     }
 
     /// Ends all subscriptions, and those to come.
@@ -188,9 +188,9 @@ impl Hub {
     /// Returns once it is admitted, or the log is gone and the process with it.
     async fn wait_for_room(&self, transaction: &Transaction) {
         let mut appended = self.inner.appended.clone();
-        let mut visible = self.inner.visible.subscribe();
+        let mut watermark = self.inner.watermark.subscribe();
         loop {
-            visible.mark_unchanged();
+            watermark.mark_unchanged();
             let tail = *appended.borrow_and_update();
             if self.window().admit(transaction, tail) {
                 return;
@@ -200,7 +200,7 @@ impl Hub {
                 changed = appended.changed() => if changed.is_err() {
                     return;
                 },
-                _ = visible.changed() => {}
+                _ = watermark.changed() => {}
             }
         }
     }
@@ -212,7 +212,7 @@ impl Hub {
     }
 
     /// A gap that is not inside a transaction.
-    pub fn interrupt(&self, gap: Break) {
+    pub fn interrupt(&self, gap: Gap) {
         let lsn = gap.to.lsn;
         self.window().admit_mark(lsn, Some(gap));
         self.inner.admitted.send_replace(lsn);
@@ -224,13 +224,13 @@ impl Hub {
         window.diverge(at, Arc::new(history));
         // Whoever records how far everything is visible must not record it of the abandoned history: on the new one it may lie
         // inside a transaction.
-        self.inner.visible.send_replace(window.visible());
+        self.inner.watermark.send_replace(window.watermark());
     }
 
     /// A log that had nothing begins here.
     pub fn begin_at(&self, source: Source, history: History, lsn: Lsn) {
         self.window().begin_at((source, Arc::new(history)), lsn);
-        self.inner.visible.send_replace(lsn);
+        self.inner.watermark.send_replace(lsn);
         self.inner.admitted.send_replace(lsn);
     }
 
@@ -239,7 +239,7 @@ impl Hub {
         self.window().origin().cloned()
     }
 
-    /// What is in memory, and how its readers do. Holds up publishing for a moment, which grows with the number of subscriptions.
+    /// What is in memory, and how its readers do. Holds up releasing for a moment, which grows with the number of subscriptions.
     pub fn usage(&self) -> Usage {
         self.window().usage()
     }
@@ -250,8 +250,8 @@ impl Hub {
     }
 
     /// Follows up to where everything is visible to new snapshots. May repeat itself.
-    pub fn watch_visible(&self) -> watch::Receiver<Lsn> {
-        self.inner.visible.subscribe()
+    pub fn watch_watermark(&self) -> watch::Receiver<Lsn> {
+        self.inner.watermark.subscribe()
     }
 
     /// End LSN and id of the transactions with changes that the log has from `from` on.
@@ -288,7 +288,7 @@ impl Hub {
         let permit = self.inner.disk_reads.clone().acquire_owned().await.map_err(|error| failed(&error))?;
         let log = self.inner.log.clone();
         let reading = tokio::task::spawn_blocking(move || {
-            // Held for as long as the read runs, also when nobody waits for it any more.
+            // AckTracker for as long as the read runs, also when nobody waits for it any more.
             let _permit = permit;
             read(&*log)
         });

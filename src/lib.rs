@@ -11,7 +11,7 @@
 //!                   replication::Session   reconnects, checks, acknowledges
 //!                                             │ events
 //!                                             ▼
-//!                   replication::Intake    drops what comes twice, idle progress, gaps
+//!                   replication::Receiver    drops what comes twice, idle progress, gaps
 //!                     └ decode::assembler    rows → positioned changes, cut into messages
 //!                         ├ pgoutput           bytes → row messages
 //!                         └ mapping            rows → tuples and attributes
@@ -20,7 +20,7 @@
 //!                   app::log_and_hub ─┬────────────────────┐
 //!                                     ▼                    ▼
 //!                   changelog (durable, bounded)     hub::window (recent, in memory)
-//!                                     │                    │ hub::publisher: visible in PostgreSQL?
+//!                                     │                    │ hub::releaser: visible in PostgreSQL?
 //!                                     └─────────┬──────────┘
 //!                                               ▼
 //!                   hub::Subscription      one reader over both tiers, per subscriber

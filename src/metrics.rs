@@ -48,7 +48,7 @@ pub struct Metrics {
     pub transactions: IntCounter,
     changes: IntCounterVec,
     decode_errors: IntCounterVec,
-    breaks: IntCounterVec,
+    gaps: IntCounterVec,
     /// Sessions that streamed, after the first of this process.
     pub reconnects: IntCounter,
     /// Sessions that ended, or did not begin, for a reason that may pass.
@@ -133,9 +133,9 @@ impl Metrics {
                 "Rows that could not be turned into changes, by table.",
                 &["table"],
             ),
-            breaks: new.counters(
-                "tuplewatch_breaks_total",
-                "Breaks in history, by the reason that subscribers are told.",
+            gaps: new.counters(
+                "tuplewatch_gaps_total",
+                "Gaps in history, by the reason that subscribers are told.",
                 &["reason"],
             ),
             reconnects: new.counter(
@@ -188,9 +188,9 @@ impl Metrics {
         }
     }
 
-    /// Breaks for this reason.
-    pub fn breaks(&self, reason: &str) -> IntCounter {
-        self.breaks.with_label_values(&[reason])
+    /// Gaps for this reason.
+    pub fn gaps(&self, reason: &str) -> IntCounter {
+        self.gaps.with_label_values(&[reason])
     }
 
     /// Streams of this protocol that ended for this reason.

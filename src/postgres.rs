@@ -6,7 +6,7 @@
 //!
 //! Only this room and [`replication`](crate::replication) name the drivers. Nothing here keeps state about the stream.
 
-pub mod catalog;
+pub(crate) mod catalog;
 pub mod connection;
 pub mod primary;
 pub mod publication;
@@ -14,4 +14,4 @@ pub mod requirements;
 pub mod slot;
 #[cfg(test)]
 pub(crate) mod test_postgres;
-pub mod transactions;
+pub(crate) mod transactions;

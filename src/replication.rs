@@ -3,17 +3,17 @@
 //! ```text
 //!   connect ─▶ checks before ─▶ START_REPLICATION ─▶ checks after ─▶ stream ─▶ (lost) ─▶ back off ─▶ connect …
 //!              source, history,                       slot not past    │
-//!              WAL reaches us                         our log          └▶ intake ─▶ Outlet: change log and hub
+//!              WAL reaches us                         our log          └▶ receiver ─▶ Sink: change log and hub
 //! ```
 //!
 //! Invariants:
 //!
-//! - *acknowledged ≤ durable ≤ received*, and further back where [`HoldBack`] says so. The server is told `0/0`, which PostgreSQL
+//! - *acknowledged ≤ durable ≤ received*, and further back where [`AckDelay`] says so. The server is told `0/0`, which PostgreSQL
 //!   takes for "nothing to report", until the checks have passed.
 //! - Idle progress is a log record too, at most one a second, synced before it is acknowledged.
 //! - A reconnect within the process goes on behind the last transaction that was handed on whole, and drops what comes
 //!   again, so that nobody is sent anything twice.
-//! - Whatever breaks history becomes a break in the stream; never a silent restart at the head.
+//! - Whatever gaps history becomes a gap in the stream; never a silent restart at the head.
 //!
 //! Errors are *transient* (back off and reconnect), *definite* (nothing will flow until somebody repairs something: said
 //! once, retried slowly), or *fatal* (the process must end: this log does not belong to this database).
@@ -28,16 +28,16 @@ mod receiver;
 mod session;
 pub mod upstream;
 
-pub use receiver::Intake;
+pub use receiver::Receiver;
 pub use session::Session;
 
-use crate::changelog::{Entry, Room, State, recorder::Closed};
+use crate::changelog::{DiskSpace, Entry, State, recorder::Closed};
 use crate::decode::assembler::{Limits, OnUndecodable};
 use crate::decode::mapping::Mapping;
 use crate::model::diagnostic::CommandLine;
 use crate::model::lsn::{Lsn, Xid8};
 use crate::model::timeline::Source;
-use crate::postgres::slot::HoldBack;
+use crate::postgres::slot::AckDelay;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,7 +57,7 @@ pub struct Options {
     /// What to do with rows that do not decode.
     pub on_undecodable: OnUndecodable,
     /// What the slot is not told of yet.
-    pub hold_back: HoldBack,
+    pub ack_delay: AckDelay,
     /// How messages write commands.
     pub commands: CommandLine,
     /// Whether the slot is to be one that standbys keep a copy of, where PostgreSQL can (17).
@@ -67,7 +67,7 @@ pub struct Options {
 }
 
 /// Where what a session receives goes: the change log and the hub, joined by `app`.
-pub trait Outlet: Send + Sync {
+pub trait Sink: Send + Sync {
     /// Hands on one entry, in stream order. Waits while there is no room for it. When it is cancelled, the entry may or may
     /// not have reached the log, and has not reached a subscriber.
     fn deliver(&self, entry: Entry) -> impl Future<Output = Result<(), Closed>> + Send;
@@ -82,7 +82,7 @@ pub trait Outlet: Send + Sync {
     fn durable(&self) -> watch::Receiver<Lsn>;
 
     /// Whether the log's disk has room.
-    fn room(&self) -> watch::Receiver<Room>;
+    fn room(&self) -> watch::Receiver<DiskSpace>;
 }
 
 /// What the session is doing, for health, logs and metrics.

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  server (script) ─▶ Session ─▶ Joined ─┬─▶ recorder ─▶ disk (torn, lost, lying)
-//!                                        └─▶ hub ◀─ publisher        │
+//!                                        └─▶ hub ◀─ releaser         │
 //!                                             └─▶ readers ◀──────────┘
 //! ```
 //!
@@ -21,13 +21,13 @@ mod reader;
 mod server;
 mod world;
 
-use crate::app::log_and_hub::{LogAndHub, record_visible};
+use crate::app::log_and_hub::{LogAndHub, record_watermark};
 use crate::changelog::recorder;
 use crate::decode::assembler::{Limits, OnUndecodable};
 use crate::decode::mapping::{Mapping, TUPLES_PRESET};
-use crate::hub::{self, Hub, publisher};
+use crate::hub::{self, Hub, releaser};
 use crate::model::diagnostic::CommandLine;
-use crate::postgres::slot::HoldBack;
+use crate::postgres::slot::AckDelay;
 use crate::replication::{Options, Session};
 use disk::Disk;
 use fastrand::Rng;
@@ -49,7 +49,7 @@ const LIVES_MAX: usize = 60;
 /// After a failed sync, or a fatal error, the process is started again.
 const RESTART_AFTER: Duration = Duration::from_millis(100);
 
-fn options(hold_back: HoldBack) -> Options {
+fn options(ack_delay: AckDelay) -> Options {
     static MAPPING: OnceLock<Arc<Mapping>> = OnceLock::new();
     let mapping =
         MAPPING.get_or_init(|| Arc::new(Mapping::new(crate::yaml::from_str(TUPLES_PRESET).unwrap()).unwrap()));
@@ -59,8 +59,8 @@ fn options(hold_back: HoldBack) -> Options {
         mapping: mapping.clone(),
         // A change takes about 40 bytes: messages of some, and now and then a transaction that is staged.
         limits: Limits { message_bytes: 100, change_bytes: 4096, stage_bytes: 250 },
-        on_undecodable: OnUndecodable::Break,
-        hold_back,
+        on_undecodable: OnUndecodable::Gap,
+        ack_delay,
         commands: CommandLine::default(),
         failover: true,
         connections_max: 4,
@@ -107,7 +107,7 @@ struct Run {
     seed: u64,
     fault: Fault,
     /// What the slot is not told of comes again, after each loss of a connection.
-    hold_back: HoldBack,
+    ack_delay: AckDelay,
     world: World,
     disk: Disk,
     server: Server,
@@ -141,11 +141,11 @@ impl Run {
         });
         let readers = readers.collect();
         let may_lie = fault == Fault::LyingDisk;
-        let hold_back = HoldBack {
+        let ack_delay = AckDelay {
             age: Duration::from_millis(if random.u8(..3) == 0 { random.u64(1..100) } else { 0 }),
             size_bytes: random.u64(50..1000),
         };
-        Self { seed, fault, hold_back, world, disk, server, readers, may_lie }
+        Self { seed, fault, ack_delay, world, disk, server, readers, may_lie }
     }
 
     /// Steps taken; or what went wrong.
@@ -194,7 +194,7 @@ impl Run {
         let hub_options = hub::Options { window_bytes: 1500, before_visible: false };
         let hub = Hub::new(log, handle.appended(), hub_options).unwrap();
         let joined = LogAndHub { recorder: handle.clone(), hub: hub.clone() };
-        let session = Session::new(options(self.hold_back), self.server.clone(), joined);
+        let session = Session::new(options(self.ack_delay), self.server.clone(), joined);
         let (stop, stopped) = watch::channel(false);
 
         let mut random = Rng::with_seed(self.seed.wrapping_add(1000 * life as u64));
@@ -206,8 +206,8 @@ impl Run {
             Box::pin(async {
                 let _ = session.run(stopped).await;
             }),
-            Box::pin(publisher::run(hub.clone(), self.server.clone())),
-            Box::pin(record_visible(hub.watch_visible(), handle)),
+            Box::pin(releaser::run(hub.clone(), self.server.clone())),
+            Box::pin(record_watermark(hub.watch_watermark(), handle)),
             Box::pin(self.world.died()),
             Box::pin(async {
                 writing.await;

@@ -34,7 +34,7 @@ pub use tenants::Tenant;
 use crate::decode::mapping::parse_attribute_value;
 use crate::model::change::{Attribute, TenantId, Tuple};
 use crate::postgres::connection::describe;
-use crate::postgres::primary::{self, Primaries};
+use crate::postgres::primary::{self, PrimaryConnector};
 use filter::{Query, text};
 use pool::Pool;
 use std::time::Duration;
@@ -131,7 +131,7 @@ pub struct Store {
 
 impl Store {
     /// On the session's primary, with at most so many connections.
-    pub fn new(primaries: Primaries, connections_max: usize) -> Self {
+    pub fn new(primaries: PrimaryConnector, connections_max: usize) -> Self {
         Self { pool: Pool::new(primaries, connections_max) }
     }
 

@@ -14,7 +14,7 @@ const RUNBOOK: [&str; 9] = [
     "wal-piles-up",
     "lag",
     "the-disk-of-the-change-log",
-    "a-break-in-history",
+    "a-gap-in-history",
     "slow-subscribers",
 ];
 
@@ -150,7 +150,7 @@ fn every_guarantee_is_held_by_a_test() {
         for test in tests.split('`').skip(1).step_by(2) {
             let (module, name) = test.rsplit_once("::").unwrap_or_else(|| panic!("{test} is no path"));
             let path = module.replace("::", "/");
-            let places = [format!("tests/scenarios/{path}.rs"), format!("src/app/{path}.rs")];
+            let places = [format!("tests/scenarios/{path}.rs"), format!("src/{path}.rs")];
             let source = places.iter().find_map(|place| std::fs::read_to_string(root().join(place)).ok());
             let source = source.unwrap_or_else(|| panic!("there is no module {module}"));
             assert!(source.contains(&format!("fn {name}()")), "there is no test {test}");

@@ -44,6 +44,7 @@ mod support {
 }
 
 mod scenarios {
+    mod acknowledgement_delay;
     mod authn;
     mod backlog;
     mod certificates;
@@ -58,7 +59,6 @@ mod scenarios {
     mod feedback;
     mod gap;
     mod health;
-    mod hold_back;
     mod http;
     mod inheritance;
     mod lifecycle;

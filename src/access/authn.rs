@@ -1,6 +1,6 @@
 //! Who makes a request: credentials → [`Caller`].
 //!
-//! Both edges take `authorization: Bearer …`, and both come through [`crate::admission`]. What a token or a key is good for is
+//! Both edges take `authorization: Bearer …`, and both come through [`crate::access::admission`]. What a token or a key is good for is
 //! decided here alone; whether a tenant is among it is asked by every service, with [`Caller::may_use`].
 //!
 //! A refusal says which kind of thing is wrong, and never more: not which key was close, nor what a claim should have been.

@@ -4,7 +4,7 @@
 //! so that neither costs `serve` anything nor keeps it from starting: how far the slot is behind and who has it, what holds
 //! it back, whether it survives a promotion, and whether a replication connection can be made at all.
 //!
-//! A server that cannot be asked is a finding too. So there is no error.
+//! A server that cannot be asked is a diagnostic too. So there is no error.
 
 mod clock;
 mod holders;
@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::admin::monitor::Thresholds;
-use crate::model::diagnostic::{Finding, Report};
+use crate::model::diagnostic::{Diagnostic, Report};
 use crate::postgres::connection::application_name;
 use crate::postgres::connection::{ConnectError, Connection, Endpoints};
 use crate::postgres::requirements::{self, Expectation, Limits, Version};
@@ -41,7 +41,7 @@ pub struct Examination<'a> {
 
 impl Examination<'_> {
     /// Looks at everything, on the primary among `endpoints`.
-    pub async fn run(&self, endpoints: &Endpoints) -> Vec<Finding> {
+    pub async fn run(&self, endpoints: &Endpoints) -> Vec<Diagnostic> {
         let mut report = Report::default();
         match endpoints.connect("tuplewatch doctor").await {
             Ok(connection) => {
@@ -57,23 +57,23 @@ impl Examination<'_> {
             }
             Err(error) => report.add(unusable("connection", &error)),
         }
-        report.into_findings()
+        report.into_diagnostics()
     }
 
     async fn look(&self, connection: &Connection, report: &mut Report) -> Result<(), tokio_postgres::Error> {
         let client = &connection.client;
         let version = Version::read(client).await?;
         if !version.is_supported() {
-            report.add(version.finding());
+            report.add(version.diagnostic());
             return Ok(());
         }
         report.extend(requirements::check(client, &self.expected).await?);
         Limits::read(client).await?.check(self.connections_max, report);
         let own_name = self.node_id.map(application_name);
-        let sight = slot::Sight::read(client, self.expected.slot).await?;
+        let sight = slot::SlotStatus::read(client, self.expected.slot).await?;
         if let Some(sight) = &sight {
             let (slot, commands) = (self.expected.slot, self.expected.commands);
-            let held_bytes = self.expected.hold_back.bytes_max();
+            let held_bytes = self.expected.ack_delay.bytes_max();
             sight.check(slot, own_name.as_deref(), &self.thresholds, held_bytes, commands, report);
         }
         holders::check(client, &self.expected, self.long_transaction, report).await?;
@@ -88,8 +88,8 @@ impl Examination<'_> {
 }
 
 /// What a connection failed with.
-fn unusable(subject: &str, error: &ConnectError) -> Finding {
-    let finding = Finding::error(subject, format!("PostgreSQL cannot be used at {}", error.cause()));
+fn unusable(subject: &str, error: &ConnectError) -> Diagnostic {
+    let diagnostic = Diagnostic::error(subject, format!("PostgreSQL cannot be used at {}", error.cause()));
     let remedy = error.remedy().unwrap_or_else(|| "the server's log may say more".to_owned());
-    finding.fix(format!("-- {remedy}"))
+    diagnostic.fix(format!("-- {remedy}"))
 }

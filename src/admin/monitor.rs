@@ -17,8 +17,8 @@ use tokio::time::{Instant, MissedTickBehavior, timeout};
 use crate::model::diagnostic::{Bytes, CommandLine};
 use crate::model::lsn::Lsn;
 use crate::postgres::connection::{Endpoints, application_name};
-use crate::postgres::primary::{Line, Primaries};
-use crate::postgres::slot::{OPEN_TRANSACTIONS, Sight};
+use crate::postgres::primary::{Line, PrimaryConnector};
+use crate::postgres::slot::{OPEN_TRANSACTIONS, SlotStatus};
 
 /// How often the slot is looked at: whatever is wrong with it is said within twice this.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -110,7 +110,7 @@ pub struct Lag {
 enum Condition {
     Missing,
     Lost(String),
-    Held { pid: i32, name: String },
+    AckTracker { pid: i32, name: String },
     Retained { bytes: u64 },
     Unsafe { bytes: u64 },
     Lagging { behind_bytes: u64, lag: Duration },
@@ -131,7 +131,7 @@ impl Condition {
         match self {
             Self::Missing => "is there again",
             Self::Lost(_) => "can be read again",
-            Self::Held { .. } => "is not held by anybody else any more",
+            Self::AckTracker { .. } => "is not held by anybody else any more",
             Self::Retained { .. } => "keeps less WAL again",
             Self::Unsafe { .. } => "is not about to be lost any more",
             Self::Lagging { .. } => "has caught up",
@@ -145,7 +145,7 @@ impl fmt::Display for Condition {
         match self {
             Self::Missing => f.write_str("does not exist any more"),
             Self::Lost(reason) => write!(f, "is lost ({reason})"),
-            Self::Held { pid, name } => write!(
+            Self::AckTracker { pid, name } => write!(
                 f,
                 "is in use by process {pid} ({name}): stop that one, or give this tuplewatch a slot of its own in \
                  replication.slot"
@@ -225,7 +225,13 @@ struct News {
 }
 
 impl Watch {
-    fn look(&mut self, sight: &Sight, own_name: &str, thresholds: &Thresholds, now: Instant) -> (News, Option<Lag>) {
+    fn look(
+        &mut self,
+        sight: &SlotStatus,
+        own_name: &str,
+        thresholds: &Thresholds,
+        now: Instant,
+    ) -> (News, Option<Lag>) {
         let lag = sight.confirmed.map(|confirmed| self.samples.lag(sight.wal_end, confirmed, now));
         let found = self.conditions(sight, own_name, thresholds, lag);
         let before = std::mem::take(&mut self.present);
@@ -244,7 +250,7 @@ impl Watch {
 
     fn conditions(
         &mut self,
-        sight: &Sight,
+        sight: &SlotStatus,
         own_name: &str,
         thresholds: &Thresholds,
         lag: Option<Lag>,
@@ -261,7 +267,7 @@ impl Watch {
             && let Some(name) = sight.holder.as_ref().filter(|name| *name != own_name)
         {
             let name = if name.is_empty() { "without a name".to_owned() } else { name.clone() };
-            found.push(Condition::Held { pid, name });
+            found.push(Condition::AckTracker { pid, name });
         }
         if let Some(bytes) = sight.retained_bytes {
             let retained = Condition::Retained { bytes };
@@ -290,7 +296,7 @@ impl Watch {
 }
 
 impl Report {
-    fn of(sight: Sight, received: Option<Lag>, slot_lag: Option<Lag>, now: Instant) -> Self {
+    fn of(sight: SlotStatus, received: Option<Lag>, slot_lag: Option<Lag>, now: Instant) -> Self {
         let slot = sight.slot.map(|slot| SlotReport {
             is_active: slot.active_pid.is_some(),
             is_lost: slot.loss().is_some(),
@@ -308,14 +314,14 @@ impl Report {
 pub struct Monitor {
     endpoints: Endpoints,
     /// Where a limit of connections is in the way, the session comes first, and lends its own.
-    primaries: Primaries,
+    primaries: PrimaryConnector,
     options: Options,
     reports: watch::Sender<Option<Report>>,
 }
 
 impl Monitor {
     /// A monitor that asks the primary among `endpoints`.
-    pub fn new(endpoints: Endpoints, primaries: Primaries, options: Options) -> Self {
+    pub fn new(endpoints: Endpoints, primaries: PrimaryConnector, options: Options) -> Self {
         Self { endpoints, primaries, options, reports: watch::Sender::new(None) }
     }
 
@@ -355,7 +361,7 @@ impl Monitor {
             let Some((line, connection)) = line.and_then(|line| line.get().map(|connection| (line, connection))) else {
                 continue;
             };
-            match timeout(ANSWER_MAX, Sight::read(&connection.client, &self.options.slot)).await {
+            match timeout(ANSWER_MAX, SlotStatus::read(&connection.client, &self.options.slot)).await {
                 Ok(Ok(sight)) => {
                     let now = Instant::now();
                     let (news, slot_lag) = watch.look(&sight, &own_name, &self.options.thresholds, now);
@@ -403,12 +409,12 @@ mod tests {
     const THRESHOLDS: Thresholds =
         Thresholds { retained_wal_bytes: 1000, safe_wal_bytes: 100, lag: Duration::from_secs(60) };
 
-    fn sight(retained: u64, safe: i64, wal_end: u64, confirmed: u64) -> Sight {
+    fn sight(retained: u64, safe: i64, wal_end: u64, confirmed: u64) -> SlotStatus {
         let slot = serde_json::json!({
             "plugin": "pgoutput", "slot_type": "logical", "database": "d", "active_pid": 7,
             "wal_status": "reserved", "safe_wal_size": safe,
         });
-        Sight {
+        SlotStatus {
             slot: Some(serde_json::from_value(slot).unwrap()),
             holder: Some("tuplewatch me".into()),
             wal_end: Lsn(wal_end),
@@ -418,7 +424,7 @@ mod tests {
     }
 
     /// What is said, in short.
-    fn look(watch: &mut Watch, sight: &Sight, now: Instant) -> Vec<String> {
+    fn look(watch: &mut Watch, sight: &SlotStatus, now: Instant) -> Vec<String> {
         let (news, _) = watch.look(sight, "tuplewatch me", &THRESHOLDS, now);
         let began = news.began.iter().map(ToString::to_string);
         began.chain(news.over.iter().map(|condition| condition.over().to_owned())).collect()
@@ -428,7 +434,7 @@ mod tests {
     fn thresholds_are_said_once_and_over_once() {
         let mut watch = Watch::default();
         let now = Instant::now();
-        let check = |watch: &mut Watch, sight: &Sight, seconds: u64, expected: &[&str]| {
+        let check = |watch: &mut Watch, sight: &SlotStatus, seconds: u64, expected: &[&str]| {
             let said = look(watch, sight, now + Duration::from_secs(seconds));
             assert_eq!(said.len(), expected.len(), "{said:?}");
             assert!(said.iter().zip(expected).all(|(said, expected)| said.contains(expected)), "{said:?}");
@@ -513,11 +519,11 @@ mod tests {
     fn a_slot_that_is_gone_lost_or_in_other_hands() {
         let mut watch = Watch::default();
         let now = Instant::now();
-        let none = || Sight { slot: None, ..sight(0, 1000, 10, 10) };
+        let none = || SlotStatus { slot: None, ..sight(0, 1000, 10, 10) };
         // It is the session that makes it.
         assert!(look(&mut watch, &none(), now).is_empty());
         assert!(look(&mut watch, &sight(0, 1000, 10, 10), now).is_empty());
-        let other = Sight { holder: Some("pg_recvlogical".into()), ..sight(0, 1000, 10, 10) };
+        let other = SlotStatus { holder: Some("pg_recvlogical".into()), ..sight(0, 1000, 10, 10) };
         assert!(look(&mut watch, &other, now)[0].contains("in use by process 7 (pg_recvlogical)"));
         assert!(look(&mut watch, &other, now).is_empty());
         let mut lost = sight(0, 1000, 10, 10);

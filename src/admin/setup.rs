@@ -37,7 +37,7 @@ use tokio_postgres::types::Type;
 use tokio_postgres::{Client, error::DbError};
 
 use crate::decode::mapping::Mapping;
-use crate::model::diagnostic::{CommandLine, Finding, Report, Severity};
+use crate::model::diagnostic::{CommandLine, Diagnostic, Report, Severity};
 use crate::postgres::catalog::{Catalog, Publication, Table, identifier};
 use crate::postgres::connection::Connection;
 use crate::postgres::requirements::{ALL_OPERATIONS, creation, foreign_slot};
@@ -101,7 +101,7 @@ pub enum Error {
     Sql(#[from] tokio_postgres::Error),
 
     #[error("{}", all(.0))]
-    InTheWay(Vec<Finding>),
+    InTheWay(Vec<Diagnostic>),
 
     #[error("could not {step}, and nothing was changed: {}", locked_by(.transactions))]
     Locked { step: String, transactions: Vec<String> },
@@ -117,11 +117,11 @@ pub enum Error {
     Alone { step: String, source: tokio_postgres::Error },
 }
 
-fn all(findings: &[Finding]) -> String {
-    let (things, are) = if findings.len() == 1 { ("one thing", "is") } else { ("several things", "are") };
+fn all(diagnostics: &[Diagnostic]) -> String {
+    let (things, are) = if diagnostics.len() == 1 { ("one thing", "is") } else { ("several things", "are") };
     let mut text = format!("nothing was changed, because {things} {are} in the way:");
-    for finding in findings {
-        let _ = write!(text, "\n{finding}");
+    for diagnostic in diagnostics {
+        let _ = write!(text, "\n{diagnostic}");
     }
     text
 }
@@ -155,8 +155,8 @@ impl Setup<'_> {
     /// # Errors
     /// With all that is in the way.
     pub async fn plan(&self, client: &Client) -> Result<Vec<Step>, Error> {
-        if let Some(finding) = check_version(client).await? {
-            return Err(Error::InTheWay(vec![finding]));
+        if let Some(diagnostic) = check_version(client).await? {
+            return Err(Error::InTheWay(vec![diagnostic]));
         }
         let catalog = Catalog::read(client, self.publication, self.mapping).await?;
         let slot = Slot::read(client, self.slot).await?;
@@ -285,9 +285,9 @@ fn settings(publication: &Publication, catalog: &Catalog) -> Vec<String> {
 }
 
 fn none_in_the_way(report: Report) -> Result<(), Error> {
-    let mut findings = report.into_findings();
-    findings.retain(|finding| finding.severity == Severity::Error);
-    if findings.is_empty() { Ok(()) } else { Err(Error::InTheWay(findings)) }
+    let mut diagnostics = report.into_diagnostics();
+    diagnostics.retain(|diagnostic| diagnostic.severity == Severity::Error);
+    if diagnostics.is_empty() { Ok(()) } else { Err(Error::InTheWay(diagnostics)) }
 }
 
 /// What shall no longer be there. The tables stay, with all that is in them.

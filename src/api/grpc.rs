@@ -1,6 +1,6 @@
 //! The gRPC edge: `base.v1.Watch`, `base.v1.Data`, `base.v1.Tenancy`, health and reflection.
 //!
-//! Only the edges know the generated types. A message is encoded once ([`crate::change`]) and framed once, and every subscriber
+//! Only the edges know the generated types. A message is encoded once ([`crate::model::change`]) and framed once, and every subscriber
 //! is sent the same frame: see [`watch`] for what is sent, and `connection` for how. Methods other than Watch are tonic's.
 //! [`status`] is the one place that turns errors into statuses.
 
@@ -9,7 +9,7 @@ mod connection;
 pub mod data;
 mod fact;
 pub mod health;
-mod sent;
+mod send_counters;
 pub mod status;
 pub mod tenancy;
 mod threads;

@@ -113,14 +113,14 @@ impl Gateway {
 /// A browser sends what a form could send without asking first, wherever the page is from, and keeps only the answer from it: so
 /// that nobody's page writes to a server that its reader happens to reach.
 async fn refuse_strange_pages(State(allowed): State<Arc<[String]>>, request: Request, next: Next) -> Response {
-    match strange_page(&allowed, &request) {
+    match cross_origin_write(&allowed, &request) {
         Some(refusal) if !request.method().is_safe() => refusal.into_response(),
         _ => next.run(request).await,
     }
 }
 
 /// The refusal of a page that is neither of this server nor allowed.
-fn strange_page(allowed: &[String], request: &Request) -> Option<Refusal> {
+fn cross_origin_write(allowed: &[String], request: &Request) -> Option<Refusal> {
     let header = |name| request.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
     let origin = header(ORIGIN)?;
     let is_own = origin.split_once("://").is_some_and(|(_, authority)| header(HOST) == Some(authority));

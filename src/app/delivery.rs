@@ -1,7 +1,7 @@
 //! Whether changes are delivered: the one judgement that `/readyz`, `grpc.health.v1`, `tuplewatch health` and the metrics repeat.
 //!
 //! A node delivers where the slot streams, PostgreSQL says what is visible, streams can start, and nothing is stuck on the way. An
-//! idle node is asked the same: [`super::primary`] and the hub's publisher probe every few seconds what they would need for the next
+//! idle node is asked the same: [`super::primary`] and the hub's releaser probe every few seconds what they would need for the next
 //! change.
 //!
 //! It does not flap. What the session says counts at once. A statement counts against a node that was ready only after
@@ -10,10 +10,10 @@
 //! How far the node is behind the server is not judged here: it delivers, late. `/readyz` asks that too (`server.http.ready_lag_max`).
 
 use super::primary::{Answers, Silence, Why};
-use crate::changelog::Room;
+use crate::changelog::DiskSpace;
 use crate::hub::{Hub, Waits};
 use crate::model::lsn::Lsn;
-use crate::postgres::primary::Primaries;
+use crate::postgres::primary::PrimaryConnector;
 use crate::replication::Status;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -25,7 +25,7 @@ const JUDGE_EVERY: Duration = Duration::from_secs(1);
 const INVISIBLE_MAX: Duration = Duration::from_secs(15);
 /// A sync takes milliseconds; one that takes longer is no busy disk but one that hangs.
 const UNSYNCED_MAX: Duration = Duration::from_secs(30);
-/// Room in memory comes with each release, and each write to the log.
+/// DiskSpace in memory comes with each release, and each write to the log.
 const FULL_MAX: Duration = Duration::from_secs(15);
 
 /// Why nothing is delivered. No text names a host or has data: whoever probes has no credentials. All are ASCII.
@@ -117,7 +117,7 @@ struct Facts {
     status: Status,
     /// Since when the slot streams, where it does.
     streaming_since: Option<Instant>,
-    room: Room,
+    room: DiskSpace,
     /// PostgreSQL refuses the session a connection, because there are too many.
     session_refused: bool,
     /// Of the statement that says what is visible; `None` where changes are released without it.
@@ -145,9 +145,9 @@ fn judge(facts: &Facts, was_ready: bool, now: Instant) -> Option<Obstacle> {
         }
     };
     match facts.room {
-        Room::Elsewhere => return Some(Obstacle::LogGone),
-        Room::Short { .. } => return Some(Obstacle::DiskFull),
-        Room::Enough => {}
+        DiskSpace::Elsewhere => return Some(Obstacle::LogGone),
+        DiskSpace::Short { .. } => return Some(Obstacle::DiskFull),
+        DiskSpace::Enough => {}
     }
     match facts.status {
         Status::Streaming => {}
@@ -173,10 +173,10 @@ fn judge(facts: &Facts, was_ready: bool, now: Instant) -> Option<Obstacle> {
 pub(super) struct Delivery {
     pub(super) hub: Hub,
     pub(super) status: watch::Receiver<Status>,
-    pub(super) room: watch::Receiver<Room>,
+    pub(super) room: watch::Receiver<DiskSpace>,
     pub(super) received: watch::Receiver<Option<Lsn>>,
     pub(super) durable: watch::Receiver<Lsn>,
-    pub(super) primaries: Primaries,
+    pub(super) primaries: PrimaryConnector,
     /// Of snapshots; `None` where changes are released without any (`service.watch.before_visible`).
     pub(super) visibility: Option<Answers>,
     pub(super) starts: Answers,
@@ -283,7 +283,7 @@ mod tests {
         Facts {
             status: Status::Streaming,
             streaming_since: Some(at(90)),
-            room: Room::Enough,
+            room: DiskSpace::Enough,
             session_refused: false,
             visibility: None,
             starts: None,
@@ -322,13 +322,13 @@ mod tests {
             ("a limit is over when the slot streams", Facts { session_refused: true, ..well() }, None, 0),
             (
                 "the disk is the cause of a slot that does not stream",
-                Facts { status: retrying(), room: Room::Short { free: 1 }, ..well() },
+                Facts { status: retrying(), room: DiskSpace::Short { free: 1 }, ..well() },
                 Some(Obstacle::DiskFull),
                 0,
             ),
             (
                 "and so is its directory",
-                Facts { status: retrying(), room: Room::Elsewhere, ..well() },
+                Facts { status: retrying(), room: DiskSpace::Elsewhere, ..well() },
                 Some(Obstacle::LogGone),
                 0,
             ),

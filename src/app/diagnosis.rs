@@ -1,10 +1,10 @@
 //! What `doctor` says: the change log's directory and the server, looked at beside whatever is running.
 
-use super::{connections_max, endpoints, hold_back, load_mapping, log_options, thresholds};
+use super::{ack_delay, connections_max, endpoints, load_mapping, log_options, thresholds};
 use crate::admin::doctor::Examination;
 use crate::changelog::examination::examine;
 use crate::config::Config;
-use crate::model::diagnostic::{Finding, Severity};
+use crate::model::diagnostic::{Diagnostic, Severity};
 use crate::postgres::requirements::Expectation;
 use serde::Serialize;
 use std::time::Duration;
@@ -15,12 +15,12 @@ pub struct Diagnosis {
     /// Hosts, database and user.
     pub server: String,
     /// In the order in which it was looked for.
-    pub findings: Vec<Finding>,
+    pub diagnostics: Vec<Diagnostic>,
     /// How many there are of each kind.
     pub summary: Summary,
 }
 
-/// Numbers of findings.
+/// Numbers of diagnostics.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[expect(missing_docs, reason = "the names of the severities")]
 pub struct Summary {
@@ -30,8 +30,8 @@ pub struct Summary {
 }
 
 impl Summary {
-    fn of(findings: &[Finding]) -> Self {
-        let count = |severity| findings.iter().filter(|finding| finding.severity == severity).count();
+    fn of(diagnostics: &[Diagnostic]) -> Self {
+        let count = |severity| diagnostics.iter().filter(|diagnostic| diagnostic.severity == severity).count();
         Self { error: count(Severity::Error), warning: count(Severity::Warning), ok: count(Severity::Ok) }
     }
 }
@@ -39,7 +39,7 @@ impl Summary {
 /// Looks at everything. Changes nothing, and disturbs nobody.
 ///
 /// # Errors
-/// Only where the configuration is wrong: what cannot be reached is a finding.
+/// Only where the configuration is wrong: what cannot be reached is a diagnostic.
 pub async fn diagnose(config: &Config, long_transaction: Duration) -> anyhow::Result<Diagnosis> {
     let mapping = load_mapping(config)?;
     let endpoints = endpoints(config)?;
@@ -52,7 +52,7 @@ pub async fn diagnose(config: &Config, long_transaction: Duration) -> anyhow::Re
             publication: &config.replication.publication,
             // A log that has begun goes on from its slot.
             slot_expected: log.has_begun,
-            hold_back: hold_back(config),
+            ack_delay: ack_delay(config),
             commands: config.commands(),
         },
         connections_max: connections_max(config),
@@ -60,7 +60,7 @@ pub async fn diagnose(config: &Config, long_transaction: Duration) -> anyhow::Re
         thresholds: thresholds(config),
         long_transaction,
     };
-    let mut findings = examination.run(&endpoints).await;
-    findings.extend(log.findings);
-    Ok(Diagnosis { server: endpoints.to_string(), summary: Summary::of(&findings), findings })
+    let mut diagnostics = examination.run(&endpoints).await;
+    diagnostics.extend(log.diagnostics);
+    Ok(Diagnosis { server: endpoints.to_string(), summary: Summary::of(&diagnostics), diagnostics })
 }

@@ -13,7 +13,7 @@ use crate::api::http::{self, Gateway, Probes};
 use crate::config::{self, Config, MappingSource, Preset, SnapTokenFormat};
 use crate::hub::Hub;
 use crate::model::snap_token;
-use crate::postgres::primary::Primaries;
+use crate::postgres::primary::PrimaryConnector;
 use crate::store::Store;
 use anyhow::Context as _;
 use std::sync::Arc;
@@ -93,7 +93,7 @@ pub(super) fn services(
     config: &Config,
     hub: &Hub,
     primary: SqlPrimary,
-    primaries: Primaries,
+    primaries: PrimaryConnector,
     stop: watch::Receiver<bool>,
 ) -> Services<SqlPrimary> {
     let watch = grpc::watch::Options {

@@ -2,17 +2,17 @@
 //!
 //! ```text
 //!  session ──▶ LogAndHub ──┬──▶ recorder ──▶ change log
-//!                          └──▶ hub ──▶ publisher ──▶ record_visible ──▶ recorder
+//!                          └──▶ hub ──▶ releaser ──▶ record_watermark ──▶ recorder
 //! ```
 //!
 //! The session hands over one entry at a time, and neither of the two knows the other. The positions that new snapshots can see go back
 //! to the log, so that a restart knows what it has to ask PostgreSQL about.
 
 use crate::changelog::recorder::{self, Closed};
-use crate::changelog::{Entry, Room, State};
+use crate::changelog::{DiskSpace, Entry, State};
 use crate::hub::Hub;
 use crate::model::lsn::{Lsn, Xid8};
-use crate::replication::{self, Outlet};
+use crate::replication::{self, Sink};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -22,7 +22,7 @@ pub(crate) struct LogAndHub {
     pub(crate) hub: Hub,
 }
 
-impl Outlet for LogAndHub {
+impl Sink for LogAndHub {
     /// The log first: what waits for room in the window waits for the log. The hub's part is the last, and either happens
     /// or does not, so that a cancelled delivery can be repeated.
     async fn deliver(&self, entry: Entry) -> Result<(), Closed> {
@@ -31,13 +31,13 @@ impl Outlet for LogAndHub {
             Entry::Adopt(origin) => self.hub.begin_at(origin.source, origin.history, origin.lsn),
             Entry::Transaction(transaction) => self.hub.admit(transaction).await,
             Entry::Progress(lsn) => self.hub.progress(lsn),
-            Entry::Break(gap) => self.hub.interrupt(gap),
+            Entry::Gap(gap) => self.hub.interrupt(gap),
             Entry::Diverge { at, history } => {
                 // Readers go to the log for what the hub forgets: it must have forgotten too.
                 self.recorder.flush().await?;
                 self.hub.diverge(at, history);
             }
-            Entry::Staged(_) | Entry::Discard | Entry::Verified(_) | Entry::Mapping(_) | Entry::Visible(_) => {}
+            Entry::Staged(_) | Entry::Discard | Entry::Verified(_) | Entry::Mapping(_) | Entry::Watermark(_) => {}
         }
         Ok(())
     }
@@ -54,20 +54,20 @@ impl Outlet for LogAndHub {
         self.recorder.durable()
     }
 
-    fn room(&self) -> watch::Receiver<Room> {
+    fn room(&self) -> watch::Receiver<DiskSpace> {
         self.recorder.room()
     }
 }
 
-/// Most often that the visible mark is recorded. What is past it is asked for again after a restart.
-const VISIBLE_EVERY: Duration = Duration::from_secs(1);
+/// Most often that the watermark is recorded. What is past it is asked for again after a restart.
+const WATERMARK_EVERY: Duration = Duration::from_secs(1);
 
-pub(crate) async fn record_visible(mut visible: watch::Receiver<Lsn>, recorder: recorder::Handle) {
-    while visible.changed().await.is_ok() {
-        let lsn = *visible.borrow_and_update();
-        if recorder.append(Entry::Visible(lsn)).await.is_err() {
+pub(crate) async fn record_watermark(mut watermark: watch::Receiver<Lsn>, recorder: recorder::Handle) {
+    while watermark.changed().await.is_ok() {
+        let lsn = *watermark.borrow_and_update();
+        if recorder.append(Entry::Watermark(lsn)).await.is_err() {
             return;
         }
-        tokio::time::sleep(VISIBLE_EVERY).await;
+        tokio::time::sleep(WATERMARK_EVERY).await;
     }
 }

@@ -2,11 +2,11 @@
 
 use crate::decode::mapping::TenantsSpec;
 use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
-use crate::hub::publisher::Snapshots;
+use crate::hub::releaser::Snapshots;
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Snapshot, Xid8};
 use crate::postgres::connection::Connection;
-use crate::postgres::primary::{self, Line, Primaries};
+use crate::postgres::primary::{self, Line, PrimaryConnector};
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -154,7 +154,7 @@ impl Answers {
 /// A connection that is made when it is needed, and again when it was lost or the session found another primary, with one
 /// prepared statement.
 struct Lazy {
-    primaries: Primaries,
+    primaries: PrimaryConnector,
     /// For the log: what is asked on it.
     purpose: &'static str,
     statement: String,
@@ -179,7 +179,7 @@ struct Open {
 }
 
 impl Lazy {
-    fn new(primaries: Primaries, purpose: &'static str, statement: String) -> Self {
+    fn new(primaries: PrimaryConnector, purpose: &'static str, statement: String) -> Self {
         Self { primaries, purpose, statement, open: None, failed: None, answers: Answers::new() }
     }
 
@@ -266,11 +266,11 @@ async fn ask<T>(
     answer
 }
 
-/// `pg_current_snapshot()`, for the publisher.
+/// `pg_current_snapshot()`, for the releaser.
 pub(super) struct SqlSnapshots(Lazy);
 
 impl SqlSnapshots {
-    pub(super) fn new(primaries: Primaries) -> Self {
+    pub(super) fn new(primaries: PrimaryConnector) -> Self {
         Self(Lazy::new(primaries, "snapshots", "SELECT pg_current_snapshot()::text".into()))
     }
 
@@ -309,7 +309,7 @@ impl SqlPrimary {
     /// The handle, whether questions are answered, and the task to be run. `tenants` tells where tenants are listed; without it
     /// every one exists.
     pub(super) fn new(
-        primaries: Primaries,
+        primaries: PrimaryConnector,
         tenants: Option<&TenantsSpec>,
     ) -> (Self, Answers, impl Future<Output = ()> + use<>) {
         let (questions, received) = mpsc::channel(QUEUE_MAX);

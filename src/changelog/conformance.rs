@@ -5,7 +5,7 @@ use super::*;
 use crate::model::change::{Fact, Operation, Tuple, encode};
 use crate::model::lsn::{CommitTime, Xid8};
 use crate::model::timeline::Timeline;
-use crate::model::transaction::{BreakReason, Header, MessageBuilder};
+use crate::model::transaction::{GapReason, Header, MessageBuilder};
 use proptest::prelude::*;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -47,7 +47,7 @@ fn transaction(commit: u64, tenants: &[&str]) -> Entry {
             .map(|(name, n)| (tenant(name), message(commit, Some(end), &[n * 2, n * 2 + 1])))
             .collect(),
         staged: false,
-        breaks: vec![],
+        gaps: vec![],
         token_ids: vec![TokenId([commit as u8; 16])],
         tallies: vec![],
     }))
@@ -69,12 +69,12 @@ fn adopt() -> Entry {
     Entry::Adopt(Origin { source, history: History::first(), lsn: Lsn(50), xid: Xid8(45) })
 }
 
-fn gap(name: Option<&str>, from: u64, to: u64) -> Break {
-    Break {
+fn gap(name: Option<&str>, from: u64, to: u64) -> Gap {
+    Gap {
         tenant: name.map(tenant),
         from: Position::at(Lsn(from)),
         to: Position::at(Lsn(to)),
-        reason: BreakReason::SlotMoved,
+        reason: GapReason::SlotMoved,
         writers: Vec::new(),
     }
 }
@@ -121,8 +121,8 @@ fn conforms(log: &dyn ChangeLog) {
     let since = |from: u64| log.transactions_since(Lsn(from)).unwrap();
     assert_eq!(since(111), [(Lsn(230), Xid8(220)), (Lsn(310), Xid8(300))]);
     assert_eq!(since(110).len(), 3);
-    log.append(&[Entry::Visible(Lsn(230))]).unwrap();
-    assert_eq!(log.state().visible, Lsn(230));
+    log.append(&[Entry::Watermark(Lsn(230))]).unwrap();
+    assert_eq!(log.state().watermark, Lsn(230));
 
     // What is there already is ignored, and not taken for a transaction that is open.
     log.append(&[staged(100, "a", &[1]), Entry::Discard]).unwrap();
@@ -133,7 +133,7 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(log.find_token(TokenId([110; 16])).unwrap(), Some(Lsn(120)));
     assert_eq!(log.find_token(TokenId([1; 16])).unwrap(), None);
 
-    let committed = |commit: u64| Some(Trace::Committed { commit: Lsn(commit), end: Lsn(commit + 10) });
+    let committed = |commit: u64| Some(TransactionOutcome::Committed { commit: Lsn(commit), end: Lsn(commit + 10) });
     let find = |xid: u64| log.find_transaction(&tenant("c"), Xid8(xid)).unwrap();
     let before = |commit: u64| log.transaction_before(Lsn(commit)).unwrap();
     let below = |xid: u64| log.largest_below(Xid8(xid)).unwrap();
@@ -148,8 +148,8 @@ fn conforms(log: &dyn ChangeLog) {
     log.append(&[Entry::Transaction(empty)]).unwrap();
     assert_eq!((find(310), before(400), since(310)), (None, Some(Xid8(300)), vec![]));
 
-    log.append(&[Entry::Break(gap(Some("a"), 310, 320)), Entry::Break(gap(None, 330, 400))]).unwrap();
-    assert_eq!(log.breaks(), [gap(Some("a"), 310, 320), gap(None, 330, 400)]);
+    log.append(&[Entry::Gap(gap(Some("a"), 310, 320)), Entry::Gap(gap(None, 330, 400))]).unwrap();
+    assert_eq!(log.gaps(), [gap(Some("a"), 310, 320), gap(None, 330, 400)]);
     assert_eq!(log.state().tail, Lsn(400));
 
     // The server goes on along another timeline: 300 ends at 310, past the switch.
@@ -162,14 +162,16 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(reads(log, "a", Position::at(Lsn(120))), []);
     assert_eq!(reads(log, "a", Position::ZERO), [(100, 2), (110, 2)]);
     assert_eq!(reads(log, "b", Position::at(Lsn(120))), [(220, 2)]);
-    assert_eq!(log.breaks(), []);
+    assert_eq!(log.gaps(), []);
     // An id that was cut away stays refused, also where the new history gives it to another transaction.
-    assert_eq!((find(300), find(220), before(1000)), (Some(Trace::Abandoned), committed(220), Some(Xid8(220))));
+    assert_eq!(
+        (find(300), find(220), before(1000)),
+        (Some(TransactionOutcome::Abandoned), committed(220), Some(Xid8(220)))
+    );
     assert_eq!(below(1000), Some((Xid8(220), Lsn(220))));
     // A gap that spans the switch remains, up to it.
-    log.append(&[Entry::Break(gap(None, 303, 320)), Entry::Diverge { at: Lsn(305), history: history.clone() }])
-        .unwrap();
-    assert_eq!(log.breaks(), [gap(None, 303, 305)]);
+    log.append(&[Entry::Gap(gap(None, 303, 320)), Entry::Diverge { at: Lsn(305), history: history.clone() }]).unwrap();
+    assert_eq!(log.gaps(), [gap(None, 303, 305)]);
     assert_eq!(log.find_token(TokenId([300u64 as u8; 16])).unwrap(), None);
 
     let verified = Verified { fingerprint: "x".into(), at: Lsn(305) };
@@ -189,10 +191,10 @@ fn the_local_log_conforms_and_keeps_it() {
     let directory = tempfile::tempdir().unwrap();
     let log = LocalLog::open(options(directory.path())).unwrap();
     conforms(&log);
-    let before = (log.state(), reads(&log, "a", Position::ZERO), log.breaks());
+    let before = (log.state(), reads(&log, "a", Position::ZERO), log.gaps());
     drop(log);
     let log = LocalLog::open(options(directory.path())).unwrap();
-    assert_eq!((log.state(), reads(&log, "a", Position::ZERO), log.breaks()), before);
+    assert_eq!((log.state(), reads(&log, "a", Position::ZERO), log.gaps()), before);
 }
 
 #[test]
@@ -212,10 +214,10 @@ fn retention_by_age_keeps_each_tenants_horizon() {
     let log = LocalLog::open(options(directory.path())).unwrap();
     log.append(&[adopt(), transaction(100, &["a", "quiet"])]).unwrap();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
-    assert_eq!(log.retain(now + 1000).unwrap(), Room::Enough);
+    assert_eq!(log.retain(now + 1000).unwrap(), DiskSpace::Enough);
     // A transaction is being staged while the next segment begins.
     log.append(&[transaction(200, &["a"]), staged(300, "a", &[2, 3])]).unwrap();
-    assert_eq!(log.retain(now + 2000).unwrap(), Room::Enough);
+    assert_eq!(log.retain(now + 2000).unwrap(), DiskSpace::Enough);
     let Entry::Transaction(whole) = transaction(300, &["b"]) else { unreachable!() };
     let messages = vec![(tenant("a"), message(300, Some(310), &[8]))];
     let end = Entry::Transaction(Arc::new(Transaction { staged: true, messages, ..(*whole).clone() }));
@@ -227,12 +229,12 @@ fn retention_by_age_keeps_each_tenants_horizon() {
     }
 
     // An hour after it ended, the first segment goes.
-    assert_eq!(log.retain(now + 1000 + 3700).unwrap(), Room::Enough);
+    assert_eq!(log.retain(now + 1000 + 3700).unwrap(), DiskSpace::Enough);
     assert_eq!(reads(&log, "a", Position::ZERO), [(200, 2), (300, 2), (300, 1)]);
     assert_eq!(log.horizon(&tenant("a")).unwrap(), Position::inside(Lsn(100), u64::MAX));
     assert!(log.horizon(&tenant("a")).unwrap() < Position::at(Lsn(110)), "the token after it resumes");
     let find = |name: &str| log.find_transaction(&tenant(name), Xid8(100)).unwrap();
-    let newest = Some(Trace::Committed { commit: Lsn(100), end: Lsn(110) });
+    let newest = Some(TransactionOutcome::Committed { commit: Lsn(100), end: Lsn(110) });
     assert_eq!((find("a"), find("quiet"), find("other")), (newest, newest, None), "and so does its id");
     assert_eq!(log.horizon(&tenant("other")).unwrap(), Position::at(Lsn(50)));
     assert!(log.knows(&tenant("quiet")).unwrap());
@@ -246,7 +248,7 @@ fn a_full_disk_drops_history_and_then_says_so() {
     let directory = tempfile::tempdir().unwrap();
     let log = LocalLog::open(Options { reserve_bytes: u64::MAX - 1, ..options(directory.path()) }).unwrap();
     log.append(&[adopt(), transaction(100, &["a"])]).unwrap();
-    assert!(matches!(log.retain(0).unwrap(), Room::Short { .. }));
+    assert!(matches!(log.retain(0).unwrap(), DiskSpace::Short { .. }));
     assert_eq!(reads(&log, "a", Position::ZERO), []);
     assert_eq!(log.horizon(&tenant("a")).unwrap(), Position::inside(Lsn(100), u64::MAX));
 }
@@ -392,7 +394,7 @@ proptest! {
                     run.push(staged(commit, "a", &[2, 5]));
                     open = Some(commit);
                 }
-                6 => run.push(Entry::Break(gap(None, commit, commit + 5))),
+                6 => run.push(Entry::Gap(gap(None, commit, commit + 5))),
                 7 => {
                     run.push(Entry::Discard);
                     open = None;
@@ -438,7 +440,7 @@ fn same(log: &LocalLog, model: &Inner) -> bool {
                 (before.unwrap(), below.unwrap(), log.find_transaction(&tenant("z"), Xid8(at)).unwrap())
             })
             .collect();
-        (log.state().tail, log.state().origin, reads, log.breaks(), log.transactions_since(Lsn(0)).unwrap(), index)
+        (log.state().tail, log.state().origin, reads, log.gaps(), log.transactions_since(Lsn(0)).unwrap(), index)
     };
     all(log) == all(&model)
 }

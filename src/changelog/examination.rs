@@ -4,7 +4,7 @@
 use super::Error;
 use super::local::Options;
 use super::local::directory::{self, DATA, MARKER, Marker, PROBE};
-use crate::model::diagnostic::{Bytes, CommandLine, Finding, Report, shell_word};
+use crate::model::diagnostic::{Bytes, CommandLine, Diagnostic, Report, shell_word};
 use rustix::fs::{Access, access};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write as _};
@@ -30,7 +30,7 @@ pub struct Examination {
     /// Whether it follows a slot already.
     pub has_begun: bool,
     /// What was found.
-    pub findings: Vec<Finding>,
+    pub diagnostics: Vec<Diagnostic>,
 }
 
 /// Looks at the directory. Waits for the disk.
@@ -38,7 +38,7 @@ pub fn examine(options: &Options, commands: &CommandLine) -> Examination {
     let mut report = Report::default();
     let marker = look(options, commands, &mut report);
     let has_begun = marker.as_ref().is_some_and(|marker| marker.has_begun);
-    Examination { node_id: marker.map(|marker| marker.node_id), has_begun, findings: report.into_findings() }
+    Examination { node_id: marker.map(|marker| marker.node_id), has_begun, diagnostics: report.into_diagnostics() }
 }
 
 fn look(options: &Options, commands: &CommandLine, report: &mut Report) -> Option<Marker> {
@@ -106,7 +106,7 @@ fn describe(path: &Path, marker: Option<&Marker>, is_open: Option<bool>) -> Stri
     format!("in {path}, of node {node_id}, and {user}")
 }
 
-fn unreadable(error: &Error, commands: &CommandLine) -> Finding {
+fn unreadable(error: &Error, commands: &CommandLine) -> Diagnostic {
     let fix = match error {
         Error::Foreign(_) => "-- set changelog.path to an empty or new directory".to_owned(),
         Error::Open { .. } => "-- let the user that tuplewatch runs as read it".to_owned(),
@@ -116,7 +116,7 @@ fn unreadable(error: &Error, commands: &CommandLine) -> Finding {
         ),
         _ => commands.reset_log().fix("the history of the log is lost, and subscribers are told"),
     };
-    Finding::error(SUBJECT, error.to_string()).fix(fix)
+    Diagnostic::error(SUBJECT, error.to_string()).fix(fix)
 }
 
 /// Files that a run as another user left behind.
@@ -134,12 +134,12 @@ fn check_owners(path: &Path, report: &mut Report) {
     let meaning = "A tuplewatch that runs as the one cannot write what belongs to the other.";
     let fix = format!("chown -R {}:{} {}  # as root", own.uid(), own.gid(), word(path));
     // To root everything is open, which says nothing of the one that serves.
-    let finding = match access(&file, Access::WRITE_OK) {
-        Ok(()) if rustix::process::geteuid().is_root() => Finding::warning,
+    let diagnostic = match access(&file, Access::WRITE_OK) {
+        Ok(()) if rustix::process::geteuid().is_root() => Diagnostic::warning,
         Ok(()) => return,
-        Err(_) => Finding::error,
+        Err(_) => Diagnostic::error,
     };
-    report.add(finding(SUBJECT, what).means(meaning).fix(fix));
+    report.add(diagnostic(SUBJECT, what).means(meaning).fix(fix));
 }
 
 /// Whether it can be written, how long a sync takes, and what kind of file system it is.
@@ -150,7 +150,7 @@ fn check_disk(place: &Path, is_open: bool, report: &mut Report) {
             if sync > SYNC_MAX {
                 let meaning = "Changes are acknowledged to PostgreSQL after one; under load the slot falls behind.";
                 let fix = "-- set changelog.path to a faster disk, best a local SSD";
-                report.add(Finding::warning("disk of the change log", what).means(meaning).fix(fix));
+                report.add(Diagnostic::warning("disk of the change log", what).means(meaning).fix(fix));
             } else {
                 report.ok("disk of the change log", what);
             }
@@ -163,11 +163,11 @@ fn check_disk(place: &Path, is_open: bool, report: &mut Report) {
     }
     if let Some((kind, meaning)) = file_system(place) {
         let fix = "-- set changelog.path to a local disk that stays (in a container: a volume)";
-        report.add(Finding::warning("disk of the change log", format!("is {kind}")).means(meaning).fix(fix));
+        report.add(Diagnostic::warning("disk of the change log", format!("is {kind}")).means(meaning).fix(fix));
     }
 }
 
-fn unwritable(place: &Path, error: &io::Error) -> Finding {
+fn unwritable(place: &Path, error: &io::Error) -> Diagnostic {
     let user = rustix::process::geteuid().as_raw();
     let fix = match error.kind() {
         ErrorKind::PermissionDenied => format!(
@@ -178,7 +178,7 @@ fn unwritable(place: &Path, error: &io::Error) -> Finding {
         _ => "-- set changelog.path to a directory that can be written".to_owned(),
     };
     let what = format!("cannot be kept: user {user} cannot write to {}: {error}", place.display());
-    Finding::error(SUBJECT, what).fix(fix)
+    Diagnostic::error(SUBJECT, what).fix(fix)
 }
 
 /// A file that goes with this value.
@@ -219,7 +219,7 @@ fn check_space(path: &Path, place: &Path, options: &Options, report: &mut Report
         let what = format!("{what}: less than changelog.disk_reserve ({})", Bytes(reserve));
         let meaning = "Nothing is read from PostgreSQL while less than the reserve is free.";
         let fix = "-- make room on the disk, or set changelog.disk_reserve to less";
-        report.add(Finding::error(SUBJECT, what).means(meaning).fix(fix));
+        report.add(Diagnostic::error(SUBJECT, what).means(meaning).fix(fix));
     } else if free.saturating_add(used) < reserve.saturating_add(options.size_bytes) {
         let what = format!(
             "{what}: less than changelog.retention.size ({}) and changelog.disk_reserve ({}) together",
@@ -228,7 +228,7 @@ fn check_space(path: &Path, place: &Path, options: &Options, report: &mut Report
         );
         let meaning = "If the log grows that large, its oldest changes go before their time.";
         let fix = "-- make room on the disk, or set changelog.retention.size to less";
-        report.add(Finding::warning(SUBJECT, what).means(meaning).fix(fix));
+        report.add(Diagnostic::warning(SUBJECT, what).means(meaning).fix(fix));
     } else {
         report.ok(SUBJECT, what);
     }
@@ -285,9 +285,9 @@ mod tests {
     }
 
     /// The errors.
-    fn errors(options: &Options) -> Vec<Finding> {
-        let findings = examine(options, &CommandLine::default()).findings;
-        findings.into_iter().filter(|finding| finding.severity == Severity::Error).collect()
+    fn errors(options: &Options) -> Vec<Diagnostic> {
+        let diagnostics = examine(options, &CommandLine::default()).diagnostics;
+        diagnostics.into_iter().filter(|diagnostic| diagnostic.severity == Severity::Error).collect()
     }
 
     fn names(path: &Path) -> Vec<String> {
@@ -306,11 +306,17 @@ mod tests {
         let before = names(&path);
         let found = examine(&options(&path), &CommandLine::default());
         assert_eq!(found.node_id, Some(log.state().node_id));
-        assert!(found.findings.iter().any(|finding| finding.what.ends_with("a tuplewatch has it open")), "{found:?}");
+        assert!(
+            found.diagnostics.iter().any(|diagnostic| diagnostic.what.ends_with("a tuplewatch has it open")),
+            "{found:?}"
+        );
         assert_eq!(names(&path), before);
         drop(log);
         let found = examine(&options(&path), &CommandLine::default());
-        assert!(found.findings.iter().any(|finding| finding.what.ends_with("no tuplewatch has it open")), "{found:?}");
+        assert!(
+            found.diagnostics.iter().any(|diagnostic| diagnostic.what.ends_with("no tuplewatch has it open")),
+            "{found:?}"
+        );
 
         // What a doctor that was killed leaves behind is in nobody's way.
         for path in [path, directory.path().join("empty")] {
@@ -335,15 +341,15 @@ mod tests {
             (full, "less than changelog.disk_reserve", "changelog.disk_reserve"),
         ] {
             let found = errors(&options);
-            let [finding] = found.as_slice() else { panic!("{found:#?}") };
-            assert!(finding.what.contains(what) && finding.fix.as_deref().unwrap().contains(fix), "{finding}");
+            let [diagnostic] = found.as_slice() else { panic!("{found:#?}") };
+            assert!(diagnostic.what.contains(what) && diagnostic.fix.as_deref().unwrap().contains(fix), "{diagnostic}");
         }
         let path = directory.path().join("log");
         drop(LocalLog::open(options(&path)).unwrap());
         fs::remove_dir_all(path.join(DATA)).unwrap();
         let found = errors(&options(&path));
         assert!(
-            matches!(&found[..], [finding] if finding.fix.as_deref().unwrap().starts_with("tuplewatch serve --reset-log"))
+            matches!(&found[..], [diagnostic] if diagnostic.fix.as_deref().unwrap().starts_with("tuplewatch serve --reset-log"))
         );
     }
 }

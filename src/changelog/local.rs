@@ -3,7 +3,7 @@
 //! ```text
 //! <path>/tuplewatch-log.json     format and node id, written once
 //! <path>/data/                   fjall
-//!   keyspace "meta"              origin, tail, segments, horizons of tenants, breaks
+//!   keyspace "meta"              origin, tail, segments, horizons of tenants, gaps
 //!   keyspace "segment-<n>"       messages by tenant, token ids, transactions (see `record`)
 //! ```
 //!
@@ -20,11 +20,11 @@ mod record;
 mod segments;
 mod stored;
 
-use super::{Batch, ChangeLog, Entry, Error, Room, State, Trace, Usage, Verified};
+use super::{Batch, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome, Usage, Verified};
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
-use crate::model::transaction::Break;
+use crate::model::transaction::Gap;
 use bytes::Bytes;
 use directory::{DATA, MARKER, MARKER_NEW, Marker, PROBE, Place};
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
@@ -35,9 +35,7 @@ use segments::Segments;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
-use stored::{
-    META_BREAK, META_STATE, META_TAIL, Stored, meta_abandoned, meta_horizon, read_break, read_origin, unpair,
-};
+use stored::{META_GAP, META_STATE, META_TAIL, Stored, meta_abandoned, meta_horizon, read_gap, read_origin, unpair};
 
 /// Memory for blocks read from disk, shared by all readers.
 const CACHE_BYTES: u64 = 32 << 20;
@@ -140,11 +138,11 @@ impl LocalLog {
             Some(bytes) => record::read_lsn(&bytes).ok_or_else(|| damaged("its tail does not read".into()))?,
             None => Lsn::ZERO,
         };
-        let mut breaks = Vec::new();
-        for item in meta.prefix(META_BREAK) {
+        let mut gaps = Vec::new();
+        for item in meta.prefix(META_GAP) {
             let json = item.value().map_err(read)?;
             let stored = serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?;
-            breaks.push(read_break(stored).ok_or_else(|| damaged("a break does not read".into()))?);
+            gaps.push(read_gap(stored).ok_or_else(|| damaged("a gap does not read".into()))?);
         }
         let segments = Segments::open(&db, &meta, &damaged)?;
         let log = Self {
@@ -154,7 +152,7 @@ impl LocalLog {
             db,
             meta,
             segments: RwLock::new(segments),
-            memory: Mutex::new(Memory { stored, tail, breaks }),
+            memory: Mutex::new(Memory { stored, tail, gaps }),
         };
         // Of a version that did not note it.
         if !marker.has_begun && log.memory().stored.origin.is_some() {
@@ -302,8 +300,8 @@ impl ChangeLog for LocalLog {
                 .as_ref()
                 .map(|(fingerprint, at)| Verified { fingerprint: fingerprint.clone(), at: Lsn(*at) }),
             mapping: memory.stored.mapping,
-            visible: Lsn(memory.stored.visible),
-            open_gap: Break::last_open(&memory.breaks).cloned(),
+            watermark: Lsn(memory.stored.watermark),
+            open_gap: Gap::last_open(&memory.gaps).cloned(),
         }
     }
 
@@ -318,7 +316,7 @@ impl ChangeLog for LocalLog {
                 written.commit(self, &memory)?;
                 written = Written::new(self, &memory, active);
             }
-            written.rare |= !matches!(entry, Entry::Transaction(t) if !t.staged && t.breaks.is_empty())
+            written.rare |= !matches!(entry, Entry::Transaction(t) if !t.staged && t.gaps.is_empty())
                 && !matches!(entry, Entry::Progress(_));
             memory.apply(entry, self, &mut written)?;
         }
@@ -370,7 +368,7 @@ impl ChangeLog for LocalLog {
         let floor = {
             let memory = self.memory();
             let origin = memory.stored.origin.as_ref().map_or(Position::ZERO, |origin| Position::at(Lsn(origin.lsn)));
-            origin.max(unpair(memory.stored.breaks_floor))
+            origin.max(unpair(memory.stored.gaps_floor))
         };
         let dropped = self.horizon_of(tenant)?.map_or(Position::ZERO, |horizon| horizon.position);
         Ok(floor.max(dropped))
@@ -399,15 +397,15 @@ impl ChangeLog for LocalLog {
         Ok(None)
     }
 
-    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<Trace>, Error> {
+    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<TransactionOutcome>, Error> {
         if self.meta.contains_key(meta_abandoned(xid)).map_err(|error| unreadable(&error))? {
-            return Ok(Some(Trace::Abandoned));
+            return Ok(Some(TransactionOutcome::Abandoned));
         }
         if let Some(found) = self.segments().find(xid).map_err(|error| unreadable(&error))? {
             return Ok(Some(found));
         }
         let newest = self.horizon_of(tenant)?.filter(|horizon| horizon.xid == xid && horizon.end > Lsn::ZERO);
-        Ok(newest.map(|horizon| Trace::Committed { commit: horizon.position.lsn, end: horizon.end }))
+        Ok(newest.map(|horizon| TransactionOutcome::Committed { commit: horizon.position.lsn, end: horizon.end }))
     }
 
     fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error> {
@@ -418,8 +416,8 @@ impl ChangeLog for LocalLog {
         self.segments().largest_below(xid).map_err(|error| unreadable(&error))
     }
 
-    fn breaks(&self) -> Vec<Break> {
-        self.memory().breaks.clone()
+    fn gaps(&self) -> Vec<Gap> {
+        self.memory().gaps.clone()
     }
 
     fn usage(&self) -> Usage {
@@ -436,7 +434,7 @@ impl ChangeLog for LocalLog {
         }
     }
 
-    fn retain(&self, now_unix_seconds: u64) -> Result<Room, Error> {
+    fn retain(&self, now_unix_seconds: u64) -> Result<DiskSpace, Error> {
         let frontier = self.memory().frontier();
         let mut segments = self.roll(&self.segments(), frontier, now_unix_seconds)?;
         let free = self.free_bytes();
@@ -454,15 +452,15 @@ impl ChangeLog for LocalLog {
             let free = self.free_bytes().max(expected);
             let short = free < self.options.reserve_bytes;
             if !expired && !short && segments.bytes() <= self.options.size_bytes {
-                return Ok(Room::Enough);
+                return Ok(DiskSpace::Enough);
             }
             if segments.len() == 1 {
                 if !short {
-                    return Ok(Room::Enough);
+                    return Ok(DiskSpace::Enough);
                 }
                 // The active segment goes as well before the disk fills up: history is what the log is asked to give up.
                 if segments.active().is_empty() {
-                    return Ok(Room::Short { free: self.free_bytes() });
+                    return Ok(DiskSpace::Short { free: self.free_bytes() });
                 }
                 segments = segments.rolled(&self.db, frontier, now_unix_seconds)?;
             }

@@ -1,10 +1,10 @@
 //! The change log as a handful of vectors: what the real one is compared with, and the storage of tests without a disk.
 
-use super::{Batch, ChangeLog, Entry, Error, Room, State, Trace};
+use super::{Batch, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome};
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
-use crate::model::transaction::{Break, Header, Message};
+use crate::model::transaction::{Gap, Header, Message};
 use std::sync::Mutex;
 
 #[derive(Default)]
@@ -21,7 +21,7 @@ pub(crate) struct Inner {
     transactions: Vec<(Header, Lsn)>,
     abandoned: Vec<Xid8>,
     tokens: Vec<(TokenId, Lsn)>,
-    breaks: Vec<Break>,
+    gaps: Vec<Gap>,
 }
 
 impl Inner {
@@ -32,7 +32,7 @@ impl Inner {
             tail: Lsn::ZERO,
             verified: None,
             mapping: None,
-            visible: Lsn::ZERO,
+            watermark: Lsn::ZERO,
             open_gap: None,
         })
     }
@@ -41,7 +41,7 @@ impl Inner {
         match entry {
             Entry::Adopt(origin) => {
                 self.state().tail = origin.lsn;
-                self.state().visible = origin.lsn;
+                self.state().watermark = origin.lsn;
                 self.state().origin = Some(origin.clone());
             }
             Entry::Staged(staged) if staged.commit < self.tail() => {}
@@ -52,23 +52,23 @@ impl Inner {
                 self.messages.append(&mut self.staged);
                 self.messages.extend(transaction.messages.iter().cloned());
                 self.tokens.extend(transaction.token_ids.iter().map(|id| (*id, transaction.end)));
-                self.breaks.extend(transaction.breaks.iter().cloned());
+                self.gaps.extend(transaction.gaps.iter().cloned());
                 self.transactions.extend(transaction.has_changes().then_some((transaction.header, transaction.end)));
                 self.state().tail = transaction.end;
             }
             Entry::Progress(lsn) => self.state().tail = self.state().tail.max(*lsn),
-            Entry::Break(gap) => {
+            Entry::Gap(gap) => {
                 self.state().tail = self.state().tail.max(gap.to.lsn);
-                self.breaks.push(gap.clone());
+                self.gaps.push(gap.clone());
             }
             Entry::Diverge { at, history } => {
                 let gone: Vec<_> = self.transactions.extract_if(.., |(_, end)| *end > *at).collect();
                 self.messages.retain(|(_, m)| !gone.iter().any(|(header, _)| header.commit == m.header.commit));
                 self.abandoned.extend(gone.iter().map(|(header, _)| header.xid));
                 self.tokens.retain(|(_, end)| end <= at);
-                self.breaks = std::mem::take(&mut self.breaks).into_iter().filter_map(|gap| gap.up_to(*at)).collect();
+                self.gaps = std::mem::take(&mut self.gaps).into_iter().filter_map(|gap| gap.up_to(*at)).collect();
                 self.state().tail = self.state().tail.min(*at);
-                self.state().visible = self.state().visible.min(*at);
+                self.state().watermark = self.state().watermark.min(*at);
                 if let Some(verified) = &mut self.state().verified {
                     verified.at = verified.at.min(*at);
                 }
@@ -78,9 +78,9 @@ impl Inner {
             }
             Entry::Verified(verified) => self.state().verified = Some(verified.clone()),
             Entry::Mapping(fingerprint) => self.state().mapping = Some(*fingerprint),
-            Entry::Visible(lsn) => self.state().visible = (*lsn).min(self.tail()),
+            Entry::Watermark(lsn) => self.state().watermark = (*lsn).min(self.tail()),
         }
-        self.state().open_gap = Break::last_open(&self.breaks).cloned();
+        self.state().open_gap = Gap::last_open(&self.gaps).cloned();
     }
 
     pub(crate) fn tail(&self) -> Lsn {
@@ -150,11 +150,11 @@ impl ChangeLog for ModelLog {
         Ok(self.inner.lock().unwrap().tokens.iter().find(|(other, _)| *other == id).map(|(_, end)| *end))
     }
 
-    fn find_transaction(&self, _: &TenantId, xid: Xid8) -> Result<Option<Trace>, Error> {
+    fn find_transaction(&self, _: &TenantId, xid: Xid8) -> Result<Option<TransactionOutcome>, Error> {
         let inner = self.inner.lock().unwrap();
         let found = inner.transactions.iter().find(|(header, _)| header.xid == xid);
-        let found = found.map(|(header, end)| Trace::Committed { commit: header.commit, end: *end });
-        Ok(if inner.abandoned.contains(&xid) { Some(Trace::Abandoned) } else { found })
+        let found = found.map(|(header, end)| TransactionOutcome::Committed { commit: header.commit, end: *end });
+        Ok(if inner.abandoned.contains(&xid) { Some(TransactionOutcome::Abandoned) } else { found })
     }
 
     fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error> {
@@ -168,11 +168,11 @@ impl ChangeLog for ModelLog {
         Ok(below.filter(|(other, _)| *other < xid).max())
     }
 
-    fn breaks(&self) -> Vec<Break> {
-        self.inner.lock().unwrap().breaks.clone()
+    fn gaps(&self) -> Vec<Gap> {
+        self.inner.lock().unwrap().gaps.clone()
     }
 
-    fn retain(&self, _: u64) -> Result<Room, Error> {
-        Ok(Room::Enough)
+    fn retain(&self, _: u64) -> Result<DiskSpace, Error> {
+        Ok(DiskSpace::Enough)
     }
 }

@@ -4,7 +4,7 @@
 //! [`SYNC_DELAY`]) and soon when idle, and tells through watches how far the log is *appended* (a reader can have it) and
 //! *durable* (the slot can be told). A failed write ends it, and with it the process.
 
-use super::{ChangeLog, Entry, Error, Room, State};
+use super::{ChangeLog, DiskSpace, Entry, Error, State};
 use crate::metrics::metrics;
 use crate::model::lsn::Lsn;
 use std::sync::Arc;
@@ -53,7 +53,7 @@ pub struct Handle {
     room_in_queue: Arc<Semaphore>,
     appended: watch::Receiver<Lsn>,
     durable: watch::Receiver<Lsn>,
-    room: watch::Receiver<Room>,
+    room: watch::Receiver<DiskSpace>,
 }
 
 /// The writing side, to be run on a thread of its own.
@@ -62,7 +62,7 @@ pub struct Recorder {
     commands: mpsc::Receiver<Command>,
     appended: watch::Sender<Lsn>,
     durable: watch::Sender<Lsn>,
-    room: watch::Sender<Room>,
+    room: watch::Sender<DiskSpace>,
 }
 
 /// A recorder for this log, and the handle to it.
@@ -71,7 +71,7 @@ pub fn new(log: Arc<dyn ChangeLog>) -> (Recorder, Handle) {
     let (commands_tx, commands) = mpsc::channel(QUEUE_ENTRIES);
     let (appended, appended_rx) = watch::channel(tail);
     let (durable, durable_rx) = watch::channel(tail);
-    let (room, room_rx) = watch::channel(Room::Enough);
+    let (room, room_rx) = watch::channel(DiskSpace::Enough);
     let handle = Handle {
         commands: commands_tx,
         room_in_queue: Arc::new(Semaphore::new(QUEUE_BYTES)),
@@ -115,7 +115,7 @@ impl Handle {
     }
 
     /// Whether the disk has room.
-    pub fn room(&self) -> watch::Receiver<Room> {
+    pub fn room(&self) -> watch::Receiver<DiskSpace> {
         self.room.clone()
     }
 }
@@ -241,19 +241,19 @@ impl Recorder {
     async fn retain(&self) -> Result<(), Error> {
         loop {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-            let room = if self.log.is_in_place() { self.log.retain(now)? } else { Room::Elsewhere };
+            let room = if self.log.is_in_place() { self.log.retain(now)? } else { DiskSpace::Elsewhere };
             let before = self.room.send_replace(room);
             match room {
-                Room::Enough => {
+                DiskSpace::Enough => {
                     match before {
-                        Room::Enough => {}
-                        Room::Short { .. } => tracing::info!("the disk of the change log has room again"),
-                        Room::Elsewhere => tracing::info!("the directory of the change log is back"),
+                        DiskSpace::Enough => {}
+                        DiskSpace::Short { .. } => tracing::info!("the disk of the change log has room again"),
+                        DiskSpace::Elsewhere => tracing::info!("the directory of the change log is back"),
                     }
                     return Ok(());
                 }
-                Room::Short { free } => {
-                    if !matches!(before, Room::Short { .. }) {
+                DiskSpace::Short { free } => {
+                    if !matches!(before, DiskSpace::Short { .. }) {
                         tracing::error!(
                             free_bytes = free,
                             "the disk of the change log is full up to changelog.disk_reserve and nothing is left to drop: \
@@ -261,8 +261,8 @@ impl Recorder {
                         );
                     }
                 }
-                Room::Elsewhere => {
-                    if before != Room::Elsewhere {
+                DiskSpace::Elsewhere => {
+                    if before != DiskSpace::Elsewhere {
                         tracing::error!(
                             "the directory of the change log (changelog.path) was moved, deleted, unmounted or replaced: reading \
                              from PostgreSQL stops, and WAL is kept there. Put the directory back, and tuplewatch goes on; a \

@@ -4,14 +4,14 @@ use super::overrides::ConfigArgs;
 use super::terminal::{Style, harmless};
 use super::{examples, say};
 use crate::app::diagnosis::{Diagnosis, diagnose};
-use crate::model::diagnostic::{Finding, Severity};
+use crate::model::diagnostic::{Diagnostic, Severity};
 use std::fmt::Write as _;
 use std::time::Duration;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = examples::DOCTOR)]
 pub(super) struct DoctorArgs {
-    /// Print one JSON document: server, findings, summary
+    /// Print one JSON document: server, diagnostics, summary
     #[arg(long)]
     json: bool,
     /// Report transactions that have been open for longer
@@ -72,13 +72,13 @@ const COLUMN_MIN: usize = 40;
 
 /// The worst comes last: it stands where one looks first, above the prompt.
 fn text(diagnosis: &Diagnosis, layout: Layout) -> String {
-    let mut findings: Vec<&Finding> = diagnosis.findings.iter().collect();
-    findings.sort_by_key(|finding| finding.severity);
-    let lengths = findings.iter().map(|finding| finding.subject.chars().count());
+    let mut diagnostics: Vec<&Diagnostic> = diagnosis.diagnostics.iter().collect();
+    diagnostics.sort_by_key(|diagnostic| diagnostic.severity);
+    let lengths = diagnostics.iter().map(|diagnostic| diagnostic.subject.chars().count());
     let column = lengths.filter(|length| *length <= SUBJECT_MAX).max().unwrap_or_default();
     let mut out = format!("{}\n\n", layout.style.strong(&diagnosis.server));
-    for finding in findings {
-        write_finding(finding, column, layout, &mut out);
+    for diagnostic in diagnostics {
+        write_finding(diagnostic, column, layout, &mut out);
     }
     let summary = diagnosis.summary;
     let count = |number: usize, word: &str| format!("{number} {word}{}", if number == 1 { "" } else { "s" });
@@ -87,24 +87,24 @@ fn text(diagnosis: &Diagnosis, layout: Layout) -> String {
         (0, _) => "tuplewatch serve works",
         _ => "tuplewatch serve does not work until the errors are repaired",
     };
-    let worst = diagnosis.findings.iter().map(|finding| finding.severity).max().unwrap_or(Severity::Ok);
+    let worst = diagnosis.diagnostics.iter().map(|diagnostic| diagnostic.severity).max().unwrap_or(Severity::Ok);
     let counts = format!("{}, {}, {} ok", count(summary.error, "error"), count(summary.warning, "warning"), summary.ok);
     let _ = write!(out, "\n{}: {verdict}", layout.severity(worst, &counts));
     out
 }
 
-fn write_finding(finding: &Finding, column: usize, layout: Layout, out: &mut String) {
-    let severity = layout.severity(finding.severity, &format!("{:<8}", finding.severity));
-    let subject = format!("{:<column$}", harmless(&finding.subject));
+fn write_finding(diagnostic: &Diagnostic, column: usize, layout: Layout, out: &mut String) {
+    let severity = layout.severity(diagnostic.severity, &format!("{:<8}", diagnostic.severity));
+    let subject = format!("{:<column$}", harmless(&diagnostic.subject));
     let begin = MARGIN + subject.chars().count() + 2;
     let room = |indent: usize| layout.width.map_or(usize::MAX, |width| width.saturating_sub(indent));
     let indent = if room(begin) < COLUMN_MIN { MARGIN } else { begin };
-    let what = wrap(&harmless(&finding.what), room(begin), room(indent)).join(&format!("\n{:indent$}", ""));
+    let what = wrap(&harmless(&diagnostic.what), room(begin), room(indent)).join(&format!("\n{:indent$}", ""));
     let _ = writeln!(out, "{severity} {subject}  {what}");
-    for line in finding.meaning.map(|meaning| wrap(meaning, room(MARGIN), room(MARGIN))).unwrap_or_default() {
+    for line in diagnostic.meaning.map(|meaning| wrap(meaning, room(MARGIN), room(MARGIN))).unwrap_or_default() {
         let _ = writeln!(out, "{:MARGIN$}{}", "", layout.style.faint(&line));
     }
-    if let Some(fix) = &finding.fix {
+    if let Some(fix) = &diagnostic.fix {
         let _ = writeln!(out, "{:MARGIN$}fix: {}", "", layout.style.strong(&harmless(fix)));
     }
 }
@@ -132,13 +132,13 @@ mod tests {
     use crate::app::diagnosis::Summary;
 
     fn diagnosis() -> Diagnosis {
-        let findings = vec![
-            Finding::error("slot s", "is lost (a long reason that has to be broken)")
+        let diagnostics = vec![
+            Diagnostic::error("slot s", "is lost (a long reason that has to be broken)")
                 .means("It is gone.")
                 .fix("tuplewatch setup --recreate-slot"),
-            Finding::ok("wal_level", "logical"),
+            Diagnostic::ok("wal_level", "logical"),
         ];
-        Diagnosis { server: "db:5432".into(), findings, summary: Summary { error: 1, warning: 0, ok: 1 } }
+        Diagnosis { server: "db:5432".into(), diagnostics, summary: Summary { error: 1, warning: 0, ok: 1 } }
     }
 
     #[test]
@@ -175,7 +175,7 @@ error    slot s     is lost (a long reason that has to be broken)
         let json = serde_json::to_value(diagnosis()).unwrap();
         let expected = serde_json::json!({
             "server": "db:5432",
-            "findings": [
+            "diagnostics": [
                 {"severity": "error", "subject": "slot s", "what": "is lost (a long reason that has to be broken)",
                  "meaning": "It is gone.", "fix": "tuplewatch setup --recreate-slot"},
                 {"severity": "ok", "subject": "wal_level", "what": "logical", "meaning": null, "fix": null},

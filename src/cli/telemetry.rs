@@ -15,7 +15,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 /// Starts logging. The first call wins: tests start several servers in one process.
 pub(crate) fn init(config: &Logger) {
     let level = match config.level {
-        LogLevel::Trace => LevelFilter::TRACE,
+        LogLevel::TransactionOutcome => LevelFilter::TRACE,
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Info => LevelFilter::INFO,
         LogLevel::Warn => LevelFilter::WARN,
@@ -77,14 +77,14 @@ mod tests {
         }
         for backtrace in ["0", "1"] {
             let mut again = Command::new(std::env::current_exe().unwrap());
-            again.args(["--exact", "telemetry::tests::a_panic_is_a_line_of_json", "--nocapture"]);
+            again.args(["--exact", "cli::telemetry::tests::a_panic_is_a_line_of_json", "--nocapture"]);
             let output = again.env(PANICS, "1").env("RUST_BACKTRACE", backtrace).output().unwrap();
             let said = String::from_utf8(output.stderr).unwrap();
             let [line] = &said.lines().collect::<Vec<_>>()[..] else { panic!("{said}") };
             let line: Json = serde_json::from_str(line).unwrap();
             assert_eq!(line["message"], "panicked, which is a bug: two\nlines of it");
             assert_eq!((&line["level"], &line["thread"]), (&Json::from("ERROR"), &Json::from("worker")));
-            assert!(line["location"].as_str().unwrap().starts_with("src/telemetry.rs:"), "{line}");
+            assert!(line["location"].as_str().unwrap().starts_with("src/cli/telemetry.rs:"), "{line}");
             assert_eq!(line["backtrace"].is_string(), backtrace == "1", "{line}");
         }
     }

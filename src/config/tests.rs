@@ -454,7 +454,7 @@ authn: { enabled: true, method: oidc, exempt: { health: false, reflection: true,
          oidc: { issuer: "https://i.example/r", audience: "a b", tenants_claim: "https://t.example/tenants" } }
 service: { watch: { enabled: false, message_size_max: 4MiB, resolve_timeout: 1m30s } }
 database: { uri: "postgres://u@h/db", max_connections: 5, max_data_per_write: 7 }
-replication: { slot: "123", publication: "é#", failover: off, hold_back: { age: 5m }, warn: { retained_wal: 0, lag: 2h } }
+replication: { slot: "123", publication: "é#", failover: off, acknowledgement_delay: { age: 5m }, warn: { retained_wal: 0, lag: 2h } }
 mapping: { file: "~" }
 snap_token: { format: native }
 changelog: { path: "./d: #x", retention: { age: 1d, size: 1TB }, memory_window: 4194305 }
@@ -532,7 +532,7 @@ replication:
   slot: tuplewatch # default
   publication: tuplewatch # default
   failover: auto # default
-  hold_back:
+  acknowledgement_delay:
     age: 0s # default
     size: 1GiB # default
   warn:
@@ -543,7 +543,7 @@ mapping:
   preset: tuples # default
   schema: public # default
   file: "" # default
-  on_undecodable: break # default
+  on_undecodable: gap # default
 snap_token:
   format: auto # default
 changelog:

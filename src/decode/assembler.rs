@@ -5,7 +5,7 @@
 //! [`Limits::stage_bytes`], what there is is handed out to be *staged* in the change log, where it becomes readable with
 //! the transaction's Commit. A transaction is never held in memory whole.
 //!
-//! A row that cannot be decoded breaks its tenant's history from there to the end of the transaction (everybody's, where
+//! A row that cannot be decoded gaps its tenant's history from there to the end of the transaction (everybody's, where
 //! not even the tenant can be read, or for TRUNCATE); everybody else's changes go on. A row of a mapped table that has got
 //! another name is such a row.
 //!
@@ -16,7 +16,7 @@ use crate::decode::pgoutput::{self, Message as Row, RelationCache, RelationId, d
 use crate::model::change::{Operation, TenantId, encode};
 use crate::model::lsn::{Lsn, Position};
 use crate::model::snap_token::TokenId;
-use crate::model::transaction::{Break, BreakReason, Header, Message, MessageBuilder, Tally, Transaction};
+use crate::model::transaction::{Gap, GapReason, Header, Message, MessageBuilder, Tally, Transaction};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ pub const MESSAGE_PREFIX: &str = "tuplewatch";
 pub struct Limits {
     /// A message is cut before it grows past this.
     pub message_bytes: usize,
-    /// A single change above this is a break: gRPC clients refuse larger messages by default (4 MiB).
+    /// A single change above this is a gap: gRPC clients refuse larger messages by default (4 MiB).
     pub change_bytes: usize,
     /// An open transaction above this is staged.
     pub stage_bytes: usize,
@@ -37,16 +37,16 @@ pub struct Limits {
 /// What happens on a row that cannot be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnUndecodable {
-    /// A break for its tenant; everything else goes on.
-    Break,
+    /// A gap for its tenant; everything else goes on.
+    Gap,
     /// Stop, so that somebody looks first.
     Halt,
 }
 
 /// Token ids kept of one transaction. Those beyond still resolve, by their LSN floor.
 const TOKEN_IDS_MAX: usize = 65_536;
-/// Tenants broken in one transaction; with more, it is a break for all.
-const BROKEN_TENANTS_MAX: usize = 1_000;
+/// Tenants broken in one transaction; with more, it is a gap for all.
+const GAP_TENANTS_MAX: usize = 1_000;
 /// Tenants whose ids are kept to be shared; with more, the memory starts anew.
 const INTERNED_MAX: usize = 100_000;
 
@@ -66,7 +66,7 @@ pub enum Error {
     #[error(
         "a row of table {table} could not be decoded: {detail} (transaction {commit}; \
          mapping.on_undecodable is 'halt'). Repairing the row is not enough, as the WAL keeps it as it was: then start once \
-         with 'break', which tells the subscribers of its tenant to read their state anew"
+         with 'gap', which tells the subscribers of its tenant to read their state anew"
     )]
     Halted {
         /// The table.
@@ -118,8 +118,8 @@ enum Reading {
 }
 
 impl Reading {
-    fn renamed(from: &str, to: &str) -> BreakReason {
-        BreakReason::Undecodable { table: to.to_owned(), detail: format!("the table was {from} before it was renamed") }
+    fn renamed(from: &str, to: &str) -> GapReason {
+        GapReason::Undecodable { table: to.to_owned(), detail: format!("the table was {from} before it was renamed") }
     }
 }
 
@@ -138,9 +138,9 @@ struct Open {
     bytes: usize,
     staged: bool,
     /// `to` is filled in at the Commit.
-    breaks: Vec<Break>,
+    gaps: Vec<Gap>,
     broken: HashSet<TenantId>,
-    broken_for_all: bool,
+    gap_for_all: bool,
     /// Who gets a last message even where all changes are in messages before it, or where there are none.
     closing: BTreeSet<TenantId>,
     token_ids: Vec<TokenId>,
@@ -188,9 +188,9 @@ impl Assembler {
             messages: Vec::new(),
             bytes: 0,
             staged: false,
-            breaks: Vec::new(),
+            gaps: Vec::new(),
             broken: HashSet::new(),
-            broken_for_all: false,
+            gap_for_all: false,
             closing: BTreeSet::new(),
             token_ids: Vec::new(),
             tallies: Vec::new(),
@@ -263,12 +263,12 @@ impl Assembler {
             }
         }
         for tenant in std::mem::take(&mut open.closing) {
-            // Where history breaks, the break is what ends it.
-            if !open.broken_for_all && !open.broken.contains(&tenant) {
+            // Where history gaps, the gap is what ends it.
+            if !open.gap_for_all && !open.broken.contains(&tenant) {
                 open.messages.push((tenant, MessageBuilder::default().finish(open.header, Some(end))));
             }
         }
-        for gap in &mut open.breaks {
+        for gap in &mut open.gaps {
             gap.to = Position::at(end);
         }
         Ok(Transaction {
@@ -276,7 +276,7 @@ impl Assembler {
             end,
             messages: open.messages,
             staged: open.staged,
-            breaks: open.breaks,
+            gaps: open.gaps,
             token_ids: open.token_ids,
             tallies: open.tallies,
         })
@@ -289,7 +289,7 @@ impl Assembler {
         open.steps += 2;
         let plan = match reading {
             Reading::Not => return Ok(()),
-            _ if open.broken_for_all => return Ok(()),
+            _ if open.gap_for_all => return Ok(()),
             Reading::As(plan) => plan,
             Reading::Renamed { from, to } => {
                 let reason = Reading::renamed(from, to);
@@ -337,7 +337,7 @@ impl Assembler {
                 Outcome::Undecodable(gap) => gap,
             };
             let tenant = gap.tenant.as_deref().and_then(|tenant| intern(tenants, tenant).ok());
-            let reason = BreakReason::Undecodable { table: plan.table().to_string(), detail: gap.detail };
+            let reason = GapReason::Undecodable { table: plan.table().to_string(), detail: gap.detail };
             open.interrupt(tenant, before + step - 1, reason.clone());
             undecodable.get_or_insert(reason);
         });
@@ -356,15 +356,15 @@ impl Assembler {
             Reading::As(plan) => plan.table().to_string(),
             Reading::Renamed { to, .. } => to.to_string(),
         };
-        open.interrupt(None, open.steps, BreakReason::Truncate { table });
+        open.interrupt(None, open.steps, GapReason::Truncate { table });
         Ok(())
     }
 }
 
 /// An error where what cannot be decoded is to stop the stream.
-fn halt_on(on_undecodable: OnUndecodable, reason: Option<BreakReason>, commit: Lsn) -> Result<(), Error> {
+fn halt_on(on_undecodable: OnUndecodable, reason: Option<GapReason>, commit: Lsn) -> Result<(), Error> {
     match (on_undecodable, reason) {
-        (OnUndecodable::Halt, Some(BreakReason::Undecodable { table, detail })) => {
+        (OnUndecodable::Halt, Some(GapReason::Undecodable { table, detail })) => {
             Err(Error::Halted { table, detail, commit })
         }
         _ => Ok(()),
@@ -418,10 +418,10 @@ impl Open {
     }
 
     /// A gap for one tenant or all, after `steps`, up to the end of the transaction.
-    fn interrupt(&mut self, tenant: Option<TenantId>, steps: u64, reason: BreakReason) {
-        let tenant = tenant.filter(|tenant| self.broken.len() < BROKEN_TENANTS_MAX || self.broken.contains(tenant));
+    fn interrupt(&mut self, tenant: Option<TenantId>, steps: u64, reason: GapReason) {
+        let tenant = tenant.filter(|tenant| self.broken.len() < GAP_TENANTS_MAX || self.broken.contains(tenant));
         match &tenant {
-            _ if self.broken_for_all => return,
+            _ if self.gap_for_all => return,
             Some(tenant) if !self.broken.insert(tenant.clone()) => return,
             Some(tenant) => {
                 if let Some(part) = self.parts.remove(tenant).filter(|part| !part.is_empty()) {
@@ -430,12 +430,12 @@ impl Open {
                 self.order.retain(|other| other != tenant);
             }
             None => {
-                self.broken_for_all = true;
+                self.gap_for_all = true;
                 self.flush();
             }
         }
         let from = Position::inside(self.header.commit, steps);
-        self.breaks.push(Break { tenant, from, to: from, reason, writers: Vec::new() });
+        self.gaps.push(Gap { tenant, from, to: from, reason, writers: Vec::new() });
     }
 
     /// Makes messages of all that is in parts.

@@ -15,7 +15,7 @@
 //! be turned into changes is an [`Undecodable`], with its tenant where that can be read.
 //!
 //! This module alone knows names of tables and columns. Where transactions begin and end is not its business: see
-//! [`crate::assembler`].
+//! [`crate::decode::assembler`].
 
 mod attribute_value;
 mod plan;

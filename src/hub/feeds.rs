@@ -4,7 +4,7 @@
 //! needs no disk, however long it slept. A tenant without a feed has nothing in memory, and the window's own floor counts.
 
 use super::Item;
-use super::bell::Bell;
+use super::wake_batch::WakeBatch;
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position};
 use slab::Slab;
@@ -29,7 +29,7 @@ pub(super) struct Feed {
 /// A subscription, while it exists.
 struct Reader {
     /// `None`: it is woken at once.
-    bell: Option<Bell>,
+    wake_batch: Option<WakeBatch>,
     /// While it waits.
     waker: Option<Waker>,
     /// It has everything before, as far as it is known here.
@@ -81,11 +81,17 @@ impl Feeds {
         }
     }
 
-    /// Registers a reader that has everything before `has`, to be woken by this bell, if any. A new feed is complete from `floor`
+    /// Registers a reader that has everything before `has`, to be woken by this wake_batch, if any. A new feed is complete from `floor`
     /// on.
-    pub(super) fn join(&mut self, tenant: &TenantId, has: Lsn, floor: Position, bell: Option<Bell>) -> ReaderKey {
+    pub(super) fn join(
+        &mut self,
+        tenant: &TenantId,
+        has: Lsn,
+        floor: Position,
+        wake_batch: Option<WakeBatch>,
+    ) -> ReaderKey {
         let feed = self.place_of(tenant, floor);
-        ReaderKey { feed, reader: self.at_mut(feed).readers.insert(Reader { bell, waker: None, has }) }
+        ReaderKey { feed, reader: self.at_mut(feed).readers.insert(Reader { wake_batch, waker: None, has }) }
     }
 
     /// The feed that this reader reads.
@@ -106,10 +112,10 @@ impl Feeds {
         }
     }
 
-    /// How far each reader is behind, with everything before `published` published. Who waits is not.
-    pub(super) fn lags(&self, published: Lsn) -> Vec<u64> {
+    /// How far each reader is behind, with everything before `released` released. Who waits is not.
+    pub(super) fn lags(&self, released: Lsn) -> Vec<u64> {
         let readers = self.feeds.iter().flat_map(|(_, feed)| feed.readers.iter());
-        let lag = |reader: &Reader| if reader.waker.is_some() { 0 } else { published.0.saturating_sub(reader.has.0) };
+        let lag = |reader: &Reader| if reader.waker.is_some() { 0 } else { released.0.saturating_sub(reader.has.0) };
         readers.map(|(_, reader)| lag(reader)).collect()
     }
 
@@ -136,8 +142,8 @@ impl Feed {
         for (_, reader) in &mut self.readers {
             let Some(waker) = reader.waker.take() else { continue };
             reader.has = reader.has.max(had);
-            match &reader.bell {
-                Some(bell) => bell.add(waker),
+            match &reader.wake_batch {
+                Some(wake_batch) => wake_batch.add(waker),
                 None => waker.wake(),
             }
         }

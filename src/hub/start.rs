@@ -20,7 +20,7 @@ use crate::model::change::{TenantId, TenantIdError};
 use crate::model::lsn::{Lsn, Position, Xid8};
 use crate::model::snap_token::{self, SnapToken};
 use crate::model::timeline::History;
-use resolve::await_outcome;
+use resolve::await_end;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -120,8 +120,8 @@ async fn check_position(
     if !check_source(anchor, source)?.holds(timeline, position.extent()) {
         return Err(Error::Abandoned);
     }
-    // What the log has was sent by the server, whether it is published yet or not.
-    if position.lsn > anchor.published.max(appended) && position.lsn > primary.look(tenant).await?.flush_lsn {
+    // What the log has was sent by the server, whether it is released yet or not.
+    if position.lsn > anchor.released.max(appended) && position.lsn > primary.look(tenant).await?.flush_lsn {
         return Err(Error::BeyondHistory);
     }
     Ok(())
@@ -176,7 +176,7 @@ impl Hub {
                 require(&tenant, look.tenant_exists || known)?;
                 origin(&anchor)?;
                 let filter = Filter { lsn: look.flush_lsn, snapshot: look.snapshot, own: None };
-                let (position, seen) = (Position::at(anchor.visible), Position::at(look.flush_lsn));
+                let (position, seen) = (Position::at(anchor.watermark), Position::at(look.flush_lsn));
                 Start { position, seen, filter: Some(filter) }
             }
         };
@@ -209,8 +209,8 @@ impl Hub {
             SnapToken::Position { source, timeline, position, .. } => {
                 let appended = *self.inner.appended.borrow();
                 check_position(&anchor, primary, tenant, source, timeline, position, appended).await?;
-                let mut visible = self.watch_visible();
-                let reached = visible.wait_for(|lsn| *lsn >= position.extent());
+                let mut watermark = self.watch_watermark();
+                let reached = watermark.wait_for(|lsn| *lsn >= position.extent());
                 let late = |_| Unreachable(format!("the stream did not reach {position} in time, try again"));
                 tokio::time::timeout_at(deadline, reached).await.map(drop).map_err(late)?;
             }
@@ -220,10 +220,10 @@ impl Hub {
                 if floor > primary.look(tenant).await?.flush_lsn {
                     return Err(Error::BeyondHistory);
                 }
-                await_outcome(primary, xid, deadline, timeout).await?;
+                await_end(primary, xid, deadline, timeout).await?;
             }
             SnapToken::Xid(xid) | SnapToken::Snapshot { xid, .. } => {
-                if await_outcome(primary, xid, deadline, timeout).await? == TransactionStatus::Unassigned {
+                if await_end(primary, xid, deadline, timeout).await? == TransactionStatus::Unassigned {
                     return Err(Error::BeyondHistory);
                 }
             }

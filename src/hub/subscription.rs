@@ -7,7 +7,7 @@ use crate::changelog::{self, Batch};
 use crate::metrics::metrics;
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position, Snapshot, Xid8};
-use crate::model::transaction::Break;
+use crate::model::transaction::Gap;
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -38,8 +38,8 @@ impl Filter {
 /// Why a subscription cannot go on.
 #[derive(Debug)]
 pub enum End {
-    /// History is not continuous: read the state anew and go on from `Break::to`.
-    Broken(Break),
+    /// History is not continuous: read the state anew and go on from `Gap::to`.
+    Broken(Gap),
     /// What was received past this LSN was abandoned by the server.
     Abandoned {
         /// The switch LSN.
@@ -93,7 +93,7 @@ pub struct Subscription {
     filter: Option<Filter>,
     /// Its place among those that wait for the tenant.
     key: ReaderKey,
-    /// What it waits for beside what is published.
+    /// What it waits for beside what is released.
     waiting: Option<Waiting>,
     tier: Tier,
     divergences_checked: usize,
@@ -112,7 +112,7 @@ impl Subscription {
         filter: Option<Filter>,
         divergences: usize,
     ) -> Self {
-        let key = hub.window().join(&tenant, cursor, hub.bell.clone());
+        let key = hub.window().join(&tenant, cursor, hub.wake_batch.clone());
         Self {
             hub,
             tenant,
@@ -186,7 +186,7 @@ impl Subscription {
                         self.tier = Tier::Memory;
                     }
                     Next::Disk { up_to, behind } => {
-                        // What the log does not have yet is in memory, or not published.
+                        // What the log does not have yet is in memory, or not released.
                         let mut appended = self.hub.inner.appended.clone();
                         let up_to = up_to.min(Position::at(*appended.borrow_and_update()));
                         if up_to > self.cursor {

@@ -6,7 +6,7 @@ use crate::model::change::{Fact, Operation, TenantId, Tuple, encode};
 use crate::model::lsn::{CommitTime, Position, Snapshot, Xid8};
 use crate::model::snap_token::{SnapToken, TokenId};
 use crate::model::timeline::Timeline;
-use crate::model::transaction::{BreakReason, Header, Message, MessageBuilder};
+use crate::model::transaction::{GapReason, Header, Message, MessageBuilder};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
@@ -56,7 +56,7 @@ fn transaction(commit: u64, tenants: &[&str]) -> Transaction {
             .map(|(name, n)| (tenant(name), message(commit, Some(commit + 10), &[n])))
             .collect(),
         staged: false,
-        breaks: vec![],
+        gaps: vec![],
         token_ids: vec![TokenId([commit as u8; 16])],
         tallies: vec![],
     }
@@ -83,8 +83,8 @@ impl Fixture {
         self.hub.admit(Arc::new(transaction)).await;
     }
 
-    /// Publishes what a snapshot with this xmax and these running transactions sees.
-    fn publish(&self, xmax: u64, running: &str) {
+    /// Releases what a snapshot with this xmax and these running transactions sees.
+    fn release(&self, xmax: u64, running: &str) {
         let xmin = running.split(',').next().filter(|xid| !xid.is_empty()).map_or(xmax, |xid| xid.parse().unwrap());
         let snapshot: Snapshot = format!("{xmin}:{xmax}:{running}").parse().unwrap();
         let appended = *self.appended.borrow();
@@ -119,45 +119,45 @@ async fn ended(subscription: &mut Subscription) -> End {
 }
 
 #[tokio::test(start_paused = true)]
-async fn only_what_is_visible_is_published_and_in_order() {
+async fn only_what_is_visible_is_released_and_in_order() {
     let fixture = Fixture::new(1 << 20, false);
     let mut subscription = fixture.subscribe("a", 100);
     fixture.admit(transaction(200, &["a"])).await;
     fixture.admit(transaction(210, &["a"])).await;
     assert_eq!(ready(&mut subscription).await, None);
     // 210 is visible, 200 before it not yet.
-    fixture.publish(300, "200");
+    fixture.release(300, "200");
     assert_eq!(ready(&mut subscription).await, None);
-    fixture.publish(300, "");
+    fixture.release(300, "");
     assert_eq!(ready(&mut subscription).await, Some(vec![200, 210]));
     assert_eq!(ready(&mut subscription).await, None);
 }
 
 #[tokio::test(start_paused = true)]
-async fn before_visible_publishes_at_once() {
+async fn before_visible_releases_at_once() {
     let fixture = Fixture::new(1 << 20, true);
     let mut subscription = fixture.subscribe("a", 100);
     fixture.admit(transaction(200, &["a"])).await;
-    fixture.publish(100, "");
+    fixture.release(100, "");
     assert_eq!(ready(&mut subscription).await, Some(vec![200]));
-    assert_eq!(fixture.hub.window().visible(), Lsn(100));
-    fixture.publish(300, "");
-    assert_eq!(fixture.hub.window().visible(), Lsn(210));
+    assert_eq!(fixture.hub.window().watermark(), Lsn(100));
+    fixture.release(300, "");
+    assert_eq!(fixture.hub.window().watermark(), Lsn(210));
 }
 
 #[tokio::test(start_paused = true)]
 async fn readers_of_a_thread_are_woken_by_its_bell() {
     let fixture = Fixture::new(1 << 20, false);
-    let (hub, bell) = fixture.hub.with_bell();
+    let (hub, wake_batch) = fixture.hub.with_wake_batch();
     let start = Position::at(Lsn(100));
     let mut subscription = Subscription::new(hub, tenant("a"), start, start, None, 0);
     let waiting = tokio::spawn(async move { subscription.next(usize::MAX).await.map(|messages| messages.len()) });
     tokio::task::yield_now().await;
     fixture.admit(transaction(200, &["a"])).await;
-    fixture.publish(300, "");
+    fixture.release(300, "");
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert!(!waiting.is_finished(), "woken by somebody else");
-    tokio::spawn(bell.run::<()>());
+    tokio::spawn(wake_batch.run::<()>());
     assert_eq!(waiting.await.unwrap().unwrap(), 1);
 }
 
@@ -187,16 +187,16 @@ async fn who_has_all_there_is_is_woken_without_polling_again() {
     for commit in [200, 210, 220, 230] {
         fixture.admit(transaction(commit, &["a"])).await;
     }
-    fixture.publish(300, "230");
+    fixture.release(300, "230");
     assert_eq!(next(&mut subscription, 1), (vec![200], false, 0));
     assert_eq!(next(&mut subscription, usize::MAX), (vec![210, 220], true, 0));
-    // What was not published yet.
-    fixture.publish(300, "");
+    // What was not released yet.
+    fixture.release(300, "");
     assert_eq!(next(&mut subscription, usize::MAX), (vec![230], true, 1));
     fixture.admit(transaction(240, &["a"])).await;
     let (from, to) = (Position::at(Lsn(250)), Position::at(Lsn(260)));
-    fixture.hub.interrupt(Break { tenant: None, from, to, reason: BreakReason::SlotMoved, writers: Vec::new() });
-    fixture.publish(300, "");
+    fixture.hub.interrupt(Gap { tenant: None, from, to, reason: GapReason::SlotMoved, writers: Vec::new() });
+    fixture.release(300, "");
     // There is something else to be told.
     assert_eq!(next(&mut subscription, usize::MAX), (vec![240], false, 2));
     assert!(matches!(ended(&mut subscription).await, End::Broken(_)));
@@ -224,7 +224,7 @@ async fn what_memory_forgot_comes_from_the_log() {
         fixture.admit(next).await;
     }
     fixture.admit(transaction(400, &["b"])).await;
-    fixture.publish(1000, "");
+    fixture.release(1000, "");
     let mut seen = Vec::new();
     while let Some(more) = ready(&mut slow).await {
         seen.extend(more);
@@ -255,7 +255,7 @@ async fn a_staged_transaction_is_read_from_the_log_in_its_place() {
     fixture.admit(transaction(200, &["a"])).await;
     fixture.admit(large.clone()).await;
     fixture.admit(transaction(400, &["a"])).await;
-    fixture.publish(1000, "");
+    fixture.release(1000, "");
     // Not before the log can give it.
     assert_eq!(ready(&mut subscription).await, Some(vec![200]));
     assert_eq!(ready(&mut subscription).await, None);
@@ -266,7 +266,7 @@ async fn a_staged_transaction_is_read_from_the_log_in_its_place() {
     };
     fixture.log.append(&[Entry::Staged(Arc::new(staged))]).unwrap();
     fixture.append(large);
-    fixture.publish(1000, "");
+    fixture.release(1000, "");
     let mut seen = Vec::new();
     while let Some(more) = ready(&mut subscription).await {
         seen.extend(more);
@@ -276,21 +276,21 @@ async fn a_staged_transaction_is_read_from_the_log_in_its_place() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn breaks_stop_everybody_they_concern() {
+async fn gaps_stop_everybody_they_concern() {
     let fixture = Fixture::new(1 << 20, false);
     let mut before = fixture.subscribe("a", 100);
     let mut other = fixture.subscribe("b", 100);
     fixture.admit(transaction(200, &["a", "b"])).await;
-    let gap = |name: Option<&str>, from, to| Break {
+    let gap = |name: Option<&str>, from, to| Gap {
         tenant: name.map(tenant),
         from: Position::at(Lsn(from)),
         to: Position::at(Lsn(to)),
-        reason: BreakReason::SlotMoved,
+        reason: GapReason::SlotMoved,
         writers: Vec::new(),
     };
     fixture.hub.interrupt(gap(Some("a"), 250, 260));
     fixture.admit(transaction(300, &["a", "b"])).await;
-    fixture.publish(1000, "");
+    fixture.release(1000, "");
     assert_eq!(ready(&mut before).await, Some(vec![200]));
     for _ in 0..2 {
         assert!(matches!(ended(&mut before).await, End::Broken(gap) if gap.to == Position::at(Lsn(260))));
@@ -302,7 +302,7 @@ async fn breaks_stop_everybody_they_concern() {
     assert_eq!(ready(&mut after).await, Some(vec![300]));
 
     fixture.hub.interrupt(gap(None, 310, 400));
-    fixture.publish(1000, "");
+    fixture.release(1000, "");
     assert!(matches!(ended(&mut other).await, End::Broken(gap) if gap.to == Position::at(Lsn(400))));
 }
 
@@ -314,7 +314,7 @@ async fn streams_that_have_seen_an_abandoned_part_end() {
     let mut idle = fixture.subscribe("c", 100);
     fixture.admit(transaction(200, &["a", "b"])).await;
     fixture.admit(transaction(300, &["a"])).await;
-    fixture.publish(1000, "");
+    fixture.release(1000, "");
     assert_eq!(ready(&mut ahead).await, Some(vec![200, 300]));
     // There was nothing for it, and so nothing that was abandoned.
     assert_eq!(ready(&mut idle).await, None);
@@ -323,7 +323,7 @@ async fn streams_that_have_seen_an_abandoned_part_end() {
     assert!(matches!(ended(&mut ahead).await, End::Abandoned { at: Lsn(250) }));
     assert_eq!(ready(&mut behind).await, Some(vec![200]));
     fixture.admit(transaction(260, &["b", "c"])).await;
-    fixture.publish(1000, "");
+    fixture.release(1000, "");
     assert_eq!(ready(&mut behind).await, Some(vec![260]));
     assert_eq!(ready(&mut idle).await, Some(vec![260]));
 }
@@ -380,7 +380,7 @@ async fn now_is_what_the_snapshot_does_not_see() {
     for commit in [200, 210, 230] {
         fixture.admit(transaction(commit, &["a"])).await;
     }
-    fixture.publish(1000, "");
+    fixture.release(1000, "");
     assert_eq!(ready(&mut subscription).await, Some(vec![200, 230]));
 }
 
@@ -390,12 +390,12 @@ async fn what_the_log_has_and_nobody_sees_yet_waits_after_a_restart() {
     for commit in [200, 210, 230] {
         before.append(transaction(commit, &["a"]));
     }
-    before.log.append(&[Entry::Visible(Lsn(210))]).unwrap();
+    before.log.append(&[Entry::Watermark(Lsn(210))]).unwrap();
     let options = Options { window_bytes: 1 << 20, before_visible: false };
     let hub = Hub::new(before.log.clone(), before.appended.subscribe(), options).unwrap();
     let after = Fixture { hub, ..before };
     let mut resumed = after.subscribe("a", 100);
-    after.publish(1000, "210");
+    after.release(1000, "210");
     assert_eq!(ready(&mut resumed).await, Some(vec![200]));
     // Its snapshot does not see 210, which the log has had for long.
     let mut now = start(
@@ -406,7 +406,7 @@ async fn what_the_log_has_and_nobody_sees_yet_waits_after_a_restart() {
     )
     .await
     .unwrap();
-    after.publish(1000, "");
+    after.release(1000, "");
     assert_eq!(ready(&mut resumed).await, Some(vec![210, 230]));
     assert_eq!(ready(&mut now).await, Some(vec![210]));
 }
@@ -415,12 +415,12 @@ async fn what_the_log_has_and_nobody_sees_yet_waits_after_a_restart() {
 async fn a_start_that_a_divergence_overtakes_ends() {
     let fixture = Fixture::new(1 << 20, false);
     fixture.admit(transaction(200, &["a"])).await;
-    fixture.publish(1000, "");
+    fixture.release(1000, "");
     let anchor = fixture.hub.window().anchor();
     let history = History::from_timelines(vec![FIRST, Timeline { id: 2, begin: Lsn(150) }]).unwrap();
     fixture.hub.diverge(Lsn(150), history);
-    let visible = Position::at(anchor.visible);
-    let mut late = Subscription::new(fixture.hub.clone(), tenant("a"), visible, visible, None, anchor.divergences);
+    let watermark = Position::at(anchor.watermark);
+    let mut late = Subscription::new(fixture.hub.clone(), tenant("a"), watermark, watermark, None, anchor.divergences);
     assert!(matches!(ended(&mut late).await, End::Abandoned { at: Lsn(150) }));
 }
 
@@ -513,7 +513,7 @@ async fn a_snapshot_is_everything_that_it_does_not_see() {
         fixture.append(next.clone());
         fixture.admit(next).await;
     }
-    fixture.publish(1000, "");
+    fixture.release(1000, "");
     let check = async |xid: u64, snapshot: &str| {
         let token = SnapToken::Snapshot { xid: Xid8(xid), snapshot: snapshot.parse().unwrap() }.to_string();
         let mut subscription = start(&fixture, &primary(true), "a", &token).await?;
@@ -533,7 +533,7 @@ async fn a_snapshot_is_everything_that_it_does_not_see() {
 /// Counts, and has no transaction running.
 struct Counted(Arc<AtomicUsize>);
 
-impl publisher::Snapshots for Counted {
+impl releaser::Snapshots for Counted {
     type Error = Unreachable;
 
     async fn take(&mut self) -> Result<Snapshot, Unreachable> {
@@ -543,10 +543,10 @@ impl publisher::Snapshots for Counted {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_idle_publisher_finds_out_now_and_then_whether_it_could() {
+async fn an_idle_releaser_finds_out_now_and_then_whether_it_could() {
     let fixture = Fixture::new(10_000, false);
     let taken = Arc::new(AtomicUsize::new(0));
-    let publishing = tokio::spawn(publisher::run(fixture.hub.clone(), Counted(taken.clone())));
+    let releasing = tokio::spawn(releaser::run(fixture.hub.clone(), Counted(taken.clone())));
     tokio::time::sleep(Duration::from_secs(60)).await;
     let idle = taken.load(Ordering::Relaxed);
     assert!((10..=15).contains(&idle), "{idle} snapshots in a minute of nothing");
@@ -554,7 +554,7 @@ async fn an_idle_publisher_finds_out_now_and_then_whether_it_could() {
     assert_eq!(ready(&mut subscription).await, None);
     fixture.admit(transaction(200, &["a"])).await;
     assert_eq!(ready(&mut subscription).await, Some(vec![200]), "and what comes is not kept for the next look");
-    publishing.abort();
+    releasing.abort();
 }
 
 #[tokio::test(start_paused = true)]
@@ -567,9 +567,9 @@ async fn what_waits_is_known_by_its_oldest() {
     fixture.admit(transaction(300, &["a"])).await;
     fixture.hub.progress(Lsn(400));
     assert_eq!(fixture.hub.waits().unreleased_since, Some(began));
-    fixture.publish(301, "300");
+    fixture.release(301, "300");
     assert_eq!(fixture.hub.waits().unreleased_since, Some(began + Duration::from_secs(1)));
-    fixture.publish(301, "");
+    fixture.release(301, "");
     assert_eq!(fixture.hub.waits(), Waits::default(), "progress is nothing to release");
 
     // No room, until the log has what is in memory.

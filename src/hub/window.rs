@@ -1,13 +1,13 @@
-//! The recent part of the stream, in memory: per tenant ([`super::feeds`]), with what is published of it.
+//! The recent part of the stream, in memory: per tenant ([`super::feeds`]), with what is released of it.
 
-use super::bell::Bell;
 use super::feeds::{Feeds, ReaderKey};
+use super::wake_batch::WakeBatch;
 use super::{Item, Options, Origin, Usage, Waits};
-use crate::changelog::BREAKS_MAX;
+use crate::changelog::GAPS_MAX;
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position, Snapshot, Xid8};
 use crate::model::timeline::History;
-use crate::model::transaction::{Break, Header, Transaction};
+use crate::model::transaction::{Gap, Header, Transaction};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::task::Waker;
@@ -24,13 +24,13 @@ pub(super) struct Window {
     /// Everything after is in memory, but for what is `on disk`.
     floor: Position,
     feeds: Feeds,
-    /// Admitted and not yet visible, in stream order; the first `pending_published` of them are published.
+    /// Admitted and not yet visible, in stream order; the first `pending_released` of them are released.
     pending: VecDeque<Pending>,
-    pending_published: usize,
-    published: Lsn,
-    visible: Lsn,
-    /// In stream order of their ends. Those past `published` do not count yet.
-    breaks: Vec<Break>,
+    pending_released: usize,
+    released: Lsn,
+    watermark: Lsn,
+    /// In stream order of their ends. Those past `released` do not count yet.
+    gaps: Vec<Gap>,
     /// What positions belong to.
     origin: Option<Origin>,
     /// Transactions that are partly in the log only, commit and end LSN, as far as they are in `entries`.
@@ -38,7 +38,7 @@ pub(super) struct Window {
     /// Every divergence so far; a reader that has not looked since the last one checks itself against it.
     divergences: Vec<Lsn>,
     /// Those that readers are woken by.
-    bells: Vec<Bell>,
+    wake_batches: Vec<WakeBatch>,
     /// Nothing is handed out any more.
     closed: bool,
     /// Since when a transaction waits for room.
@@ -60,7 +60,7 @@ struct Pending {
     end: Lsn,
     /// `None` where nothing has to become visible.
     xid: Option<Xid8>,
-    /// The log must have it before it is published.
+    /// The log must have it before it is released.
     on_disk: bool,
     wake: Wake,
 }
@@ -74,8 +74,8 @@ enum Wake {
 /// What a start is decided on. A divergence that comes after it is noticed by the subscription.
 #[derive(Clone)]
 pub(super) struct Anchor {
-    pub(super) visible: Lsn,
-    pub(super) published: Lsn,
+    pub(super) watermark: Lsn,
+    pub(super) released: Lsn,
     pub(super) origin: Option<Origin>,
     /// How many there were.
     pub(super) divergences: usize,
@@ -95,7 +95,7 @@ pub(super) enum Next {
     /// Wait to be woken: see [`Window::wait`].
     Wait,
     /// History is not continuous here.
-    Broken(Break),
+    Broken(Gap),
     /// What was read past here was abandoned.
     Abandoned { at: Lsn },
     /// The window was closed.
@@ -103,15 +103,15 @@ pub(super) enum Next {
 }
 
 impl Window {
-    /// A window in front of a log that reaches to `tail`, of which everything up to `visible` is visible; end LSN and id of
+    /// A window in front of a log that reaches to `tail`, of which everything up to `watermark` is visible; end LSN and id of
     /// what is past that are `in_doubt`.
     pub(super) fn new(
         options: Options,
         origin: Option<Origin>,
-        visible: Lsn,
+        watermark: Lsn,
         in_doubt: &[(Lsn, Xid8)],
         tail: Lsn,
-        breaks: Vec<Break>,
+        gaps: Vec<Gap>,
     ) -> Self {
         let in_doubt = in_doubt.iter().map(|(end, xid)| (*end, Some(*xid)));
         let pending = in_doubt.chain(std::iter::once((tail, None))).map(|(end, xid)| Pending {
@@ -128,25 +128,25 @@ impl Window {
             floor: Position::at(tail),
             feeds: Feeds::default(),
             pending: pending.collect(),
-            pending_published: 0,
-            published: visible,
-            visible,
-            breaks,
+            pending_released: 0,
+            released: watermark,
+            watermark,
+            gaps,
             origin,
             holes: VecDeque::new(),
             divergences: Vec::new(),
-            bells: Vec::new(),
+            wake_batches: Vec::new(),
             closed: false,
             full_since: None,
         }
     }
 
-    pub(super) const fn visible(&self) -> Lsn {
-        self.visible
+    pub(super) const fn watermark(&self) -> Lsn {
+        self.watermark
     }
 
-    pub(super) const fn published(&self) -> Lsn {
-        self.published
+    pub(super) const fn released(&self) -> Lsn {
+        self.released
     }
 
     pub(super) const fn origin(&self) -> Option<&Origin> {
@@ -157,10 +157,10 @@ impl Window {
         assert!(self.entries.is_empty(), "a log begins before anything is admitted");
         self.origin = Some(origin);
         self.pending.clear();
-        self.pending_published = 0;
+        self.pending_released = 0;
         self.floor = Position::at(lsn);
-        self.published = lsn;
-        self.visible = lsn;
+        self.released = lsn;
+        self.watermark = lsn;
         self.feeds.iter_mut().for_each(|feed| feed.floor = Position::at(lsn));
     }
 
@@ -177,11 +177,11 @@ impl Window {
             feed.messages.push_back(Item::new(message.clone()));
         }
         let tenants: Vec<TenantId> = transaction.messages.iter().map(|(tenant, _)| tenant.clone()).collect();
-        let everybody = transaction.staged || transaction.breaks.iter().any(|gap| gap.tenant.is_none());
+        let everybody = transaction.staged || transaction.gaps.iter().any(|gap| gap.tenant.is_none());
         let wake = if everybody {
             Wake::Everybody
         } else {
-            let broken = transaction.breaks.iter().filter_map(|gap| gap.tenant.clone());
+            let broken = transaction.gaps.iter().filter_map(|gap| gap.tenant.clone());
             let mut woken: Vec<TenantId> = tenants.iter().cloned().chain(broken).collect();
             woken.dedup();
             Wake::Tenants(woken)
@@ -193,7 +193,7 @@ impl Window {
             on_disk: transaction.staged,
             wake,
         });
-        self.add_breaks(&transaction.breaks);
+        self.add_gaps(&transaction.gaps);
         if transaction.has_changes() {
             self.bytes += bytes;
             if transaction.staged {
@@ -218,18 +218,18 @@ impl Window {
     }
 
     /// Takes idle progress, or a gap.
-    pub(super) fn admit_mark(&mut self, lsn: Lsn, gap: Option<Break>) {
+    pub(super) fn admit_mark(&mut self, lsn: Lsn, gap: Option<Gap>) {
         let wake = match &gap {
             None => Wake::Nobody,
-            Some(Break { tenant: Some(tenant), .. }) => Wake::Tenants(vec![tenant.clone()]),
+            Some(Gap { tenant: Some(tenant), .. }) => Wake::Tenants(vec![tenant.clone()]),
             Some(_) => Wake::Everybody,
         };
-        self.add_breaks(gap.as_slice());
-        let unpublished = self.pending.len() > self.pending_published;
+        self.add_gaps(gap.as_slice());
+        let unreleased = self.pending.len() > self.pending_released;
         match self.pending.back_mut() {
             // Progress upon progress is one mark, so that an idle stream does not fill the queue.
             Some(last)
-                if unpublished && last.xid.is_none() && matches!((&last.wake, &wake), (Wake::Nobody, Wake::Nobody)) =>
+                if unreleased && last.xid.is_none() && matches!((&last.wake, &wake), (Wake::Nobody, Wake::Nobody)) =>
             {
                 last.end = last.end.max(lsn);
             }
@@ -237,11 +237,11 @@ impl Window {
         }
     }
 
-    /// Keeps as many breaks as the log does. A reader from before a forgotten one is sent to the log, which refuses it.
-    fn add_breaks(&mut self, breaks: &[Break]) {
-        self.breaks.extend(breaks.iter().cloned());
-        while self.breaks.len() > BREAKS_MAX {
-            let to = self.breaks.remove(0).to;
+    /// Keeps as many gaps as the log does. A reader from before a forgotten one is sent to the log, which refuses it.
+    fn add_gaps(&mut self, gaps: &[Gap]) {
+        self.gaps.extend(gaps.iter().cloned());
+        while self.gaps.len() > GAPS_MAX {
+            let to = self.gaps.remove(0).to;
             self.feeds.iter_mut().for_each(|feed| feed.floor = feed.floor.max(to));
         }
     }
@@ -271,7 +271,7 @@ impl Window {
         self.entries.get(before.checked_sub(1)?).map(|entry| entry.xid)
     }
 
-    /// Whether something waits to be published or seen.
+    /// Whether something waits to be released or seen.
     pub(super) fn is_pending(&self) -> bool {
         !self.pending.is_empty()
     }
@@ -286,18 +286,18 @@ impl Window {
         self.pending.front().is_some_and(|first| first.xid.is_some())
     }
 
-    /// Publishes what can be, in stream order. `appended` is how far the log can be read.
+    /// Releases what can be, in stream order. `appended` is how far the log can be read.
     pub(super) fn advance(&mut self, snapshot: Option<&Snapshot>, appended: Lsn) {
         let seen = |item: &Pending| item.xid.is_none_or(|xid| snapshot.is_some_and(|snapshot| snapshot.sees(xid)));
-        while let Some(item) = self.pending.get_mut(self.pending_published) {
+        while let Some(item) = self.pending.get_mut(self.pending_released) {
             let readable = !item.on_disk || item.end <= appended;
             if !readable || !(self.options.before_visible || seen(item)) {
                 break;
             }
             let wake = std::mem::replace(&mut item.wake, Wake::Nobody);
-            let before = self.published;
-            self.published = before.max(item.end);
-            self.pending_published += 1;
+            let before = self.released;
+            self.released = before.max(item.end);
+            self.pending_released += 1;
             match wake {
                 Wake::Nobody => {}
                 Wake::Everybody => self.wake_everybody(before),
@@ -310,30 +310,30 @@ impl Window {
                 }
             }
         }
-        self.bells.iter().for_each(Bell::ring);
-        while self.pending_published > 0
+        self.wake_batches.iter().for_each(WakeBatch::ring);
+        while self.pending_released > 0
             && let Some(item) = self.pending.pop_front_if(|item| seen(item))
         {
-            self.pending_published -= 1;
-            self.visible = self.visible.max(item.end);
+            self.pending_released -= 1;
+            self.watermark = self.watermark.max(item.end);
         }
     }
 
-    /// See [`Feed::wake`].
+    /// See [`Feed::wake`](super::feeds::Feed::wake).
     fn wake_everybody(&mut self, had: Lsn) {
         self.feeds.iter_mut().for_each(|feed| feed.wake(had));
-        self.bells.iter().for_each(Bell::ring);
+        self.wake_batches.iter().for_each(WakeBatch::ring);
     }
 
     /// Ends all reading.
     pub(super) fn close(&mut self) {
         self.closed = true;
-        self.wake_everybody(self.published);
+        self.wake_everybody(self.released);
     }
 
-    /// Takes one more bell, which has to ring for those that wait by it.
-    pub(super) fn hang(&mut self, bell: Bell) {
-        self.bells.push(bell);
+    /// Takes one more wake_batch, which has to ring for those that wait by it.
+    pub(super) fn hang(&mut self, wake_batch: WakeBatch) {
+        self.wake_batches.push(wake_batch);
     }
 
     /// Forgets everything past `at`.
@@ -349,10 +349,10 @@ impl Window {
             }
         }
         self.pending.retain(|item| item.end <= at);
-        self.pending_published = self.pending_published.min(self.pending.len());
-        self.breaks = std::mem::take(&mut self.breaks).into_iter().filter_map(|gap| gap.up_to(at)).collect();
-        self.published = self.published.min(at);
-        self.visible = self.visible.min(at);
+        self.pending_released = self.pending_released.min(self.pending.len());
+        self.gaps = std::mem::take(&mut self.gaps).into_iter().filter_map(|gap| gap.up_to(at)).collect();
+        self.released = self.released.min(at);
+        self.watermark = self.watermark.min(at);
         let floor = Position::at(at);
         self.floor = self.floor.min(floor);
         self.feeds.iter_mut().for_each(|feed| feed.floor = feed.floor.min(floor));
@@ -361,10 +361,10 @@ impl Window {
     }
 
     /// The gap that stands for this one: where it was recorded with an open end, the later one that covers it, once that is
-    /// published.
-    fn whole<'a>(&'a self, gap: &'a Break) -> &'a Break {
-        let published = |later: &&Break| later.to <= Position::at(self.published);
-        self.breaks.iter().rev().filter(published).find(|later| gap.is_open() && later.covers(gap)).unwrap_or(gap)
+    /// released.
+    fn whole<'a>(&'a self, gap: &'a Gap) -> &'a Gap {
+        let released = |later: &&Gap| later.to <= Position::at(self.released);
+        self.gaps.iter().rev().filter(released).find(|later| gap.is_open() && later.covers(gap)).unwrap_or(gap)
     }
 
     /// What it holds and may hold, and who reads it.
@@ -373,30 +373,30 @@ impl Window {
             bytes: self.bytes,
             bytes_max: self.options.window_bytes,
             pending: self.pending.len(),
-            published: self.published,
-            lags: self.feeds.lags(self.published),
+            released: self.released,
+            lags: self.feeds.lags(self.released),
         }
     }
 
     /// Since when something waits.
     pub(super) fn waits(&self) -> Waits {
-        let unreleased = self.pending.range(self.pending_published..).find(|item| item.xid.is_some());
+        let unreleased = self.pending.range(self.pending_released..).find(|item| item.xid.is_some());
         Waits { unreleased_since: unreleased.map(|item| item.since), full_since: self.full_since }
     }
 
     /// Where everything stands, as one look.
     pub(super) fn anchor(&self) -> Anchor {
         Anchor {
-            visible: self.visible,
-            published: self.published,
+            watermark: self.watermark,
+            released: self.released,
             origin: self.origin.clone(),
             divergences: self.divergences.len(),
         }
     }
 
-    /// Registers a reader at `cursor`, to be woken by this bell, if any.
-    pub(super) fn join(&mut self, tenant: &TenantId, cursor: Position, bell: Option<Bell>) -> ReaderKey {
-        self.feeds.join(tenant, cursor.lsn, self.floor, bell)
+    /// Registers a reader at `cursor`, to be woken by this wake_batch, if any.
+    pub(super) fn join(&mut self, tenant: &TenantId, cursor: Position, wake_batch: Option<WakeBatch>) -> ReaderKey {
+        self.feeds.join(tenant, cursor.lsn, self.floor, wake_batch)
     }
 
     /// Wakes the reader once when there may be something new for it.
@@ -441,18 +441,14 @@ impl Window {
         }
 
         let feed = self.feeds.read_by(key);
-        let published = Position::at(self.published);
-        let passed = self.breaks.partition_point(|gap| gap.to <= cursor);
-        let gap = self
-            .breaks
-            .iter()
-            .skip(passed)
-            .take_while(|gap| gap.to <= published)
-            .find(|gap| gap.concerns(&feed.tenant));
+        let released = Position::at(self.released);
+        let passed = self.gaps.partition_point(|gap| gap.to <= cursor);
+        let gap =
+            self.gaps.iter().skip(passed).take_while(|gap| gap.to <= released).find(|gap| gap.concerns(&feed.tenant));
         let limit = match gap {
             Some(gap) if gap.from <= cursor => return Next::Broken(self.whole(gap).clone()),
             Some(gap) => gap.from,
-            None => published,
+            None => released,
         };
         if cursor >= limit {
             return Next::Wait;
@@ -471,7 +467,7 @@ impl Window {
             let message = &item.message;
             let behind_hole = hole.is_some_and(|(commit, _)| message.header.commit >= *commit);
             if behind_hole || message.reached() > limit || bytes >= bytes_max {
-                // What is not published yet is told of when it is.
+                // What is not released yet is told of when it is.
                 all &= message.reached() > limit;
                 break;
             }

@@ -38,7 +38,7 @@ pub struct Readings {
     /// How far the log survives a crash.
     pub durable_lsn: Option<u64>,
     /// How far subscribers are told.
-    pub published_lsn: Option<u64>,
+    pub released_lsn: Option<u64>,
     /// When the server was looked at last, in seconds since 1970.
     pub looked_at_seconds: Option<f64>,
     /// What that look found; `None` where it was long ago.
@@ -47,7 +47,7 @@ pub struct Readings {
     pub log: Log,
     /// The recent part in memory.
     pub window: Window,
-    /// How far each stream is behind what is published, in bytes of WAL.
+    /// How far each stream is behind what is released, in bytes of WAL.
     pub stream_lag_bytes: Vec<u64>,
     /// The process.
     pub process: Process,
@@ -150,7 +150,7 @@ impl Readings {
         );
         to.gauge("tuplewatch_received_lsn_bytes", "LSN up to which WAL was received.", self.received_lsn);
         to.gauge("tuplewatch_durable_lsn_bytes", "LSN up to which the change log is on disk.", self.durable_lsn);
-        to.gauge("tuplewatch_published_lsn_bytes", "LSN up to which subscribers are told.", self.published_lsn);
+        to.gauge("tuplewatch_released_lsn_bytes", "LSN up to which subscribers are told.", self.released_lsn);
         to.gauge(
             "tuplewatch_server_look_timestamp_seconds",
             "When PostgreSQL and the slot were looked at last, in seconds since 1970.",
@@ -170,12 +170,12 @@ impl Readings {
         );
         to.gauge(
             "tuplewatch_streams_behind",
-            "Open streams that have not taken all that is published for them.",
+            "Open streams that have not taken all that is released for them.",
             self.stream_lag_bytes.iter().filter(|lag| **lag > 0).count() as u64,
         );
         to.ranks(
             "tuplewatch_stream_lag_bytes",
-            "How far open streams are behind what is published, in bytes of WAL: half of them by p50 at most, and so on.",
+            "How far open streams are behind what is released, in bytes of WAL: half of them by p50 at most, and so on.",
             self.stream_lag_bytes.clone(),
         );
         self.process.write(&mut to);

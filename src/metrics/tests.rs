@@ -9,7 +9,7 @@ use std::path::Path;
 fn everything() -> String {
     let metrics = Metrics::new();
     metrics.table("t").created.inc();
-    metrics.breaks("TRUNCATE").inc();
+    metrics.gaps("TRUNCATE").inc();
     metrics.streams_ended("grpc", "TRUNCATE").inc();
     metrics.grpc_requests("s", "m", "OK").inc();
     metrics.http_requests("200").inc();
@@ -30,7 +30,7 @@ fn everything() -> String {
         session_state: "streaming",
         received_lsn: Some(1 << 52),
         durable_lsn: Some(1),
-        published_lsn: Some(1),
+        released_lsn: Some(1),
         looked_at_seconds: Some(1.0),
         server: Some(Server { lsn: 1, lag_bytes: Some(1), lag_seconds: Some(1.0), slot: Some(slot) }),
         log: Log { disk_free_bytes: Some(1), ..Log::default() },

@@ -37,7 +37,7 @@ impl fmt::Display for Severity {
 
 /// One thing that was looked at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Finding {
+pub struct Diagnostic {
     /// How bad it is.
     pub severity: Severity,
     /// A setting, a table, the slot …
@@ -50,7 +50,7 @@ pub struct Finding {
     pub fix: Option<String>,
 }
 
-impl Finding {
+impl Diagnostic {
     /// Something as it should be.
     pub fn ok(subject: impl fmt::Display, what: impl Into<String>) -> Self {
         Self::new(Severity::Ok, subject, what)
@@ -85,7 +85,7 @@ impl Finding {
     }
 }
 
-impl fmt::Display for Finding {
+impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<8} {}: {}", self.severity, self.subject, self.what)?;
         if let Some(meaning) = self.meaning {
@@ -98,56 +98,56 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Collects findings.
+/// Collects diagnostics.
 #[derive(Debug, Default)]
 pub struct Report {
-    findings: Vec<Finding>,
+    diagnostics: Vec<Diagnostic>,
 }
 
 impl Report {
     /// One more.
-    pub fn add(&mut self, finding: Finding) {
-        self.findings.push(finding);
+    pub fn add(&mut self, diagnostic: Diagnostic) {
+        self.diagnostics.push(diagnostic);
     }
 
     /// Something as it should be.
     pub fn ok(&mut self, subject: impl fmt::Display, what: impl Into<String>) {
-        self.add(Finding::ok(subject, what));
+        self.add(Diagnostic::ok(subject, what));
     }
 
     /// Something that somebody should know, and how it is changed.
     pub fn warning(&mut self, subject: impl fmt::Display, what: impl Into<String>, fix: impl Into<String>) {
-        self.add(Finding::warning(subject, what).fix(fix));
+        self.add(Diagnostic::warning(subject, what).fix(fix));
     }
 
     /// Something that does not work, and what repairs it.
     pub fn error(&mut self, subject: impl fmt::Display, what: impl Into<String>, fix: impl Into<String>) {
-        self.add(Finding::error(subject, what).fix(fix));
+        self.add(Diagnostic::error(subject, what).fix(fix));
     }
 
     /// How many there are.
     pub const fn count(&self) -> usize {
-        self.findings.len()
+        self.diagnostics.len()
     }
 
-    /// Whether nothing was wrong since there were so many findings.
+    /// Whether nothing was wrong since there were so many diagnostics.
     pub fn is_fine_since(&self, count: usize) -> bool {
-        self.findings.iter().skip(count).all(|finding| finding.severity == Severity::Ok)
+        self.diagnostics.iter().skip(count).all(|diagnostic| diagnostic.severity == Severity::Ok)
     }
 
     /// Whether something does not work.
     pub fn has_errors(&self) -> bool {
-        self.findings.iter().any(|finding| finding.severity == Severity::Error)
+        self.diagnostics.iter().any(|diagnostic| diagnostic.severity == Severity::Error)
     }
 
     /// All of another one, too.
-    pub fn extend(&mut self, findings: Vec<Finding>) {
-        self.findings.extend(findings);
+    pub fn extend(&mut self, diagnostics: Vec<Diagnostic>) {
+        self.diagnostics.extend(diagnostics);
     }
 
     /// In the order in which they were found.
-    pub fn into_findings(self) -> Vec<Finding> {
-        self.findings
+    pub fn into_diagnostics(self) -> Vec<Diagnostic> {
+        self.diagnostics
     }
 }
 
@@ -213,12 +213,12 @@ mod tests {
 
     #[test]
     fn as_text() {
-        let finding = Finding::error("slot s", "is lost").means("It is gone.").fix("tuplewatch setup");
+        let diagnostic = Diagnostic::error("slot s", "is lost").means("It is gone.").fix("tuplewatch setup");
         assert_eq!(
-            finding.to_string(),
+            diagnostic.to_string(),
             "error    slot s: is lost\n         It is gone.\n         fix: tuplewatch setup"
         );
-        assert_eq!(Finding::ok("wal_level", "logical").to_string(), "ok       wal_level: logical");
+        assert_eq!(Diagnostic::ok("wal_level", "logical").to_string(), "ok       wal_level: logical");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! A committed transaction as tuplewatch handles it: messages per tenant, and breaks.
+//! A committed transaction as tuplewatch handles it: messages per tenant, and gaps.
 //!
 //! ```text
 //!  commit LSN                                                              end LSN
@@ -147,7 +147,7 @@ impl MessageBuilder {
 
 /// Why history is not continuous at a place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum BreakReason {
+pub enum GapReason {
     /// A watched table was truncated: the rows that went are not in the stream.
     Truncate {
         /// The table, with its schema.
@@ -173,7 +173,7 @@ pub enum BreakReason {
     TimelineDiverged,
 }
 
-impl BreakReason {
+impl GapReason {
     /// Of all reasons that there are.
     pub const CODES: [&'static str; 6] =
         ["TRUNCATE", "UNDECODABLE_ROW", "SLOT_MOVED", "SCHEMA_CHANGED", "MAPPING_CHANGED", "TIMELINE_DIVERGED"];
@@ -190,7 +190,7 @@ impl BreakReason {
         }
     }
 
-    /// The variable part, for storage beside [`BreakReason::code`].
+    /// The variable part, for storage beside [`GapReason::code`].
     pub fn details(&self) -> (&str, &str) {
         match self {
             Self::Truncate { table } => (table, ""),
@@ -200,7 +200,7 @@ impl BreakReason {
         }
     }
 
-    /// The inverse of [`BreakReason::code`] with [`BreakReason::details`].
+    /// The inverse of [`GapReason::code`] with [`GapReason::details`].
     pub fn from_code(code: &str, table: &str, detail: &str) -> Option<Self> {
         let (table, detail) = (table.to_owned(), detail.to_owned());
         Some(match code {
@@ -215,7 +215,7 @@ impl BreakReason {
     }
 }
 
-impl fmt::Display for BreakReason {
+impl fmt::Display for GapReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Truncate { table } => write!(f, "table {table} was truncated"),
@@ -234,10 +234,10 @@ impl fmt::Display for BreakReason {
 
 /// History is not continuous: changes between `from` (exclusive) and `to` may be missing.
 ///
-/// Whoever is before `from` gets everything up to it and then the break; whoever is in between gets the break at once; and
+/// Whoever is before `from` gets everything up to it and then the gap; whoever is in between gets the gap at once; and
 /// `to` is where one goes on, after reading the state anew.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Break {
+pub struct Gap {
     /// Only this tenant's, or everybody's.
     pub tenant: Option<TenantId>,
     /// Complete up to and including here.
@@ -245,14 +245,14 @@ pub struct Break {
     /// Complete again from here on, unless it is still open.
     pub to: Position,
     /// Why.
-    pub reason: BreakReason,
+    pub reason: GapReason,
     /// Transactions that may have written inside the gap, and were still running when it was recorded. Where there are any, the
     /// gap is *open*: what they wrote may be missing at their commit, behind `to`. Another gap, which covers this one, is
     /// recorded when they have ended.
     pub writers: Vec<Xid8>,
 }
 
-impl Break {
+impl Gap {
     /// Whether its end is not known yet.
     pub const fn is_open(&self) -> bool {
         !self.writers.is_empty()
@@ -294,7 +294,7 @@ pub struct Transaction {
     /// Whether messages of it were staged before, of whichever tenants.
     pub staged: bool,
     /// Gaps inside it.
-    pub breaks: Vec<Break>,
+    pub gaps: Vec<Gap>,
     /// Ids of transaction tokens that were handed out inside it.
     pub token_ids: Vec<TokenId>,
     /// What its rows came to, those of staged messages included. Not kept in the change log.
@@ -338,7 +338,7 @@ impl Transaction {
         const OVERHEAD: usize = 256;
         // Twice the changes: as they are, and in the response that is made of them.
         let messages: usize = self.messages.iter().map(|(_, m)| 2 * m.changes.len() + m.steps.len() + OVERHEAD).sum();
-        messages + OVERHEAD * (1 + self.breaks.len() + self.token_ids.len())
+        messages + OVERHEAD * (1 + self.gaps.len() + self.token_ids.len())
     }
 }
 
@@ -397,18 +397,18 @@ mod tests {
     }
 
     #[test]
-    fn a_break_reason_survives_storage() {
+    fn a_gap_reason_survives_storage() {
         for reason in [
-            BreakReason::Truncate { table: "a.b".into() },
-            BreakReason::Undecodable { table: "a.b".into(), detail: "x".into() },
-            BreakReason::SlotMoved,
-            BreakReason::SchemaChanged { detail: "y".into() },
-            BreakReason::MappingChanged,
-            BreakReason::TimelineDiverged,
+            GapReason::Truncate { table: "a.b".into() },
+            GapReason::Undecodable { table: "a.b".into(), detail: "x".into() },
+            GapReason::SlotMoved,
+            GapReason::SchemaChanged { detail: "y".into() },
+            GapReason::MappingChanged,
+            GapReason::TimelineDiverged,
         ] {
             let (table, detail) = reason.details();
-            assert_eq!(BreakReason::from_code(reason.code(), table, detail), Some(reason.clone()));
-            assert!(BreakReason::CODES.contains(&reason.code()), "{reason:?}");
+            assert_eq!(GapReason::from_code(reason.code(), table, detail), Some(reason.clone()));
+            assert!(GapReason::CODES.contains(&reason.code()), "{reason:?}");
         }
     }
 }

@@ -75,15 +75,15 @@ impl Line {
 
 /// Follows the session. Each clone does by itself.
 #[derive(Clone, Debug)]
-pub struct Primaries(watch::Receiver<Found>);
+pub struct PrimaryConnector(watch::Receiver<Found>);
 
-impl Primaries {
+impl PrimaryConnector {
     /// `found` is told of each primary that the session goes on with.
     pub(crate) const fn new(found: watch::Receiver<Found>) -> Self {
         Self(found)
     }
 
-    /// Whether the session has found a primary, or needs a connection, since [`Primaries::connect`]: connections of before should
+    /// Whether the session has found a primary, or needs a connection, since [`PrimaryConnector::connect`]: connections of before should
     /// be given up.
     pub fn has_moved(&self) -> bool {
         self.0.has_changed().unwrap_or(false)
@@ -128,7 +128,7 @@ impl Primaries {
     /// The same; where PostgreSQL takes no more connections, the session's.
     ///
     /// # Errors
-    /// As [`Primaries::connect`].
+    /// As [`PrimaryConnector::connect`].
     pub async fn connect_or_share(&mut self) -> Result<Line, Error> {
         match self.connect().await {
             Ok(connection) => Ok(Line::Own(Arc::new(connection))),

@@ -20,8 +20,8 @@
 //!   Where one is changed and changed back between two checks, the stream itself tells: it describes the table anew, and
 //!   a row that is incomplete is a gap of its own.)
 //! - One exception is left: a commit is in the WAL a moment before it is visible, and with synchronous replication the
-//!   moment lasts until a standby has answered. A DDL in that moment is noticed when it becomes visible, and the break then lies
-//!   behind it by a check or two. Nobody misses it for that: a break is for all readers, and all pass it.
+//!   moment lasts until a standby has answered. A DDL in that moment is noticed when it becomes visible, and the gap then lies
+//!   behind it by a check or two. Nobody misses it for that: a gap is for all readers, and all pass it.
 //!
 //! Most checks read only a `Sum`, which takes the xmin of every catalog row that the fingerprint is made of. Where it is that of
 //! the check before, no such row was written in between, and the fingerprint is the same. Its LSN is read in the same way.
@@ -45,7 +45,7 @@
 //!
 //! pgoutput publishes the TRUNCATE of a partitioned table, and says nothing of one of a partition that it publishes as its
 //! root. Such a TRUNCATE gives the partition other storage, and that is in the fingerprint. VACUUM FULL, CLUSTER and rewrites
-//! by ALTER TABLE look the same, and are breaks too: rather one too many than rows that are gone and still reported.
+//! by ALTER TABLE look the same, and are gaps too: rather one too many than rows that are gone and still reported.
 //!
 //! # Left out
 //!
@@ -178,7 +178,7 @@ struct Lines(String);
 
 impl Lines {
     fn add(&mut self, subject: &str, topic: &str, value: impl fmt::Display) {
-        // Names may hold tabs and line breaks, which separate here.
+        // Names may hold tabs and line gaps, which separate here.
         let escaped = subject.replace('\\', "\\\\").replace('\t', "\\t").replace('\n', "\\n");
         let value = value.to_string().replace('\\', "\\\\").replace('\t', "\\t").replace('\n', "\\n");
         let _ = writeln!(self.0, "{escaped}\t{topic}\t{value}");

@@ -1,6 +1,6 @@
 //! What PostgreSQL must be like, and what to do where it is not.
 //!
-//! `serve` refuses to start where [`check`] finds an error. Each finding has the statement that fixes it, to be pasted into
+//! `serve` refuses to start where [`check`] finds an error. Each diagnostic has the statement that fixes it, to be pasted into
 //! psql as it is: what a statement alone does not do (a restart) stands behind it as a comment. `doctor` asks the same, and more:
 //! [`crate::admin::doctor`].
 //!
@@ -13,10 +13,10 @@ mod tables;
 use tokio_postgres::Client;
 
 use crate::decode::mapping::Mapping;
-use crate::model::diagnostic::{CommandLine, Finding, Report};
+use crate::model::diagnostic::{CommandLine, Diagnostic, Report};
 use crate::postgres::catalog::{Catalog, identifier};
 use crate::postgres::publication::LOOK_AT_ONCE;
-use crate::postgres::slot::HoldBack;
+use crate::postgres::slot::AckDelay;
 use crate::postgres::slot::Slot;
 pub(crate) use connections::Limits;
 use server::Server;
@@ -39,7 +39,7 @@ pub struct Expectation<'a> {
     /// Whether the slot must be there. If not, there must be room for it.
     pub slot_expected: bool,
     /// What the slot will not be told of.
-    pub hold_back: HoldBack,
+    pub ack_delay: AckDelay,
     /// How fixes write commands.
     pub commands: &'a CommandLine,
 }
@@ -47,13 +47,13 @@ pub struct Expectation<'a> {
 /// Looks at everything, in five statements.
 ///
 /// # Errors
-/// Where PostgreSQL cannot be asked. What it answers is never an error but a finding.
-pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Finding>, tokio_postgres::Error> {
+/// Where PostgreSQL cannot be asked. What it answers is never an error but a diagnostic.
+pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Diagnostic>, tokio_postgres::Error> {
     let mut report = Report::default();
     let version = Version::read(client).await?;
-    report.add(version.finding());
+    report.add(version.diagnostic());
     if !version.is_supported() {
-        return Ok(report.into_findings());
+        return Ok(report.into_diagnostics());
     }
     let server = Server::read(client).await?;
     let catalog = Catalog::read(client, expected.publication, expected.mapping).await?;
@@ -64,8 +64,8 @@ pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Fi
     };
 
     server.check(&mut report);
-    server.check_synchronous_standbys(expected.hold_back, &mut report);
-    server.check_keep_size(expected.hold_back, &mut report);
+    server.check_synchronous_standbys(expected.ack_delay, &mut report);
+    server.check_keep_size(expected.ack_delay, &mut report);
     server.check_room(slot.as_ref(), &mut report);
     let fixes = Fixes { has_slot: slot.is_some(), commands: expected.commands };
     for table in &catalog.tables {
@@ -76,7 +76,7 @@ pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Fi
     }
     check_publication(&catalog, expected, fixes, &mut report);
     check_slot(slot.as_ref(), expected, &server, &mut report);
-    Ok(report.into_findings())
+    Ok(report.into_diagnostics())
 }
 
 /// What is in the way of a new slot: settings, rights, and room where it does not take the place of another.
@@ -134,7 +134,7 @@ fn check_publication(catalog: &Catalog, expected: &Expectation<'_>, fixes: Fixes
             format!("{}  -- or: {}", creation(expected.publication, &tables), expected.commands.setup())
         };
         let meaning = "It says which tables are read: without it no change reaches tuplewatch.";
-        return report.add(Finding::error(subject, "does not exist").means(meaning).fix(fix));
+        return report.add(Diagnostic::error(subject, "does not exist").means(meaning).fix(fix));
     };
     let operations = [
         ("insert", publication.insert),
@@ -150,7 +150,7 @@ fn check_publication(catalog: &Catalog, expected: &Expectation<'_>, fixes: Fixes
         let fix = fixes.alter(&format!("ALTER PUBLICATION {name} SET (publish = '{ALL_OPERATIONS}')"));
         let what = format!("does not publish {}", missing.join(", "));
         report.add(
-            Finding::error(subject, what)
+            Diagnostic::error(subject, what)
                 .means("Such changes do not reach tuplewatch, nor anybody behind it.")
                 .fix(fix),
         );
@@ -177,10 +177,10 @@ fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, 
         }
         let meaning = "The change log goes on from it: somebody has dropped it, or the server is another one (a promotion, an upgrade).";
         return report
-            .add(Finding::error(subject, "does not exist").means(meaning).fix(recreate_slot(expected.commands)));
+            .add(Diagnostic::error(subject, "does not exist").means(meaning).fix(recreate_slot(expected.commands)));
     };
-    if let Some(finding) = foreign_slot(slot, expected.slot, &server.database) {
-        return report.add(finding);
+    if let Some(diagnostic) = foreign_slot(slot, expected.slot, &server.database) {
+        return report.add(diagnostic);
     }
     let before = report.count();
     check_fit(slot, &subject, expected.commands, report);
@@ -192,7 +192,7 @@ fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, 
 }
 
 /// Where the slot is none of tuplewatch's for this database.
-pub(crate) fn foreign_slot(slot: &Slot, name: &str, database: &str) -> Option<Finding> {
+pub(crate) fn foreign_slot(slot: &Slot, name: &str, database: &str) -> Option<Diagnostic> {
     let what = if slot.slot_type != "logical" || slot.plugin.as_deref() != Some("pgoutput") {
         format!("is a {} slot of {}", slot.slot_type, slot.plugin.as_deref().unwrap_or("no plugin"))
     } else if slot.database.as_deref() != Some(database) {
@@ -203,15 +203,15 @@ pub(crate) fn foreign_slot(slot: &Slot, name: &str, database: &str) -> Option<Fi
         return None;
     };
     let fix = "-- it belongs to somebody else: choose another name in replication.slot";
-    Some(Finding::error(format!("replication slot {name}"), what).fix(fix))
+    Some(Diagnostic::error(format!("replication slot {name}"), what).fix(fix))
 }
 
 /// Whether what is needed can still be read from it, or soon no more.
 pub(crate) fn check_fit(slot: &Slot, subject: &str, commands: &CommandLine, report: &mut Report) {
     if let Some(reason) = slot.loss() {
         let meaning = "Nothing can be read from it any more: tuplewatch was away, or behind, for longer than the server keeps WAL.";
-        let finding = Finding::error(subject, format!("is lost ({reason})"));
-        report.add(finding.means(meaning).fix(recreate_slot(commands)));
+        let diagnostic = Diagnostic::error(subject, format!("is lost ({reason})"));
+        report.add(diagnostic.means(meaning).fix(recreate_slot(commands)));
     } else if slot.wal_status.as_deref() == Some("unreserved") {
         let what =
             "will be lost at one of the next checkpoints: it is farther behind than max_slot_wal_keep_size allows";

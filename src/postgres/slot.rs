@@ -15,14 +15,14 @@ use crate::postgres::transactions::{self, Locks, NAMED_MAX, Watched};
 
 /// How much the slot is not told of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HoldBack {
+pub struct AckDelay {
     /// What became durable here within this time. Zero: nothing is held back.
     pub age: Duration,
     /// But no more than this, in bytes of WAL.
     pub size_bytes: u64,
 }
 
-impl HoldBack {
+impl AckDelay {
     /// WAL that may be held back, in bytes.
     pub const fn bytes_max(self) -> u64 {
         if self.age.is_zero() { 0 } else { self.size_bytes }
@@ -88,7 +88,7 @@ impl Slot {
 
 /// What there is to see of a slot from outside, at one moment.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Sight {
+pub(crate) struct SlotStatus {
     /// None: there is no such slot.
     pub(crate) slot: Option<Slot>,
     /// The application name of the backend that has it.
@@ -103,7 +103,7 @@ pub(crate) struct Sight {
     pub(crate) confirmed: Option<Lsn>,
 }
 
-impl Sight {
+impl SlotStatus {
     pub(crate) async fn read(client: &Client, name: &str) -> Result<Self, tokio_postgres::Error> {
         let sql = "
             SELECT json_build_object(

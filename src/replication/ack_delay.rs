@@ -7,7 +7,7 @@
 //! It costs that much WAL on the primary, and that the slot sends it again at each reconnect, which is then dropped here.
 
 use crate::model::lsn::Lsn;
-use crate::postgres::slot::HoldBack;
+use crate::postgres::slot::AckDelay;
 use std::collections::VecDeque;
 use tokio::time::Instant;
 
@@ -16,8 +16,8 @@ const SAMPLES: u32 = 64;
 
 /// Tells what the slot may be told. Belongs to a session, and outlives its connections.
 #[derive(Debug, Default)]
-pub(super) struct Held {
-    limit: HoldBack,
+pub(super) struct AckTracker {
+    limit: AckDelay,
     /// What was durable when, at most twice [`SAMPLES`] and some; in order. The slot is only told of these, as anything between
     /// them may lie inside a commit record.
     samples: VecDeque<(Instant, Lsn)>,
@@ -25,8 +25,8 @@ pub(super) struct Held {
     released: Lsn,
 }
 
-impl Held {
-    pub(super) fn new(limit: HoldBack) -> Self {
+impl AckTracker {
+    pub(super) fn new(limit: AckDelay) -> Self {
         Self { limit, ..Self::default() }
     }
 
@@ -41,7 +41,7 @@ impl Held {
 
     /// What the slot may be told of what is durable.
     pub(super) fn release(&mut self, durable: Lsn, now: Instant) -> Lsn {
-        let HoldBack { age, size_bytes } = self.limit;
+        let AckDelay { age, size_bytes } = self.limit;
         if age.is_zero() {
             return durable;
         }
@@ -58,7 +58,7 @@ impl Held {
 
     /// Remembers it, where it is far enough from the last one.
     fn sample(&mut self, lsn: Lsn, now: Instant) {
-        let HoldBack { age, size_bytes } = self.limit;
+        let AckDelay { age, size_bytes } = self.limit;
         let is_worth_it = self.samples.back().is_none_or(|(at, last)| {
             let grown = lsn.0.saturating_sub(last.0);
             grown > 0 && (now.duration_since(*at) >= age / SAMPLES || grown >= size_bytes / u64::from(SAMPLES))
@@ -83,7 +83,7 @@ mod tests {
     fn the_slot_is_told_what_is_old_enough_or_too_much() {
         let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
         let start = Instant::now();
-        let mut held = Held::new(HoldBack { age: minutes(5), size_bytes: 1000 });
+        let mut held = AckTracker::new(AckDelay { age: minutes(5), size_bytes: 1000 });
         held.resume(Lsn(90), [].into_iter(), start);
         // Minute, durable, told.
         for (minute, durable, told) in [
@@ -109,7 +109,7 @@ mod tests {
     #[test]
     fn the_next_process_holds_back_what_this_one_did() {
         let now = Instant::now();
-        let mut held = Held::new(HoldBack { age: Duration::from_secs(60), size_bytes: 1000 });
+        let mut held = AckTracker::new(AckDelay { age: Duration::from_secs(60), size_bytes: 1000 });
         held.resume(Lsn(100), (1..=90).map(|n| Lsn(100 + 10 * n)), now);
         assert_eq!(held.release(Lsn(1000), now), Lsn(100));
         let told = held.release(Lsn(1200), now);
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn bounded_never_more_than_is_durable_and_never_back() {
-        let mut held = Held::new(HoldBack { age: Duration::from_secs(60), size_bytes: 10_000 });
+        let mut held = AckTracker::new(AckDelay { age: Duration::from_secs(60), size_bytes: 10_000 });
         let mut now = Instant::now();
         let (mut durable, mut told) = (Lsn(0), Lsn(0));
         for _ in 0..10_000 {
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn nothing_is_held_back_by_default() {
-        let mut held = Held::new(HoldBack::default());
+        let mut held = AckTracker::new(AckDelay::default());
         assert_eq!(held.release(Lsn(7), Instant::now()), Lsn(7));
     }
 }

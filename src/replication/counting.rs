@@ -1,11 +1,11 @@
-//! Counts what was handed on: transactions, changes by table, and breaks.
+//! Counts what was handed on: transactions, changes by table, and gaps.
 //!
 //! Not in the assembler, which is pure, and also sees what comes again after a reconnect. A transaction brings the tallies of its
 //! rows with it, so that it is counted as a whole and once.
 
 use crate::changelog::Entry;
 use crate::metrics::{Table, metrics};
-use crate::model::transaction::{BreakReason, Tally};
+use crate::model::transaction::{GapReason, Tally};
 use std::sync::Arc;
 
 /// Tables whose counters are at hand. More than that are other ones all the time.
@@ -22,8 +22,8 @@ impl Counting {
     /// Of these tables, and others that may come.
     pub(super) fn new(tables: impl Iterator<Item = String>) -> Self {
         // There from the start: what appears with its first value has not risen for who looks at rates.
-        for code in BreakReason::CODES {
-            metrics().breaks(code);
+        for code in GapReason::CODES {
+            metrics().gaps(code);
         }
         tables.for_each(|table| drop(metrics().table(&table)));
         Self { tables: Vec::new() }
@@ -37,11 +37,11 @@ impl Counting {
                 for tally in &transaction.tallies {
                     self.count_rows(tally);
                 }
-                for gap in &transaction.breaks {
-                    metrics().breaks(gap.reason.code()).inc();
+                for gap in &transaction.gaps {
+                    metrics().gaps(gap.reason.code()).inc();
                 }
             }
-            Entry::Break(gap) => metrics().breaks(gap.reason.code()).inc(),
+            Entry::Gap(gap) => metrics().gaps(gap.reason.code()).inc(),
             _ => {}
         }
     }

@@ -12,16 +12,16 @@
 //!     └──▶ a writer stays for WRITERS_MAX ──▶ marker ──▶ the gap, open ──▶ all writers have ended ──▶ marker
 //! ```
 //!
-//! The stream goes on all the time. What is open is in the change log ([`Break::writers`]), so that no restart forgets it.
+//! The stream goes on all the time. What is open is in the change log ([`Gap::writers`]), so that no restart forgets it.
 
 use super::Error;
 use super::upstream::Link;
 use crate::changelog::{Entry, Verified};
 use crate::model::lsn::{Lsn, Position, Xid8};
-use crate::model::transaction::{Break, BreakReason};
+use crate::model::transaction::{Gap, GapReason};
 use crate::postgres::transactions::NAMED_MAX;
 use crate::postgres::transactions::Writer;
-use crate::replication::receiver::Intake;
+use crate::replication::receiver::Receiver;
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -36,7 +36,7 @@ pub(super) const WRITERS_EVERY: Duration = Duration::from_millis(250);
 pub(super) struct UnsettledGap {
     /// Complete up to and including here.
     from: Position,
-    reason: BreakReason,
+    reason: GapReason,
     /// Still running when last asked.
     writers: BTreeSet<Xid8>,
     /// What the check found, until it is recorded with the gap.
@@ -55,7 +55,7 @@ impl UnsettledGap {
     /// A check found what is published, or the mapping, to be another than recorded, when these were writing.
     pub(super) fn noticed(
         from: Lsn,
-        reason: BreakReason,
+        reason: GapReason,
         mapping: [u8; 32],
         published: String,
         writers: Vec<Xid8>,
@@ -71,7 +71,7 @@ impl UnsettledGap {
     }
 
     /// One that an earlier session recorded as open.
-    pub(super) fn recorded(gap: &Break) -> Self {
+    pub(super) fn recorded(gap: &Gap) -> Self {
         let writers = gap.writers.iter().copied().collect();
         Self { from: gap.from, reason: gap.reason.clone(), writers, found: None, noticed: Instant::now() }
     }
@@ -95,8 +95,12 @@ impl UnsettledGap {
         self.found.is_some()
     }
 
-    /// Asks who still writes, and hands the gap to `intake` where it is time; what remains to be done.
-    pub(super) async fn settle(mut self, link: &impl Link, intake: &mut Intake) -> Result<Option<Self>, Error> {
+    /// Asks who still writes, and hands the gap to `receiver` where it is time; what remains to be done.
+    pub(super) async fn await_outcome(
+        mut self,
+        link: &impl Link,
+        receiver: &mut Receiver,
+    ) -> Result<Option<Self>, Error> {
         let running = if self.writers.is_empty() {
             Vec::new()
         } else {
@@ -117,7 +121,7 @@ impl UnsettledGap {
         }
         // Behind everything that the writers did which have ended.
         let to = link.mark().await?;
-        let gap = Break {
+        let gap = Gap {
             tenant: None,
             from: self.from,
             to: Position::at(to),
@@ -127,7 +131,7 @@ impl UnsettledGap {
         let then = self.found.take().map_or_else(Vec::new, |Found { mapping, published }| {
             vec![Entry::Mapping(mapping), Entry::Verified(Verified { fingerprint: published, at: to })]
         });
-        intake.interrupt(gap, then);
+        receiver.interrupt(gap, then);
         Ok((!self.writers.is_empty()).then_some(self))
     }
 }

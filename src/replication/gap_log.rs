@@ -4,7 +4,7 @@
 //! reason and table, with the number of those left out.
 
 use crate::changelog::Entry;
-use crate::model::transaction::{Break, BreakReason};
+use crate::model::transaction::{Gap, GapReason};
 use std::collections::HashMap;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -25,13 +25,13 @@ impl GapLog {
     /// After it has reached log and hub.
     pub(super) fn tell(&mut self, entry: &Entry) {
         match entry {
-            Entry::Transaction(transaction) => transaction.breaks.iter().for_each(|gap| self.tell_gap(gap)),
-            Entry::Break(gap) => self.tell_gap(gap),
+            Entry::Transaction(transaction) => transaction.gaps.iter().for_each(|gap| self.tell_gap(gap)),
+            Entry::Gap(gap) => self.tell_gap(gap),
             _ => {}
         }
     }
 
-    fn tell_gap(&mut self, gap: &Break) {
+    fn tell_gap(&mut self, gap: &Gap) {
         let Some(left_out) = self.is_due(&gap.reason) else { return };
         tracing::error!(
             reason = gap.reason.code(),
@@ -47,7 +47,7 @@ impl GapLog {
     }
 
     /// How many were left out since the last line, if it is time for one.
-    fn is_due(&mut self, reason: &BreakReason) -> Option<u64> {
+    fn is_due(&mut self, reason: &GapReason) -> Option<u64> {
         if self.told.len() >= SUBJECTS_MAX {
             self.told.clear();
         }
@@ -71,18 +71,18 @@ impl GapLog {
 }
 
 /// What somebody on call does about it.
-const fn remedy(reason: &BreakReason) -> &'static str {
+const fn remedy(reason: &GapReason) -> &'static str {
     match reason {
-        BreakReason::Truncate { .. } => "Nothing is to be repaired. To remove rows without a gap, DELETE them",
-        BreakReason::Undecodable { .. } => {
+        GapReason::Truncate { .. } => "Nothing is to be repaired. To remove rows without a gap, DELETE them",
+        GapReason::Undecodable { .. } => {
             "Correct the rows, or the mapping; which program wrote them is seen from the transactions of that time"
         }
-        BreakReason::SlotMoved => {
+        GapReason::SlotMoved => {
             "Find out who dropped, recreated or advanced the slot: it must be this tuplewatch's alone"
         }
-        BreakReason::SchemaChanged { .. } => "If nobody meant to change this, run tuplewatch doctor",
-        BreakReason::MappingChanged => "Nothing is to be repaired if the mapping was changed on purpose",
-        BreakReason::TimelineDiverged => "Nothing is to be repaired after a failover that was meant",
+        GapReason::SchemaChanged { .. } => "If nobody meant to change this, run tuplewatch doctor",
+        GapReason::MappingChanged => "Nothing is to be repaired if the mapping was changed on purpose",
+        GapReason::TimelineDiverged => "Nothing is to be repaired after a failover that was meant",
     }
 }
 
@@ -93,17 +93,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_line_a_minute_for_each_table_and_reason() {
         let mut log = GapLog::default();
-        let truncated = |table: &str| BreakReason::Truncate { table: table.into() };
+        let truncated = |table: &str| GapReason::Truncate { table: table.into() };
         assert_eq!(log.is_due(&truncated("a")), Some(0));
         assert_eq!(log.is_due(&truncated("a")), None);
         assert_eq!(log.is_due(&truncated("b")), Some(0));
-        let undecodable = BreakReason::Undecodable { table: "a".into(), detail: "x".into() };
+        let undecodable = GapReason::Undecodable { table: "a".into(), detail: "x".into() };
         assert_eq!(log.is_due(&undecodable), Some(0));
         assert_eq!(log.is_due(&truncated("a")), None);
         tokio::time::advance(LINE_EVERY).await;
         assert_eq!(log.is_due(&truncated("a")), Some(2));
         // Each of these is a line, however soon.
-        assert_eq!(log.is_due(&BreakReason::SlotMoved), Some(0));
-        assert_eq!(log.is_due(&BreakReason::SlotMoved), Some(0));
+        assert_eq!(log.is_due(&GapReason::SlotMoved), Some(0));
+        assert_eq!(log.is_due(&GapReason::SlotMoved), Some(0));
     }
 }

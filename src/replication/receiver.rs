@@ -1,13 +1,13 @@
 //! What comes out of the slot, in order, to entries of the change log.
 //!
 //! Without I/O: the session feeds it with events, and so does a test. It drops what was received before, counts what idle
-//! progress means, and puts breaks that were found by a check into their place in the stream.
+//! progress means, and puts gaps that were found by a check into their place in the stream.
 
 use crate::changelog::Entry;
 use crate::decode::assembler::{self, Assembler, MESSAGE_PREFIX};
 use crate::decode::pgoutput::RelationId;
 use crate::model::lsn::{Lsn, Position, Xid8};
-use crate::model::transaction::{Break, Header, Transaction};
+use crate::model::transaction::{Gap, Header, Transaction};
 use crate::postgres::connection::Event;
 use crate::postgres::publication::CHECK_REQUEST;
 use std::collections::{HashMap, VecDeque};
@@ -32,17 +32,17 @@ pub enum Error {
     },
 }
 
-/// A break that a check found, waiting for the stream to get to its end.
+/// A gap that a check found, waiting for the stream to get to its end.
 #[derive(Clone, Debug)]
-struct PendingBreak {
-    gap: Break,
+struct PendingGap {
+    gap: Gap,
     /// What was found, to be recorded with it.
     then: Vec<Entry>,
 }
 
 /// See the module. Belongs to one session.
 #[derive(Debug)]
-pub struct Intake {
+pub struct Receiver {
     assembler: Assembler,
     /// Everything up to this end LSN was handed on.
     received: Lsn,
@@ -52,14 +52,14 @@ pub struct Intake {
     skipping: bool,
     /// How far an idle server has got, beyond `received`.
     idle: Option<Lsn>,
-    pending: Option<PendingBreak>,
+    pending: Option<PendingGap>,
     /// End LSN and id of what the log has and the slot sends again: it has to come.
     recorded: VecDeque<(Lsn, Xid8)>,
     out: VecDeque<Entry>,
     check_requested: bool,
 }
 
-impl Intake {
+impl Receiver {
     /// For a session whose slot begins at or before `received`; `xid` is the server's next transaction id at the time.
     pub fn new(assembler: Assembler, received: Lsn, xid: Xid8) -> Self {
         let (pending, recorded, out) = (None, VecDeque::new(), VecDeque::new());
@@ -84,17 +84,17 @@ impl Intake {
         self.received
     }
 
-    /// Whether a break waits for the stream to reach its end.
-    pub const fn has_pending_break(&self) -> bool {
+    /// Whether a gap waits for the stream to reach its end.
+    pub const fn has_pending_gap(&self) -> bool {
         self.pending.is_some()
     }
 
     /// History is not known to be continuous in this gap, whose end is ahead of everything received: it will follow once the
     /// stream is there, and then `then`. One at a time.
-    pub fn interrupt(&mut self, gap: Break, then: Vec<Entry>) {
-        assert!(self.pending.is_none(), "the session waits for one break before it finds the next");
+    pub fn interrupt(&mut self, gap: Gap, then: Vec<Entry>) {
+        assert!(self.pending.is_none(), "the session waits for one gap before it finds the next");
         let from = gap.from.min(Position::at(self.received));
-        self.pending = Some(PendingBreak { gap: Break { from, ..gap }, then });
+        self.pending = Some(PendingGap { gap: Gap { from, ..gap }, then });
     }
 
     /// Whether somebody asked since the last call, through the stream, that what is published be checked at once.
@@ -102,7 +102,7 @@ impl Intake {
         std::mem::replace(&mut self.check_requested, false)
     }
 
-    /// Takes one event. What comes of it is in [`Intake::pop`].
+    /// Takes one event. What comes of it is in [`Receiver::pop`].
     ///
     /// # Errors
     /// Where the stream cannot be read on; lasting.
@@ -110,8 +110,8 @@ impl Intake {
         match event {
             Event::Begin { commit, xid, commit_time } => {
                 self.expect_nothing_before(commit)?;
-                // A break ends before the first transaction that is not in it.
-                self.break_up_to(commit);
+                // A gap ends before the first transaction that is not in it.
+                self.gap_up_to(commit);
                 self.xid = self.xid.widen(xid);
                 self.skipping = commit < self.received;
                 self.assembler.begin(Header { commit, xid: self.xid, commit_time })?;
@@ -131,8 +131,8 @@ impl Intake {
                 let transaction = self.assembler.commit(commit, end)?;
                 if self.skipping {
                     self.check_off(&transaction)?;
-                } else if self.break_up_to(end) {
-                    // The marker, which ends where the gap does: it is inside, and nobody gets past it before the break.
+                } else if self.gap_up_to(end) {
+                    // The marker, which ends where the gap does: it is inside, and nobody gets past it before the gap.
                     self.out.extend(transaction.staged.then_some(Entry::Discard));
                 } else {
                     self.received = end;
@@ -167,17 +167,17 @@ impl Intake {
             return;
         }
         if let Some(idle) = self.idle.take() {
-            let _ = self.break_up_to(idle);
+            let _ = self.gap_up_to(idle);
             self.received = self.received.max(idle);
             self.out.push_back(Entry::Progress(idle));
         }
     }
 
-    /// Tells of the pending break, if the stream has got to its end; whether it did.
-    fn break_up_to(&mut self, lsn: Lsn) -> bool {
+    /// Tells of the pending gap, if the stream has got to its end; whether it did.
+    fn gap_up_to(&mut self, lsn: Lsn) -> bool {
         let Some(pending) = self.pending.take_if(|pending| pending.gap.to <= Position::at(lsn)) else { return false };
         self.received = self.received.max(pending.gap.to.lsn);
-        self.out.push_back(Entry::Break(pending.gap));
+        self.out.push_back(Entry::Gap(pending.gap));
         self.out.extend(pending.then);
         true
     }
@@ -213,28 +213,28 @@ mod tests {
     use crate::decode::assembler::{Limits, OnUndecodable};
     use crate::decode::mapping::{Mapping, Spec};
     use crate::model::lsn::CommitTime;
-    use crate::model::transaction::BreakReason;
+    use crate::model::transaction::GapReason;
 
-    fn intake(received: u64) -> Intake {
+    fn receiver(received: u64) -> Receiver {
         let spec: Spec = crate::yaml::from_str(crate::decode::mapping::TUPLES_PRESET).unwrap();
         let limits = Limits { message_bytes: 1 << 20, change_bytes: 4 << 20, stage_bytes: 4 << 20 };
-        let assembler = Assembler::new(Arc::new(Mapping::new(spec).unwrap()), limits, OnUndecodable::Break);
-        Intake::new(assembler, Lsn(received), Xid8(1000))
+        let assembler = Assembler::new(Arc::new(Mapping::new(spec).unwrap()), limits, OnUndecodable::Gap);
+        Receiver::new(assembler, Lsn(received), Xid8(1000))
     }
 
-    fn transaction(intake: &mut Intake, commit: u64) {
+    fn transaction(receiver: &mut Receiver, commit: u64) {
         let commit = Lsn(commit);
-        intake.take(Event::Begin { commit, xid: 1001, commit_time: CommitTime(0) }).unwrap();
-        intake.take(Event::KeepAlive { wal_end: Lsn(commit.0 + 5) }).unwrap();
-        intake.take(Event::Commit { commit, end: Lsn(commit.0 + 10) }).unwrap();
+        receiver.take(Event::Begin { commit, xid: 1001, commit_time: CommitTime(0) }).unwrap();
+        receiver.take(Event::KeepAlive { wal_end: Lsn(commit.0 + 5) }).unwrap();
+        receiver.take(Event::Commit { commit, end: Lsn(commit.0 + 10) }).unwrap();
     }
 
-    fn out(intake: &mut Intake) -> Vec<String> {
-        std::iter::from_fn(|| intake.pop())
+    fn out(receiver: &mut Receiver) -> Vec<String> {
+        std::iter::from_fn(|| receiver.pop())
             .map(|entry| match entry {
                 Entry::Transaction(t) => format!("transaction {}", t.end.0),
                 Entry::Progress(lsn) => format!("progress {}", lsn.0),
-                Entry::Break(gap) => format!("break {}..{}", gap.from.lsn.0, gap.to.lsn.0),
+                Entry::Gap(gap) => format!("gap {}..{}", gap.from.lsn.0, gap.to.lsn.0),
                 Entry::Verified(_) => "verified".into(),
                 Entry::Mapping(_) => "mapping".into(),
                 other => format!("{other:?}"),
@@ -244,27 +244,27 @@ mod tests {
 
     #[test]
     fn what_was_received_is_dropped() {
-        let mut intake = intake(300);
-        transaction(&mut intake, 280);
-        assert!(out(&mut intake).is_empty());
+        let mut receiver = receiver(300);
+        transaction(&mut receiver, 280);
+        assert!(out(&mut receiver).is_empty());
         // Its commit LSN is the end LSN that was received last.
-        transaction(&mut intake, 300);
-        assert_eq!(out(&mut intake), ["transaction 310"]);
-        assert_eq!(intake.received(), Lsn(310));
+        transaction(&mut receiver, 300);
+        assert_eq!(out(&mut receiver), ["transaction 310"]);
+        assert_eq!(receiver.received(), Lsn(310));
     }
 
     #[test]
     fn what_the_log_has_must_come_again() {
         let check = |recorded: &[(u64, u64)], commits: &[u64], expected: Option<u64>| {
-            let mut intake = intake(300);
-            intake.expect(recorded.iter().map(|(end, xid)| (Lsn(*end), Xid8(*xid))).collect());
+            let mut receiver = receiver(300);
+            receiver.expect(recorded.iter().map(|(end, xid)| (Lsn(*end), Xid8(*xid))).collect());
             let events = commits.iter().flat_map(|commit| {
                 let commit = Lsn(*commit);
                 let begin = Event::Begin { commit, xid: 1001, commit_time: CommitTime(0) };
                 [begin, Event::Commit { commit, end: Lsn(commit.0 + 10) }]
             });
             let last = Event::KeepAlive { wal_end: Lsn(400) };
-            let failed = events.chain([last]).find_map(|event| intake.take(event).err());
+            let failed = events.chain([last]).find_map(|event| receiver.take(event).err());
             assert_eq!(failed, expected.map(|at| Error::Rewritten { at: Lsn(at) }), "{recorded:?} {commits:?}");
         };
         check(&[], &[100, 200], None);
@@ -280,43 +280,43 @@ mod tests {
 
     #[test]
     fn idle_progress_only_outside_transactions_and_forward() {
-        let mut intake = intake(300);
-        intake.take(Event::Begin { commit: Lsn(400), xid: 1, commit_time: CommitTime(0) }).unwrap();
-        intake.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
-        assert!(!intake.is_idle_ahead());
-        intake.take(Event::Commit { commit: Lsn(400), end: Lsn(410) }).unwrap();
-        intake.take(Event::KeepAlive { wal_end: Lsn(405) }).unwrap();
-        assert!(!intake.is_idle_ahead());
-        intake.take(Event::KeepAlive { wal_end: Lsn(600) }).unwrap();
-        assert!(intake.is_idle_ahead());
-        intake.advance();
-        intake.advance();
-        assert_eq!(out(&mut intake), ["transaction 410", "progress 600"]);
+        let mut receiver = receiver(300);
+        receiver.take(Event::Begin { commit: Lsn(400), xid: 1, commit_time: CommitTime(0) }).unwrap();
+        receiver.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
+        assert!(!receiver.is_idle_ahead());
+        receiver.take(Event::Commit { commit: Lsn(400), end: Lsn(410) }).unwrap();
+        receiver.take(Event::KeepAlive { wal_end: Lsn(405) }).unwrap();
+        assert!(!receiver.is_idle_ahead());
+        receiver.take(Event::KeepAlive { wal_end: Lsn(600) }).unwrap();
+        assert!(receiver.is_idle_ahead());
+        receiver.advance();
+        receiver.advance();
+        assert_eq!(out(&mut receiver), ["transaction 410", "progress 600"]);
     }
 
     #[test]
-    fn a_break_stands_before_the_first_transaction_that_is_not_in_it() {
-        let gap = |from, to| Break {
+    fn a_gap_stands_before_the_first_transaction_that_is_not_in_it() {
+        let gap = |from, to| Gap {
             tenant: None,
             from: Position::at(Lsn(from)),
             to: Position::at(Lsn(to)),
-            reason: BreakReason::MappingChanged,
+            reason: GapReason::MappingChanged,
             writers: Vec::new(),
         };
-        let mut intake = intake(300);
-        intake.interrupt(gap(250, 420), vec![Entry::Mapping([0; 32])]);
-        transaction(&mut intake, 400);
-        transaction(&mut intake, 420);
-        assert_eq!(out(&mut intake), ["transaction 410", "break 250..420", "mapping", "transaction 430"]);
-        intake.interrupt(gap(425, 500), vec![]);
-        intake.take(Event::KeepAlive { wal_end: Lsn(490) }).unwrap();
-        intake.advance();
-        intake.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
-        intake.advance();
-        assert_eq!(out(&mut intake), ["progress 490", "break 425..500", "progress 500"]);
+        let mut receiver = receiver(300);
+        receiver.interrupt(gap(250, 420), vec![Entry::Mapping([0; 32])]);
+        transaction(&mut receiver, 400);
+        transaction(&mut receiver, 420);
+        assert_eq!(out(&mut receiver), ["transaction 410", "gap 250..420", "mapping", "transaction 430"]);
+        receiver.interrupt(gap(425, 500), vec![]);
+        receiver.take(Event::KeepAlive { wal_end: Lsn(490) }).unwrap();
+        receiver.advance();
+        receiver.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
+        receiver.advance();
+        assert_eq!(out(&mut receiver), ["progress 490", "gap 425..500", "progress 500"]);
         // The marker itself is the last thing that an idle server has to say.
-        intake.interrupt(gap(500, 610), vec![]);
-        transaction(&mut intake, 600);
-        assert_eq!(out(&mut intake), ["break 500..610"]);
+        receiver.interrupt(gap(500, 610), vec![]);
+        transaction(&mut receiver, 600);
+        assert_eq!(out(&mut receiver), ["gap 500..610"]);
     }
 }

@@ -1,18 +1,18 @@
 //! One session after the other: connect, check, stream, and again.
 
-use super::{Backoff, Closed, Error, Fatal, Options, Outlet, Status};
-use crate::changelog::{Entry, Origin, Room, State, Verified};
+use super::{Backoff, Closed, Error, Fatal, Options, Sink, Status};
+use crate::changelog::{DiskSpace, Entry, Origin, State, Verified};
 use crate::decode::assembler::Assembler;
 use crate::decode::pgoutput::RelationId;
 use crate::metrics::metrics;
 use crate::model::lsn::{Lsn, Position};
-use crate::model::transaction::{Break, BreakReason};
+use crate::model::transaction::{Gap, GapReason};
 use crate::postgres::publication::{self, Published};
-use crate::replication::ack_delay::Held;
+use crate::replication::ack_delay::AckTracker;
 use crate::replication::counting::Counting;
 use crate::replication::gap::{UnsettledGap, WRITERS_EVERY};
 use crate::replication::gap_log::GapLog;
-use crate::replication::receiver::Intake;
+use crate::replication::receiver::Receiver;
 use crate::replication::upstream::{Link, Upstream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,11 +32,11 @@ const LAST_STATUS_POLL: Duration = Duration::from_millis(50);
 pub struct Session<U, O> {
     options: Options,
     upstream: U,
-    outlet: O,
+    sink: O,
     status: watch::Sender<Status>,
     /// Everything up to this end LSN was handed on by this process; `None` before the first session.
     received: Option<Lsn>,
-    held: Held,
+    held: AckTracker,
     /// Tells of it, a batch at a time.
     handed_on: watch::Sender<Option<Lsn>>,
     counting: Counting,
@@ -53,20 +53,20 @@ pub(super) type Stop = watch::Receiver<bool>;
 /// A stream that may be acknowledged.
 struct Opened<L> {
     link: L,
-    intake: Intake,
+    receiver: Receiver,
     /// What a check found, or an earlier session left open.
     gap: Option<UnsettledGap>,
 }
 
-impl<U: Upstream, O: Outlet> Session<U, O> {
-    /// A session that reads from `upstream` and hands on to `outlet`.
-    pub fn new(options: Options, upstream: U, outlet: O) -> Self {
+impl<U: Upstream, O: Sink> Session<U, O> {
+    /// A session that reads from `upstream` and hands on to `sink`.
+    pub fn new(options: Options, upstream: U, sink: O) -> Self {
         Self {
-            held: Held::new(options.hold_back),
+            held: AckTracker::new(options.ack_delay),
             counting: Counting::new(options.mapping.tables().iter().map(|spec| spec.table.to_string())),
             options,
             upstream,
-            outlet,
+            sink,
             status: watch::Sender::new(Status::Connecting),
             received: None,
             handed_on: watch::Sender::new(None),
@@ -113,7 +113,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
             // What the session had staged will come again.
             tokio::select! {
                 biased;
-                discarded = self.outlet.deliver(Entry::Discard) => discarded.map_err(Fatal::Log)?,
+                discarded = self.sink.deliver(Entry::Discard) => discarded.map_err(Fatal::Log)?,
                 () = stopped(&mut stop) => return Ok(()),
             }
             tokio::select! {
@@ -143,10 +143,10 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
     }
 
     async fn run_once(&mut self, stop: &mut Stop, backoff: &mut Backoff) -> Result<(), Error> {
-        let mut room = self.outlet.room();
+        let mut room = self.sink.room();
         tokio::select! {
             biased;
-            has_room = room.wait_for(|room| *room == Room::Enough) => { has_room.map_err(|_| Closed)?; }
+            has_room = room.wait_for(|room| *room == DiskSpace::Enough) => { has_room.map_err(|_| Closed)?; }
             () = stopped(stop) => return Ok(()),
         }
         let opened = tokio::select! {
@@ -155,7 +155,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
             () = stopped(stop) => return Ok(()),
         };
         if self.status.send_replace(Status::Streaming) != Status::Streaming {
-            tracing::info!(slot = %self.options.slot, position = %opened.intake.received(), "streaming");
+            tracing::info!(slot = %self.options.slot, position = %opened.receiver.received(), "streaming");
         }
         if std::mem::replace(&mut self.has_streamed, true) {
             metrics().reconnects.inc();
@@ -176,18 +176,18 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                     position = %started.confirmed,
                     "the change log begins where the slot is: tokens from before are refused (OUT_OF_RANGE)"
                 );
-                self.outlet.deliver(Entry::Adopt(origin)).await?;
+                self.sink.deliver(Entry::Adopt(origin)).await?;
                 started.confirmed
             }
             Some(resume) if started.confirmed > resume => {
-                let gap = Break {
+                let gap = Gap {
                     tenant: None,
                     from: Position::at(resume),
                     to: Position::at(started.confirmed),
-                    reason: BreakReason::SlotMoved,
+                    reason: GapReason::SlotMoved,
                     writers: Vec::new(),
                 };
-                self.deliver(Entry::Break(gap)).await?;
+                self.deliver(Entry::Gap(gap)).await?;
                 started.confirmed
             }
             Some(resume) => resume,
@@ -196,25 +196,25 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         self.tell_received();
         link.announce();
         let assembler = Assembler::new(self.options.mapping.clone(), self.options.limits, self.options.on_undecodable);
-        let mut intake = Intake::new(assembler, received, started.xid);
-        let state = self.outlet.checkpoint().await?;
+        let mut receiver = Receiver::new(assembler, received, started.xid);
+        let state = self.sink.checkpoint().await?;
         let published = link.published().await?;
         let gap = state.open_gap.as_ref().map(UnsettledGap::recorded);
-        let gap = self.compare(&link, &published, &state, &mut intake, gap).await?;
-        let recorded = self.outlet.recorded_since(started.confirmed).await?;
+        let gap = self.compare(&link, &published, &state, &mut receiver, gap).await?;
+        let recorded = self.sink.recorded_since(started.confirmed).await?;
         self.held.resume(started.confirmed, recorded.iter().map(|(end, _)| *end), Instant::now());
-        if !intake.has_pending_break() && !gap.as_ref().is_some_and(UnsettledGap::is_unrecorded) {
+        if !receiver.has_pending_gap() && !gap.as_ref().is_some_and(UnsettledGap::is_unrecorded) {
             // Under another mapping or publication other transactions would have changes.
-            intake.expect(recorded);
-            intake.await_tables(published.tables);
+            receiver.expect(recorded);
+            receiver.await_tables(published.tables);
         }
-        Ok(Opened { link, intake, gap })
+        Ok(Opened { link, receiver, gap })
     }
 
     /// A link that has not started, to a server whose history the log follows; and where the log goes on, if it has begun.
     async fn connect_on_history(&mut self) -> Result<(U::Link, Option<Lsn>), Error> {
         loop {
-            let state = self.outlet.checkpoint().await?;
+            let state = self.sink.checkpoint().await?;
             // A process that goes on, goes on behind what its hub has; a new one behind what the log has.
             let resume = state.origin.as_ref().map(|_| self.received.unwrap_or(state.tail));
             let link = self.upstream.connect(&state).await?;
@@ -238,7 +238,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 );
                 self.deliver(Entry::Diverge { at, history }).await?;
                 if resume.is_some_and(|resume| at < resume) {
-                    metrics().breaks(BreakReason::TimelineDiverged.code()).inc();
+                    metrics().gaps(GapReason::TimelineDiverged.code()).inc();
                 }
                 self.received = self.received.map(|received| received.min(at));
                 self.held.forget();
@@ -266,7 +266,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         link: &U::Link,
         published: &Published,
         state: &State,
-        intake: &mut Intake,
+        receiver: &mut Receiver,
         gap: Option<UnsettledGap>,
     ) -> Result<Option<UnsettledGap>, Error> {
         let mapping = self.options.mapping.fingerprint();
@@ -280,27 +280,27 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
             recorded.filter(|verified| !publication::is_equivalent(&verified.fingerprint, &fingerprint));
         if !mapping_changed && schema_changed.is_none() {
             if state.mapping.is_none() {
-                intake.record(Entry::Mapping(mapping));
+                receiver.record(Entry::Mapping(mapping));
             }
             // The next one is compared with this one. How far it was verified is for the next check to say.
             if recorded.is_none_or(|verified| verified.fingerprint != fingerprint) {
-                let at = recorded.map_or(intake.received(), |verified| verified.at);
-                intake.record(Entry::Verified(Verified { fingerprint, at }));
+                let at = recorded.map_or(receiver.received(), |verified| verified.at);
+                receiver.record(Entry::Verified(Verified { fingerprint, at }));
             }
             return Ok(gap);
         }
         let reason = match schema_changed {
             // Another mapping is about other tables and columns: that they differ says nothing of the schema.
-            Some(verified) if !mapping_changed => BreakReason::SchemaChanged {
+            Some(verified) if !mapping_changed => GapReason::SchemaChanged {
                 detail: publication::difference(Some(&verified.fingerprint), Some(&fingerprint)),
             },
-            _ => BreakReason::MappingChanged,
+            _ => GapReason::MappingChanged,
         };
-        let from = schema_changed.map_or(intake.received(), |verified| verified.at);
+        let from = schema_changed.map_or(receiver.received(), |verified| verified.at);
         // After the check, which saw what whoever begins to write from now on writes under.
         let tables: Vec<RelationId> = published.tables.keys().copied().collect();
         let writers = link.writers(&tables).await?;
-        UnsettledGap::noticed(from, reason, mapping, fingerprint, writers).with(gap).settle(link, intake).await
+        UnsettledGap::noticed(from, reason, mapping, fingerprint, writers).with(gap).await_outcome(link, receiver).await
     }
 
     fn no_publication(&self) -> Error {
@@ -316,12 +316,12 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         &mut self,
         opened: Opened<U::Link>,
         stop: &mut Stop,
-        room: &mut watch::Receiver<Room>,
+        room: &mut watch::Receiver<DiskSpace>,
         backoff: &mut Backoff,
     ) -> Result<(), Error> {
-        let Opened { mut link, mut intake, mut gap } = opened;
+        let Opened { mut link, mut receiver, mut gap } = opened;
         let check_request = self.check_request.clone();
-        let mut durable = self.outlet.durable();
+        let mut durable = self.sink.durable();
         let mut progress = every(PROGRESS_EVERY);
         let mut verify = every(VERIFY_EVERY);
         let mut ask_writers = every(WRITERS_EVERY);
@@ -330,7 +330,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         let mut unreadable = None;
         let mut lost = std::pin::pin!(link.lost());
         loop {
-            while let Some(entry) = intake.pop() {
+            while let Some(entry) = receiver.pop() {
                 let reached = reached(&entry);
                 tokio::select! {
                     biased;
@@ -355,20 +355,20 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 () = stopped(stop) => return self.finish(link, durable).await,
                 error = no_room(room) => return Err(error),
                 changed = durable.changed() => changed.map_err(|_| Closed)?,
-                _ = progress.tick(), if intake.is_idle_ahead() => intake.advance(),
+                _ = progress.tick(), if receiver.is_idle_ahead() => receiver.advance(),
                 _ = verify.tick() => {
                     gap = tokio::select! {
                         biased;
-                        verified = self.verify(&link, &mut intake, &mut last_check, gap) => verified?,
+                        verified = self.verify(&link, &mut receiver, &mut last_check, gap) => verified?,
                         error = no_room(room) => return Err(error),
                         () = stopped(stop) => return self.finish(link, durable).await,
                     };
                 }
-                _ = ask_writers.tick(), if gap.is_some() && !intake.has_pending_break() => {
+                _ = ask_writers.tick(), if gap.is_some() && !receiver.has_pending_gap() => {
                     if let Some(unsettled) = gap.take() {
                         gap = tokio::select! {
                             biased;
-                            settled = unsettled.settle(&link, &mut intake) => settled?,
+                            settled = unsettled.await_outcome(&link, &mut receiver) => settled?,
                             error = no_room(room) => return Err(error),
                             () = stopped(stop) => return self.finish(link, durable).await,
                         };
@@ -377,8 +377,8 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
                 () = check_request.notified() => verify.reset_immediately(),
                 received = link.next(&mut events) => {
                     received?;
-                    unreadable = events.drain(..).try_for_each(|event| intake.take(event)).err();
-                    if intake.take_check_request() {
+                    unreadable = events.drain(..).try_for_each(|event| receiver.take(event)).err();
+                    if receiver.take_check_request() {
                         verify.reset_immediately();
                     }
                 }
@@ -388,9 +388,9 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
         }
     }
 
-    /// Hands on one entry, and counts it once it is there. As cancel safe as [`Outlet::deliver`].
+    /// Hands on one entry, and counts it once it is there. As cancel safe as [`Sink::deliver`].
     async fn deliver(&mut self, entry: Entry) -> Result<(), Closed> {
-        self.outlet.deliver(entry.clone()).await?;
+        self.sink.deliver(entry.clone()).await?;
         self.counting.count(&entry);
         self.gap_log.tell(&entry);
         Ok(())
@@ -413,12 +413,12 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
     async fn verify(
         &self,
         link: &U::Link,
-        intake: &mut Intake,
+        receiver: &mut Receiver,
         last_check: &mut Option<Published>,
         mut gap: Option<UnsettledGap>,
     ) -> Result<Option<UnsettledGap>, Error> {
         link.check_alive().await?;
-        if intake.has_pending_break() {
+        if receiver.has_pending_gap() {
             return Ok(gap);
         }
         let published = link.published().await?;
@@ -427,15 +427,15 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
             // Before its gap is recorded it must not look as if it had always been so.
             Some(_) if gap.as_ref().is_some_and(UnsettledGap::is_unrecorded) => {}
             // Equal twice: whatever was written before the first look was written under it.
-            Some(last) if last.lsn <= intake.received() => {
-                intake.record(Entry::Verified(Verified { fingerprint, at: last.lsn }));
+            Some(last) if last.lsn <= receiver.received() => {
+                receiver.record(Entry::Verified(Verified { fingerprint, at: last.lsn }));
             }
             Some(_) => {}
             None => {
-                let state = self.outlet.checkpoint().await?;
-                // Where less is published than there is, nothing may flow: an error that lasts, and the break when it is over.
+                let state = self.sink.checkpoint().await?;
+                // Where less is published than there is, nothing may flow: an error that lasts, and the gap when it is over.
                 link.check_fit().await?;
-                gap = self.compare(link, &published, &state, intake, gap).await?;
+                gap = self.compare(link, &published, &state, receiver, gap).await?;
             }
         }
         *last_check = Some(published);
@@ -444,7 +444,7 @@ impl<U: Upstream, O: Outlet> Session<U, O> {
 
     /// Stops in order: what was handed on becomes durable and is acknowledged.
     async fn finish(&mut self, link: U::Link, durable: watch::Receiver<Lsn>) -> Result<(), Error> {
-        self.outlet.checkpoint().await?;
+        self.sink.checkpoint().await?;
         let target = self.acknowledge(&link, &durable);
         let taken = async {
             // That the server took note has to be seen: a connection that is closed with unread data on its way takes what it
@@ -474,9 +474,9 @@ async fn stopped(stop: &mut Stop) {
 }
 
 /// A walsender that waits for somebody who cannot acknowledge holds up the shutdown of PostgreSQL: rather none.
-async fn no_room(room: &mut watch::Receiver<Room>) -> Error {
-    match room.wait_for(|room| *room != Room::Enough).await {
-        Ok(room) if *room == Room::Elsewhere => {
+async fn no_room(room: &mut watch::Receiver<DiskSpace>) -> Error {
+    match room.wait_for(|room| *room != DiskSpace::Enough).await {
+        Ok(room) if *room == DiskSpace::Elsewhere => {
             Error::transient("the directory of the change log is gone: the session is closed until it is back")
         }
         Ok(_) => Error::transient("the disk of the change log is full: the session is closed until it has room"),
@@ -489,7 +489,7 @@ fn reached(entry: &Entry) -> Option<Lsn> {
     match entry {
         Entry::Transaction(transaction) => Some(transaction.end),
         Entry::Progress(lsn) => Some(*lsn),
-        Entry::Break(gap) => Some(gap.to.lsn),
+        Entry::Gap(gap) => Some(gap.to.lsn),
         _ => None,
     }
 }

@@ -2,11 +2,11 @@
 
 use super::world::World;
 use crate::changelog::model::{Inner, ModelLog};
-use crate::changelog::{Batch, ChangeLog, Entry, Error, Room, State, Trace};
+use crate::changelog::{Batch, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome};
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
-use crate::model::transaction::Break;
+use crate::model::transaction::Gap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// What one process writes to, and the next one finds.
@@ -148,7 +148,7 @@ impl ChangeLog for Disk {
         self.model().find_token(id)
     }
 
-    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<Trace>, Error> {
+    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<TransactionOutcome>, Error> {
         self.model().find_transaction(tenant, xid)
     }
 
@@ -160,11 +160,11 @@ impl ChangeLog for Disk {
         self.model().largest_below(xid)
     }
 
-    fn breaks(&self) -> Vec<Break> {
-        self.model().breaks()
+    fn gaps(&self) -> Vec<Gap> {
+        self.model().gaps()
     }
 
-    fn retain(&self, now_unix_seconds: u64) -> Result<Room, Error> {
+    fn retain(&self, now_unix_seconds: u64) -> Result<DiskSpace, Error> {
         self.model().retain(now_unix_seconds)
     }
 }
@@ -176,10 +176,10 @@ fn name(entry: &Entry) -> String {
         Entry::Discard => "the end of an open transaction".into(),
         Entry::Transaction(transaction) => format!("transaction {}..{}", transaction.header.commit, transaction.end),
         Entry::Progress(lsn) => format!("progress {lsn}"),
-        Entry::Break(gap) => format!("break {}..{}", gap.from.lsn, gap.to.lsn),
+        Entry::Gap(gap) => format!("gap {}..{}", gap.from.lsn, gap.to.lsn),
         Entry::Diverge { at, .. } => format!("divergence at {at}"),
         Entry::Verified(verified) => format!("verified {}", verified.at),
         Entry::Mapping(_) => "mapping".into(),
-        Entry::Visible(lsn) => format!("visible {lsn}"),
+        Entry::Watermark(lsn) => format!("watermark {lsn}"),
     }
 }

@@ -271,7 +271,7 @@ async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader
                 patience -= 1;
             }
             Err(End::Broken(gap)) => {
-                let origin = hub.origin().expect("a break has an origin");
+                let origin = hub.origin().expect("a gap has an origin");
                 reader.go_on_from(gap.from, gap.to, &origin);
                 return false;
             }

@@ -8,7 +8,7 @@ use super::world::World;
 use crate::changelog::State;
 use crate::decode::pgoutput::RelationId;
 use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
-use crate::hub::publisher::Snapshots;
+use crate::hub::releaser::Snapshots;
 use crate::model::change::TenantId;
 use crate::model::lsn::{CommitTime, Lsn, Position, Snapshot, Xid8};
 use crate::model::snap_token::{SnapToken, TokenId};
@@ -447,7 +447,7 @@ impl Link for ServerLink {
                     std::future::pending::<()>().await;
                 }
                 if self.server.world.once_in(80) {
-                    self.server.world.note("the connection breaks".into());
+                    self.server.world.note("the connection gaps".into());
                     return Err(Error::Transient("connection reset".into()));
                 }
                 self.queue.pop_front();

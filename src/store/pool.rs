@@ -2,7 +2,7 @@
 
 use super::Error;
 use crate::postgres::connection::Connection;
-use crate::postgres::primary::{self, Primaries};
+use crate::postgres::primary::{self, PrimaryConnector};
 use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, TimeoutType};
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;
@@ -26,7 +26,7 @@ pub(super) struct Pool(managed::Pool<Opener>);
 
 impl Pool {
     /// Belongs to the runtime that this is called in.
-    pub(super) fn new(primaries: Primaries, connections_max: usize) -> Self {
+    pub(super) fn new(primaries: PrimaryConnector, connections_max: usize) -> Self {
         let session = primaries.clone();
         let opener = Opener { primaries, runtime: Handle::current() };
         let builder = managed::Pool::builder(opener)
@@ -53,7 +53,7 @@ impl Pool {
 }
 
 /// Closes what is idle where PostgreSQL refuses the session a connection.
-async fn give_way(pool: managed::WeakPool<Opener>, mut session: Primaries) {
+async fn give_way(pool: managed::WeakPool<Opener>, mut session: PrimaryConnector) {
     loop {
         session.session_refused().await;
         let Some(pool) = pool.upgrade() else { return };
@@ -82,7 +82,7 @@ impl DerefMut for Lease {
 
 #[derive(Debug)]
 struct Opener {
-    primaries: Primaries,
+    primaries: PrimaryConnector,
     /// Connections live on it: that of whoever asks for one may end before those of others who use it later.
     runtime: Handle,
 }
@@ -91,7 +91,7 @@ struct Opener {
 struct Open {
     connection: Connection,
     /// As of when it was opened.
-    primaries: Primaries,
+    primaries: PrimaryConnector,
 }
 
 impl managed::Manager for Opener {

@@ -28,7 +28,7 @@ struct Patient {
 }
 
 #[derive(Clone, Debug, Deserialize)]
-struct Finding {
+struct Diagnostic {
     severity: String,
     subject: String,
     what: String,
@@ -39,7 +39,7 @@ struct Finding {
 #[derive(Debug, Deserialize)]
 struct Diagnosis {
     server: String,
-    findings: Vec<Finding>,
+    findings: Vec<Diagnostic>,
     summary: Summary,
 }
 
@@ -51,12 +51,12 @@ struct Summary {
 }
 
 impl Diagnosis {
-    fn of_severity(&self, severity: &str) -> Vec<Finding> {
+    fn of_severity(&self, severity: &str) -> Vec<Diagnostic> {
         self.findings.iter().filter(|finding| finding.severity == severity).cloned().collect()
     }
 
     /// Those of a severity about a subject.
-    fn about(&self, severity: &str, subject: &str) -> Vec<Finding> {
+    fn about(&self, severity: &str, subject: &str) -> Vec<Diagnostic> {
         let mut found = self.of_severity(severity);
         found.retain(|finding| finding.subject == subject);
         found
@@ -146,7 +146,7 @@ impl Patient {
     }
 
     /// Of several findings only one is an error, and it is this.
-    async fn has(&self, subject: &str, what: &str) -> Finding {
+    async fn has(&self, subject: &str, what: &str) -> Diagnostic {
         let diagnosis = self.doctor(&[]).await;
         let errors = diagnosis.of_severity("error");
         let [finding] = errors.as_slice() else { panic!("not one error: {errors:#?}") };
@@ -162,7 +162,7 @@ impl Patient {
     }
 
     /// Does what a fix says: pastes it as it is, into the shell or into psql, and then does what its comment adds.
-    async fn apply(&mut self, finding: &Finding) {
+    async fn apply(&mut self, finding: &Diagnostic) {
         let fix = finding.fix.as_deref().unwrap();
         if fix.starts_with("tuplewatch ") {
             let script = format!("tuplewatch() {{ {} \"$@\"; }}\n{fix}", shell_word(env!("CARGO_BIN_EXE_tuplewatch")));

@@ -11,7 +11,7 @@ const INHERIT: &str = "CREATE TABLE tuplewatch.archive () INHERITS (tuplewatch.r
                        INSERT INTO tuplewatch.archive VALUES ('t1', 'document', 'old', 'viewer', 'user', 'u')";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_table_that_inherits_is_an_error_and_then_a_break() {
+async fn a_table_that_inherits_is_an_error_and_then_a_gap() {
     each_on_a_cluster(
         [
             ("detached", Remedy::Sql(&["ALTER TABLE tuplewatch.archive NO INHERIT tuplewatch.relation_tuples"])),

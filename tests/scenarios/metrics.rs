@@ -44,7 +44,7 @@ async fn what_happens_is_counted() {
     let before = server.scrape().await;
     assert_eq!(changed(&before, TUPLES, "create"), 0.0);
     for reason in ["TRUNCATE", "UNDECODABLE_ROW", "SLOT_MOVED"] {
-        assert_eq!(before.get("tuplewatch_breaks_total", &[("reason", reason)]), 0.0, "there from the start");
+        assert_eq!(before.get("tuplewatch_gaps_total", &[("reason", reason)]), 0.0, "there from the start");
     }
 
     let mut streams = [server.watch("t1", "").await, server.watch("t1", "").await];
@@ -130,7 +130,7 @@ async fn what_happens_is_counted() {
 }
 
 #[tokio::test]
-async fn reconnects_breaks_and_rows_that_do_not_decode_are_counted_once() {
+async fn reconnects_gaps_and_rows_that_do_not_decode_are_counted_once() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
@@ -168,7 +168,7 @@ async fn reconnects_breaks_and_rows_that_do_not_decode_are_counted_once() {
     .await;
     let scrape = server.scrape().await;
     for reason in ["UNDECODABLE_ROW", "TRUNCATE"] {
-        assert_eq!(scrape.get("tuplewatch_breaks_total", &[("reason", reason)]), 1.0);
+        assert_eq!(scrape.get("tuplewatch_gaps_total", &[("reason", reason)]), 1.0);
         let ended = [("protocol", "grpc"), ("reason", reason)];
         assert_eq!(scrape.get("tuplewatch_streams_ended_total", &ended), 1.0);
     }

@@ -44,7 +44,8 @@ async fn everybody_gets_everything_but_what_a_gap_tells_while_the_publication_ch
 /// comes again whenever it returns, and reaches nobody.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everybody_gets_everything_while_one_of_two_nodes_is_killed() {
-    let hold_back = [("--replication-hold-back-age", "2s"), ("--replication-hold-back-size", "4MiB")];
+    let hold_back =
+        [("--replication-acknowledgement-delay-age", "2s"), ("--replication-acknowledgement-delay-size", "4MiB")];
     run(&[&TIGHT[..], &hold_back].concat(), 1 << 10, &[KillOneOfTwo]).await;
 }
 

@@ -1,5 +1,5 @@
 //! Partitions come and go. A new one that was created as a partition is an everyday rotation, and ends no stream; one that may
-//! have brought rows along is a break.
+//! have brought rows along is a gap.
 
 use super::publication::create_partitioned;
 use super::schema::verified_again;
@@ -17,7 +17,7 @@ async fn insert(sql: &Sql, kind: &str, id: &str) -> Change {
 }
 
 #[tokio::test]
-async fn a_rotation_is_no_break() {
+async fn a_rotation_is_no_gap() {
     let postgres = Postgres::start().await;
     create_partitioned(&postgres.sql().await).await;
     let mut server = Server::serve(&postgres, &[]).await;
@@ -69,7 +69,7 @@ async fn a_rotation_is_no_break() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_partition_that_may_have_brought_rows_is_a_break() {
+async fn a_partition_that_may_have_brought_rows_is_a_gap() {
     let postgres = Postgres::start().await;
     create_partitioned(&postgres.sql().await).await;
     for case in [

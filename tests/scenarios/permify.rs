@@ -404,7 +404,7 @@ async fn a_large_transaction_resumes_by_the_one_before_it() {
 }
 
 #[tokio::test]
-async fn truncate_of_facts_is_a_break_and_of_transactions_is_not() {
+async fn truncate_of_facts_is_a_gap_and_of_transactions_is_not() {
     let postgres = Postgres::start().await;
     let permify = Permify::create(&postgres, "public", Tables::New).await;
     let server = permify.serve(&postgres, &[]).await;

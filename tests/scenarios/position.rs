@@ -220,5 +220,5 @@ async fn what_a_crashed_server_sends_again_reaches_nobody() {
         }
         assert!(has_gone_back, "{round}: the slot's position was never older, so nothing was shown");
     }
-    assert!(!server.has_said("moved on without"), "no break");
+    assert!(!server.has_said("moved on without"), "no gap");
 }

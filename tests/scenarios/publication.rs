@@ -1,6 +1,6 @@
 //! What is published changes at run time, and nothing in the stream says so: a table is taken out and put in again, a row
 //! filter hides rows, a partition goes. PostgreSQL then sends less than there is, and whoever trusts the stream is wrong
-//! for ever. So each of these is noticed, is a break for every subscriber, and an error for as long as something is hidden.
+//! for ever. So each of these is noticed, is a gap for every subscriber, and an error for as long as something is hidden.
 
 use crate::support::interruption::{Interruption, Lasting, Remedy, side_by_side};
 use crate::support::postgres::{Postgres, major};
@@ -20,7 +20,7 @@ async fn on_one_cluster(cases: &[Interruption]) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_not_published_for_a_while_is_a_break() {
+async fn what_was_not_published_for_a_while_is_a_gap() {
     let mut cases = vec![
         Interruption {
             name: "recreated",
@@ -207,7 +207,7 @@ pub(super) async fn create_partitioned(sql: &Sql) {
 
 /// PostgreSQL sends the truncation of a partitioned table, and keeps that of its partitions to itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rows_that_go_with_their_partition_are_a_break() {
+async fn rows_that_go_with_their_partition_are_a_gap() {
     let postgres = Postgres::start().await;
     create_partitioned(&postgres.sql().await).await;
     const FOLDER: &str =

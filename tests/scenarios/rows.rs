@@ -2,7 +2,7 @@
 //! that cannot be read, and TRUNCATE.
 //!
 //! What pgoutput says of a row depends on the replica identity, on TOAST and on the encoding of the database. Whatever it
-//! leaves out must come from elsewhere or be a break: a subscriber that is told an empty value, a wrong one or nothing
+//! leaves out must come from elsewhere or be a gap: a subscriber that is told an empty value, a wrong one or nothing
 //! caches a permission that nobody gave. And one bad row must not cost anybody but its tenant.
 
 use crate::support::change::Change;
@@ -386,7 +386,7 @@ async fn values_of_a_latin1_database_arrive_in_unicode() {
 /// A database with the encoding SQL_ASCII takes any bytes, and PostgreSQL refuses to send a client what is not in its encoding:
 /// asked for UTF-8, the walsender itself would fail, and again each time that it came to the row.
 #[tokio::test]
-async fn bytes_that_are_not_utf_8_are_a_break_for_their_tenant_alone() {
+async fn bytes_that_are_not_utf_8_are_a_gap_for_their_tenant_alone() {
     let postgres = Postgres::start().await;
     let uri = database(&postgres, "ascii", "SQL_ASCII").await;
     let mut server = Server::prepare_slot(&uri, "tuplewatch", &[]).await;
@@ -433,7 +433,7 @@ async fn bytes_that_are_not_utf_8_are_a_break_for_their_tenant_alone() {
 }
 
 #[tokio::test]
-async fn a_row_that_does_not_decode_is_a_break_for_its_tenant_alone() {
+async fn a_row_that_does_not_decode_is_a_gap_for_its_tenant_alone() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -476,7 +476,7 @@ async fn a_row_that_does_not_decode_is_a_break_for_its_tenant_alone() {
 
 /// Whatever the form of the value, and whatever is done with the row.
 #[tokio::test]
-async fn every_kind_of_bad_value_is_a_break() {
+async fn every_kind_of_bad_value_is_a_gap() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -547,7 +547,7 @@ async fn halt_stops_at_a_row_that_does_not_decode_until_told_to_go_on() {
     for process in ["live", "after a restart", "with the row repaired"] {
         let stopped = async || server.health("").await == Ok(ServingStatus::NotServing);
         eventually("health is NOT_SERVING", stopped).await;
-        let says = ["tuplewatch.attributes", "mapping.on_undecodable is 'halt'", "start once with 'break'"];
+        let says = ["tuplewatch.attributes", "mapping.on_undecodable is 'halt'", "start once with 'gap'"];
         eventually("it says what to do", async || says.iter().all(|text| server.has_said(text))).await;
         assert!(!server.has_said("secret"), "no values in logs");
         assert!(!sql.confirmed_reaches(&bad).await, "{process}: it is not acknowledged");
@@ -564,7 +564,7 @@ async fn halt_stops_at_a_row_that_does_not_decode_until_told_to_go_on() {
 
     // As it says.
     server.kill_9().await;
-    server.set("--mapping-on-undecodable", "break");
+    server.set("--mapping-on-undecodable", "gap");
     server.start().await;
     server.serving().await;
     let (messages, status) = server.watch("t1", &tokens[0]).await.ending().await;
@@ -590,7 +590,7 @@ async fn halt_stops_at_a_row_that_does_not_decode_until_told_to_go_on() {
 }
 
 #[tokio::test]
-async fn truncate_is_a_break_for_everybody() {
+async fn truncate_is_a_gap_for_everybody() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -633,7 +633,7 @@ async fn truncate_is_a_break_for_everybody() {
 
 /// Of several tables, of which the statement names one that is not even watched.
 #[tokio::test]
-async fn truncate_with_cascade_is_one_break_where_it_was_executed() {
+async fn truncate_with_cascade_is_one_gap_where_it_was_executed() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -675,7 +675,7 @@ async fn truncate_with_cascade_is_one_break_where_it_was_executed() {
             let got = changes(&messages);
             assert!(got.ends_with(expected), "{how}: {tenant} has what was before, and nothing else: {got:?}");
             assert_eq!(reason(&status), (Code::Aborted, "TRUNCATE".into()));
-            // One break is enough, also where both tables were emptied twice.
+            // One gap is enough, also where both tables were emptied twice.
             let next = metadata(&status, "next_snap_token");
             server.watch(tenant, &next).await.expect(Change::created("after")).await;
         }

@@ -73,7 +73,7 @@ pub(super) async fn verified_again(postgres: &Postgres) {
 
 /// Each on a cluster of its own: they share the table.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn mapped_columns_and_tables_that_change_are_breaks_and_errors_where_nothing_can_flow() {
+async fn mapped_columns_and_tables_that_change_are_gaps_and_errors_where_nothing_can_flow() {
     let cases = [
         // Its values went with it, and no row event tells.
         Interruption {
@@ -134,7 +134,7 @@ async fn mapped_columns_and_tables_that_change_are_breaks_and_errors_where_nothi
 
 /// What is written meanwhile comes under a name that nobody watches.
 #[tokio::test]
-async fn a_table_that_is_renamed_and_gets_its_name_back_between_two_checks_is_a_break() {
+async fn a_table_that_is_renamed_and_gets_its_name_back_between_two_checks_is_a_gap() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let (sql, _stream, token) = server.first_delivered(&postgres, "before").await;
@@ -251,9 +251,9 @@ async fn deletes_and_updates_are_whole_under_each_replica_identity_that_covers_t
     }
 }
 
-/// Before the next check notices: what the old row lacks is a break, and never made up.
+/// Before the next check notices: what the old row lacks is a gap, and never made up.
 #[tokio::test]
-async fn a_change_whose_old_row_is_incomplete_is_a_break_at_once() {
+async fn a_change_whose_old_row_is_incomplete_is_a_gap_at_once() {
     let shares = Shares::with("ALTER TABLE shop.shares ADD PRIMARY KEY (company, document, person, role)").await;
     let sql = shares.postgres.sql().await;
     let mut streams: Vec<Stream> = vec![

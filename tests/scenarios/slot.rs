@@ -2,7 +2,7 @@
 //!
 //! PostgreSQL says nothing of the first two. START_REPLICATION from before the slot's position starts at that position,
 //! silently, and what was committed in between is never sent: caches that were fed from it stay wrong for ever. So they must
-//! become breaks, for everybody, whenever they come back. A slot that is lost is an error that somebody has to repair; asking
+//! become gaps, for everybody, whenever they come back. A slot that is lost is an error that somebody has to repair; asking
 //! for it again and again does not help. And only one may read it: who waits for it must neither push away another, nor wait
 //! for what an earlier process of its own has left behind.
 
@@ -26,11 +26,11 @@ fn created(id: &str) -> Change {
     Change::created(id)
 }
 
-/// A stream that ends with this break, after these changes and no others; the token to go on from.
-async fn breaks(stream: &mut Stream, before: &[&str]) -> String {
+/// A stream that ends with this gap, after these changes and no others; the token to go on from.
+async fn gaps(stream: &mut Stream, before: &[&str]) -> String {
     let (messages, status) = stream.ending().await;
     let before: Vec<Change> = before.iter().map(|id| created(id)).collect();
-    assert_eq!(changes(&messages), before, "what was before the break, and nothing of what was lost or comes later");
+    assert_eq!(changes(&messages), before, "what was before the gap, and nothing of what was lost or comes later");
     assert_eq!(reason(&status), (Code::Aborted, "SLOT_MOVED".into()), "{status:?}");
     metadata(&status, "next_snap_token")
 }
@@ -64,7 +64,7 @@ async fn is_not_serving(server: &Server) -> bool {
 
 /// Somebody advances it, or drops it and makes another one of that name.
 #[tokio::test]
-async fn a_slot_that_moved_on_while_we_were_down_is_a_break_for_everybody() {
+async fn a_slot_that_moved_on_while_we_were_down_is_a_gap_for_everybody() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -98,9 +98,9 @@ async fn a_slot_that_moved_on_while_we_were_down_is_a_break_for_everybody() {
 
         // Whoever was there before it, at whatever position, and however often it asks.
         for _ in ["in this process", "in the next"] {
-            let next = breaks(&mut server.watch("t1", &token).await, &[]).await;
-            breaks(&mut server.watch("t1", &early).await, &[&before]).await;
-            breaks(&mut server.watch("quiet", &early).await, &[]).await;
+            let next = gaps(&mut server.watch("t1", &token).await, &[]).await;
+            gaps(&mut server.watch("t1", &early).await, &[&before]).await;
+            gaps(&mut server.watch("quiet", &early).await, &[]).await;
             stream = server.watch("t1", &next).await;
             stream.expect(created(&after)).await;
             server.die_and_return().await;
@@ -115,7 +115,7 @@ async fn a_slot_that_moved_on_while_we_were_down_is_a_break_for_everybody() {
 }
 
 #[tokio::test]
-async fn a_slot_that_was_recreated_while_we_were_cut_off_is_a_break_for_open_streams() {
+async fn a_slot_that_was_recreated_while_we_were_cut_off_is_a_gap_for_open_streams() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let server = Server::serve_through(&proxy, &postgres).await;
@@ -129,8 +129,8 @@ async fn a_slot_that_was_recreated_while_we_were_cut_off_is_a_break_for_open_str
     sql.insert("t1", "after").await;
     proxy.cut();
 
-    let next = breaks(&mut stream, &[]).await;
-    assert_eq!(breaks(&mut server.watch("t1", &token).await, &[]).await, next);
+    let next = gaps(&mut stream, &[]).await;
+    assert_eq!(gaps(&mut server.watch("t1", &token).await, &[]).await, next);
     server.watch("t1", &next).await.expect(created("after")).await;
     let lsn = sql.flushed().await;
     eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
@@ -202,11 +202,11 @@ async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     // The way out; the process finds it by itself.
     server.setup(&["--recreate-slot"]).await;
     sql.insert("t1", "after").await;
-    let next = breaks(&mut stream, &[]).await;
+    let next = gaps(&mut stream, &[]).await;
     server.serving().await;
     let mut stream = server.watch("t1", &next).await;
     let last = stream.expect(created("after")).await.token;
-    breaks(&mut server.watch("t1", &token).await, &[]).await;
+    gaps(&mut server.watch("t1", &token).await, &[]).await;
 
     // A process that starts then is refused, with the same words.
     server.terminate().await;
@@ -219,7 +219,7 @@ async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     server.setup(&["--recreate-slot"]).await;
     sql.insert("t1", "after2").await;
     server.start().await;
-    let next = breaks(&mut server.watch("t1", &last).await, &[]).await;
+    let next = gaps(&mut server.watch("t1", &last).await, &[]).await;
     server.watch("t1", &next).await.expect(created("after2")).await;
 }
 
@@ -267,7 +267,7 @@ async fn a_slot_that_another_node_holds_is_taken_over_when_it_is_free() {
     sql.until_recorded("tuplewatch").await;
     second.kill_9().await;
     first.start().await;
-    let next = breaks(&mut first.watch("t1", &token).await, &["undisturbed"]).await;
+    let next = gaps(&mut first.watch("t1", &token).await, &["undisturbed"]).await;
     first.serving().await;
     sql.insert("t1", "after").await;
     first.watch("t1", &next).await.expect(created("after")).await;

@@ -35,8 +35,8 @@ async fn write_past(sql: &Sql, token: &str) {
 }
 
 /// How often it has counted that history was taken back.
-async fn breaks(pair: &Pair) -> f64 {
-    pair.server.scrape().await.get("tuplewatch_breaks_total", &[("reason", "TIMELINE_DIVERGED")])
+async fn gaps(pair: &Pair) -> f64 {
+    pair.server.scrape().await.get("tuplewatch_gaps_total", &[("reason", "TIMELINE_DIVERGED")])
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -57,7 +57,7 @@ async fn a_promoted_standby_that_has_everything_goes_on() {
     let mut new = pair.server.watch("t2", "").await;
     sql.insert("t2", "after").await;
     new.expect(Change::created("after")).await;
-    assert_eq!(breaks(&pair).await, 0.0, "nobody has lost anything");
+    assert_eq!(gaps(&pair).await, 0.0, "nobody has lost anything");
 
     for process in 0..2 {
         pair.server.watch("t1", &last).await.expect(Change::created("after")).await;
@@ -104,7 +104,7 @@ async fn what_a_promoted_standby_lacks_is_abandoned() {
     let (_, status) = read.ending().await;
     assert_eq!(reason(&status), (Code::Aborted, "TIMELINE_DIVERGED".into()));
     pair.server.serving().await;
-    assert_eq!(breaks(&pair).await, 1.0);
+    assert_eq!(gaps(&pair).await, 1.0);
     sql.insert("t1", "new").await;
     sql.insert("t2", "new").await;
     // It never got anything that is not so.

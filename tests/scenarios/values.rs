@@ -1,5 +1,5 @@
 //! Values change, and no row event says so: a table is rewritten, an enum label gets another name, a composite type another
-//! attribute. Whoever was told the old values would keep them for ever, so each is a break. What looks alike and changes no
+//! attribute. Whoever was told the old values would keep them for ever, so each is a gap. What looks alike and changes no
 //! value ends no stream.
 
 use super::schema::verified_again;
@@ -55,7 +55,7 @@ impl Papers {
 }
 
 #[tokio::test]
-async fn a_value_that_changes_without_a_row_event_is_a_break() {
+async fn a_value_that_changes_without_a_row_event_is_a_gap() {
     let papers = Papers::new().await;
     let sql = papers.postgres.sql().await;
     let mut stream = papers.server.watch("acme", "").await;

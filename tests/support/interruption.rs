@@ -20,7 +20,7 @@ pub(crate) struct Interruption {
     pub(crate) name: &'static str,
     /// What is done, each as a statement of its own. A row of the case's tenant that is written meanwhile may be lost.
     pub(crate) fault: &'static [&'static str],
-    /// `ErrorInfo.reason` of the breaks that subscribers get, one after the other where it is several.
+    /// `ErrorInfo.reason` of the gaps that subscribers get, one after the other where it is several.
     pub(crate) reasons: &'static [&'static str],
     /// What the last of them says.
     pub(crate) detail: &'static str,
@@ -96,7 +96,7 @@ impl Interruption {
             let (_, status) = server.watch(name, &token).await.ending().await;
             self.go_on(&server, status).await.expect(Change::created("after")).await;
             if process == 0 {
-                // A break that is not on disk yet would be found again, and then also cover what came after.
+                // A gap that is not on disk yet would be found again, and then also cover what came after.
                 sql.until_recorded(name).await;
                 server.die_and_return().await;
             }
@@ -104,7 +104,7 @@ impl Interruption {
         eprintln!("{name}: {:?}", began.elapsed());
     }
 
-    /// The stream behind the breaks, the first of which ended a stream with this status.
+    /// The stream behind the gaps, the first of which ended a stream with this status.
     async fn go_on(&self, server: &Server, mut status: Status) -> Stream {
         for (n, expected) in self.reasons.iter().enumerate() {
             assert_eq!(reason(&status), (Code::Aborted, (*expected).to_owned()), "{}: {}", self.name, status.message());

@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio_postgres::Client;
 
-use crate::model::diagnostic::{Finding, Report, Span};
+use crate::model::diagnostic::{Diagnostic, Report, Span};
 
 /// Clocks that are kept by NTP agree within some milliseconds.
 const SKEW_MAX: Duration = Duration::from_secs(1);
@@ -18,15 +18,15 @@ pub(super) async fn check(client: &Client, report: &mut Report) -> Result<(), to
 }
 
 /// The server looked at its clock between the two times. Only what is outside is skew.
-fn compare(asked: SystemTime, server: SystemTime, answered: SystemTime) -> Finding {
+fn compare(asked: SystemTime, server: SystemTime, answered: SystemTime) -> Diagnostic {
     let behind = asked.duration_since(server).unwrap_or_default();
     let ahead = server.duration_since(answered).unwrap_or_default();
     let skew = behind.max(ahead);
     if skew <= SKEW_MAX {
-        return Finding::ok("clocks", "the server's and this machine's agree");
+        return Diagnostic::ok("clocks", "the server's and this machine's agree");
     }
     let direction = if ahead > behind { "ahead of" } else { "behind" };
-    Finding::warning("clocks", format!("the server's is {} {direction} this machine's", Span(skew)))
+    Diagnostic::warning("clocks", format!("the server's is {} {direction} this machine's", Span(skew)))
         .means("Commit times are the server's: what is computed from them here (lag, ages) is off by as much.")
         .fix("-- have both machines keep time (chrony, systemd-timesyncd); this one: sudo timedatectl set-ntp true")
 }
@@ -46,11 +46,11 @@ mod tests {
             (0, 10_100, 9_000, Some("1.1 s ahead of")),
             (50_000, 20_000, 50_001, Some("30 s behind")),
         ] {
-            let finding = compare(at(asked), at(server), at(answered));
+            let diagnostic = compare(at(asked), at(server), at(answered));
             match expected {
-                None => assert_eq!(finding.severity, Severity::Ok, "{finding}"),
+                None => assert_eq!(diagnostic.severity, Severity::Ok, "{diagnostic}"),
                 Some(text) => {
-                    assert!(finding.severity == Severity::Warning && finding.what.contains(text), "{finding}")
+                    assert!(diagnostic.severity == Severity::Warning && diagnostic.what.contains(text), "{diagnostic}")
                 }
             }
         }

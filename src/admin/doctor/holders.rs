@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio_postgres::Client;
 
 use super::Expectation;
-use crate::model::diagnostic::{Finding, Report, Span};
+use crate::model::diagnostic::{Diagnostic, Report, Span};
 use crate::postgres::catalog::{Catalog, identifier};
 use crate::postgres::transactions::{self, Locks, NAMED_MAX, Transaction, Watched};
 
@@ -26,24 +26,24 @@ pub(super) async fn check(
     let before = report.count();
     let known = open.iter().filter_map(|transaction| Some((transaction, transaction.open()?)));
     for (transaction, open) in known.filter(|(_, open)| *open >= long).take(NAMED_MAX) {
-        report.add(finding(transaction, open));
+        report.add(diagnostic(transaction, open));
     }
     let hidden = open.iter().filter(|transaction| transaction.open().is_none()).count();
     if hidden > 0 {
         let what = format!("{hidden} are open, and since when is hidden from role {role}");
         let fix = format!("GRANT pg_read_all_stats TO {};  -- at once, no reload; by a superuser", identifier(&role));
-        report.add(Finding::ok("transactions", what).fix(fix));
+        report.add(Diagnostic::ok("transactions", what).fix(fix));
     } else if report.is_fine_since(before) {
         report.ok("transactions", format!("none that writes has been open for {}", Span(long)));
     }
     Ok(())
 }
 
-fn finding(transaction: &Transaction, open: Duration) -> Finding {
+fn diagnostic(transaction: &Transaction, open: Duration) -> Diagnostic {
     let (locked, meaning) = match transaction.tables.as_slice() {
         [] => (String::new(), KEEPS_WAL),
         tables => (format!(", has locked {}", tables.join(", ")), KEEPS_TABLE),
     };
     let what = format!("has been open for {}{locked} ({})", Span(open), transaction.whose);
-    Finding::warning(transaction.subject(), what).means(meaning).fix(transaction.ending())
+    Diagnostic::warning(transaction.subject(), what).means(meaning).fix(transaction.ending())
 }

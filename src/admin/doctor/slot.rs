@@ -6,14 +6,14 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use crate::admin::monitor::Thresholds;
-use crate::model::diagnostic::{Bytes, CommandLine, Finding, Report, Span};
+use crate::model::diagnostic::{Bytes, CommandLine, Diagnostic, Report, Span};
 use crate::postgres::catalog::{Document, literal};
 use crate::postgres::slot::{self, OPEN_TRANSACTIONS, Slot};
 
 /// What there is to see of a slot: what its monitor sees, and what tells of times.
-pub(super) struct Sight {
+pub(super) struct SlotStatus {
     pub(super) slot: Slot,
-    seen: slot::Sight,
+    seen: slot::SlotStatus,
     times: Times,
 }
 
@@ -28,9 +28,9 @@ struct Times {
     may_list_wal: bool,
 }
 
-impl Sight {
+impl SlotStatus {
     pub(super) async fn read(client: &Client, name: &str) -> Result<Option<Self>, tokio_postgres::Error> {
-        let mut seen = slot::Sight::read(client, name).await?;
+        let mut seen = slot::SlotStatus::read(client, name).await?;
         let Some(slot) = seen.slot.take() else { return Ok(None) };
         let sql = "
             SELECT json_build_object(
@@ -111,8 +111,8 @@ impl Sight {
         );
         let what = format!("is in use by process {pid} ({holder}), which is not this tuplewatch");
         // Another one may be meant to be there, and this one to take over from it.
-        let finding = if is_tuplewatch { Finding::warning } else { Finding::error };
-        report.add(finding(subject, what).means(meaning).fix(fix));
+        let diagnostic = if is_tuplewatch { Diagnostic::warning } else { Diagnostic::error };
+        report.add(diagnostic(subject, what).means(meaning).fix(fix));
     }
 
     fn check_position(
@@ -150,18 +150,18 @@ impl Sight {
         if !is_behind && !keeps_much {
             return report.ok(subject, what);
         }
-        let finding = Finding::warning(subject, what);
+        let diagnostic = Diagnostic::warning(subject, what);
         report.add(if !self.is_in_use() {
-            finding.means("Subscribers get nothing meanwhile, and the server keeps all WAL since.").fix(commands.serve().fix(&format!(
+            diagnostic.means("Subscribers get nothing meanwhile, and the server keeps all WAL since.").fix(commands.serve().fix(&format!(
                 "or, if nobody will read it again, in psql: SELECT pg_drop_replication_slot({});",
                 literal(name)
             )))
         } else if is_behind || behind.saturating_sub(held_bytes) >= retained.saturating_sub(behind) {
-            finding
+            diagnostic
                 .means("Subscribers get changes late, and the server keeps all WAL since.")
                 .fix("-- tuplewatch does not keep up: its log says why (the disk of the change log, the network, a large transaction)")
         } else {
-            finding
+            diagnostic
                 .means("It is kept for a transaction that is still open, or was until a moment ago.")
                 .fix(format!("{OPEN_TRANSACTIONS};"))
         });
@@ -195,7 +195,7 @@ mod tests {
         Thresholds { retained_wal_bytes: 1000, safe_wal_bytes: 100, lag: Duration::from_secs(60) };
 
     /// An active slot of ours with nothing wrong, but for `changes`.
-    fn findings(slot: serde_json::Value, changes: serde_json::Value) -> Vec<String> {
+    fn diagnostics(slot: serde_json::Value, changes: serde_json::Value) -> Vec<String> {
         let mut sight = serde_json::json!({
             "slot": {"plugin": "pgoutput", "slot_type": "logical", "database": "d", "active_pid": 7,
                      "wal_status": "reserved", "safe_wal_size": 1000},
@@ -207,19 +207,19 @@ mod tests {
             object.extend(more.as_object().unwrap().clone());
         }
         let times = serde_json::from_value(sight.clone()).unwrap();
-        let mut seen: slot::Sight = serde_json::from_value(sight).unwrap();
-        let sight = Sight { slot: seen.slot.take().unwrap(), seen, times };
+        let mut seen: slot::SlotStatus = serde_json::from_value(sight).unwrap();
+        let sight = SlotStatus { slot: seen.slot.take().unwrap(), seen, times };
         let mut report = Report::default();
         sight.check("s", Some("tuplewatch me"), &THRESHOLDS, 0x100, &CommandLine::default(), &mut report);
-        let bad = report.into_findings().into_iter().filter(|finding| finding.severity != Severity::Ok);
-        bad.map(|finding| format!("{finding}")).collect()
+        let bad = report.into_diagnostics().into_iter().filter(|diagnostic| diagnostic.severity != Severity::Ok);
+        bad.map(|diagnostic| format!("{diagnostic}")).collect()
     }
 
     #[test]
     fn what_is_worth_a_warning() {
         let none = || serde_json::json!({});
         let check = |slot, changes, expected: &[&str]| {
-            let found = findings(slot, changes);
+            let found = diagnostics(slot, changes);
             assert_eq!(found.len(), expected.len(), "{found:#?}");
             assert!(found.iter().zip(expected).all(|(found, expected)| found.contains(expected)), "{found:#?}");
         };

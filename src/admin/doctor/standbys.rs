@@ -5,8 +5,8 @@ use serde::Deserialize;
 use tokio_postgres::Client;
 
 use super::Expectation;
-use super::slot::Sight;
-use crate::model::diagnostic::{CommandLine, Finding, Report};
+use super::slot::SlotStatus;
+use crate::model::diagnostic::{CommandLine, Diagnostic, Report};
 use crate::postgres::catalog::{Document, identifier, literal};
 use crate::postgres::slot::FAILOVER_SLOTS;
 
@@ -67,7 +67,7 @@ impl Standbys {
         client.query_typed_one(sql, &[]).await?.try_get::<_, Document<Self>>(0).map(|document| document.0)
     }
 
-    fn check(&self, slot: &str, sight: Option<&Sight>, commands: &CommandLine, report: &mut Report) {
+    fn check(&self, slot: &str, sight: Option<&SlotStatus>, commands: &CommandLine, report: &mut Report) {
         if self.version_number < FAILOVER_SLOTS {
             if self.count > 0 {
                 let what = format!(
@@ -91,7 +91,7 @@ impl Standbys {
                  replication connection (psql 'dbname=… replication=database'): ALTER_REPLICATION_SLOT {} (FAILOVER true)",
                 identifier(slot)
             );
-            report.add(Finding::warning(&subject, what).means(meaning).fix(fix));
+            report.add(Diagnostic::warning(&subject, what).means(meaning).fix(fix));
         } else if self.count > 0 && self.named.is_empty() {
             let meaning =
                 "Changes can reach subscribers before a standby has them: after a promotion those never happened.";
@@ -100,7 +100,7 @@ impl Standbys {
             } else {
                 setting(&self.physical.join(", "), "leave out those of backups, which are never promoted")
             };
-            report.add(Finding::warning(SETTING, "is empty, and standbys are connected").means(meaning).fix(fix));
+            report.add(Diagnostic::warning(SETTING, "is empty, and standbys are connected").means(meaning).fix(fix));
         }
         if report.is_fine_since(before) {
             let word = |is_on: Option<bool>| if is_on == Some(true) { "on" } else { "off" };
@@ -126,11 +126,11 @@ impl Standbys {
         report.add(if fails_over {
             let meaning =
                 "The slot waits for it before it sends anything: nothing reaches tuplewatch until it is there.";
-            Finding::error(SETTING, what).means(meaning).fix(fix)
+            Diagnostic::error(SETTING, what).means(meaning).fix(fix)
         } else {
             let meaning =
                 "Slots with failover wait for it before they send anything; tuplewatch's has it off, and does not.";
-            Finding::warning(SETTING, what).means(meaning).fix(fix)
+            Diagnostic::warning(SETTING, what).means(meaning).fix(fix)
         });
     }
 }
@@ -143,7 +143,7 @@ fn setting(slots: &str, but: &str) -> String {
 pub(super) async fn check(
     client: &Client,
     expected: &Expectation<'_>,
-    sight: Option<&Sight>,
+    sight: Option<&SlotStatus>,
     report: &mut Report,
 ) -> Result<(), tokio_postgres::Error> {
     Standbys::read(client).await?.check(expected.slot, sight, expected.commands, report);

@@ -1,6 +1,6 @@
 //! What is in the way of `setup` and `teardown`: looked for before anything is changed, and said all at once.
 //!
-//! Each obstacle is a finding with its fix, as `doctor` has them. Two kinds are common to both: what `serve` could not use
+//! Each obstacle is a diagnostic with its fix, as `doctor` has them. Two kinds are common to both: what `serve` could not use
 //! either ([`requirements`]), and what the role may not do, which only matters here.
 
 use serde::Deserialize;
@@ -9,7 +9,7 @@ use tokio_postgres::types::Type;
 
 use super::Setup;
 use crate::decode::mapping::TableName;
-use crate::model::diagnostic::{Finding, Report};
+use crate::model::diagnostic::{Diagnostic, Report};
 use crate::postgres::catalog::{Catalog, Document, Publication, Table, identifier};
 use crate::postgres::requirements::{self, Version};
 use crate::postgres::slot::Slot;
@@ -204,8 +204,8 @@ impl Look<'_> {
     fn check_table(&self, table: &Table, rights: &Rights, report: &mut Report) {
         let name = table.name();
         let subject = format!("table {name}");
-        if let Some(finding) = requirements::not_a_table(table) {
-            return report.add(finding);
+        if let Some(diagnostic) = requirements::not_a_table(table) {
+            return report.add(diagnostic);
         }
         if table.oid.is_none() {
             if !self.applies_schema {
@@ -266,8 +266,8 @@ impl Look<'_> {
         let Some(slot) = self.slot else {
             return requirements::check_for_slot(client, true, report).await;
         };
-        if let Some(finding) = requirements::foreign_slot(slot, name, database) {
-            report.add(finding);
+        if let Some(diagnostic) = requirements::foreign_slot(slot, name, database) {
+            report.add(diagnostic);
         } else if self.setup.recreate_slot {
             requirements::check_for_slot(client, false, report).await?;
             check_unused(client, name, slot, report).await?;
@@ -279,9 +279,9 @@ impl Look<'_> {
 }
 
 /// The version, without which nothing else can be asked.
-pub(super) async fn check_version(client: &Client) -> Result<Option<Finding>, tokio_postgres::Error> {
+pub(super) async fn check_version(client: &Client) -> Result<Option<Diagnostic>, tokio_postgres::Error> {
     let version = Version::read(client).await?;
-    Ok((!version.is_supported()).then(|| version.finding()))
+    Ok((!version.is_supported()).then(|| version.diagnostic()))
 }
 
 /// A slot that somebody reads cannot be dropped.

@@ -4,7 +4,7 @@ use super::*;
 use crate::model::diagnostic::Severity;
 use crate::postgres::publication::fingerprint;
 use crate::postgres::requirements::{Expectation, check};
-use crate::postgres::slot::HoldBack;
+use crate::postgres::slot::AckDelay;
 use crate::postgres::test_postgres::{Database, mapping, one_table, plain, tuples};
 
 fn silent(_: Event<'_>) {}
@@ -22,8 +22,8 @@ fn explanations(steps: &[Step]) -> Vec<&str> {
 }
 
 fn expectation<'a>(mapping: &'a Mapping, slot: &'a str) -> Expectation<'a> {
-    let hold_back = HoldBack::default();
-    Expectation { mapping, slot, publication: "Feed", slot_expected: true, hold_back, commands: plain() }
+    let ack_delay = AckDelay::default();
+    Expectation { mapping, slot, publication: "Feed", slot_expected: true, ack_delay, commands: plain() }
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@
 //! - When the server stops, streams end with a status, and then the connection does.
 
 use super::calls::Call;
-use super::sent::Sent;
+use super::send_counters::SendCounters;
 use super::watch::{self, Frames, Responses};
 use crate::access::tls;
 use bytes::Bytes;
@@ -64,7 +64,7 @@ const RECEIVE_WINDOW: u32 = 1 << 20;
 /// Bytes of one stream that wait for a socket which does not take them, where the client's window is larger; and one message more.
 const SEND_BYTES_MAX: usize = 64 << 10;
 
-/// A service of a connection: what [`crate::admission`] stands in front of.
+/// A service of a connection: what [`crate::access::admission`] stands in front of.
 pub(super) trait Serves<B>:
     Service<Request<RequestBody>, Response = Response<B>, Error = Infallible, Future: Send> + Clone + Send + 'static
 {
@@ -117,7 +117,7 @@ async fn talk(
     let keepalive = h2.ping_pong().map(Keepalive::new);
     let (exchanges, streams) = (FuturesUnordered::new(), FuturesUnordered::new());
     let starts = Arc::new(Semaphore::new(STARTS_MAX));
-    let sent = Sent::default();
+    let sent = SendCounters::default();
     let mut connection = Connection { h2, watch, others, exchanges, starts, streams, keepalive, sent };
     tokio::select! {
         ended = poll_fn(|cx| connection.poll(cx)) => ended,
@@ -138,7 +138,7 @@ struct Connection<T, W, O> {
     /// What is being followed.
     streams: FuturesUnordered<Following>,
     keepalive: Option<Keepalive>,
-    sent: Sent,
+    sent: SendCounters,
 }
 
 /// A request until it is answered, or until it turns out to be one of Watch that can be followed.
@@ -304,8 +304,8 @@ struct Following {
     /// Taken from the hub, and waiting for room.
     unsent: Option<Frames>,
     send: SendStream<Bytes>,
-    told_by_h2: Option<Arc<ToldByH2>>,
-    sent: Sent,
+    h2_waker: Option<Arc<H2Waker>>,
+    sent: SendCounters,
     call: Call,
 }
 
@@ -313,12 +313,12 @@ struct Following {
 ///
 /// But not while it is polled. h2 changes only within this task, so what it tells a stream then is what this stream just did itself;
 /// it is told of room, for instance, by the very call that takes it, and would be polled twice for each message.
-struct ToldByH2 {
+struct H2Waker {
     stream: Waker,
     is_polled: AtomicBool,
 }
 
-impl Wake for ToldByH2 {
+impl Wake for H2Waker {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
@@ -331,8 +331,8 @@ impl Wake for ToldByH2 {
 }
 
 impl Following {
-    const fn new(responses: Responses, send: SendStream<Bytes>, sent: Sent, call: Call) -> Self {
-        Self { responses, unsent: None, send, told_by_h2: None, sent, call }
+    const fn new(responses: Responses, send: SendStream<Bytes>, sent: SendCounters, call: Call) -> Self {
+        Self { responses, unsent: None, send, h2_waker: None, sent, call }
     }
 }
 
@@ -340,14 +340,14 @@ impl Future for Following {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let known = self.told_by_h2.take().filter(|told| told.stream.will_wake(cx.waker()));
+        let known = self.h2_waker.take().filter(|told| told.stream.will_wake(cx.waker()));
         let told = known
-            .unwrap_or_else(|| Arc::new(ToldByH2 { stream: cx.waker().clone(), is_polled: AtomicBool::new(false) }));
+            .unwrap_or_else(|| Arc::new(H2Waker { stream: cx.waker().clone(), is_polled: AtomicBool::new(false) }));
         told.is_polled.store(true, Ordering::Relaxed);
         let waker = Waker::from(told.clone());
         let polled = self.poll_both(cx, &mut Context::from_waker(&waker));
         told.is_polled.store(false, Ordering::Relaxed);
-        self.told_by_h2 = Some(told);
+        self.h2_waker = Some(told);
         polled
     }
 }

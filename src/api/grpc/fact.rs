@@ -1,4 +1,4 @@
-//! Tuples and attributes, between their protobuf messages and the words of [`crate::change`].
+//! Tuples and attributes, between their protobuf messages and the words of [`crate::model::change`].
 
 use super::proto;
 use crate::model::change::{Attribute, AttributeValue, TYPE_URL_PREFIX, Tuple};

@@ -1,7 +1,7 @@
 //! Errors → gRPC statuses: the one place.
 //!
 //! Every status says what to do next. Where a token would help, it is in `google.rpc.ErrorInfo`, domain `tuplewatch`,
-//! metadata `next_snap_token` (after a break) or `earliest_snap_token` (for a token that is too old).
+//! metadata `next_snap_token` (after a gap) or `earliest_snap_token` (for a token that is too old).
 //!
 //! Clients of Data and Tenancy compare the *message* of a status with Permify's names of errors. So there the message is
 //! such a name, and what it means here, and what to do, is in `google.rpc.LocalizedMessage`; the fields that are wrong are in
@@ -24,7 +24,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 /// Domain of `google.rpc.ErrorInfo`.
 pub const DOMAIN: &str = "tuplewatch";
-/// Where to go on after a break. Absent while its end is not known: see [`crate::model::transaction::Break::writers`].
+/// Where to go on after a gap. Absent while its end is not known: see [`crate::model::transaction::Gap::writers`].
 pub const NEXT_SNAP_TOKEN: &str = "next_snap_token";
 /// How the message of a gap ends: what its reader is to do.
 pub const AFTER_GAP: &str = ". Read the state anew, then go on from next_snap_token in the error details";
@@ -130,7 +130,7 @@ pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
             with_reason(Code::Aborted, message, gap.reason.code(), vec![(NEXT_SNAP_TOKEN, next)])
         }
         End::Abandoned { at } => {
-            let reason = crate::model::transaction::BreakReason::TimelineDiverged;
+            let reason = crate::model::transaction::GapReason::TimelineDiverged;
             let message = format!("{reason}{AFTER_GAP}");
             let next = tokens.write(Position::at(at), CommitTime::default());
             with_reason(Code::Aborted, message, reason.code(), vec![(NEXT_SNAP_TOKEN, next)])

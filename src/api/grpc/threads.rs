@@ -1,7 +1,7 @@
 //! The threads that serve gRPC, each with a runtime of its own.
 //!
-//! A connection stays on one thread. So what is published wakes its streams from within that thread, all of them before it runs
-//! ([`crate::hub::Bell`]), and it writes once. On a runtime of several threads it would run, and write, as soon as the first
+//! A connection stays on one thread. So what is released wakes its streams from within that thread, all of them before it runs
+//! ([`crate::hub::WakeBatch`]), and it writes once. On a runtime of several threads it would run, and write, as soon as the first
 //! stream was woken.
 
 use super::watch::WatchService;
@@ -31,7 +31,7 @@ pub(super) struct Thread<P> {
 }
 
 /// What a connection counts for, while it lasts.
-pub(super) struct Held {
+pub(super) struct AckTracker {
     connections: Arc<AtomicUsize>,
     _place: Place,
 }
@@ -44,8 +44,8 @@ impl<P: Primary + 'static> Threads<P> {
     pub(super) fn start(watch: &WatchService<P>) -> io::Result<(Self, impl Future<Output = io::Error> + use<P>)> {
         let (mut threads, mut running) = (Vec::new(), JoinSet::<Infallible>::new());
         for n in 0..count() {
-            let (hub, bell) = watch.hub().with_bell();
-            let (runtime, rings) = thread::run(format!("grpc-{n}"), bell.run())?;
+            let (hub, wake_batch) = watch.hub().with_wake_batch();
+            let (runtime, rings) = thread::run(format!("grpc-{n}"), wake_batch.run())?;
             threads.push(Thread { runtime, watch: watch.with_hub(hub), connections: Arc::default() });
             running.spawn(rings);
         }
@@ -60,14 +60,14 @@ impl<P: Primary + 'static> Threads<P> {
     }
 
     /// The thread that has the fewest connections, for one more.
-    pub(super) fn take_on(&self, place: Place) -> Option<(&Thread<P>, Held)> {
+    pub(super) fn take_on(&self, place: Place) -> Option<(&Thread<P>, AckTracker)> {
         let thread = self.0.iter().min_by_key(|thread| thread.connections.load(Ordering::Relaxed))?;
         thread.connections.fetch_add(1, Ordering::Relaxed);
-        Some((thread, Held { connections: thread.connections.clone(), _place: place }))
+        Some((thread, AckTracker { connections: thread.connections.clone(), _place: place }))
     }
 }
 
-impl Drop for Held {
+impl Drop for AckTracker {
     fn drop(&mut self) {
         self.connections.fetch_sub(1, Ordering::Relaxed);
     }

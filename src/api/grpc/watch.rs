@@ -302,7 +302,7 @@ impl Open {
             // Who polled when they were taken may have been woken since.
             return Poll::Ready(Ok(false));
         }
-        // Held only while there is something in it: idle streams are many.
+        // AckTracker only while there is something in it: idle streams are many.
         self.ready.shrink_to(READY_MAX);
         match ready!(self.subscription.poll_next(cx, JOIN_BYTES, &mut self.ready)) {
             Ok(is_all) => Poll::Ready(Ok(is_all)),

@@ -157,7 +157,7 @@ pub(super) struct Written {
 /// The JSON of an encoded `WatchResponse`.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub(super) fn write_watch_response(encoded: Bytes, changes: Changes) -> Result<Written, Status> {
     let pool = match changes {
         Changes::TupleChanges => &MESSAGES,

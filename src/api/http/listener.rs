@@ -1,7 +1,7 @@
 //! Connections: how long one may last that does nothing.
 //!
 //! A connection that says nothing costs a descriptor until a timeout: of the TLS handshake, of the headers (which is also how
-//! long it may idle between requests), of the body (`call`). How many there are is bounded by [`crate::connections`], which also
+//! long it may idle between requests), of the body (`call`). How many there are is bounded by [`crate::access::connections`], which also
 //! finds a client that is gone without a word, as HTTP/1 has no pings.
 
 use super::Gateway;

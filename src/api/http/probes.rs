@@ -27,7 +27,7 @@ pub trait Probes: Send + Sync + 'static {
     fn metrics(&self) -> String;
 }
 
-/// Alone in its own time: to read metrics holds up publishing for a moment, and must not do so all the time, whoever asks.
+/// Alone in its own time: to read metrics holds up releasing for a moment, and must not do so all the time, whoever asks.
 type Alone<P> = Arc<Mutex<Arc<P>>>;
 
 pub(super) fn routes<P: Probes>(probes: P) -> Router {
@@ -52,7 +52,7 @@ async fn ready<P: Probes>(State(probes): State<Arc<P>>) -> Response {
 }
 
 async fn scrape<P: Probes>(State(alone): State<Alone<P>>) -> Response {
-    // Held for as long as it reads, also when nobody waits for it any more.
+    // AckTracker for as long as it reads, also when nobody waits for it any more.
     let probes = alone.lock_owned().await;
     match tokio::task::spawn_blocking(move || probes.metrics()).await {
         Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),

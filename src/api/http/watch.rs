@@ -12,7 +12,7 @@
 //!
 //! An EventSource comes back by itself when a stream ends, with the id of the last event, but gives up for ever where it is
 //! answered with anything but 200. So what heals with time (PostgreSQL is away, too many streams) is told in a stream that
-//! ends at once, and what does not is an HTTP error. An end that a running stream would come to again (a break, a token
+//! ends at once, and what does not is an HTTP error. An end that a running stream would come to again (a gap, a token
 //! that became too old) has the id [`ENDED`], and who comes back with it is answered 204, which is how one tells an EventSource
 //! to stay away: going on is for the page to decide, which has to read its state anew. An event without data, which no page
 //! sees, has the id of the start, so that also who has had no message yet resumes without a gap.

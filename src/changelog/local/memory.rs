@@ -1,16 +1,14 @@
 //! What an entry does to the log: in memory, and in the batch that takes it to the disk.
 
-use super::super::{BREAKS_MAX, Entry, Error};
+use super::super::{Entry, Error, GAPS_MAX};
 use super::page::{Indexed, MessagePage, TransactionPage, XidPage};
 use super::record::{self, XidsPrefix};
 use super::segments::Segment;
-use super::stored::{
-    META_STATE, META_TAIL, Stored, meta_abandoned, meta_break, pair, unpair, write_break, write_origin,
-};
+use super::stored::{META_STATE, META_TAIL, Stored, meta_abandoned, meta_gap, pair, unpair, write_gap, write_origin};
 use super::{LocalLog, poisoned};
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position};
-use crate::model::transaction::{Break, Header, Message, Transaction};
+use crate::model::transaction::{Gap, Header, Message, Transaction};
 use fjall::OwnedWriteBatch as WriteBatch;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -18,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 pub(super) struct Memory {
     pub(super) stored: Stored,
     pub(super) tail: Lsn,
-    pub(super) breaks: Vec<Break>,
+    pub(super) gaps: Vec<Gap>,
 }
 
 impl Memory {
@@ -27,7 +25,7 @@ impl Memory {
         match entry {
             Entry::Adopt(origin) => {
                 self.stored.origin = Some(write_origin(origin));
-                self.stored.visible = origin.lsn.0;
+                self.stored.watermark = origin.lsn.0;
                 self.tail = origin.lsn;
             }
             // Delivered once more, because it was not known to have arrived; what is there must not be taken for open.
@@ -50,16 +48,16 @@ impl Memory {
             Entry::Transaction(transaction) => {
                 written.put_messages(&transaction.messages);
                 written.put_index(transaction);
-                for gap in &transaction.breaks {
-                    self.add_break(gap.clone(), log, &mut written.batch)?;
+                for gap in &transaction.gaps {
+                    self.add_gap(gap.clone(), log, &mut written.batch)?;
                 }
                 self.stored.staged = None;
                 self.tail = transaction.end;
             }
             Entry::Progress(lsn) => self.tail = self.tail.max(*lsn),
-            Entry::Break(gap) => {
+            Entry::Gap(gap) => {
                 self.tail = self.tail.max(gap.to.lsn);
-                self.add_break(gap.clone(), log, &mut written.batch)?;
+                self.add_gap(gap.clone(), log, &mut written.batch)?;
             }
             Entry::Diverge { at, history } => {
                 let batch = &mut written.batch;
@@ -72,14 +70,14 @@ impl Memory {
                 for (_, xid) in abandoned.values() {
                     batch.insert(&log.meta, meta_abandoned(*xid), []);
                 }
-                for gap in self.breaks.extract_if(.., |gap| gap.to > Position::at(*at)).collect::<Vec<_>>() {
-                    batch.remove(&log.meta, meta_break(&gap));
+                for gap in self.gaps.extract_if(.., |gap| gap.to > Position::at(*at)).collect::<Vec<_>>() {
+                    batch.remove(&log.meta, meta_gap(&gap));
                     if let Some(rest) = gap.up_to(*at) {
-                        self.add_break(rest, log, batch)?;
+                        self.add_gap(rest, log, batch)?;
                     }
                 }
                 self.tail = self.tail.min(*at);
-                self.stored.visible = self.stored.visible.min(at.0);
+                self.stored.watermark = self.stored.watermark.min(at.0);
                 // What was verified past it was verified of another history.
                 if let Some((_, verified)) = &mut self.stored.verified {
                     *verified = (*verified).min(at.0);
@@ -90,7 +88,7 @@ impl Memory {
             }
             Entry::Verified(verified) => self.stored.verified = Some((verified.fingerprint.clone(), verified.at.0)),
             Entry::Mapping(fingerprint) => self.stored.mapping = Some(*fingerprint),
-            Entry::Visible(lsn) => self.stored.visible = lsn.0.min(self.tail.0),
+            Entry::Watermark(lsn) => self.stored.watermark = lsn.0.min(self.tail.0),
         }
         Ok(())
     }
@@ -100,15 +98,15 @@ impl Memory {
         self.stored.staged.map_or(Position::at(self.tail), unpair)
     }
 
-    fn add_break(&mut self, gap: Break, log: &LocalLog, batch: &mut WriteBatch) -> Result<(), Error> {
-        let json = serde_json::to_vec(&write_break(&gap)).map_err(|error| Error::Poisoned(error.to_string()))?;
-        batch.insert(&log.meta, meta_break(&gap), json);
-        self.breaks.push(gap);
-        if self.breaks.len() > BREAKS_MAX {
+    fn add_gap(&mut self, gap: Gap, log: &LocalLog, batch: &mut WriteBatch) -> Result<(), Error> {
+        let json = serde_json::to_vec(&write_gap(&gap)).map_err(|error| Error::Poisoned(error.to_string()))?;
+        batch.insert(&log.meta, meta_gap(&gap), json);
+        self.gaps.push(gap);
+        if self.gaps.len() > GAPS_MAX {
             // The session has to know of the open one until it is covered.
-            let oldest = self.breaks.remove(usize::from(self.breaks.first().is_some_and(Break::is_open)));
-            batch.remove(&log.meta, meta_break(&oldest));
-            self.stored.breaks_floor = pair(unpair(self.stored.breaks_floor).max(oldest.to));
+            let oldest = self.gaps.remove(usize::from(self.gaps.first().is_some_and(Gap::is_open)));
+            batch.remove(&log.meta, meta_gap(&oldest));
+            self.stored.gaps_floor = pair(unpair(self.stored.gaps_floor).max(oldest.to));
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! The list of segments: each a keyspace, in stream order, the last one active.
 
-use super::super::{Error, Trace};
+use super::super::{Error, TransactionOutcome};
 use super::page::{self, Indexed, Malformed, MessagePage, Messages, TransactionPage, XidPage};
 use super::record::{self, Horizon, XidsPrefix};
 use super::stored::{META_SEGMENTS, pair, unpair};
@@ -242,12 +242,12 @@ impl Segments {
     }
 
     /// The transaction with this id.
-    pub(super) fn find(&self, xid: Xid8) -> Result<Option<Trace>, Unreadable> {
+    pub(super) fn find(&self, xid: Xid8) -> Result<Option<TransactionOutcome>, Unreadable> {
         for segment in self.newest_first() {
             for item in segment.xid_pages(record::xids_prefix(xid)) {
                 let (_, xids) = item?;
                 if let Some((_, commit, end)) = xids.into_iter().find(|(other, ..)| *other == xid) {
-                    return Ok(Some(Trace::Committed { commit, end }));
+                    return Ok(Some(TransactionOutcome::Committed { commit, end }));
                 }
             }
         }

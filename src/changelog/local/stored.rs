@@ -5,7 +5,7 @@
 //! | `state` | [`Stored`], JSON |
 //! | `tail` | LSN (8, big endian) |
 //! | `segments` | see [`super::segments`] |
-//! | `break/`, end position (16), start position (16), tenant | [`StoredBreak`], JSON |
+//! | `gap/`, end position (16), start position (16), tenant | [`StoredGap`], JSON |
 //! | `horizon/`, tenant | see [`super::record`] |
 //! | `abandoned/`, xid8 (8, big endian) | nothing |
 
@@ -14,13 +14,13 @@ use super::record;
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position, Xid8};
 use crate::model::timeline::{History, Source, Timeline};
-use crate::model::transaction::{Break, BreakReason};
+use crate::model::transaction::{Gap, GapReason};
 use serde::{Deserialize, Serialize};
 
 pub(super) const META_STATE: &[u8] = b"state";
 pub(super) const META_TAIL: &[u8] = b"tail";
 pub(super) const META_SEGMENTS: &[u8] = b"segments";
-pub(super) const META_BREAK: &[u8] = b"break/";
+pub(super) const META_GAP: &[u8] = b"gap/";
 pub(super) const META_HORIZON: &[u8] = b"horizon/";
 const META_ABANDONED: &[u8] = b"abandoned/";
 
@@ -32,10 +32,10 @@ pub(super) fn meta_abandoned(xid: Xid8) -> Vec<u8> {
     [META_ABANDONED, &xid.0.to_be_bytes()].concat()
 }
 
-pub(super) fn meta_break(gap: &Break) -> Vec<u8> {
+pub(super) fn meta_gap(gap: &Gap) -> Vec<u8> {
     // In stream order of the ends; the tenant makes it unique.
     let tenant = gap.tenant.as_ref().map_or("", TenantId::as_str);
-    [META_BREAK, &record::write_position(gap.to), &record::write_position(gap.from), tenant.as_bytes()].concat()
+    [META_GAP, &record::write_position(gap.to), &record::write_position(gap.from), tenant.as_bytes()].concat()
 }
 
 pub(super) fn pair(position: Position) -> (u64, u64) {
@@ -46,9 +46,9 @@ pub(super) fn unpair((lsn, steps): (u64, u64)) -> Position {
     Position { lsn: Lsn(lsn), steps }
 }
 
-pub(super) fn write_break(gap: &Break) -> StoredBreak {
+pub(super) fn write_gap(gap: &Gap) -> StoredGap {
     let (table, detail) = gap.reason.details();
-    StoredBreak {
+    StoredGap {
         tenant: gap.tenant.as_ref().map(|tenant| tenant.as_str().to_owned()),
         from: pair(gap.from),
         to: pair(gap.to),
@@ -59,12 +59,12 @@ pub(super) fn write_break(gap: &Break) -> StoredBreak {
     }
 }
 
-pub(super) fn read_break(stored: StoredBreak) -> Option<Break> {
-    Some(Break {
+pub(super) fn read_gap(stored: StoredGap) -> Option<Gap> {
+    Some(Gap {
         tenant: stored.tenant.map(|tenant| TenantId::new(&tenant)).transpose().ok()?,
         from: unpair(stored.from),
         to: unpair(stored.to),
-        reason: BreakReason::from_code(&stored.code, &stored.table, &stored.detail)?,
+        reason: GapReason::from_code(&stored.code, &stored.table, &stored.detail)?,
         writers: stored.writers.into_iter().map(Xid8).collect(),
     })
 }
@@ -89,7 +89,7 @@ pub(super) fn read_origin(stored: &StoredOrigin) -> Option<Origin> {
     })
 }
 
-/// The part of [`State`] that rarely changes, as JSON under `meta/state`.
+/// The part of [`State`](super::super::State) that rarely changes, as JSON under `meta/state`.
 #[derive(Clone, Default, Serialize, Deserialize)]
 pub(super) struct Stored {
     pub(super) origin: Option<StoredOrigin>,
@@ -97,11 +97,11 @@ pub(super) struct Stored {
     pub(super) mapping: Option<[u8; 32]>,
     /// Not past the tail.
     #[serde(default)]
-    pub(super) visible: u64,
+    pub(super) watermark: u64,
     /// Commit LSN of the transaction with staged messages, and their highest row step.
     pub(super) staged: Option<(u64, u64)>,
-    /// Breaks that ended here or before were forgotten.
-    pub(super) breaks_floor: (u64, u64),
+    /// Gaps that ended here or before were forgotten.
+    pub(super) gaps_floor: (u64, u64),
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -115,7 +115,7 @@ pub(super) struct StoredOrigin {
 }
 
 #[derive(Serialize, Deserialize)]
-pub(super) struct StoredBreak {
+pub(super) struct StoredGap {
     pub(super) tenant: Option<String>,
     pub(super) from: (u64, u64),
     pub(super) to: (u64, u64),

@@ -86,7 +86,7 @@ fn run(assembler: &mut Assembler, rows: &[Vec<u8>]) -> (Vec<Staged>, Transaction
 
 #[test]
 fn a_message_per_tenant() {
-    let mut assembler = assembler(LIMITS, OnUndecodable::Break);
+    let mut assembler = assembler(LIMITS, OnUndecodable::Gap);
     let rows = [insert(1, "b", "1"), insert(2, "b", "x"), insert(1, "a", "2"), insert(1, "b", "3")];
     let (staged, transaction) = run(&mut assembler, &rows);
     assert!(staged.is_empty() && !transaction.staged);
@@ -100,7 +100,7 @@ fn a_message_per_tenant() {
 fn messages_are_cut_and_all_but_the_last_resume_inside() {
     let limits = Limits { message_bytes: 100, ..LIMITS };
     let rows: Vec<_> = (0..5).map(|n| insert(1, "a", &n.to_string())).collect();
-    let (_, transaction) = run(&mut assembler(limits, OnUndecodable::Break), &rows);
+    let (_, transaction) = run(&mut assembler(limits, OnUndecodable::Gap), &rows);
     assert_eq!(summary(&transaction.messages), ["a 2 0/64+4", "a 2 0/64+8", "a 1 0/C8"]);
 }
 
@@ -108,7 +108,7 @@ fn messages_are_cut_and_all_but_the_last_resume_inside() {
 fn large_transactions_are_staged() {
     let limits = Limits { message_bytes: 100, stage_bytes: 150, ..LIMITS };
     let rows: Vec<_> = (0..6).map(|n| insert(1, if n == 0 { "b" } else { "a" }, &n.to_string())).collect();
-    let (staged, transaction) = run(&mut assembler(limits, OnUndecodable::Break), &rows);
+    let (staged, transaction) = run(&mut assembler(limits, OnUndecodable::Gap), &rows);
     let staged: Vec<_> = staged.iter().map(|staged| summary(&staged.messages)).collect();
     assert_eq!(staged, [vec!["a 2 0/64+6", "b 1 0/64+2", "a 2 0/64+10"]]);
     assert!(transaction.staged);
@@ -118,13 +118,13 @@ fn large_transactions_are_staged() {
 #[test]
 fn whose_a_transaction_is_told_gets_a_last_message() {
     let limits = Limits { message_bytes: 100, stage_bytes: 150, ..LIMITS };
-    let mut assembler = Assembler::new(mapping(true), limits, OnUndecodable::Break);
+    let mut assembler = Assembler::new(mapping(true), limits, OnUndecodable::Gap);
     assembler.change(&relation(1, "relation_tuples")).unwrap();
     assembler.change(&relation(2, "transactions")).unwrap();
-    let mut check = |rows: &[Vec<u8>], expected: &[&str], breaks: usize| {
+    let mut check = |rows: &[Vec<u8>], expected: &[&str], gaps: usize| {
         let (_, transaction) = run(&mut assembler, rows);
         assert_eq!(summary(&transaction.messages), expected);
-        assert_eq!(transaction.breaks.len(), breaks);
+        assert_eq!(transaction.gaps.len(), gaps);
     };
     let told = insert(2, "a", "");
     check(std::slice::from_ref(&told), &["a 0 0/C8"], 0);
@@ -133,7 +133,7 @@ fn whose_a_transaction_is_told_gets_a_last_message() {
     // All of it was staged before, of one who was not told of in a row, too.
     let large: Vec<_> = (0..5).map(|n| insert(1, "b", &n.to_string())).collect();
     check(&large, &["b 0 0/C8"], 0);
-    // Where history breaks there is no end of the transaction to tell of.
+    // Where history gaps there is no end of the transaction to tell of.
     check(&[told.clone(), insert(1, "a", "-")], &[], 1);
     check(&[told.clone(), truncate(1)], &[], 1);
     check(&[told.clone(), truncate(2)], &["a 0 0/C8"], 0);
@@ -144,9 +144,9 @@ fn whose_a_transaction_is_told_gets_a_last_message() {
 fn a_bad_row_breaks_its_tenant_only() {
     let rows =
         [insert(1, "a", "1"), insert(1, "b", "1"), insert(1, "a", "-"), insert(1, "a", "2"), insert(1, "b", "2")];
-    let (_, transaction) = run(&mut assembler(LIMITS, OnUndecodable::Break), &rows);
+    let (_, transaction) = run(&mut assembler(LIMITS, OnUndecodable::Gap), &rows);
     assert_eq!(summary(&transaction.messages), ["a 1 0/64+2", "b 2 0/C8"]);
-    let [gap] = transaction.breaks.as_slice() else { panic!() };
+    let [gap] = transaction.gaps.as_slice() else { panic!() };
     assert_eq!(gap.tenant, Some(TenantId::new("a").unwrap()));
     assert_eq!((gap.from, gap.to), (Position::inside(Lsn(100), 5), Position::at(Lsn(200))));
     assert_eq!(gap.reason.code(), "UNDECODABLE_ROW");
@@ -156,22 +156,22 @@ fn a_bad_row_breaks_its_tenant_only() {
 fn truncate_and_unreadable_tenants_break_everybody() {
     for breaking in [truncate(1), insert(1, "-", "1")] {
         let rows = [insert(1, "a", "1"), breaking, insert(1, "b", "1")];
-        let (_, transaction) = run(&mut assembler(LIMITS, OnUndecodable::Break), &rows);
+        let (_, transaction) = run(&mut assembler(LIMITS, OnUndecodable::Gap), &rows);
         assert_eq!(summary(&transaction.messages), ["a 1 0/64+2"]);
-        let [gap] = transaction.breaks.as_slice() else { panic!() };
+        let [gap] = transaction.gaps.as_slice() else { panic!() };
         assert_eq!(gap.tenant, None);
     }
-    let (_, transaction) = run(&mut assembler(LIMITS, OnUndecodable::Break), &[truncate(2)]);
-    assert!(transaction.breaks.is_empty());
+    let (_, transaction) = run(&mut assembler(LIMITS, OnUndecodable::Gap), &[truncate(2)]);
+    assert!(transaction.gaps.is_empty());
 }
 
 #[test]
-fn a_change_too_large_to_send_is_a_break() {
+fn a_change_too_large_to_send_is_a_gap() {
     let limits = Limits { change_bytes: 1000, ..LIMITS };
     let rows = [insert(1, "a", &"x".repeat(2000)), insert(1, "b", "1")];
-    let (_, transaction) = run(&mut assembler(limits, OnUndecodable::Break), &rows);
+    let (_, transaction) = run(&mut assembler(limits, OnUndecodable::Gap), &rows);
     assert_eq!(summary(&transaction.messages), ["b 1 0/C8"]);
-    assert_eq!(transaction.breaks.len(), 1);
+    assert_eq!(transaction.gaps.len(), 1);
 }
 
 #[test]
@@ -183,7 +183,7 @@ fn halting() {
 
 #[test]
 fn tokens() {
-    let mut assembler = assembler(LIMITS, OnUndecodable::Break);
+    let mut assembler = assembler(LIMITS, OnUndecodable::Gap);
     assembler.logical_message(MESSAGE_PREFIX, &[1; 16]);
     assembler.begin(header()).unwrap();
     assembler.logical_message(MESSAGE_PREFIX, &[2; 16]);
@@ -196,7 +196,7 @@ fn tokens() {
 
 #[test]
 fn out_of_order() {
-    let mut assembler = assembler(LIMITS, OnUndecodable::Break);
+    let mut assembler = assembler(LIMITS, OnUndecodable::Gap);
     assert!(assembler.change(&insert(1, "a", "1")).is_err());
     assert!(assembler.commit(Lsn(100), Lsn(200)).is_err());
     assembler.begin(header()).unwrap();
@@ -206,15 +206,15 @@ fn out_of_order() {
 }
 
 #[test]
-fn rows_of_a_mapped_table_under_another_name_are_a_break_for_all() {
-    let mut assembler = assembler(LIMITS, OnUndecodable::Break);
+fn rows_of_a_mapped_table_under_another_name_are_a_gap_for_all() {
+    let mut assembler = assembler(LIMITS, OnUndecodable::Gap);
     for name in ["renamed", "renamed_again"] {
         assembler.change(&relation(1, name)).unwrap();
         assembler.begin(header()).unwrap();
         assembler.change(&insert(2, "a", "1")).unwrap();
         assembler.change(&insert(1, "a", "1")).unwrap();
         let transaction = assembler.commit(Lsn(100), Lsn(110)).unwrap();
-        let [gap] = &transaction.breaks[..] else { panic!("{transaction:?}") };
+        let [gap] = &transaction.gaps[..] else { panic!("{transaction:?}") };
         assert_eq!(
             (gap.tenant.as_ref(), gap.from, gap.to),
             (None, Position::inside(Lsn(100), 2), Position::at(Lsn(110)))
@@ -226,13 +226,13 @@ fn rows_of_a_mapped_table_under_another_name_are_a_break_for_all() {
     assembler.change(&relation(1, "relation_tuples")).unwrap();
     assembler.begin(header()).unwrap();
     assembler.change(&insert(1, "a", "1")).unwrap();
-    assert_eq!(assembler.commit(Lsn(100), Lsn(110)).unwrap().breaks, []);
+    assert_eq!(assembler.commit(Lsn(100), Lsn(110)).unwrap().gaps, []);
 }
 
 #[test]
 fn rows_are_tallied_by_table() {
     let tallies = |rows: &[Vec<u8>], limits: Limits| {
-        let mut assembler = assembler(limits, OnUndecodable::Break);
+        let mut assembler = assembler(limits, OnUndecodable::Gap);
         assembler.begin(header()).unwrap();
         for row in rows {
             assembler.change(row).unwrap();
@@ -247,7 +247,7 @@ fn rows_are_tallied_by_table() {
     assert_eq!(tallies(&rows, LIMITS), [(tuples(), 2, 0, 0)]);
     // What was staged before counts as well.
     assert_eq!(tallies(&rows, Limits { stage_bytes: 1, ..LIMITS }), [(tuples(), 2, 0, 0)]);
-    // Nobody is told of what comes behind a break.
+    // Nobody is told of what comes behind a gap.
     let rows = [insert(1, "a", "1"), insert(1, "a", "-"), insert(1, "a", "2"), insert(1, "b", "2")];
     assert_eq!(tallies(&rows, LIMITS), [(tuples(), 2, 0, 1)]);
 }

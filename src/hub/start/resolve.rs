@@ -5,7 +5,7 @@
 //! here: it was rolled back, touched nothing that is watched, or is from before what the log has.
 
 use super::{Error, Start};
-use crate::changelog::{self, ChangeLog, Trace};
+use crate::changelog::{self, ChangeLog, TransactionOutcome};
 use crate::hub::primary::{Primary, TransactionStatus, Unreachable};
 use crate::hub::{Filter, Hub};
 use crate::model::change::TenantId;
@@ -37,7 +37,7 @@ impl Hub {
         floor: Lsn,
         timeout: Duration,
     ) -> Result<Start, Error> {
-        match self.settle(primary, xid, timeout, move |log| log.find_token(id)).await? {
+        match self.await_outcome(primary, xid, timeout, move |log| log.find_token(id)).await? {
             Ok(end) => Ok(Start::after(Position::at(end))),
             Err(missing) if floor > missing.mark => Err(Error::BeyondHistory),
             Err(missing) => Ok(Start { seen: Position::at(missing.mark), ..Start::after(Position::at(floor)) }),
@@ -85,9 +85,9 @@ impl Hub {
         timeout: Duration,
     ) -> Result<(Lsn, Lsn), Error> {
         let whose = tenant.clone();
-        match self.settle(primary, xid, timeout, move |log| log.find_transaction(&whose, xid)).await? {
-            Ok(Trace::Committed { commit, end }) => Ok((commit, end)),
-            Ok(Trace::Abandoned) => Err(Error::Abandoned),
+        match self.await_outcome(primary, xid, timeout, move |log| log.find_transaction(&whose, xid)).await? {
+            Ok(TransactionOutcome::Committed { commit, end }) => Ok((commit, end)),
+            Ok(TransactionOutcome::Abandoned) => Err(Error::Abandoned),
             Err(missing) if missing.is_unassigned => Err(Error::BeyondHistory),
             Err(_) => Err(self.unknown(tenant, xid).await?),
         }
@@ -100,7 +100,7 @@ impl Hub {
     }
 
     /// What `find` finds of the transaction, once it is over and the stream is past it.
-    async fn settle<T: Send + 'static>(
+    async fn await_outcome<T: Send + 'static>(
         &self,
         primary: &impl Primary,
         xid: Xid8,
@@ -111,7 +111,7 @@ impl Hub {
             return Ok(Ok(found));
         }
         let deadline = Instant::now() + timeout;
-        let is_unassigned = await_outcome(primary, xid, deadline, timeout).await? == TransactionStatus::Unassigned;
+        let is_unassigned = await_end(primary, xid, deadline, timeout).await? == TransactionStatus::Unassigned;
         // If it committed, its commit is in the stream before the mark, and in the log soon after.
         let mark = primary.mark().await?;
         let mut appended = self.inner.appended.clone();
@@ -125,7 +125,7 @@ impl Hub {
 }
 
 /// Waits for a transaction to end; what it is then.
-pub(super) async fn await_outcome(
+pub(super) async fn await_end(
     primary: &impl Primary,
     xid: Xid8,
     deadline: Instant,
@@ -163,7 +163,7 @@ fn first_unseen(
         return Ok(origin.filter(|origin| horizon <= *origin));
     };
     for xid in snapshot.running() {
-        if let Some(Trace::Committed { commit, .. }) = log.find_transaction(tenant, *xid)? {
+        if let Some(TransactionOutcome::Committed { commit, .. }) = log.find_transaction(tenant, *xid)? {
             first = first.min(commit);
         }
     }

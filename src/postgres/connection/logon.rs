@@ -2,7 +2,7 @@
 //!
 //! The drivers would each do it in their own way: with other settings, another form of the same password and other errors. So
 //! neither does. This sends the startup message with our [pins](super::pins), proves who we are,
-//! and sets what the startup message could not. A [`Walsender`](super::Walsender) goes on from there. tokio-postgres, which
+//! and sets what the startup message could not. A [`Walsender`] goes on from there. tokio-postgres, which
 //! wants to log on itself, is handed a session that the server has already accepted:
 //!
 //! ```text

@@ -6,7 +6,7 @@
 use serde::Deserialize;
 use tokio_postgres::Client;
 
-use crate::model::diagnostic::{Finding, Report};
+use crate::model::diagnostic::{Diagnostic, Report};
 use crate::postgres::catalog::{Document, identifier};
 
 /// A limit, and how much of it others use.
@@ -77,7 +77,7 @@ impl Limits {
             let fix = format!("ALTER ROLE {role} CONNECTION LIMIT {};  -- at once, no reload", enough(self.of_role));
             let what = what(self.of_role, "may have");
             let subject = format!("connections of role {}", self.role);
-            report.add(Finding::warning(subject, what).means(MEANING).fix(fix));
+            report.add(Diagnostic::warning(subject, what).means(MEANING).fix(fix));
         }
         if !self.is_superuser && limited(self.of_database) {
             let database = identifier(&self.database);
@@ -85,7 +85,7 @@ impl Limits {
             let fix = format!("ALTER DATABASE {database} CONNECTION LIMIT {enough};  -- at once, no reload");
             let what = what(self.of_database, "may be");
             let subject = format!("connections to database {}", self.database);
-            report.add(Finding::warning(subject, what).means(MEANING).fix(fix));
+            report.add(Diagnostic::warning(subject, what).means(MEANING).fix(fix));
         }
         if limited(self.of_server) {
             let reserved = self.max_connections - self.of_server.most;
@@ -94,7 +94,7 @@ impl Limits {
                 "ALTER SYSTEM SET max_connections = {max_connections};  -- then restart PostgreSQL: a reload is not enough"
             );
             let what = what(self.of_server, "leaves ordinary roles");
-            report.add(Finding::warning("max_connections", what).means(MEANING).fix(fix));
+            report.add(Diagnostic::warning("max_connections", what).means(MEANING).fix(fix));
         }
     }
 }
@@ -110,8 +110,8 @@ mod tests {
         let limits = Limits { role, database, is_superuser, of_role, of_database, of_server, max_connections: 100 };
         let mut report = Report::default();
         limits.check(12, &mut report);
-        let fix = |finding: Finding| finding.fix.unwrap().split_once(';').unwrap().0.to_owned();
-        report.into_findings().into_iter().map(fix).collect()
+        let fix = |diagnostic: Diagnostic| diagnostic.fix.unwrap().split_once(';').unwrap().0.to_owned();
+        report.into_diagnostics().into_iter().map(fix).collect()
     }
 
     #[test]

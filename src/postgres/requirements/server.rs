@@ -4,9 +4,9 @@ use serde::Deserialize;
 use tokio_postgres::Client;
 
 use super::MAJORS;
-use crate::model::diagnostic::{Bytes, Finding, Report};
+use crate::model::diagnostic::{Bytes, Diagnostic, Report};
 use crate::postgres::catalog::{Document, identifier};
-use crate::postgres::slot::HoldBack;
+use crate::postgres::slot::AckDelay;
 use crate::postgres::slot::Slot;
 
 /// Of PostgreSQL.
@@ -39,12 +39,12 @@ impl Version {
         self.major >= *MAJORS.start()
     }
 
-    pub(crate) fn finding(&self) -> Finding {
+    pub(crate) fn diagnostic(&self) -> Diagnostic {
         const SUBJECT: &str = "version";
         let (text, oldest, newest) = (&self.text, MAJORS.start(), MAJORS.end());
         if !self.is_supported() {
             let what = format!("PostgreSQL {text} is too old: {oldest} is the oldest that works");
-            Finding::error(SUBJECT, what).fix(format!("-- upgrade PostgreSQL to {oldest} or newer"))
+            Diagnostic::error(SUBJECT, what).fix(format!("-- upgrade PostgreSQL to {oldest} or newer"))
         } else if let Some((major, minor)) =
             MENDED_IN.iter().find(|(major, minor)| self.major == *major && self.minor < *minor)
         {
@@ -54,12 +54,12 @@ impl Version {
             let fix = format!(
                 "-- update PostgreSQL to {major}.{minor} or newer; until then restart tuplewatch after ALTER PUBLICATION"
             );
-            Finding::warning(SUBJECT, what).means(meaning).fix(fix)
+            Diagnostic::warning(SUBJECT, what).means(meaning).fix(fix)
         } else if self.major <= *newest {
-            Finding::ok(SUBJECT, format!("PostgreSQL {text}"))
+            Diagnostic::ok(SUBJECT, format!("PostgreSQL {text}"))
         } else {
             let what = format!("PostgreSQL {text} is newer than what tuplewatch is tested with ({newest})");
-            Finding::warning(SUBJECT, what).fix("-- see whether there is a newer tuplewatch that is")
+            Diagnostic::warning(SUBJECT, what).fix("-- see whether there is a newer tuplewatch that is")
         }
     }
 }
@@ -150,7 +150,7 @@ impl Server {
                 format!("ALTER ROLE {role} REPLICATION;  -- at once, no reload; by a superuser")
             };
             let meaning = "Only a role that has it may read from a replication slot.";
-            report.add(Finding::error(subject, "has no REPLICATION").means(meaning).fix(fix));
+            report.add(Diagnostic::error(subject, "has no REPLICATION").means(meaning).fix(fix));
         }
     }
 
@@ -169,7 +169,7 @@ impl Server {
     }
 
     /// How much WAL the server keeps for a slot, and whether that is enough for what is held back on purpose.
-    pub(super) fn check_keep_size(&self, hold_back: HoldBack, report: &mut Report) {
+    pub(super) fn check_keep_size(&self, ack_delay: AckDelay, report: &mut Report) {
         const SETTING: &str = "max_slot_wal_keep_size";
         let Ok(keep_bytes) = u64::try_from(self.slot_keep_bytes) else {
             let what = "is -1, no limit: if tuplewatch is away for long, its slot keeps WAL until the disk is full";
@@ -177,31 +177,31 @@ impl Server {
                        SELECT pg_reload_conf();";
             return report.warning(SETTING, what, fix);
         };
-        let held_bytes = hold_back.bytes_max();
+        let held_bytes = ack_delay.bytes_max();
         // What comes on top: WAL since the last checkpoint, and while tuplewatch is away.
         if held_bytes == 0 || held_bytes < keep_bytes / 2 {
             return report.ok(SETTING, self.slot_keep_size.clone());
         }
         let what = format!(
-            "is {}, and replication.hold_back.size lets {} be held back of it",
+            "is {}, and replication.acknowledgement_delay.size lets {} be held back of it",
             self.slot_keep_size,
             Bytes(held_bytes)
         );
         let fix = format!(
             "ALTER SYSTEM SET {SETTING} = '{}MB';  -- then a reload: SELECT pg_reload_conf(); or set \
-             replication.hold_back.size to less",
+             replication.acknowledgement_delay.size to less",
             (held_bytes >> 20).saturating_mul(4)
         );
         if held_bytes < keep_bytes {
             let meaning = "Little WAL may be written while tuplewatch is away before the slot is lost.";
-            report.add(Finding::warning(SETTING, what).means(meaning).fix(fix));
+            report.add(Diagnostic::warning(SETTING, what).means(meaning).fix(fix));
         } else {
-            report.add(Finding::error(SETTING, what).means("The slot would be lost on purpose.").fix(fix));
+            report.add(Diagnostic::error(SETTING, what).means("The slot would be lost on purpose.").fix(fix));
         }
     }
 
     /// PostgreSQL counts logical walsenders as standbys, and ours would answer when the slot is told, or before a standby has it.
-    pub(super) fn check_synchronous_standbys(&self, hold_back: HoldBack, report: &mut Report) {
+    pub(super) fn check_synchronous_standbys(&self, ack_delay: AckDelay, report: &mut Report) {
         const SETTING: &str = "synchronous_standby_names";
         if !counts_us(&self.synchronous_standbys) {
             return;
@@ -211,12 +211,13 @@ impl Server {
             "ALTER SYSTEM SET {SETTING} = 'FIRST 1 (standby1)';  -- the names (application_name) of your standbys; then a reload: \
              SELECT pg_reload_conf();"
         );
-        if hold_back.age.is_zero() {
+        if ack_delay.age.is_zero() {
             let meaning = "A commit may be taken for replicated where only tuplewatch has it.";
-            report.add(Finding::warning(SETTING, what).means(meaning).fix(fix));
+            report.add(Diagnostic::warning(SETTING, what).means(meaning).fix(fix));
         } else {
-            let meaning = "Every commit may have to wait until its WAL is older than replication.hold_back.age.";
-            report.add(Finding::error(SETTING, what).means(meaning).fix(fix));
+            let meaning =
+                "Every commit may have to wait until its WAL is older than replication.acknowledgement_delay.age.";
+            report.add(Diagnostic::error(SETTING, what).means(meaning).fix(fix));
         }
     }
 
@@ -231,7 +232,7 @@ impl Server {
             "ALTER SYSTEM SET wal_level = logical;  -- then restart PostgreSQL: a reload is not enough"
         };
         let meaning = "Row changes can be read from the WAL only where it is logical.";
-        report.add(Finding::error("wal_level", what).means(meaning).fix(fix));
+        report.add(Diagnostic::error("wal_level", what).means(meaning).fix(fix));
     }
 
     pub(super) fn check_room(&self, slot: Option<&Slot>, report: &mut Report) {
@@ -248,7 +249,7 @@ impl Server {
         let more = most.saturating_add(10);
         let fix = format!("ALTER SYSTEM SET {setting} = {more};  -- then restart PostgreSQL: a reload is not enough");
         let what = format!("all {most} are in use{}", self.pending(setting));
-        report.add(Finding::error(setting, what).means("tuplewatch needs one to itself.").fix(fix));
+        report.add(Diagnostic::error(setting, what).means("tuplewatch needs one to itself.").fix(fix));
     }
 
     fn pending(&self, setting: &str) -> &'static str {
@@ -285,7 +286,7 @@ mod tests {
             (19, 0, Severity::Warning),
         ] {
             let version = Version { text: format!("{major}.{minor}"), major, minor };
-            assert_eq!(version.finding().severity, severity, "{major}.{minor}");
+            assert_eq!(version.diagnostic().severity, severity, "{major}.{minor}");
             assert_eq!(version.is_supported(), severity != Severity::Error, "{major}.{minor}");
         }
     }

@@ -6,7 +6,7 @@ use tokio_postgres::Client;
 use super::server::{Server, Version};
 use super::{Expectation, Fixes};
 use crate::decode::mapping::TableName;
-use crate::model::diagnostic::{Finding, Report};
+use crate::model::diagnostic::{Diagnostic, Report};
 use crate::postgres::catalog::{Catalog, Column, Document, Publication, Table, identifier};
 
 /// Whether a watched table can be read, is published, its old rows are complete, and its rows and values change with row events.
@@ -22,8 +22,8 @@ pub(super) fn check_table(
     let name = table.name();
     let subject = format!("table {name}");
     let before = report.count();
-    if let Some(finding) = not_a_table(table) {
-        return report.add(finding);
+    if let Some(diagnostic) = not_a_table(table) {
+        return report.add(diagnostic);
     }
     if table.oid.is_none() {
         return report.error(subject, "does not exist", fixes.setup());
@@ -45,7 +45,7 @@ pub(super) fn check_table(
         let (child, parent) = (child.name().to_sql(), child.parent().to_sql());
         let fix = format!("ALTER TABLE {child} NO INHERIT {parent};  -- at once, no reload; or map it as well");
         let meaning = "SELECT reads its rows as rows of the mapped table; their changes come under its own name.";
-        report.add(Finding::error(&subject, what).means(meaning).fix(fix));
+        report.add(Diagnostic::error(&subject, what).means(meaning).fix(fix));
     }
     for relation in &table.relations {
         let relation_subject = format!("table {}", relation.name());
@@ -62,7 +62,7 @@ pub(super) fn check_table(
     for (relation, what) in table.unidentified() {
         let fix = fixes.alter(&format!("ALTER TABLE {} REPLICA IDENTITY FULL", relation.name().to_sql()));
         let meaning = "It says which columns of the row that was come with an UPDATE or DELETE.";
-        report.add(Finding::error(format!("table {}", relation.name()), what).means(meaning).fix(fix));
+        report.add(Diagnostic::error(format!("table {}", relation.name()), what).means(meaning).fix(fix));
     }
     if let Some(publication) = &catalog.publication {
         check_membership(table, expected, fixes, publication, report);
@@ -75,9 +75,9 @@ pub(super) fn check_table(
 }
 
 /// What has the name of a watched table, and is none whose changes can be read.
-pub(crate) fn not_a_table(table: &Table) -> Option<Finding> {
+pub(crate) fn not_a_table(table: &Table) -> Option<Diagnostic> {
     let subject = format!("table {}", table.name());
-    let error = |what: &str, fix: &str| Some(Finding::error(&subject, what).fix(fix));
+    let error = |what: &str, fix: &str| Some(Diagnostic::error(&subject, what).fix(fix));
     match table.other_kind.as_deref() {
         None if table.is_system() => {
             error("is a system catalog: PostgreSQL publishes no changes of those", "-- map a table of your own")
@@ -130,7 +130,7 @@ fn report_row_security(table: &TableName, role: &str, report: &mut Report) {
         identifier(role),
         table.to_sql()
     );
-    report.add(Finding::error(format!("table {table}"), what).means(meaning).fix(fix));
+    report.add(Diagnostic::error(format!("table {table}"), what).means(meaning).fix(fix));
 }
 
 /// `regclass` and its kin: ALTER ... RENAME of what they point to changes values, and writes no row.
@@ -147,7 +147,7 @@ fn check_values(table: &Table, report: &mut Report) {
             "ALTER TABLE {} ALTER COLUMN {name} TYPE text USING {name}::text;  -- rewrites it under an exclusive lock; or map another column",
             table.name().to_sql()
         );
-        report.add(Finding::error(format!("table {}", table.name()), what).means(meaning).fix(fix));
+        report.add(Diagnostic::error(format!("table {}", table.name()), what).means(meaning).fix(fix));
     }
 }
 
@@ -166,20 +166,20 @@ fn check_membership(
         let what = format!("is not in publication {}", expected.publication);
         let meaning =
             "No change of it reaches tuplewatch. Those made meanwhile are a gap, of which subscribers are told.";
-        return report.add(Finding::error(subject, what).means(meaning).fix(fix));
+        return report.add(Diagnostic::error(subject, what).means(meaning).fix(fix));
     }
     if table.is_published_as_its_root(publication) {
         let fix =
             format!("ALTER PUBLICATION {published} SET (publish_via_partition_root = false);  -- or map the root");
         let what = "is a partition, and its changes are published as those of the root";
         report.add(
-            Finding::error(&subject, what).means("They come under a name that the mapping does not have.").fix(fix),
+            Diagnostic::error(&subject, what).means("They come under a name that the mapping does not have.").fix(fix),
         );
     }
     if table.is_partitioned() && !publication.via_root {
         let fix = fixes.alter(&format!("ALTER PUBLICATION {published} SET (publish_via_partition_root = true)"));
         let what = "is partitioned, and its changes are published under the names of its partitions";
-        report.add(Finding::error(&subject, what).means("The mapping does not have those names.").fix(fix));
+        report.add(Diagnostic::error(&subject, what).means("The mapping does not have those names.").fix(fix));
     }
     let Some(member) = table.own_member() else { return };
     let afresh = fixes.alter(&format!(
@@ -196,7 +196,7 @@ fn check_membership(
     });
     if let Some(column) = hidden {
         let what = format!("column {} is not in the column list of the publication", column.name);
-        report.add(Finding::error(&subject, what).means("Rows would come without it.").fix(afresh));
+        report.add(Diagnostic::error(&subject, what).means("Rows would come without it.").fix(afresh));
     }
 }
 
@@ -224,7 +224,7 @@ fn check_generated(
         "-- make it an ordinary column, or map another one".to_owned()
     };
     let what = format!("column {} is generated, and not published", column.name);
-    report.add(Finding::error(format!("table {}", table.name()), what).means("Rows come without it.").fix(fix));
+    report.add(Diagnostic::error(format!("table {}", table.name()), what).means("Rows come without it.").fix(fix));
 }
 
 /// The table that lists tenants: it is not watched, only read.

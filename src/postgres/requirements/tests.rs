@@ -5,19 +5,19 @@ use crate::admin::setup::{Event, Setup, Teardown};
 use crate::dev_postgres::StopMode;
 use crate::model::diagnostic::Severity;
 use crate::postgres::connection::Connection;
-use crate::postgres::slot::HoldBack;
+use crate::postgres::slot::AckDelay;
 use crate::postgres::test_postgres::{Database, Place, cluster, connect, one_table, plain, tuples};
 
 fn silent(_: Event<'_>) {}
 
 fn expectation<'a>(mapping: &'a Mapping, slot: &'a str) -> Expectation<'a> {
-    let hold_back = HoldBack::default();
-    Expectation { mapping, slot, publication: "feed", slot_expected: true, hold_back, commands: plain() }
+    let ack_delay = AckDelay::default();
+    Expectation { mapping, slot, publication: "feed", slot_expected: true, ack_delay, commands: plain() }
 }
 
-async fn errors(client: &Client, expected: &Expectation<'_>) -> Vec<Finding> {
-    let findings = check(client, expected).await.unwrap();
-    findings.into_iter().filter(|finding| finding.severity == Severity::Error).collect()
+async fn errors(client: &Client, expected: &Expectation<'_>) -> Vec<Diagnostic> {
+    let diagnostics = check(client, expected).await.unwrap();
+    diagnostics.into_iter().filter(|diagnostic| diagnostic.severity == Severity::Error).collect()
 }
 
 /// A database that has what a mapping needs, and a role with REPLICATION and SELECT and no more.
@@ -55,7 +55,7 @@ impl Ready {
         ready
     }
 
-    async fn errors(&self) -> Vec<Finding> {
+    async fn errors(&self) -> Vec<Diagnostic> {
         errors(&self.poor.client, &expectation(&self.mapping, &self.database.name)).await
     }
 
@@ -68,11 +68,11 @@ impl Ready {
             self.database.execute(statement).await;
         }
         let found = self.errors().await;
-        let [finding] = found.as_slice() else { panic!("{damage}: {found:#?}") };
-        assert_eq!(finding.subject, names(subject), "{damage}");
-        assert!(finding.what.contains(&names(what)), "{damage}: {finding}");
-        self.database.execute(finding.fix.as_deref().unwrap()).await;
-        assert_eq!(self.errors().await, [], "{damage}, then {finding}");
+        let [diagnostic] = found.as_slice() else { panic!("{damage}: {found:#?}") };
+        assert_eq!(diagnostic.subject, names(subject), "{damage}");
+        assert!(diagnostic.what.contains(&names(what)), "{damage}: {diagnostic}");
+        self.database.execute(diagnostic.fix.as_deref().unwrap()).await;
+        assert_eq!(self.errors().await, [], "{damage}, then {diagnostic}");
     }
 
     async fn away(self) {
@@ -86,7 +86,7 @@ async fn nothing_there_yet() {
     let database = Database::new().await;
     let mapping = tuples();
     let found = errors(&database.connection.client, &expectation(&mapping, &database.name)).await;
-    let subjects: Vec<&str> = found.iter().map(|finding| finding.subject.as_str()).collect();
+    let subjects: Vec<&str> = found.iter().map(|diagnostic| diagnostic.subject.as_str()).collect();
     let slot = format!("replication slot {}", database.name);
     let expected = [
         "table tuplewatch.relation_tuples",
@@ -96,7 +96,7 @@ async fn nothing_there_yet() {
         &slot,
     ];
     assert_eq!(subjects, expected, "{found:#?}");
-    assert!(found.iter().all(|finding| finding.fix.is_some()));
+    assert!(found.iter().all(|diagnostic| diagnostic.fix.is_some()));
     let text = found.first().unwrap().to_string();
     assert!(text.starts_with("error    table tuplewatch.relation_tuples: does not exist\n         fix: "), "{text}");
 }
@@ -135,9 +135,9 @@ async fn the_preset() {
     }
     ready.database.execute("DROP PUBLICATION feed").await;
     let found = ready.errors().await;
-    let [finding] = found.as_slice() else { panic!("{found:#?}") };
-    assert_eq!((finding.subject.as_str(), finding.what.as_str()), ("publication feed", "does not exist"));
-    assert!(finding.fix.as_deref().unwrap().starts_with("tuplewatch setup --recreate-slot"), "{finding}");
+    let [diagnostic] = found.as_slice() else { panic!("{found:#?}") };
+    assert_eq!((diagnostic.subject.as_str(), diagnostic.what.as_str()), ("publication feed", "does not exist"));
+    assert!(diagnostic.fix.as_deref().unwrap().starts_with("tuplewatch setup --recreate-slot"), "{diagnostic}");
     let mapping = crate::postgres::test_postgres::tuples();
     let setup = Setup {
         mapping: &mapping,
@@ -152,8 +152,8 @@ async fn the_preset() {
     assert_eq!(ready.errors().await, []);
     ready.database.execute(&format!("SELECT pg_drop_replication_slot('{}')", ready.database.name)).await;
     let found = ready.errors().await;
-    let [finding] = found.as_slice() else { panic!("{found:#?}") };
-    assert!(finding.fix.as_deref().unwrap().starts_with("tuplewatch setup --recreate-slot"), "{finding}");
+    let [diagnostic] = found.as_slice() else { panic!("{found:#?}") };
+    assert!(diagnostic.fix.as_deref().unwrap().starts_with("tuplewatch setup --recreate-slot"), "{diagnostic}");
     setup.apply(&ready.database.connection, &mut silent).await.unwrap();
     assert_eq!(ready.errors().await, []);
     if ready.database.major().await >= 15 {
@@ -170,14 +170,14 @@ async fn the_preset() {
 
     ready.database.execute("ALTER TABLE tuplewatch.attributes RENAME COLUMN value TO val").await;
     let found = ready.errors().await;
-    let [finding] = found.as_slice() else { panic!("{found:#?}") };
-    assert!(finding.what.contains("has no column value"), "{finding}");
+    let [diagnostic] = found.as_slice() else { panic!("{found:#?}") };
+    assert!(diagnostic.what.contains("has no column value"), "{diagnostic}");
     let sql =
         "REVOKE USAGE ON SCHEMA tuplewatch FROM PUBLIC; ALTER TABLE tuplewatch.attributes RENAME COLUMN val TO value";
     ready.database.execute(&format!("{sql}; REVOKE USAGE ON SCHEMA tuplewatch FROM r{}", ready.database.name)).await;
     let found = ready.errors().await;
     assert_eq!(found.len(), 3, "{found:#?}");
-    ready.database.execute(found.first().and_then(|finding| finding.fix.as_deref()).unwrap()).await;
+    ready.database.execute(found.first().and_then(|diagnostic| diagnostic.fix.as_deref()).unwrap()).await;
     assert_eq!(ready.errors().await, []);
     ready.away().await;
 }
@@ -198,9 +198,9 @@ async fn partitions_indexes_and_generated_columns() {
     let leaf = one_table("public.leaf");
     let expected = expectation(&leaf, &root.database.name);
     let found = errors(&root.poor.client, &expected).await;
-    let [finding] = found.as_slice() else { panic!("{found:#?}") };
-    assert!(finding.what.contains("published as those of the root"), "{finding}");
-    root.database.execute(finding.fix.as_deref().unwrap()).await;
+    let [diagnostic] = found.as_slice() else { panic!("{found:#?}") };
+    assert!(diagnostic.what.contains("published as those of the root"), "{diagnostic}");
+    root.database.execute(diagnostic.fix.as_deref().unwrap()).await;
     assert_eq!(errors(&root.poor.client, &expected).await, []);
     root.away().await;
 
@@ -231,8 +231,11 @@ async fn partitions_indexes_and_generated_columns() {
     };
     table.database.execute(&lasting).await;
     let found = table.errors().await;
-    let [finding] = found.as_slice() else { panic!("{found:#?}") };
-    assert!(finding.what == what && finding.fix.as_deref().unwrap().starts_with("-- make it an ordinary"), "{finding}");
+    let [diagnostic] = found.as_slice() else { panic!("{found:#?}") };
+    assert!(
+        diagnostic.what == what && diagnostic.fix.as_deref().unwrap().starts_with("-- make it an ordinary"),
+        "{diagnostic}"
+    );
     table.away().await;
 }
 
@@ -311,7 +314,9 @@ async fn foreign_partitions() {
     ready.database.execute("CREATE FOREIGN TABLE far PARTITION OF root FOR VALUES IN ('far') SERVER elsewhere").await;
     let found = ready.errors().await;
     assert!(
-        found.iter().any(|finding| finding.subject == "table public.far" && finding.what.contains("foreign table")),
+        found
+            .iter()
+            .any(|diagnostic| diagnostic.subject == "table public.far" && diagnostic.what.contains("foreign table")),
         "{found:#?}"
     );
     ready.away().await;
@@ -333,15 +338,15 @@ async fn slots() {
         ready.database.execute(&drop_slot).await;
         database.execute(&create).await;
         let found = ready.errors().await;
-        let [finding] = found.as_slice() else { panic!("{found:#?}") };
-        assert!(finding.what.contains(what) && finding.fix.is_some(), "{finding}");
+        let [diagnostic] = found.as_slice() else { panic!("{found:#?}") };
+        assert!(diagnostic.what.contains(what) && diagnostic.fix.is_some(), "{diagnostic}");
     }
     // Before there is one, there has to be room for it; that there is none is no error then.
     ready.database.execute(&drop_slot).await;
     let expected = Expectation { slot_expected: false, ..expectation(&ready.mapping, slot) };
-    let findings = check(&ready.poor.client, &expected).await.unwrap();
-    assert!(findings.iter().any(|finding| finding.subject == "max_replication_slots"), "{findings:#?}");
-    assert!(findings.iter().all(|finding| finding.severity != Severity::Error), "{findings:#?}");
+    let diagnostics = check(&ready.poor.client, &expected).await.unwrap();
+    assert!(diagnostics.iter().any(|diagnostic| diagnostic.subject == "max_replication_slots"), "{diagnostics:#?}");
+    assert!(diagnostics.iter().all(|diagnostic| diagnostic.severity != Severity::Error), "{diagnostics:#?}");
 }
 
 #[tokio::test]
@@ -366,35 +371,37 @@ async fn settings() {
     let uri = cluster.uri("postgres").replace("postgres@", "poor@");
 
     let poor = connect(&uri).await;
-    let findings = check(&poor.client, &expected).await.unwrap();
-    let bad: Vec<&Finding> = findings.iter().filter(|finding| finding.severity != Severity::Ok).collect();
-    let names = |findings: &[&Finding]| findings.iter().map(|finding| finding.subject.clone()).collect::<Vec<_>>();
+    let diagnostics = check(&poor.client, &expected).await.unwrap();
+    let bad: Vec<&Diagnostic> = diagnostics.iter().filter(|diagnostic| diagnostic.severity != Severity::Ok).collect();
+    let names = |diagnostics: &[&Diagnostic]| {
+        diagnostics.iter().map(|diagnostic| diagnostic.subject.clone()).collect::<Vec<_>>()
+    };
     let all =
         ["wal_level", "track_commit_timestamp", "max_slot_wal_keep_size", "max_replication_slots", "max_wal_senders"];
     assert_eq!(names(&bad), all, "{bad:#?}");
-    for finding in &bad {
-        let fix = finding.fix.as_deref().unwrap();
+    for diagnostic in &bad {
+        let fix = diagnostic.fix.as_deref().unwrap();
         // ALTER SYSTEM stands alone; what is behind it is a comment, up to the end of the line.
         admin.client.batch_execute(fix).await.unwrap_or_else(|error| panic!("{fix}: {error:?}"));
         assert!(fix.contains("restart") != fix.contains("pg_reload_conf()"), "{fix}");
     }
     admin.client.batch_execute("SELECT pg_reload_conf()").await.unwrap();
     // One more than what is to be seen at once: the reload arrives at each session when it is idle.
-    let mut findings = Vec::new();
+    let mut diagnostics = Vec::new();
     for _ in 0..100 {
-        findings = check(&poor.client, &expected).await.unwrap();
-        if findings.iter().any(|finding| finding.what.contains("waits for a restart")) {
+        diagnostics = check(&poor.client, &expected).await.unwrap();
+        if diagnostics.iter().any(|diagnostic| diagnostic.what.contains("waits for a restart")) {
             break;
         }
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
-    let wal_level = findings.iter().find(|finding| finding.subject == "wal_level").unwrap();
+    let wal_level = diagnostics.iter().find(|diagnostic| diagnostic.subject == "wal_level").unwrap();
     assert!(wal_level.what.contains("waits for a restart"), "{wal_level}");
 
     cluster.restart(StopMode::Fast).await.unwrap();
     let poor = connect(&uri).await;
-    let findings = check(&poor.client, &expected).await.unwrap();
-    assert!(findings.iter().all(|finding| finding.severity == Severity::Ok), "{findings:#?}");
+    let diagnostics = check(&poor.client, &expected).await.unwrap();
+    assert!(diagnostics.iter().all(|diagnostic| diagnostic.severity == Severity::Ok), "{diagnostics:#?}");
 }
 
 #[tokio::test]
@@ -414,11 +421,11 @@ async fn lost_slots_and_taken_walsenders() {
 
     let other = Expectation { slot_expected: false, ..expectation(&mapping, "another") };
     let found = errors(&admin.client, &other).await;
-    assert_eq!(found.iter().map(|finding| &*finding.subject).collect::<Vec<_>>(), ["max_replication_slots"]);
+    assert_eq!(found.iter().map(|diagnostic| &*diagnostic.subject).collect::<Vec<_>>(), ["max_replication_slots"]);
 
     let mut replication = admin.endpoint().replicate("tests").await.unwrap();
     let found = errors(&admin.client, &expectation(&mapping, "s")).await;
-    assert_eq!(found.iter().map(|finding| &*finding.subject).collect::<Vec<_>>(), ["max_wal_senders"]);
+    assert_eq!(found.iter().map(|diagnostic| &*diagnostic.subject).collect::<Vec<_>>(), ["max_wal_senders"]);
     let refused = admin.endpoint().replicate("tests").await.err().unwrap();
     assert!(!refused.is_definite() && refused.to_string().contains("max_wal_senders"), "{refused}");
     // Our own walsender is not in our way.
@@ -437,10 +444,10 @@ async fn lost_slots_and_taken_walsenders() {
         }
     }
     let found = errors(&admin.client, &expectation(&mapping, "s")).await;
-    let [finding] = found.as_slice() else { panic!("{found:#?}") };
+    let [diagnostic] = found.as_slice() else { panic!("{found:#?}") };
     assert!(
-        finding.what.contains("is lost") && finding.fix.as_deref().unwrap().contains("--recreate-slot"),
-        "{finding}"
+        diagnostic.what.contains("is lost") && diagnostic.fix.as_deref().unwrap().contains("--recreate-slot"),
+        "{diagnostic}"
     );
     let setup = Setup {
         mapping: &mapping,

@@ -3,12 +3,12 @@
 use super::{Link, Server, Started, Upstream};
 use crate::changelog::State;
 use crate::decode::pgoutput::RelationId;
-use crate::model::diagnostic::{Finding, Report, Severity};
+use crate::model::diagnostic::{Diagnostic, Report, Severity};
 use crate::model::lsn::{Lsn, Snapshot, Xid8};
 use crate::model::timeline::{History, Source};
 use crate::postgres::connection::{self, Connection, Endpoints, Event, Walsender, WalsenderError, application_name};
 use crate::postgres::primary::Found;
-use crate::postgres::primary::Primaries;
+use crate::postgres::primary::PrimaryConnector;
 use crate::postgres::publication::{Checks, Published};
 use crate::postgres::requirements;
 use crate::postgres::slot::{self, Slot, Waiting};
@@ -43,8 +43,8 @@ impl Postgres {
 
     /// Follows which server the session found to be the primary of its source. Whoever asks it anything asks this one, and
     /// again after every change.
-    pub fn primaries(&self) -> Primaries {
-        Primaries::new(self.found.subscribe())
+    pub fn primaries(&self) -> PrimaryConnector {
+        PrimaryConnector::new(self.found.subscribe())
     }
 
     /// Looks whether it could stream, before anything is promised. What may pass (a server that is still starting) is no
@@ -73,7 +73,7 @@ impl Postgres {
         let limits = bounded(requirements::Limits::read(&sql.client)).await?.map_err(sql_error)?;
         let mut report = Report::default();
         limits.check(self.options.connections_max, &mut report);
-        for Finding { subject, what, meaning, fix, .. } in report.into_findings() {
+        for Diagnostic { subject, what, meaning, fix, .. } in report.into_diagnostics() {
             let (meaning, fix) = (meaning.unwrap_or_default(), fix.unwrap_or_default());
             tracing::warn!("{subject}: {what}. {meaning} Fix: {fix}");
         }
@@ -104,7 +104,7 @@ impl Postgres {
     ///
     /// Only where nobody reads it. Else PostgreSQL waits for it to be free, however long that takes, also when we have gone;
     /// and it is not read as it is either, for then nobody could alter it until we stop.
-    async fn let_fail_over(
+    async fn enable_failover(
         &self,
         sql: &Connection,
         walsender: &mut Walsender,
@@ -144,12 +144,15 @@ async fn check(sql: &Connection, options: &Options, slot_expected: bool) -> Resu
         slot: &options.slot,
         publication: &options.publication,
         slot_expected,
-        hold_back: options.hold_back,
+        ack_delay: options.ack_delay,
         commands: &options.commands,
     };
-    let findings = bounded(requirements::check(&sql.client, &expectation)).await?.map_err(sql_error)?;
-    let errors: Vec<String> =
-        findings.iter().filter(|finding| finding.severity == Severity::Error).map(ToString::to_string).collect();
+    let diagnostics = bounded(requirements::check(&sql.client, &expectation)).await?.map_err(sql_error)?;
+    let errors: Vec<String> = diagnostics
+        .iter()
+        .filter(|diagnostic| diagnostic.severity == Severity::Error)
+        .map(ToString::to_string)
+        .collect();
     if !errors.is_empty() {
         return Err(Error::definite(errors.join("\n")));
     }
@@ -173,7 +176,7 @@ impl Upstream for Postgres {
         }
         let mut walsender = sql.endpoint().replicate(&name).await.map_err(connect_error)?;
         // Such a database holds any bytes. Asked for UTF-8, the walsender would fail on those that are not, each time that it
-        // came to them; as they are, they are a break for their tenant.
+        // came to them; as they are, they are a gap for their tenant.
         let as_they_are = "SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false) \
                            WHERE pg_catalog.current_setting('server_encoding') = 'SQL_ASCII'";
         bounded(walsender.query(as_they_are)).await?.map_err(walsender_error)?;
@@ -183,7 +186,7 @@ impl Upstream for Postgres {
         }
         let history = history(&mut walsender, identity.timeline).await?;
         let pid = walsender_pid(&mut walsender).await?;
-        self.let_fail_over(&sql, &mut walsender, &name, pid).await?;
+        self.enable_failover(&sql, &mut walsender, &name, pid).await?;
         let server = Server { source, history, wal_end: identity.wal_end };
         Ok(PostgresLink {
             options: self.options.clone(),

@@ -150,8 +150,9 @@ async fn a_damaged_log_is_refused_or_repaired() {
         run(serve(&uri, directory.path())).await.failed(&["the change log at log is damaged", says]);
     }
     restore();
-    std::fs::write(&marker, std::fs::read_to_string(&marker).unwrap().replace("\"format\":2", "\"format\":99"))
-        .unwrap();
+    let mut other: serde_json::Value = serde_json::from_slice(&std::fs::read(&marker).unwrap()).unwrap();
+    other["format"] = 99.into();
+    std::fs::write(&marker, other.to_string()).unwrap();
     run(serve(&uri, directory.path())).await.failed(&["has format 99, and this version", "--reset-log"]);
     restore();
     std::fs::remove_dir_all(log.join("data")).unwrap();

@@ -117,7 +117,7 @@ async fn a_limit_that_is_missing_is_a_warning() {
     }
 }
 
-const HOLD_BACK: (&str, &str) = ("--replication-hold-back-age", "1m");
+const HOLD_BACK: (&str, &str) = ("--replication-acknowledgement-delay-age", "1m");
 
 #[tokio::test]
 async fn the_server_keeps_less_than_is_held_back() {

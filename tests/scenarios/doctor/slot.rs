@@ -1,6 +1,6 @@
 //! The slot: lost, taken, behind, and held back.
 
-use super::{Finding, Patient, stops};
+use super::{Diagnostic, Patient, stops};
 use crate::support::postgres::Postgres;
 use crate::support::sql::Sql;
 use crate::support::wait::{eventually, within};
@@ -191,7 +191,7 @@ async fn a_transaction_has_locked_a_watched_table() {
     writer.run("BEGIN; SET application_name = 'nightly'; DELETE FROM tuplewatch.attributes WHERE false").await;
     let pid = writer.value("SELECT pg_backend_pid()").await;
     let warnings = patient.doctor(&["--long-transaction", "0s"]).await.of_severity("warning");
-    let about: Vec<&Finding> = warnings.iter().filter(|finding| finding.subject.contains("transaction")).collect();
+    let about: Vec<&Diagnostic> = warnings.iter().filter(|finding| finding.subject.contains("transaction")).collect();
     let [finding] = about.as_slice() else { panic!("{warnings:#?}") };
     assert_eq!(finding.subject, format!("transaction of process {pid}"));
     for says in ["has locked tuplewatch.attributes", "user postgres", "nightly", "idle in transaction"] {

@@ -10,7 +10,8 @@ use std::time::Duration;
 use tonic::Code;
 use tuplewatch::dev_postgres::StopMode;
 
-const FLAGS: [(&str, &str); 2] = [("--replication-hold-back-age", "1h"), ("--replication-hold-back-size", "8MiB")];
+const FLAGS: [(&str, &str); 2] =
+    [("--replication-acknowledgement-delay-age", "1h"), ("--replication-acknowledgement-delay-size", "8MiB")];
 
 /// Writes so much WAL that is not for us.
 async fn write_mib(sql: &Sql, mib: usize) {
@@ -73,7 +74,7 @@ async fn what_is_held_back_is_not_told_at_the_end_and_what_is_old_is_told_withou
     assert!(server.ended().await.success());
     assert!(!sql.confirmed_reaches(&delivered).await);
 
-    server.set("--replication-hold-back-age", "1s");
+    server.set("--replication-acknowledgement-delay-age", "1s");
     server.start().await;
     eventually("the slot is told what is old", async || sql.confirmed_reaches(&delivered).await).await;
     // What came again was there already.

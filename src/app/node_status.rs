@@ -3,7 +3,7 @@
 use super::delivery::{Obstacle, Readiness};
 use crate::admin::monitor::{Lag, Report, SlotReport};
 use crate::api::http::Probes;
-use crate::changelog::{ChangeLog, Room};
+use crate::changelog::{ChangeLog, DiskSpace};
 use crate::hub::Hub;
 use crate::metrics::metrics;
 use crate::metrics::process::Process;
@@ -15,20 +15,20 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
 /// What it is read from. Holds no handle that a part would wait for at the end.
-pub(super) struct Vitals {
+pub(super) struct NodeStatus {
     pub(super) log: Arc<dyn ChangeLog>,
     pub(super) hub: Hub,
     pub(super) readiness: Readiness,
     pub(super) status: watch::Receiver<Status>,
     pub(super) received: watch::Receiver<Option<Lsn>>,
     pub(super) durable: watch::Receiver<Lsn>,
-    pub(super) room: watch::Receiver<Room>,
+    pub(super) room: watch::Receiver<DiskSpace>,
     pub(super) reports: watch::Receiver<Option<Report>>,
     /// Zero: however far behind.
     pub(super) ready_lag_max: Duration,
 }
 
-impl Probes for Vitals {
+impl Probes for NodeStatus {
     fn ready(&self) -> Result<(), String> {
         if let Some(obstacle) = *self.readiness.borrow() {
             return Err(obstacle.to_string());
@@ -57,7 +57,7 @@ impl Probes for Vitals {
     }
 }
 
-impl Vitals {
+impl NodeStatus {
     /// What the monitor found, unless that is too long ago to say anything.
     fn report(&self) -> Option<Report> {
         self.reports.borrow().clone().filter(|report| report.at.elapsed() <= Report::AGE_MAX)
@@ -82,7 +82,7 @@ impl Vitals {
             },
             received_lsn: known(received),
             durable_lsn: known(durable),
-            published_lsn: known(window.published),
+            released_lsn: known(window.released),
             looked_at_seconds,
             server,
             log: self.read_log(),
@@ -106,7 +106,7 @@ impl Vitals {
             horizon_age_seconds: (seconds(SystemTime::now()) - usage.oldest_unix_seconds as f64).max(0.0),
             disk_free_bytes: usage.free_bytes,
             disk_reserve_bytes: usage.reserve_bytes,
-            has_room: !matches!(*self.room.borrow(), Room::Short { .. }),
+            has_room: !matches!(*self.room.borrow(), DiskSpace::Short { .. }),
         }
     }
 }

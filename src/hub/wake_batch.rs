@@ -1,7 +1,7 @@
 //! Wakes readers from within the thread that serves them.
 //!
 //! A runtime of one thread runs what wakes inside it in that order, and what is woken from outside one by one in between. So the
-//! connection that the first of a thousand woken readers writes to is flushed with one message in it where the publisher wakes
+//! connection that the first of a thousand woken readers writes to is flushed with one message in it where the releaser wakes
 //! them, and with a message of each of its readers where they are woken from within: a tenth of the processor time, in writes
 //! that are saved.
 
@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 
 /// What a thread's readers are woken by. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct Bell {
+pub struct WakeBatch {
     inner: Arc<Inner>,
 }
 
@@ -22,7 +22,7 @@ struct Inner {
     rung: Notify,
 }
 
-impl Bell {
+impl WakeBatch {
     /// Wakes for ever; to be run on the thread.
     pub async fn run<T>(self) -> T {
         let mut woken = Vec::new();
@@ -33,7 +33,7 @@ impl Bell {
         }
     }
 
-    /// One more to be woken when the bell rings.
+    /// One more to be woken when the wake_batch rings.
     pub(super) fn add(&self, waker: Waker) {
         self.inner.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(waker);
     }

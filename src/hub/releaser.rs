@@ -1,4 +1,4 @@
-//! Publishes what PostgreSQL's snapshots can see.
+//! Releases what PostgreSQL's snapshots can see.
 //!
 //! A commit is on its way to us as soon as its record is flushed; it becomes visible only after that, and under synchronous
 //! replication after the standby answered. `pg_visible_in_snapshot` of one snapshot decides for all that waits, so it is one
@@ -33,13 +33,13 @@ const WAIT_ON_ERROR: Duration = Duration::from_millis(250);
 pub async fn run(hub: Hub, snapshots: impl Snapshots) {
     if hub.inner.options.before_visible {
         // Subscribers need not wait; what is visible is found out for those who start now.
-        tokio::join!(publish_at_once(hub.clone()), publish_visible(hub, snapshots));
+        tokio::join!(release_at_once(hub.clone()), release_visible(hub, snapshots));
     } else {
-        publish_visible(hub, snapshots).await;
+        release_visible(hub, snapshots).await;
     }
 }
 
-async fn publish_at_once(hub: Hub) {
+async fn release_at_once(hub: Hub) {
     let mut admitted = hub.inner.admitted.subscribe();
     let mut appended = hub.inner.appended.clone();
     loop {
@@ -55,7 +55,7 @@ async fn publish_at_once(hub: Hub) {
     }
 }
 
-async fn publish_visible(hub: Hub, mut snapshots: impl Snapshots) {
+async fn release_visible(hub: Hub, mut snapshots: impl Snapshots) {
     let mut admitted = hub.inner.admitted.subscribe();
     let mut appended = hub.inner.appended.clone();
     let mut tries = 0;
@@ -114,11 +114,11 @@ async fn publish_visible(hub: Hub, mut snapshots: impl Snapshots) {
 fn advance(hub: &Hub, snapshot: Option<&Snapshot>) -> bool {
     let appended = *hub.inner.appended.borrow();
     let mut window = hub.window();
-    let before = (window.published(), window.visible(), window.pending());
+    let before = (window.released(), window.watermark(), window.pending());
     window.advance(snapshot, appended);
-    let after = (window.published(), window.visible(), window.pending());
+    let after = (window.released(), window.watermark(), window.pending());
     if after.1 != before.1 || after.2 != before.2 {
-        hub.inner.visible.send_replace(after.1);
+        hub.inner.watermark.send_replace(after.1);
     }
     after != before
 }

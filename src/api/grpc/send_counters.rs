@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Of one connection. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Sent(Arc<Counts>);
+pub(super) struct SendCounters(Arc<Counts>);
 
 #[derive(Debug, Default)]
 struct Counts {
@@ -17,7 +17,7 @@ struct Counts {
     bytes: AtomicU64,
 }
 
-impl Sent {
+impl SendCounters {
     /// Only by the task of the connection.
     pub(super) fn add(&self, messages: usize, bytes: usize) {
         for (count, more) in [(&self.0.messages, messages), (&self.0.bytes, bytes)] {
