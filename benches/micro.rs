@@ -4,12 +4,12 @@
 
 #![expect(clippy::unwrap_used, reason = "what cannot be prepared cannot be measured")]
 
-use bytes::Bytes;
 use criterion::{BatchSize, BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
+use tuplewatch::api::encode::base_v1;
 use tuplewatch::changelog::{ChangeLog, Entry, LocalLog, Options, Origin};
 use tuplewatch::decode::assembler::{Assembler, Limits, OnUndecodable};
 use tuplewatch::decode::mapping::{Mapping, Spec, TUPLES_PRESET};
@@ -89,7 +89,7 @@ fn message(commit: u64, changes: u64) -> Message {
     let mut encoded = Vec::new();
     change::encode(Operation::Create, &Fact::Tuple(TUPLE), &mut encoded);
     let mut builder = MessageBuilder::default();
-    (1..=changes).for_each(|row| builder.push(2 * row, &encoded));
+    (1..=changes).for_each(|row| builder.push(2 * row, &encoded, encoded.len()));
     builder.finish(header(commit), Some(Lsn(commit + COMMIT_DISTANCE)))
 }
 
@@ -197,7 +197,7 @@ fn log_append(criterion: &mut Criterion) {
 fn file_append(group: &mut Group<'_>) {
     const BATCH: u64 = 1_000;
     let mut file = tempfile::tempfile().unwrap();
-    let bytes: Vec<u8> = (0..BATCH).flat_map(|n| message(n, 1).to_watch_response(TOKEN)).collect();
+    let bytes: Vec<u8> = (0..BATCH).flat_map(|n| base_v1::response(TOKEN, &message(n, 1).changes)).collect();
     group.throughput(Throughput::Elements(BATCH));
     group.bench_function(format!("{BATCH} to a plain file, synced"), |bencher| {
         bencher.iter(|| {
@@ -221,10 +221,10 @@ fn encode(criterion: &mut Criterion) {
     });
     for changes in [1, 100] {
         let message = message(1, changes);
-        let response: Bytes = message.to_watch_response(TOKEN);
+        let response = base_v1::response(TOKEN, &message.changes);
         group.throughput(Throughput::Bytes(response.len() as u64));
         group.bench_function(format!("message of {changes}"), |bencher| {
-            bencher.iter(|| black_box(&message).to_watch_response(black_box(TOKEN)));
+            bencher.iter(|| base_v1::response(black_box(TOKEN), &black_box(&message).changes));
         });
     }
 }

@@ -31,7 +31,7 @@ fn message(commit: u64, end: Option<u64>, steps: &[u64]) -> Message {
             subject_relation: "",
         };
         encode(Operation::Create, &Fact::Tuple(tuple), &mut encoded);
-        builder.push(*step, &encoded);
+        builder.push(*step, &encoded, encoded.len());
     }
     builder.finish(header(commit), end.map(Lsn))
 }

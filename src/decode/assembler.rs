@@ -13,7 +13,7 @@
 
 use crate::decode::mapping::{Mapping, Outcome, Plan, Undecodable};
 use crate::decode::pgoutput::{self, Message as Row, RelationCache, RelationId, decode};
-use crate::model::change::{Operation, TenantId, encode};
+use crate::model::change::{Operation, TenantId, encode, envelope_bytes};
 use crate::model::lsn::{Lsn, Position};
 use crate::model::snap_token::TokenId;
 use crate::model::transaction::{Gap, GapReason, Header, Message, MessageBuilder, Tally, Transaction};
@@ -306,9 +306,10 @@ impl Assembler {
                 Outcome::Change { tenant, operation, fact } => {
                     encoded.clear();
                     encode(operation, &fact, encoded);
+                    let envelope_bytes = envelope_bytes(&fact, encoded);
                     match intern(tenants, tenant) {
-                        Ok(id) if encoded.len() <= limits.change_bytes => {
-                            if open.add(&id, before + step, encoded, limits.message_bytes) {
+                        Ok(id) if envelope_bytes <= limits.change_bytes => {
+                            if open.add(&id, before + step, encoded, envelope_bytes, limits.message_bytes) {
                                 match operation {
                                     Operation::Create => created += 1,
                                     Operation::Delete => deleted += 1,
@@ -318,8 +319,7 @@ impl Assembler {
                         }
                         Ok(id) => {
                             let detail = format!(
-                                "a change of {} bytes; at most {} are possible",
-                                encoded.len(),
+                                "a change of {envelope_bytes} bytes; at most {} are possible",
                                 limits.change_bytes
                             );
                             Undecodable { tenant: Some(id.as_str().to_owned()), detail }
@@ -386,7 +386,14 @@ fn intern(tenants: &mut HashSet<TenantId>, text: &str) -> Result<TenantId, crate
 
 impl Open {
     /// Whether the tenant is told of it.
-    fn add(&mut self, tenant: &TenantId, step: u64, encoded: &[u8], message_bytes: usize) -> bool {
+    fn add(
+        &mut self,
+        tenant: &TenantId,
+        step: u64,
+        encoded: &[u8],
+        envelope_bytes: usize,
+        message_bytes: usize,
+    ) -> bool {
         if !self.broken.is_empty() && self.broken.contains(tenant) {
             return false;
         }
@@ -397,11 +404,11 @@ impl Open {
                 self.parts.entry(tenant.clone()).or_default()
             }
         };
-        if !part.is_empty() && part.bytes() + encoded.len() > message_bytes {
+        if part.is_full(step, envelope_bytes, message_bytes) {
             let full = std::mem::take(part);
             self.messages.push((tenant.clone(), full.finish(self.header, None)));
         }
-        part.push(step, encoded);
+        part.push(step, encoded, envelope_bytes);
         self.bytes += encoded.len();
         true
     }

@@ -39,7 +39,7 @@ fn message(commit: u64, end: Option<u64>, steps: &[u64]) -> Message {
         };
         let mut encoded = Vec::new();
         encode(Operation::Create, &Fact::Tuple(tuple), &mut encoded);
-        builder.push(*step, &encoded);
+        builder.push(*step, &encoded, encoded.len());
     }
     let header = Header { commit: Lsn(commit), xid: Xid8(commit), commit_time: CommitTime(0) };
     builder.finish(header, end.map(Lsn))

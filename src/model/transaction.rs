@@ -9,7 +9,7 @@
 //!  │ reached: commit + 4   │ reached: end + 0                              │
 //! ```
 
-use crate::model::change::{TenantId, encode_watch_response, split_first};
+use crate::model::change::{TenantId, split_first};
 use crate::model::lsn::{CommitTime, Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
 use bytes::Bytes;
@@ -40,7 +40,7 @@ pub struct Message {
     pub last_step: u64,
     /// The row step of each change: a list of varints, each the distance to the one before (the first to zero).
     pub steps: Bytes,
-    /// The changes, encoded as elements of `DataChanges.tuple_changes`.
+    /// The changes, encoded: see [`crate::model::change`].
     pub changes: Bytes,
 }
 
@@ -105,11 +105,6 @@ impl Message {
         }
         Some(self)
     }
-
-    /// The message on the wire: `base.v1.WatchResponse`.
-    pub fn to_watch_response(&self, snap_token: &str) -> Bytes {
-        encode_watch_response(snap_token, &self.changes).into()
-    }
 }
 
 /// Collects changes of one tenant into a [`Message`].
@@ -118,20 +113,24 @@ pub struct MessageBuilder {
     steps: Vec<u8>,
     changes: Vec<u8>,
     last_step: u64,
+    envelope_bytes: usize,
 }
 
 impl MessageBuilder {
-    /// Adds a change that `encode` writes; `step` is above that of the change before.
-    pub fn push(&mut self, step: u64, encoded: &[u8]) {
-        assert!(step > self.last_step, "row steps only grow");
+    /// Adds an encoded change. `step` is not below that of the change before: what one half of a row gives has one step.
+    /// `envelope_bytes` is what it takes in the envelope that is largest, in bytes.
+    pub fn push(&mut self, step: u64, encoded: &[u8], envelope_bytes: usize) {
+        assert!(step >= self.last_step, "row steps do not go back");
         encode_varint(step - self.last_step, &mut self.steps);
         self.last_step = step;
         self.changes.extend_from_slice(encoded);
+        self.envelope_bytes += envelope_bytes;
     }
 
-    /// Bytes of the changes so far.
-    pub fn bytes(&self) -> usize {
-        self.changes.len()
+    /// Whether another change would make it larger than this, in bytes of the largest envelope, and may as well begin the next
+    /// message. Changes of one row step stay together: a token says how many row steps a reader has had, and nothing smaller.
+    pub const fn is_full(&self, step: u64, envelope_bytes: usize, bytes_max: usize) -> bool {
+        !self.steps.is_empty() && step > self.last_step && self.envelope_bytes + envelope_bytes > bytes_max
     }
 
     /// Whether nothing was added.
@@ -362,9 +361,29 @@ mod tests {
             });
             let mut encoded = Vec::new();
             encode(Operation::Create, &fact, &mut encoded);
-            builder.push(*step, &encoded);
+            builder.push(*step, &encoded, encoded.len());
         }
         builder.finish(header, end.map(Lsn))
+    }
+
+    #[test]
+    fn a_message_is_not_cut_inside_a_row_step() {
+        let mut builder = MessageBuilder::default();
+        assert!(!builder.is_full(4, 1_000, 10), "what is larger than a message has one of its own");
+        builder.push(4, b"one", 3);
+        assert!(!builder.is_full(4, 1_000, 10) && !builder.is_full(5, 7, 10) && builder.is_full(5, 8, 10));
+        builder.push(4, b"two", 8);
+        assert!(builder.is_full(5, 1, 10) && !builder.is_full(4, 1, 10));
+        let message = builder.finish(Header { commit: Lsn(100), xid: Xid8(7), commit_time: CommitTime(0) }, None);
+        assert_eq!((message.last_step, &*message.steps, &*message.changes), (4, &[4, 0][..], &b"onetwo"[..]));
+    }
+
+    #[test]
+    fn changes_of_one_row_step_are_had_together() {
+        let rest = |position| message(&[2, 4, 4, 6], Some(200)).after(position);
+        assert_eq!(rest(Position::inside(Lsn(100), 3)), Some(message(&[4, 4, 6], Some(200))));
+        assert_eq!(rest(Position::inside(Lsn(100), 4)), Some(message(&[6], Some(200))));
+        assert_eq!(rest(Position::inside(Lsn(100), 6)), None);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Tuples and attributes, between their protobuf messages and the words of [`crate::model::change`].
 
 use super::proto;
+use crate::api::encode::base_v1;
 use crate::model::change::{Attribute, AttributeValue, TYPE_URL_PREFIX, Tuple};
 use prost::Message;
 use prost_types::Any;
@@ -25,7 +26,7 @@ impl From<Attribute<'_>> for proto::Attribute {
         Self {
             entity: Some(proto::Entity { r#type: attribute.entity_type.into(), id: attribute.entity_id.into() }),
             attribute: attribute.attribute.into(),
-            value: Some(Any { type_url, value: attribute.value.encode_data() }),
+            value: Some(Any { type_url, value: base_v1::encode_data(&attribute.value) }),
         }
     }
 }

@@ -11,6 +11,7 @@
 
 use super::proto;
 use super::{fact, status};
+use crate::api::encode::base_v1;
 use crate::model::change::{AttributeValue, TenantId, Tuple};
 use crate::store::{AttributeFilter, Batch, Key, TupleFilter};
 use std::fmt::Arguments;
@@ -174,7 +175,7 @@ fn storable(value: AttributeValue) -> Result<AttributeValue, &'static str> {
     if has_nul {
         return Err(NO_NUL);
     }
-    if value.encode_data().len() > VALUE_BYTES_MAX {
+    if base_v1::encode_data(&value).len() > VALUE_BYTES_MAX {
         return Err("is too large: one message of Watch must hold it, which is at most 4 MiB");
     }
     Ok(value)

@@ -17,6 +17,7 @@ use super::proto;
 use super::status::{self, Tokens};
 use super::validation;
 use crate::access::authn::Caller;
+use crate::api::encode::base_v1;
 use crate::hub::primary::Primary;
 use crate::hub::{End, Hub, Item, Subscription};
 use crate::metrics::{Edge, metrics};
@@ -367,7 +368,7 @@ impl Open {
 
 /// A message of gRPC: its prefix, and the `WatchResponse`.
 fn frame(message: &Message, snap_token: &str) -> Bytes {
-    let response = message.to_watch_response(snap_token);
+    let response = base_v1::response(snap_token, &message.changes);
     let missing = FRAME_BYTES_MIN.saturating_sub(PREFIX_BYTES + response.len());
     let mut padding = Vec::new();
     if missing > 0 {
@@ -469,7 +470,7 @@ mod tests {
             // An unknown field of DataChanges, of any length.
             let mut change = Vec::new();
             prost::encoding::bytes::encode(9, &vec![1; change_bytes], &mut change);
-            builder.push(1, &change);
+            builder.push(1, &change, change.len());
             let message = builder.finish(header, Some(Lsn(2)));
             let frame = frame(&message, "token");
             assert!(frame.len() >= FRAME_BYTES_MIN, "{}", frame.len());

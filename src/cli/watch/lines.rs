@@ -111,14 +111,14 @@ fn sides(change: &DataChange) -> (String, String) {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::model::change::{Attribute, AttributeValue, Fact, Operation, Tuple, encode, encode_watch_response};
+    use crate::model::change::{Attribute, AttributeValue, Fact, Operation, Tuple, encode};
     use crate::model::lsn::{CommitTime, Lsn, Position};
     use prost::Message as _;
 
     fn change(operation: Operation, fact: &Fact<'_>) -> DataChange {
         let mut bytes = Vec::new();
         encode(operation, fact, &mut bytes);
-        let response = proto::WatchResponse::decode(&*encode_watch_response("t", &bytes)).unwrap();
+        let response = proto::WatchResponse::decode(&*crate::api::encode::base_v1::response("t", &bytes)).unwrap();
         response.changes.unwrap().tuple_changes.remove(0)
     }
 

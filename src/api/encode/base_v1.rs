@@ -1,0 +1,208 @@
+//! `base.v1.WatchResponse`: one `DataChanges` with a snap token and the changes of a message (`proto/base/v1/base.proto`).
+//!
+//! The changes of tuples are copied as they are. Those of attributes are transcoded: field 3 instead of 4, and the value in an Any.
+
+use crate::model::change::{AttributeValue, ChangeView, Changes, FactView, TYPE_URL_PREFIX};
+use bytes::BufMut as _;
+use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint};
+
+const RESPONSE_CHANGES: u32 = 1;
+const SNAP_TOKEN: u32 = 1;
+const TUPLE_CHANGES: u32 = 2;
+const OPERATION: u32 = 1;
+const ATTRIBUTE: u32 = 3;
+const ATTRIBUTE_ENTITY: u32 = 1;
+const ATTRIBUTE_NAME: u32 = 2;
+const ATTRIBUTE_VALUE: u32 = 3;
+const ENTITY_TYPE: u32 = 1;
+const ENTITY_ID: u32 = 2;
+const ANY_TYPE_URL: u32 = 1;
+const ANY_VALUE: u32 = 2;
+const DATA: u32 = 1;
+
+/// The whole response.
+pub fn response(snap_token: &str, changes: &[u8]) -> Vec<u8> {
+    if Changes::of(changes).have_attributes() {
+        envelope(snap_token, &transcoded(changes))
+    } else {
+        envelope(snap_token, changes)
+    }
+}
+
+fn envelope(snap_token: &str, changes: &[u8]) -> Vec<u8> {
+    let inner = text_len(snap_token) + changes.len();
+    let mut out = Vec::with_capacity(field_len(inner));
+    put_head(RESPONSE_CHANGES, inner, &mut out);
+    put_text(SNAP_TOKEN, snap_token, &mut out);
+    out.put_slice(changes);
+    out
+}
+
+fn transcoded(changes: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(2 * changes.len());
+    for element in Changes::of(changes) {
+        match ChangeView::read(element) {
+            Some(ChangeView { operation, fact: FactView::Attribute { entity_type, entity_id, attribute, value } }) => {
+                // What was encoded here decodes here.
+                let Some(value) = value.read() else { continue };
+                let (mut fact, mut entity, mut any) = (Vec::new(), Vec::new(), Vec::new());
+                put_text(ENTITY_TYPE, entity_type, &mut entity);
+                put_text(ENTITY_ID, entity_id, &mut entity);
+                put_text(ANY_TYPE_URL, &format!("{TYPE_URL_PREFIX}{}", value.message_name()), &mut any);
+                let data = encode_data(&value);
+                if !data.is_empty() {
+                    put_bytes(ANY_VALUE, &data, &mut any);
+                }
+                put_bytes(ATTRIBUTE_ENTITY, &entity, &mut fact);
+                put_text(ATTRIBUTE_NAME, attribute, &mut fact);
+                put_bytes(ATTRIBUTE_VALUE, &any, &mut fact);
+                let mut change = Vec::new();
+                encode_key(OPERATION, WireType::Varint, &mut change);
+                encode_varint(operation.number(), &mut change);
+                put_bytes(ATTRIBUTE, &fact, &mut change);
+                put_bytes(TUPLE_CHANGES, &change, &mut out);
+            }
+            _ => out.put_slice(element),
+        }
+    }
+    out
+}
+
+/// Bytes of a field with a length, whose number is below 16.
+fn field_len(content_bytes: usize) -> usize {
+    1 + encoded_len_varint(content_bytes as u64) + content_bytes
+}
+
+fn text_len(text: &str) -> usize {
+    if text.is_empty() { 0 } else { field_len(text.len()) }
+}
+
+fn put_head(number: u32, content_bytes: usize, out: &mut Vec<u8>) {
+    encode_key(number, WireType::LengthDelimited, out);
+    encode_varint(content_bytes as u64, out);
+}
+
+fn put_bytes(number: u32, content: &[u8], out: &mut Vec<u8>) {
+    put_head(number, content.len(), out);
+    out.put_slice(content);
+}
+
+/// proto3 leaves an empty string out.
+fn put_text(number: u32, text: &str, out: &mut Vec<u8>) {
+    if !text.is_empty() {
+        put_bytes(number, text.as_bytes(), out);
+    }
+}
+
+/// The bytes of the message in the Any: field 1, left out where it has its default.
+pub(in crate::api) fn encode_data(value: &AttributeValue) -> Vec<u8> {
+    use prost::encoding as p;
+    let mut out = Vec::new();
+    let number = DATA;
+    match value {
+        AttributeValue::String(value) if !value.is_empty() => p::string::encode(number, value, &mut out),
+        AttributeValue::Integer(value) if *value != 0 => p::int32::encode(number, value, &mut out),
+        // Negative zero is not the default.
+        AttributeValue::Double(value) if value.to_bits() != 0 => p::double::encode(number, value, &mut out),
+        AttributeValue::Boolean(value) if *value => p::bool::encode(number, value, &mut out),
+        AttributeValue::String(_)
+        | AttributeValue::Integer(_)
+        | AttributeValue::Double(_)
+        | AttributeValue::Boolean(_) => {}
+        AttributeValue::StringArray(values) => p::string::encode_repeated(number, values, &mut out),
+        AttributeValue::IntegerArray(values) => p::int32::encode_packed(number, values, &mut out),
+        AttributeValue::DoubleArray(values) => p::double::encode_packed(number, values, &mut out),
+        AttributeValue::BooleanArray(values) => p::bool::encode_packed(number, values, &mut out),
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::grpc::proto;
+    use crate::model::change::values;
+    use crate::model::change::{Attribute, Fact, Operation, Tuple, encode, envelope_bytes};
+    use proptest::prelude::*;
+    use prost::Message as _;
+
+    /// prost takes negative zero for the default and loses its sign; we do not.
+    fn without_negative_zero(value: AttributeValue) -> AttributeValue {
+        match value {
+            AttributeValue::Double(value) => AttributeValue::Double(value + 0.0),
+            value => value,
+        }
+    }
+
+    fn any_of<M: prost::Message>(name: &str, message: &M) -> prost_types::Any {
+        prost_types::Any { type_url: format!("{TYPE_URL_PREFIX}{name}"), value: message.encode_to_vec() }
+    }
+
+    fn any_value(value: &AttributeValue) -> prost_types::Any {
+        let name = value.message_name();
+        match value.clone() {
+            AttributeValue::String(data) => any_of(name, &proto::StringValue { data }),
+            AttributeValue::Integer(data) => any_of(name, &proto::IntegerValue { data }),
+            AttributeValue::Double(data) => any_of(name, &proto::DoubleValue { data }),
+            AttributeValue::Boolean(data) => any_of(name, &proto::BooleanValue { data }),
+            AttributeValue::StringArray(data) => any_of(name, &proto::StringArrayValue { data }),
+            AttributeValue::IntegerArray(data) => any_of(name, &proto::IntegerArrayValue { data }),
+            AttributeValue::DoubleArray(data) => any_of(name, &proto::DoubleArrayValue { data }),
+            AttributeValue::BooleanArray(data) => any_of(name, &proto::BooleanArrayValue { data }),
+        }
+    }
+
+    fn expected(operation: Operation, kind: proto::data_change::Type) -> Vec<u8> {
+        let operation = match operation {
+            Operation::Create => proto::data_change::Operation::Create,
+            Operation::Delete => proto::data_change::Operation::Delete,
+        };
+        let change = proto::DataChange { operation: operation.into(), r#type: Some(kind) };
+        let changes = proto::DataChanges { snap_token: "token".into(), tuple_changes: vec![change.clone(), change] };
+        proto::WatchResponse { changes: Some(changes) }.encode_to_vec()
+    }
+
+    fn ours(operation: Operation, fact: &Fact<'_>) -> Vec<u8> {
+        let mut changes = Vec::new();
+        encode(operation, fact, &mut changes);
+        encode(operation, fact, &mut changes);
+        response("token", &changes)
+    }
+
+    proptest! {
+        #[test]
+        fn tuples_encode_as_generated(columns in proptest::array::uniform6(".{0,200}"), create in any::<bool>()) {
+            let [entity_type, entity_id, relation, subject_type, subject_id, subject_relation] = &columns;
+            let operation = if create { Operation::Create } else { Operation::Delete };
+            let fact = Fact::Tuple(Tuple { entity_type, entity_id, relation, subject_type, subject_id, subject_relation });
+            let expected = expected(operation, proto::data_change::Type::Tuple(proto::Tuple {
+                entity: Some(proto::Entity { r#type: entity_type.clone(), id: entity_id.clone() }),
+                relation: relation.clone(),
+                subject: Some(proto::Subject {
+                    r#type: subject_type.clone(), id: subject_id.clone(), relation: subject_relation.clone(),
+                }),
+            }));
+            prop_assert_eq!(ours(operation, &fact), expected);
+        }
+
+        #[test]
+        fn attributes_encode_as_generated(columns in proptest::array::uniform3(".{0,200}"), value in values().prop_map(without_negative_zero)) {
+            let [entity_type, entity_id, attribute] = &columns;
+            let fact = Fact::Attribute(Attribute { entity_type, entity_id, attribute, value: value.clone() });
+            let expected = expected(Operation::Create, proto::data_change::Type::Attribute(proto::Attribute {
+                entity: Some(proto::Entity { r#type: entity_type.clone(), id: entity_id.clone() }),
+                attribute: attribute.clone(),
+                value: Some(any_value(&value)),
+            }));
+            prop_assert_eq!(ours(Operation::Create, &fact), expected);
+            let mut encoded = Vec::new();
+            encode(Operation::Create, &fact, &mut encoded);
+            prop_assert!(transcoded(&encoded).len() <= envelope_bytes(&fact, &encoded), "no limit is passed");
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let _ = response("", &bytes);
+        }
+    }
+}
