@@ -9,14 +9,14 @@
 //!                        change log
 //! ```
 //!
-//! - **Seen means readable.** A transaction is released once a snapshot of PostgreSQL sees it, because PostgreSQL streams a
-//!   commit before it is visible, and a cache that reloads on the message would cache the old state again. One statement
-//!   decides for everything that waits ([`releaser`]).
-//! - **One reader over both tiers.** A [`Subscription`] is a position and nothing else that matters: it yields what follows,
-//!   from memory where memory has it and from the log where not, and then waits. There is no catch-up mode to leave.
-//! - **Nobody holds back anybody.** A slow subscription holds no memory: the window evicts by its own bound, and the
-//!   subscription goes on from the log.
-//! - A full window whose oldest part the log does not have yet makes [`Hub::admit`] wait, and so stops reading the slot.
+//! - **A delivered change is already visible to SELECT.** PostgreSQL streams a commit before it is visible, and a cache that reloads on
+//!   the message would cache the old state again. So a transaction is released once a snapshot of PostgreSQL sees it. One statement
+//!   decides for all transactions that wait ([`releaser`]).
+//! - **One reader over memory and disk.** A [`Subscription`] is a position. It yields the messages after it, from memory where memory
+//!   has them and from the log where not, and then waits. There is no catch-up mode to leave.
+//! - **A slow subscriber delays nobody else.** It holds no memory: the window evicts by its own bound, and the subscription continues
+//!   from the log.
+//! - A full window whose oldest part is not in the log yet makes [`Hub::admit`] wait, and so the slot is not read.
 //!
 //! This module reads the log and never writes it; it knows nothing of replication.
 
@@ -158,11 +158,10 @@ impl Hub {
         })
     }
 
-    /// A handle for a thread that serves many subscriptions, and the wake_batch that has to run there: what is released wakes them
-    /// together, from within.
+    /// A handle for a thread that serves many subscriptions, and the batch that has to run there and wakes them together.
     pub fn with_wake_batch(&self) -> (Self, WakeBatch) {
         let wake_batch = WakeBatch::default();
-        self.window().hang(wake_batch.clone());
+        self.window().add_wake_batch(wake_batch.clone());
         (Self { inner: self.inner.clone(), wake_batch: Some(wake_batch.clone()) }, wake_batch)
     }
 

@@ -70,17 +70,17 @@ impl Examination<'_> {
         report.extend(requirements::check(client, &self.expected).await?);
         Limits::read(client).await?.check(self.connections_max, report);
         let own_name = self.node_id.map(application_name);
-        let sight = slot::SlotStatus::read(client, self.expected.slot).await?;
-        if let Some(sight) = &sight {
+        let slot_status = slot::SlotStatus::read(client, self.expected.slot).await?;
+        if let Some(slot_status) = &slot_status {
             let (slot, commands) = (self.expected.slot, self.expected.commands);
             let held_bytes = self.expected.ack_delay.bytes_max();
-            sight.check(slot, own_name.as_deref(), &self.thresholds, held_bytes, commands, report);
+            slot_status.check(slot, own_name.as_deref(), &self.thresholds, held_bytes, commands, report);
         }
         holders::check(client, &self.expected, self.long_transaction, report).await?;
-        standbys::check(client, &self.expected, sight.as_ref(), report).await?;
+        standbys::check(client, &self.expected, slot_status.as_ref(), report).await?;
         clock::check(client, report).await?;
         // Where the slot is in use, such a connection is there, and what a second one needs may not be.
-        if sight.is_none_or(|sight| !sight.is_in_use()) {
+        if slot_status.is_none_or(|slot_status| !slot_status.is_in_use()) {
             link::check(connection, report).await;
         }
         Ok(())

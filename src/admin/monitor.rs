@@ -227,13 +227,13 @@ struct News {
 impl Watch {
     fn look(
         &mut self,
-        sight: &SlotStatus,
+        slot_status: &SlotStatus,
         own_name: &str,
         thresholds: &Thresholds,
         now: Instant,
     ) -> (News, Option<Lag>) {
-        let lag = sight.confirmed.map(|confirmed| self.samples.lag(sight.wal_end, confirmed, now));
-        let found = self.conditions(sight, own_name, thresholds, lag);
+        let lag = slot_status.confirmed.map(|confirmed| self.samples.lag(slot_status.wal_end, confirmed, now));
+        let found = self.conditions(slot_status, own_name, thresholds, lag);
         let before = std::mem::take(&mut self.present);
         let began = found.iter().filter(|new| !before.iter().any(|old| old.is_same(new))).cloned().collect();
         let over = before.into_iter().filter(|old| !found.iter().any(|new| new.is_same(old))).collect();
@@ -250,12 +250,12 @@ impl Watch {
 
     fn conditions(
         &mut self,
-        sight: &SlotStatus,
+        slot_status: &SlotStatus,
         own_name: &str,
         thresholds: &Thresholds,
         lag: Option<Lag>,
     ) -> Vec<Condition> {
-        let Some(slot) = &sight.slot else {
+        let Some(slot) = &slot_status.slot else {
             return if self.was_there { vec![Condition::Missing] } else { Vec::new() };
         };
         self.was_there = true;
@@ -264,12 +264,12 @@ impl Watch {
         }
         let mut found = Vec::new();
         if let Some(pid) = slot.active_pid
-            && let Some(name) = sight.holder.as_ref().filter(|name| *name != own_name)
+            && let Some(name) = slot_status.holder.as_ref().filter(|name| *name != own_name)
         {
             let name = if name.is_empty() { "without a name".to_owned() } else { name.clone() };
             found.push(Condition::AckTracker { pid, name });
         }
-        if let Some(bytes) = sight.retained_bytes {
+        if let Some(bytes) = slot_status.retained_bytes {
             let retained = Condition::Retained { bytes };
             if self.passes(&retained, bytes, thresholds.retained_wal_bytes) {
                 found.push(retained);
@@ -296,17 +296,17 @@ impl Watch {
 }
 
 impl Report {
-    fn of(sight: SlotStatus, received: Option<Lag>, slot_lag: Option<Lag>, now: Instant) -> Self {
-        let slot = sight.slot.map(|slot| SlotReport {
+    fn of(slot_status: SlotStatus, received: Option<Lag>, slot_lag: Option<Lag>, now: Instant) -> Self {
+        let slot = slot_status.slot.map(|slot| SlotReport {
             is_active: slot.active_pid.is_some(),
             is_lost: slot.loss().is_some(),
-            confirmed: sight.confirmed,
+            confirmed: slot_status.confirmed,
             lag: slot_lag,
-            retained_bytes: sight.retained_bytes,
+            retained_bytes: slot_status.retained_bytes,
             safe_bytes: slot.safe_bytes(),
             wal_status: slot.wal_status,
         });
-        Self { at: now, at_time: SystemTime::now(), wal_end: sight.wal_end, received, slot }
+        Self { at: now, at_time: SystemTime::now(), wal_end: slot_status.wal_end, received, slot }
     }
 }
 
@@ -362,17 +362,17 @@ impl Monitor {
                 continue;
             };
             match timeout(ANSWER_MAX, SlotStatus::read(&connection.client, &self.options.slot)).await {
-                Ok(Ok(sight)) => {
+                Ok(Ok(slot_status)) => {
                     let now = Instant::now();
-                    let (news, slot_lag) = watch.look(&sight, &own_name, &self.options.thresholds, now);
+                    let (news, slot_lag) = watch.look(&slot_status, &own_name, &self.options.thresholds, now);
                     self.tell(&news);
                     let position = *received.borrow();
-                    let lag = position.map(|position| samples.lag(sight.wal_end, position, now));
+                    let lag = position.map(|position| samples.lag(slot_status.wal_end, position, now));
                     // Unless there will be no session any more.
                     if lag.is_some_and(|lag| lag.is_older) && received.has_changed().is_ok() {
                         wanted = samples.mostly_found();
                     }
-                    self.reports.send_replace(Some(Report::of(sight, lag, slot_lag, now)));
+                    self.reports.send_replace(Some(Report::of(slot_status, lag, slot_lag, now)));
                     // One of its own may be free the next time.
                     open = Some(line).filter(|line| !line.is_shared());
                 }
@@ -409,7 +409,7 @@ mod tests {
     const THRESHOLDS: Thresholds =
         Thresholds { retained_wal_bytes: 1000, safe_wal_bytes: 100, lag: Duration::from_secs(60) };
 
-    fn sight(retained: u64, safe: i64, wal_end: u64, confirmed: u64) -> SlotStatus {
+    fn slot_status(retained: u64, safe: i64, wal_end: u64, confirmed: u64) -> SlotStatus {
         let slot = serde_json::json!({
             "plugin": "pgoutput", "slot_type": "logical", "database": "d", "active_pid": 7,
             "wal_status": "reserved", "safe_wal_size": safe,
@@ -424,8 +424,8 @@ mod tests {
     }
 
     /// What is said, in short.
-    fn look(watch: &mut Watch, sight: &SlotStatus, now: Instant) -> Vec<String> {
-        let (news, _) = watch.look(sight, "tuplewatch me", &THRESHOLDS, now);
+    fn look(watch: &mut Watch, slot_status: &SlotStatus, now: Instant) -> Vec<String> {
+        let (news, _) = watch.look(slot_status, "tuplewatch me", &THRESHOLDS, now);
         let began = news.began.iter().map(ToString::to_string);
         began.chain(news.over.iter().map(|condition| condition.over().to_owned())).collect()
     }
@@ -434,18 +434,18 @@ mod tests {
     fn thresholds_are_said_once_and_over_once() {
         let mut watch = Watch::default();
         let now = Instant::now();
-        let check = |watch: &mut Watch, sight: &SlotStatus, seconds: u64, expected: &[&str]| {
-            let said = look(watch, sight, now + Duration::from_secs(seconds));
+        let check = |watch: &mut Watch, slot_status: &SlotStatus, seconds: u64, expected: &[&str]| {
+            let said = look(watch, slot_status, now + Duration::from_secs(seconds));
             assert_eq!(said.len(), expected.len(), "{said:?}");
             assert!(said.iter().zip(expected).all(|(said, expected)| said.contains(expected)), "{said:?}");
         };
-        check(&mut watch, &sight(999, 100, 10, 10), 0, &[]);
-        check(&mut watch, &sight(1000, 100, 10, 10), 5, &["retained_wal"]);
-        check(&mut watch, &sight(5000, 99, 10, 10), 10, &["safe_wal_size"]);
+        check(&mut watch, &slot_status(999, 100, 10, 10), 0, &[]);
+        check(&mut watch, &slot_status(1000, 100, 10, 10), 5, &["retained_wal"]);
+        check(&mut watch, &slot_status(5000, 99, 10, 10), 10, &["safe_wal_size"]);
         // Around the threshold nothing is over yet.
-        check(&mut watch, &sight(800, 110, 10, 10), 15, &[]);
-        check(&mut watch, &sight(700, 130, 10, 10), 20, &["keeps less WAL again", "not about to be lost"]);
-        check(&mut watch, &sight(0, -5, 10, 10), 25, &["is lost when another 0 bytes"]);
+        check(&mut watch, &slot_status(800, 110, 10, 10), 15, &[]);
+        check(&mut watch, &slot_status(700, 130, 10, 10), 20, &["keeps less WAL again", "not about to be lost"]);
+        check(&mut watch, &slot_status(0, -5, 10, 10), 25, &["is lost when another 0 bytes"]);
     }
 
     #[test]
@@ -464,13 +464,13 @@ mod tests {
         let mut watch = Watch::default();
         let now = Instant::now();
         let at = |seconds: u64| now + Duration::from_secs(seconds);
-        assert!(look(&mut watch, &sight(0, 1000, 100, 50), at(0)).is_empty());
-        assert!(look(&mut watch, &sight(0, 1000, 200, 50), at(30)).is_empty());
+        assert!(look(&mut watch, &slot_status(0, 1000, 100, 50), at(0)).is_empty());
+        assert!(look(&mut watch, &slot_status(0, 1000, 200, 50), at(30)).is_empty());
         // It moves, and is still a minute behind at no time.
-        assert!(look(&mut watch, &sight(0, 1000, 300, 100), at(65)).is_empty());
-        let said = look(&mut watch, &sight(0, 1000, 400, 199), at(95));
+        assert!(look(&mut watch, &slot_status(0, 1000, 300, 100), at(65)).is_empty());
+        let said = look(&mut watch, &slot_status(0, 1000, 400, 199), at(95));
         assert!(said.len() == 1 && said[0].contains("65 s ago"), "{said:?}");
-        assert_eq!(look(&mut watch, &sight(0, 1000, 400, 400), at(100)), ["has caught up"]);
+        assert_eq!(look(&mut watch, &slot_status(0, 1000, 400, 400), at(100)), ["has caught up"]);
     }
 
     #[test]
@@ -509,7 +509,7 @@ mod tests {
         // It may be ahead of what was looked at.
         check(500, 510, 30, 0, 0);
 
-        let report = Report::of(sight(7, -5, 600, 400), None, None, now);
+        let report = Report::of(slot_status(7, -5, 600, 400), None, None, now);
         let slot = report.slot.unwrap();
         assert_eq!((slot.retained_bytes, slot.safe_bytes, slot.confirmed), (Some(7), Some(0), Some(Lsn(400))));
         assert!(slot.is_active && !slot.is_lost);
@@ -519,17 +519,17 @@ mod tests {
     fn a_slot_that_is_gone_lost_or_in_other_hands() {
         let mut watch = Watch::default();
         let now = Instant::now();
-        let none = || SlotStatus { slot: None, ..sight(0, 1000, 10, 10) };
+        let none = || SlotStatus { slot: None, ..slot_status(0, 1000, 10, 10) };
         // It is the session that makes it.
         assert!(look(&mut watch, &none(), now).is_empty());
-        assert!(look(&mut watch, &sight(0, 1000, 10, 10), now).is_empty());
-        let other = SlotStatus { holder: Some("pg_recvlogical".into()), ..sight(0, 1000, 10, 10) };
+        assert!(look(&mut watch, &slot_status(0, 1000, 10, 10), now).is_empty());
+        let other = SlotStatus { holder: Some("pg_recvlogical".into()), ..slot_status(0, 1000, 10, 10) };
         assert!(look(&mut watch, &other, now)[0].contains("in use by process 7 (pg_recvlogical)"));
         assert!(look(&mut watch, &other, now).is_empty());
-        let mut lost = sight(0, 1000, 10, 10);
+        let mut lost = slot_status(0, 1000, 10, 10);
         lost.slot.as_mut().unwrap().wal_status = Some("lost".into());
         assert!(look(&mut watch, &lost, now)[0].contains("is lost (WAL that it needs has been removed)"));
         assert!(look(&mut watch, &none(), now)[0].contains("does not exist any more"));
-        assert_eq!(look(&mut watch, &sight(0, 1000, 10, 10), now), ["is there again"]);
+        assert_eq!(look(&mut watch, &slot_status(0, 1000, 10, 10), now), ["is there again"]);
     }
 }

@@ -99,7 +99,7 @@ impl Gateway {
             .method_not_allowed_fallback(async |method: Method| Refusal::method_not_allowed(&method))
             .fallback(async |uri: Uri| Refusal::no_route(uri.path()))
             .layer(DefaultBodyLimit::max(self.body_bytes_max))
-            .layer(from_fn_with_state(self.origins, refuse_strange_pages))
+            .layer(from_fn_with_state(self.origins, refuse_cross_origin_writes))
             .layer(self.admission.layer(|error| Refusal::from(status::of_admission(error)).into_response()));
         // Outermost: a page of another origin may read why it was refused, too.
         let router = match self.cors {
@@ -112,7 +112,7 @@ impl Gateway {
 
 /// A browser sends what a form could send without asking first, wherever the page is from, and keeps only the answer from it: so
 /// that nobody's page writes to a server that its reader happens to reach.
-async fn refuse_strange_pages(State(allowed): State<Arc<[String]>>, request: Request, next: Next) -> Response {
+async fn refuse_cross_origin_writes(State(allowed): State<Arc<[String]>>, request: Request, next: Next) -> Response {
     match cross_origin_write(&allowed, &request) {
         Some(refusal) if !request.method().is_safe() => refusal.into_response(),
         _ => next.run(request).await,
@@ -125,7 +125,7 @@ fn cross_origin_write(allowed: &[String], request: &Request) -> Option<Refusal> 
     let origin = header(ORIGIN)?;
     let is_own = origin.split_once("://").is_some_and(|(_, authority)| header(HOST) == Some(authority));
     let is_allowed = allowed.iter().any(|allowed| allowed == "*" || allowed == origin);
-    (!is_own && !is_allowed).then(|| Refusal::from(status::strange_origin(origin)))
+    (!is_own && !is_allowed).then(|| Refusal::from(status::other_origin(origin)))
 }
 
 async fn count(request: Request, next: Next) -> Response {

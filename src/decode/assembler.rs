@@ -13,7 +13,7 @@
 
 use crate::decode::mapping::{Mapping, Outcome, Plan, Undecodable};
 use crate::decode::pgoutput::{self, Message as Row, RelationCache, RelationId, decode};
-use crate::model::change::{Operation, TenantId, encode, envelope_bytes};
+use crate::model::change::{Fact, Operation, TenantId, encode, envelope_bytes};
 use crate::model::lsn::{Lsn, Position};
 use crate::model::snap_token::TokenId;
 use crate::model::transaction::{Gap, GapReason, Header, Message, MessageBuilder, Tally, Transaction};
@@ -299,48 +299,19 @@ impl Assembler {
             }
         };
 
-        let (tenants, encoded, limits) = (&mut self.tenants, &mut self.encoded, self.limits);
-        let (mut created, mut deleted, mut undecodable) = (0, 0, None);
-        read(plan, &mut |step, outcome| {
-            let gap = match outcome {
-                Outcome::Change { tenant, operation, fact } => {
-                    encoded.clear();
-                    encode(operation, &fact, encoded);
-                    let envelope_bytes = envelope_bytes(&fact, encoded);
-                    match intern(tenants, tenant) {
-                        Ok(id) if envelope_bytes <= limits.change_bytes => {
-                            if open.add(&id, before + step, encoded, envelope_bytes, limits.message_bytes) {
-                                match operation {
-                                    Operation::Create => created += 1,
-                                    Operation::Delete => deleted += 1,
-                                }
-                            }
-                            return;
-                        }
-                        Ok(id) => {
-                            let detail = format!(
-                                "a change of {envelope_bytes} bytes; at most {} are possible",
-                                limits.change_bytes
-                            );
-                            Undecodable { tenant: Some(id.as_str().to_owned()), detail }
-                        }
-                        Err(error) => Undecodable { tenant: None, detail: error.to_string() },
-                    }
-                }
-                Outcome::Transaction { tenant } => match intern(tenants, tenant) {
-                    Ok(id) => {
-                        open.closing.insert(id);
-                        return;
-                    }
-                    Err(error) => Undecodable { tenant: None, detail: error.to_string() },
-                },
-                Outcome::Undecodable(gap) => gap,
-            };
-            let tenant = gap.tenant.as_deref().and_then(|tenant| intern(tenants, tenant).ok());
-            let reason = GapReason::Undecodable { table: plan.table().to_string(), detail: gap.detail };
-            open.interrupt(tenant, before + step - 1, reason.clone());
-            undecodable.get_or_insert(reason);
-        });
+        let mut row = RowOutcomes {
+            open,
+            tenants: &mut self.tenants,
+            encoded: &mut self.encoded,
+            limits: self.limits,
+            steps_before: before,
+            table: plan.table(),
+            created: 0,
+            deleted: 0,
+            undecodable: None,
+        };
+        read(plan, &mut |step, outcome| row.take(step, outcome));
+        let RowOutcomes { created, deleted, undecodable, .. } = row;
         let tally = open.tally(plan.table());
         tally.created += created;
         tally.deleted += deleted;
@@ -358,6 +329,65 @@ impl Assembler {
         };
         open.interrupt(None, open.steps, GapReason::Truncate { table });
         Ok(())
+    }
+}
+
+/// Adds the outcomes of one row message to the open transaction.
+struct RowOutcomes<'a> {
+    open: &'a mut Open,
+    tenants: &'a mut HashSet<TenantId>,
+    /// Scratch space.
+    encoded: &'a mut Vec<u8>,
+    limits: Limits,
+    /// Row steps of the transaction before this message.
+    steps_before: u64,
+    table: &'a Arc<str>,
+    created: u64,
+    deleted: u64,
+    /// The first that was found.
+    undecodable: Option<GapReason>,
+}
+
+impl RowOutcomes<'_> {
+    /// Takes the outcome of a step, which counts from 1.
+    fn take(&mut self, step: u64, outcome: Outcome<'_>) {
+        let taken = match outcome {
+            Outcome::Change { tenant, operation, fact } => self.change(step, tenant, operation, &fact),
+            Outcome::Transaction { tenant } => self.transaction(tenant),
+            Outcome::Undecodable(undecodable) => Err(undecodable),
+        };
+        let Err(Undecodable { tenant, detail }) = taken else { return };
+        let tenant = tenant.and_then(|tenant| intern(self.tenants, &tenant).ok());
+        let reason = GapReason::Undecodable { table: self.table.to_string(), detail };
+        self.open.interrupt(tenant, self.steps_before + step - 1, reason.clone());
+        self.undecodable.get_or_insert(reason);
+    }
+
+    fn change(&mut self, step: u64, tenant: &str, operation: Operation, fact: &Fact<'_>) -> Result<(), Undecodable> {
+        self.encoded.clear();
+        encode(operation, fact, self.encoded);
+        let bytes = envelope_bytes(fact, self.encoded);
+        let id = self.tenant(tenant)?;
+        if bytes > self.limits.change_bytes {
+            let detail = format!("a change of {bytes} bytes; at most {} are possible", self.limits.change_bytes);
+            return Err(Undecodable { tenant: Some(id.as_str().to_owned()), detail });
+        }
+        let is_added = self.open.add(&id, self.steps_before + step, self.encoded, bytes, self.limits.message_bytes);
+        match operation {
+            Operation::Create => self.created += u64::from(is_added),
+            Operation::Delete => self.deleted += u64::from(is_added),
+        }
+        Ok(())
+    }
+
+    fn transaction(&mut self, tenant: &str) -> Result<(), Undecodable> {
+        let id = self.tenant(tenant)?;
+        self.open.closing.insert(id);
+        Ok(())
+    }
+
+    fn tenant(&mut self, text: &str) -> Result<TenantId, Undecodable> {
+        intern(self.tenants, text).map_err(|error| Undecodable { tenant: None, detail: error.to_string() })
     }
 }
 

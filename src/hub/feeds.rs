@@ -81,7 +81,7 @@ impl Feeds {
         }
     }
 
-    /// Registers a reader that has everything before `has`, to be woken by this wake_batch, if any. A new feed is complete from `floor`
+    /// Registers a reader that has everything before `has`, to be woken with this batch, if any. A new feed is complete from `floor`
     /// on.
     pub(super) fn join(
         &mut self,

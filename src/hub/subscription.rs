@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use tokio::sync::watch;
 
 /// How much more is read from the log at a time than is taken from memory: a read takes a thread for a moment.
 const READ_FACTOR: usize = 16;
@@ -39,7 +40,7 @@ impl Filter {
 #[derive(Debug)]
 pub enum End {
     /// History is not continuous: read the state anew and go on from `Gap::to`.
-    Broken(Gap),
+    Gap(Gap),
     /// What was received past this LSN was abandoned by the server.
     Abandoned {
         /// The switch LSN.
@@ -56,11 +57,24 @@ pub enum End {
     Closed,
 }
 
-enum Waiting {
-    /// For the disk.
-    Read(Pin<Box<dyn Future<Output = Result<Read, changelog::Error>> + Send>>),
-    /// For the log to get on. Kept only because it wakes.
-    Append(#[expect(dead_code, reason = "dropped, it would not wake")] Pin<Box<dyn Future<Output = ()> + Send>>),
+/// What a subscription is doing.
+enum Activity {
+    /// It looks into memory when it is polled.
+    Looking,
+    /// It reads the log.
+    Reading(Pin<Box<dyn Future<Output = Result<Read, changelog::Error>> + Send>>),
+    /// It waits for the log to be appended to, and looks again then.
+    AwaitingAppend(#[expect(dead_code, reason = "kept because it wakes")] Pin<Box<dyn Future<Output = ()> + Send>>),
+}
+
+/// The result of a look into memory.
+enum Looked {
+    /// There are messages. Where they are `all`, the reader is woken when there are more.
+    Found { all: bool },
+    /// The subscription has moved, or begun to read the log.
+    Again,
+    /// There is nothing. The reader is woken when there is.
+    Nothing,
 }
 
 /// Where a subscription had its last messages from.
@@ -93,8 +107,7 @@ pub struct Subscription {
     filter: Option<Filter>,
     /// Its place among those that wait for the tenant.
     key: ReaderKey,
-    /// What it waits for beside what is released.
-    waiting: Option<Waiting>,
+    activity: Activity,
     tier: Tier,
     divergences_checked: usize,
     /// What the positions of the last batch belong to.
@@ -120,7 +133,7 @@ impl Subscription {
             seen,
             filter,
             key,
-            waiting: None,
+            activity: Activity::Looking,
             tier: Tier::None,
             divergences_checked: divergences,
             origin: None,
@@ -155,81 +168,105 @@ impl Subscription {
     ) -> Poll<Result<bool, End>> {
         let had = messages.len();
         loop {
-            let mut is_all = false;
-            if let Some(Waiting::Read(reading)) = &mut self.waiting {
+            let all = if let Activity::Reading(reading) = &mut self.activity {
                 let read = ready!(reading.as_mut().poll(cx));
-                self.waiting = None;
-                let read = read.map_err(End::Log)?;
-                // Retention may have gone by while we read.
-                if self.cursor < read.horizon {
-                    return Poll::Ready(Err(End::TooOld { earliest: read.horizon }));
-                }
-                if read.batch.messages.is_empty() && !read.batch.more {
-                    self.cursor = self.cursor.max(read.up_to);
-                }
-                messages.extend(read.batch.messages.into_iter().map(Item::new));
+                self.activity = Activity::Looking;
+                self.add_read(read.map_err(End::Log)?, messages)?;
+                false
             } else {
-                self.waiting = None;
-                let mut window = self.hub.window();
-                if self.origin.as_ref().map(|(_, history)| Arc::as_ptr(history))
-                    != window.origin().map(|(_, history)| Arc::as_ptr(history))
-                {
-                    self.origin = window.origin().cloned();
+                match self.look(cx, bytes_max, messages)? {
+                    Looked::Found { all } => all,
+                    Looked::Again => continue,
+                    Looked::Nothing => return Poll::Pending,
                 }
-                let (cursor, seen, checked) = (self.cursor, self.seen, &mut self.divergences_checked);
-                match window.next(self.key, cursor, seen, checked, bytes_max, messages) {
-                    Next::Messages { all } => {
-                        if all {
-                            window.wait(self.key, cx.waker());
-                        }
-                        is_all = all;
-                        self.tier = Tier::Memory;
-                    }
-                    Next::Disk { up_to, behind } => {
-                        // What the log does not have yet is in memory, or not released.
-                        let mut appended = self.hub.inner.appended.clone();
-                        let up_to = up_to.min(Position::at(*appended.borrow_and_update()));
-                        if up_to > self.cursor {
-                            drop(window);
-                            if behind {
-                                self.count_log_reader();
-                            }
-                            self.waiting = Some(self.read_log(up_to, bytes_max));
-                            continue;
-                        }
-                        // PrimaryState again when it is there, or when something else is to be told.
-                        window.wait(self.key, cx.waker());
-                        let mut append = Box::pin(async move {
-                            if appended.changed().await.is_err() {
-                                // The log is gone, and the process with it.
-                                std::future::pending::<()>().await;
-                            }
-                        });
-                        if append.as_mut().poll(cx).is_pending() {
-                            self.waiting = Some(Waiting::Append(append));
-                            return Poll::Pending;
-                        }
-                        continue;
-                    }
-                    Next::Skip { to } | Next::Back { to } => {
-                        self.cursor = to;
-                        continue;
-                    }
-                    Next::Wait => {
-                        window.wait(self.key, cx.waker());
-                        self.tier = Tier::Memory;
-                        return Poll::Pending;
-                    }
-                    Next::Broken(gap) => return Poll::Ready(Err(End::Broken(gap))),
-                    Next::Abandoned { at } => return Poll::Ready(Err(End::Abandoned { at })),
-                    Next::Closed => return Poll::Ready(Err(End::Closed)),
-                }
-            }
+            };
             self.take(had, messages);
             if messages.len() > had {
-                return Poll::Ready(Ok(is_all));
+                return Poll::Ready(Ok(all));
             }
         }
+    }
+
+    /// Adds what was read from the log.
+    fn add_read(&mut self, read: Read, messages: &mut VecDeque<Arc<Item>>) -> Result<(), End> {
+        // Retention may have dropped something meanwhile.
+        if self.cursor < read.horizon {
+            return Err(End::TooOld { earliest: read.horizon });
+        }
+        if read.batch.messages.is_empty() && !read.batch.more {
+            self.cursor = self.cursor.max(read.up_to);
+        }
+        messages.extend(read.batch.messages.into_iter().map(Item::new));
+        Ok(())
+    }
+
+    /// Looks into memory, and adds the messages that it has.
+    fn look(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes_max: usize,
+        messages: &mut VecDeque<Arc<Item>>,
+    ) -> Result<Looked, End> {
+        self.activity = Activity::Looking;
+        let mut window = self.hub.window();
+        if self.origin.as_ref().map(|(_, history)| Arc::as_ptr(history))
+            != window.origin().map(|(_, history)| Arc::as_ptr(history))
+        {
+            self.origin = window.origin().cloned();
+        }
+        let (cursor, seen, checked) = (self.cursor, self.seen, &mut self.divergences_checked);
+        match window.next(self.key, cursor, seen, checked, bytes_max, messages) {
+            Next::Messages { all } => {
+                if all {
+                    window.wait(self.key, cx.waker());
+                }
+                self.tier = Tier::Memory;
+                Ok(Looked::Found { all })
+            }
+            Next::Disk { up_to, behind } => {
+                // Messages that the log does not have yet are in memory, or not released.
+                let mut appended = self.hub.inner.appended.clone();
+                let up_to = up_to.min(Position::at(*appended.borrow_and_update()));
+                if up_to > self.cursor {
+                    drop(window);
+                    if behind {
+                        self.count_log_reader();
+                    }
+                    self.activity = self.read_log(up_to, bytes_max);
+                    return Ok(Looked::Again);
+                }
+                window.wait(self.key, cx.waker());
+                drop(window);
+                Ok(self.await_append(cx, appended))
+            }
+            Next::Skip { to } | Next::Back { to } => {
+                self.cursor = to;
+                Ok(Looked::Again)
+            }
+            Next::Wait => {
+                window.wait(self.key, cx.waker());
+                self.tier = Tier::Memory;
+                Ok(Looked::Nothing)
+            }
+            Next::Gap(gap) => Err(End::Gap(gap)),
+            Next::Abandoned { at } => Err(End::Abandoned { at }),
+            Next::Closed => Err(End::Closed),
+        }
+    }
+
+    /// Has the reader woken when the log has been appended to.
+    fn await_append(&mut self, cx: &mut Context<'_>, mut appended: watch::Receiver<Lsn>) -> Looked {
+        let mut append = Box::pin(async move {
+            if appended.changed().await.is_err() {
+                // The log is gone, and the process with it.
+                std::future::pending::<()>().await;
+            }
+        });
+        if append.as_mut().poll(cx).is_ready() {
+            return Looked::Again;
+        }
+        self.activity = Activity::AwaitingAppend(append);
+        Looked::Nothing
     }
 
     /// Moves past the messages from `first` on, and leaves out what is not for this reader.
@@ -270,14 +307,14 @@ impl Subscription {
         }
     }
 
-    fn read_log(&self, up_to: Position, bytes_max: usize) -> Waiting {
+    fn read_log(&self, up_to: Position, bytes_max: usize) -> Activity {
         let (hub, tenant, cursor) = (self.hub.clone(), self.tenant.clone(), self.cursor);
         let bytes_max = bytes_max.saturating_mul(READ_FACTOR);
         let read = move |log: &dyn changelog::ChangeLog| {
             let batch = log.read(&tenant, cursor, up_to, bytes_max)?;
             Ok(Read { batch, horizon: log.horizon(&tenant)?, up_to })
         };
-        Waiting::Read(Box::pin(async move { hub.on_disk(read).await }))
+        Activity::Reading(Box::pin(async move { hub.on_disk(read).await }))
     }
 
     /// [`Subscription::poll_next`] to be awaited. Cancel safe: what was not returned comes again.

@@ -146,7 +146,7 @@ async fn before_visible_releases_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn readers_of_a_thread_are_woken_by_its_bell() {
+async fn readers_of_a_thread_are_woken_together() {
     let fixture = Fixture::new(1 << 20, false);
     let (hub, wake_batch) = fixture.hub.with_wake_batch();
     let start = Position::at(Lsn(100));
@@ -199,7 +199,7 @@ async fn who_has_all_there_is_is_woken_without_polling_again() {
     fixture.release(300, "");
     // There is something else to be told.
     assert_eq!(next(&mut subscription, usize::MAX), (vec![240], false, 2));
-    assert!(matches!(ended(&mut subscription).await, End::Broken(_)));
+    assert!(matches!(ended(&mut subscription).await, End::Gap(_)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -293,17 +293,17 @@ async fn gaps_stop_everybody_they_concern() {
     fixture.release(1000, "");
     assert_eq!(ready(&mut before).await, Some(vec![200]));
     for _ in 0..2 {
-        assert!(matches!(ended(&mut before).await, End::Broken(gap) if gap.to == Position::at(Lsn(260))));
+        assert!(matches!(ended(&mut before).await, End::Gap(gap) if gap.to == Position::at(Lsn(260))));
     }
     assert_eq!(ready(&mut other).await, Some(vec![200, 300]));
     let mut inside = fixture.subscribe("a", 255);
-    assert!(matches!(ended(&mut inside).await, End::Broken(_)));
+    assert!(matches!(ended(&mut inside).await, End::Gap(_)));
     let mut after = fixture.subscribe("a", 260);
     assert_eq!(ready(&mut after).await, Some(vec![300]));
 
     fixture.hub.interrupt(gap(None, 310, 400));
     fixture.release(1000, "");
-    assert!(matches!(ended(&mut other).await, End::Broken(gap) if gap.to == Position::at(Lsn(400))));
+    assert!(matches!(ended(&mut other).await, End::Gap(gap) if gap.to == Position::at(Lsn(400))));
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,15 +1,14 @@
-//! Wakes readers from within the thread that serves them.
+//! Wakes the readers of a thread together, from within that thread.
 //!
-//! A runtime of one thread runs what wakes inside it in that order, and what is woken from outside one by one in between. So the
-//! connection that the first of a thousand woken readers writes to is flushed with one message in it where the releaser wakes
-//! them, and with a message of each of its readers where they are woken from within: a tenth of the processor time, in writes
-//! that are saved.
+//! A runtime of one thread runs tasks that are woken inside it in that order, and takes tasks that are woken from outside one by one in
+//! between. Woken from outside, the first of a thousand readers has its connection flushed with one message in it. Woken from within,
+//! all readers of a connection run first, and it is flushed once with a message for each: a tenth of the processor time.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Waker;
 use tokio::sync::Notify;
 
-/// What a thread's readers are woken by. Cheap to clone.
+/// The readers of one thread that wait to be woken. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct WakeBatch {
     inner: Arc<Inner>,
@@ -17,30 +16,31 @@ pub struct WakeBatch {
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// Mostly one for each reader that waited; gone when it rings.
+    /// About one for each reader that waits. Emptied when they are woken.
     waiting: Mutex<Vec<Waker>>,
-    rung: Notify,
+    due: Notify,
 }
 
 impl WakeBatch {
-    /// Wakes for ever; to be run on the thread.
+    /// Wakes readers whenever they are due, and never returns. Must run on their thread.
     pub async fn run<T>(self) -> T {
         let mut woken = Vec::new();
         loop {
-            self.inner.rung.notified().await;
+            self.inner.due.notified().await;
             std::mem::swap(&mut *self.inner.waiting.lock().unwrap_or_else(PoisonError::into_inner), &mut woken);
             woken.drain(..).for_each(Waker::wake);
         }
     }
 
-    /// One more to be woken when the wake_batch rings.
+    /// Adds a reader, to be woken with the others.
     pub(super) fn add(&self, waker: Waker) {
         self.inner.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(waker);
     }
 
-    pub(super) fn ring(&self) {
+    /// Has the readers woken that were added.
+    pub(super) fn wake(&self) {
         if !self.inner.waiting.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
-            self.inner.rung.notify_one();
+            self.inner.due.notify_one();
         }
     }
 }

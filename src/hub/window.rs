@@ -95,7 +95,7 @@ pub(super) enum Next {
     /// Wait to be woken: see [`Window::wait`].
     Wait,
     /// History is not continuous here.
-    Broken(Gap),
+    Gap(Gap),
     /// What was read past here was abandoned.
     Abandoned { at: Lsn },
     /// The window was closed.
@@ -310,7 +310,7 @@ impl Window {
                 }
             }
         }
-        self.wake_batches.iter().for_each(WakeBatch::ring);
+        self.wake_batches.iter().for_each(WakeBatch::wake);
         while self.pending_released > 0
             && let Some(item) = self.pending.pop_front_if(|item| seen(item))
         {
@@ -322,7 +322,7 @@ impl Window {
     /// See [`Feed::wake`](super::feeds::Feed::wake).
     fn wake_everybody(&mut self, had: Lsn) {
         self.feeds.iter_mut().for_each(|feed| feed.wake(had));
-        self.wake_batches.iter().for_each(WakeBatch::ring);
+        self.wake_batches.iter().for_each(WakeBatch::wake);
     }
 
     /// Ends all reading.
@@ -331,8 +331,8 @@ impl Window {
         self.wake_everybody(self.released);
     }
 
-    /// Takes one more wake_batch, which has to ring for those that wait by it.
-    pub(super) fn hang(&mut self, wake_batch: WakeBatch) {
+    /// Adds the readers of one more thread, which are woken together.
+    pub(super) fn add_wake_batch(&mut self, wake_batch: WakeBatch) {
         self.wake_batches.push(wake_batch);
     }
 
@@ -394,7 +394,7 @@ impl Window {
         }
     }
 
-    /// Registers a reader at `cursor`, to be woken by this wake_batch, if any.
+    /// Registers a reader at `cursor`, to be woken with this batch, if any.
     pub(super) fn join(&mut self, tenant: &TenantId, cursor: Position, wake_batch: Option<WakeBatch>) -> ReaderKey {
         self.feeds.join(tenant, cursor.lsn, self.floor, wake_batch)
     }
@@ -446,7 +446,7 @@ impl Window {
         let gap =
             self.gaps.iter().skip(passed).take_while(|gap| gap.to <= released).find(|gap| gap.concerns(&feed.tenant));
         let limit = match gap {
-            Some(gap) if gap.from <= cursor => return Next::Broken(self.whole(gap).clone()),
+            Some(gap) if gap.from <= cursor => return Next::Gap(self.whole(gap).clone()),
             Some(gap) => gap.from,
             None => released,
         };

@@ -270,7 +270,7 @@ async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader
                 }
                 patience -= 1;
             }
-            Err(End::Broken(gap)) => {
+            Err(End::Gap(gap)) => {
                 let origin = hub.origin().expect("a gap has an origin");
                 reader.go_on_from(gap.from, gap.to, &origin);
                 return false;

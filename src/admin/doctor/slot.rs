@@ -196,21 +196,21 @@ mod tests {
 
     /// An active slot of ours with nothing wrong, but for `changes`.
     fn diagnostics(slot: serde_json::Value, changes: serde_json::Value) -> Vec<String> {
-        let mut sight = serde_json::json!({
+        let mut slot_status = serde_json::json!({
             "slot": {"plugin": "pgoutput", "slot_type": "logical", "database": "d", "active_pid": 7,
                      "wal_status": "reserved", "safe_wal_size": 1000},
             "holder": "tuplewatch me", "wal_end": "0/2000", "retained_bytes": 0, "confirmed": "0/2000",
             "lag_seconds": null, "inactive_seconds": null, "idle_timeout": null, "may_list_wal": true,
         });
         for (place, more) in [("/slot", slot), ("", changes)] {
-            let object = sight.pointer_mut(place).unwrap().as_object_mut().unwrap();
+            let object = slot_status.pointer_mut(place).unwrap().as_object_mut().unwrap();
             object.extend(more.as_object().unwrap().clone());
         }
-        let times = serde_json::from_value(sight.clone()).unwrap();
-        let mut seen: slot::SlotStatus = serde_json::from_value(sight).unwrap();
-        let sight = SlotStatus { slot: seen.slot.take().unwrap(), seen, times };
+        let times = serde_json::from_value(slot_status.clone()).unwrap();
+        let mut seen: slot::SlotStatus = serde_json::from_value(slot_status).unwrap();
+        let slot_status = SlotStatus { slot: seen.slot.take().unwrap(), seen, times };
         let mut report = Report::default();
-        sight.check("s", Some("tuplewatch me"), &THRESHOLDS, 0x100, &CommandLine::default(), &mut report);
+        slot_status.check("s", Some("tuplewatch me"), &THRESHOLDS, 0x100, &CommandLine::default(), &mut report);
         let bad = report.into_diagnostics().into_iter().filter(|diagnostic| diagnostic.severity != Severity::Ok);
         bad.map(|diagnostic| format!("{diagnostic}")).collect()
     }

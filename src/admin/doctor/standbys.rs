@@ -67,7 +67,7 @@ impl Standbys {
         client.query_typed_one(sql, &[]).await?.try_get::<_, Document<Self>>(0).map(|document| document.0)
     }
 
-    fn check(&self, slot: &str, sight: Option<&SlotStatus>, commands: &CommandLine, report: &mut Report) {
+    fn check(&self, slot: &str, slot_status: Option<&SlotStatus>, commands: &CommandLine, report: &mut Report) {
         if self.version_number < FAILOVER_SLOTS {
             if self.count > 0 {
                 let what = format!(
@@ -80,10 +80,10 @@ impl Standbys {
             return;
         }
         let before = report.count();
-        self.check_named(sight.is_some_and(|sight| sight.slot.failover == Some(true)), report);
-        let Some(sight) = sight else { return };
+        self.check_named(slot_status.is_some_and(|slot_status| slot_status.slot.failover == Some(true)), report);
+        let Some(slot_status) = slot_status else { return };
         let subject = format!("replication slot {slot}");
-        if self.count > 0 && sight.slot.failover != Some(true) {
+        if self.count > 0 && slot_status.slot.failover != Some(true) {
             let what = "is not copied to the standbys (failover is off)";
             let meaning = "After a promotion it is not there: what changes until there is a new one is a gap.";
             let fix = format!(
@@ -104,7 +104,7 @@ impl Standbys {
         }
         if report.is_fine_since(before) {
             let word = |is_on: Option<bool>| if is_on == Some(true) { "on" } else { "off" };
-            let (failover, synced) = (word(sight.slot.failover), word(sight.slot.synced));
+            let (failover, synced) = (word(slot_status.slot.failover), word(slot_status.slot.synced));
             report
                 .ok(subject, format!("failover is {failover}, synced is {synced}; standbys connected: {}", self.count));
         }
@@ -143,10 +143,10 @@ fn setting(slots: &str, but: &str) -> String {
 pub(super) async fn check(
     client: &Client,
     expected: &Expectation<'_>,
-    sight: Option<&SlotStatus>,
+    slot_status: Option<&SlotStatus>,
     report: &mut Report,
 ) -> Result<(), tokio_postgres::Error> {
-    Standbys::read(client).await?.check(expected.slot, sight, expected.commands, report);
+    Standbys::read(client).await?.check(expected.slot, slot_status, expected.commands, report);
     Ok(())
 }
 

@@ -115,7 +115,7 @@ pub fn of_start(error: StartError, tokens: Option<&Tokens>) -> Status {
 /// Why a stream ended.
 pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
     match end {
-        End::Broken(gap) if gap.is_open() => {
+        End::Gap(gap) if gap.is_open() => {
             let message = format!(
                 "the history of tenant {tenant} is not continuous: {}; and transactions that began before are still running, whose \
                  changes may be missing when they commit. Read the state anew and watch without a token; the gap is told \
@@ -124,7 +124,7 @@ pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
             );
             with_reason(Code::Aborted, message, gap.reason.code(), vec![])
         }
-        End::Broken(gap) => {
+        End::Gap(gap) => {
             let message = format!("the history of tenant {tenant} is not continuous: {}{AFTER_GAP}", gap.reason);
             let next = tokens.write(gap.to, CommitTime::default());
             with_reason(Code::Aborted, message, gap.reason.code(), vec![(NEXT_SNAP_TOKEN, next)])
@@ -269,7 +269,7 @@ pub fn forbidden(tenant: &str) -> Status {
 }
 
 /// A browser's page that may not write here.
-pub fn strange_origin(origin: &str) -> Status {
+pub fn other_origin(origin: &str) -> Status {
     let message = format!("pages of {origin} may not do this: see server.http.cors_allowed_origins");
     with_reason(Code::PermissionDenied, message, "ORIGIN_FORBIDDEN", vec![])
 }
