@@ -197,7 +197,7 @@ fn log_append(criterion: &mut Criterion) {
 fn file_append(group: &mut Group<'_>) {
     const BATCH: u64 = 1_000;
     let mut file = tempfile::tempfile().unwrap();
-    let bytes: Vec<u8> = (0..BATCH).flat_map(|n| base_v1::response(TOKEN, &message(n, 1).changes)).collect();
+    let bytes: Vec<u8> = (0..BATCH).flat_map(|n| base_v1::response(TOKEN, &message(n, 1).changes).unwrap()).collect();
     group.throughput(Throughput::Elements(BATCH));
     group.bench_function(format!("{BATCH} to a plain file, synced"), |bencher| {
         bencher.iter(|| {
@@ -221,7 +221,7 @@ fn encode(criterion: &mut Criterion) {
     });
     for changes in [1, 100] {
         let message = message(1, changes);
-        let response = base_v1::response(TOKEN, &message.changes);
+        let response = base_v1::response(TOKEN, &message.changes).unwrap();
         group.throughput(Throughput::Bytes(response.len() as u64));
         group.bench_function(format!("message of {changes}"), |bencher| {
             bencher.iter(|| base_v1::response(black_box(TOKEN), &black_box(&message).changes));

@@ -1,7 +1,7 @@
 //! The composition root: builds the parts of `serve`, joins them, watches over them, and takes them down in order.
 //!
 //! ```text
-//!  session ──▶ Joined ──┬──▶ recorder ──▶ change log ──┐
+//!  session ──▶ LogAndHub ─┬──▶ recorder ──▶ change log ──┐
 //!                       └──▶ hub ◀── releaser          │ reads
 //!                             └──▶ gRPC streams ◀──────┘
 //!                                    └──▶ HTTP streams

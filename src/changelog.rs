@@ -222,11 +222,21 @@ pub enum Error {
     },
     /// A write or sync failed. Nothing later is accepted, and the process must end.
     #[error("writing the change log failed, so that nothing more can be promised durable: {0}")]
-    Poisoned(String),
+    Poisoned(Cause),
+    /// The same, and its directory is no longer where it was. The write may have failed because of that: new files are made by their
+    /// path.
+    #[error(
+        "writing the change log failed, so that nothing more can be promised durable: {0}: its directory was moved, deleted, \
+         unmounted or replaced"
+    )]
+    Displaced(Cause),
     /// Reading failed.
     #[error("reading the change log failed: {0}")]
-    Read(String),
+    Read(Cause),
 }
+
+/// An error of whatever the log is kept in.
+pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// See the module.
 pub trait ChangeLog: Send + Sync + 'static {

@@ -155,7 +155,7 @@ pub struct Service {
 pub struct Watch {
     /// Switched off, it answers UNIMPLEMENTED.
     pub enabled: bool,
-    /// Publish a change before a new snapshot in Postgres can see it.
+    /// Release a change before a new snapshot in Postgres can see it.
     pub before_visible: bool,
     /// A transaction is split so that no message is longer than this, as long as each change fits.
     pub message_size_max: ByteSize,

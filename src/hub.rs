@@ -75,8 +75,15 @@ impl Item {
     }
 
     /// The frame; all callers give the same `make`.
-    pub fn frame(&self, make: impl FnOnce(&Message) -> Bytes) -> Bytes {
-        self.frame.get_or_init(|| make(&self.message)).clone()
+    ///
+    /// # Errors
+    /// Those of `make`, which the next caller then tries again.
+    pub fn frame<E>(&self, make: impl FnOnce(&Message) -> Result<Bytes, E>) -> Result<Bytes, E> {
+        if let Some(frame) = self.frame.get() {
+            return Ok(frame.clone());
+        }
+        let made = make(&self.message)?;
+        Ok(self.frame.get_or_init(|| made).clone())
     }
 }
 
@@ -119,7 +126,7 @@ struct Inner {
     log: Arc<dyn ChangeLog>,
     /// Up to which end LSN the log can give back what memory forgets.
     appended: watch::Receiver<Lsn>,
-    /// AckTracker for short, bounded work, and never across an await.
+    /// Held for short, bounded work, and never across an await.
     window: Mutex<Window>,
     /// Tells the releaser that something waits.
     admitted: watch::Sender<Lsn>,
@@ -283,14 +290,17 @@ impl Hub {
         if !self.inner.log.reads_block() {
             return read(&*self.inner.log);
         }
-        let failed = |error: &dyn std::fmt::Display| crate::changelog::Error::Read(error.to_string());
-        let permit = self.inner.disk_reads.clone().acquire_owned().await.map_err(|error| failed(&error))?;
+        let permit = self.inner.disk_reads.clone().acquire_owned().await.map_err(unreadable)?;
         let log = self.inner.log.clone();
         let reading = tokio::task::spawn_blocking(move || {
-            // AckTracker for as long as the read runs, also when nobody waits for it any more.
+            // Held for as long as the read runs, also when nobody waits for it any more.
             let _permit = permit;
             read(&*log)
         });
-        reading.await.map_err(|error| failed(&error))?
+        reading.await.map_err(unreadable)?
     }
+}
+
+fn unreadable(error: impl Into<crate::changelog::Cause>) -> crate::changelog::Error {
+    crate::changelog::Error::Read(error.into())
 }

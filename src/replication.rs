@@ -13,7 +13,7 @@
 //! - Idle progress is a log record too, at most one a second, synced before it is acknowledged.
 //! - A reconnect within the process goes on behind the last transaction that was handed on whole, and drops what comes
 //!   again, so that nobody is sent anything twice.
-//! - Whatever gaps history becomes a gap in the stream; never a silent restart at the head.
+//! - Whatever makes history incomplete is a gap in the stream. The session never silently restarts at the head.
 //!
 //! Errors are *transient* (back off and reconnect), *definite* (nothing will flow until somebody repairs something: said
 //! once, retried slowly), or *fatal* (the process must end: this log does not belong to this database).

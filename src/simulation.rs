@@ -2,14 +2,14 @@
 //! what its subscribers had must be what was committed.
 //!
 //! ```text
-//!  server (script) ─▶ Session ─▶ Joined ─┬─▶ recorder ─▶ disk (torn, lost, lying)
+//!  server (script) ─▶ Session ─▶ LogAndHub ─┬─▶ recorder ─▶ disk (torn, lost, lying)
 //!                                        └─▶ hub ◀─ releaser         │
 //!                                             └─▶ readers ◀──────────┘
 //! ```
 //!
 //! Everything between server and disk is the real thing. All of it runs as one task whose parts are polled in an order that
 //! the seed chooses, so that a run depends on its seed alone, and a failing seed fails again:
-//! `TUPLEWATCH_SEED=<seed> cargo test --lib pipeline`. `TUPLEWATCH_SEEDS=<count>` tries that many.
+//! `TUPLEWATCH_SEED=<seed> cargo test --lib simulation`. `TUPLEWATCH_SEEDS=<count>` tries that many.
 //!
 //! A step is whatever one can die at: an event received, an entry appended, a sync begun or done, a snapshot taken, an
 //! acknowledgement told, a connection made. Checked at once: acknowledged ≤ synced; nothing is delivered before it is visible. Checked in
@@ -328,7 +328,7 @@ fn env(name: &str) -> Option<u64> {
 fn try_seed(seed: u64) -> (u64, usize) {
     let fail = |what: String, crashes: &BTreeSet<u64>| -> Ran {
         panic!(
-            "to repeat: TUPLEWATCH_SEED={seed} cargo test --lib pipeline\nseed {seed}, crashes at {crashes:?}: {what}"
+            "to repeat: TUPLEWATCH_SEED={seed} cargo test --lib simulation\nseed {seed}, crashes at {crashes:?}: {what}"
         )
     };
     let none = BTreeSet::new();

@@ -110,7 +110,7 @@ pub struct Lag {
 enum Condition {
     Missing,
     Lost(String),
-    AckTracker { pid: i32, name: String },
+    Held { pid: i32, name: String },
     Retained { bytes: u64 },
     Unsafe { bytes: u64 },
     Lagging { behind_bytes: u64, lag: Duration },
@@ -131,7 +131,7 @@ impl Condition {
         match self {
             Self::Missing => "is there again",
             Self::Lost(_) => "can be read again",
-            Self::AckTracker { .. } => "is not held by anybody else any more",
+            Self::Held { .. } => "is not held by anybody else any more",
             Self::Retained { .. } => "keeps less WAL again",
             Self::Unsafe { .. } => "is not about to be lost any more",
             Self::Lagging { .. } => "has caught up",
@@ -145,7 +145,7 @@ impl fmt::Display for Condition {
         match self {
             Self::Missing => f.write_str("does not exist any more"),
             Self::Lost(reason) => write!(f, "is lost ({reason})"),
-            Self::AckTracker { pid, name } => write!(
+            Self::Held { pid, name } => write!(
                 f,
                 "is in use by process {pid} ({name}): stop that one, or give this tuplewatch a slot of its own in \
                  replication.slot"
@@ -267,7 +267,7 @@ impl Watch {
             && let Some(name) = slot_status.holder.as_ref().filter(|name| *name != own_name)
         {
             let name = if name.is_empty() { "without a name".to_owned() } else { name.clone() };
-            found.push(Condition::AckTracker { pid, name });
+            found.push(Condition::Held { pid, name });
         }
         if let Some(bytes) = slot_status.retained_bytes {
             let retained = Condition::Retained { bytes };

@@ -31,7 +31,7 @@ use tonic::service::Routes;
 use tonic::{Request, Status};
 use tower_layer::Layer as _;
 
-/// The types, servers and clients of `proto/`. Everything in `src/grpc/proto/` is generated: `just generate` writes it, and
+/// The types, servers and clients of `proto/`. Everything in `src/api/grpc/proto/` is generated: `just generate` writes it, and
 /// `tests/generated.rs` fails where it is not up to date.
 #[expect(missing_docs, clippy::all, reason = "generated")]
 pub mod proto {

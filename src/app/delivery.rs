@@ -25,7 +25,7 @@ const JUDGE_EVERY: Duration = Duration::from_secs(1);
 const INVISIBLE_MAX: Duration = Duration::from_secs(15);
 /// A sync takes milliseconds; one that takes longer is no busy disk but one that hangs.
 const UNSYNCED_MAX: Duration = Duration::from_secs(30);
-/// DiskSpace in memory comes with each release, and each write to the log.
+/// Room in memory comes with each release, and each write to the log.
 const FULL_MAX: Duration = Duration::from_secs(15);
 
 /// Why nothing is delivered. No text names a host or has data: whoever probes has no credentials. All are ASCII.

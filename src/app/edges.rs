@@ -1,5 +1,5 @@
-//! What requests come through: bound before anything else starts, so that a taken port is said at once, and opened when there
-//! is something to serve.
+//! The listeners. They are bound before anything else starts, so that a port that is taken is an error at once, and accept connections when
+//! there is something to serve.
 
 use super::primary::SqlPrimary;
 use crate::access::admission::Admission;

@@ -1,4 +1,4 @@
-//! What the process says of itself: put together from the log, the hub, the session and what its monitor found.
+//! The status of the process for probes and metrics, put together from the log, the hub, the session and the slot's monitor.
 
 use super::delivery::{Obstacle, Readiness};
 use crate::admin::monitor::{Lag, Report, SlotReport};

@@ -1,4 +1,4 @@
-//! What the hub asks of the primary, as SQL on connections of their own.
+//! Answers the hub's questions to the primary ([`crate::hub::primary`]) with SQL, on connections of their own.
 
 use crate::decode::mapping::TenantsSpec;
 use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
@@ -294,7 +294,7 @@ impl Snapshots for SqlSnapshots {
 }
 
 enum Question {
-    PrimaryState { tenant: TenantId, reply: oneshot::Sender<Result<PrimaryState, Unreachable>> },
+    State { tenant: TenantId, reply: oneshot::Sender<Result<PrimaryState, Unreachable>> },
     Status { xid: Xid8, reply: oneshot::Sender<Result<TransactionStatus, Unreachable>> },
     Mark { reply: oneshot::Sender<Result<Lsn, Unreachable>> },
 }
@@ -344,7 +344,7 @@ impl SqlPrimary {
 impl Primary for SqlPrimary {
     async fn look(&self, tenant: &TenantId) -> Result<PrimaryState, Unreachable> {
         let tenant = tenant.clone();
-        self.put(|reply| Question::PrimaryState { tenant, reply }).await
+        self.put(|reply| Question::State { tenant, reply }).await
     }
 
     async fn transaction_status(&self, xid: Xid8) -> Result<TransactionStatus, Unreachable> {
@@ -380,9 +380,9 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
         let mut looks = Vec::new();
         for question in batch.drain(..) {
             match question {
-                Question::PrimaryState { tenant, reply } if !reply.is_closed() => looks.push((tenant, reply)),
+                Question::State { tenant, reply } if !reply.is_closed() => looks.push((tenant, reply)),
                 // Whoever asked may be gone, before and after.
-                Question::PrimaryState { .. } => {}
+                Question::State { .. } => {}
                 Question::Status { reply, .. } if reply.is_closed() => {}
                 Question::Mark { reply } if reply.is_closed() => {}
                 Question::Status { xid, reply } => {

@@ -213,6 +213,7 @@ fn retention_by_age_keeps_each_tenants_horizon() {
     let directory = tempfile::tempdir().unwrap();
     let log = LocalLog::open(options(directory.path())).unwrap();
     log.append(&[adopt(), transaction(100, &["a", "quiet"])]).unwrap();
+    log.append(&[staged(150, "staged", &[2, 3]), end_of_staged(150)]).unwrap();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     assert_eq!(log.retain(now + 1000).unwrap(), DiskSpace::Enough);
     // A transaction is being staged while the next segment begins.
@@ -236,6 +237,9 @@ fn retention_by_age_keeps_each_tenants_horizon() {
     let find = |name: &str| log.find_transaction(&tenant(name), Xid8(100)).unwrap();
     let newest = Some(TransactionOutcome::Committed { commit: Lsn(100), end: Lsn(110) });
     assert_eq!((find("a"), find("quiet"), find("other")), (newest, newest, None), "and so does its id");
+    let newest = Some(TransactionOutcome::Committed { commit: Lsn(150), end: Lsn(160) });
+    let staged = log.find_transaction(&tenant("staged"), Xid8(150)).unwrap();
+    assert_eq!(staged, newest, "also where all that the tenant had of it was staged");
     assert_eq!(log.horizon(&tenant("other")).unwrap(), Position::at(Lsn(50)));
     assert!(log.knows(&tenant("quiet")).unwrap());
     drop(log);
@@ -287,6 +291,29 @@ fn entries() -> impl Strategy<Value = Vec<(u8, u8)>> {
     proptest::collection::vec((0u8..12, any::<u8>()), 1..40)
 }
 
+/// The same with ids that are not in the order of commits.
+fn with_other_ids(entry: Entry) -> Entry {
+    /// Odd, so that no two commits below the bound get the same.
+    const FACTOR: u64 = 2_654_435_761;
+    const BOUND: u64 = 1 << 13;
+    let header = |header: Header| Header { xid: Xid8(header.commit.0 * FACTOR % BOUND), ..header };
+    let with_header = |(tenant, message): &(TenantId, Message)| {
+        (tenant.clone(), Message { header: header(message.header), ..message.clone() })
+    };
+    match entry {
+        Entry::Transaction(transaction) => Entry::Transaction(Arc::new(Transaction {
+            header: header(transaction.header),
+            messages: transaction.messages.iter().map(with_header).collect(),
+            ..(*transaction).clone()
+        })),
+        Entry::Staged(staged) => Entry::Staged(Arc::new(Staged {
+            messages: staged.messages.iter().map(with_header).collect(),
+            ..(*staged).clone()
+        })),
+        other => other,
+    }
+}
+
 /// A log, the model, and every state of the model so far.
 struct Run {
     directory: tempfile::TempDir,
@@ -333,6 +360,7 @@ impl Run {
     }
 
     fn push(&mut self, entry: Entry) {
+        let entry = with_other_ids(entry);
         self.model.apply(&entry);
         self.history.push(self.model.clone());
         self.waiting.push(entry);
@@ -427,13 +455,14 @@ proptest! {
 
 fn same(log: &LocalLog, model: &Inner) -> bool {
     let model = ModelLog::of(model.clone());
-    let commits: Vec<u64> = model.transactions_since(Lsn(0)).unwrap().iter().map(|(_, xid)| xid.0).collect();
+    let known = model.transactions_since(Lsn(0)).unwrap();
+    let places: Vec<u64> = known.iter().flat_map(|(end, xid)| [end.0 - 10, xid.0]).collect();
     let all = |log: &dyn ChangeLog| {
         let reads: Vec<_> = ["a", "b", "c"]
             .iter()
             .map(|name| log.read(&tenant(name), Position::ZERO, Position::MAX, usize::MAX).unwrap())
             .collect();
-        let around = commits.iter().flat_map(|commit| [*commit, commit + 1]).chain([u64::MAX]);
+        let around = places.iter().flat_map(|at| [*at, at + 1]).chain([u64::MAX]);
         let index: Vec<_> = around
             .map(|at| {
                 let (before, below) = (log.transaction_before(Lsn(at)), log.largest_below(Xid8(at)));

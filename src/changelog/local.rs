@@ -20,7 +20,7 @@ mod record;
 mod segments;
 mod stored;
 
-use super::{Batch, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome, Usage, Verified};
+use super::{Batch, Cause, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome, Usage, Verified};
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
@@ -84,12 +84,12 @@ enum Unreadable {
     Page(#[from] Malformed),
 }
 
-fn poisoned(error: &impl std::fmt::Display) -> Error {
-    Error::Poisoned(error.to_string())
+fn poisoned(error: impl Into<Cause>) -> Error {
+    Error::Poisoned(error.into())
 }
 
-fn unreadable(error: &impl std::fmt::Display) -> Error {
-    Error::Read(error.to_string())
+fn unreadable(error: impl Into<Cause>) -> Error {
+    Error::Read(error.into())
 }
 
 fn segment_options() -> KeyspaceCreateOptions {
@@ -226,7 +226,7 @@ impl LocalLog {
         let rolled = segments.rolled(&self.db, frontier, now_unix_seconds)?;
         let mut batch = self.db.batch();
         rolled.store(&mut batch, &self.meta)?;
-        batch.commit().map_err(|error| poisoned(&error))?;
+        batch.commit().map_err(poisoned)?;
         self.sync()?;
         self.replace_segments(rolled.clone());
         Ok(rolled)
@@ -237,20 +237,20 @@ impl LocalLog {
         let Some((oldest, rest)) = segments.without_oldest() else { return Ok(segments.clone()) };
         let mut batch = self.db.batch();
         for item in oldest.horizons() {
-            let (tenant, horizon) = item.map_err(|error| poisoned(&error))?;
+            let (tenant, horizon) = item.map_err(poisoned)?;
             batch.insert(&self.meta, meta_horizon(&tenant), record::write_horizon(&horizon));
         }
         rest.store(&mut batch, &self.meta)?;
-        batch.commit().map_err(|error| poisoned(&error))?;
+        batch.commit().map_err(poisoned)?;
         // The horizons must be there before the messages are gone.
         self.sync()?;
         self.replace_segments(rest.clone());
-        self.db.delete_keyspace(oldest.keyspace).map_err(|error| poisoned(&error))?;
+        self.db.delete_keyspace(oldest.keyspace).map_err(poisoned)?;
         Ok(rest)
     }
 
     fn journal_bytes(&self) -> Result<u64, Error> {
-        self.db.journal_disk_space().map_err(|error| poisoned(&error))
+        self.db.journal_disk_space().map_err(poisoned)
     }
 
     /// Writes out the write buffers, so that only the present journal is left. The others are a second copy of what is in the
@@ -260,7 +260,7 @@ impl LocalLog {
         const WAIT_MAX: Duration = Duration::from_secs(2);
         const POLL: Duration = Duration::from_millis(10);
         for keyspace in segments.newest_first().map(|segment| &segment.keyspace).chain([&self.meta]) {
-            keyspace.rotate_memtable().map_err(|error| poisoned(&error))?;
+            keyspace.rotate_memtable().map_err(poisoned)?;
         }
         let deadline = Instant::now() + WAIT_MAX;
         while self.db.journal_count() > 1 && Instant::now() < deadline {
@@ -282,7 +282,7 @@ fn is_damage(kind: std::io::ErrorKind) -> bool {
 
 impl LocalLog {
     fn horizon_of(&self, tenant: &TenantId) -> Result<Option<Horizon>, Error> {
-        let stored = self.meta.get(meta_horizon(tenant)).map_err(|error| unreadable(&error))?;
+        let stored = self.meta.get(meta_horizon(tenant)).map_err(unreadable)?;
         Ok(stored.and_then(|bytes| record::read_horizon(&bytes)))
     }
 }
@@ -312,23 +312,29 @@ impl ChangeLog for LocalLog {
         let mut written = Written::new(self, &memory, active);
         for entry in entries {
             // These look for what is there already, which a batch is not before it is committed.
-            if matches!(entry, Entry::Discard | Entry::Diverge { .. }) {
+            let is_removal = matches!(entry, Entry::Discard | Entry::Diverge { .. });
+            if is_removal {
                 written.commit(self, &memory)?;
                 written = Written::new(self, &memory, active);
             }
             written.rare |= !matches!(entry, Entry::Transaction(t) if !t.staged && t.gaps.is_empty())
                 && !matches!(entry, Entry::Progress(_));
             memory.apply(entry, self, &mut written)?;
+            // In a batch, the removal of a key and its insertion would have no order.
+            if is_removal {
+                written.commit(self, &memory)?;
+                written = Written::new(self, &memory, active);
+            }
         }
         written.commit(self, &memory)?;
         if entries.iter().any(|entry| matches!(entry, Entry::Adopt(_))) {
-            Marker::begin(&self.options.path, &self.node_id).map_err(|error| Error::Poisoned(error.to_string()))?;
+            Marker::begin(&self.options.path, &self.node_id).map_err(poisoned)?;
         }
         Ok(())
     }
 
     fn sync(&self) -> Result<(), Error> {
-        self.db.persist(PersistMode::SyncData).map_err(|error| poisoned(&error))
+        self.db.persist(PersistMode::SyncData).map_err(poisoned)
     }
 
     fn read(&self, tenant: &TenantId, after: Position, up_to: Position, bytes_max: usize) -> Result<Batch, Error> {
@@ -338,9 +344,9 @@ impl ChangeLog for LocalLog {
         for segment in self.segments().since(after) {
             let pages = record::messages_key(tenant, after)..record::behind_tenant(tenant);
             for item in segment.keyspace.range(pages) {
-                let page = item.value().map_err(|error| unreadable(&error))?;
+                let page = item.value().map_err(unreadable)?;
                 for message in Messages::of(Bytes::from(page)) {
-                    let message = message.map_err(|error| unreadable(&error))?;
+                    let message = message.map_err(unreadable)?;
                     // The last message of a transaction stands below its end, and up_to may be that end.
                     if message.reached() > up_to {
                         return Ok(batch);
@@ -360,7 +366,7 @@ impl ChangeLog for LocalLog {
 
     fn transactions_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, Error> {
         let tail = self.memory().tail;
-        let found = self.segments().transactions_since(from).map_err(|error| unreadable(&error))?;
+        let found = self.segments().transactions_since(from).map_err(unreadable)?;
         Ok(found.into_values().filter(|(end, _)| *end <= tail).collect())
     }
 
@@ -375,12 +381,12 @@ impl ChangeLog for LocalLog {
     }
 
     fn knows(&self, tenant: &TenantId) -> Result<bool, Error> {
-        if self.meta.contains_key(meta_horizon(tenant)).map_err(|error| unreadable(&error))? {
+        if self.meta.contains_key(meta_horizon(tenant)).map_err(unreadable)? {
             return Ok(true);
         }
         for segment in self.segments().since(Position::ZERO) {
             if let Some(item) = segment.keyspace.prefix(record::tenant_prefix(tenant)).next() {
-                item.key().map_err(|error| unreadable(&error))?;
+                item.key().map_err(unreadable)?;
                 return Ok(true);
             }
         }
@@ -389,7 +395,7 @@ impl ChangeLog for LocalLog {
 
     fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error> {
         for segment in self.segments().newest_first() {
-            let found = segment.keyspace.get(record::token_key(id)).map_err(|error| unreadable(&error))?;
+            let found = segment.keyspace.get(record::token_key(id)).map_err(unreadable)?;
             if let Some(bytes) = found {
                 return Ok(record::read_lsn(&bytes));
             }
@@ -398,10 +404,10 @@ impl ChangeLog for LocalLog {
     }
 
     fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<TransactionOutcome>, Error> {
-        if self.meta.contains_key(meta_abandoned(xid)).map_err(|error| unreadable(&error))? {
+        if self.meta.contains_key(meta_abandoned(xid)).map_err(unreadable)? {
             return Ok(Some(TransactionOutcome::Abandoned));
         }
-        if let Some(found) = self.segments().find(xid).map_err(|error| unreadable(&error))? {
+        if let Some(found) = self.segments().find(xid).map_err(unreadable)? {
             return Ok(Some(found));
         }
         let newest = self.horizon_of(tenant)?.filter(|horizon| horizon.xid == xid && horizon.end > Lsn::ZERO);
@@ -409,11 +415,11 @@ impl ChangeLog for LocalLog {
     }
 
     fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error> {
-        self.segments().transaction_before(commit).map_err(|error| unreadable(&error))
+        self.segments().transaction_before(commit).map_err(unreadable)
     }
 
     fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Error> {
-        self.segments().largest_below(xid).map_err(|error| unreadable(&error))
+        self.segments().largest_below(xid).map_err(unreadable)
     }
 
     fn gaps(&self) -> Vec<Gap> {

@@ -1,8 +1,8 @@
 //! The one writer of the change log: a thread that appends in order, syncs in groups, and enforces retention.
 //!
-//! Live delivery does not wait for it; the acknowledgement to the slot does. So it syncs rarely under load (every
-//! [`SYNC_DELAY`]) and soon when idle, and tells through watches how far the log is *appended* (a reader can have it) and
-//! *durable* (the slot can be told). A failed write ends it, and with it the process.
+//! Live delivery does not wait for it, but acknowledgements to the slot do. So it syncs rarely under load (every [`SYNC_DELAY`]) and soon when
+//! idle. Two watches follow how far the log is *appended*, which readers can have, and *durable*, which can be acknowledged. A failed write
+//! ends the recorder, and with it the process.
 
 use super::{ChangeLog, DiskSpace, Entry, Error, State};
 use crate::metrics::metrics;
@@ -18,9 +18,9 @@ use tokio::time::Instant;
 /// syncs a second whatever the disk.
 pub const SYNC_DELAY: Duration = Duration::from_millis(50);
 
-/// Shortest time between two appends, so that a busy log gathers entries. Nobody waits for an append: subscribers read from memory, and
-/// the slot is acknowledged after the sync only. But an append of many small transactions writes hardly more than that of one, and the
-/// session does not wake this thread for each.
+/// Shortest time between two appends, so that a busy log gathers entries: an append of many small transactions writes hardly more than
+/// that of one, and the session does not wake this thread for each. Subscribers read from memory, and the slot is acknowledged after the
+/// sync only. So it delays only a transaction that was too large for memory, a token that waits for the log, and a flush.
 const APPEND_EVERY: Duration = Duration::from_millis(2);
 /// How often retention is looked at.
 const RETAIN_EVERY: Duration = Duration::from_secs(5);
@@ -140,17 +140,15 @@ impl Recorder {
     pub async fn run(self) -> Result<(), Error> {
         let log = self.log.clone();
         self.record().await.map_err(|error| match error {
-            // It can happen before it is noticed: new files are made by their path.
-            Error::Poisoned(what) if !log.is_in_place() => {
-                Error::Poisoned(format!("{what}: its directory was moved, deleted, unmounted or replaced"))
-            }
+            Error::Poisoned(cause) if !log.is_in_place() => Error::Displaced(cause),
             error => error,
         })
     }
 
     async fn record(mut self) -> Result<(), Error> {
         let mut unsynced_since: Option<Instant> = None;
-        let (mut appended_at, mut retained_at) = (Instant::now(), Instant::now());
+        let (mut appended_at, mut last_bytes) = (Instant::now(), 0);
+        let mut retained_at = Instant::now();
         let mut retained_bytes = 0;
         self.retain().await?;
         loop {
@@ -166,12 +164,12 @@ impl Recorder {
                 }
                 Ok(Some(first)) => {
                     let received = Instant::now();
-                    if matches!(first, Command::Append(..)) {
+                    if matches!(first, Command::Append(..)) && last_bytes < APPEND_BYTES {
                         tokio::time::sleep_until(appended_at + APPEND_EVERY).await;
                     }
                     let appended = self.append(first, &mut flushes)?;
-                    appended_at = Instant::now();
                     if appended > 0 {
+                        (appended_at, last_bytes) = (Instant::now(), appended);
                         retained_bytes += appended;
                         unsynced_since.get_or_insert(received);
                     }

@@ -22,9 +22,9 @@ Examples:
 pub(super) const DOCTOR: &str = "\
 Examples:
   tuplewatch doctor --config tuplewatch.yaml
-  tuplewatch doctor --json | jq -r '.findings[] | select(.severity != \"ok\") | .fix'
+  tuplewatch doctor --json | jq -r '.diagnostics[] | select(.severity != \"ok\") | .fix'
 
-Each finding is ok, a warning (it works, and somebody should know) or an error. A fix can be pasted into psql, or into the \
+Each diagnostic is ok, a warning (it works, and somebody should know) or an error. A fix can be pasted into psql, or into the \
 shell where it is a command; what it does not do by itself stands behind it as a comment.
 
 Exit codes: 0 without errors, 1 with some, 2 where the configuration is wrong.";

@@ -15,7 +15,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 /// Starts logging. The first call wins: tests start several servers in one process.
 pub(crate) fn init(config: &Logger) {
     let level = match config.level {
-        LogLevel::TransactionOutcome => LevelFilter::TRACE,
+        LogLevel::Trace => LevelFilter::TRACE,
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Info => LevelFilter::INFO,
         LogLevel::Warn => LevelFilter::WARN,

@@ -30,7 +30,7 @@ choice! {
     /// The least severe event that is logged.
     LogLevel {
         /// Every message of the replication stream.
-        TransactionOutcome = "trace",
+        Trace = "trace",
         /// What leads up to each decision.
         Debug = "debug",
         /// What an operator may want to know later.
@@ -65,7 +65,7 @@ choice! {
 choice! {
     /// What happens to a row that cannot be turned into changes.
     OnUndecodable {
-        /// History gaps for the tenants concerned; everybody else goes on.
+        /// A gap for the tenants concerned; everybody else goes on.
         Gap = "gap",
         /// The process stops before it.
         Halt = "halt",

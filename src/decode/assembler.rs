@@ -1,13 +1,12 @@
 //! Row messages → transactions: the one place where changes get their positions.
 //!
-//! PostgreSQL sends a transaction whole, after its commit: Begin (which already has the commit LSN), rows, Commit. The
-//! assembler cuts each tenant's changes into messages below a size, and keeps little: when the open transaction passes
-//! [`Limits::stage_bytes`], what there is is handed out to be *staged* in the change log, where it becomes readable with
-//! the transaction's Commit. A transaction is never held in memory whole.
+//! PostgreSQL sends a transaction whole, after its commit: Begin (which already has the commit LSN), rows, Commit. The assembler cuts the
+//! changes of each tenant into messages below a size. It holds little: when the open transaction passes [`Limits::stage_bytes`], its messages
+//! so far are handed over to be *staged* in the change log, where they become readable with the transaction's Commit. A transaction is never
+//! in memory whole.
 //!
-//! A row that cannot be decoded gaps its tenant's history from there to the end of the transaction (everybody's, where
-//! not even the tenant can be read, or for TRUNCATE); everybody else's changes go on. A row of a mapped table that has got
-//! another name is such a row.
+//! A row that cannot be decoded is a gap for its tenant, from there to the end of the transaction. It is a gap for all tenants if not even its
+//! tenant can be read, and so is a TRUNCATE. Changes of other tenants are not affected. A row of a mapped table that was renamed is such a row.
 //!
 //! Pure: no clock, no I/O. Belongs to one replication session.
 

@@ -73,7 +73,7 @@ pub struct Cluster {
     port: Port,
     /// Ours until it has been waited for.
     postmaster: Option<Child>,
-    /// AckTracker for the kernel's lock on it.
+    /// Held for the kernel's lock on it.
     _lock: File,
 }
 

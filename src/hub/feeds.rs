@@ -1,7 +1,7 @@
-//! What is in memory of each tenant, and who reads it.
+//! The messages of each tenant in memory, and their readers.
 //!
-//! A *feed* is what is in memory of one tenant. Its floor tells from where on it is complete: a reader at or past the floor
-//! needs no disk, however long it slept. A tenant without a feed has nothing in memory, and the window's own floor counts.
+//! A *feed* has the messages of one tenant. It is complete from its floor on: a reader at or past the floor needs no disk, however long it
+//! slept. A tenant without a feed has no messages in memory, and is complete from the window's own floor on.
 
 use super::Item;
 use super::wake_batch::WakeBatch;

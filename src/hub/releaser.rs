@@ -1,8 +1,8 @@
-//! Releases what PostgreSQL's snapshots can see.
+//! Releases transactions that PostgreSQL's snapshots can see.
 //!
-//! A commit is on its way to us as soon as its record is flushed; it becomes visible only after that, and under synchronous
-//! replication after the standby answered. `pg_visible_in_snapshot` of one snapshot decides for all that waits, so it is one
-//! small statement a batch, whatever the number of transactions, tenants and subscribers.
+//! A commit is sent to us as soon as its record is flushed. It becomes visible after that, and under synchronous replication only after the
+//! standby has answered. One snapshot (`pg_current_snapshot()`) decides for all transactions that wait: one small statement a batch, whatever
+//! the number of transactions, tenants and subscribers.
 
 use super::Hub;
 use crate::model::lsn::Snapshot;

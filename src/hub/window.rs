@@ -1,4 +1,4 @@
-//! The recent part of the stream, in memory: per tenant ([`super::feeds`]), with what is released of it.
+//! The recent messages of the stream in memory, by tenant ([`super::feeds`]), and how far they are released.
 
 use super::feeds::{Feeds, ReaderKey};
 use super::wake_batch::WakeBatch;

@@ -9,7 +9,7 @@
 //!  │ reached: commit + 4   │ reached: end + 0                              │
 //! ```
 
-use crate::model::change::{TenantId, split_first};
+use crate::model::change::{Changes, TenantId, split_first};
 use crate::model::lsn::{CommitTime, Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
 use bytes::Bytes;
@@ -83,7 +83,7 @@ impl Message {
         loop {
             let mut rest = steps;
             let Ok(distance) = decode_varint(&mut rest) else { break };
-            let next: u64 = step + distance;
+            let Some(next) = u64::checked_add(step, distance) else { break };
             if next > position.steps {
                 break;
             }
@@ -98,7 +98,7 @@ impl Message {
             let mut rest = steps;
             let distance = decode_varint(&mut rest).unwrap_or(0);
             let mut from_zero = Vec::with_capacity(steps.len() + 9);
-            encode_varint(step + distance, &mut from_zero);
+            encode_varint(step.saturating_add(distance), &mut from_zero);
             from_zero.extend_from_slice(rest);
             self.changes = self.changes.slice_ref(changes);
             self.steps = from_zero.into();
@@ -335,8 +335,9 @@ impl Transaction {
     pub fn bytes(&self) -> usize {
         /// Per message: the struct, the tenant's id, the bookkeeping of a window.
         const OVERHEAD: usize = 256;
-        // Twice the changes: as they are, and in the response that is made of them.
-        let messages: usize = self.messages.iter().map(|(_, m)| 2 * m.changes.len() + m.steps.len() + OVERHEAD).sum();
+        // The changes as they are, and in the response that is made of them.
+        let bytes = |m: &Message| m.changes.len() + Changes::of(&m.changes).envelope_bytes() + m.steps.len() + OVERHEAD;
+        let messages: usize = self.messages.iter().map(|(_, message)| bytes(message)).sum();
         messages + OVERHEAD * (1 + self.gaps.len() + self.token_ids.len())
     }
 }

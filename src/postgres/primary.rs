@@ -1,8 +1,7 @@
-//! Which server to ask: the one that the session reads from, and no other, even where that still answers.
+//! Which server to ask: the one that the session reads from, and no other, even if another one still answers.
 //!
-//! Where PostgreSQL takes no more connections (the role, the database or the server has its limit), statements of others share the
-//! session's SQL connection: the session has it for as long as it streams, so that what streams can also be delivered. Where the
-//! session itself is refused, everybody else gives up their connections for it.
+//! If PostgreSQL refuses more connections (because of a limit of the role, the database or the server), other statements share the session's
+//! SQL connection, which exists for as long as anything streams. If the session itself is refused, all others close their connections for it.
 
 use crate::postgres::connection::{ConnectError, Connection, Endpoint};
 use std::sync::{Arc, Weak};

@@ -178,7 +178,7 @@ struct Lines(String);
 
 impl Lines {
     fn add(&mut self, subject: &str, topic: &str, value: impl fmt::Display) {
-        // Names may hold tabs and line gaps, which separate here.
+        // Names may hold tabs and line breaks, which separate here.
         let escaped = subject.replace('\\', "\\\\").replace('\t', "\\t").replace('\n', "\\n");
         let value = value.to_string().replace('\\', "\\\\").replace('\t', "\\t").replace('\n', "\\n");
         let _ = writeln!(self.0, "{escaped}\t{topic}\t{value}");

@@ -1,7 +1,7 @@
-//! The replication slot: what it is like, and making one.
+//! The replication slot: its state, and how to create one.
 //!
-//! Making a slot waits until every transaction that was open at the start of it has ended, of the whole cluster. That can
-//! take as long as somebody's forgotten `BEGIN`, so whoever waits is told for whom.
+//! Creating a slot waits until every transaction of the whole cluster has ended that was open when it began. That takes as long as somebody's
+//! forgotten `BEGIN`, so the caller learns which transactions it waits for.
 
 use serde::Deserialize;
 use std::fmt;

@@ -1,7 +1,7 @@
-//! Transactions that are open, and that others wait for: a slot in the making, the end of a gap, a lock on a table.
+//! Open transactions that something else waits for: a new slot, the end of a gap, a lock on a table.
 //!
-//! Every role sees that there is one, whether it has an id, and which tables it has locked. Since when it is open, and what it
-//! does, only members of its role and of `pg_read_all_stats` see.
+//! Every role can see that a transaction exists, whether it has an id, and which tables it has locked. Only members of its role and of
+//! `pg_read_all_stats` can see since when it is open and what it does.
 
 use serde::Deserialize;
 use std::fmt;

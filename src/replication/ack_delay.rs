@@ -1,10 +1,11 @@
-//! What is on disk here, and the slot is not told of yet.
+//! Delays acknowledgements, so that the slot can send the last minutes again.
 //!
-//! A node that loses its change log begins a new one where its slot is. If the slot has been told everything, that is now, and
-//! everybody's token is from before it. With the last minutes held back PostgreSQL sends them again, the node rebuilds them from the
-//! WAL, and whoever was cut off by the loss of the node resumes as if nothing had happened.
+//! A node that loses its change log begins a new one where its slot is. If everything was acknowledged, that is now, and every token is from
+//! before the new log. If acknowledgements are some minutes late, PostgreSQL sends these minutes again, the node rebuilds its log from them,
+//! and every subscriber resumes as if nothing had happened.
 //!
-//! It costs that much WAL on the primary, and that the slot sends it again at each reconnect, which is then dropped here.
+//! The price: the primary keeps that much WAL, and the slot sends it again at each reconnect, where the receiver drops it. Delayed
+//! acknowledgements always fall on transaction ends, because an LSN inside a commit record belongs to neither side.
 
 use crate::model::lsn::Lsn;
 use crate::postgres::slot::AckDelay;

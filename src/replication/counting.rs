@@ -1,7 +1,7 @@
-//! Counts what was handed on: transactions, changes by table, and gaps.
+//! Counts entries that were handed over: transactions, changes by table, and gaps.
 //!
-//! Not in the assembler, which is pure, and also sees what comes again after a reconnect. A transaction brings the tallies of its
-//! rows with it, so that it is counted as a whole and once.
+//! The assembler does not count, because it is pure, and because it sees transactions again after a reconnect. A transaction carries the
+//! tallies of its rows, and is counted as a whole, once.
 
 use crate::changelog::Entry;
 use crate::metrics::{Table, metrics};

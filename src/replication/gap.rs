@@ -1,10 +1,10 @@
-//! A change of what is published, from the check that notices it to the end of its gap.
+//! The gap of a changed publication or mapping, from the check that notices the change to the end of the gap.
 //!
-//! PostgreSQL decides row by row what it sends, by what was published when the row was written, and sends a transaction when it
-//! commits. So a transaction that wrote to a table while it was not published, and is still open when the table is published
-//! again, commits *later*, without these rows. A gap therefore ends only when every transaction that may have been writing when
-//! the change was noticed has ended. Those are the holders of a lock on a mapped table that writers take; whoever takes one
-//! later writes under what the check has seen.
+//! PostgreSQL decides for each row whether to send it, by the publication at the time when the row was written, and sends a transaction when
+//! it commits. So a transaction that wrote to a table while it was not published, and that is still open when the table is published again,
+//! commits *later*, without these rows. Therefore the gap ends only after every transaction that may have been writing when the change was
+//! noticed: every holder of a lock, of a kind that writers take, on a mapped table. A transaction that takes such a lock later writes under
+//! the publication that the check has seen.
 //!
 //! ```text
 //!  noticed ──▶ all writers have ended ──▶ marker ──▶ the gap, with its end
@@ -12,7 +12,7 @@
 //!     └──▶ a writer stays for WRITERS_MAX ──▶ marker ──▶ the gap, open ──▶ all writers have ended ──▶ marker
 //! ```
 //!
-//! The stream goes on all the time. What is open is in the change log ([`Gap::writers`]), so that no restart forgets it.
+//! The stream continues meanwhile. An open gap is in the change log ([`Gap::writers`]), so that a restart does not forget it.
 
 use super::Error;
 use super::upstream::Link;

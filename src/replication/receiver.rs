@@ -1,7 +1,7 @@
-//! What comes out of the slot, in order, to entries of the change log.
+//! Turns the events of the slot into entries of the change log, in order.
 //!
-//! Without I/O: the session feeds it with events, and so does a test. It drops what was received before, counts what idle
-//! progress means, and puts gaps that were found by a check into their place in the stream.
+//! The receiver does no I/O: the session passes it events, and so do tests. It drops transactions that were received before, turns keepalives
+//! into progress, and puts the gap that a check found in its place in the stream.
 
 use crate::changelog::Entry;
 use crate::decode::assembler::{self, Assembler, MESSAGE_PREFIX};

@@ -447,7 +447,7 @@ impl Link for ServerLink {
                     std::future::pending::<()>().await;
                 }
                 if self.server.world.once_in(80) {
-                    self.server.world.note("the connection gaps".into());
+                    self.server.world.note("the connection breaks".into());
                     return Err(Error::Transient("connection reset".into()));
                 }
                 self.queue.pop_front();

@@ -87,11 +87,12 @@ async fn complaint(uri: &str) -> String {
     let ran = tuplewatch(&["doctor", "--json", "--database-uri", uri, "--changelog-path", "log"]).await;
     let diagnosis: serde_json::Value =
         serde_json::from_str(&ran.out).unwrap_or_else(|error| panic!("{error}: {ran:?}"));
-    let findings = diagnosis["findings"].as_array().unwrap();
-    let about =
-        |subject: &str| findings.iter().find(|finding| finding["subject"] == subject && finding["severity"] != "ok");
+    let diagnostics = diagnosis["diagnostics"].as_array().unwrap();
+    let about = |subject: &str| {
+        diagnostics.iter().find(|diagnostic| diagnostic["subject"] == subject && diagnostic["severity"] != "ok")
+    };
     let complaints = ["connection", "replication connection"].into_iter().filter_map(about);
-    complaints.map(|finding| format!("{} {}", finding["what"], finding["fix"])).collect()
+    complaints.map(|diagnostic| format!("{} {}", diagnostic["what"], diagnostic["fix"])).collect()
 }
 
 #[tokio::test]

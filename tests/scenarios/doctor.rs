@@ -39,7 +39,7 @@ struct Diagnostic {
 #[derive(Debug, Deserialize)]
 struct Diagnosis {
     server: String,
-    findings: Vec<Diagnostic>,
+    diagnostics: Vec<Diagnostic>,
     summary: Summary,
 }
 
@@ -52,13 +52,13 @@ struct Summary {
 
 impl Diagnosis {
     fn of_severity(&self, severity: &str) -> Vec<Diagnostic> {
-        self.findings.iter().filter(|finding| finding.severity == severity).cloned().collect()
+        self.diagnostics.iter().filter(|diagnostic| diagnostic.severity == severity).cloned().collect()
     }
 
     /// Those of a severity about a subject.
     fn about(&self, severity: &str, subject: &str) -> Vec<Diagnostic> {
         let mut found = self.of_severity(severity);
-        found.retain(|finding| finding.subject == subject);
+        found.retain(|diagnostic| diagnostic.subject == subject);
         found
     }
 }
@@ -140,19 +140,19 @@ impl Patient {
         assert_eq!(ran.err, "");
         let counted = [errors, diagnosis.of_severity("warning").len(), diagnosis.of_severity("ok").len()];
         assert_eq!([diagnosis.summary.error, diagnosis.summary.warning, diagnosis.summary.ok], counted);
-        let bad = diagnosis.findings.iter().filter(|finding| finding.severity != "ok");
-        assert!(bad.into_iter().all(|finding| finding.fix.is_some()), "{diagnosis:#?}");
+        let bad = diagnosis.diagnostics.iter().filter(|diagnostic| diagnostic.severity != "ok");
+        assert!(bad.into_iter().all(|diagnostic| diagnostic.fix.is_some()), "{diagnosis:#?}");
         diagnosis
     }
 
-    /// Of several findings only one is an error, and it is this.
+    /// Of several diagnostics only one is an error, and it is this.
     async fn has(&self, subject: &str, what: &str) -> Diagnostic {
         let diagnosis = self.doctor(&[]).await;
         let errors = diagnosis.of_severity("error");
-        let [finding] = errors.as_slice() else { panic!("not one error: {errors:#?}") };
-        assert_eq!(finding.subject, subject, "{finding:#?}");
-        assert!(finding.what.contains(what), "{finding:#?}");
-        finding.clone()
+        let [diagnostic] = errors.as_slice() else { panic!("not one error: {errors:#?}") };
+        assert_eq!(diagnostic.subject, subject, "{diagnostic:#?}");
+        assert!(diagnostic.what.contains(what), "{diagnostic:#?}");
+        diagnostic.clone()
     }
 
     /// There are no errors.
@@ -162,8 +162,8 @@ impl Patient {
     }
 
     /// Does what a fix says: pastes it as it is, into the shell or into psql, and then does what its comment adds.
-    async fn apply(&mut self, finding: &Diagnostic) {
-        let fix = finding.fix.as_deref().unwrap();
+    async fn apply(&mut self, diagnostic: &Diagnostic) {
+        let fix = diagnostic.fix.as_deref().unwrap();
         if fix.starts_with("tuplewatch ") {
             let script = format!("tuplewatch() {{ {} \"$@\"; }}\n{fix}", shell_word(env!("CARGO_BIN_EXE_tuplewatch")));
             let mut shell = Command::new("sh");
@@ -195,8 +195,8 @@ impl Patient {
 
     /// One error; with its fix all is well, and changes flow.
     async fn heals(&mut self, subject: &str, what: &str) {
-        let finding = self.has(subject, what).await;
-        self.apply(&finding).await;
+        let diagnostic = self.has(subject, what).await;
+        self.apply(&diagnostic).await;
         self.is_well().await;
         self.streams().await;
     }
@@ -220,7 +220,7 @@ async fn a_healthy_node_is_well_also_while_it_serves() {
     for subject in ["connection", "version", "wal_level", "replication connection", "clocks", "change log"] {
         assert_eq!(diagnosis.about("ok", subject).len(), 1, "{subject}: {diagnosis:#?}");
     }
-    assert!(diagnosis.findings.iter().all(|finding| finding.meaning.as_deref() != Some("")));
+    assert!(diagnosis.diagnostics.iter().all(|diagnostic| diagnostic.meaning.as_deref() != Some("")));
 
     let mut process = patient.serve(&[], &[]).await;
     let diagnosis = patient.doctor(&[]).await;
@@ -228,7 +228,7 @@ async fn a_healthy_node_is_well_also_while_it_serves() {
     let log = diagnosis.about("ok", "change log");
     assert!(log[0].what.ends_with("a tuplewatch has it open"), "{log:?}");
     let slot = diagnosis.about("ok", "replication slot tuplewatch");
-    assert!(slot.iter().any(|finding| finding.what.contains("in use by process")), "{slot:?}");
+    assert!(slot.iter().any(|diagnostic| diagnostic.what.contains("in use by process")), "{slot:?}");
     assert!(process.is_running());
     let said = process.complained();
     assert!(!said.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{said:#?}");
@@ -245,8 +245,8 @@ async fn a_fix_can_be_pasted_as_it_is() {
     let uri = patient.postgres.uri();
     let secret = uri.replace("postgres@", "postgres:s3cr3t@");
     let patient = patient.with("--config", "my node.yaml").with("--database-uri", &secret);
-    let finding = patient.has("publication tuplewatch", "does not exist").await;
-    let fix = finding.fix.clone().unwrap();
+    let diagnostic = patient.has("publication tuplewatch", "does not exist").await;
+    let fix = diagnostic.fix.clone().unwrap();
     assert!(fix.starts_with("tuplewatch setup --recreate-slot --config 'my node.yaml' "), "{fix}");
     assert!(fix.contains(&format!(" --database-uri {uri} ")) && fix.contains("PGPASSWORD"), "{fix}");
     // What setup does not take is not there.
@@ -259,7 +259,7 @@ async fn a_fix_can_be_pasted_as_it_is() {
         ran.failed(&["tuplewatch setup --recreate-slot --config 'my node.yaml' ", &uri, "PGPASSWORD"]);
     }
     let mut patient = patient;
-    patient.apply(&finding).await;
+    patient.apply(&diagnostic).await;
     patient.is_well().await;
 }
 

@@ -90,7 +90,7 @@ async fn what_happens_is_counted() {
         let lsn = |of: &str| scrape.find(&format!("tuplewatch_{of}_lsn_bytes"), &[]).unwrap_or_default();
         let (acknowledged, durable, received) = (lsn("acknowledged"), lsn("durable"), lsn("received"));
         assert!(acknowledged <= durable && durable <= received, "{acknowledged} {durable} {received}");
-        acknowledged >= last_lsn && lsn("server") >= last_lsn && lsn("published") >= last_lsn
+        acknowledged >= last_lsn && lsn("server") >= last_lsn && lsn("released") >= last_lsn
     })
     .await;
     let scrape = server.scrape().await;

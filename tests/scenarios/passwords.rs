@@ -63,9 +63,9 @@ async fn finds(uri: &str, passfile: Option<&std::path::Path>) -> (String, String
     let diagnosis: serde_json::Value =
         serde_json::from_str(&ran.out).unwrap_or_else(|error| panic!("{error}: {ran:?}"));
     let about = |subject: &str| {
-        let findings = diagnosis["findings"].as_array().unwrap();
-        let finding = findings.iter().find(|finding| finding["subject"] == subject);
-        finding.map_or_else(String::new, |finding| format!("{}: {}", finding["severity"], finding["what"]))
+        let diagnostics = diagnosis["diagnostics"].as_array().unwrap();
+        let diagnostic = diagnostics.iter().find(|diagnostic| diagnostic["subject"] == subject);
+        diagnostic.map_or_else(String::new, |diagnostic| format!("{}: {}", diagnostic["severity"], diagnostic["what"]))
     };
     (about("connection"), about("replication connection"))
 }

@@ -52,7 +52,7 @@ struct Body {
 }
 
 impl Body {
-    /// The next line without its end; `None` where the body ends or gaps off.
+    /// The next line without its end; `None` where the body ends or breaks off.
     async fn line(&mut self) -> Option<String> {
         loop {
             if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {

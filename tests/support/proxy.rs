@@ -1,4 +1,4 @@
-//! A TCP proxy that a test gaps: between tuplewatch and PostgreSQL, or between a subscriber and tuplewatch.
+//! A TCP proxy that a test breaks: between tuplewatch and PostgreSQL, or between a subscriber and tuplewatch.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

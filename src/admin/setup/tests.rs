@@ -49,8 +49,8 @@ async fn everything_then_nothing_then_away() {
     assert_eq!(seen, all);
     assert_eq!(setup.plan(client).await.unwrap(), []);
     assert_eq!(setup.apply(&database.connection, &mut silent).await.unwrap(), []);
-    let findings = check(client, &expectation(&mapping, &database.name)).await.unwrap();
-    assert!(findings.iter().all(|finding| finding.severity != Severity::Error), "{findings:#?}");
+    let diagnostics = check(client, &expectation(&mapping, &database.name)).await.unwrap();
+    assert!(diagnostics.iter().all(|diagnostic| diagnostic.severity != Severity::Error), "{diagnostics:#?}");
 
     database.execute("INSERT INTO tuplewatch.relation_tuples VALUES ('t1', 'd', '1', 'r', 'u', '2')").await;
     let teardown = Teardown { slot: &database.name, publication: "Feed" };
@@ -102,8 +102,8 @@ async fn only_what_is_missing() {
     let done = setup.apply(&database.connection, &mut silent).await.unwrap();
     assert_eq!(explanations(&done), expected);
     assert_eq!(setup.plan(client).await.unwrap(), []);
-    let findings = check(client, &expectation(&mapping, &database.name)).await.unwrap();
-    assert!(findings.iter().all(|finding| finding.severity != Severity::Error), "{findings:#?}");
+    let diagnostics = check(client, &expectation(&mapping, &database.name)).await.unwrap();
+    assert!(diagnostics.iter().all(|diagnostic| diagnostic.severity != Severity::Error), "{diagnostics:#?}");
 
     // A new partition begins with an identity of its own.
     database.execute(r#"CREATE TABLE p2 PARTITION OF "Odd ""Schema"""."it's" FOR VALUES IN ('t2')"#).await;

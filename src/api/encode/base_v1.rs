@@ -20,12 +20,20 @@ const ANY_TYPE_URL: u32 = 1;
 const ANY_VALUE: u32 = 2;
 const DATA: u32 = 1;
 
+/// A change is not what the assembler encodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a change does not decode")]
+pub struct Malformed;
+
 /// The whole response.
-pub fn response(snap_token: &str, changes: &[u8]) -> Vec<u8> {
+///
+/// # Errors
+/// Where the changes have an attribute that does not decode.
+pub fn response(snap_token: &str, changes: &[u8]) -> Result<Vec<u8>, Malformed> {
     if Changes::of(changes).have_attributes() {
-        envelope(snap_token, &transcoded(changes))
+        Ok(envelope(snap_token, &transcoded(changes)?))
     } else {
-        envelope(snap_token, changes)
+        Ok(envelope(snap_token, changes))
     }
 }
 
@@ -38,14 +46,15 @@ fn envelope(snap_token: &str, changes: &[u8]) -> Vec<u8> {
     out
 }
 
-fn transcoded(changes: &[u8]) -> Vec<u8> {
+fn transcoded(changes: &[u8]) -> Result<Vec<u8>, Malformed> {
     let mut out = Vec::with_capacity(2 * changes.len());
     for element in Changes::of(changes) {
-        match ChangeView::read(element) {
-            Some(ChangeView { operation, fact: FactView::Attribute { entity_type, entity_id, attribute, value } }) => {
-                // What was encoded here decodes here.
-                let Some(value) = value.read() else { continue };
-                let (mut fact, mut entity, mut any) = (Vec::new(), Vec::new(), Vec::new());
+        let ChangeView { operation, fact } = ChangeView::read(element).ok_or(Malformed)?;
+        match fact {
+            FactView::Tuple(_) => out.put_slice(element),
+            FactView::Attribute { entity_type, entity_id, attribute, value } => {
+                let value = value.read().ok_or(Malformed)?;
+                let (mut entity, mut any, mut fact, mut change) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
                 put_text(ENTITY_TYPE, entity_type, &mut entity);
                 put_text(ENTITY_ID, entity_id, &mut entity);
                 put_text(ANY_TYPE_URL, &format!("{TYPE_URL_PREFIX}{}", value.message_name()), &mut any);
@@ -56,16 +65,14 @@ fn transcoded(changes: &[u8]) -> Vec<u8> {
                 put_bytes(ATTRIBUTE_ENTITY, &entity, &mut fact);
                 put_text(ATTRIBUTE_NAME, attribute, &mut fact);
                 put_bytes(ATTRIBUTE_VALUE, &any, &mut fact);
-                let mut change = Vec::new();
                 encode_key(OPERATION, WireType::Varint, &mut change);
                 encode_varint(operation.number(), &mut change);
                 put_bytes(ATTRIBUTE, &fact, &mut change);
                 put_bytes(TUPLE_CHANGES, &change, &mut out);
             }
-            _ => out.put_slice(element),
         }
     }
-    out
+    Ok(out)
 }
 
 /// Bytes of a field with a length, whose number is below 16.
@@ -166,7 +173,7 @@ mod tests {
         let mut changes = Vec::new();
         encode(operation, fact, &mut changes);
         encode(operation, fact, &mut changes);
-        response("token", &changes)
+        response("token", &changes).unwrap()
     }
 
     proptest! {
@@ -197,7 +204,7 @@ mod tests {
             prop_assert_eq!(ours(Operation::Create, &fact), expected);
             let mut encoded = Vec::new();
             encode(Operation::Create, &fact, &mut encoded);
-            prop_assert!(transcoded(&encoded).len() <= envelope_bytes(&fact, &encoded), "no limit is passed");
+            prop_assert!(transcoded(&encoded).unwrap().len() <= envelope_bytes(&fact, &encoded), "no limit is passed");
         }
 
         #[test]

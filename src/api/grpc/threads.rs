@@ -30,8 +30,8 @@ pub(super) struct Thread<P> {
     connections: Arc<AtomicUsize>,
 }
 
-/// What a connection counts for, while it lasts.
-pub(super) struct AckTracker {
+/// A connection, counted as long as this value lives.
+pub(super) struct Counted {
     connections: Arc<AtomicUsize>,
     _place: Place,
 }
@@ -45,9 +45,9 @@ impl<P: Primary + 'static> Threads<P> {
         let (mut threads, mut running) = (Vec::new(), JoinSet::<Infallible>::new());
         for n in 0..count() {
             let (hub, wake_batch) = watch.hub().with_wake_batch();
-            let (runtime, rings) = thread::run(format!("grpc-{n}"), wake_batch.run())?;
+            let (runtime, waking) = thread::run(format!("grpc-{n}"), wake_batch.run())?;
             threads.push(Thread { runtime, watch: watch.with_hub(hub), connections: Arc::default() });
-            running.spawn(rings);
+            running.spawn(waking);
         }
         let failed = async move {
             match running.join_next().await {
@@ -60,14 +60,14 @@ impl<P: Primary + 'static> Threads<P> {
     }
 
     /// The thread that has the fewest connections, for one more.
-    pub(super) fn take_on(&self, place: Place) -> Option<(&Thread<P>, AckTracker)> {
+    pub(super) fn take_on(&self, place: Place) -> Option<(&Thread<P>, Counted)> {
         let thread = self.0.iter().min_by_key(|thread| thread.connections.load(Ordering::Relaxed))?;
         thread.connections.fetch_add(1, Ordering::Relaxed);
-        Some((thread, AckTracker { connections: thread.connections.clone(), _place: place }))
+        Some((thread, Counted { connections: thread.connections.clone(), _place: place }))
     }
 }
 
-impl Drop for AckTracker {
+impl Drop for Counted {
     fn drop(&mut self) {
         self.connections.fetch_sub(1, Ordering::Relaxed);
     }

@@ -303,7 +303,7 @@ impl Open {
             // Who polled when they were taken may have been woken since.
             return Poll::Ready(Ok(false));
         }
-        // AckTracker only while there is something in it: idle streams are many.
+        // Held only while there is something in it: idle streams are many.
         self.ready.shrink_to(READY_MAX);
         match ready!(self.subscription.poll_next(cx, JOIN_BYTES, &mut self.ready)) {
             Ok(is_all) => Poll::Ready(Ok(is_all)),
@@ -322,6 +322,7 @@ impl Open {
                 let tokens = self.tokens()?;
                 let before = ready!(self.poll_before(cx, &item, &tokens))?;
                 item.frame(|message| frame(message, &tokens.of_message(message, self.token_form, before)))
+                    .map_err(|error| Status::internal(format!("a message cannot be sent: {error}")))?
             }
         };
         self.ready.pop_front();
@@ -367,8 +368,8 @@ impl Open {
 }
 
 /// A message of gRPC: its prefix, and the `WatchResponse`.
-fn frame(message: &Message, snap_token: &str) -> Bytes {
-    let response = base_v1::response(snap_token, &message.changes);
+fn frame(message: &Message, snap_token: &str) -> Result<Bytes, base_v1::Malformed> {
+    let response = base_v1::response(snap_token, &message.changes)?;
     let missing = FRAME_BYTES_MIN.saturating_sub(PREFIX_BYTES + response.len());
     let mut padding = Vec::new();
     if missing > 0 {
@@ -383,7 +384,7 @@ fn frame(message: &Message, snap_token: &str) -> Bytes {
     frame.put_u32(u32::try_from(response.len() + padding.len()).unwrap_or(u32::MAX));
     frame.put_slice(&response);
     frame.put_slice(&padding);
-    frame.into()
+    Ok(frame.into())
 }
 
 impl<B, P> Service<http::Request<B>> for WatchService<P>
@@ -472,7 +473,7 @@ mod tests {
             prost::encoding::bytes::encode(9, &vec![1; change_bytes], &mut change);
             builder.push(1, &change, change.len());
             let message = builder.finish(header, Some(Lsn(2)));
-            let frame = frame(&message, "token");
+            let frame = frame(&message, "token").unwrap();
             assert!(frame.len() >= FRAME_BYTES_MIN, "{}", frame.len());
             let (prefix, response) = frame.split_at(PREFIX_BYTES);
             assert_eq!(prefix, [&[0][..], &u32::try_from(response.len()).unwrap().to_be_bytes()].concat());

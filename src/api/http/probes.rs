@@ -52,7 +52,7 @@ async fn ready<P: Probes>(State(probes): State<Arc<P>>) -> Response {
 }
 
 async fn scrape<P: Probes>(State(alone): State<Alone<P>>) -> Response {
-    // AckTracker for as long as it reads, also when nobody waits for it any more.
+    // Held for as long as it reads, also when nobody waits for it any more.
     let probes = alone.lock_owned().await;
     match tokio::task::spawn_blocking(move || probes.metrics()).await {
         Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),

@@ -40,7 +40,7 @@ impl Memory {
                 if let Some((commit, _)) = self.stored.staged.take() {
                     let is_open = |other: Lsn| other == Lsn(commit);
                     let batch = &mut written.batch;
-                    log.segments().remove(batch, Lsn(commit), &is_open).map_err(|error| poisoned(&error))?;
+                    log.segments().remove(batch, Lsn(commit), &is_open).map_err(poisoned)?;
                 }
             }
             // Delivered once more, because it was not known to have arrived.
@@ -62,11 +62,11 @@ impl Memory {
             Entry::Diverge { at, history } => {
                 let batch = &mut written.batch;
                 let segments = log.segments();
-                let abandoned = segments.transactions_ending_past(*at).map_err(|error| poisoned(&error))?;
+                let abandoned = segments.transactions_ending_past(*at).map_err(poisoned)?;
                 let is_past = |commit: Lsn| commit >= *at || abandoned.contains_key(&commit);
                 let first = abandoned.first_key_value().map_or(*at, |(commit, _)| *at.min(commit));
-                segments.remove(batch, first, &is_past).map_err(|error| poisoned(&error))?;
-                segments.remove_index(batch, &abandoned).map_err(|error| poisoned(&error))?;
+                segments.remove(batch, first, &is_past).map_err(poisoned)?;
+                segments.remove_index(batch, &abandoned).map_err(poisoned)?;
                 for (_, xid) in abandoned.values() {
                     batch.insert(&log.meta, meta_abandoned(*xid), []);
                 }
@@ -99,7 +99,7 @@ impl Memory {
     }
 
     fn add_gap(&mut self, gap: Gap, log: &LocalLog, batch: &mut WriteBatch) -> Result<(), Error> {
-        let json = serde_json::to_vec(&write_gap(&gap)).map_err(|error| Error::Poisoned(error.to_string()))?;
+        let json = serde_json::to_vec(&write_gap(&gap)).map_err(poisoned)?;
         batch.insert(&log.meta, meta_gap(&gap), json);
         self.gaps.push(gap);
         if self.gaps.len() > GAPS_MAX {
@@ -153,13 +153,13 @@ impl<'a> Written<'a> {
             }
         }
         if self.rare {
-            let json = serde_json::to_vec(&memory.stored).map_err(|error| Error::Poisoned(error.to_string()))?;
+            let json = serde_json::to_vec(&memory.stored).map_err(poisoned)?;
             self.batch.insert(&log.meta, META_STATE, json);
         }
         if memory.tail != self.tail_before {
             self.batch.insert(&log.meta, META_TAIL, record::write_lsn(memory.tail));
         }
-        self.batch.commit().map_err(|error| poisoned(&error))
+        self.batch.commit().map_err(poisoned)
     }
 
     fn put_messages(&mut self, messages: &[(TenantId, Message)]) {

@@ -42,8 +42,8 @@ use prost::encoding::{decode_varint, encode_varint};
 use std::collections::HashMap;
 
 /// A page takes no more elements above this, in bytes. Large enough that the key does not count, small enough that skipping to an
-/// element inside is nothing.
-pub(super) const BYTES_MAX: usize = 16 << 10;
+/// element inside is nothing. Tests have pages of few elements.
+pub(super) const BYTES_MAX: usize = if cfg!(test) { 160 } else { 16 << 10 };
 
 /// A page is not what was written.
 #[derive(Debug, thiserror::Error)]

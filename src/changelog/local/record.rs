@@ -142,7 +142,7 @@ pub(super) struct Horizon {
     pub(super) position: Position,
     /// The id of its transaction.
     pub(super) xid: Xid8,
-    /// The end LSN of its transaction; zero where more messages of it followed.
+    /// The end LSN of its transaction; zero where that is in a later segment, and with it more of the transaction.
     pub(super) end: Lsn,
 }
 

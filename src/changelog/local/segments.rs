@@ -80,7 +80,7 @@ impl Segments {
         let segments = Self([first].into());
         let mut batch = db.batch();
         segments.store(&mut batch, meta)?;
-        batch.commit().map_err(|error| poisoned(&error))?;
+        batch.commit().map_err(poisoned)?;
         Ok(segments)
     }
 
@@ -94,7 +94,7 @@ impl Segments {
                 created_unix_seconds: segment.created_unix_seconds,
             })
             .collect();
-        let json = serde_json::to_vec(&stored).map_err(|error| Error::Poisoned(error.to_string()))?;
+        let json = serde_json::to_vec(&stored).map_err(poisoned)?;
         batch.insert(meta, META_SEGMENTS, json);
         Ok(())
     }
@@ -116,7 +116,7 @@ impl Segments {
     /// With a new active segment behind the others.
     pub(super) fn rolled(&self, db: &Database, first: Position, now_unix_seconds: u64) -> Result<Self, Error> {
         let id = self.active().id + 1;
-        let keyspace = db.keyspace(&name(id), segment_options).map_err(|error| poisoned(&error))?;
+        let keyspace = db.keyspace(&name(id), segment_options).map_err(poisoned)?;
         let new = Segment { id, first, created_unix_seconds: now_unix_seconds, keyspace };
         Ok(Self(self.0.iter().cloned().chain([new]).collect()))
     }
@@ -290,9 +290,19 @@ impl Segment {
             let page =
                 self.keyspace.get(record::messages_key(&tenant, position))?.unwrap_or_else(|| fjall::Slice::new(&[]));
             let last = Messages::of(Bytes::from(page)).last().transpose()?.ok_or(Malformed("messages"))?;
-            let end = last.end.unwrap_or_default();
+            let end = match last.end {
+                Some(end) => end,
+                // All messages of the tenant were staged before the transaction's end.
+                None => self.end_of(position.lsn)?.unwrap_or_default(),
+            };
             Ok((tenant, Horizon { position, xid: last.header.xid, end }))
         })
+    }
+
+    /// The end of the transaction that committed here, where the index of this segment has it.
+    fn end_of(&self, commit: Lsn) -> Result<Option<Lsn>, Unreadable> {
+        let Some((_, page)) = self.transaction_pages(commit).next().transpose()? else { return Ok(None) };
+        Ok(page.into_iter().find(|transaction| transaction.commit == commit).map(|transaction| transaction.end))
     }
 
     /// Every tenant with messages here, and the place of its newest: two seeks a tenant, whatever the number of messages.

@@ -118,7 +118,8 @@ pub(super) mod tests {
     fn change(operation: Operation, fact: &Fact<'_>) -> DataChange {
         let mut bytes = Vec::new();
         encode(operation, fact, &mut bytes);
-        let response = proto::WatchResponse::decode(&*crate::api::encode::base_v1::response("t", &bytes)).unwrap();
+        let response =
+            proto::WatchResponse::decode(&*crate::api::encode::base_v1::response("t", &bytes).unwrap()).unwrap();
         response.changes.unwrap().tuple_changes.remove(0)
     }
 

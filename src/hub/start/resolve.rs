@@ -1,8 +1,8 @@
-//! Where in the stream a token's transaction is.
+//! Finds the transaction of a token in the stream.
 //!
-//! A transaction that the log has is there. One that it does not have may still come: while PostgreSQL says that it runs, and
-//! then until the stream has passed a mark that was written after it was over. One that has not come by then left no trace
-//! here: it was rolled back, touched nothing that is watched, or is from before what the log has.
+//! If the log has the transaction, that is its place. If not, it may still arrive: while PostgreSQL says that it runs, and then until the
+//! stream has passed a marker that was written after it had ended. A transaction that has not arrived by then was rolled back, changed nothing
+//! that is watched, or is older than the log.
 
 use super::{Error, Start};
 use crate::changelog::{self, ChangeLog, TransactionOutcome};

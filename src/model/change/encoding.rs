@@ -67,10 +67,11 @@ pub fn encode(operation: Operation, fact: &Fact<'_>, out: &mut Vec<u8>) {
     }
 }
 
+/// `base.v1` names the type of a value beside it: a URL of up to 45 bytes, and what is around it.
+const ATTRIBUTE_EXTRA_BYTES: usize = 64;
+
 /// What an encoded change takes at most, in whichever version of the API, in bytes.
 pub const fn envelope_bytes(fact: &Fact<'_>, encoded: &[u8]) -> usize {
-    /// `base.v1` names the type of the value in it: a URL of up to 45 bytes, with what is around it.
-    const ATTRIBUTE_EXTRA_BYTES: usize = 64;
     match fact {
         Fact::Tuple(_) => encoded.len(),
         Fact::Attribute(_) => encoded.len() + ATTRIBUTE_EXTRA_BYTES,
@@ -390,15 +391,25 @@ impl<'a> Changes<'a> {
         Self(changes)
     }
 
-    /// Whether one of them is of an attribute. Reads no more of each than it must.
+    /// Whether one of them is of an attribute.
     pub fn have_attributes(self) -> bool {
-        let is_attribute = |element| {
-            let mut fields = content(element)?;
-            take_field(&mut fields)?;
-            Some(decode_key(&mut fields).ok()?.0 == ATTRIBUTE)
-        };
-        self.into_iter().any(|element| is_attribute(element) == Some(true))
+        self.into_iter().any(is_attribute)
     }
+
+    /// What they take at most, in whichever version of the API, in bytes.
+    pub fn envelope_bytes(self) -> usize {
+        self.0.len() + ATTRIBUTE_EXTRA_BYTES * self.into_iter().filter(|element| is_attribute(element)).count()
+    }
+}
+
+/// Reads no more of the element than it must.
+fn is_attribute(element: &[u8]) -> bool {
+    let fact = || {
+        let mut fields = content(element)?;
+        take_field(&mut fields)?;
+        Some(decode_key(&mut fields).ok()?.0)
+    };
+    fact() == Some(ATTRIBUTE)
 }
 
 impl<'a> Iterator for Changes<'a> {

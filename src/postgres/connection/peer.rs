@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout};
 use super::low_water::{LowWater, MARK, WAIT_MAX};
 use super::wire::Wire;
 
-/// DiskSpace that a read has at the least.
+/// Room that a read has at the least.
 const ROOM_MIN: usize = MARK;
 /// Of a new buffer.
 const ROOM: usize = 4 * MARK;

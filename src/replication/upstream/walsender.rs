@@ -1,4 +1,4 @@
-//! A real server: two connections, one for SQL and one that replicates.
+//! The upstream that is a real PostgreSQL: two connections, one for SQL and one that replicates.
 
 use super::{Link, Server, Started, Upstream};
 use crate::changelog::State;

@@ -170,7 +170,7 @@ async fn a_connection_that_says_nothing_is_closed() {
     server.serving().await;
 }
 
-/// What is not HTTP/2, or gaps its rules, costs its own connection.
+/// What is not HTTP/2, or breaks its rules, costs its own connection.
 #[tokio::test]
 async fn garbage_on_the_wire_ends_its_own_connection() {
     let postgres = Postgres::start().await;

@@ -9,8 +9,8 @@ const SUBJECT: &str = "change log";
 async fn it_cannot_be_kept_there() {
     let patient = Patient::ready(Postgres::start().await).await.with("--changelog-path", "a-file/log");
     std::fs::write(patient.path().join("a-file"), "").unwrap();
-    let finding = patient.has(SUBJECT, "a-file is not a directory").await;
-    assert!(finding.fix.unwrap().contains("set changelog.path to a directory"));
+    let diagnostic = patient.has(SUBJECT, "a-file is not a directory").await;
+    assert!(diagnostic.fix.unwrap().contains("set changelog.path to a directory"));
     std::fs::remove_file(patient.path().join("a-file")).unwrap();
     patient.is_well().await;
     assert!(!patient.path().join("a-file").exists(), "nothing was made");
@@ -21,8 +21,8 @@ async fn it_cannot_be_kept_there() {
 async fn it_holds_something_else() {
     let patient = Patient::ready(Postgres::start().await).await.with("--changelog-path", ".");
     std::fs::write(patient.path().join("somebody's"), "").unwrap();
-    let finding = patient.has(SUBJECT, "holds no change log of tuplewatch").await;
-    assert!(finding.fix.unwrap().contains("set changelog.path to an empty or new directory"));
+    let diagnostic = patient.has(SUBJECT, "holds no change log of tuplewatch").await;
+    assert!(diagnostic.fix.unwrap().contains("set changelog.path to an empty or new directory"));
     let patient = patient.with("--changelog-path", "new");
     patient.is_well().await;
     patient.streams().await;
@@ -32,8 +32,8 @@ async fn it_holds_something_else() {
 async fn it_is_damaged() {
     let patient = Patient::used(Postgres::start().await).await;
     std::fs::remove_dir_all(patient.path().join("log/data")).unwrap();
-    let finding = patient.has(SUBJECT, "is damaged").await;
-    assert!(finding.fix.unwrap().starts_with("tuplewatch serve --reset-log"));
+    let diagnostic = patient.has(SUBJECT, "is damaged").await;
+    assert!(diagnostic.fix.unwrap().starts_with("tuplewatch serve --reset-log"));
     stops(patient.serve(&[], &["--reset-log"]).await).await;
     patient.is_well().await;
 }
@@ -41,8 +41,8 @@ async fn it_is_damaged() {
 #[tokio::test]
 async fn the_disk_has_less_than_the_reserve() {
     let patient = Patient::ready(Postgres::start().await).await.with("--changelog-disk-reserve", "1000000GiB");
-    let finding = patient.has("room for the change log", "less than changelog.disk_reserve").await;
-    assert!(finding.fix.unwrap().contains("set changelog.disk_reserve to less"));
+    let diagnostic = patient.has("room for the change log", "less than changelog.disk_reserve").await;
+    assert!(diagnostic.fix.unwrap().contains("set changelog.disk_reserve to less"));
     let patient = patient.with("--changelog-disk-reserve", "16MiB");
     patient.is_well().await;
     patient.streams().await;

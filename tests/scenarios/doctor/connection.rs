@@ -1,4 +1,4 @@
-//! Servers that cannot be asked: one finding, and the change log is looked at all the same.
+//! Servers that cannot be asked: one diagnostic, and the change log is looked at all the same.
 
 use super::Patient;
 use crate::support::postgres::Postgres;
@@ -14,8 +14,8 @@ async fn allow(patient: &Patient, lines: &str) {
 
 /// What is looked at without a server.
 async fn is_refused(patient: &Patient, what: &str, fix: &str) {
-    let finding = patient.has(SUBJECT, what).await;
-    assert!(finding.fix.as_deref().unwrap().contains(fix), "{finding:?}");
+    let diagnostic = patient.has(SUBJECT, what).await;
+    assert!(diagnostic.fix.as_deref().unwrap().contains(fix), "{diagnostic:?}");
     let diagnosis = patient.doctor(&[]).await;
     assert_eq!(diagnosis.about("ok", "change log").len(), 1, "{diagnosis:#?}");
 }

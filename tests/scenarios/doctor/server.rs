@@ -14,8 +14,8 @@ async fn wal_level_is_replica() {
     patient.sql().await.run(include_str!("../../../sql/0001_tables.sql")).await;
     let publication = "CREATE PUBLICATION tuplewatch FOR TABLE tuplewatch.relation_tuples, tuplewatch.attributes";
     patient.sql().await.run(publication).await;
-    let finding = patient.has("wal_level", "is replica").await;
-    assert!(!finding.what.contains("waits for a restart"), "{finding:?}");
+    let diagnostic = patient.has("wal_level", "is replica").await;
+    assert!(!diagnostic.what.contains("waits for a restart"), "{diagnostic:?}");
 
     // Half of the fix: somebody has set it, and did not restart.
     patient.sql().await.run("ALTER SYSTEM SET wal_level = logical").await;
@@ -75,7 +75,7 @@ async fn there_are_fewer_connections_than_serve_uses() {
         ("max_connections", "leaves ordinary roles 10 at a time"),
     ] {
         let found = patient.doctor(&[]).await.about("warning", subject);
-        assert!(matches!(found.as_slice(), [finding] if finding.what.contains(what)), "{subject}: {found:#?}");
+        assert!(matches!(found.as_slice(), [diagnostic] if diagnostic.what.contains(what)), "{subject}: {found:#?}");
         patient.apply(&found[0]).await;
         let diagnosis = patient.doctor(&[]).await;
         assert!(diagnosis.about("warning", subject).is_empty(), "{diagnosis:#?}");
@@ -134,10 +134,13 @@ async fn commits_would_wait_for_what_is_held_back() {
     patient.sql().await.run(&format!("ALTER SYSTEM SET {SETTING} = '*'")).await;
     patient.reload().await;
     let found = patient.doctor(&[]).await.about("warning", SETTING);
-    assert!(matches!(found.as_slice(), [finding] if finding.what.contains("tuplewatch matches too")), "{found:#?}");
+    assert!(
+        matches!(found.as_slice(), [diagnostic] if diagnostic.what.contains("tuplewatch matches too")),
+        "{found:#?}"
+    );
     let mut patient = patient.with(HOLD_BACK.0, HOLD_BACK.1);
-    let finding = patient.has(SETTING, "tuplewatch matches too").await;
-    patient.apply(&finding).await;
+    let diagnostic = patient.has(SETTING, "tuplewatch matches too").await;
+    patient.apply(&diagnostic).await;
     patient.is_well().await;
     // Of that name there is none here, and a commit would wait for it.
     patient.sql().await.run(&format!("ALTER SYSTEM RESET {SETTING}")).await;

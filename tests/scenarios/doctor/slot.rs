@@ -39,8 +39,8 @@ async fn it_is_somebody_elses() {
     let patient = Patient::ready(Postgres::start().await).await;
     patient.sql().await.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
     patient.sql().await.run("SELECT pg_create_physical_replication_slot('tuplewatch')").await;
-    let finding = patient.has(SLOT, "is a physical slot").await;
-    assert!(finding.fix.unwrap().contains("choose another name in replication.slot"));
+    let diagnostic = patient.has(SLOT, "is a physical slot").await;
+    assert!(diagnostic.fix.unwrap().contains("choose another name in replication.slot"));
     let patient = patient.with("--replication-slot", "another");
     patient.is_well().await;
     patient.streams().await;
@@ -53,9 +53,9 @@ async fn nobody_reads_it() {
     let kept = "pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > 48 * 1024 * 1024";
     write_until(&patient.sql().await, "much is kept", kept).await;
     let warnings = patient.doctor(&[]).await.about("warning", SLOT);
-    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
-    assert!(finding.what.contains("nobody has read it"), "{finding:?}");
-    assert!(finding.fix.as_deref().unwrap().starts_with("tuplewatch serve"), "{finding:?}");
+    let [diagnostic] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(diagnostic.what.contains("nobody has read it"), "{diagnostic:?}");
+    assert!(diagnostic.fix.as_deref().unwrap().starts_with("tuplewatch serve"), "{diagnostic:?}");
 
     let process = patient.serve(&[], &[]).await;
     let sql = patient.sql().await;
@@ -73,9 +73,9 @@ async fn nobody_reads_it() {
 async fn it_is_about_to_be_lost() {
     let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "64MB")]).await).await;
     let warnings = patient.doctor(&[]).await.about("warning", SLOT);
-    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
-    assert!(finding.what.contains("is lost when another"), "{finding:?}");
-    patient.apply(finding).await;
+    let [diagnostic] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(diagnostic.what.contains("is lost when another"), "{diagnostic:?}");
+    patient.apply(diagnostic).await;
     assert!(patient.doctor(&[]).await.about("warning", SLOT).is_empty());
 }
 
@@ -92,9 +92,9 @@ async fn it_is_as_good_as_lost() {
     })
     .await;
     let warnings = patient.doctor(&[]).await.about("warning", SLOT);
-    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
-    assert!(finding.what.contains("will be lost at one of the next checkpoints"), "{finding:?}");
-    patient.apply(finding).await;
+    let [diagnostic] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(diagnostic.what.contains("will be lost at one of the next checkpoints"), "{diagnostic:?}");
+    patient.apply(diagnostic).await;
     sql.run("CHECKPOINT").await;
     patient.is_well().await;
     patient.streams().await;
@@ -106,11 +106,11 @@ async fn another_node_has_it() {
     let mut thief = patient.serve(&[("--changelog-path", "their-log")], &[]).await;
     let diagnosis = patient.doctor(&[]).await;
     let warnings = diagnosis.about("warning", SLOT);
-    let [finding] = warnings.as_slice() else { panic!("{diagnosis:#?}") };
-    assert!(finding.what.contains("which is not this tuplewatch"), "{finding:?}");
+    let [diagnostic] = warnings.as_slice() else { panic!("{diagnosis:#?}") };
+    assert!(diagnostic.what.contains("which is not this tuplewatch"), "{diagnostic:?}");
     // Whatever starts it is stopped first, as it says.
     thief.kill_9().await;
-    patient.apply(finding).await;
+    patient.apply(diagnostic).await;
     eventually("the slot is free", async || patient.doctor(&[]).await.about("warning", SLOT).is_empty()).await;
     patient.streams().await;
 }
@@ -142,9 +142,9 @@ async fn it_is_read_too_slowly() {
     let behind = "pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn) > 48 * 1024 * 1024";
     write_until(&sql, "it is far behind", behind).await;
     let warnings = patient.doctor(&[]).await.about("warning", SLOT);
-    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
-    assert!(finding.what.contains("hidden from this role (GRANT pg_monitor)"), "{finding:?}");
-    assert!(finding.fix.as_deref().unwrap().contains("tuplewatch does not keep up"), "{finding:?}");
+    let [diagnostic] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(diagnostic.what.contains("hidden from this role (GRANT pg_monitor)"), "{diagnostic:?}");
+    assert!(diagnostic.fix.as_deref().unwrap().contains("tuplewatch does not keep up"), "{diagnostic:?}");
     process.signal("CONT");
     stops(process).await;
 }
@@ -160,9 +160,12 @@ async fn a_transaction_holds_it_back() {
     // Not for so long.
     assert!(patient.doctor(&[]).await.about("warning", &subject).is_empty());
     let warnings = patient.doctor(&["--long-transaction", "0s"]).await.about("warning", &subject);
-    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
-    assert!(finding.what.contains("user postgres") && finding.what.contains("idle in transaction"), "{finding:?}");
-    patient.apply(finding).await;
+    let [diagnostic] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(
+        diagnostic.what.contains("user postgres") && diagnostic.what.contains("idle in transaction"),
+        "{diagnostic:?}"
+    );
+    patient.apply(diagnostic).await;
     eventually("it has ended", async || {
         patient.doctor(&["--long-transaction", "0s"]).await.about("warning", &subject).is_empty()
     })
@@ -178,7 +181,7 @@ async fn a_transaction_holds_it_back() {
     assert!(hidden[0].what.contains("is hidden from role reader"), "{hidden:?}");
     patient.sql().await.run(hidden[0].fix.as_deref().unwrap()).await;
     let diagnosis = patient.doctor(&["--long-transaction", "0s"]).await;
-    assert!(diagnosis.of_severity("warning").iter().any(|finding| finding.subject.starts_with("transaction of")));
+    assert!(diagnosis.of_severity("warning").iter().any(|diagnostic| diagnostic.subject.starts_with("transaction of")));
 }
 
 /// A gap does not end before it, and nothing tells of it but its lock: it has written nothing.
@@ -191,22 +194,23 @@ async fn a_transaction_has_locked_a_watched_table() {
     writer.run("BEGIN; SET application_name = 'nightly'; DELETE FROM tuplewatch.attributes WHERE false").await;
     let pid = writer.value("SELECT pg_backend_pid()").await;
     let warnings = patient.doctor(&["--long-transaction", "0s"]).await.of_severity("warning");
-    let about: Vec<&Diagnostic> = warnings.iter().filter(|finding| finding.subject.contains("transaction")).collect();
-    let [finding] = about.as_slice() else { panic!("{warnings:#?}") };
-    assert_eq!(finding.subject, format!("transaction of process {pid}"));
+    let about: Vec<&Diagnostic> =
+        warnings.iter().filter(|diagnostic| diagnostic.subject.contains("transaction")).collect();
+    let [diagnostic] = about.as_slice() else { panic!("{warnings:#?}") };
+    assert_eq!(diagnostic.subject, format!("transaction of process {pid}"));
     for says in ["has locked tuplewatch.attributes", "user postgres", "nightly", "idle in transaction"] {
-        assert!(finding.what.contains(says), "{finding:?}");
+        assert!(diagnostic.what.contains(says), "{diagnostic:?}");
     }
-    assert!(finding.meaning.as_deref().unwrap().contains("A gap"), "{finding:?}");
-    patient.apply(finding).await;
+    assert!(diagnostic.meaning.as_deref().unwrap().contains("A gap"), "{diagnostic:?}");
+    patient.apply(diagnostic).await;
 
     let prepare = "BEGIN; DELETE FROM tuplewatch.attributes; PREPARE TRANSACTION 'theirs'";
     patient.sql().await.run(prepare).await;
     let warnings =
         patient.doctor(&["--long-transaction", "0s"]).await.about("warning", "prepared transaction 'theirs'");
-    let [finding] = warnings.as_slice() else { panic!("{warnings:#?}") };
-    assert!(finding.what.contains("has locked tuplewatch.attributes"), "{finding:?}");
-    patient.apply(finding).await;
+    let [diagnostic] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert!(diagnostic.what.contains("has locked tuplewatch.attributes"), "{diagnostic:?}");
+    patient.apply(diagnostic).await;
     let diagnosis = patient.doctor(&["--long-transaction", "0s"]).await;
     assert_eq!(diagnosis.about("ok", "transactions").len(), 1, "{diagnosis:#?}");
 }
@@ -216,7 +220,8 @@ async fn a_prepared_transaction_holds_it_back() {
     let mut patient = Patient::used(Postgres::with(&[("max_prepared_transactions", "5")]).await).await;
     patient.sql().await.run("BEGIN; CREATE TABLE forgotten (); PREPARE TRANSACTION E'it''s\\nforgotten'").await;
     let warnings = patient.doctor(&["--long-transaction", "0s"]).await.of_severity("warning");
-    let found = warnings.iter().find(|finding| finding.subject == r"prepared transaction E'it''s\u000aforgotten'");
+    let found =
+        warnings.iter().find(|diagnostic| diagnostic.subject == r"prepared transaction E'it''s\u000aforgotten'");
     patient.apply(found.unwrap_or_else(|| panic!("{warnings:#?}"))).await;
     let diagnosis = patient.doctor(&["--long-transaction", "0s"]).await;
     assert_eq!(diagnosis.about("ok", "transactions").len(), 1, "{diagnosis:#?}");
@@ -228,7 +233,7 @@ async fn it_must_not_idle() {
     let mut patient = Patient::used(Postgres::since(18, &[("idle_replication_slot_timeout", "1d")]).await).await;
     let setting = "idle_replication_slot_timeout";
     let found = patient.doctor(&[]).await.about("warning", setting);
-    assert!(matches!(found.as_slice(), [finding] if finding.what.contains("is 1d")), "{found:#?}");
+    assert!(matches!(found.as_slice(), [diagnostic] if diagnostic.what.contains("is 1d")), "{found:#?}");
     patient.apply(&found[0]).await;
     assert!(patient.doctor(&[]).await.about("warning", setting).is_empty());
 }

@@ -20,8 +20,8 @@ async fn it_waits_for_a_slot_that_is_not_there() {
 
     patient = patient.with("--replication-failover", "auto");
     patient.run("setup", &["--recreate-slot"]).await.succeeded();
-    let finding = patient.has(SETTING, "names gone, which does not exist").await;
-    patient.apply(&finding).await;
+    let diagnostic = patient.has(SETTING, "names gone, which does not exist").await;
+    patient.apply(&diagnostic).await;
     patient.is_well().await;
     patient.streams().await;
 }
@@ -47,20 +47,20 @@ async fn a_promotion_would_lose_it() {
 
     let diagnosis = patient.doctor(&[]).await;
     let warnings = diagnosis.about("warning", "replication slot tuplewatch");
-    let [finding] = warnings.as_slice() else { panic!("{diagnosis:#?}") };
-    assert!(finding.what.contains("is not copied to the standbys"), "{finding:?}");
-    let (_, command) = finding.fix.as_deref().unwrap().split_once("replication=database'): ").unwrap();
+    let [diagnostic] = warnings.as_slice() else { panic!("{diagnosis:#?}") };
+    assert!(diagnostic.what.contains("is not copied to the standbys"), "{diagnostic:?}");
+    let (_, command) = diagnostic.fix.as_deref().unwrap().split_once("replication=database'): ").unwrap();
     let conninfo = format!("{conninfo} replication=database");
     let output = within("psql", psql().args(["--no-psqlrc", &conninfo, "--command", command]).output()).await.unwrap();
     assert!(output.status.success(), "{output:?}");
 
     let found = patient.doctor(&[]).await.about("warning", SETTING);
-    assert!(matches!(found.as_slice(), [finding] if finding.what.contains("is empty")), "{found:#?}");
+    assert!(matches!(found.as_slice(), [diagnostic] if diagnostic.what.contains("is empty")), "{found:#?}");
     patient.apply(&found[0]).await;
     let diagnosis = patient.doctor(&[]).await;
     let slot = diagnosis.about("ok", "replication slot tuplewatch");
     assert!(
-        slot.iter().any(|finding| finding.what == "failover is on, synced is off; standbys connected: 1"),
+        slot.iter().any(|diagnostic| diagnostic.what == "failover is on, synced is off; standbys connected: 1"),
         "{slot:#?}"
     );
     patient.streams().await;
@@ -71,8 +71,8 @@ async fn a_promotion_would_lose_it() {
         sql.is_true("EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'standby1' AND NOT active)").await
     })
     .await;
-    let finding = patient.has(SETTING, "names standby1, which has no standby connected").await;
-    patient.apply(&finding).await;
+    let diagnostic = patient.has(SETTING, "names standby1, which has no standby connected").await;
+    patient.apply(&diagnostic).await;
     patient.is_well().await;
 }
 
@@ -83,8 +83,8 @@ async fn it_was_pointed_to_a_standby() {
     patient.postgres.stop(StopMode::Fast).await;
     patient.postgres.put_signal("standby.signal");
     patient.postgres.start_again().await;
-    let finding = patient.has("connection", "it is a standby").await;
-    assert!(finding.fix.unwrap().contains("name it in database.uri"));
+    let diagnostic = patient.has("connection", "it is a standby").await;
+    assert!(diagnostic.fix.unwrap().contains("name it in database.uri"));
     patient.sql().await.run("SELECT pg_promote()").await;
     patient.is_well().await;
 }

@@ -39,8 +39,8 @@ async fn a_table_was_taken_out_of_the_publication() {
     let mut patient = Patient::used(Postgres::start().await).await;
     patient.sql().await.run("ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes").await;
     // A running tuplewatch looks at once.
-    let finding = patient.has("table tuplewatch.attributes", "is not in publication tuplewatch").await;
-    let fix = finding.fix.unwrap();
+    let diagnostic = patient.has("table tuplewatch.attributes", "is not in publication tuplewatch").await;
+    let fix = diagnostic.fix.unwrap();
     assert!(fix.contains("SELECT pg_logical_emit_message(true, 'tuplewatch', 'check');"), "{fix}");
     patient.heals("table tuplewatch.attributes", "is not in publication tuplewatch").await;
 }
@@ -107,8 +107,8 @@ async fn a_mapped_column_is_missing() {
     let patient = with_shares(&sql).await;
     patient.run("setup", &[]).await.succeeded();
     patient.sql().await.run("ALTER TABLE shop.shares RENAME COLUMN person TO colleague").await;
-    let finding = patient.has("table shop.shares", "has no column person, which the mapping names").await;
-    assert_eq!(finding.fix.as_deref(), Some("-- correct the mapping, or add the column"));
+    let diagnostic = patient.has("table shop.shares", "has no column person, which the mapping names").await;
+    assert_eq!(diagnostic.fix.as_deref(), Some("-- correct the mapping, or add the column"));
     std::fs::write(patient.path().join("m.yaml"), SHARES.replace("person", "colleague")).unwrap();
     patient.is_well().await;
     patient.streams().await;
@@ -128,8 +128,11 @@ async fn a_mapped_name_is_not_that_of_a_table() {
     ] {
         let patient = with_shares(create).await;
         let errors = patient.doctor(&[]).await.about("error", "table shop.shares");
-        let [finding] = errors.as_slice() else { panic!("{errors:#?}") };
-        assert!(finding.what.contains(what) && finding.fix.as_deref().unwrap().starts_with("-- "), "{finding:?}");
+        let [diagnostic] = errors.as_slice() else { panic!("{errors:#?}") };
+        assert!(
+            diagnostic.what.contains(what) && diagnostic.fix.as_deref().unwrap().starts_with("-- "),
+            "{diagnostic:?}"
+        );
         patient.run("setup", &[]).await.failed(&["nothing was changed", &format!("table shop.shares: {what}")]);
         patient.run("serve", &[]).await.failed(&[what]);
         patient.sql().await.run(&format!("DROP {drop} shop.shares; CREATE TABLE shop.shares ({COLUMNS})")).await;
