@@ -1,10 +1,10 @@
 //! The composition root: builds the parts of `serve`, joins them, watches over them, and takes them down in order.
 //!
 //! ```text
-//!  session ──▶ LogAndHub ─┬──▶ recorder ──▶ change log ──┐
-//!                       └──▶ hub ◀── releaser          │ reads
-//!                             └──▶ gRPC streams ◀──────┘
-//!                                    └──▶ HTTP streams
+//!  session ──▶ LogAndHub ──┬──▶ recorder ──▶ change log ──┐
+//!                          └──▶ hub ◀── releaser          │ reads
+//!                                └──▶ gRPC streams ◀──────┘
+//!                                       └──▶ HTTP streams
 //!
 //!  gRPC calls of Data and Tenancy ◀──▶ store ◀──▶ PostgreSQL
 //! ```

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!  server (script) ─▶ Session ─▶ LogAndHub ─┬─▶ recorder ─▶ disk (torn, lost, lying)
-//!                                        └─▶ hub ◀─ releaser         │
-//!                                             └─▶ readers ◀──────────┘
+//!                                           └─▶ hub ◀─ releaser      │
+//!                                                └─▶ readers ◀───────┘
 //! ```
 //!
 //! Everything between server and disk is the real thing. All of it runs as one task whose parts are polled in an order that
