@@ -15,7 +15,7 @@ use tuplewatch::decode::assembler::{Assembler, Limits, OnUndecodable};
 use tuplewatch::decode::mapping::{Mapping, Spec, TUPLES_PRESET};
 use tuplewatch::decode::pgoutput;
 use tuplewatch::model::change::{self, Fact, Operation, TenantId, Tuple};
-use tuplewatch::model::lsn::{CommitTime, Lsn, Xid8};
+use tuplewatch::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn, Xid8};
 use tuplewatch::model::timeline::{History, Source};
 use tuplewatch::model::transaction::{Header, Message, MessageBuilder, Transaction};
 
@@ -82,7 +82,7 @@ fn insert(relation: u32, values: &[&str]) -> Vec<u8> {
 }
 
 fn header(commit: u64) -> Header {
-    Header { commit: Lsn(commit), xid: Xid8(commit), commit_time: CommitTime(1) }
+    Header { commit: CommitLsn(Lsn(commit)), xid: Xid8(commit), commit_time: CommitTime(1) }
 }
 
 fn message(commit: u64, changes: u64) -> Message {
@@ -90,7 +90,7 @@ fn message(commit: u64, changes: u64) -> Message {
     change::encode(Operation::Create, &Fact::Tuple(TUPLE), &mut encoded);
     let mut builder = MessageBuilder::default();
     (1..=changes).for_each(|row| builder.push(2 * row, &encoded, encoded.len()));
-    builder.finish(header(commit), Some(Lsn(commit + COMMIT_DISTANCE)))
+    builder.finish(header(commit), Some(EndLsn(Lsn(commit + COMMIT_DISTANCE))))
 }
 
 /// Rows and their values.
@@ -125,7 +125,7 @@ fn transactions(group: &mut Group<'_>, name: &str, row: &[u8], rows: u64) {
     assembler.begin(header(commit)).unwrap();
     assembler.change(&relation(TUPLES, "relation_tuples", &TUPLE_COLUMNS)).unwrap();
     assembler.change(&relation(ATTRIBUTES, "attributes", &ATTRIBUTE_COLUMNS)).unwrap();
-    assembler.commit(Lsn(commit), Lsn(commit + COMMIT_DISTANCE)).unwrap();
+    assembler.commit(CommitLsn(Lsn(commit)), EndLsn(Lsn(commit + COMMIT_DISTANCE))).unwrap();
     group.throughput(Throughput::Elements(rows));
     group.bench_function(name, |bencher| {
         bencher.iter(|| {
@@ -134,7 +134,7 @@ fn transactions(group: &mut Group<'_>, name: &str, row: &[u8], rows: u64) {
             for _ in 0..rows {
                 assert!(assembler.change(black_box(row)).unwrap().is_none(), "nothing is staged");
             }
-            let transaction = assembler.commit(Lsn(commit), Lsn(commit + COMMIT_DISTANCE)).unwrap();
+            let transaction = assembler.commit(CommitLsn(Lsn(commit)), EndLsn(Lsn(commit + COMMIT_DISTANCE))).unwrap();
             assert!(transaction.has_changes() && transaction.gaps.is_empty(), "every row is a change");
             transaction
         });
@@ -164,7 +164,7 @@ fn log_append(criterion: &mut Criterion) {
                 commit += COMMIT_DISTANCE;
                 Entry::Transaction(Arc::new(Transaction {
                     header: header(commit),
-                    end: Lsn(commit + COMMIT_DISTANCE),
+                    end: EndLsn(Lsn(commit + COMMIT_DISTANCE)),
                     messages: vec![(tenant.clone(), message(commit, 1))],
                     staged: false,
                     gaps: vec![],

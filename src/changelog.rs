@@ -39,7 +39,7 @@ pub use local::{LocalLog, Options};
 
 use crate::decode::assembler::Staged;
 use crate::model::change::TenantId;
-use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
 use crate::model::timeline::{History, Source};
 use crate::model::transaction::{Gap, Message, Transaction};
@@ -135,9 +135,9 @@ pub enum TransactionOutcome {
     /// It committed, with changes.
     Committed {
         /// Its commit LSN.
-        commit: Lsn,
+        commit: CommitLsn,
         /// Its end LSN.
-        end: Lsn,
+        end: EndLsn,
     },
     /// The server went on along a history on which it did not commit. The id may be another transaction's there, and then
     /// nobody can tell which of the two is meant.
@@ -271,7 +271,7 @@ pub trait ChangeLog: Send + Sync + 'static {
     ///
     /// # Errors
     /// Where the disk cannot be read.
-    fn transactions_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, Error>;
+    fn transactions_since(&self, from: Lsn) -> Result<Vec<(EndLsn, Xid8)>, Error>;
 
     /// The earliest position from which this tenant's changes are complete.
     ///
@@ -289,7 +289,7 @@ pub trait ChangeLog: Send + Sync + 'static {
     ///
     /// # Errors
     /// Where the disk cannot be read.
-    fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error>;
+    fn find_token(&self, id: TokenId) -> Result<Option<EndLsn>, Error>;
 
     /// What became of the transaction with this id, if it is still here or is the tenant's newest that retention dropped.
     ///
@@ -301,13 +301,13 @@ pub trait ChangeLog: Send + Sync + 'static {
     ///
     /// # Errors
     /// Where the disk cannot be read.
-    fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error>;
+    fn transaction_before(&self, commit: CommitLsn) -> Result<Option<Xid8>, Error>;
 
     /// Of the transactions with changes that are still here, the one with the largest id below `xid`: id and commit LSN.
     ///
     /// # Errors
     /// Where the disk cannot be read.
-    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Error>;
+    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, CommitLsn)>, Error>;
 
     /// All gaps, in stream order of their ends.
     fn gaps(&self) -> Vec<Gap>;

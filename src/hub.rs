@@ -35,7 +35,7 @@ pub use subscription::{End, Filter, Subscription};
 pub use wake_batch::WakeBatch;
 
 use crate::changelog::ChangeLog;
-use crate::model::lsn::{Lsn, Xid8};
+use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Xid8};
 use crate::model::timeline::{History, Source};
 use crate::model::transaction::{Gap, Message, Transaction};
 use bytes::Bytes;
@@ -188,7 +188,7 @@ impl Hub {
         if !self.window().admit(&transaction, *self.inner.appended.borrow()) {
             self.wait_for_room(&transaction).await;
         }
-        self.inner.admitted.send_replace(transaction.end);
+        self.inner.admitted.send_replace(transaction.end.0);
     }
 
     /// Returns once it is admitted, or the log is gone and the process with it.
@@ -264,7 +264,7 @@ impl Hub {
     ///
     /// # Errors
     /// Where the log cannot be read.
-    pub async fn recorded_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, crate::changelog::Error> {
+    pub async fn recorded_since(&self, from: Lsn) -> Result<Vec<(EndLsn, Xid8)>, crate::changelog::Error> {
         self.on_disk(move |log| log.transactions_since(from)).await
     }
 
@@ -273,7 +273,7 @@ impl Hub {
     ///
     /// # Errors
     /// Where the log cannot be read.
-    pub async fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, crate::changelog::Error> {
+    pub async fn transaction_before(&self, commit: CommitLsn) -> Result<Option<Xid8>, crate::changelog::Error> {
         let recent = self.window().transaction_before(commit);
         match recent {
             Some(xid) => Ok(Some(xid)),

@@ -35,7 +35,7 @@ use crate::changelog::{DiskSpace, Entry, State, recorder::Closed};
 use crate::decode::assembler::{Limits, OnUndecodable};
 use crate::decode::mapping::Mapping;
 use crate::model::diagnostic::CommandLine;
-use crate::model::lsn::{Lsn, Xid8};
+use crate::model::lsn::{EndLsn, Lsn, Xid8};
 use crate::model::timeline::Source;
 use crate::postgres::slot::AckDelay;
 use std::fmt;
@@ -76,7 +76,7 @@ pub trait Sink: Send + Sync {
     fn checkpoint(&self) -> impl Future<Output = Result<State, Closed>> + Send;
 
     /// End LSN and id of the transactions with changes that are in the log and committed at or after `from`, in stream order.
-    fn recorded_since(&self, from: Lsn) -> impl Future<Output = Result<Vec<(Lsn, Xid8)>, Error>> + Send;
+    fn recorded_since(&self, from: Lsn) -> impl Future<Output = Result<Vec<(EndLsn, Xid8)>, Error>> + Send;
 
     /// Up to which end LSN the log survives a crash.
     fn durable(&self) -> watch::Receiver<Lsn>;

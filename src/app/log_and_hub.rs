@@ -11,7 +11,7 @@
 use crate::changelog::recorder::{self, Closed};
 use crate::changelog::{DiskSpace, Entry, State};
 use crate::hub::Hub;
-use crate::model::lsn::{Lsn, Xid8};
+use crate::model::lsn::{EndLsn, Lsn, Xid8};
 use crate::replication::{self, Sink};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -46,7 +46,7 @@ impl Sink for LogAndHub {
         self.recorder.flush().await
     }
 
-    async fn recorded_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, replication::Error> {
+    async fn recorded_since(&self, from: Lsn) -> Result<Vec<(EndLsn, Xid8)>, replication::Error> {
         self.hub.recorded_since(from).await.map_err(|error| replication::Error::Transient(error.to_string()))
     }
 

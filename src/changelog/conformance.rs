@@ -3,7 +3,7 @@
 use super::model::{Inner, ModelLog};
 use super::*;
 use crate::model::change::{Fact, Operation, Tuple, encode};
-use crate::model::lsn::{CommitTime, Xid8};
+use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Xid8};
 use crate::model::timeline::Timeline;
 use crate::model::transaction::{GapReason, Header, MessageBuilder};
 use proptest::prelude::*;
@@ -14,7 +14,7 @@ fn tenant(name: &str) -> TenantId {
 }
 
 fn header(commit: u64) -> Header {
-    Header { commit: Lsn(commit), xid: Xid8(commit), commit_time: CommitTime(7) }
+    Header { commit: CommitLsn(Lsn(commit)), xid: Xid8(commit), commit_time: CommitTime(7) }
 }
 
 fn message(commit: u64, end: Option<u64>, steps: &[u64]) -> Message {
@@ -33,14 +33,14 @@ fn message(commit: u64, end: Option<u64>, steps: &[u64]) -> Message {
         encode(Operation::Create, &Fact::Tuple(tuple), &mut encoded);
         builder.push(*step, &encoded, encoded.len());
     }
-    builder.finish(header(commit), end.map(Lsn))
+    builder.finish(header(commit), end.map(|end| EndLsn(Lsn(end))))
 }
 
 fn transaction(commit: u64, tenants: &[&str]) -> Entry {
     let end = commit + 10;
     Entry::Transaction(Arc::new(Transaction {
         header: header(commit),
-        end: Lsn(end),
+        end: EndLsn(Lsn(end)),
         messages: tenants
             .iter()
             .zip(1..)
@@ -55,7 +55,7 @@ fn transaction(commit: u64, tenants: &[&str]) -> Entry {
 
 fn staged(commit: u64, name: &str, steps: &[u64]) -> Entry {
     let messages = vec![(tenant(name), message(commit, None, steps))];
-    Entry::Staged(Arc::new(Staged { commit: Lsn(commit), messages }))
+    Entry::Staged(Arc::new(Staged { commit: CommitLsn(Lsn(commit)), messages }))
 }
 
 /// The end of a transaction all of whose messages were staged.
@@ -86,7 +86,7 @@ fn options(path: &std::path::Path) -> Options {
 /// What a tenant's reader gets, as commit LSNs with the number of changes.
 fn reads(log: &dyn ChangeLog, name: &str, after: Position) -> Vec<(u64, usize)> {
     let batch = log.read(&tenant(name), after, Position::MAX, usize::MAX).unwrap();
-    batch.messages.iter().map(|m| (m.header.commit.0, m.steps.len())).collect()
+    batch.messages.iter().map(|m| (m.header.commit.0.0, m.steps.len())).collect()
 }
 
 /// The contract, for any implementation.
@@ -102,7 +102,7 @@ fn conforms(log: &dyn ChangeLog) {
 
     // One transaction ends where the next one commits.
     assert_eq!(reads(log, "a", Position::at(Lsn(110))), [(110, 2)]);
-    assert_eq!(reads(log, "a", Position::inside(Lsn(100), 2)), [(100, 1), (110, 2)]);
+    assert_eq!(reads(log, "a", Position::inside(CommitLsn(Lsn(100)), 2)), [(100, 1), (110, 2)]);
     assert_eq!(reads(log, "a", Position::at(Lsn(120))), []);
     let up_to = log.read(&tenant("a"), Position::ZERO, Position::at(Lsn(110)), usize::MAX).unwrap();
     assert_eq!((up_to.messages.len(), up_to.more), (1, false));
@@ -116,10 +116,10 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(reads(log, "a", Position::at(Lsn(120))), []);
     log.append(&[staged(300, "a", &[5, 6]), end_of_staged(300)]).unwrap();
     assert_eq!(reads(log, "a", Position::at(Lsn(120))), [(300, 2)]);
-    assert_eq!(reads(log, "a", Position::inside(Lsn(300), 5)), [(300, 1)]);
+    assert_eq!(reads(log, "a", Position::inside(CommitLsn(Lsn(300)), 5)), [(300, 1)]);
 
     let since = |from: u64| log.transactions_since(Lsn(from)).unwrap();
-    assert_eq!(since(111), [(Lsn(230), Xid8(220)), (Lsn(310), Xid8(300))]);
+    assert_eq!(since(111), [(EndLsn(Lsn(230)), Xid8(220)), (EndLsn(Lsn(310)), Xid8(300))]);
     assert_eq!(since(110).len(), 3);
     log.append(&[Entry::Watermark(Lsn(230))]).unwrap();
     assert_eq!(log.state().watermark, Lsn(230));
@@ -130,19 +130,24 @@ fn conforms(log: &dyn ChangeLog) {
     log.append(&[transaction(100, &["c"])]).unwrap();
     assert_eq!(reads(log, "c", Position::ZERO), []);
 
-    assert_eq!(log.find_token(TokenId([110; 16])).unwrap(), Some(Lsn(120)));
+    assert_eq!(log.find_token(TokenId([110; 16])).unwrap(), Some(EndLsn(Lsn(120))));
     assert_eq!(log.find_token(TokenId([1; 16])).unwrap(), None);
 
-    let committed = |commit: u64| Some(TransactionOutcome::Committed { commit: Lsn(commit), end: Lsn(commit + 10) });
+    let committed = |commit: u64| {
+        Some(TransactionOutcome::Committed { commit: CommitLsn(Lsn(commit)), end: EndLsn(Lsn(commit + 10)) })
+    };
     let find = |xid: u64| log.find_transaction(&tenant("c"), Xid8(xid)).unwrap();
-    let before = |commit: u64| log.transaction_before(Lsn(commit)).unwrap();
+    let before = |commit: u64| log.transaction_before(CommitLsn(Lsn(commit))).unwrap();
     let below = |xid: u64| log.largest_below(Xid8(xid)).unwrap();
     assert_eq!([100, 110, 300, 99].map(find), [committed(100), committed(110), committed(300), None]);
     assert_eq!(
         [100, 101, 110, 300, 1000].map(before),
         [None, Some(100), Some(100), Some(220), Some(300)].map(|x| x.map(Xid8))
     );
-    assert_eq!([100, 101, 1000].map(below), [None, Some((Xid8(100), Lsn(100))), Some((Xid8(300), Lsn(300)))]);
+    assert_eq!(
+        [100, 101, 1000].map(below),
+        [None, Some((Xid8(100), CommitLsn(Lsn(100)))), Some((Xid8(300), CommitLsn(Lsn(300))))]
+    );
     // Without changes there is nothing of it to find.
     let Entry::Transaction(empty) = transaction(310, &[]) else { unreachable!() };
     log.append(&[Entry::Transaction(empty)]).unwrap();
@@ -168,7 +173,7 @@ fn conforms(log: &dyn ChangeLog) {
         (find(300), find(220), before(1000)),
         (Some(TransactionOutcome::Abandoned), committed(220), Some(Xid8(220)))
     );
-    assert_eq!(below(1000), Some((Xid8(220), Lsn(220))));
+    assert_eq!(below(1000), Some((Xid8(220), CommitLsn(Lsn(220)))));
     // A gap that spans the switch remains, up to it.
     log.append(&[Entry::Gap(gap(None, 303, 320)), Entry::Diverge { at: Lsn(305), history: history.clone() }]).unwrap();
     assert_eq!(log.gaps(), [gap(None, 303, 305)]);
@@ -224,7 +229,7 @@ fn retention_by_age_keeps_each_tenants_horizon() {
     let end = Entry::Transaction(Arc::new(Transaction { staged: true, messages, ..(*whole).clone() }));
     log.append(&[end]).unwrap();
     assert_eq!(reads(&log, "a", Position::ZERO), [(100, 2), (200, 2), (300, 2), (300, 1)]);
-    for after in [Position::at(Lsn(210)), Position::at(Lsn(300)), Position::inside(Lsn(300), 2)] {
+    for after in [Position::at(Lsn(210)), Position::at(Lsn(300)), Position::inside(CommitLsn(Lsn(300)), 2)] {
         let changes: usize = reads(&log, "a", after).iter().map(|(_, changes)| changes).sum();
         assert_eq!(changes, if after.steps == 0 { 3 } else { 2 }, "{after}");
     }
@@ -232,19 +237,19 @@ fn retention_by_age_keeps_each_tenants_horizon() {
     // An hour after it ended, the first segment goes.
     assert_eq!(log.retain(now + 1000 + 3700).unwrap(), DiskSpace::Enough);
     assert_eq!(reads(&log, "a", Position::ZERO), [(200, 2), (300, 2), (300, 1)]);
-    assert_eq!(log.horizon(&tenant("a")).unwrap(), Position::inside(Lsn(100), u64::MAX));
+    assert_eq!(log.horizon(&tenant("a")).unwrap(), Position::inside(CommitLsn(Lsn(100)), u64::MAX));
     assert!(log.horizon(&tenant("a")).unwrap() < Position::at(Lsn(110)), "the token after it resumes");
     let find = |name: &str| log.find_transaction(&tenant(name), Xid8(100)).unwrap();
-    let newest = Some(TransactionOutcome::Committed { commit: Lsn(100), end: Lsn(110) });
+    let newest = Some(TransactionOutcome::Committed { commit: CommitLsn(Lsn(100)), end: EndLsn(Lsn(110)) });
     assert_eq!((find("a"), find("quiet"), find("other")), (newest, newest, None), "and so does its id");
-    let newest = Some(TransactionOutcome::Committed { commit: Lsn(150), end: Lsn(160) });
+    let newest = Some(TransactionOutcome::Committed { commit: CommitLsn(Lsn(150)), end: EndLsn(Lsn(160)) });
     let staged = log.find_transaction(&tenant("staged"), Xid8(150)).unwrap();
     assert_eq!(staged, newest, "also where all that the tenant had of it was staged");
     assert_eq!(log.horizon(&tenant("other")).unwrap(), Position::at(Lsn(50)));
     assert!(log.knows(&tenant("quiet")).unwrap());
     drop(log);
     let log = LocalLog::open(options(directory.path())).unwrap();
-    assert_eq!(log.horizon(&tenant("quiet")).unwrap(), Position::inside(Lsn(100), u64::MAX));
+    assert_eq!(log.horizon(&tenant("quiet")).unwrap(), Position::inside(CommitLsn(Lsn(100)), u64::MAX));
 }
 
 #[test]
@@ -254,7 +259,7 @@ fn a_full_disk_drops_history_and_then_says_so() {
     log.append(&[adopt(), transaction(100, &["a"])]).unwrap();
     assert!(matches!(log.retain(0).unwrap(), DiskSpace::Short { .. }));
     assert_eq!(reads(&log, "a", Position::ZERO), []);
-    assert_eq!(log.horizon(&tenant("a")).unwrap(), Position::inside(Lsn(100), u64::MAX));
+    assert_eq!(log.horizon(&tenant("a")).unwrap(), Position::inside(CommitLsn(Lsn(100)), u64::MAX));
 }
 
 #[test]
@@ -296,7 +301,7 @@ fn with_other_ids(entry: Entry) -> Entry {
     /// Odd, so that no two commits below the bound get the same.
     const FACTOR: u64 = 2_654_435_761;
     const BOUND: u64 = 1 << 13;
-    let header = |header: Header| Header { xid: Xid8(header.commit.0 * FACTOR % BOUND), ..header };
+    let header = |header: Header| Header { xid: Xid8(header.commit.0.0 * FACTOR % BOUND), ..header };
     let with_header = |(tenant, message): &(TenantId, Message)| {
         (tenant.clone(), Message { header: header(message.header), ..message.clone() })
     };
@@ -456,7 +461,7 @@ proptest! {
 fn same(log: &LocalLog, model: &Inner) -> bool {
     let model = ModelLog::of(model.clone());
     let known = model.transactions_since(Lsn(0)).unwrap();
-    let places: Vec<u64> = known.iter().flat_map(|(end, xid)| [end.0 - 10, xid.0]).collect();
+    let places: Vec<u64> = known.iter().flat_map(|(end, xid)| [end.0.0 - 10, xid.0]).collect();
     let all = |log: &dyn ChangeLog| {
         let reads: Vec<_> = ["a", "b", "c"]
             .iter()
@@ -465,7 +470,7 @@ fn same(log: &LocalLog, model: &Inner) -> bool {
         let around = places.iter().flat_map(|at| [*at, at + 1]).chain([u64::MAX]);
         let index: Vec<_> = around
             .map(|at| {
-                let (before, below) = (log.transaction_before(Lsn(at)), log.largest_below(Xid8(at)));
+                let (before, below) = (log.transaction_before(CommitLsn(Lsn(at))), log.largest_below(Xid8(at)));
                 (before.unwrap(), below.unwrap(), log.find_transaction(&tenant("z"), Xid8(at)).unwrap())
             })
             .collect();

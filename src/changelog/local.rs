@@ -22,7 +22,7 @@ mod stored;
 
 use super::{Batch, Cause, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome, Usage, Verified};
 use crate::model::change::TenantId;
-use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
 use crate::model::transaction::Gap;
 use bytes::Bytes;
@@ -364,10 +364,10 @@ impl ChangeLog for LocalLog {
         Ok(batch)
     }
 
-    fn transactions_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, Error> {
+    fn transactions_since(&self, from: Lsn) -> Result<Vec<(EndLsn, Xid8)>, Error> {
         let tail = self.memory().tail;
         let found = self.segments().transactions_since(from).map_err(unreadable)?;
-        Ok(found.into_values().filter(|(end, _)| *end <= tail).collect())
+        Ok(found.into_values().filter(|(end, _)| end.0 <= tail).collect())
     }
 
     fn horizon(&self, tenant: &TenantId) -> Result<Position, Error> {
@@ -393,11 +393,11 @@ impl ChangeLog for LocalLog {
         Ok(false)
     }
 
-    fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error> {
+    fn find_token(&self, id: TokenId) -> Result<Option<EndLsn>, Error> {
         for segment in self.segments().newest_first() {
             let found = segment.keyspace.get(record::token_key(id)).map_err(unreadable)?;
             if let Some(bytes) = found {
-                return Ok(record::read_lsn(&bytes));
+                return Ok(record::read_lsn(&bytes).map(EndLsn));
             }
         }
         Ok(None)
@@ -410,15 +410,16 @@ impl ChangeLog for LocalLog {
         if let Some(found) = self.segments().find(xid).map_err(unreadable)? {
             return Ok(Some(found));
         }
-        let newest = self.horizon_of(tenant)?.filter(|horizon| horizon.xid == xid && horizon.end > Lsn::ZERO);
-        Ok(newest.map(|horizon| TransactionOutcome::Committed { commit: horizon.position.lsn, end: horizon.end }))
+        let newest = self.horizon_of(tenant)?.filter(|horizon| horizon.xid == xid && horizon.end > EndLsn::default());
+        Ok(newest
+            .map(|horizon| TransactionOutcome::Committed { commit: CommitLsn(horizon.position.lsn), end: horizon.end }))
     }
 
-    fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error> {
+    fn transaction_before(&self, commit: CommitLsn) -> Result<Option<Xid8>, Error> {
         self.segments().transaction_before(commit).map_err(unreadable)
     }
 
-    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Error> {
+    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, CommitLsn)>, Error> {
         self.segments().largest_below(xid).map_err(unreadable)
     }
 

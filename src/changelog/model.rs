@@ -2,7 +2,7 @@
 
 use super::{Batch, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome};
 use crate::model::change::TenantId;
-use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
 use crate::model::transaction::{Gap, Header, Message};
 use std::sync::Mutex;
@@ -18,9 +18,9 @@ pub(crate) struct Inner {
     messages: Vec<(TenantId, Message)>,
     staged: Vec<(TenantId, Message)>,
     /// Those with changes, and their ends.
-    transactions: Vec<(Header, Lsn)>,
+    transactions: Vec<(Header, EndLsn)>,
     abandoned: Vec<Xid8>,
-    tokens: Vec<(TokenId, Lsn)>,
+    tokens: Vec<(TokenId, EndLsn)>,
     gaps: Vec<Gap>,
 }
 
@@ -44,17 +44,17 @@ impl Inner {
                 self.state().watermark = origin.lsn;
                 self.state().origin = Some(origin.clone());
             }
-            Entry::Staged(staged) if staged.commit < self.tail() => {}
+            Entry::Staged(staged) if staged.commit.0 < self.tail() => {}
             Entry::Staged(staged) => self.staged.extend(staged.messages.iter().cloned()),
             Entry::Discard => self.staged.clear(),
-            Entry::Transaction(transaction) if transaction.end <= self.tail() => self.staged.clear(),
+            Entry::Transaction(transaction) if transaction.end.0 <= self.tail() => self.staged.clear(),
             Entry::Transaction(transaction) => {
                 self.messages.append(&mut self.staged);
                 self.messages.extend(transaction.messages.iter().cloned());
                 self.tokens.extend(transaction.token_ids.iter().map(|id| (*id, transaction.end)));
                 self.gaps.extend(transaction.gaps.iter().cloned());
                 self.transactions.extend(transaction.has_changes().then_some((transaction.header, transaction.end)));
-                self.state().tail = transaction.end;
+                self.state().tail = transaction.end.0;
             }
             Entry::Progress(lsn) => self.state().tail = self.state().tail.max(*lsn),
             Entry::Gap(gap) => {
@@ -62,10 +62,10 @@ impl Inner {
                 self.gaps.push(gap.clone());
             }
             Entry::Diverge { at, history } => {
-                let gone: Vec<_> = self.transactions.extract_if(.., |(_, end)| *end > *at).collect();
+                let gone: Vec<_> = self.transactions.extract_if(.., |(_, end)| end.0 > *at).collect();
                 self.messages.retain(|(_, m)| !gone.iter().any(|(header, _)| header.commit == m.header.commit));
                 self.abandoned.extend(gone.iter().map(|(header, _)| header.xid));
-                self.tokens.retain(|(_, end)| end <= at);
+                self.tokens.retain(|(_, end)| end.0 <= *at);
                 self.gaps = std::mem::take(&mut self.gaps).into_iter().filter_map(|gap| gap.up_to(*at)).collect();
                 self.state().tail = self.state().tail.min(*at);
                 self.state().watermark = self.state().watermark.min(*at);
@@ -132,9 +132,9 @@ impl ChangeLog for ModelLog {
         Ok(batch)
     }
 
-    fn transactions_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, Error> {
+    fn transactions_since(&self, from: Lsn) -> Result<Vec<(EndLsn, Xid8)>, Error> {
         let inner = self.inner.lock().unwrap();
-        let since = inner.transactions.iter().filter(|(header, _)| header.commit >= from);
+        let since = inner.transactions.iter().filter(|(header, _)| header.commit.0 >= from);
         Ok(since.map(|(header, end)| (*end, header.xid)).collect())
     }
 
@@ -146,7 +146,7 @@ impl ChangeLog for ModelLog {
         Ok(self.inner.lock().unwrap().messages.iter().any(|(t, _)| t == tenant))
     }
 
-    fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error> {
+    fn find_token(&self, id: TokenId) -> Result<Option<EndLsn>, Error> {
         Ok(self.inner.lock().unwrap().tokens.iter().find(|(other, _)| *other == id).map(|(_, end)| *end))
     }
 
@@ -157,12 +157,12 @@ impl ChangeLog for ModelLog {
         Ok(if inner.abandoned.contains(&xid) { Some(TransactionOutcome::Abandoned) } else { found })
     }
 
-    fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error> {
+    fn transaction_before(&self, commit: CommitLsn) -> Result<Option<Xid8>, Error> {
         let inner = self.inner.lock().unwrap();
         Ok(inner.transactions.iter().rfind(|(header, _)| header.commit < commit).map(|(header, _)| header.xid))
     }
 
-    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Error> {
+    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, CommitLsn)>, Error> {
         let inner = self.inner.lock().unwrap();
         let below = inner.transactions.iter().map(|(header, _)| (header.xid, header.commit));
         Ok(below.filter(|(other, _)| *other < xid).max())

@@ -60,11 +60,12 @@ fn explain(token: &SnapToken) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::lsn::CommitLsn;
     use crate::model::lsn::{CommitTime, Lsn, Position};
 
     #[test]
     fn explains() {
-        let position = Position::inside(Lsn(0x16_0000_0000), 4);
+        let position = Position::inside(CommitLsn(Lsn(0x16_0000_0000)), 4);
         let token = SnapToken::Position { source: [1; 8], timeline: [2; 8], position, commit_time: CommitTime(1) };
         let text = explain(&token.to_string().parse().unwrap());
         assert!(text.contains("before 16/0, and the first 4 row steps"), "{text}");

@@ -13,7 +13,7 @@
 use crate::decode::mapping::{Mapping, Outcome, Plan, Undecodable};
 use crate::decode::pgoutput::{self, Message as Row, RelationCache, RelationId, decode};
 use crate::model::change::{Fact, Operation, TenantId, encode, envelope_bytes};
-use crate::model::lsn::{Lsn, Position};
+use crate::model::lsn::{CommitLsn, EndLsn, Position};
 use crate::model::snap_token::TokenId;
 use crate::model::transaction::{Gap, GapReason, Header, Message, MessageBuilder, Tally, Transaction};
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -73,7 +73,7 @@ pub enum Error {
         /// What was wrong, without values.
         detail: String,
         /// Commit LSN of the transaction.
-        commit: Lsn,
+        commit: CommitLsn,
     },
 }
 
@@ -81,7 +81,7 @@ pub enum Error {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Staged {
     /// Commit LSN of the transaction that they are part of.
-    pub commit: Lsn,
+    pub commit: CommitLsn,
     /// In order for each tenant.
     pub messages: Vec<(TenantId, Message)>,
 }
@@ -249,7 +249,7 @@ impl Assembler {
     ///
     /// # Errors
     /// Where it is not that of the open transaction.
-    pub fn commit(&mut self, commit: Lsn, end: Lsn) -> Result<Transaction, Error> {
+    pub fn commit(&mut self, commit: CommitLsn, end: EndLsn) -> Result<Transaction, Error> {
         let mut open = self.open.take().ok_or(Error::OutOfOrder("Commit outside a transaction"))?;
         if open.header.commit != commit {
             return Err(Error::OutOfOrder("Commit of another transaction than the one that began"));
@@ -268,7 +268,7 @@ impl Assembler {
             }
         }
         for gap in &mut open.gaps {
-            gap.to = Position::at(end);
+            gap.to = Position::after(end);
         }
         Ok(Transaction {
             header: open.header,
@@ -391,7 +391,7 @@ impl RowOutcomes<'_> {
 }
 
 /// An error where what cannot be decoded is to stop the stream.
-fn halt_on(on_undecodable: OnUndecodable, reason: Option<GapReason>, commit: Lsn) -> Result<(), Error> {
+fn halt_on(on_undecodable: OnUndecodable, reason: Option<GapReason>, commit: CommitLsn) -> Result<(), Error> {
     match (on_undecodable, reason) {
         (OnUndecodable::Halt, Some(GapReason::Undecodable { table, detail })) => {
             Err(Error::Halted { table, detail, commit })

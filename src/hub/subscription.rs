@@ -276,7 +276,7 @@ impl Subscription {
             let Some(item) = messages.get_mut(at) else { break };
             let (header, reached) = (item.message.header, item.message.reached());
             let had = |step| step <= self.cursor.steps;
-            if self.cursor.lsn == header.commit && item.message.first_step().is_some_and(had) {
+            if self.cursor.lsn == header.commit.0 && item.message.first_step().is_some_and(had) {
                 // Shared as it is, but where another node cut its messages elsewhere.
                 let Some(rest) = item.message.clone().after(self.cursor) else {
                     // Nothing of it is left.
@@ -287,7 +287,7 @@ impl Subscription {
             }
             self.cursor = reached;
             match &self.filter {
-                Some(filter) if header.commit >= filter.lsn => self.filter = None,
+                Some(filter) if header.commit.0 >= filter.lsn => self.filter = None,
                 Some(filter) if filter.leaves_out(header.xid) => continue,
                 _ => {}
             }

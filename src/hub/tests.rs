@@ -3,7 +3,7 @@ use super::*;
 use crate::changelog::model::ModelLog;
 use crate::changelog::{Entry, Origin};
 use crate::model::change::{Fact, Operation, TenantId, Tuple, encode};
-use crate::model::lsn::{CommitTime, Position, Snapshot, Xid8};
+use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Position, Snapshot, Xid8};
 use crate::model::snap_token::{SnapToken, TokenId};
 use crate::model::timeline::Timeline;
 use crate::model::transaction::{GapReason, Header, Message, MessageBuilder};
@@ -41,15 +41,15 @@ fn message(commit: u64, end: Option<u64>, steps: &[u64]) -> Message {
         encode(Operation::Create, &Fact::Tuple(tuple), &mut encoded);
         builder.push(*step, &encoded, encoded.len());
     }
-    let header = Header { commit: Lsn(commit), xid: Xid8(commit), commit_time: CommitTime(0) };
-    builder.finish(header, end.map(Lsn))
+    let header = Header { commit: CommitLsn(Lsn(commit)), xid: Xid8(commit), commit_time: CommitTime(0) };
+    builder.finish(header, end.map(|end| EndLsn(Lsn(end))))
 }
 
 /// A transaction that commits at `commit`, ends 10 later, has the xid of its commit LSN and a change for each tenant.
 fn transaction(commit: u64, tenants: &[&str]) -> Transaction {
     Transaction {
         header: message(commit, None, &[]).header,
-        end: Lsn(commit + 10),
+        end: EndLsn(Lsn(commit + 10)),
         messages: tenants
             .iter()
             .zip(1..)
@@ -76,7 +76,7 @@ impl Fixture {
     fn append(&self, transaction: Transaction) {
         let end = transaction.end;
         self.log.append(&[Entry::Transaction(Arc::new(transaction))]).unwrap();
-        self.appended.send_replace(end);
+        self.appended.send_replace(end.0);
     }
 
     async fn admit(&self, transaction: Transaction) {
@@ -108,7 +108,7 @@ async fn ready(subscription: &mut Subscription) -> Option<Vec<u64>> {
         let polled = subscription.poll_next(&mut Context::from_waker(Waker::noop()), 1, &mut more);
         assert!(polled.is_pending(), "it said that there is nothing else: {polled:?} {more:?}");
     }
-    Some(messages.iter().map(|item| item.message.header.commit.0).collect())
+    Some(messages.iter().map(|item| item.message.header.commit.0.0).collect())
 }
 
 async fn ended(subscription: &mut Subscription) -> End {
@@ -181,7 +181,7 @@ async fn who_has_all_there_is_is_woken_without_polling_again() {
         let mut messages = VecDeque::new();
         let polled = subscription.poll_next(&mut Context::from_waker(&waker), bytes_max, &mut messages);
         let Poll::Ready(Ok(is_all)) = polled else { panic!("{polled:?}") };
-        let commits: Vec<u64> = messages.iter().map(|item| item.message.header.commit.0).collect();
+        let commits: Vec<u64> = messages.iter().map(|item| item.message.header.commit.0.0).collect();
         (commits, is_all, woken.0.load(Ordering::Relaxed))
     };
     for commit in [200, 210, 220, 230] {
@@ -261,7 +261,7 @@ async fn a_staged_transaction_is_read_from_the_log_in_its_place() {
     assert_eq!(ready(&mut subscription).await, None);
     fixture.append(transaction(200, &["a"]));
     let staged = crate::decode::assembler::Staged {
-        commit: Lsn(300),
+        commit: CommitLsn(Lsn(300)),
         messages: vec![(tenant("a"), message(300, None, &[0; 0]))],
     };
     fixture.log.append(&[Entry::Staged(Arc::new(staged))]).unwrap();
@@ -489,7 +489,7 @@ async fn permifys_tokens() {
     assert!(running.unwrap_err().starts_with("StillRunning"));
     let forged = check(with(TransactionStatus::Unassigned), SnapToken::Xid(Xid8(1 << 60))).await;
     assert!(forged.unwrap_err().starts_with("BeyondHistory"));
-    assert_eq!(fixture.hub.transaction_before(Lsn(220)).await.unwrap(), Some(Xid8(210)));
+    assert_eq!(fixture.hub.transaction_before(CommitLsn(Lsn(220))).await.unwrap(), Some(Xid8(210)));
 
     let history = History::from_timelines(vec![FIRST, Timeline { id: 2, begin: Lsn(225) }]).unwrap();
     fixture.log.append(&[Entry::Diverge { at: Lsn(225), history }]).unwrap();

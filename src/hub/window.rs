@@ -5,7 +5,7 @@ use super::wake_batch::WakeBatch;
 use super::{Item, Options, Origin, Usage, Waits};
 use crate::changelog::GAPS_MAX;
 use crate::model::change::TenantId;
-use crate::model::lsn::{Lsn, Position, Snapshot, Xid8};
+use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Snapshot, Xid8};
 use crate::model::timeline::History;
 use crate::model::transaction::{Gap, Header, Transaction};
 use std::collections::VecDeque;
@@ -34,7 +34,7 @@ pub(super) struct Window {
     /// What positions belong to.
     origin: Option<Origin>,
     /// Transactions that are partly in the log only, commit and end LSN, as far as they are in `entries`.
-    holes: VecDeque<(Lsn, Lsn)>,
+    holes: VecDeque<(CommitLsn, EndLsn)>,
     /// Every divergence so far; a reader that has not looked since the last one checks itself against it.
     divergences: Vec<Lsn>,
     /// Those that readers are woken by.
@@ -46,9 +46,9 @@ pub(super) struct Window {
 }
 
 struct Entry {
-    commit: Lsn,
+    commit: CommitLsn,
     xid: Xid8,
-    end: Lsn,
+    end: EndLsn,
     bytes: usize,
     /// Whose feeds have messages of it; a tenant once for each message.
     tenants: Vec<TenantId>,
@@ -109,11 +109,11 @@ impl Window {
         options: Options,
         origin: Option<Origin>,
         watermark: Lsn,
-        in_doubt: &[(Lsn, Xid8)],
+        in_doubt: &[(EndLsn, Xid8)],
         tail: Lsn,
         gaps: Vec<Gap>,
     ) -> Self {
-        let in_doubt = in_doubt.iter().map(|(end, xid)| (*end, Some(*xid)));
+        let in_doubt = in_doubt.iter().map(|(end, xid)| (end.0, Some(*xid)));
         let pending = in_doubt.chain(std::iter::once((tail, None))).map(|(end, xid)| Pending {
             since: Instant::now(),
             end,
@@ -188,7 +188,7 @@ impl Window {
         };
         self.pending.push_back(Pending {
             since: Instant::now(),
-            end: transaction.end,
+            end: transaction.end.0,
             xid: Some(transaction.header.xid),
             on_disk: transaction.staged,
             wake,
@@ -248,9 +248,9 @@ impl Window {
 
     /// Forgets the oldest transaction, if the log has it.
     fn evict_oldest(&mut self, appended: Lsn) -> bool {
-        let Some(entry) = self.entries.pop_front_if(|entry| entry.end <= appended) else { return false };
+        let Some(entry) = self.entries.pop_front_if(|entry| entry.end.0 <= appended) else { return false };
         self.bytes -= entry.bytes;
-        self.floor = Position::at(entry.end);
+        self.floor = Position::after(entry.end);
         for tenant in &entry.tenants {
             let Some(feed) = self.feeds.get_mut(tenant) else { continue };
             if let Some(item) = feed.messages.pop_front() {
@@ -260,13 +260,13 @@ impl Window {
             self.feeds.tidy(tenant);
         }
         if self.holes.pop_front_if(|(_, end)| *end <= entry.end).is_some() {
-            self.feeds.iter_mut().for_each(|feed| feed.floor = feed.floor.max(Position::at(entry.end)));
+            self.feeds.iter_mut().for_each(|feed| feed.floor = feed.floor.max(Position::after(entry.end)));
         }
         true
     }
 
     /// The id of the last transaction in memory that committed before `commit`.
-    pub(super) fn transaction_before(&self, commit: Lsn) -> Option<Xid8> {
+    pub(super) fn transaction_before(&self, commit: CommitLsn) -> Option<Xid8> {
         let before = self.entries.partition_point(|entry| entry.commit < commit);
         self.entries.get(before.checked_sub(1)?).map(|entry| entry.xid)
     }
@@ -339,8 +339,8 @@ impl Window {
     /// Forgets everything past `at`.
     pub(super) fn diverge(&mut self, at: Lsn, history: Arc<History>) {
         self.origin = self.origin.take().map(|(source, _)| (source, history));
-        self.holes.retain(|(_, end)| *end <= at);
-        while let Some(entry) = self.entries.pop_back_if(|entry| entry.end > at) {
+        self.holes.retain(|(_, end)| end.0 <= at);
+        while let Some(entry) = self.entries.pop_back_if(|entry| entry.end.0 > at) {
             self.bytes -= entry.bytes;
             for tenant in &entry.tenants {
                 if let Some(feed) = self.feeds.get_mut(tenant) {
@@ -457,8 +457,8 @@ impl Window {
             return Next::Disk { up_to: limit, behind: true };
         }
         // The first transaction that is partly in the log only: nothing behind it may be taken from memory before it.
-        let passed = self.holes.partition_point(|(_, end)| Position::at(*end) <= cursor);
-        let hole = self.holes.get(passed).filter(|(commit, _)| Position::at(*commit) < limit);
+        let passed = self.holes.partition_point(|(_, end)| Position::after(*end) <= cursor);
+        let hole = self.holes.get(passed).filter(|(commit, _)| Position::at(commit.0) < limit);
 
         let had = messages.len();
         let mut bytes = 0;
@@ -476,7 +476,7 @@ impl Window {
         }
         match (messages.len() == had, hole) {
             (false, _) => Next::Messages { all },
-            (true, Some((_, end))) => Next::Disk { up_to: Position::at(*end).min(limit), behind: false },
+            (true, Some((_, end))) => Next::Disk { up_to: Position::after(*end).min(limit), behind: false },
             (true, None) => Next::Skip { to: limit },
         }
     }

@@ -25,6 +25,27 @@ impl fmt::Display for Lsn {
     }
 }
 
+/// Where the commit record of a transaction starts: `final_lsn` of pgoutput's Begin, `lsn` of Commit. Transactions are in the order of their
+/// commit LSNs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CommitLsn(pub Lsn);
+
+/// Just past the commit record of a transaction: `end_lsn` of Commit. It can be the commit LSN of the next transaction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EndLsn(pub Lsn);
+
+impl fmt::Display for CommitLsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for EndLsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// The text is not an LSN such as `16/B374D848`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is not an LSN: expected two hexadecimal numbers like 16/B374D848")]
@@ -75,9 +96,14 @@ impl Position {
         if self.steps == 0 { self.lsn } else { Lsn(self.lsn.0.saturating_add(1)) }
     }
 
+    /// After the whole of the transaction that ends here.
+    pub const fn after(end: EndLsn) -> Self {
+        Self::at(end.0)
+    }
+
     /// Inside the transaction with this commit LSN, after `steps` of its row steps.
-    pub const fn inside(commit: Lsn, steps: u64) -> Self {
-        Self { lsn: commit, steps }
+    pub const fn inside(commit: CommitLsn, steps: u64) -> Self {
+        Self { lsn: commit.0, steps }
     }
 }
 
@@ -220,15 +246,14 @@ mod tests {
 
     #[test]
     fn positions_follow_the_stream() {
-        let commit = Lsn(100);
-        let end = Lsn(150);
+        let (commit, end) = (CommitLsn(Lsn(100)), EndLsn(Lsn(150)));
         let order = [
-            Position::at(commit),
+            Position::at(commit.0),
             Position::inside(commit, 1),
             Position::inside(commit, 7),
-            Position::at(end),
+            Position::after(end),
             // The next transaction may commit exactly where this one ended.
-            Position::inside(end, 1),
+            Position::inside(CommitLsn(end.0), 1),
         ];
         assert!(order.is_sorted());
     }

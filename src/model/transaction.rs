@@ -10,7 +10,7 @@
 //! ```
 
 use crate::model::change::{Changes, TenantId, split_first};
-use crate::model::lsn::{CommitTime, Lsn, Position, Xid8};
+use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
 use bytes::Bytes;
 use prost::encoding::{decode_varint, encode_varint};
@@ -21,7 +21,7 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     /// Where its commit record starts.
-    pub commit: Lsn,
+    pub commit: CommitLsn,
     /// Its id.
     pub xid: Xid8,
     /// When it committed, by the clock of the server.
@@ -35,7 +35,7 @@ pub struct Message {
     /// The transaction.
     pub header: Header,
     /// Its end LSN, on the tenant's last message of the transaction; `None` before that.
-    pub end: Option<Lsn>,
+    pub end: Option<EndLsn>,
     /// Row steps of the transaction up to and including the last change here.
     pub last_step: u64,
     /// The row step of each change: a list of varints, each the distance to the one before (the first to zero).
@@ -57,7 +57,7 @@ impl Message {
     /// Where a reader is that has had this message: the position in its token.
     pub fn reached(&self) -> Position {
         match self.end {
-            Some(end) => Position::at(end),
+            Some(end) => Position::after(end),
             None => Position::inside(self.header.commit, self.last_step),
         }
     }
@@ -74,7 +74,7 @@ impl Message {
             return None;
         }
         // One without changes tells of the end of the transaction.
-        if position.lsn != self.header.commit || position.steps == 0 || self.changes.is_empty() {
+        if position.lsn != self.header.commit.0 || position.steps == 0 || self.changes.is_empty() {
             return Some(self);
         }
         let mut steps: &[u8] = &self.steps;
@@ -139,7 +139,7 @@ impl MessageBuilder {
     }
 
     /// The message; `end` where it is the tenant's last of the transaction.
-    pub fn finish(self, header: Header, end: Option<Lsn>) -> Message {
+    pub fn finish(self, header: Header, end: Option<EndLsn>) -> Message {
         Message { header, end, last_step: self.last_step, steps: self.steps.into(), changes: self.changes.into() }
     }
 }
@@ -287,7 +287,7 @@ pub struct Transaction {
     /// Commit LSN, id, time.
     pub header: Header,
     /// Its end LSN.
-    pub end: Lsn,
+    pub end: EndLsn,
     /// In order for each tenant. Those staged before are not here.
     pub messages: Vec<(TenantId, Message)>,
     /// Whether messages of it were staged before, of whichever tenants.
@@ -323,7 +323,7 @@ impl Tally {
 impl Transaction {
     /// The position after the whole of it.
     pub const fn reached(&self) -> Position {
-        Position::at(self.end)
+        Position::after(self.end)
     }
 
     /// Whether it has messages, handed on before or not.
@@ -348,7 +348,7 @@ mod tests {
     use crate::model::change::{Fact, Operation, Tuple, encode};
 
     fn message(steps: &[u64], end: Option<u64>) -> Message {
-        let header = Header { commit: Lsn(100), xid: Xid8(7), commit_time: CommitTime(0) };
+        let header = Header { commit: CommitLsn(Lsn(100)), xid: Xid8(7), commit_time: CommitTime(0) };
         let mut builder = MessageBuilder::default();
         for step in steps {
             let id = step.to_string();
@@ -364,7 +364,7 @@ mod tests {
             encode(Operation::Create, &fact, &mut encoded);
             builder.push(*step, &encoded, encoded.len());
         }
-        builder.finish(header, end.map(Lsn))
+        builder.finish(header, end.map(|end| EndLsn(Lsn(end))))
     }
 
     #[test]
@@ -375,16 +375,17 @@ mod tests {
         assert!(!builder.is_full(4, 1_000, 10) && !builder.is_full(5, 7, 10) && builder.is_full(5, 8, 10));
         builder.push(4, b"two", 8);
         assert!(builder.is_full(5, 1, 10) && !builder.is_full(4, 1, 10));
-        let message = builder.finish(Header { commit: Lsn(100), xid: Xid8(7), commit_time: CommitTime(0) }, None);
+        let message =
+            builder.finish(Header { commit: CommitLsn(Lsn(100)), xid: Xid8(7), commit_time: CommitTime(0) }, None);
         assert_eq!((message.last_step, &*message.steps, &*message.changes), (4, &[4, 0][..], &b"onetwo"[..]));
     }
 
     #[test]
     fn changes_of_one_row_step_are_had_together() {
         let rest = |position| message(&[2, 4, 4, 6], Some(200)).after(position);
-        assert_eq!(rest(Position::inside(Lsn(100), 3)), Some(message(&[4, 4, 6], Some(200))));
-        assert_eq!(rest(Position::inside(Lsn(100), 4)), Some(message(&[6], Some(200))));
-        assert_eq!(rest(Position::inside(Lsn(100), 6)), None);
+        assert_eq!(rest(Position::inside(CommitLsn(Lsn(100)), 3)), Some(message(&[4, 4, 6], Some(200))));
+        assert_eq!(rest(Position::inside(CommitLsn(Lsn(100)), 4)), Some(message(&[6], Some(200))));
+        assert_eq!(rest(Position::inside(CommitLsn(Lsn(100)), 6)), None);
     }
 
     #[test]
@@ -396,11 +397,11 @@ mod tests {
         };
         check(Position::ZERO, &[2, 3, 4, 300]);
         check(Position::at(Lsn(100)), &[2, 3, 4, 300]);
-        check(Position::inside(Lsn(100), 1), &[2, 3, 4, 300]);
-        check(Position::inside(Lsn(100), 2), &[3, 4, 300]);
-        check(Position::inside(Lsn(100), 4), &[300]);
-        check(Position::inside(Lsn(100), 299), &[300]);
-        check(Position::inside(Lsn(100), 300), &[]);
+        check(Position::inside(CommitLsn(Lsn(100)), 1), &[2, 3, 4, 300]);
+        check(Position::inside(CommitLsn(Lsn(100)), 2), &[3, 4, 300]);
+        check(Position::inside(CommitLsn(Lsn(100)), 4), &[300]);
+        check(Position::inside(CommitLsn(Lsn(100)), 299), &[300]);
+        check(Position::inside(CommitLsn(Lsn(100)), 300), &[]);
         check(Position::at(Lsn(101)), &[]);
         check(Position::at(Lsn(200)), &[]);
     }
@@ -408,7 +409,7 @@ mod tests {
     #[test]
     fn inner_messages_resume_inside() {
         let inner = message(&[2, 4], None);
-        assert_eq!(inner.reached(), Position::inside(Lsn(100), 4));
+        assert_eq!(inner.reached(), Position::inside(CommitLsn(Lsn(100)), 4));
         assert_eq!(inner.clone().after(inner.reached()), None);
         let last = message(&[6], Some(200));
         assert!(inner.order() < last.order());

@@ -6,7 +6,7 @@
 use crate::changelog::Entry;
 use crate::decode::assembler::{self, Assembler, MESSAGE_PREFIX};
 use crate::decode::pgoutput::RelationId;
-use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::lsn::{EndLsn, Lsn, Position, Xid8};
 use crate::model::transaction::{Gap, Header, Transaction};
 use crate::postgres::connection::Event;
 use crate::postgres::publication::CHECK_REQUEST;
@@ -28,7 +28,7 @@ pub enum Error {
     )]
     Rewritten {
         /// The end LSN.
-        at: Lsn,
+        at: EndLsn,
     },
 }
 
@@ -54,7 +54,7 @@ pub struct Receiver {
     idle: Option<Lsn>,
     pending: Option<PendingGap>,
     /// End LSN and id of what the log has and the slot sends again: it has to come.
-    recorded: VecDeque<(Lsn, Xid8)>,
+    recorded: VecDeque<(EndLsn, Xid8)>,
     out: VecDeque<Entry>,
     check_requested: bool,
 }
@@ -69,9 +69,9 @@ impl Receiver {
 
     /// What the log has of that which the slot is going to send again, in stream order. Where it does not come the server's
     /// storage was rolled back, and what is written there since must not be taken for what was.
-    pub fn expect(&mut self, recorded: Vec<(Lsn, Xid8)>) {
+    pub fn expect(&mut self, recorded: Vec<(EndLsn, Xid8)>) {
         let received = self.received;
-        self.recorded = recorded.into_iter().filter(|(end, _)| *end <= received).collect();
+        self.recorded = recorded.into_iter().filter(|(end, _)| end.0 <= received).collect();
     }
 
     /// The mapped tables that there are; see [`Assembler::await_tables`].
@@ -109,11 +109,11 @@ impl Receiver {
     pub fn take(&mut self, event: Event) -> Result<(), Error> {
         match event {
             Event::Begin { commit, xid, commit_time } => {
-                self.expect_nothing_before(commit)?;
+                self.expect_nothing_before(commit.0)?;
                 // A gap ends before the first transaction that is not in it.
-                self.gap_up_to(commit);
+                self.gap_up_to(commit.0);
                 self.xid = self.xid.widen(xid);
-                self.skipping = commit < self.received;
+                self.skipping = commit.0 < self.received;
                 self.assembler.begin(Header { commit, xid: self.xid, commit_time })?;
             }
             Event::Change(bytes) => {
@@ -131,11 +131,11 @@ impl Receiver {
                 let transaction = self.assembler.commit(commit, end)?;
                 if self.skipping {
                     self.check_off(&transaction)?;
-                } else if self.gap_up_to(end) {
+                } else if self.gap_up_to(end.0) {
                     // The marker, which ends where the gap does: it is inside, and nobody gets past it before the gap.
                     self.out.extend(transaction.staged.then_some(Entry::Discard));
                 } else {
-                    self.received = end;
+                    self.received = end.0;
                     self.out.push_back(Entry::Transaction(Arc::new(transaction)));
                 }
                 self.skipping = false;
@@ -184,7 +184,7 @@ impl Receiver {
 
     /// A transaction came again. It is the one that the log has, if the server's history is the one that we followed.
     fn check_off(&mut self, transaction: &Transaction) -> Result<(), Error> {
-        let known = |(end, xid): &mut (Lsn, Xid8)| *end == transaction.end && *xid == transaction.header.xid;
+        let known = |(end, xid): &mut (EndLsn, Xid8)| *end == transaction.end && *xid == transaction.header.xid;
         if self.recorded.pop_front_if(known).is_none()
             && self.recorded.front().is_some_and(|(end, _)| *end <= transaction.end)
         {
@@ -196,7 +196,7 @@ impl Receiver {
     /// Everything that ends at or before here has come, if it was there.
     fn expect_nothing_before(&self, lsn: Lsn) -> Result<(), Error> {
         match self.recorded.front() {
-            Some((end, _)) if *end <= lsn => Err(Error::Rewritten { at: *end }),
+            Some((end, _)) if end.0 <= lsn => Err(Error::Rewritten { at: *end }),
             _ => Ok(()),
         }
     }
@@ -212,7 +212,7 @@ mod tests {
     use super::*;
     use crate::decode::assembler::{Limits, OnUndecodable};
     use crate::decode::mapping::{Mapping, Spec};
-    use crate::model::lsn::CommitTime;
+    use crate::model::lsn::{CommitLsn, CommitTime};
     use crate::model::transaction::GapReason;
 
     fn receiver(received: u64) -> Receiver {
@@ -223,16 +223,16 @@ mod tests {
     }
 
     fn transaction(receiver: &mut Receiver, commit: u64) {
-        let commit = Lsn(commit);
+        let commit = CommitLsn(Lsn(commit));
         receiver.take(Event::Begin { commit, xid: 1001, commit_time: CommitTime(0) }).unwrap();
-        receiver.take(Event::KeepAlive { wal_end: Lsn(commit.0 + 5) }).unwrap();
-        receiver.take(Event::Commit { commit, end: Lsn(commit.0 + 10) }).unwrap();
+        receiver.take(Event::KeepAlive { wal_end: Lsn(commit.0.0 + 5) }).unwrap();
+        receiver.take(Event::Commit { commit, end: EndLsn(Lsn(commit.0.0 + 10)) }).unwrap();
     }
 
     fn out(receiver: &mut Receiver) -> Vec<String> {
         std::iter::from_fn(|| receiver.pop())
             .map(|entry| match entry {
-                Entry::Transaction(t) => format!("transaction {}", t.end.0),
+                Entry::Transaction(t) => format!("transaction {}", t.end.0.0),
                 Entry::Progress(lsn) => format!("progress {}", lsn.0),
                 Entry::Gap(gap) => format!("gap {}..{}", gap.from.lsn.0, gap.to.lsn.0),
                 Entry::Verified(_) => "verified".into(),
@@ -257,15 +257,15 @@ mod tests {
     fn what_the_log_has_must_come_again() {
         let check = |recorded: &[(u64, u64)], commits: &[u64], expected: Option<u64>| {
             let mut receiver = receiver(300);
-            receiver.expect(recorded.iter().map(|(end, xid)| (Lsn(*end), Xid8(*xid))).collect());
+            receiver.expect(recorded.iter().map(|(end, xid)| (EndLsn(Lsn(*end)), Xid8(*xid))).collect());
             let events = commits.iter().flat_map(|commit| {
-                let commit = Lsn(*commit);
+                let commit = CommitLsn(Lsn(*commit));
                 let begin = Event::Begin { commit, xid: 1001, commit_time: CommitTime(0) };
-                [begin, Event::Commit { commit, end: Lsn(commit.0 + 10) }]
+                [begin, Event::Commit { commit, end: EndLsn(Lsn(commit.0.0 + 10)) }]
             });
             let last = Event::KeepAlive { wal_end: Lsn(400) };
             let failed = events.chain([last]).find_map(|event| receiver.take(event).err());
-            assert_eq!(failed, expected.map(|at| Error::Rewritten { at: Lsn(at) }), "{recorded:?} {commits:?}");
+            assert_eq!(failed, expected.map(|at| Error::Rewritten { at: EndLsn(Lsn(at)) }), "{recorded:?} {commits:?}");
         };
         check(&[], &[100, 200], None);
         check(&[(110, 1001), (210, 1001)], &[100, 200, 300], None);
@@ -281,10 +281,10 @@ mod tests {
     #[test]
     fn idle_progress_only_outside_transactions_and_forward() {
         let mut receiver = receiver(300);
-        receiver.take(Event::Begin { commit: Lsn(400), xid: 1, commit_time: CommitTime(0) }).unwrap();
+        receiver.take(Event::Begin { commit: CommitLsn(Lsn(400)), xid: 1, commit_time: CommitTime(0) }).unwrap();
         receiver.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
         assert!(!receiver.is_idle_ahead());
-        receiver.take(Event::Commit { commit: Lsn(400), end: Lsn(410) }).unwrap();
+        receiver.take(Event::Commit { commit: CommitLsn(Lsn(400)), end: EndLsn(Lsn(410)) }).unwrap();
         receiver.take(Event::KeepAlive { wal_end: Lsn(405) }).unwrap();
         assert!(!receiver.is_idle_ahead());
         receiver.take(Event::KeepAlive { wal_end: Lsn(600) }).unwrap();

@@ -202,7 +202,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         let gap = state.open_gap.as_ref().map(UnsettledGap::recorded);
         let gap = self.compare(&link, &published, &state, &mut receiver, gap).await?;
         let recorded = self.sink.recorded_since(started.confirmed).await?;
-        self.held.resume(started.confirmed, recorded.iter().map(|(end, _)| *end), Instant::now());
+        self.held.resume(started.confirmed, recorded.iter().map(|(end, _)| end.0), Instant::now());
         if !receiver.has_pending_gap() && !gap.as_ref().is_some_and(UnsettledGap::is_unrecorded) {
             // Under another mapping or publication other transactions would have changes.
             receiver.expect(recorded);
@@ -487,7 +487,7 @@ async fn no_room(room: &mut watch::Receiver<DiskSpace>) -> Error {
 /// How far a subscriber can be after this entry.
 fn reached(entry: &Entry) -> Option<Lsn> {
     match entry {
-        Entry::Transaction(transaction) => Some(transaction.end),
+        Entry::Transaction(transaction) => Some(transaction.end.0),
         Entry::Progress(lsn) => Some(*lsn),
         Entry::Gap(gap) => Some(gap.to.lsn),
         _ => None,

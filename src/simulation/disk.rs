@@ -4,7 +4,7 @@ use super::world::World;
 use crate::changelog::model::{Inner, ModelLog};
 use crate::changelog::{Batch, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome};
 use crate::model::change::TenantId;
-use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
 use crate::model::transaction::Gap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -132,7 +132,7 @@ impl ChangeLog for Disk {
         false
     }
 
-    fn transactions_since(&self, from: Lsn) -> Result<Vec<(Lsn, Xid8)>, Error> {
+    fn transactions_since(&self, from: Lsn) -> Result<Vec<(EndLsn, Xid8)>, Error> {
         self.model().transactions_since(from)
     }
 
@@ -144,7 +144,7 @@ impl ChangeLog for Disk {
         self.model().knows(tenant)
     }
 
-    fn find_token(&self, id: TokenId) -> Result<Option<Lsn>, Error> {
+    fn find_token(&self, id: TokenId) -> Result<Option<EndLsn>, Error> {
         self.model().find_token(id)
     }
 
@@ -152,11 +152,11 @@ impl ChangeLog for Disk {
         self.model().find_transaction(tenant, xid)
     }
 
-    fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Error> {
+    fn transaction_before(&self, commit: CommitLsn) -> Result<Option<Xid8>, Error> {
         self.model().transaction_before(commit)
     }
 
-    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Error> {
+    fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, CommitLsn)>, Error> {
         self.model().largest_below(xid)
     }
 

@@ -10,7 +10,7 @@ use crate::decode::pgoutput::RelationId;
 use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
 use crate::hub::releaser::Snapshots;
 use crate::model::change::TenantId;
-use crate::model::lsn::{CommitTime, Lsn, Position, Snapshot, Xid8};
+use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn, Position, Snapshot, Xid8};
 use crate::model::snap_token::{SnapToken, TokenId};
 use crate::model::timeline::{History, Source, Timeline};
 use crate::postgres::connection::Event;
@@ -394,7 +394,7 @@ impl ServerLink {
         self.sent = transaction.end;
         let commit_time = CommitTime(i64::try_from(transaction.end.0).unwrap());
         let xid = transaction.xid.0 as u32;
-        self.queue.push_back(Event::Begin { commit: transaction.commit, xid, commit_time });
+        self.queue.push_back(Event::Begin { commit: CommitLsn(transaction.commit), xid, commit_time });
         let changes: &[(&str, String)] = if transaction.hidden { &[] } else { &transaction.changes };
         for (tenant, id) in changes {
             if !std::mem::replace(&mut self.is_described, true) {
@@ -410,7 +410,7 @@ impl ServerLink {
             let content = Bytes::copy_from_slice(&id);
             self.queue.push_back(Event::Message { prefix: "tuplewatch".into(), content });
         }
-        self.queue.push_back(Event::Commit { commit: transaction.commit, end: transaction.end });
+        self.queue.push_back(Event::Commit { commit: CommitLsn(transaction.commit), end: EndLsn(transaction.end) });
         true
     }
 }

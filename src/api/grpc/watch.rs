@@ -21,7 +21,7 @@ use crate::api::encode::base_v1;
 use crate::hub::primary::Primary;
 use crate::hub::{End, Hub, Item, Subscription};
 use crate::metrics::{Edge, metrics};
-use crate::model::lsn::{CommitTime, Lsn, Xid8};
+use crate::model::lsn::{CommitLsn, CommitTime, Xid8};
 use crate::model::snap_token::Form;
 use crate::model::transaction::Message;
 use bytes::{BufMut, Bytes, BytesMut};
@@ -234,8 +234,8 @@ impl Drop for Counted {
 /// The transaction before one that is in several messages, by its commit LSN.
 enum Before {
     Unknown,
-    LookedUp(Lsn, Pin<Box<dyn Future<Output = Result<Option<Xid8>, End>> + Send>>),
-    Known(Lsn, Option<Xid8>),
+    LookedUp(CommitLsn, Pin<Box<dyn Future<Output = Result<Option<Xid8>, End>> + Send>>),
+    Known(CommitLsn, Option<Xid8>),
 }
 
 impl Responses {
@@ -460,19 +460,20 @@ impl Decoder for RequestDecoder {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::lsn::EndLsn;
     use crate::model::lsn::{CommitTime, Lsn};
     use crate::model::transaction::{Header, MessageBuilder};
 
     #[test]
     fn no_frame_is_short() {
-        let header = Header { commit: Lsn(1), xid: Xid8(1), commit_time: CommitTime(0) };
+        let header = Header { commit: CommitLsn(Lsn(1)), xid: Xid8(1), commit_time: CommitTime(0) };
         for change_bytes in 0..300 {
             let mut builder = MessageBuilder::default();
             // An unknown field of DataChanges, of any length.
             let mut change = Vec::new();
             prost::encoding::bytes::encode(9, &vec![1; change_bytes], &mut change);
             builder.push(1, &change, change.len());
-            let message = builder.finish(header, Some(Lsn(2)));
+            let message = builder.finish(header, Some(EndLsn(Lsn(2))));
             let frame = frame(&message, "token").unwrap();
             assert!(frame.len() >= FRAME_BYTES_MIN, "{}", frame.len());
             let (prefix, response) = frame.split_at(PREFIX_BYTES);

@@ -7,7 +7,7 @@ use super::segments::Segment;
 use super::stored::{META_STATE, META_TAIL, Stored, meta_abandoned, meta_gap, pair, unpair, write_gap, write_origin};
 use super::{LocalLog, poisoned};
 use crate::model::change::TenantId;
-use crate::model::lsn::{Lsn, Position};
+use crate::model::lsn::{CommitLsn, Lsn, Position};
 use crate::model::transaction::{Gap, Header, Message, Transaction};
 use fjall::OwnedWriteBatch as WriteBatch;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -29,22 +29,22 @@ impl Memory {
                 self.tail = origin.lsn;
             }
             // Delivered once more, because it was not known to have arrived; what is there must not be taken for open.
-            Entry::Staged(staged) if staged.commit < self.tail => {}
+            Entry::Staged(staged) if staged.commit.0 < self.tail => {}
             Entry::Staged(staged) => {
                 let steps = staged.messages.iter().map(|(_, message)| message.last_step).max().unwrap_or(0);
-                self.stored.staged = Some((staged.commit.0, steps));
+                self.stored.staged = Some((staged.commit.0.0, steps));
                 written.put_messages(&staged.messages);
                 written.put_tenants(staged.commit, &tenants(&staged.messages));
             }
             Entry::Discard => {
                 if let Some((commit, _)) = self.stored.staged.take() {
-                    let is_open = |other: Lsn| other == Lsn(commit);
+                    let is_open = |other: CommitLsn| other.0 == Lsn(commit);
                     let batch = &mut written.batch;
                     log.segments().remove(batch, Lsn(commit), &is_open).map_err(poisoned)?;
                 }
             }
             // Delivered once more, because it was not known to have arrived.
-            Entry::Transaction(transaction) if transaction.end <= self.tail => self.stored.staged = None,
+            Entry::Transaction(transaction) if transaction.end.0 <= self.tail => self.stored.staged = None,
             Entry::Transaction(transaction) => {
                 written.put_messages(&transaction.messages);
                 written.put_index(transaction);
@@ -52,7 +52,7 @@ impl Memory {
                     self.add_gap(gap.clone(), log, &mut written.batch)?;
                 }
                 self.stored.staged = None;
-                self.tail = transaction.end;
+                self.tail = transaction.end.0;
             }
             Entry::Progress(lsn) => self.tail = self.tail.max(*lsn),
             Entry::Gap(gap) => {
@@ -63,8 +63,8 @@ impl Memory {
                 let batch = &mut written.batch;
                 let segments = log.segments();
                 let abandoned = segments.transactions_ending_past(*at).map_err(poisoned)?;
-                let is_past = |commit: Lsn| commit >= *at || abandoned.contains_key(&commit);
-                let first = abandoned.first_key_value().map_or(*at, |(commit, _)| *at.min(commit));
+                let is_past = |commit: CommitLsn| commit.0 >= *at || abandoned.contains_key(&commit);
+                let first = abandoned.first_key_value().map_or(*at, |(commit, _)| (*at).min(commit.0));
                 segments.remove(batch, first, &is_past).map_err(poisoned)?;
                 segments.remove_index(batch, &abandoned).map_err(poisoned)?;
                 for (_, xid) in abandoned.values() {
@@ -187,7 +187,7 @@ impl<'a> Written<'a> {
         let Header { commit, xid, .. } = transaction.header;
         let end = transaction.end;
         for id in &transaction.token_ids {
-            self.batch.insert(&self.active.keyspace, record::token_key(*id), record::write_lsn(end));
+            self.batch.insert(&self.active.keyspace, record::token_key(*id), record::write_lsn(end.0));
         }
         if !transaction.has_changes() {
             return;
@@ -205,7 +205,7 @@ impl<'a> Written<'a> {
         self.xids.entry(record::xids_prefix(xid)).or_default().push(xid, commit, end);
     }
 
-    fn put_tenants(&mut self, commit: Lsn, tenants: &BTreeSet<&TenantId>) {
+    fn put_tenants(&mut self, commit: CommitLsn, tenants: &BTreeSet<&TenantId>) {
         for tenant in tenants {
             self.batch.insert(&self.active.keyspace, record::tenant_key(commit, tenant), []);
         }

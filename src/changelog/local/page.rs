@@ -35,7 +35,7 @@
 //! | end LSN minus commit LSN | |
 
 use crate::model::change::TenantId;
-use crate::model::lsn::{CommitTime, Lsn, Position, Xid8};
+use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn, Position, Xid8};
 use crate::model::transaction::{Header, Message};
 use bytes::Bytes;
 use prost::encoding::{decode_varint, encode_varint};
@@ -64,6 +64,23 @@ fn signed(bytes: &mut &[u8]) -> Option<i64> {
     Some((value >> 1) as i64 ^ -((value & 1) as i64))
 }
 
+const fn distance(commit: CommitLsn, before: CommitLsn) -> u64 {
+    commit.0.0.wrapping_sub(before.0.0)
+}
+
+const fn further(before: CommitLsn, distance: u64) -> CommitLsn {
+    CommitLsn(Lsn(before.0.0.wrapping_add(distance)))
+}
+
+/// Of a commit record, in bytes.
+const fn length(commit: CommitLsn, end: EndLsn) -> u64 {
+    end.0.0.saturating_sub(commit.0.0)
+}
+
+fn end_of(commit: CommitLsn, length: u64) -> Option<EndLsn> {
+    Some(EndLsn(Lsn(commit.0.0.checked_add(length)?)))
+}
+
 /// Takes this many bytes off the front.
 fn take<'a>(bytes: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
     let (front, rest) = bytes.split_at_checked(usize::try_from(length).ok()?)?;
@@ -72,7 +89,7 @@ fn take<'a>(bytes: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
 }
 
 /// What the distances of an element are counted from.
-const FIRST: Header = Header { commit: Lsn::ZERO, xid: Xid8(0), commit_time: CommitTime(0) };
+const FIRST: Header = Header { commit: CommitLsn(Lsn::ZERO), xid: Xid8(0), commit_time: CommitTime(0) };
 
 /// Messages of one tenant, being written.
 pub(super) struct MessagePage {
@@ -91,10 +108,10 @@ impl MessagePage {
         let Header { commit, xid, commit_time } = message.header;
         let (before, out) = (self.before, &mut self.bytes);
         out.reserve(32 + message.steps.len() + message.changes.len());
-        encode_varint(commit.0.wrapping_sub(before.commit.0), out);
+        encode_varint(distance(commit, before.commit), out);
         write_signed(xid.0.wrapping_sub(before.xid.0) as i64, out);
         write_signed(commit_time.0.wrapping_sub(before.commit_time.0), out);
-        encode_varint(message.end.map_or(0, |end| end.0.saturating_sub(commit.0)), out);
+        encode_varint(message.end.map_or(0, |end| length(commit, end)), out);
         encode_varint(message.last_step, out);
         encode_varint(message.steps.len() as u64, out);
         encode_varint(message.changes.len() as u64, out);
@@ -127,12 +144,12 @@ impl Messages {
 
     fn read(&mut self) -> Option<Message> {
         let mut rest: &[u8] = &self.rest;
-        let commit = Lsn(self.before.commit.0.wrapping_add(number(&mut rest)?));
+        let commit = further(self.before.commit, number(&mut rest)?);
         let xid = Xid8(self.before.xid.0.wrapping_add_signed(signed(&mut rest)?));
         let commit_time = CommitTime(self.before.commit_time.0.wrapping_add(signed(&mut rest)?));
         let end = match number(&mut rest)? {
             0 => None,
-            length => Some(Lsn(commit.0.checked_add(length)?)),
+            length => Some(end_of(commit, length)?),
         };
         let last_step = number(&mut rest)?;
         let (steps_bytes, changes_bytes) = (number(&mut rest)?, number(&mut rest)?);
@@ -164,8 +181,8 @@ impl Iterator for Messages {
 /// What the index has of a transaction with changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Indexed {
-    pub(super) commit: Lsn,
-    pub(super) end: Lsn,
+    pub(super) commit: CommitLsn,
+    pub(super) end: EndLsn,
     pub(super) xid: Xid8,
     /// Whose changes it has; empty where each of these tenants has a key of its own.
     pub(super) tenants: Vec<TenantId>,
@@ -175,7 +192,7 @@ pub(super) struct Indexed {
 #[derive(Default)]
 pub(super) struct TransactionPage {
     bytes: Vec<u8>,
-    last: Lsn,
+    last: CommitLsn,
     last_xid: u64,
     tenants: HashMap<TenantId, u64>,
 }
@@ -185,8 +202,8 @@ impl TransactionPage {
     pub(super) fn push(&mut self, transaction: &Indexed) {
         let Indexed { commit, end, xid, tenants } = transaction;
         let out = &mut self.bytes;
-        encode_varint(commit.0.wrapping_sub(self.last.0), out);
-        encode_varint(end.0.saturating_sub(commit.0), out);
+        encode_varint(distance(*commit, self.last), out);
+        encode_varint(length(*commit, *end), out);
         write_signed(xid.0.wrapping_sub(self.last_xid) as i64, out);
         encode_varint(tenants.len() as u64, out);
         for tenant in tenants {
@@ -207,7 +224,7 @@ impl TransactionPage {
     }
 
     /// Commit LSN of its last transaction, and the value; `None` where it is empty.
-    pub(super) fn finish(self) -> Option<(Lsn, Vec<u8>)> {
+    pub(super) fn finish(self) -> Option<(CommitLsn, Vec<u8>)> {
         (!self.bytes.is_empty()).then_some((self.last, self.bytes))
     }
 }
@@ -215,7 +232,7 @@ impl TransactionPage {
 /// The transactions of a page.
 pub(super) fn transactions(page: &[u8]) -> Result<Vec<Indexed>, Malformed> {
     let (mut rest, mut tenants, mut found) = (page, Vec::new(), Vec::new());
-    let (mut commit, mut xid) = (Lsn::ZERO, Xid8(0));
+    let (mut commit, mut xid) = (CommitLsn::default(), Xid8(0));
     while !rest.is_empty() {
         let indexed = transaction(&mut rest, commit, xid, &mut tenants).ok_or(Malformed("transactions"))?;
         (commit, xid) = (indexed.commit, indexed.xid);
@@ -225,9 +242,9 @@ pub(super) fn transactions(page: &[u8]) -> Result<Vec<Indexed>, Malformed> {
 }
 
 /// The next one behind another; `known` are the tenants so far.
-fn transaction(rest: &mut &[u8], commit: Lsn, xid: Xid8, known: &mut Vec<TenantId>) -> Option<Indexed> {
-    let commit = Lsn(commit.0.wrapping_add(number(rest)?));
-    let end = Lsn(commit.0.checked_add(number(rest)?)?);
+fn transaction(rest: &mut &[u8], commit: CommitLsn, xid: Xid8, known: &mut Vec<TenantId>) -> Option<Indexed> {
+    let commit = further(commit, number(rest)?);
+    let end = end_of(commit, number(rest)?)?;
     let xid = Xid8(xid.0.wrapping_add_signed(signed(rest)?));
     let mut tenants = Vec::new();
     for _ in 0..number(rest)? {
@@ -248,32 +265,32 @@ fn transaction(rest: &mut &[u8], commit: Lsn, xid: Xid8, known: &mut Vec<TenantI
 #[derive(Default)]
 pub(super) struct XidPage {
     bytes: Vec<u8>,
-    last: Lsn,
+    last: CommitLsn,
 }
 
 impl XidPage {
     /// The transaction stands behind those that are here.
-    pub(super) fn push(&mut self, xid: Xid8, commit: Lsn, end: Lsn) {
+    pub(super) fn push(&mut self, xid: Xid8, commit: CommitLsn, end: EndLsn) {
         self.bytes.push((xid.0 & 0xFF) as u8);
-        encode_varint(commit.0.wrapping_sub(self.last.0), &mut self.bytes);
-        encode_varint(end.0.saturating_sub(commit.0), &mut self.bytes);
+        encode_varint(distance(commit, self.last), &mut self.bytes);
+        encode_varint(length(commit, end), &mut self.bytes);
         self.last = commit;
     }
 
     /// Commit LSN of its last transaction, and the value; `None` where it is empty.
-    pub(super) fn finish(self) -> Option<(Lsn, Vec<u8>)> {
+    pub(super) fn finish(self) -> Option<(CommitLsn, Vec<u8>)> {
         (!self.bytes.is_empty()).then_some((self.last, self.bytes))
     }
 }
 
 /// Id, commit LSN and end LSN of the transactions of a page whose smallest id could be `first`.
-pub(super) fn xids(first: Xid8, page: &[u8]) -> Result<Vec<(Xid8, Lsn, Lsn)>, Malformed> {
-    fn read(rest: &mut &[u8], first: Xid8, before: Lsn) -> Option<(Xid8, Lsn, Lsn)> {
+pub(super) fn xids(first: Xid8, page: &[u8]) -> Result<Vec<(Xid8, CommitLsn, EndLsn)>, Malformed> {
+    fn read(rest: &mut &[u8], first: Xid8, before: CommitLsn) -> Option<(Xid8, CommitLsn, EndLsn)> {
         let low = *take(rest, 1)?.first()?;
-        let commit = Lsn(before.0.wrapping_add(number(rest)?));
-        Some((Xid8(first.0 | u64::from(low)), commit, Lsn(commit.0.checked_add(number(rest)?)?)))
+        let commit = further(before, number(rest)?);
+        Some((Xid8(first.0 | u64::from(low)), commit, end_of(commit, number(rest)?)?))
     }
-    let (mut rest, mut commit, mut found) = (page, Lsn::ZERO, Vec::new());
+    let (mut rest, mut commit, mut found) = (page, CommitLsn::default(), Vec::new());
     while !rest.is_empty() {
         let next = read(&mut rest, first, commit).ok_or(Malformed("transaction ids"))?;
         commit = next.1;
@@ -292,8 +309,8 @@ mod tests {
         let places = (1u64..1 << 40, 0u64..1 << 30, any::<u64>(), any::<i64>(), any::<bool>(), any::<u64>());
         let message = (places, vec(any::<u8>(), 0..20), vec(any::<u8>(), 0..200)).prop_map(
             |((distance, length, xid, time, last, last_step), steps, changes)| Message {
-                header: Header { commit: Lsn(distance), xid: Xid8(xid), commit_time: CommitTime(time) },
-                end: last.then_some(Lsn(length + 1)),
+                header: Header { commit: CommitLsn(Lsn(distance)), xid: Xid8(xid), commit_time: CommitTime(time) },
+                end: last.then_some(EndLsn(Lsn(length + 1))),
                 last_step,
                 steps: steps.into(),
                 changes: changes.into(),
@@ -302,9 +319,9 @@ mod tests {
         vec(message, 1..8).prop_map(|mut messages| {
             let mut commit = 0;
             for message in &mut messages {
-                commit += message.header.commit.0;
-                message.header.commit = Lsn(commit);
-                message.end = message.end.map(|length| Lsn(commit + length.0));
+                commit += message.header.commit.0.0;
+                message.header.commit = CommitLsn(Lsn(commit));
+                message.end = message.end.map(|length| EndLsn(Lsn(commit + length.0.0)));
             }
             messages
         })
@@ -317,7 +334,7 @@ mod tests {
             let build = |(distance, length, xid, tenants): (u64, u64, u64, Vec<String>)| {
                 commit += distance;
                 let tenants = tenants.iter().map(|tenant| TenantId::new(tenant).unwrap()).collect();
-                Indexed { commit: Lsn(commit), end: Lsn(commit + length), xid: Xid8(xid), tenants }
+                Indexed { commit: CommitLsn(Lsn(commit)), end: EndLsn(Lsn(commit + length)), xid: Xid8(xid), tenants }
             };
             all.into_iter().map(build).collect()
         })

@@ -17,7 +17,7 @@
 //! A tenant's horizon, in `meta`, is a [`Horizon`]'s fields in order, 8 bytes each.
 
 use crate::model::change::TenantId;
-use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
 use crate::model::snap_token::TokenId;
 
 const MESSAGES: u8 = 1;
@@ -80,9 +80,9 @@ pub(super) fn token_key(id: TokenId) -> Vec<u8> {
 }
 
 /// The key of the page whose last transaction is this one.
-pub(super) fn transactions_key(last: Lsn) -> Vec<u8> {
+pub(super) fn transactions_key(last: CommitLsn) -> Vec<u8> {
     let mut key = vec![TRANSACTIONS];
-    key.extend_from_slice(&last.0.to_be_bytes());
+    key.extend_from_slice(&last.0.0.to_be_bytes());
     key
 }
 
@@ -95,9 +95,9 @@ pub(super) const fn xids_prefix(xid: Xid8) -> XidsPrefix {
 }
 
 /// The key of the page of such ids whose last transaction, in commit order, is this one.
-pub(super) fn xids_key(prefix: XidsPrefix, last: Lsn) -> Vec<u8> {
+pub(super) fn xids_key(prefix: XidsPrefix, last: CommitLsn) -> Vec<u8> {
     let mut key = prefix.to_vec();
-    key.extend_from_slice(&last.0.to_be_bytes());
+    key.extend_from_slice(&last.0.0.to_be_bytes());
     key
 }
 
@@ -112,14 +112,14 @@ pub(super) fn read_xids_key(key: &[u8]) -> Option<Xid8> {
 }
 
 /// What the keys of all tenants of a transaction begin with.
-pub(super) fn tenants_prefix(commit: Lsn) -> Vec<u8> {
+pub(super) fn tenants_prefix(commit: CommitLsn) -> Vec<u8> {
     let mut key = vec![TENANT];
-    key.extend_from_slice(&commit.0.to_be_bytes());
+    key.extend_from_slice(&commit.0.0.to_be_bytes());
     key
 }
 
 /// The key that says that the transaction has changes of this tenant.
-pub(super) fn tenant_key(commit: Lsn, tenant: &TenantId) -> Vec<u8> {
+pub(super) fn tenant_key(commit: CommitLsn, tenant: &TenantId) -> Vec<u8> {
     let mut key = tenants_prefix(commit);
     key.extend_from_slice(tenant.as_str().as_bytes());
     key
@@ -129,10 +129,10 @@ pub(super) fn tenant_key(commit: Lsn, tenant: &TenantId) -> Vec<u8> {
 pub(super) const TENANTS_END: [u8; 1] = [TENANT + 1];
 
 /// Commit LSN and tenant.
-pub(super) fn read_tenant_key(key: &[u8]) -> Option<(Lsn, TenantId)> {
+pub(super) fn read_tenant_key(key: &[u8]) -> Option<(CommitLsn, TenantId)> {
     let (commit, tenant) = key.strip_prefix(&[TENANT])?.split_first_chunk::<8>()?;
     let tenant = TenantId::new(std::str::from_utf8(tenant).ok()?).ok()?;
-    Some((Lsn(u64::from_be_bytes(*commit)), tenant))
+    Some((CommitLsn(Lsn(u64::from_be_bytes(*commit))), tenant))
 }
 
 /// The newest of a tenant's messages that retention dropped.
@@ -143,17 +143,17 @@ pub(super) struct Horizon {
     /// The id of its transaction.
     pub(super) xid: Xid8,
     /// The end LSN of its transaction; zero where that is in a later segment, and with it more of the transaction.
-    pub(super) end: Lsn,
+    pub(super) end: EndLsn,
 }
 
 pub(super) fn write_horizon(horizon: &Horizon) -> Vec<u8> {
-    [write_position(horizon.position), write_pair(horizon.xid.0, horizon.end.0)].concat()
+    [write_position(horizon.position), write_pair(horizon.xid.0, horizon.end.0.0)].concat()
 }
 
 pub(super) fn read_horizon(bytes: &[u8]) -> Option<Horizon> {
     let (position, rest) = bytes.split_at_checked(16)?;
     let (xid, end) = read_pair(rest)?;
-    Some(Horizon { position: read_position(position)?, xid: Xid8(xid), end: Lsn(end) })
+    Some(Horizon { position: read_position(position)?, xid: Xid8(xid), end: EndLsn(Lsn(end)) })
 }
 
 fn write_pair(first: u64, second: u64) -> Vec<u8> {
@@ -202,10 +202,10 @@ mod tests {
             prop_assert_eq!(messages_key(&tenant, a).cmp(&messages_key(&tenant, b)), a.cmp(&b));
             prop_assert_eq!(read_messages_key(&messages_key(&tenant, a)), Some((tenant.clone(), a)));
             prop_assert!(messages_key(&tenant, Position::MAX) < behind_tenant(&tenant));
-            prop_assert_eq!(read_tenant_key(&tenant_key(a.lsn, &tenant)), Some((a.lsn, tenant)));
+            prop_assert_eq!(read_tenant_key(&tenant_key(CommitLsn(a.lsn), &tenant)), Some((CommitLsn(a.lsn), tenant)));
             let (low, high) = (a.lsn.0.min(b.lsn.0), a.lsn.0.max(b.lsn.0));
             prop_assert!(xids_prefix(Xid8(low)) <= xids_prefix(Xid8(high)));
-            prop_assert_eq!(read_xids_key(&xids_key(xids_prefix(Xid8(high)), a.lsn)), Some(Xid8(high & !0xFF)));
+            prop_assert_eq!(read_xids_key(&xids_key(xids_prefix(Xid8(high)), CommitLsn(a.lsn))), Some(Xid8(high & !0xFF)));
         }
     }
 

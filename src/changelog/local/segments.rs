@@ -6,7 +6,7 @@ use super::record::{self, Horizon, XidsPrefix};
 use super::stored::{META_SEGMENTS, pair, unpair};
 use super::{Unreadable, poisoned, segment_options};
 use crate::model::change::TenantId;
-use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
 use bytes::Bytes;
 use fjall::{Database, Keyspace, OwnedWriteBatch as WriteBatch};
 use serde::{Deserialize, Serialize};
@@ -27,7 +27,7 @@ pub(super) struct Segment {
 }
 
 /// End LSN and id by commit LSN.
-pub(super) type Transactions = BTreeMap<Lsn, (Lsn, Xid8)>;
+pub(super) type Transactions = BTreeMap<CommitLsn, (EndLsn, Xid8)>;
 
 #[derive(Serialize, Deserialize)]
 struct StoredSegment {
@@ -154,7 +154,7 @@ impl Segments {
         &self,
         batch: &mut WriteBatch,
         from: Lsn,
-        pick: &dyn Fn(Lsn) -> bool,
+        pick: &dyn Fn(CommitLsn) -> bool,
     ) -> Result<(), Unreadable> {
         for segment in self.since(Position::at(from)) {
             segment.remove_messages(batch, from, pick)?;
@@ -164,7 +164,7 @@ impl Segments {
                     batch.remove(&segment.keyspace, key);
                 }
             }
-            for item in segment.keyspace.range(record::tenants_prefix(from)..record::TENANTS_END.to_vec()) {
+            for item in segment.keyspace.range(record::tenants_prefix(CommitLsn(from))..record::TENANTS_END.to_vec()) {
                 let key = item.key()?;
                 if record::read_tenant_key(&key).is_none_or(|(commit, _)| pick(commit)) {
                     batch.remove(&segment.keyspace, key);
@@ -178,7 +178,7 @@ impl Segments {
     pub(super) fn remove_index(&self, batch: &mut WriteBatch, abandoned: &Transactions) -> Result<(), Unreadable> {
         let Some((first, _)) = abandoned.first_key_value() else { return Ok(()) };
         let buckets: BTreeSet<_> = abandoned.values().map(|(_, xid)| record::xids_prefix(*xid)).collect();
-        for segment in self.since(Position::at(*first)) {
+        for segment in self.since(Position::at(first.0)) {
             for item in segment.transaction_pages(*first) {
                 let (key, mut transactions) = item?;
                 transactions.retain(|transaction| !abandoned.contains_key(&transaction.commit));
@@ -205,9 +205,9 @@ impl Segments {
     pub(super) fn transactions_since(&self, from: Lsn) -> Result<Transactions, Unreadable> {
         let mut found = Transactions::new();
         for segment in self.since(Position::at(from)) {
-            for item in segment.transaction_pages(from) {
+            for item in segment.transaction_pages(CommitLsn(from)) {
                 let (_, transactions) = item?;
-                let since = transactions.into_iter().filter(|transaction| transaction.commit >= from);
+                let since = transactions.into_iter().filter(|transaction| transaction.commit.0 >= from);
                 found.extend(since.map(|transaction| (transaction.commit, (transaction.end, transaction.xid))));
             }
         }
@@ -219,12 +219,12 @@ impl Segments {
         /// Far above the size of any commit record.
         const COMMIT_RECORD_BYTES_MAX: u64 = 64 << 20;
         let mut found = self.transactions_since(Lsn(at.0.saturating_sub(COMMIT_RECORD_BYTES_MAX)))?;
-        found.retain(|_, (end, _)| *end > at);
+        found.retain(|_, (end, _)| end.0 > at);
         Ok(found)
     }
 
     /// The last transaction with changes that committed before `commit`.
-    pub(super) fn transaction_before(&self, commit: Lsn) -> Result<Option<Xid8>, Unreadable> {
+    pub(super) fn transaction_before(&self, commit: CommitLsn) -> Result<Option<Xid8>, Unreadable> {
         for segment in self.newest_first() {
             // The page that `commit` would be in, and where that begins with it or behind it, the one before.
             let around = segment.transaction_pages(commit).next().transpose()?.map(|(_, page)| page);
@@ -255,7 +255,7 @@ impl Segments {
     }
 
     /// The transaction with the largest id below, and its commit LSN. Ids are not in the order of segments.
-    pub(super) fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Unreadable> {
+    pub(super) fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, CommitLsn)>, Unreadable> {
         let mut largest = None;
         for segment in self.0.iter() {
             let own_bucket = record::xids_prefix(xid);
@@ -293,14 +293,14 @@ impl Segment {
             let end = match last.end {
                 Some(end) => end,
                 // All messages of the tenant were staged before the transaction's end.
-                None => self.end_of(position.lsn)?.unwrap_or_default(),
+                None => self.end_of(CommitLsn(position.lsn))?.unwrap_or_default(),
             };
             Ok((tenant, Horizon { position, xid: last.header.xid, end }))
         })
     }
 
     /// The end of the transaction that committed here, where the index of this segment has it.
-    fn end_of(&self, commit: Lsn) -> Result<Option<Lsn>, Unreadable> {
+    fn end_of(&self, commit: CommitLsn) -> Result<Option<EndLsn>, Unreadable> {
         let Some((_, page)) = self.transaction_pages(commit).next().transpose()? else { return Ok(None) };
         Ok(page.into_iter().find(|transaction| transaction.commit == commit).map(|transaction| transaction.end))
     }
@@ -327,7 +327,12 @@ impl Segment {
         })
     }
 
-    fn remove_messages(&self, batch: &mut WriteBatch, from: Lsn, pick: &dyn Fn(Lsn) -> bool) -> Result<(), Unreadable> {
+    fn remove_messages(
+        &self,
+        batch: &mut WriteBatch,
+        from: Lsn,
+        pick: &dyn Fn(CommitLsn) -> bool,
+    ) -> Result<(), Unreadable> {
         for item in self.tenants() {
             let (tenant, newest) = item?;
             if newest.lsn < from {
@@ -364,7 +369,7 @@ impl Segment {
     /// Keys and contents of the pages that may have a transaction that committed at or after `from`.
     fn transaction_pages(
         &self,
-        from: Lsn,
+        from: CommitLsn,
     ) -> impl Iterator<Item = Result<(fjall::Slice, Vec<Indexed>), Unreadable>> + use<> {
         let pages = record::transactions_key(from)..record::XIDS_PREFIX.to_vec();
         self.keyspace.range(pages).map(|item| {
@@ -379,7 +384,7 @@ impl Segment {
     fn xid_pages(
         &self,
         prefix: XidsPrefix,
-    ) -> impl Iterator<Item = Result<(fjall::Slice, Vec<(Xid8, Lsn, Lsn)>), Unreadable>> + use<> {
+    ) -> impl Iterator<Item = Result<(fjall::Slice, Vec<(Xid8, CommitLsn, EndLsn)>), Unreadable>> + use<> {
         self.keyspace.prefix(prefix).map(|item| {
             let (key, value) = item.into_inner()?;
             let first = record::read_xids_key(&key).ok_or(Malformed("transaction ids"))?;
@@ -389,7 +394,7 @@ impl Segment {
     }
 
     /// The largest id below `xid` in the pages whose keys begin with this, and its commit LSN.
-    fn largest_in(&self, prefix: XidsPrefix, xid: Xid8) -> Result<Option<(Xid8, Lsn)>, Unreadable> {
+    fn largest_in(&self, prefix: XidsPrefix, xid: Xid8) -> Result<Option<(Xid8, CommitLsn)>, Unreadable> {
         let mut largest = None;
         for item in self.xid_pages(prefix) {
             let (_, xids) = item?;

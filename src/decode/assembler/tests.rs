@@ -1,6 +1,6 @@
 use super::*;
 use crate::decode::mapping::{Spec, TUPLES_PRESET};
-use crate::model::lsn::{CommitTime, Xid8};
+use crate::model::lsn::{CommitTime, Lsn, Xid8};
 
 /// The tables of the preset, and one that tells whose a transaction is.
 fn mapping(tells_transactions: bool) -> Arc<Mapping> {
@@ -38,7 +38,7 @@ fn relation(id: u32, name: &str) -> Vec<u8> {
 const LIMITS: Limits = Limits { message_bytes: 1 << 20, change_bytes: 4 << 20, stage_bytes: 4 << 20 };
 
 fn header() -> Header {
-    Header { commit: Lsn(100), xid: Xid8(9), commit_time: CommitTime(5) }
+    Header { commit: CommitLsn(Lsn(100)), xid: Xid8(9), commit_time: CommitTime(5) }
 }
 
 /// An INSERT; `-` as entity id is a NULL.
@@ -81,7 +81,7 @@ fn summary(messages: &[(TenantId, Message)]) -> Vec<String> {
 fn run(assembler: &mut Assembler, rows: &[Vec<u8>]) -> (Vec<Staged>, Transaction) {
     assembler.begin(header()).unwrap();
     let staged = rows.iter().filter_map(|row| assembler.change(row).unwrap()).collect();
-    (staged, assembler.commit(Lsn(100), Lsn(200)).unwrap())
+    (staged, assembler.commit(CommitLsn(Lsn(100)), EndLsn(Lsn(200))).unwrap())
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn a_bad_row_breaks_its_tenant_only() {
     assert_eq!(summary(&transaction.messages), ["a 1 0/64+2", "b 2 0/C8"]);
     let [gap] = transaction.gaps.as_slice() else { panic!() };
     assert_eq!(gap.tenant, Some(TenantId::new("a").unwrap()));
-    assert_eq!((gap.from, gap.to), (Position::inside(Lsn(100), 5), Position::at(Lsn(200))));
+    assert_eq!((gap.from, gap.to), (Position::inside(CommitLsn(Lsn(100)), 5), Position::at(Lsn(200))));
     assert_eq!(gap.reason.code(), "UNDECODABLE_ROW");
 }
 
@@ -189,7 +189,7 @@ fn tokens() {
     assembler.logical_message(MESSAGE_PREFIX, &[2; 16]);
     assembler.logical_message(MESSAGE_PREFIX, &[3; 15]);
     assembler.logical_message("other", &[4; 16]);
-    let transaction = assembler.commit(Lsn(100), Lsn(200)).unwrap();
+    let transaction = assembler.commit(CommitLsn(Lsn(100)), EndLsn(Lsn(200))).unwrap();
     assert_eq!(transaction.token_ids, [TokenId([2; 16])]);
     assert!(transaction.messages.is_empty());
 }
@@ -198,11 +198,11 @@ fn tokens() {
 fn out_of_order() {
     let mut assembler = assembler(LIMITS, OnUndecodable::Gap);
     assert!(assembler.change(&insert(1, "a", "1")).is_err());
-    assert!(assembler.commit(Lsn(100), Lsn(200)).is_err());
+    assert!(assembler.commit(CommitLsn(Lsn(100)), EndLsn(Lsn(200))).is_err());
     assembler.begin(header()).unwrap();
     assert!(assembler.begin(header()).is_err());
     assert_eq!(assembler.change(&insert(3, "a", "1")), Err(Error::UnknownRelation(3)));
-    assert!(assembler.commit(Lsn(101), Lsn(200)).is_err());
+    assert!(assembler.commit(CommitLsn(Lsn(101)), EndLsn(Lsn(200))).is_err());
 }
 
 #[test]
@@ -213,11 +213,11 @@ fn rows_of_a_mapped_table_under_another_name_are_a_gap_for_all() {
         assembler.begin(header()).unwrap();
         assembler.change(&insert(2, "a", "1")).unwrap();
         assembler.change(&insert(1, "a", "1")).unwrap();
-        let transaction = assembler.commit(Lsn(100), Lsn(110)).unwrap();
+        let transaction = assembler.commit(CommitLsn(Lsn(100)), EndLsn(Lsn(110))).unwrap();
         let [gap] = &transaction.gaps[..] else { panic!("{transaction:?}") };
         assert_eq!(
             (gap.tenant.as_ref(), gap.from, gap.to),
-            (None, Position::inside(Lsn(100), 2), Position::at(Lsn(110)))
+            (None, Position::inside(CommitLsn(Lsn(100)), 2), Position::at(Lsn(110)))
         );
         let says =
             format!("a row of table tuplewatch.{name} could not be decoded: the table was tuplewatch.relation_tuples");
@@ -226,7 +226,7 @@ fn rows_of_a_mapped_table_under_another_name_are_a_gap_for_all() {
     assembler.change(&relation(1, "relation_tuples")).unwrap();
     assembler.begin(header()).unwrap();
     assembler.change(&insert(1, "a", "1")).unwrap();
-    assert_eq!(assembler.commit(Lsn(100), Lsn(110)).unwrap().gaps, []);
+    assert_eq!(assembler.commit(CommitLsn(Lsn(100)), EndLsn(Lsn(110))).unwrap().gaps, []);
 }
 
 #[test]
@@ -237,7 +237,7 @@ fn rows_are_tallied_by_table() {
         for row in rows {
             assembler.change(row).unwrap();
         }
-        let tallies = assembler.commit(Lsn(100), Lsn(110)).unwrap().tallies;
+        let tallies = assembler.commit(CommitLsn(Lsn(100)), EndLsn(Lsn(110))).unwrap().tallies;
         tallies.into_iter().map(|t| (t.table.to_string(), t.created, t.deleted, t.undecodable)).collect::<Vec<_>>()
     };
     let tuples = || "tuplewatch.relation_tuples".to_owned();

@@ -9,7 +9,7 @@ use crate::changelog::{self, ChangeLog, TransactionOutcome};
 use crate::hub::primary::{Primary, TransactionStatus, Unreachable};
 use crate::hub::{Filter, Hub};
 use crate::model::change::TenantId;
-use crate::model::lsn::{Lsn, Position, Snapshot, Xid8};
+use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Snapshot, Xid8};
 use crate::model::snap_token::TokenId;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,7 +38,7 @@ impl Hub {
         timeout: Duration,
     ) -> Result<Start, Error> {
         match self.await_outcome(primary, xid, timeout, move |log| log.find_token(id)).await? {
-            Ok(end) => Ok(Start::after(Position::at(end))),
+            Ok(end) => Ok(Start::after(Position::after(end))),
             Err(missing) if floor > missing.mark => Err(Error::BeyondHistory),
             Err(missing) => Ok(Start { seen: Position::at(missing.mark), ..Start::after(Position::at(floor)) }),
         }
@@ -53,7 +53,7 @@ impl Hub {
         timeout: Duration,
     ) -> Result<Start, Error> {
         let (_, end) = self.place_of(primary, tenant, xid, timeout).await?;
-        Ok(Start::after(Position::at(end)))
+        Ok(Start::after(Position::after(end)))
     }
 
     /// Everything that `snapshot`, which the transaction with this id took, does not see; without that transaction's own
@@ -72,8 +72,8 @@ impl Hub {
         let first = self.on_disk(move |log| first_unseen(log, &whose, &seen_by)).await?;
         let Some(first) = first else { return Err(self.unknown(tenant, xid).await?) };
         // The snapshot was taken before the transaction ended, so it sees nothing that commits later.
-        let filter = Filter { lsn: end, snapshot, own: Some(xid) };
-        Ok(Start { position: first, seen: Position::at(end), filter: Some(filter) })
+        let filter = Filter { lsn: end.0, snapshot, own: Some(xid) };
+        Ok(Start { position: first, seen: Position::after(end), filter: Some(filter) })
     }
 
     /// Commit and end LSN of the transaction with this id.
@@ -83,7 +83,7 @@ impl Hub {
         tenant: &TenantId,
         xid: Xid8,
         timeout: Duration,
-    ) -> Result<(Lsn, Lsn), Error> {
+    ) -> Result<(CommitLsn, EndLsn), Error> {
         let whose = tenant.clone();
         match self.await_outcome(primary, xid, timeout, move |log| log.find_transaction(&whose, xid)).await? {
             Ok(TransactionOutcome::Committed { commit, end }) => Ok((commit, end)),
@@ -167,5 +167,5 @@ fn first_unseen(
             first = first.min(commit);
         }
     }
-    Ok(Some(Position::at(first)))
+    Ok(Some(Position::at(first.0)))
 }

@@ -32,7 +32,7 @@ use super::failure::WalsenderError as Error;
 use super::peer::{Incoming, Peer, parse, send};
 use super::wire::Wire;
 use crate::decode::pgoutput::{self, Boundary};
-use crate::model::lsn::{CommitTime, Lsn};
+use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn};
 use crate::postgres::catalog::identifier;
 
 /// How often we say something unasked. While PostgreSQL decodes what is not for us it does not ping, and looks at the last reply
@@ -51,7 +51,7 @@ pub enum Event {
     /// pgoutput's Begin.
     Begin {
         /// Commit LSN (`final_lsn`).
-        commit: Lsn,
+        commit: CommitLsn,
         /// The lower half of the transaction id.
         xid: u32,
         /// When it committed.
@@ -69,9 +69,9 @@ pub enum Event {
     /// pgoutput's Commit.
     Commit {
         /// Commit LSN.
-        commit: Lsn,
+        commit: CommitLsn,
         /// End LSN.
-        end: Lsn,
+        end: EndLsn,
     },
     /// The server has sent everything up to here.
     KeepAlive {
@@ -337,9 +337,11 @@ fn event_of(data: Bytes) -> Result<Option<Event>, pgoutput::Error> {
     let event = match pgoutput::boundary(&data)? {
         None => Event::Change(data),
         Some(Boundary::Begin { commit, commit_time, xid }) => {
-            Event::Begin { commit: Lsn(commit), xid, commit_time: CommitTime(commit_time) }
+            Event::Begin { commit: CommitLsn(Lsn(commit)), xid, commit_time: CommitTime(commit_time) }
         }
-        Some(Boundary::Commit { commit, end }) => Event::Commit { commit: Lsn(commit), end: Lsn(end) },
+        Some(Boundary::Commit { commit, end }) => {
+            Event::Commit { commit: CommitLsn(Lsn(commit)), end: EndLsn(Lsn(end)) }
+        }
         Some(Boundary::Logical { is_transactional: false, .. }) => return Ok(None),
         Some(Boundary::Logical { is_transactional: true, prefix, content }) => {
             Event::Message { prefix: String::from_utf8_lossy(prefix).into_owned(), content: data.slice_ref(content) }
