@@ -8,7 +8,7 @@
 //!
 //! Invariants:
 //!
-//! - *acknowledged ≤ durable ≤ received*, and further back where [`AckDelay`] says so. The server is told `0/0`, which PostgreSQL
+//! - *acknowledged ≤ durable ≤ received*, and further back by the delay of [`ack_delay`]. The server is told `0/0`, which PostgreSQL
 //!   takes for "nothing to report", until the checks have passed.
 //! - Idle progress is a log record too, at most one a second, synced before it is acknowledged.
 //! - A reconnect within the process goes on behind the last transaction that was handed on whole, and drops what comes
@@ -18,7 +18,7 @@
 //! Errors are *transient* (back off and reconnect), *definite* (nothing will flow until somebody repairs something: said
 //! once, retried slowly), or *fatal* (the process must end: this log does not belong to this database).
 //!
-//! This module alone knows pgwire-replication, whose messages it reads and writes. It does not know the hub.
+//! This room does not know the hub. It reads the slot through a contract ([`upstream`]); the connection is [`crate::postgres::connection`].
 
 mod ack_delay;
 mod counting;

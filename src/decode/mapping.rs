@@ -14,8 +14,8 @@
 //! A TOASTed value that PostgreSQL did not send again is taken from the old row, and never reported as empty. What cannot
 //! be turned into changes is an [`Undecodable`], with its tenant where that can be read.
 //!
-//! This module alone knows names of tables and columns. Where transactions begin and end is not its business: see
-//! [`crate::decode::assembler`].
+//! Only this module and [`crate::store`], which belongs to the preset `tuples`, know names of tables and columns. Transactions are the
+//! business of [`crate::decode::assembler`].
 
 mod attribute_value;
 mod plan;

@@ -2,13 +2,13 @@
 //!
 //! | token | start |
 //! | --- | --- |
-//! | none | now: one statement gives the server's insert position L and a snapshot S; delivered is every commit at or after L, and every earlier one that S does not see |
+//! | none | now: one statement gives the server's flush position L and a snapshot S; the stream has every commit at or after L, and every earlier one that S does not see |
 //! | position | there, if it lies on the present history; one ahead of us waits, if the server has written that far |
 //! | transaction, transaction id | right after that transaction |
 //! | snapshot of a transaction | every commit that the snapshot does not see, but for that transaction |
 //!
-//! Requests that come in together share one statement ([`Primary::look`] answers all of them). A tenant that the log knows
-//! resumes without any: a thousand subscribers that come back at once cost PostgreSQL nothing, and need it not to be there.
+//! Requests that arrive together share one statement ([`Primary::look`] answers all of them). For a tenant that the log knows, a token
+//! resumes without any statement: a thousand subscribers that reconnect at once cost PostgreSQL nothing, and do not need it.
 
 mod resolve;
 

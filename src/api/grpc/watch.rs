@@ -7,10 +7,9 @@
 //! How frames are cut decides what a message costs, and whether a connection lives:
 //!
 //! - What is ready is sent together: many small messages become one DATA frame of several KiB.
-//! - Messages are never short, and so DATA frames are not. A client keeps what is not read yet, and keeping a frame costs it more
-//!   than its bytes, so that h2's charges 256 bytes less the frame's length for every short one, and closes the connection where
-//!   that comes to half of the connection's window. Frames of more than 170 bytes fill the window first, and then the stream
-//!   waits, as it should.
+//! - Messages are never short, and so DATA frames are not. A client of h2 charges a connection 256 bytes, less its length, for every short
+//!   frame that is not read yet, and closes the connection when these charges come to half of its window. Frames of more than 170 bytes
+//!   fill the window first, and then the stream waits, as it should.
 
 use super::calls::code_name;
 use super::proto;
