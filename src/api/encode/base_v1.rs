@@ -3,8 +3,9 @@
 //! The changes of tuples are copied as they are. Those of attributes are transcoded: field 3 instead of 4, and the value in an Any.
 
 use crate::model::change::{AttributeValue, ChangeView, Changes, FactView, TYPE_URL_PREFIX};
+use crate::model::protobuf::{field_len, put_bytes, put_head, put_text, text_len};
 use bytes::BufMut as _;
-use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint};
+use prost::encoding::{WireType, encode_key, encode_varint};
 
 const RESPONSE_CHANGES: u32 = 1;
 const SNAP_TOKEN: u32 = 1;
@@ -73,32 +74,6 @@ fn transcoded(changes: &[u8]) -> Result<Vec<u8>, Malformed> {
         }
     }
     Ok(out)
-}
-
-/// Bytes of a field with a length, whose number is below 16.
-fn field_len(content_bytes: usize) -> usize {
-    1 + encoded_len_varint(content_bytes as u64) + content_bytes
-}
-
-fn text_len(text: &str) -> usize {
-    if text.is_empty() { 0 } else { field_len(text.len()) }
-}
-
-fn put_head(number: u32, content_bytes: usize, out: &mut Vec<u8>) {
-    encode_key(number, WireType::LengthDelimited, out);
-    encode_varint(content_bytes as u64, out);
-}
-
-fn put_bytes(number: u32, content: &[u8], out: &mut Vec<u8>) {
-    put_head(number, content.len(), out);
-    out.put_slice(content);
-}
-
-/// proto3 leaves an empty string out.
-fn put_text(number: u32, text: &str, out: &mut Vec<u8>) {
-    if !text.is_empty() {
-        put_bytes(number, text.as_bytes(), out);
-    }
 }
 
 /// The bytes of the message in the Any: field 1, left out where it has its default.

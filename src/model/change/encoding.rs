@@ -14,8 +14,9 @@
 //! Written by hand, because it is on the path of every row: strings are copied once, from the row to where they stay.
 
 use super::{Attribute, AttributeValue, Fact, Operation, Tuple};
+use crate::model::protobuf::{field_len, put_head, put_text, text_len};
 use bytes::BufMut as _;
-use prost::encoding::{self, WireType, decode_key, decode_varint, encode_key, encode_varint, encoded_len_varint};
+use prost::encoding::{self, WireType, decode_key, decode_varint, encode_key, encode_varint};
 
 const CHANGES: u32 = 2;
 const OPERATION: u32 = 1;
@@ -30,28 +31,6 @@ const TYPE: u32 = 1;
 const ID: u32 = 2;
 const SUBJECT_RELATION: u32 = 3;
 const VALUES: u32 = 1;
-
-/// Bytes of a field with a length, whose number is below 16.
-fn field_len(content_bytes: usize) -> usize {
-    1 + encoded_len_varint(content_bytes as u64) + content_bytes
-}
-
-/// Bytes of a string; proto3 leaves an empty one out.
-fn text_len(text: &str) -> usize {
-    if text.is_empty() { 0 } else { field_len(text.len()) }
-}
-
-fn put_head(number: u32, content_bytes: usize, out: &mut Vec<u8>) {
-    encode_key(number, WireType::LengthDelimited, out);
-    encode_varint(content_bytes as u64, out);
-}
-
-fn put_text(number: u32, text: &str, out: &mut Vec<u8>) {
-    if !text.is_empty() {
-        put_head(number, text.len(), out);
-        out.put_slice(text.as_bytes());
-    }
-}
 
 fn put_entity(kind: &str, id: &str, out: &mut Vec<u8>) {
     put_head(ENTITY, text_len(kind) + text_len(id), out);
