@@ -235,6 +235,12 @@ pub enum Error {
     Read(Cause),
 }
 
+impl Error {
+    pub(crate) fn unreadable(cause: impl Into<Cause>) -> Self {
+        Self::Read(cause.into())
+    }
+}
+
 /// An error of whatever the log is kept in.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 

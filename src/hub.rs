@@ -290,17 +290,14 @@ impl Hub {
         if !self.inner.log.reads_block() {
             return read(&*self.inner.log);
         }
-        let permit = self.inner.disk_reads.clone().acquire_owned().await.map_err(unreadable)?;
+        let permit =
+            self.inner.disk_reads.clone().acquire_owned().await.map_err(crate::changelog::Error::unreadable)?;
         let log = self.inner.log.clone();
         let reading = tokio::task::spawn_blocking(move || {
             // Held for as long as the read runs, also when nobody waits for it any more.
             let _permit = permit;
             read(&*log)
         });
-        reading.await.map_err(unreadable)?
+        reading.await.map_err(crate::changelog::Error::unreadable)?
     }
-}
-
-fn unreadable(error: impl Into<crate::changelog::Cause>) -> crate::changelog::Error {
-    crate::changelog::Error::Read(error.into())
 }

@@ -88,10 +88,6 @@ fn poisoned(error: impl Into<Cause>) -> Error {
     Error::Poisoned(error.into())
 }
 
-fn unreadable(error: impl Into<Cause>) -> Error {
-    Error::Read(error.into())
-}
-
 fn segment_options() -> KeyspaceCreateOptions {
     KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES)
 }
@@ -282,7 +278,7 @@ fn is_damage(kind: std::io::ErrorKind) -> bool {
 
 impl LocalLog {
     fn horizon_of(&self, tenant: &TenantId) -> Result<Option<Horizon>, Error> {
-        let stored = self.meta.get(meta_horizon(tenant)).map_err(unreadable)?;
+        let stored = self.meta.get(meta_horizon(tenant)).map_err(Error::unreadable)?;
         Ok(stored.and_then(|bytes| record::read_horizon(&bytes)))
     }
 }
@@ -344,9 +340,9 @@ impl ChangeLog for LocalLog {
         for segment in self.segments().since(after) {
             let pages = record::messages_key(tenant, after)..record::behind_tenant(tenant);
             for item in segment.keyspace.range(pages) {
-                let page = item.value().map_err(unreadable)?;
+                let page = item.value().map_err(Error::unreadable)?;
                 for message in Messages::of(Bytes::from(page)) {
-                    let message = message.map_err(unreadable)?;
+                    let message = message.map_err(Error::unreadable)?;
                     // The last message of a transaction stands below its end, and up_to may be that end.
                     if message.reached() > up_to {
                         return Ok(batch);
@@ -366,7 +362,7 @@ impl ChangeLog for LocalLog {
 
     fn transactions_since(&self, from: Lsn) -> Result<Vec<(EndLsn, Xid8)>, Error> {
         let tail = self.memory().tail;
-        let found = self.segments().transactions_since(from).map_err(unreadable)?;
+        let found = self.segments().transactions_since(from).map_err(Error::unreadable)?;
         Ok(found.into_values().filter(|(end, _)| end.0 <= tail).collect())
     }
 
@@ -381,12 +377,12 @@ impl ChangeLog for LocalLog {
     }
 
     fn knows(&self, tenant: &TenantId) -> Result<bool, Error> {
-        if self.meta.contains_key(meta_horizon(tenant)).map_err(unreadable)? {
+        if self.meta.contains_key(meta_horizon(tenant)).map_err(Error::unreadable)? {
             return Ok(true);
         }
         for segment in self.segments().since(Position::ZERO) {
             if let Some(item) = segment.keyspace.prefix(record::tenant_prefix(tenant)).next() {
-                item.key().map_err(unreadable)?;
+                item.key().map_err(Error::unreadable)?;
                 return Ok(true);
             }
         }
@@ -395,7 +391,7 @@ impl ChangeLog for LocalLog {
 
     fn find_token(&self, id: TokenId) -> Result<Option<EndLsn>, Error> {
         for segment in self.segments().newest_first() {
-            let found = segment.keyspace.get(record::token_key(id)).map_err(unreadable)?;
+            let found = segment.keyspace.get(record::token_key(id)).map_err(Error::unreadable)?;
             if let Some(bytes) = found {
                 return Ok(record::read_lsn(&bytes).map(EndLsn));
             }
@@ -404,10 +400,10 @@ impl ChangeLog for LocalLog {
     }
 
     fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<TransactionOutcome>, Error> {
-        if self.meta.contains_key(meta_abandoned(xid)).map_err(unreadable)? {
+        if self.meta.contains_key(meta_abandoned(xid)).map_err(Error::unreadable)? {
             return Ok(Some(TransactionOutcome::Abandoned));
         }
-        if let Some(found) = self.segments().find(xid).map_err(unreadable)? {
+        if let Some(found) = self.segments().find(xid).map_err(Error::unreadable)? {
             return Ok(Some(found));
         }
         let newest = self.horizon_of(tenant)?.filter(|horizon| horizon.xid == xid && horizon.end > EndLsn::default());
@@ -416,11 +412,11 @@ impl ChangeLog for LocalLog {
     }
 
     fn transaction_before(&self, commit: CommitLsn) -> Result<Option<Xid8>, Error> {
-        self.segments().transaction_before(commit).map_err(unreadable)
+        self.segments().transaction_before(commit).map_err(Error::unreadable)
     }
 
     fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, CommitLsn)>, Error> {
-        self.segments().largest_below(xid).map_err(unreadable)
+        self.segments().largest_below(xid).map_err(Error::unreadable)
     }
 
     fn gaps(&self) -> Vec<Gap> {

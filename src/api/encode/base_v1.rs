@@ -80,21 +80,20 @@ fn transcoded(changes: &[u8]) -> Result<Vec<u8>, Malformed> {
 pub(in crate::api) fn encode_data(value: &AttributeValue) -> Vec<u8> {
     use prost::encoding as p;
     let mut out = Vec::new();
-    let number = DATA;
     match value {
-        AttributeValue::String(value) if !value.is_empty() => p::string::encode(number, value, &mut out),
-        AttributeValue::Integer(value) if *value != 0 => p::int32::encode(number, value, &mut out),
+        AttributeValue::String(value) if !value.is_empty() => p::string::encode(DATA, value, &mut out),
+        AttributeValue::Integer(value) if *value != 0 => p::int32::encode(DATA, value, &mut out),
         // Negative zero is not the default.
-        AttributeValue::Double(value) if value.to_bits() != 0 => p::double::encode(number, value, &mut out),
-        AttributeValue::Boolean(value) if *value => p::bool::encode(number, value, &mut out),
+        AttributeValue::Double(value) if value.to_bits() != 0 => p::double::encode(DATA, value, &mut out),
+        AttributeValue::Boolean(value) if *value => p::bool::encode(DATA, value, &mut out),
         AttributeValue::String(_)
         | AttributeValue::Integer(_)
         | AttributeValue::Double(_)
         | AttributeValue::Boolean(_) => {}
-        AttributeValue::StringArray(values) => p::string::encode_repeated(number, values, &mut out),
-        AttributeValue::IntegerArray(values) => p::int32::encode_packed(number, values, &mut out),
-        AttributeValue::DoubleArray(values) => p::double::encode_packed(number, values, &mut out),
-        AttributeValue::BooleanArray(values) => p::bool::encode_packed(number, values, &mut out),
+        AttributeValue::StringArray(values) => p::string::encode_repeated(DATA, values, &mut out),
+        AttributeValue::IntegerArray(values) => p::int32::encode_packed(DATA, values, &mut out),
+        AttributeValue::DoubleArray(values) => p::double::encode_packed(DATA, values, &mut out),
+        AttributeValue::BooleanArray(values) => p::bool::encode_packed(DATA, values, &mut out),
     }
     out
 }

@@ -106,7 +106,7 @@ impl<P: Primary + 'static> WatchService<P> {
     pub fn new(hub: Hub, primary: P, options: Options, stop: watch::Receiver<bool>) -> Self {
         let streams = Arc::new(Semaphore::new(options.subscribers_max));
         metrics().subscribers_limit.set(i64::try_from(options.subscribers_max).unwrap_or(i64::MAX));
-        // There from the start: what appears with its first value has not risen for who looks at rates, and one is reason enough.
+        // Initialized at zero, so that `rate()` sees the first increment.
         for edge in [&metrics().grpc, &metrics().http] {
             metrics().streams_ended(edge.protocol, status::SNAP_TOKEN_TOO_OLD);
         }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::decode::mapping::{Spec, TUPLES_PRESET};
+use crate::model::change::Changes;
 use crate::model::lsn::{CommitTime, Lsn, Xid8};
 
 /// The tables of the preset, and one that tells whose a transaction is.
@@ -68,11 +69,7 @@ fn summary(messages: &[(TenantId, Message)]) -> Vec<String> {
     messages
         .iter()
         .map(|(tenant, message)| {
-            let mut count = 0;
-            let mut rest: &[u8] = &message.changes;
-            while let Some((_, behind)) = crate::model::change::split_first(rest) {
-                (count, rest) = (count + 1, behind);
-            }
+            let count = Changes::of(&message.changes).count();
             format!("{tenant} {count} {}", message.reached())
         })
         .collect()
