@@ -41,10 +41,12 @@ async fn serve(postgres: &Postgres) -> Server {
     server
 }
 
+/// SQL connections that have logged on.
+const CONNECTIONS: &str = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'";
+
 /// SQL connections of the node.
 async fn connections(admin: &Sql) -> usize {
-    let count = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'feeder' AND backend_type = 'client backend'";
-    admin.value(count).await.parse().unwrap()
+    admin.value(&format!("{CONNECTIONS} AND usename = 'feeder'")).await.parse().unwrap()
 }
 
 #[tokio::test]
@@ -150,14 +152,18 @@ async fn a_limit_of_connections_that_leaves_none_is_told_until_it_is_raised() {
         assert_eq!(watching.next().await, ServingStatus::Serving);
     }
 
-    // Somebody else has all that the server has for ordinary roles.
+    // Another role has every connection that the server has for ordinary roles. A connection of the node that still logs on takes one
+    // too, and is in no view: so all of them are counted, and not only the node's.
     admin.run("CREATE ROLE crowd LOGIN").await;
     let uri = postgres.uri().replace("postgres@", "crowd@");
+    let for_ordinary_roles = "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int";
+    let for_ordinary_roles: usize = admin.value(for_ordinary_roles).await.parse().unwrap();
     let mut crowd = Crowd(Vec::new());
-    eventually("nothing is left for the node", async || {
+    eventually("the crowd and this test have every connection", async || {
         admin.run(END_THEIRS).await;
         crowd.grow(&uri).await;
-        connections(&admin).await == 0
+        let all: usize = admin.value(CONNECTIONS).await.parse().unwrap();
+        connections(&admin).await == 0 && all == for_ordinary_roles
     })
     .await;
     server.not_ready("connection_limit", "PostgreSQL takes no more connections").await;
