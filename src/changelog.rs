@@ -1,7 +1,7 @@
 //! The change log: a durable, bounded, replayable copy of the stream.
 //!
 //! ```text
-//!        horizon(tenant)                    tail
+//!        horizon(scope)                     tail
 //!  ┄┄┄┄┄┄┄┄┄┄┤ readable, by tenant           │ staged, not yet readable
 //!   dropped  ├──────────────┬───────┬────────┼──────────────┐
 //!            │ segment n    │ n+1   │ active │              │
@@ -16,8 +16,9 @@
 //! - Messages that were [`Entry::Staged`] become readable with their [`Entry::Transaction`], and vanish with
 //!   [`Entry::Discard`] or at the next open.
 //! - A transaction that ends at or before the tail is there already, and is ignored.
-//! - [`ChangeLog::read`] gives one tenant's messages in stream order, and costs in proportion to them.
-//! - Below [`ChangeLog::horizon`] something *of that tenant* was dropped by retention. A tenant that was quiet keeps an old
+//! - [`ChangeLog::read`] gives the messages of one tenant or of all, in the order of such a stream ([`Scope`]), and costs in proportion to
+//!   them.
+//! - Below [`ChangeLog::horizon`] something *of that scope* was dropped by retention. A tenant that was quiet keeps an old
 //!   horizon, however long ago its last change was.
 //! - A transaction with changes is found by its id as long as it is here. One that was abandoned stays known as such.
 //! - Gaps outlive the messages around them.
@@ -40,9 +41,10 @@ pub use local::{LocalLog, Options};
 use crate::decode::assembler::Staged;
 use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
+use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::TokenId;
 use crate::model::timeline::{History, Source};
-use crate::model::transaction::{Gap, Message, Transaction};
+use crate::model::transaction::{Gap, TenantMessage, Transaction};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -124,7 +126,7 @@ pub struct State {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// In stream order; the first may begin inside a message.
-    pub messages: Vec<Message>,
+    pub messages: Vec<TenantMessage>,
     /// Whether the limit on bytes ended it, so that there may be more.
     pub more: bool,
 }
@@ -261,12 +263,12 @@ pub trait ChangeLog: Send + Sync + 'static {
     /// Only [`Error::Poisoned`], and then from there on for ever.
     fn sync(&self) -> Result<(), Error>;
 
-    /// A tenant's messages after `after` and up to `up_to` (inclusive, and not beyond the tail), at least one and then
+    /// The messages of this scope after `after` and up to `up_to` (inclusive, and not beyond the tail), at least one and then
     /// about `bytes_max` bytes. The caller compares its start with [`ChangeLog::horizon`] *afterwards*.
     ///
     /// # Errors
     /// Where the disk cannot be read.
-    fn read(&self, tenant: &TenantId, after: Position, up_to: Position, bytes_max: usize) -> Result<Batch, Error>;
+    fn read(&self, scope: &Scope, after: &Place, up_to: &Place, bytes_max: usize) -> Result<Batch, Error>;
 
     /// Whether reading may wait for a disk, and so belongs on a thread for such. A log in memory answers at once.
     fn reads_block(&self) -> bool {
@@ -279,11 +281,11 @@ pub trait ChangeLog: Send + Sync + 'static {
     /// Where the disk cannot be read.
     fn transactions_since(&self, from: Lsn) -> Result<Vec<(EndLsn, Xid8)>, Error>;
 
-    /// The earliest position from which this tenant's changes are complete.
+    /// The earliest position from which the changes of this scope are complete; of all tenants, an end LSN.
     ///
     /// # Errors
     /// Where the disk cannot be read.
-    fn horizon(&self, tenant: &TenantId) -> Result<Position, Error>;
+    fn horizon(&self, scope: &Scope) -> Result<Position, Error>;
 
     /// Whether the log has ever held a change of this tenant.
     ///
@@ -297,11 +299,11 @@ pub trait ChangeLog: Send + Sync + 'static {
     /// Where the disk cannot be read.
     fn find_token(&self, id: TokenId) -> Result<Option<EndLsn>, Error>;
 
-    /// What became of the transaction with this id, if it is still here or is the tenant's newest that retention dropped.
+    /// What became of the transaction with this id, if it is still here or is the newest of this scope that retention dropped.
     ///
     /// # Errors
     /// Where the disk cannot be read.
-    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<TransactionOutcome>, Error>;
+    fn find_transaction(&self, scope: &Scope, xid: Xid8) -> Result<Option<TransactionOutcome>, Error>;
 
     /// The id of the last transaction with changes, of whichever tenant, that committed before `commit`, if it is still here.
     ///

@@ -37,8 +37,9 @@ pub use wake_batch::WakeBatch;
 use crate::changelog::ChangeLog;
 use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Xid8};
 use crate::model::timeline::{History, Source};
-use crate::model::transaction::{Gap, Message, Transaction};
+use crate::model::transaction::{Gap, Message, TenantMessage, Transaction};
 use bytes::Bytes;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
@@ -59,14 +60,26 @@ pub struct Options {
 /// A message on its way to subscribers, with its frame on the wire: made once, by whoever asks first.
 #[derive(Debug)]
 pub struct Item {
-    /// The message.
-    pub message: Message,
+    of: TenantMessage,
     frame: OnceLock<Bytes>,
 }
 
+impl Deref for Item {
+    type Target = TenantMessage;
+
+    fn deref(&self) -> &TenantMessage {
+        &self.of
+    }
+}
+
 impl Item {
-    fn new(message: Message) -> Arc<Self> {
-        Arc::new(Self { message, frame: OnceLock::new() })
+    fn new(of: TenantMessage) -> Arc<Self> {
+        Arc::new(Self { of, frame: OnceLock::new() })
+    }
+
+    /// The rest of it for a reader who has had a part.
+    fn cut(&self, rest: Message) -> Arc<Self> {
+        Self::new(TenantMessage { message: rest, ..self.of.clone() })
     }
 
     /// The frame, if it was made.

@@ -7,6 +7,7 @@ pub mod change;
 pub mod diagnostic;
 pub mod lsn;
 pub(crate) mod protobuf;
+pub mod scope;
 pub mod snap_token;
 pub mod timeline;
 pub mod transaction;

@@ -5,6 +5,7 @@ use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable}
 use crate::hub::releaser::Snapshots;
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Snapshot, Xid8};
+use crate::model::scope::Scope;
 use crate::postgres::connection::Connection;
 use crate::postgres::primary::{self, Line, PrimaryConnector};
 use std::collections::HashSet;
@@ -294,7 +295,7 @@ impl Snapshots for SqlSnapshots {
 }
 
 enum Question {
-    State { tenant: TenantId, reply: oneshot::Sender<Result<PrimaryState, Unreachable>> },
+    State { scope: Scope, reply: oneshot::Sender<Result<PrimaryState, Unreachable>> },
     Status { xid: Xid8, reply: oneshot::Sender<Result<TransactionStatus, Unreachable>> },
     Mark { reply: oneshot::Sender<Result<Lsn, Unreachable>> },
 }
@@ -342,9 +343,9 @@ impl SqlPrimary {
 }
 
 impl Primary for SqlPrimary {
-    async fn look(&self, tenant: &TenantId) -> Result<PrimaryState, Unreachable> {
-        let tenant = tenant.clone();
-        self.put(|reply| Question::State { tenant, reply }).await
+    async fn look(&self, scope: &Scope) -> Result<PrimaryState, Unreachable> {
+        let scope = scope.clone();
+        self.put(|reply| Question::State { scope, reply }).await
     }
 
     async fn transaction_status(&self, xid: Xid8) -> Result<TransactionStatus, Unreachable> {
@@ -380,7 +381,7 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
         let mut looks = Vec::new();
         for question in batch.drain(..) {
             match question {
-                Question::State { tenant, reply } if !reply.is_closed() => looks.push((tenant, reply)),
+                Question::State { scope, reply } if !reply.is_closed() => looks.push((scope, reply)),
                 // Whoever asked may be gone, before and after.
                 Question::State { .. } => {}
                 Question::Status { reply, .. } if reply.is_closed() => {}
@@ -396,12 +397,13 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
         if looks.is_empty() {
             continue;
         }
-        let tenants: Vec<&str> = looks.iter().map(|(tenant, _)| tenant.as_str()).collect();
+        let tenants: Vec<&str> = looks.iter().filter_map(|(scope, _)| scope.tenant()).map(TenantId::as_str).collect();
         let answer = look(&mut lazy, &tenants).await;
-        for (tenant, reply) in looks {
+        for (scope, reply) in looks {
             let _ = reply.send(match &answer {
                 Ok((look, known)) => {
-                    Ok(PrimaryState { tenant_exists: known.contains(tenant.as_str()), ..look.clone() })
+                    let scope_exists = scope.tenant().is_none_or(|tenant| known.contains(tenant.as_str()));
+                    Ok(PrimaryState { scope_exists, ..look.clone() })
                 }
                 Err(error) => Err(Unreachable(error.to_string())),
             });
@@ -422,7 +424,7 @@ async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(PrimaryState, HashSe
         let snapshot: String = row.get(1);
         let snapshot: Snapshot = snapshot.parse().map_err(Unanswered::other)?;
         let known: Vec<String> = row.get(2);
-        let look = PrimaryState { flush_lsn, snapshot: Arc::new(snapshot), tenant_exists: false };
+        let look = PrimaryState { flush_lsn, snapshot: Arc::new(snapshot), scope_exists: false };
         Ok((look, known.into_iter().collect()))
     })
     .await

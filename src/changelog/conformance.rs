@@ -5,7 +5,7 @@ use super::*;
 use crate::model::change::{Fact, Operation, Tuple, encode};
 use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Xid8};
 use crate::model::timeline::Timeline;
-use crate::model::transaction::{GapReason, Header, MessageBuilder};
+use crate::model::transaction::{GapReason, Header, Message, MessageBuilder};
 use proptest::prelude::*;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -58,10 +58,35 @@ fn staged(commit: u64, name: &str, steps: &[u64]) -> Entry {
     Entry::Staged(Arc::new(Staged { commit: CommitLsn(Lsn(commit)), messages }))
 }
 
+/// The transaction, changed.
+fn with(entry: Entry, change: impl FnOnce(&mut Transaction)) -> Entry {
+    let Entry::Transaction(whole) = entry else { unreachable!() };
+    let mut transaction = (*whole).clone();
+    change(&mut transaction);
+    Entry::Transaction(Arc::new(transaction))
+}
+
 /// The end of a transaction all of whose messages were staged.
 fn end_of_staged(commit: u64) -> Entry {
-    let Entry::Transaction(whole) = transaction(commit, &[]) else { unreachable!() };
-    Entry::Transaction(Arc::new(Transaction { staged: true, ..(*whole).clone() }))
+    with(transaction(commit, &[]), |transaction| transaction.staged = true)
+}
+
+/// A transaction with a row of tenant b that does not decode, and then, where `truncated`, a TRUNCATE.
+fn with_gaps(commit: u64, names: &[&str], truncated: bool) -> Entry {
+    with(transaction(commit, names), |transaction| {
+        let gap = |name, steps| Gap {
+            from: Position::inside(CommitLsn(Lsn(commit)), steps),
+            to: Position::after(transaction.end),
+            ..gap(name, 0, 0)
+        };
+        transaction.gaps.push(gap(Some("b"), 10));
+        transaction.gaps.extend(truncated.then(|| gap(None, 12)));
+        for (name, message) in &mut transaction.messages {
+            if truncated || name.as_str() == "b" {
+                message.end = None;
+            }
+        }
+    })
 }
 
 fn adopt() -> Entry {
@@ -83,10 +108,41 @@ fn options(path: &std::path::Path) -> Options {
     Options { path: path.to_owned(), age_seconds: 3600, size_bytes: 1 << 30, reserve_bytes: 0 }
 }
 
+fn scope(name: &str) -> Scope {
+    Scope::Tenant(tenant(name))
+}
+
 /// What a tenant's reader gets, as commit LSNs with the number of changes.
 fn reads(log: &dyn ChangeLog, name: &str, after: Position) -> Vec<(u64, usize)> {
-    let batch = log.read(&tenant(name), after, Position::MAX, usize::MAX).unwrap();
-    batch.messages.iter().map(|m| (m.header.commit.0.0, m.steps.len())).collect()
+    let batch = log.read(&scope(name), &after.into(), &Position::MAX.into(), usize::MAX).unwrap();
+    batch.messages.iter().map(|found| (found.message.header.commit.0.0, found.message.steps.len())).collect()
+}
+
+/// All that a reader of this scope gets, in reads of `bytes_max` each.
+fn all_of(log: &dyn ChangeLog, scope: &Scope, after: &Place, bytes_max: usize) -> Vec<TenantMessage> {
+    let (mut found, mut place) = (Vec::new(), after.clone());
+    loop {
+        let batch = log.read(scope, &place, &Position::MAX.into(), bytes_max).unwrap();
+        for recorded in batch.messages {
+            place = recorded.reached(scope, &place);
+            found.push(recorded);
+        }
+        if !batch.more {
+            return found;
+        }
+    }
+}
+
+/// What a reader of all gets: tenants with commit LSNs and steps, `|` behind what ends a transaction.
+fn reads_all(log: &dyn ChangeLog, after: &Place) -> String {
+    let show = |recorded: &TenantMessage| {
+        let (tenant, message) = (&recorded.tenant, &recorded.message);
+        let (commit, steps) = (message.header.commit, message.steps.len());
+        let end = if recorded.ends_transaction.is_some() { "|" } else { "" };
+        format!("{tenant}{}:{steps}{end}", commit.0.0)
+    };
+    let found = log.read(&Scope::All, after, &Position::MAX.into(), usize::MAX).unwrap();
+    found.messages.iter().map(show).collect::<Vec<_>>().join(" ")
 }
 
 /// The contract, for any implementation.
@@ -98,16 +154,32 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(reads(log, "b", Position::ZERO), [(100, 2)]);
     assert_eq!(reads(log, "c", Position::ZERO), []);
     assert!(log.knows(&tenant("a")).unwrap() && !log.knows(&tenant("c")).unwrap());
-    assert_eq!(log.horizon(&tenant("c")).unwrap(), Position::at(Lsn(50)));
+    assert_eq!(log.horizon(&scope("c")).unwrap(), Position::at(Lsn(50)));
 
     // One transaction ends where the next one commits.
     assert_eq!(reads(log, "a", Position::at(Lsn(110))), [(110, 2)]);
     assert_eq!(reads(log, "a", Position::inside(CommitLsn(Lsn(100)), 2)), [(100, 1), (110, 2)]);
     assert_eq!(reads(log, "a", Position::at(Lsn(120))), []);
-    let up_to = log.read(&tenant("a"), Position::ZERO, Position::at(Lsn(110)), usize::MAX).unwrap();
+    let up_to = log.read(&scope("a"), &Place::default(), &Position::at(Lsn(110)).into(), usize::MAX).unwrap();
     assert_eq!((up_to.messages.len(), up_to.more), (1, false));
-    let bounded = log.read(&tenant("a"), Position::ZERO, Position::MAX, 1).unwrap();
+    let bounded = log.read(&scope("a"), &Place::default(), &Position::MAX.into(), 1).unwrap();
     assert_eq!((bounded.messages.len(), bounded.more), (1, true));
+
+    // All tenants: commit order, then tenant order; resumed from anywhere.
+    assert_eq!(reads_all(log, &Place::default()), "a100:2 b100:2| a110:2|");
+    let inside = |name: &str, steps| Place::inside(Position::at(Lsn(100)), tenant(name), steps);
+    assert_eq!(reads_all(log, &inside("a", 2)), "a100:1 b100:2| a110:2|");
+    assert_eq!(reads_all(log, &inside("a", Place::WHOLE)), "b100:2| a110:2|");
+    assert_eq!(reads_all(log, &inside("aa", 0)), "b100:2| a110:2|");
+    assert_eq!(reads_all(log, &inside("b", 4)), "b100:1| a110:2|");
+    assert_eq!(reads_all(log, &inside("b", Place::WHOLE)), "a110:2|");
+    // The token of one tenant: tenants above have had those steps, too.
+    let of_one = Position::inside(CommitLsn(Lsn(100)), 4);
+    assert_eq!(reads_all(log, &of_one.into()), "b100:1| a110:2|");
+    assert_eq!(reads_all(log, &Place::inside(of_one, tenant("a"), Place::WHOLE)), "b100:1| a110:2|");
+    let up_to = log.read(&Scope::All, &Place::default(), &inside("a", Place::WHOLE), usize::MAX).unwrap();
+    assert_eq!((up_to.messages.len(), up_to.more), (1, false));
+    assert_eq!(log.horizon(&Scope::All).unwrap(), Position::at(Lsn(50)));
 
     // Staged messages are readable with their transaction, and not before.
     log.append(&[staged(300, "a", &[100]), staged(300, "a", &[101])]).unwrap();
@@ -117,6 +189,7 @@ fn conforms(log: &dyn ChangeLog) {
     log.append(&[staged(300, "a", &[5, 6]), end_of_staged(300)]).unwrap();
     assert_eq!(reads(log, "a", Position::at(Lsn(120))), [(300, 2)]);
     assert_eq!(reads(log, "a", Position::inside(CommitLsn(Lsn(300)), 5)), [(300, 1)]);
+    assert_eq!(reads_all(log, &Place::at(Lsn(120))), "b220:2| a300:2|");
 
     let since = |from: u64| log.transactions_since(Lsn(from)).unwrap();
     assert_eq!(since(111), [(EndLsn(Lsn(230)), Xid8(220)), (EndLsn(Lsn(310)), Xid8(300))]);
@@ -136,7 +209,7 @@ fn conforms(log: &dyn ChangeLog) {
     let committed = |commit: u64| {
         Some(TransactionOutcome::Committed { commit: CommitLsn(Lsn(commit)), end: EndLsn(Lsn(commit + 10)) })
     };
-    let find = |xid: u64| log.find_transaction(&tenant("c"), Xid8(xid)).unwrap();
+    let find = |xid: u64| log.find_transaction(&scope("c"), Xid8(xid)).unwrap();
     let before = |commit: u64| log.transaction_before(CommitLsn(Lsn(commit))).unwrap();
     let below = |xid: u64| log.largest_below(Xid8(xid)).unwrap();
     assert_eq!([100, 110, 300, 99].map(find), [committed(100), committed(110), committed(300), None]);
@@ -158,9 +231,11 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(log.state().tail, Lsn(400));
 
     // The server goes on along another timeline: 300 ends at 310, past the switch.
-    let history =
-        History::from_timelines(vec![Timeline { id: 1, begin: Lsn::ZERO }, Timeline { id: 2, begin: Lsn(305) }])
-            .unwrap();
+    let history = History::from_timelines(vec![
+        Timeline { number: 1, begin: Lsn::ZERO },
+        Timeline { number: 2, begin: Lsn(305) },
+    ])
+    .unwrap();
     log.append(&[Entry::Diverge { at: Lsn(305), history: history.clone() }]).unwrap();
     assert_eq!(log.state().tail, Lsn(305));
     assert_eq!(log.state().origin.unwrap().history, history);
@@ -237,19 +312,43 @@ fn retention_by_age_keeps_each_tenants_horizon() {
     // An hour after it ended, the first segment goes.
     assert_eq!(log.retain(now + 1000 + 3700).unwrap(), DiskSpace::Enough);
     assert_eq!(reads(&log, "a", Position::ZERO), [(200, 2), (300, 2), (300, 1)]);
-    assert_eq!(log.horizon(&tenant("a")).unwrap(), Position::inside(CommitLsn(Lsn(100)), u64::MAX));
-    assert!(log.horizon(&tenant("a")).unwrap() < Position::at(Lsn(110)), "the token after it resumes");
-    let find = |name: &str| log.find_transaction(&tenant(name), Xid8(100)).unwrap();
+    assert_eq!(log.horizon(&scope("a")).unwrap(), Position::inside(CommitLsn(Lsn(100)), u64::MAX));
+    assert!(log.horizon(&scope("a")).unwrap() < Position::at(Lsn(110)), "the token after it resumes");
+    let find = |name: &str| log.find_transaction(&scope(name), Xid8(100)).unwrap();
     let newest = Some(TransactionOutcome::Committed { commit: CommitLsn(Lsn(100)), end: EndLsn(Lsn(110)) });
     assert_eq!((find("a"), find("quiet"), find("other")), (newest, newest, None), "and so does its id");
     let newest = Some(TransactionOutcome::Committed { commit: CommitLsn(Lsn(150)), end: EndLsn(Lsn(160)) });
-    let staged = log.find_transaction(&tenant("staged"), Xid8(150)).unwrap();
+    let staged = log.find_transaction(&scope("staged"), Xid8(150)).unwrap();
     assert_eq!(staged, newest, "also where all that the tenant had of it was staged");
-    assert_eq!(log.horizon(&tenant("other")).unwrap(), Position::at(Lsn(50)));
+    assert_eq!(log.horizon(&scope("other")).unwrap(), Position::at(Lsn(50)));
+    assert_eq!(log.horizon(&Scope::All).unwrap(), Position::at(Lsn(160)), "behind the newest of any tenant");
+    assert_eq!(log.find_transaction(&Scope::All, Xid8(150)).unwrap(), newest);
+    assert_eq!(reads_all(&log, &Place::at(Lsn(160))), "a200:2| a300:2 a300:1|");
     assert!(log.knows(&tenant("quiet")).unwrap());
+    // Of a transaction that began in a dropped segment nothing is of use to a stream of all.
+    assert_eq!(log.retain(now + 2000 + 3700).unwrap(), DiskSpace::Enough);
+    assert_eq!(log.horizon(&scope("a")).unwrap(), Position::inside(CommitLsn(Lsn(300)), 3));
+    assert_eq!(log.horizon(&Scope::All).unwrap(), Position::at(Lsn(310)));
     drop(log);
     let log = LocalLog::open(options(directory.path())).unwrap();
-    assert_eq!(log.horizon(&tenant("quiet")).unwrap(), Position::inside(CommitLsn(Lsn(100)), u64::MAX));
+    assert_eq!(log.horizon(&scope("quiet")).unwrap(), Position::inside(CommitLsn(Lsn(100)), u64::MAX));
+    assert_eq!(log.horizon(&Scope::All).unwrap(), Position::at(Lsn(310)));
+}
+
+#[test]
+fn a_transaction_of_very_many_tenants_is_read_in_their_order() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = LocalLog::open(options(directory.path())).unwrap();
+    let names: Vec<String> = (0..1000).map(|n| format!("{:03}", n * 7 % 1000)).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    log.append(&[adopt(), transaction(100, &names), transaction(200, &["x"])]).unwrap();
+    let found = all_of(&log, &Scope::All, &Place::default(), 1_000);
+    assert_eq!(found.len(), 1001);
+    assert!(found.windows(2).all(|pair| pair[0].tenant < pair[1].tenant));
+    let ends: Vec<_> = found.iter().filter_map(|recorded| recorded.ends_transaction).map(|end| end.0.0).collect();
+    assert_eq!(ends, [110, 210]);
+    let from = Place::inside(Position::at(Lsn(100)), tenant("500"), Place::WHOLE);
+    assert_eq!(all_of(&log, &Scope::All, &from, 1_000), found[501..]);
 }
 
 #[test]
@@ -259,7 +358,7 @@ fn a_full_disk_drops_history_and_then_says_so() {
     log.append(&[adopt(), transaction(100, &["a"])]).unwrap();
     assert!(matches!(log.retain(0).unwrap(), DiskSpace::Short { .. }));
     assert_eq!(reads(&log, "a", Position::ZERO), []);
-    assert_eq!(log.horizon(&tenant("a")).unwrap(), Position::inside(CommitLsn(Lsn(100)), u64::MAX));
+    assert_eq!(log.horizon(&scope("a")).unwrap(), Position::inside(CommitLsn(Lsn(100)), u64::MAX));
 }
 
 #[test]
@@ -418,15 +517,22 @@ proptest! {
             if !matches!(kind, 7..=9)
                 && let Some(open) = open.take()
             {
-                run.push(end_of_staged(open));
+                let mut rest = vec![(tenant("aa"), message(open, Some(open + 10), &[8, 9]))];
+                rest.truncate(pick.into());
+                run.push(with(end_of_staged(open), |transaction| transaction.messages = rest));
             }
             match kind {
                 0..=3 => run.push(transaction(commit, names)),
                 4 => run.push(Entry::Progress(Lsn(commit))),
                 5 => {
                     run.push(staged(commit, "a", &[2, 5]));
+                    if pick > 100 {
+                        run.push(staged(commit, "c", &[6]));
+                        run.push(staged(commit, "a", &[7]));
+                    }
                     open = Some(commit);
                 }
+                6 if pick > 100 => run.push(with_gaps(commit, names, pick > 200)),
                 6 => run.push(Entry::Gap(gap(None, commit, commit + 5))),
                 7 => {
                     run.push(Entry::Discard);
@@ -463,20 +569,47 @@ fn same(log: &LocalLog, model: &Inner) -> bool {
     let known = model.transactions_since(Lsn(0)).unwrap();
     let places: Vec<u64> = known.iter().flat_map(|(end, xid)| [end.0.0 - 10, xid.0]).collect();
     let all = |log: &dyn ChangeLog| {
-        let reads: Vec<_> = ["a", "b", "c"]
-            .iter()
-            .map(|name| log.read(&tenant(name), Position::ZERO, Position::MAX, usize::MAX).unwrap())
-            .collect();
+        let reads = ["a", "aa", "b", "c"].map(|name| all_of(log, &scope(name), &Place::default(), usize::MAX));
+        let everything = all_of(log, &Scope::All, &Place::default(), usize::MAX);
         let around = places.iter().flat_map(|at| [*at, at + 1]).chain([u64::MAX]);
         let index: Vec<_> = around
             .map(|at| {
                 let (before, below) = (log.transaction_before(CommitLsn(Lsn(at))), log.largest_below(Xid8(at)));
-                (before.unwrap(), below.unwrap(), log.find_transaction(&tenant("z"), Xid8(at)).unwrap())
+                (before.unwrap(), below.unwrap(), log.find_transaction(&scope("z"), Xid8(at)).unwrap())
             })
             .collect();
-        (log.state().tail, log.state().origin, reads, log.gaps(), log.transactions_since(Lsn(0)).unwrap(), index)
+        let state = log.state();
+        (state.tail, state.origin, reads, everything, log.gaps(), log.transactions_since(Lsn(0)).unwrap(), index)
     };
-    all(log) == all(&model)
+    let found = all(log);
+    let (_, _, reads, everything, ..) = &found;
+    resumes(log, &model, everything);
+    for recorded in reads.iter().flatten() {
+        let of_one = recorded.message.reached().into();
+        let [rest, expected] = [log, &model as &dyn ChangeLog].map(|log| all_of(log, &Scope::All, &of_one, usize::MAX));
+        assert_eq!(rest, expected, "all tenants from {of_one}");
+    }
+    found == all(&model)
+}
+
+/// From each place in a stream of all tenants, in whatever pieces, comes exactly the rest; and of one tenant what that tenant's stream has.
+fn resumes(log: &dyn ChangeLog, model: &dyn ChangeLog, everything: &[TenantMessage]) {
+    assert_eq!(all_of(log, &Scope::All, &Place::default(), 1), everything);
+    let mut place = Place::default();
+    for (n, recorded) in everything.iter().enumerate() {
+        place = recorded.reached(&Scope::All, &place);
+        let rest = everything.get(n + 1..).unwrap_or_default();
+        assert_eq!(all_of(log, &Scope::All, &place, usize::MAX), rest, "from {place}");
+        for name in ["a", "aa", "b", "c"] {
+            let rest: Vec<_> = rest.iter().filter(|recorded| recorded.tenant == tenant(name)).collect();
+            let own = all_of(log, &scope(name), &place.in_scope(&scope(name)), usize::MAX);
+            assert!(
+                own.iter().map(|own| &own.message).eq(rest.iter().map(|rest| &rest.message)),
+                "{name} from {place}"
+            );
+            assert_eq!(own, all_of(model, &scope(name), &place.in_scope(&scope(name)), usize::MAX));
+        }
+    }
 }
 
 fn copy_directory(from: &std::path::Path, to: &std::path::Path) {

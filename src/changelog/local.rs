@@ -16,6 +16,7 @@
 pub(super) mod directory;
 mod memory;
 mod page;
+mod reading;
 mod record;
 mod segments;
 mod stored;
@@ -23,13 +24,13 @@ mod stored;
 use super::{Batch, Cause, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome, Usage, Verified};
 use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
+use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::TokenId;
 use crate::model::transaction::Gap;
-use bytes::Bytes;
-use directory::{DATA, MARKER, MARKER_NEW, Marker, PROBE, Place};
+use directory::{DATA, MARKER, MARKER_NEW, Marker, PROBE};
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 use memory::{Memory, Written};
-use page::{Malformed, Messages};
+use page::Malformed;
 use record::Horizon;
 use segments::Segments;
 use std::path::{Path, PathBuf};
@@ -64,7 +65,7 @@ pub struct Options {
 pub struct LocalLog {
     options: Options,
     node_id: String,
-    place: Place,
+    place: directory::Location,
     db: Database,
     meta: Keyspace,
     /// For readers: the segments, replaced as a whole when one comes or goes.
@@ -142,7 +143,7 @@ impl LocalLog {
         }
         let segments = Segments::open(&db, &meta, &damaged)?;
         let log = Self {
-            place: Place::of(&path).map_err(open)?,
+            place: directory::Location::of(&path).map_err(open)?,
             options,
             node_id: marker.node_id,
             db,
@@ -232,9 +233,16 @@ impl LocalLog {
     fn drop_oldest(&self, segments: &Segments) -> Result<Segments, Error> {
         let Some((oldest, rest)) = segments.without_oldest() else { return Ok(segments.clone()) };
         let mut batch = self.db.batch();
+        let mut of_all = self.horizon_of(&Scope::All)?;
         for item in oldest.horizons() {
             let (tenant, horizon) = item.map_err(poisoned)?;
-            batch.insert(&self.meta, meta_horizon(&tenant), record::write_horizon(&horizon));
+            batch.insert(&self.meta, meta_horizon(&Scope::Tenant(tenant)), record::write_horizon(&horizon));
+            if of_all.is_none_or(|newest| newest.position < horizon.position) {
+                of_all = Some(horizon);
+            }
+        }
+        if let Some(newest) = of_all {
+            batch.insert(&self.meta, meta_horizon(&Scope::All), record::write_horizon(&newest));
         }
         rest.store(&mut batch, &self.meta)?;
         batch.commit().map_err(poisoned)?;
@@ -277,9 +285,20 @@ fn is_damage(kind: std::io::ErrorKind) -> bool {
 }
 
 impl LocalLog {
-    fn horizon_of(&self, tenant: &TenantId) -> Result<Option<Horizon>, Error> {
-        let stored = self.meta.get(meta_horizon(tenant)).map_err(Error::unreadable)?;
+    /// The newest message of this scope that retention dropped.
+    fn horizon_of(&self, scope: &Scope) -> Result<Option<Horizon>, Error> {
+        let stored = self.meta.get(meta_horizon(scope)).map_err(Error::unreadable)?;
         Ok(stored.and_then(|bytes| record::read_horizon(&bytes)))
+    }
+
+    /// The end of the transaction of a dropped message. One that has not ended yet ends behind all of its row steps.
+    fn end_of(&self, dropped: &Horizon) -> Result<EndLsn, Error> {
+        if dropped.end > EndLsn::default() {
+            return Ok(dropped.end);
+        }
+        let commit = CommitLsn(dropped.position.lsn);
+        let end = self.segments().end_of(commit).map_err(Error::unreadable)?;
+        Ok(end.unwrap_or(EndLsn(Lsn(commit.0.0.saturating_add(1)))))
     }
 }
 
@@ -333,31 +352,21 @@ impl ChangeLog for LocalLog {
         self.db.persist(PersistMode::SyncData).map_err(poisoned)
     }
 
-    fn read(&self, tenant: &TenantId, after: Position, up_to: Position, bytes_max: usize) -> Result<Batch, Error> {
-        let up_to = up_to.min(Position::at(self.memory().tail));
-        let mut batch = Batch::default();
-        let mut bytes = 0;
-        for segment in self.segments().since(after) {
-            let pages = record::messages_key(tenant, after)..record::behind_tenant(tenant);
-            for item in segment.keyspace.range(pages) {
-                let page = item.value().map_err(Error::unreadable)?;
-                for message in Messages::of(Bytes::from(page)) {
-                    let message = message.map_err(Error::unreadable)?;
-                    // The last message of a transaction stands below its end, and up_to may be that end.
-                    if message.reached() > up_to {
-                        return Ok(batch);
-                    }
-                    let Some(message) = message.after(after) else { continue };
-                    if bytes >= bytes_max {
-                        batch.more = true;
-                        return Ok(batch);
-                    }
-                    bytes += message.changes.len();
-                    batch.messages.push(message);
-                }
-            }
-        }
-        Ok(batch)
+    fn read(&self, scope: &Scope, after: &Place, up_to: &Place, bytes_max: usize) -> Result<Batch, Error> {
+        let (up_to, gaps_end_at) = {
+            let memory = self.memory();
+            let gaps_end_at: Vec<_> = match scope {
+                Scope::Tenant(_) => Vec::new(),
+                Scope::All => memory.gaps.iter().map(|gap| gap.to).filter(|to| *to > after.position).collect(),
+            };
+            (up_to.clone().min_at(memory.tail), gaps_end_at)
+        };
+        let segments = self.segments();
+        let batch = match scope {
+            Scope::Tenant(tenant) => reading::one(&segments, tenant, after.position, up_to.position, bytes_max),
+            Scope::All => reading::all(&segments, after, &up_to, &gaps_end_at, bytes_max),
+        };
+        batch.map_err(Error::unreadable)
     }
 
     fn transactions_since(&self, from: Lsn) -> Result<Vec<(EndLsn, Xid8)>, Error> {
@@ -366,18 +375,23 @@ impl ChangeLog for LocalLog {
         Ok(found.into_values().filter(|(end, _)| end.0 <= tail).collect())
     }
 
-    fn horizon(&self, tenant: &TenantId) -> Result<Position, Error> {
+    fn horizon(&self, scope: &Scope) -> Result<Position, Error> {
         let floor = {
             let memory = self.memory();
             let origin = memory.stored.origin.as_ref().map_or(Position::ZERO, |origin| Position::at(Lsn(origin.lsn)));
             origin.max(unpair(memory.stored.gaps_floor))
         };
-        let dropped = self.horizon_of(tenant)?.map_or(Position::ZERO, |horizon| horizon.position);
-        Ok(floor.max(dropped))
+        let Some(dropped) = self.horizon_of(scope)? else { return Ok(floor) };
+        let complete_from = match scope {
+            Scope::Tenant(_) => dropped.position,
+            // The rest of the transaction is of no use to a stream of all.
+            Scope::All => Position::after(self.end_of(&dropped)?),
+        };
+        Ok(floor.max(complete_from))
     }
 
     fn knows(&self, tenant: &TenantId) -> Result<bool, Error> {
-        if self.meta.contains_key(meta_horizon(tenant)).map_err(Error::unreadable)? {
+        if self.meta.contains_key(meta_horizon(&Scope::Tenant(tenant.clone()))).map_err(Error::unreadable)? {
             return Ok(true);
         }
         for segment in self.segments().since(Position::ZERO) {
@@ -399,14 +413,14 @@ impl ChangeLog for LocalLog {
         Ok(None)
     }
 
-    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<TransactionOutcome>, Error> {
+    fn find_transaction(&self, scope: &Scope, xid: Xid8) -> Result<Option<TransactionOutcome>, Error> {
         if self.meta.contains_key(meta_abandoned(xid)).map_err(Error::unreadable)? {
             return Ok(Some(TransactionOutcome::Abandoned));
         }
         if let Some(found) = self.segments().find(xid).map_err(Error::unreadable)? {
             return Ok(Some(found));
         }
-        let newest = self.horizon_of(tenant)?.filter(|horizon| horizon.xid == xid && horizon.end > EndLsn::default());
+        let newest = self.horizon_of(scope)?.filter(|horizon| horizon.xid == xid && horizon.end > EndLsn::default());
         Ok(newest
             .map(|horizon| TransactionOutcome::Committed { commit: CommitLsn(horizon.position.lsn), end: horizon.end }))
     }

@@ -3,8 +3,9 @@
 use super::{Batch, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome};
 use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
+use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::TokenId;
-use crate::model::transaction::{Gap, Header, Message};
+use crate::model::transaction::{Gap, Header, Message, TenantMessage};
 use std::sync::Mutex;
 
 #[derive(Default)]
@@ -109,25 +110,28 @@ impl ChangeLog for ModelLog {
         Ok(())
     }
 
-    fn read(&self, tenant: &TenantId, after: Position, up_to: Position, bytes_max: usize) -> Result<Batch, Error> {
+    fn read(&self, scope: &Scope, after: &Place, up_to: &Place, bytes_max: usize) -> Result<Batch, Error> {
         let inner = self.inner.lock().unwrap();
-        let up_to = up_to.min(Position::at(inner.tail()));
-        let mut messages: Vec<_> = inner
-            .messages
-            .iter()
-            .filter(|(t, m)| t == tenant && m.reached() <= up_to)
-            .map(|(_, m)| m.clone())
-            .collect();
-        messages.sort_by_key(Message::order);
+        let up_to = up_to.clone().min_at(inner.tail());
+        let here = inner.messages.iter().filter(|(tenant, m)| scope.includes(tenant) && m.is_before(up_to.of(tenant)));
+        let rest = here.filter_map(|(tenant, m)| Some((tenant, m.clone().after(after.of(tenant))?)));
+        let mut rest: Vec<_> = rest.collect();
+        rest.sort_by_key(|(tenant, message)| (message.header.commit, *tenant, message.order()));
+        let commits: Vec<_> = rest.iter().map(|(_, message)| message.header.commit).collect();
         let mut batch = Batch::default();
         let mut bytes = 0;
-        for message in messages.into_iter().filter_map(|message| message.after(after)) {
+        for (n, (tenant, message)) in rest.into_iter().enumerate() {
             if bytes >= bytes_max {
                 batch.more = true;
                 break;
             }
             bytes += message.changes.len();
-            batch.messages.push(message);
+            let commit = message.header.commit;
+            let end = inner.transactions.iter().find(|(header, _)| header.commit == commit).map(|(_, end)| *end);
+            let is_last = *scope == Scope::All && commits.get(n + 1) != Some(&commit);
+            let has_gap = |end| inner.gaps.iter().any(|gap| gap.to == Position::after(end));
+            let ends_transaction = end.filter(|end| is_last && !has_gap(*end));
+            batch.messages.push(TenantMessage { tenant: tenant.clone(), message, ends_transaction });
         }
         Ok(batch)
     }
@@ -138,7 +142,7 @@ impl ChangeLog for ModelLog {
         Ok(since.map(|(header, end)| (*end, header.xid)).collect())
     }
 
-    fn horizon(&self, _: &TenantId) -> Result<Position, Error> {
+    fn horizon(&self, _: &Scope) -> Result<Position, Error> {
         Ok(self.state().origin.map_or(Position::ZERO, |origin| Position::at(origin.lsn)))
     }
 
@@ -150,7 +154,7 @@ impl ChangeLog for ModelLog {
         Ok(self.inner.lock().unwrap().tokens.iter().find(|(other, _)| *other == id).map(|(_, end)| *end))
     }
 
-    fn find_transaction(&self, _: &TenantId, xid: Xid8) -> Result<Option<TransactionOutcome>, Error> {
+    fn find_transaction(&self, _: &Scope, xid: Xid8) -> Result<Option<TransactionOutcome>, Error> {
         let inner = self.inner.lock().unwrap();
         let found = inner.transactions.iter().find(|(header, _)| header.xid == xid);
         let found = found.map(|(header, end)| TransactionOutcome::Committed { commit: header.commit, end: *end });

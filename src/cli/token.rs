@@ -1,6 +1,7 @@
 //! `tuplewatch token`: explains one, without a server.
 
 use super::{examples, say};
+use crate::model::scope::Place;
 use crate::model::snap_token::SnapToken;
 use std::fmt::Write as _;
 
@@ -24,21 +25,26 @@ pub(super) fn run(args: &TokenArgs) {
 }
 
 fn explain(token: &SnapToken) -> String {
-    let source = token.source().map(|source| hex(&source)).unwrap_or_default();
+    let source = token.source().map(|source| hex(&source.0)).unwrap_or_default();
     match token {
-        SnapToken::Position { timeline, position, commit_time, .. } => {
-            let place = match position.steps {
-                0 => format!("everything that committed before {}", position.lsn),
-                steps => format!(
-                    "everything that committed before {}, and the first {steps} row steps of the transaction there",
-                    position.lsn
+        SnapToken::Position { timeline, place, commit_time, .. } => {
+            let before = format!("everything that committed before {}", place.position.lsn);
+            let place = match (&place.within, place.position.steps) {
+                (None, 0) => before,
+                (None, steps) => format!("{before}, and the first {steps} row steps of the transaction there"),
+                (Some((tenant, Place::WHOLE)), _) => {
+                    format!("{before}, and of the transaction there the tenants up to '{tenant}'")
+                }
+                (Some((tenant, steps)), _) => format!(
+                    "{before}, and of the transaction there the tenants before '{tenant}', and the first {steps} row steps of \
+                     '{tenant}'"
                 ),
             };
             let time = if commit_time.0 == 0 { "unknown".to_owned() } else { commit_time.to_string() };
             format!(
                 "kind:        position\nincludes:    {place}\ncommit time: {time} (of the last transaction in it)\n\
                  source:      {source}\ntimeline:    {}",
-                hex(timeline)
+                hex(&timeline.0)
             )
         }
         SnapToken::Transaction { id, xid, floor, .. } => format!(
@@ -60,14 +66,24 @@ fn explain(token: &SnapToken) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::lsn::CommitLsn;
-    use crate::model::lsn::{CommitTime, Lsn, Position};
+    use crate::model::change::TenantId;
+    use crate::model::lsn::{CommitLsn, CommitTime, Lsn, Position};
+    use crate::model::timeline::{SourceId, TimelineId};
 
     #[test]
     fn explains() {
         let position = Position::inside(CommitLsn(Lsn(0x16_0000_0000)), 4);
-        let token = SnapToken::Position { source: [1; 8], timeline: [2; 8], position, commit_time: CommitTime(1) };
-        let text = explain(&token.to_string().parse().unwrap());
+        let explain_place = |place| {
+            let (source, timeline) = (SourceId([1; 8]), TimelineId([2; 8]));
+            let token = SnapToken::Position { source, timeline, place, commit_time: CommitTime(1) };
+            explain(&token.to_string().parse().unwrap())
+        };
+        let text = explain_place(Place::inside(position, TenantId::new("t1").unwrap(), 9));
+        assert!(
+            text.contains("before 16/0, and of the transaction there the tenants before 't1', and the first 9 row"),
+            "{text}"
+        );
+        let text = explain_place(position.into());
         assert!(text.contains("before 16/0, and the first 4 row steps"), "{text}");
         assert!(text.contains("2000-01-01T00:00:00.000001Z"), "{text}");
         let text = explain(&"MgMAAAAAAAA=".parse().unwrap());

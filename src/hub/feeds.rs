@@ -1,12 +1,14 @@
-//! The messages of each tenant in memory, and their readers.
+//! The messages of each tenant in memory, and the readers of each scope.
 //!
-//! A *feed* has the messages of one tenant. It is complete from its floor on: a reader at or past the floor needs no disk, however long it
-//! slept. A tenant without a feed has no messages in memory, and is complete from the window's own floor on.
+//! A *feed* has the readers of one scope, and where that is a tenant, the tenant's messages; those of all tenants are the window's own. It is
+//! complete from its floor on: a reader at or past the floor needs no disk, however long it slept. A scope without a feed has no messages in
+//! memory of its own, and is complete from the window's floor on.
 
 use super::Item;
 use super::wake_batch::WakeBatch;
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position};
+use crate::model::scope::Scope;
 use slab::Slab;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -17,10 +19,12 @@ use std::task::Waker;
 pub(super) struct Feeds {
     feeds: Slab<Feed>,
     by_tenant: HashMap<TenantId, usize>,
+    of_all: Option<usize>,
 }
 
 pub(super) struct Feed {
-    pub(super) tenant: TenantId,
+    pub(super) scope: Scope,
+    /// Of a tenant; empty in the feed of all.
     pub(super) messages: VecDeque<Arc<Item>>,
     pub(super) floor: Position,
     readers: Slab<Reader>,
@@ -44,27 +48,42 @@ pub(super) struct ReaderKey {
 }
 
 impl Feeds {
-    pub(super) fn get(&self, tenant: &TenantId) -> Option<&Feed> {
-        self.by_tenant.get(tenant).and_then(|at| self.feeds.get(*at))
+    pub(super) fn get(&self, scope: &Scope) -> Option<&Feed> {
+        self.index(scope).and_then(|at| self.feeds.get(at))
     }
 
-    pub(super) fn get_mut(&mut self, tenant: &TenantId) -> Option<&mut Feed> {
+    pub(super) fn get_mut(&mut self, scope: &Scope) -> Option<&mut Feed> {
+        self.index(scope).and_then(|at| self.feeds.get_mut(at))
+    }
+
+    /// The feed of this tenant, if it has one.
+    pub(super) fn of_tenant(&mut self, tenant: &TenantId) -> Option<&mut Feed> {
         self.by_tenant.get(tenant).and_then(|at| self.feeds.get_mut(*at))
     }
 
     /// The feed of this tenant; a new one is complete from `floor` on.
-    pub(super) fn get_or_add(&mut self, tenant: &TenantId, floor: Position) -> &mut Feed {
-        let at = self.place_of(tenant, floor);
+    pub(super) fn of_tenant_or_new(&mut self, tenant: &TenantId, floor: Position) -> &mut Feed {
+        let at = match self.by_tenant.get(tenant) {
+            Some(at) => *at,
+            None => self.add(Scope::Tenant(tenant.clone()), floor),
+        };
         self.at_mut(at)
     }
 
-    fn place_of(&mut self, tenant: &TenantId, floor: Position) -> usize {
-        if let Some(at) = self.by_tenant.get(tenant) {
-            return *at;
+    fn index(&self, scope: &Scope) -> Option<usize> {
+        match scope {
+            Scope::Tenant(tenant) => self.by_tenant.get(tenant).copied(),
+            Scope::All => self.of_all,
         }
-        let (tenant, messages, readers) = (tenant.clone(), VecDeque::new(), Slab::new());
-        let at = self.feeds.insert(Feed { tenant: tenant.clone(), messages, floor, readers });
-        self.by_tenant.insert(tenant, at);
+    }
+
+    fn add(&mut self, scope: Scope, floor: Position) -> usize {
+        let feed = Feed { scope: scope.clone(), messages: VecDeque::new(), floor, readers: Slab::new() };
+        let at = self.feeds.insert(feed);
+        match scope {
+            Scope::Tenant(tenant) => drop(self.by_tenant.insert(tenant, at)),
+            Scope::All => self.of_all = Some(at),
+        }
         at
     }
 
@@ -72,12 +91,15 @@ impl Feeds {
         self.feeds.iter_mut().map(|(_, feed)| feed)
     }
 
-    /// Forgets the feed of this tenant if nothing is in it and nobody reads it.
-    pub(super) fn tidy(&mut self, tenant: &TenantId) {
-        let Some(at) = self.by_tenant.get(tenant).copied() else { return };
+    /// Forgets the feed of this scope if nothing is in it and nobody reads it.
+    pub(super) fn tidy(&mut self, scope: &Scope) {
+        let Some(at) = self.index(scope) else { return };
         if self.feeds.get(at).is_some_and(|feed| feed.messages.is_empty() && feed.readers.is_empty()) {
             self.feeds.remove(at);
-            self.by_tenant.remove(tenant);
+            match scope {
+                Scope::Tenant(tenant) => drop(self.by_tenant.remove(tenant)),
+                Scope::All => self.of_all = None,
+            }
         }
     }
 
@@ -85,12 +107,12 @@ impl Feeds {
     /// on.
     pub(super) fn join(
         &mut self,
-        tenant: &TenantId,
+        scope: &Scope,
         has: Lsn,
         floor: Position,
         wake_batch: Option<WakeBatch>,
     ) -> ReaderKey {
-        let feed = self.place_of(tenant, floor);
+        let feed = self.index(scope).unwrap_or_else(|| self.add(scope.clone(), floor));
         ReaderKey { feed, reader: self.at_mut(feed).readers.insert(Reader { wake_batch, waker: None, has }) }
     }
 
@@ -131,8 +153,8 @@ impl Feeds {
     pub(super) fn leave(&mut self, key: ReaderKey) {
         let feed = self.at_mut(key.feed);
         feed.readers.try_remove(key.reader);
-        let tenant = feed.tenant.clone();
-        self.tidy(&tenant);
+        let scope = feed.scope.clone();
+        self.tidy(&scope);
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the hub asks the primary, as a contract: `app` answers with SQL, and tests with a script.
 
-use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Snapshot, Xid8};
+use crate::model::scope::Scope;
 use std::sync::Arc;
 
 /// What the primary says, in one statement.
@@ -11,8 +11,8 @@ pub struct PrimaryState {
     pub flush_lsn: Lsn,
     /// `pg_current_snapshot()`, taken before `flush_lsn` was read.
     pub snapshot: Arc<Snapshot>,
-    /// Whether the tenant that was asked for exists.
-    pub tenant_exists: bool,
+    /// Whether the scope exists that was asked for. That of all tenants does.
+    pub scope_exists: bool,
 }
 
 /// What became of a transaction.
@@ -33,8 +33,8 @@ pub struct Unreachable(pub String);
 
 /// What the start of a subscription may ask the primary.
 pub trait Primary: Send + Sync {
-    /// Positions, a snapshot, and whether the tenant exists; as of a moment after the call.
-    fn look(&self, tenant: &TenantId) -> impl Future<Output = Result<PrimaryState, Unreachable>> + Send;
+    /// Positions, a snapshot, and whether the scope exists; as of a moment after the call.
+    fn look(&self, scope: &Scope) -> impl Future<Output = Result<PrimaryState, Unreachable>> + Send;
 
     /// `pg_xact_status`.
     fn transaction_status(&self, xid: Xid8) -> impl Future<Output = Result<TransactionStatus, Unreachable>> + Send;

@@ -18,8 +18,9 @@ use super::{Filter, Hub, Origin, Subscription};
 use crate::changelog;
 use crate::model::change::{TenantId, TenantIdError};
 use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::{self, SnapToken};
-use crate::model::timeline::History;
+use crate::model::timeline::{History, SourceId, TimelineId};
 use resolve::await_end;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -56,7 +57,7 @@ pub enum Error {
         "the snap token is too old: the changes after it are no longer kept; start without a token and read the state anew"
     )]
     TooOld {
-        /// From where on the log is complete for the tenant.
+        /// From where on the log is complete for the scope.
         earliest: Position,
     },
     /// Nothing to go by.
@@ -67,7 +68,7 @@ pub enum Error {
     UnknownTransaction {
         /// The transaction.
         xid: Xid8,
-        /// From where on the log is complete for the tenant.
+        /// From where on the log is complete for the scope.
         earliest: Position,
     },
     /// The transaction of the token runs on.
@@ -84,7 +85,7 @@ pub enum Error {
 /// Where a subscription starts.
 pub(super) struct Start {
     /// What is delivered comes after it.
-    pub(super) position: Position,
+    pub(super) place: Place,
     /// The reader has a state of no later than this.
     pub(super) seen: Position,
     /// What of it the reader has already.
@@ -93,8 +94,9 @@ pub(super) struct Start {
 
 impl Start {
     /// For a reader who has everything up to here.
-    pub(super) const fn after(position: Position) -> Self {
-        Self { position, seen: position, filter: None }
+    pub(super) fn after(place: impl Into<Place>) -> Self {
+        let place = place.into();
+        Self { seen: place.outer(), place, filter: None }
     }
 }
 
@@ -102,33 +104,36 @@ fn origin(anchor: &Anchor) -> Result<&Origin, Unreachable> {
     anchor.origin.as_ref().ok_or_else(|| Unreachable(NO_SESSION.to_owned()))
 }
 
-fn check_source(anchor: &Anchor, hash: [u8; 8]) -> Result<&History, Error> {
+fn check_source(anchor: &Anchor, id: SourceId) -> Result<&History, Error> {
     let (source, history) = origin(anchor)?;
-    if hash == source.hash() { Ok(history) } else { Err(Error::Foreign) }
+    if id == source.id() { Ok(history) } else { Err(Error::Foreign) }
 }
 
-/// A position must lie on our history, and not ahead of what the server has written.
-async fn check_position(
+/// A place must lie on our history, and not ahead of what the server has written.
+async fn check_place(
     anchor: &Anchor,
     primary: &impl Primary,
-    tenant: &TenantId,
-    source: [u8; 8],
-    timeline: [u8; 8],
-    position: Position,
+    scope: &Scope,
+    (source, timeline): (SourceId, TimelineId),
+    place: &Place,
     appended: Lsn,
 ) -> Result<(), Error> {
-    if !check_source(anchor, source)?.holds(timeline, position.extent()) {
+    if !check_source(anchor, source)?.holds(timeline, place.extent()) {
         return Err(Error::Abandoned);
     }
+    let lsn = place.position.lsn;
     // What the log has was sent by the server, whether it is released yet or not.
-    if position.lsn > anchor.released.max(appended) && position.lsn > primary.look(tenant).await?.flush_lsn {
+    if lsn > anchor.released.max(appended) && lsn > primary.look(scope).await?.flush_lsn {
         return Err(Error::BeyondHistory);
     }
     Ok(())
 }
 
-fn require(tenant: &TenantId, exists: bool) -> Result<(), Error> {
-    if exists { Ok(()) } else { Err(Error::UnknownTenant(tenant.clone())) }
+fn require(scope: &Scope, exists: bool) -> Result<(), Error> {
+    match scope {
+        Scope::Tenant(tenant) if !exists => Err(Error::UnknownTenant(tenant.clone())),
+        _ => Ok(()),
+    }
 }
 
 impl Hub {
@@ -139,24 +144,23 @@ impl Hub {
     pub async fn start(
         &self,
         primary: &impl Primary,
-        tenant: &str,
+        scope: Scope,
         token: &str,
         resolve_timeout: Duration,
     ) -> Result<Subscription, Error> {
-        let tenant = TenantId::new(tenant)?;
         let token = if token.is_empty() { None } else { Some(token.parse::<SnapToken>()?) };
 
         // First: a divergence that comes while we look is the subscription's to notice.
         let anchor = self.window().anchor();
-        let known = self.knows(&tenant).await?;
+        let known = self.knows(&scope).await?;
         if token.is_some() && !known {
-            require(&tenant, primary.look(&tenant).await?.tenant_exists)?;
+            require(&scope, primary.look(&scope).await?.scope_exists)?;
         }
-        let Start { position, seen, filter } = match token {
-            Some(SnapToken::Position { source, timeline, position, .. }) => {
+        let Start { place, seen, filter } = match token {
+            Some(SnapToken::Position { source, timeline, place, .. }) => {
                 let appended = *self.inner.appended.borrow();
-                check_position(&anchor, primary, &tenant, source, timeline, position, appended).await?;
-                Start::after(position)
+                check_place(&anchor, primary, &scope, (source, timeline), &place, appended).await?;
+                Start::after(place.in_scope(&scope))
             }
             Some(SnapToken::Transaction { source, id, xid, floor }) => {
                 check_source(&anchor, source)?;
@@ -164,26 +168,26 @@ impl Hub {
             }
             Some(SnapToken::Xid(xid)) => {
                 origin(&anchor)?;
-                self.after_xid(primary, &tenant, xid, resolve_timeout).await?
+                self.after_xid(primary, &scope, xid, resolve_timeout).await?
             }
             Some(SnapToken::Snapshot { xid, snapshot }) => {
                 origin(&anchor)?;
-                self.after_snapshot(primary, &tenant, xid, snapshot, resolve_timeout).await?
+                self.after_snapshot(primary, &scope, xid, snapshot, resolve_timeout).await?
             }
             None => {
                 // What was visible before is visible to the snapshot that is taken now.
-                let look = primary.look(&tenant).await?;
-                require(&tenant, look.tenant_exists || known)?;
+                let look = primary.look(&scope).await?;
+                require(&scope, look.scope_exists || known)?;
                 origin(&anchor)?;
                 let filter = Filter { lsn: look.flush_lsn, snapshot: look.snapshot, own: None };
-                let (position, seen) = (Position::at(anchor.watermark), Position::at(look.flush_lsn));
-                Start { position, seen, filter: Some(filter) }
+                let (place, seen) = (Place::at(anchor.watermark), Position::at(look.flush_lsn));
+                Start { place, seen, filter: Some(filter) }
             }
         };
         // Joined first, so that nothing after the check goes by unnoticed.
-        let subscription = Subscription::new(self.clone(), tenant.clone(), position, seen, filter, anchor.divergences);
-        let horizon = self.on_disk(move |log| log.horizon(&tenant)).await?;
-        if position < horizon {
+        let subscription = Subscription::new(self.clone(), scope.clone(), place, seen, filter, anchor.divergences);
+        let horizon = self.on_disk(move |log| log.horizon(&scope)).await?;
+        if subscription.place().outer() < horizon {
             return Err(Error::TooOld { earliest: horizon });
         }
         Ok(subscription)
@@ -205,19 +209,20 @@ impl Hub {
         }
         let deadline = Instant::now() + timeout;
         let anchor = self.window().anchor();
+        let scope = Scope::Tenant(tenant.clone());
         match token.parse::<SnapToken>()? {
-            SnapToken::Position { source, timeline, position, .. } => {
+            SnapToken::Position { source, timeline, place, .. } => {
                 let appended = *self.inner.appended.borrow();
-                check_position(&anchor, primary, tenant, source, timeline, position, appended).await?;
+                check_place(&anchor, primary, &scope, (source, timeline), &place, appended).await?;
                 let mut watermark = self.watch_watermark();
-                let reached = watermark.wait_for(|lsn| *lsn >= position.extent());
-                let late = |_| Unreachable(format!("the stream did not reach {position} in time, try again"));
+                let reached = watermark.wait_for(|lsn| *lsn >= place.extent());
+                let late = |_| Unreachable(format!("the stream did not reach {place} in time, try again"));
                 tokio::time::timeout_at(deadline, reached).await.map(drop).map_err(late)?;
             }
             // The others need nothing of the stream: PostgreSQL shows a transaction as over when its snapshots see it.
             SnapToken::Transaction { source, xid, floor, .. } => {
                 check_source(&anchor, source)?;
-                if floor > primary.look(tenant).await?.flush_lsn {
+                if floor > primary.look(&scope).await?.flush_lsn {
                     return Err(Error::BeyondHistory);
                 }
                 await_end(primary, xid, deadline, timeout).await?;
@@ -231,7 +236,8 @@ impl Hub {
         Ok(())
     }
 
-    async fn knows(&self, tenant: &TenantId) -> Result<bool, changelog::Error> {
+    async fn knows(&self, scope: &Scope) -> Result<bool, changelog::Error> {
+        let Scope::Tenant(tenant) = scope else { return Ok(true) };
         if self.window().knows(tenant) {
             return Ok(true);
         }

@@ -1,12 +1,12 @@
-//! One reader of one tenant's changes, over memory and disk.
+//! One reader of the changes of a scope, over memory and disk.
 
 use super::feeds::ReaderKey;
 use super::window::Next;
 use super::{Hub, Item, Origin};
 use crate::changelog::{self, Batch};
 use crate::metrics::metrics;
-use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position, Snapshot, Xid8};
+use crate::model::scope::{Place, Scope};
 use crate::model::transaction::Gap;
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -39,7 +39,7 @@ impl Filter {
 /// Why a subscription cannot go on.
 #[derive(Debug)]
 pub enum End {
-    /// History is not continuous: read the state anew and go on from `Gap::to`.
+    /// History is not continuous: the state has to be read anew. [`Subscription::continue_after`] resumes behind it.
     Gap(Gap),
     /// What was received past this LSN was abandoned by the server.
     Abandoned {
@@ -92,15 +92,15 @@ struct Read {
     /// As it was afterwards.
     horizon: Position,
     /// Where it ended.
-    up_to: Position,
+    up_to: Place,
 }
 
 /// See [`Hub`]. Dropping it gives back all it holds.
 pub struct Subscription {
     hub: Hub,
-    tenant: TenantId,
+    scope: Scope,
     /// Everything up to here was yielded, or does not exist.
-    cursor: Position,
+    cursor: Place,
     /// The newest that the reader has: what was yielded last, or the state that it had at the start. Behind the cursor, where
     /// there was nothing for it.
     seen: Position,
@@ -115,20 +115,20 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// A reader of this tenant's changes after `cursor`, who has a state of no later than `seen`; decided on when there had
-    /// been `divergences`. Whether the log still has them is found out by reading.
+    /// A reader of this scope after `cursor`, whose state is at most `seen`; decided on when there had been `divergences`. Whether the log
+    /// still has the changes is found out by reading.
     pub(super) fn new(
         hub: Hub,
-        tenant: TenantId,
-        cursor: Position,
+        scope: Scope,
+        cursor: Place,
         seen: Position,
         filter: Option<Filter>,
         divergences: usize,
     ) -> Self {
-        let key = hub.window().join(&tenant, cursor, hub.wake_batch.clone());
+        let key = hub.window().join(&scope, &cursor, hub.wake_batch.clone());
         Self {
             hub,
-            tenant,
+            scope,
             cursor,
             seen,
             filter,
@@ -141,13 +141,20 @@ impl Subscription {
     }
 
     /// Whose changes these are.
-    pub const fn tenant(&self) -> &TenantId {
-        &self.tenant
+    pub const fn scope(&self) -> &Scope {
+        &self.scope
     }
 
     /// Everything up to here was yielded, or does not exist.
-    pub const fn position(&self) -> Position {
-        self.cursor
+    pub const fn place(&self) -> &Place {
+        &self.cursor
+    }
+
+    /// Resumes behind a gap that ended it: in a stream of all tenants behind one of a single tenant, or where the reader has decided to
+    /// read the state anew.
+    pub fn continue_after(&mut self, gap: &Gap) {
+        self.cursor = gap.ends(&self.scope, &self.cursor);
+        self.seen = self.seen.max(self.cursor.outer());
     }
 
     /// What the positions of the last batch belong to: not what the server went on to since.
@@ -190,11 +197,11 @@ impl Subscription {
     /// Adds what was read from the log.
     fn add_read(&mut self, read: Read, messages: &mut VecDeque<Arc<Item>>) -> Result<(), End> {
         // Retention may have dropped something meanwhile.
-        if self.cursor < read.horizon {
+        if self.cursor.outer() < read.horizon {
             return Err(End::TooOld { earliest: read.horizon });
         }
         if read.batch.messages.is_empty() && !read.batch.more {
-            self.cursor = self.cursor.max(read.up_to);
+            self.cursor = read.up_to;
         }
         messages.extend(read.batch.messages.into_iter().map(Item::new));
         Ok(())
@@ -214,7 +221,7 @@ impl Subscription {
         {
             self.origin = window.origin().cloned();
         }
-        let (cursor, seen, checked) = (self.cursor, self.seen, &mut self.divergences_checked);
+        let (cursor, seen, checked) = (&self.cursor, self.seen, &mut self.divergences_checked);
         match window.next(self.key, cursor, seen, checked, bytes_max, messages) {
             Next::Messages { all } => {
                 if all {
@@ -223,11 +230,11 @@ impl Subscription {
                 self.tier = Tier::Memory;
                 Ok(Looked::Found { all })
             }
-            Next::Disk { up_to, behind } => {
+            Next::Disk { up_to: limit, behind } => {
                 // Messages that the log does not have yet are in memory, or not released.
                 let mut appended = self.hub.inner.appended.clone();
-                let up_to = up_to.min(Position::at(*appended.borrow_and_update()));
-                if up_to > self.cursor {
+                let up_to = limit.clone().min_at(*appended.borrow_and_update());
+                if up_to == limit || up_to.position > self.cursor.outer() {
                     drop(window);
                     if behind {
                         self.count_log_reader();
@@ -239,8 +246,12 @@ impl Subscription {
                 drop(window);
                 Ok(self.await_append(cx, appended))
             }
-            Next::Skip { to } | Next::Back { to } => {
+            Next::Skip { to } => {
                 self.cursor = to;
+                Ok(Looked::Again)
+            }
+            Next::Back { to } => {
+                self.cursor = Place::at(to);
                 Ok(Looked::Again)
             }
             Next::Wait => {
@@ -274,16 +285,17 @@ impl Subscription {
         let mut kept = first;
         for at in first..messages.len() {
             let Some(item) = messages.get_mut(at) else { break };
-            let (header, reached) = (item.message.header, item.message.reached());
-            let had = |step| step <= self.cursor.steps;
-            if self.cursor.lsn == header.commit.0 && item.message.first_step().is_some_and(had) {
+            let header = item.message.header;
+            let reached = item.reached(&self.scope, &self.cursor);
+            let had = self.cursor.of(&item.tenant);
+            if had.lsn == header.commit.0 && item.message.first_step().is_some_and(|step| step <= had.steps) {
                 // Shared as it is, but where another node cut its messages elsewhere.
-                let Some(rest) = item.message.clone().after(self.cursor) else {
+                let Some(rest) = item.message.clone().after(had) else {
                     // Nothing of it is left.
-                    self.cursor = self.cursor.max(reached);
+                    self.cursor = reached;
                     continue;
                 };
-                *item = Item::new(rest);
+                *item = item.cut(rest);
             }
             self.cursor = reached;
             match &self.filter {
@@ -291,7 +303,7 @@ impl Subscription {
                 Some(filter) if filter.leaves_out(header.xid) => continue,
                 _ => {}
             }
-            self.seen = self.seen.max(self.cursor);
+            self.seen = self.seen.max(self.cursor.outer());
             messages.swap(kept, at);
             kept += 1;
         }
@@ -307,12 +319,12 @@ impl Subscription {
         }
     }
 
-    fn read_log(&self, up_to: Position, bytes_max: usize) -> Activity {
-        let (hub, tenant, cursor) = (self.hub.clone(), self.tenant.clone(), self.cursor);
-        let bytes_max = bytes_max.saturating_mul(READ_FACTOR);
+    fn read_log(&self, up_to: Place, bytes_max: usize) -> Activity {
+        let (hub, scope, cursor) = (self.hub.clone(), self.scope.clone(), self.cursor.clone());
+        let bytes_max = bytes_max.saturating_mul(READ_FACTOR).max(1);
         let read = move |log: &dyn changelog::ChangeLog| {
-            let batch = log.read(&tenant, cursor, up_to, bytes_max)?;
-            Ok(Read { batch, horizon: log.horizon(&tenant)?, up_to })
+            let batch = log.read(&scope, &cursor, &up_to, bytes_max)?;
+            Ok(Read { batch, horizon: log.horizon(&scope)?, up_to })
         };
         Activity::Reading(Box::pin(async move { hub.on_disk(read).await }))
     }

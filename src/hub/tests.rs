@@ -4,6 +4,7 @@ use crate::changelog::model::ModelLog;
 use crate::changelog::{Entry, Origin};
 use crate::model::change::{Fact, Operation, TenantId, Tuple, encode};
 use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Position, Snapshot, Xid8};
+use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::{SnapToken, TokenId};
 use crate::model::timeline::Timeline;
 use crate::model::transaction::{GapReason, Header, Message, MessageBuilder};
@@ -13,7 +14,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 const SOURCE: Source = Source { system_identifier: 1, database_oid: 2 };
-const FIRST: Timeline = Timeline { id: 1, begin: Lsn::ZERO };
+const FIRST: Timeline = Timeline { number: 1, begin: Lsn::ZERO };
 
 /// A hub over the model log, whose `appended` the test moves.
 struct Fixture {
@@ -91,9 +92,67 @@ impl Fixture {
         self.hub.window().advance(Some(&snapshot), appended);
     }
 
+    fn subscribe_to_all(&self) -> Subscription {
+        let start = Position::at(Lsn(100));
+        Subscription::new(self.hub.clone(), Scope::All, start.into(), start, None, 0)
+    }
+
     fn subscribe(&self, name: &str, position: u64) -> Subscription {
         let position = Position::at(Lsn(position));
-        Subscription::new(self.hub.clone(), tenant(name), position, position, None, 0)
+        Subscription::new(self.hub.clone(), tenant(name).into(), position.into(), position, None, 0)
+    }
+}
+
+/// What a stream of all tenants has, until it waits: each message as its tenant, its commit LSN and its number of changes, and each gap as
+/// `!` with its tenant, behind which it goes on. Every message is checked to be the first of a stream that is resumed in front of it, and
+/// for its tenant, too.
+async fn stream_of_all(fixture: &Fixture, subscription: &mut Subscription) -> String {
+    let resume = |scope: Scope, place: Place| {
+        let seen = place.outer();
+        Subscription::new(fixture.hub.clone(), scope.clone(), place.in_scope(&scope), seen, None, 0)
+    };
+    let mut events = Vec::new();
+    loop {
+        let before = subscription.place().clone();
+        let event = match tokio::time::timeout(Duration::from_secs(5), subscription.next(1)).await {
+            Err(_waits) => return events.join(" "),
+            Ok(next) => next,
+        };
+        let mut again = resume(Scope::All, before.clone());
+        match event {
+            Ok(items) => {
+                let mut place = before.clone();
+                // From the log come several at a time.
+                let mut all_again = VecDeque::new();
+                for item in &items {
+                    while all_again.is_empty() {
+                        all_again = again.next(1).await.unwrap();
+                    }
+                    let same = all_again.pop_front().unwrap();
+                    assert_eq!((&same.tenant, &same.message), (&item.tenant, &item.message), "again from {before}");
+                    let of_one = resume(item.tenant.clone().into(), place.clone()).next(1).await.unwrap();
+                    assert_eq!(of_one[0].message, item.message, "of its tenant from {place}");
+                    place = item.reached(&Scope::All, &place);
+                    let (commit, changes) = (item.message.header.commit, item.message.steps.len());
+                    events.push(format!("{}{}:{changes}", item.tenant, commit.0.0));
+                }
+                assert_eq!(&place, subscription.place());
+            }
+            Err(End::Gap(gap)) => {
+                assert!(matches!(ended(&mut again).await, End::Gap(same) if same == gap), "again from {before}");
+                if let Some(tenant) = &gap.tenant {
+                    let mut of_one = resume(tenant.clone().into(), before.clone());
+                    let end = ended(&mut of_one).await;
+                    assert!(
+                        matches!(&end, End::Gap(same) if *same == gap),
+                        "of its tenant from {before}: {gap:?}, {end:?}; {events:?}"
+                    );
+                }
+                events.push(format!("!{}", gap.tenant.as_ref().map_or("all", TenantId::as_str)));
+                subscription.continue_after(&gap);
+            }
+            Err(end) => panic!("{end:?} from {before}"),
+        }
     }
 }
 
@@ -150,7 +209,7 @@ async fn readers_of_a_thread_are_woken_together() {
     let fixture = Fixture::new(1 << 20, false);
     let (hub, wake_batch) = fixture.hub.with_wake_batch();
     let start = Position::at(Lsn(100));
-    let mut subscription = Subscription::new(hub, tenant("a"), start, start, None, 0);
+    let mut subscription = Subscription::new(hub, tenant("a").into(), start.into(), start, None, 0);
     let waiting = tokio::spawn(async move { subscription.next(usize::MAX).await.map(|messages| messages.len()) });
     tokio::task::yield_now().await;
     fixture.admit(transaction(200, &["a"])).await;
@@ -318,7 +377,7 @@ async fn streams_that_have_seen_an_abandoned_part_end() {
     assert_eq!(ready(&mut ahead).await, Some(vec![200, 300]));
     // There was nothing for it, and so nothing that was abandoned.
     assert_eq!(ready(&mut idle).await, None);
-    let history = History::from_timelines(vec![FIRST, Timeline { id: 2, begin: Lsn(250) }]).unwrap();
+    let history = History::from_timelines(vec![FIRST, Timeline { number: 2, begin: Lsn(250) }]).unwrap();
     fixture.hub.diverge(Lsn(250), history);
     assert!(matches!(ended(&mut ahead).await, End::Abandoned { at: Lsn(250) }));
     assert_eq!(ready(&mut behind).await, Some(vec![200]));
@@ -336,7 +395,7 @@ struct Scripted {
 }
 
 impl Primary for Scripted {
-    async fn look(&self, _: &TenantId) -> Result<PrimaryState, Unreachable> {
+    async fn look(&self, _: &Scope) -> Result<PrimaryState, Unreachable> {
         self.look.clone()
     }
     async fn transaction_status(&self, _: Xid8) -> Result<TransactionStatus, Unreachable> {
@@ -349,26 +408,30 @@ impl Primary for Scripted {
 
 fn look(snapshot: &str) -> PrimaryState {
     let snapshot = Arc::new(snapshot.parse().unwrap());
-    PrimaryState { flush_lsn: Lsn(500), snapshot, tenant_exists: true }
+    PrimaryState { flush_lsn: Lsn(500), snapshot, scope_exists: true }
 }
 
 fn primary(tenant_exists: bool) -> Scripted {
-    let look = PrimaryState { tenant_exists, ..look("200:230:200") };
+    let look = PrimaryState { scope_exists: tenant_exists, ..look("200:230:200") };
     Scripted { look: Ok(look), status: TransactionStatus::Over, mark: Lsn(205) }
 }
 
 fn position_token(timeline: Timeline, source: Source, lsn: u64) -> String {
     SnapToken::Position {
-        source: source.hash(),
-        timeline: timeline.hash(),
-        position: Position::at(Lsn(lsn)),
+        source: source.id(),
+        timeline: timeline.id(),
+        place: Place::at(Lsn(lsn)),
         commit_time: CommitTime(0),
     }
     .to_string()
 }
 
 async fn start(fixture: &Fixture, primary: &Scripted, name: &str, token: &str) -> Result<Subscription, String> {
-    fixture.hub.start(primary, name, token, Duration::from_secs(10)).await.map_err(|error| format!("{error:?}"))
+    fixture
+        .hub
+        .start(primary, tenant(name).into(), token, Duration::from_secs(10))
+        .await
+        .map_err(|error| format!("{error:?}"))
 }
 
 #[tokio::test(start_paused = true)]
@@ -417,10 +480,17 @@ async fn a_start_that_a_divergence_overtakes_ends() {
     fixture.admit(transaction(200, &["a"])).await;
     fixture.release(1000, "");
     let anchor = fixture.hub.window().anchor();
-    let history = History::from_timelines(vec![FIRST, Timeline { id: 2, begin: Lsn(150) }]).unwrap();
+    let history = History::from_timelines(vec![FIRST, Timeline { number: 2, begin: Lsn(150) }]).unwrap();
     fixture.hub.diverge(Lsn(150), history);
     let watermark = Position::at(anchor.watermark);
-    let mut late = Subscription::new(fixture.hub.clone(), tenant("a"), watermark, watermark, None, anchor.divergences);
+    let mut late = Subscription::new(
+        fixture.hub.clone(),
+        tenant("a").into(),
+        watermark.into(),
+        watermark,
+        None,
+        anchor.divergences,
+    );
     assert!(matches!(ended(&mut late).await, End::Abandoned { at: Lsn(150) }));
 }
 
@@ -433,9 +503,8 @@ async fn starts_that_are_refused() {
         assert!(error.starts_with(expected), "{error}");
     };
     let other = Source { system_identifier: 9, database_oid: 2 };
-    let second = Timeline { id: 2, begin: Lsn(250) };
+    let second = Timeline { number: 2, begin: Lsn(250) };
     let down = || Scripted { look: Err(Unreachable("down".into())), ..primary(true) };
-    check(primary(true), "", String::new(), "Tenant(Empty)").await;
     check(primary(true), "a", "?".into(), "Token(NotBase64)").await;
     check(primary(false), "unknown", String::new(), "UnknownTenant").await;
     check(down(), "unknown", String::new(), "Unreachable").await;
@@ -456,9 +525,9 @@ async fn transaction_tokens() {
     fixture.append(transaction(200, &["a"]));
     let token = |id: u8, floor: u64| {
         let id = TokenId([id; 16]);
-        SnapToken::Transaction { source: SOURCE.hash(), id, xid: Xid8(1), floor: Lsn(floor) }.to_string()
+        SnapToken::Transaction { source: SOURCE.id(), id, xid: Xid8(1), floor: Lsn(floor) }.to_string()
     };
-    let position = |subscription: Subscription| subscription.position();
+    let position = |subscription: Subscription| subscription.place().position;
     let found = start(&fixture, &primary(true), "a", &token(200, 150)).await.map(position);
     assert_eq!(found, Ok(Position::at(Lsn(210))));
     // The stream is past the mark and there was no such id: a rolled-back savepoint.
@@ -478,7 +547,7 @@ async fn permifys_tokens() {
         fixture.append(transaction(commit, &["a"]));
     }
     let check = async |primary: Scripted, token: SnapToken| {
-        start(&fixture, &primary, "a", &token.to_string()).await.map(|subscription| subscription.position().lsn.0)
+        start(&fixture, &primary, "a", &token.to_string()).await.map(|subscription| subscription.place().position.lsn.0)
     };
     let at = async |xid: u64| check(primary(true), SnapToken::Xid(Xid8(xid))).await;
     assert_eq!(at(210).await, Ok(220));
@@ -491,7 +560,7 @@ async fn permifys_tokens() {
     assert!(forged.unwrap_err().starts_with("BeyondHistory"));
     assert_eq!(fixture.hub.transaction_before(CommitLsn(Lsn(220))).await.unwrap(), Some(Xid8(210)));
 
-    let history = History::from_timelines(vec![FIRST, Timeline { id: 2, begin: Lsn(225) }]).unwrap();
+    let history = History::from_timelines(vec![FIRST, Timeline { number: 2, begin: Lsn(225) }]).unwrap();
     fixture.log.append(&[Entry::Diverge { at: Lsn(225), history }]).unwrap();
     assert_eq!(at(220).await, Err("Abandoned".into()));
 }
@@ -582,4 +651,121 @@ async fn what_waits_is_known_by_its_oldest() {
     fixture.append(transaction(200, &["a"]));
     waiting.await.unwrap();
     assert_eq!(fixture.hub.waits().full_since, None);
+}
+
+/// A transaction with a change of each tenant, whose row of `broken` does not decode, after `steps`.
+fn with_gap(commit: u64, tenants: &[&str], broken: &[(Option<&str>, u64)]) -> Transaction {
+    let mut transaction = transaction(commit, tenants);
+    for (name, steps) in broken {
+        let gap = Gap {
+            tenant: name.map(tenant),
+            from: Position::inside(CommitLsn(Lsn(commit)), *steps),
+            to: Position::at(Lsn(commit + 10)),
+            reason: GapReason::SlotMoved,
+            writers: Vec::new(),
+        };
+        let ended = transaction.messages.iter_mut().filter(|(tenant, _)| gap.concerns(&tenant.clone().into()));
+        ended.for_each(|(_, message)| message.end = None);
+        transaction.gaps.push(gap);
+    }
+    transaction
+}
+
+/// A window that holds everything, and one that holds next to nothing.
+const WINDOWS: [usize; 2] = [1 << 20, 1];
+
+#[tokio::test(start_paused = true)]
+async fn all_tenants_come_in_commit_order_and_then_by_tenant() {
+    for window_bytes in WINDOWS {
+        let fixture = Fixture::new(window_bytes, false);
+        let mut subscription = fixture.subscribe_to_all();
+        for next in [
+            transaction(200, &["b", "a"]),
+            transaction(210, &["c"]),
+            with_gap(300, &["c", "a", "b"], &[(Some("b"), 3)]),
+            // One that has nothing but what does not decode, behind all others.
+            with_gap(310, &["a", "b"], &[(Some("x"), 0), (Some("b"), 2)]),
+            with_gap(400, &["b", "c", "a"], &[(Some("b"), 1), (None, 3)]),
+            transaction(500, &["a"]),
+        ] {
+            fixture.append(next.clone());
+            fixture.admit(next).await;
+        }
+        fixture.release(1000, "");
+        assert_eq!(
+            stream_of_all(&fixture, &mut subscription).await,
+            "a200:1 b200:1 c210:1 a300:1 b300:1 !b c300:1 a310:1 b310:1 !b !x a400:1 b400:1 !b c400:1 !all a500:1",
+            "{window_bytes}"
+        );
+        // It waits, and is woken by whichever tenant.
+        let next = transaction(600, &["z"]);
+        fixture.append(next.clone());
+        fixture.admit(next).await;
+        fixture.release(1000, "");
+        assert_eq!(stream_of_all(&fixture, &mut subscription).await, "z600:1");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_tenants_resume_from_the_token_of_one() {
+    for window_bytes in WINDOWS {
+        let fixture = Fixture::new(window_bytes, false);
+        let next = transaction(200, &["c", "b", "a"]);
+        fixture.append(next.clone());
+        fixture.admit(next).await;
+        fixture.release(1000, "");
+        // Tenant c has had step 1; whoever follows all tenants has had step 1 of each, and then steps 2 and 3 of b and a.
+        let of_one = Position::inside(CommitLsn(Lsn(200)), 1);
+        let mut subscription = Subscription::new(fixture.hub.clone(), Scope::All, of_one.into(), of_one, None, 0);
+        assert_eq!(stream_of_all(&fixture, &mut subscription).await, "a200:1 b200:1");
+        assert_eq!(subscription.place(), &Place::at(Lsn(210)));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_staged_transaction_of_all_tenants_comes_from_the_log() {
+    let fixture = Fixture::new(1 << 20, false);
+    let mut subscription = fixture.subscribe_to_all();
+    let large = Transaction { staged: true, ..transaction(300, &["b"]) };
+    for next in [transaction(200, &["a"]), large.clone(), transaction(400, &["a"])] {
+        fixture.admit(next).await;
+    }
+    fixture.append(transaction(200, &["a"]));
+    let messages = vec![(tenant("c"), message(300, None, &[1])), (tenant("a"), message(300, None, &[2]))];
+    let staged = crate::decode::assembler::Staged { commit: CommitLsn(Lsn(300)), messages };
+    fixture.log.append(&[Entry::Staged(Arc::new(staged))]).unwrap();
+    fixture.append(large);
+    fixture.append(transaction(400, &["a"]));
+    fixture.release(1000, "");
+    assert_eq!(stream_of_all(&fixture, &mut subscription).await, "a200:1 a300:1 b300:1 c300:1 a400:1");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_of_all_tenants_starts_now_and_after_tokens() {
+    let fixture = Fixture::new(1 << 20, false);
+    for next in [transaction(200, &["a"]), transaction(210, &["b", "a"]), transaction(220, &["c"])] {
+        fixture.append(next.clone());
+        fixture.admit(next).await;
+    }
+    fixture.release(210, "");
+    let token = |place: Place| {
+        let (source, timeline) = (SOURCE.id(), FIRST.id());
+        SnapToken::Position { source, timeline, place, commit_time: CommitTime(0) }.to_string()
+    };
+    let between = Place::inside(Position::at(Lsn(210)), tenant("a"), Place::WHOLE);
+    let after = SnapToken::Transaction { source: SOURCE.id(), id: TokenId([200; 16]), xid: Xid8(200), floor: Lsn(1) };
+    for (token, expected) in [
+        // 200 is visible to the snapshot, and 210 is not.
+        (String::new(), "a210:1 b210:1 c220:1"),
+        (token(Place::at(Lsn(210))), "a210:1 b210:1 c220:1"),
+        (token(between), "b210:1 c220:1"),
+        (after.to_string(), "a210:1 b210:1 c220:1"),
+        (SnapToken::Xid(Xid8(200)).to_string(), "a210:1 b210:1 c220:1"),
+    ] {
+        let primary = Scripted { look: Ok(PrimaryState { flush_lsn: Lsn(230), ..look("210:210:") }), ..primary(false) };
+        let started = fixture.hub.start(&primary, Scope::All, &token, Duration::from_secs(10)).await;
+        let mut subscription = started.unwrap_or_else(|error| panic!("{token}: {error}"));
+        fixture.release(300, "");
+        assert_eq!(stream_of_all(&fixture, &mut subscription).await, expected, "{token}");
+    }
 }

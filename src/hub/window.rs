@@ -6,9 +6,11 @@ use super::{Item, Options, Origin, Usage, Waits};
 use crate::changelog::GAPS_MAX;
 use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Snapshot, Xid8};
+use crate::model::scope::{Place, Scope};
 use crate::model::timeline::History;
-use crate::model::transaction::{Gap, Header, Transaction};
+use crate::model::transaction::{Gap, Header, Message, TenantMessage, Transaction};
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::task::Waker;
 use tokio::time::Instant;
@@ -50,8 +52,8 @@ struct Entry {
     xid: Xid8,
     end: EndLsn,
     bytes: usize,
-    /// Whose feeds have messages of it; a tenant once for each message.
-    tenants: Vec<TenantId>,
+    /// Its messages, as in a stream of all tenants. Each is in its tenant's feed, too.
+    items: Vec<Arc<Item>>,
 }
 
 struct Pending {
@@ -87,11 +89,11 @@ pub(super) enum Next {
     /// `all`, there is nothing else to be told for now: wait to be woken, as with `Wait`.
     Messages { all: bool },
     /// Read the log, up to here: memory begins `behind` the reader, or it leaves out a transaction that was too large for it.
-    Disk { up_to: Position, behind: bool },
-    /// There is nothing up to here for the tenant: go there.
-    Skip { to: Position },
+    Disk { up_to: Place, behind: bool },
+    /// There is nothing up to here for the scope: go there.
+    Skip { to: Place },
     /// What there was nothing in was abandoned: go back to here.
-    Back { to: Position },
+    Back { to: Lsn },
     /// Wait to be woken: see [`Window::wait`].
     Wait,
     /// History is not continuous here.
@@ -172,17 +174,16 @@ impl Window {
             return false;
         }
         self.full_since = None;
-        for (tenant, message) in &transaction.messages {
-            let feed = self.feeds.get_or_add(tenant, self.floor);
-            feed.messages.push_back(Item::new(message.clone()));
+        let items = items_of(transaction);
+        for item in &items {
+            self.feeds.of_tenant_or_new(&item.tenant, self.floor).messages.push_back(item.clone());
         }
-        let tenants: Vec<TenantId> = transaction.messages.iter().map(|(tenant, _)| tenant.clone()).collect();
         let everybody = transaction.staged || transaction.gaps.iter().any(|gap| gap.tenant.is_none());
         let wake = if everybody {
             Wake::Everybody
         } else {
             let broken = transaction.gaps.iter().filter_map(|gap| gap.tenant.clone());
-            let mut woken: Vec<TenantId> = tenants.iter().cloned().chain(broken).collect();
+            let mut woken: Vec<TenantId> = items.iter().map(|item| item.tenant.clone()).chain(broken).collect();
             woken.dedup();
             Wake::Tenants(woken)
         };
@@ -200,7 +201,7 @@ impl Window {
                 self.holes.push_back((transaction.header.commit, transaction.end));
             }
             let Header { commit, xid, .. } = transaction.header;
-            self.entries.push_back(Entry { commit, xid, end: transaction.end, bytes, tenants });
+            self.entries.push_back(Entry { commit, xid, end: transaction.end, bytes, items });
         }
         true
     }
@@ -251,13 +252,13 @@ impl Window {
         let Some(entry) = self.entries.pop_front_if(|entry| entry.end.0 <= appended) else { return false };
         self.bytes -= entry.bytes;
         self.floor = Position::after(entry.end);
-        for tenant in &entry.tenants {
-            let Some(feed) = self.feeds.get_mut(tenant) else { continue };
+        for item in &entry.items {
+            let Some(feed) = self.feeds.of_tenant(&item.tenant) else { continue };
             if let Some(item) = feed.messages.pop_front() {
                 assert!(item.message.header.commit == entry.commit, "feeds and entries are in the same order");
                 feed.floor = feed.floor.max(item.message.reached());
             }
-            self.feeds.tidy(tenant);
+            self.feeds.tidy(&Scope::Tenant(item.tenant.clone()));
         }
         if self.holes.pop_front_if(|(_, end)| *end <= entry.end).is_some() {
             self.feeds.iter_mut().for_each(|feed| feed.floor = feed.floor.max(Position::after(entry.end)));
@@ -303,9 +304,12 @@ impl Window {
                 Wake::Everybody => self.wake_everybody(before),
                 Wake::Tenants(tenants) => {
                     for tenant in &tenants {
-                        if let Some(feed) = self.feeds.get_mut(tenant) {
+                        if let Some(feed) = self.feeds.of_tenant(tenant) {
                             feed.wake(before);
                         }
+                    }
+                    if let Some(feed) = self.feeds.get_mut(&Scope::All) {
+                        feed.wake(before);
                     }
                 }
             }
@@ -342,8 +346,8 @@ impl Window {
         self.holes.retain(|(_, end)| end.0 <= at);
         while let Some(entry) = self.entries.pop_back_if(|entry| entry.end.0 > at) {
             self.bytes -= entry.bytes;
-            for tenant in &entry.tenants {
-                if let Some(feed) = self.feeds.get_mut(tenant) {
+            for item in &entry.items {
+                if let Some(feed) = self.feeds.of_tenant(&item.tenant) {
                     feed.messages.pop_back();
                 }
             }
@@ -395,8 +399,8 @@ impl Window {
     }
 
     /// Registers a reader at `cursor`, to be woken with this batch, if any.
-    pub(super) fn join(&mut self, tenant: &TenantId, cursor: Position, wake_batch: Option<WakeBatch>) -> ReaderKey {
-        self.feeds.join(tenant, cursor.lsn, self.floor, wake_batch)
+    pub(super) fn join(&mut self, scope: &Scope, cursor: &Place, wake_batch: Option<WakeBatch>) -> ReaderKey {
+        self.feeds.join(scope, cursor.position.lsn, self.floor, wake_batch)
     }
 
     /// Wakes the reader once when there may be something new for it.
@@ -408,17 +412,16 @@ impl Window {
         self.feeds.leave(key);
     }
 
-    /// Whether anything of this tenant is in memory, or somebody reads it.
+    /// Whether anything of this tenant is in memory.
     pub(super) fn knows(&self, tenant: &TenantId) -> bool {
-        self.feeds.get(tenant).is_some_and(|feed| !feed.messages.is_empty())
+        self.feeds.get(&Scope::Tenant(tenant.clone())).is_some_and(|feed| !feed.messages.is_empty())
     }
 
-    /// What this reader does next at `cursor`, who has a state of no later than `seen`. `checked` counts the divergences that it
-    /// knows of.
+    /// The next action for a reader at `cursor` whose state is at most `seen`. `checked` counts the divergences that it knows of.
     pub(super) fn next(
         &mut self,
         key: ReaderKey,
-        cursor: Position,
+        cursor: &Place,
         seen: Position,
         checked: &mut usize,
         bytes_max: usize,
@@ -427,57 +430,126 @@ impl Window {
         if self.closed {
             return Next::Closed;
         }
-        self.feeds.asks(key, cursor.lsn);
-        let mut back = cursor;
+        self.feeds.asks(key, cursor.position.lsn);
+        let mut back = None;
         for at in self.divergences.iter().skip(*checked) {
             if seen > Position::at(*at) {
                 return Next::Abandoned { at: *at };
             }
-            back = back.min(Position::at(*at));
+            if cursor.outer() > Position::at(*at) {
+                back = Some(back.map_or(*at, |back: Lsn| back.min(*at)));
+            }
         }
         *checked = self.divergences.len();
-        if back < cursor {
-            return Next::Back { to: back };
+        if let Some(to) = back {
+            return Next::Back { to };
         }
 
         let feed = self.feeds.read_by(key);
-        let released = Position::at(self.released);
-        let passed = self.gaps.partition_point(|gap| gap.to <= cursor);
-        let gap =
-            self.gaps.iter().skip(passed).take_while(|gap| gap.to <= released).find(|gap| gap.concerns(&feed.tenant));
+        let gap = self.gap_ahead(&feed.scope, cursor);
         let limit = match gap {
-            Some(gap) if gap.from <= cursor => return Next::Gap(self.whole(gap).clone()),
-            Some(gap) => gap.from,
-            None => released,
+            Some(gap) if gap.is_due(&feed.scope, cursor) => return Next::Gap(self.whole(gap).clone()),
+            Some(gap) => gap.begins(&feed.scope, cursor),
+            None if cursor.outer() >= Position::at(self.released) => return Next::Wait,
+            None => Place::at(self.released),
         };
-        if cursor >= limit {
-            return Next::Wait;
-        }
-        if feed.floor > cursor {
+        // Of all tenants everything behind the window's floor is in memory, but for what was too large.
+        let floor = if feed.scope == Scope::All { feed.floor.max(self.floor) } else { feed.floor };
+        if floor > cursor.outer() {
             return Next::Disk { up_to: limit, behind: true };
         }
         // The first transaction that is partly in the log only: nothing behind it may be taken from memory before it.
-        let passed = self.holes.partition_point(|(_, end)| Position::after(*end) <= cursor);
-        let hole = self.holes.get(passed).filter(|(commit, _)| Position::at(commit.0) < limit);
+        let passed = self.holes.partition_point(|(_, end)| Position::after(*end) <= cursor.outer());
+        let hole = self.holes.get(passed).filter(|(commit, _)| Position::at(commit.0) < limit.outer());
 
-        let had = messages.len();
-        let mut bytes = 0;
-        let mut all = gap.is_none() && hole.is_none();
-        for item in feed.messages.range(feed.first_after(cursor)..) {
-            let message = &item.message;
-            let behind_hole = hole.is_some_and(|(commit, _)| message.header.commit >= *commit);
-            if behind_hole || message.reached() > limit || bytes >= bytes_max {
-                // What is not released yet is told of when it is.
-                all &= message.reached() > limit;
-                break;
-            }
-            bytes += message.changes.len();
-            messages.push_back(item.clone());
+        let found = messages.len();
+        let mut taking = Taking {
+            limit: &limit,
+            hole: hole.map(|(commit, _)| *commit),
+            bytes_left: bytes_max.max(1),
+            all: gap.is_none() && hole.is_none(),
+            messages,
+        };
+        if feed.scope == Scope::All {
+            let first = self.entries.partition_point(|entry| entry.commit.0 < cursor.position.lsn);
+            let items = self.entries.range(first..).flat_map(|entry| &entry.items);
+            let _ = items
+                .filter(|item| item.message.order() > cursor.of(&item.tenant))
+                .try_for_each(|item| taking.offer(item));
+        } else {
+            let mut items = feed.messages.range(feed.first_after(cursor.position)..);
+            let _ = items.try_for_each(|item| taking.offer(item));
         }
-        match (messages.len() == had, hole) {
+        let all = taking.all;
+        match (messages.len() == found, hole) {
             (false, _) => Next::Messages { all },
-            (true, Some((_, end))) => Next::Disk { up_to: Position::after(*end).min(limit), behind: false },
+            (true, Some((_, end))) if limit.outer() >= Position::after(*end) => {
+                Next::Disk { up_to: Place::after(*end), behind: false }
+            }
+            (true, Some(_)) => Next::Disk { up_to: limit, behind: false },
             (true, None) => Next::Skip { to: limit },
         }
     }
+
+    /// The next gap that a reader at `cursor` has to report, and that is released.
+    fn gap_ahead(&self, scope: &Scope, cursor: &Place) -> Option<&Gap> {
+        let released = Position::at(self.released);
+        // Those that end at or before the place are passed. In front of it are few.
+        let passed = self.gaps.partition_point(|gap| gap.to <= cursor.outer());
+        let ahead = self.gaps.iter().skip(passed).take_while(|gap| gap.to <= released);
+        let mut ahead = ahead.filter(|gap| gap.concerns(scope) && !gap.is_passed(scope, cursor));
+        let first = ahead.next()?;
+        if *scope != Scope::All {
+            return Some(first);
+        }
+        // Inside a transaction they come in the order of the tenants, and then that of all.
+        let order = |gap: &&Gap| (gap.tenant.is_none(), gap.tenant.clone());
+        ahead.take_while(|gap| gap.to == first.to).chain([first]).min_by_key(order)
+    }
+}
+
+/// Takes messages for a reader, in stream order.
+struct Taking<'a> {
+    limit: &'a Place,
+    /// The commit LSN of a transaction that memory does not have, nor may the reader have anything behind it.
+    hole: Option<CommitLsn>,
+    bytes_left: usize,
+    /// Whether there is nothing else for now.
+    all: bool,
+    messages: &'a mut VecDeque<Arc<Item>>,
+}
+
+impl Taking<'_> {
+    /// Takes the message, or breaks in front of it.
+    fn offer(&mut self, item: &Arc<Item>) -> ControlFlow<()> {
+        let message = &item.message;
+        let is_within = message.is_before(self.limit.of(&item.tenant));
+        if self.bytes_left == 0 || !is_within || self.hole.is_some_and(|hole| message.header.commit >= hole) {
+            // What is not released yet is a reason to be woken, and not to look again.
+            self.all &= !is_within;
+            return ControlFlow::Break(());
+        }
+        self.bytes_left = self.bytes_left.saturating_sub(message.changes.len().max(1));
+        self.messages.push_back(item.clone());
+        ControlFlow::Continue(())
+    }
+}
+
+/// The messages of a transaction as in a stream of all tenants.
+fn items_of(transaction: &Transaction) -> Vec<Arc<Item>> {
+    let record = |(tenant, message): &(TenantId, Message)| TenantMessage {
+        tenant: tenant.clone(),
+        message: message.clone(),
+        ends_transaction: None,
+    };
+    let mut all: Vec<_> = transaction.messages.iter().map(record).collect();
+    all.sort_by(|a, b| a.tenant.cmp(&b.tenant));
+    // What was staged is not here, and a stream of all reads it from the log.
+    if transaction.gaps.is_empty()
+        && !transaction.staged
+        && let Some(last) = all.last_mut()
+    {
+        last.ends_transaction = Some(transaction.end);
+    }
+    all.into_iter().map(Item::new).collect()
 }

@@ -1,9 +1,9 @@
 //! Snap tokens: what a client hands back to go on where it was.
 //!
 //! Opaque to clients. Our own are base64 in the URL-safe alphabet without padding (the standard alphabet and padding are
-//! read too), 60 characters; their numbers are big endian.
+//! read too), 60 characters or more; their numbers are big endian.
 //!
-//! A **position token** is what Watch emits:
+//! A **position token** is what a stream of one tenant has, and any stream between two transactions:
 //!
 //! | bytes | what |
 //! | --- | --- |
@@ -14,6 +14,16 @@
 //! | 25..33 | row steps of the position |
 //! | 33..41 | commit timestamp, µs since 2000-01-01, for people |
 //! | 41..45 | check: the first bytes of SHA-256 over 0..41 |
+//!
+//! A **token between tenants** is what a stream of all tenants has inside a transaction (see [`Place`]):
+//!
+//! | bytes | what |
+//! | --- | --- |
+//! | 0 | version, `0x03` |
+//! | 1..41 | as in a position token |
+//! | 41..49 | row steps of the tenant; all ones for all of them |
+//! | 49..n | the tenant's id |
+//! | n..n+4 | check, as above |
 //!
 //! A **transaction token** is what `tuplewatch.snap_token()` returns inside a transaction, "the state right after this
 //! transaction":
@@ -28,7 +38,7 @@
 //! | 41..45 | check, as above |
 //!
 //! The check is there to tell a damaged token from a good one; it is no signature. The first byte is never an ASCII digit
-//! and the length never 8, so that Permify's two forms of token stay distinct from these:
+//! and there are never 8 bytes, so that Permify's two forms of token stay distinct from these:
 //!
 //! | bytes | what |
 //! | --- | --- |
@@ -37,7 +47,10 @@
 //!
 //! Those name no database and no timeline: one of another database is not noticed.
 
+use crate::model::change::TenantId;
 use crate::model::lsn::{CommitTime, Lsn, Position, Snapshot, Xid8};
+use crate::model::scope::Place;
+use crate::model::timeline::{SourceId, TimelineId};
 use base64::Engine as _;
 use base64::alphabet::URL_SAFE;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
@@ -48,8 +61,10 @@ use std::str::FromStr;
 
 const VERSION_POSITION: u8 = 0x01;
 const VERSION_TRANSACTION: u8 = 0x02;
+const VERSION_BETWEEN_TENANTS: u8 = 0x03;
+/// Before the check; of a token between tenants, without the tenant.
 const BODY_BYTES: usize = 41;
-const TOKEN_BYTES: usize = 45;
+const CHECK_BYTES: usize = 4;
 
 /// Longest text that is looked at. Far above our 60 characters, as Permify's text form lists running transactions.
 pub const TEXT_BYTES_MAX: usize = 64 << 10;
@@ -68,19 +83,19 @@ pub struct TokenId(pub [u8; 16]);
 pub enum SnapToken {
     /// A place in the stream.
     Position {
-        /// Hash of the source it belongs to.
-        source: [u8; 8],
-        /// Hash of the timeline that wrote it.
-        timeline: [u8; 8],
+        /// The source it belongs to.
+        source: SourceId,
+        /// The timeline that wrote it.
+        timeline: TimelineId,
         /// Everything up to here has been received.
-        position: Position,
+        place: Place,
         /// Of the last transaction received, for people.
         commit_time: CommitTime,
     },
     /// The state right after one transaction.
     Transaction {
-        /// Hash of the source it belongs to.
-        source: [u8; 8],
+        /// The source it belongs to.
+        source: SourceId,
         /// The id in that transaction's logical message.
         id: TokenId,
         /// The transaction's id. Not unique: after a crash an unflushed one is used again.
@@ -123,8 +138,8 @@ pub enum Error {
 }
 
 impl SnapToken {
-    /// Hash of the source that the token belongs to, where it names one.
-    pub const fn source(&self) -> Option<[u8; 8]> {
+    /// The source that the token belongs to, where it names one.
+    pub const fn source(&self) -> Option<SourceId> {
         match self {
             Self::Position { source, .. } | Self::Transaction { source, .. } => Some(*source),
             Self::Xid(_) | Self::Snapshot { .. } => None,
@@ -132,19 +147,23 @@ impl SnapToken {
     }
 
     fn to_bytes(&self) -> Vec<u8> {
-        let mut body = Vec::with_capacity(TOKEN_BYTES);
+        let mut body = Vec::with_capacity(BODY_BYTES + CHECK_BYTES);
         match self {
-            Self::Position { source, timeline, position, commit_time } => {
-                body.push(VERSION_POSITION);
-                body.extend_from_slice(source);
-                body.extend_from_slice(timeline);
-                body.extend_from_slice(&position.lsn.0.to_be_bytes());
-                body.extend_from_slice(&position.steps.to_be_bytes());
+            Self::Position { source, timeline, place, commit_time } => {
+                body.push(if place.within.is_some() { VERSION_BETWEEN_TENANTS } else { VERSION_POSITION });
+                body.extend_from_slice(&source.0);
+                body.extend_from_slice(&timeline.0);
+                body.extend_from_slice(&place.position.lsn.0.to_be_bytes());
+                body.extend_from_slice(&place.position.steps.to_be_bytes());
                 body.extend_from_slice(&commit_time.0.to_be_bytes());
+                if let Some((tenant, steps)) = &place.within {
+                    body.extend_from_slice(&steps.to_be_bytes());
+                    body.extend_from_slice(tenant.as_str().as_bytes());
+                }
             }
             Self::Transaction { source, id, xid, floor } => {
                 body.push(VERSION_TRANSACTION);
-                body.extend_from_slice(source);
+                body.extend_from_slice(&source.0);
                 body.extend_from_slice(&id.0);
                 body.extend_from_slice(&xid.0.to_be_bytes());
                 body.extend_from_slice(&floor.0.to_be_bytes());
@@ -158,30 +177,36 @@ impl SnapToken {
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let bytes: &[u8; TOKEN_BYTES] = bytes.try_into().ok()?;
-        let (body, check) = bytes.split_at(BODY_BYTES);
-        if check != check_of(body) {
+        let (body, check) = bytes.split_last_chunk::<CHECK_BYTES>()?;
+        if *check != check_of(body) {
             return None;
         }
         let mut rest = body;
         let [version] = take(&mut rest)?;
-        let source = take(&mut rest)?;
-        match version {
-            VERSION_POSITION => {
-                let timeline = take(&mut rest)?;
+        let source = SourceId(take(&mut rest)?);
+        let token = match version {
+            VERSION_POSITION | VERSION_BETWEEN_TENANTS => {
+                let timeline = TimelineId(take(&mut rest)?);
                 let lsn = Lsn(u64::from_be_bytes(take(&mut rest)?));
                 let steps = u64::from_be_bytes(take(&mut rest)?);
                 let commit_time = CommitTime(i64::from_be_bytes(take(&mut rest)?));
-                Some(Self::Position { source, timeline, position: Position { lsn, steps }, commit_time })
+                let mut place = Place::from(Position { lsn, steps });
+                if version == VERSION_BETWEEN_TENANTS {
+                    let steps = u64::from_be_bytes(take(&mut rest)?);
+                    let tenant = TenantId::new(std::str::from_utf8(std::mem::take(&mut rest)).ok()?).ok()?;
+                    place.within = Some((tenant, steps));
+                }
+                Self::Position { source, timeline, place, commit_time }
             }
             VERSION_TRANSACTION => {
                 let id = TokenId(take(&mut rest)?);
                 let xid = Xid8(u64::from_be_bytes(take(&mut rest)?));
                 let floor = Lsn(u64::from_be_bytes(take(&mut rest)?));
-                Some(Self::Transaction { source, id, xid, floor })
+                Self::Transaction { source, id, xid, floor }
             }
-            _ => None,
-        }
+            _ => return None,
+        };
+        rest.is_empty().then_some(token)
     }
 
     /// Permify's two forms, in exactly the base64 that Permify takes: eight bytes have no check that would tell them from a
@@ -250,13 +275,15 @@ mod tests {
     use proptest::prelude::*;
 
     fn tokens() -> impl Strategy<Value = SnapToken> {
-        let source = any::<[u8; 8]>();
+        let source = any::<[u8; 8]>().prop_map(SourceId);
+        let within = proptest::option::of(("\\PC{1,20}", any::<u64>()))
+            .prop_map(|within| within.map(|(tenant, steps)| (TenantId::new(&tenant).unwrap(), steps)));
         prop_oneof![
-            (source, any::<[u8; 8]>(), any::<(u64, u64)>(), any::<i64>()).prop_map(
-                |(source, timeline, (lsn, steps), time)| SnapToken::Position {
+            (source.clone(), any::<[u8; 8]>(), any::<(u64, u64)>(), within, any::<i64>()).prop_map(
+                |(source, timeline, (lsn, steps), within, time)| SnapToken::Position {
                     source,
-                    timeline,
-                    position: Position { lsn: Lsn(lsn), steps },
+                    timeline: TimelineId(timeline),
+                    place: Place { position: Position { lsn: Lsn(lsn), steps }, within },
                     commit_time: CommitTime(time),
                 }
             ),
@@ -270,7 +297,8 @@ mod tests {
         #[test]
         fn round_trip(token in tokens()) {
             let text = token.to_string();
-            prop_assert_eq!(text.len(), 60);
+            let is_between = matches!(&token, SnapToken::Position { place: Place { within: Some(_), .. }, .. });
+            prop_assert!(text.len() == 60 || is_between, "{}", text);
             prop_assert_eq!(text.parse(), Ok(token.clone()));
             let standard = text.replace('-', "+").replace('_', "/");
             prop_assert_eq!(standard.parse(), Ok(token));
@@ -304,8 +332,9 @@ mod tests {
         }
 
         #[test]
-        fn every_flipped_bit_is_noticed(token in tokens(), bit in 0usize..TOKEN_BYTES * 8) {
+        fn every_flipped_bit_is_noticed(token in tokens(), bit in any::<proptest::sample::Index>()) {
             let mut bytes = token.to_bytes();
+            let bit = bit.index(bytes.len() * 8);
             bytes[bit / 8] ^= 1 << (bit % 8);
             prop_assert_eq!(BASE64.encode(bytes).parse::<SnapToken>(), Err(Error::Damaged));
         }
@@ -313,9 +342,9 @@ mod tests {
         #[test]
         fn token_order_is_stream_order(a in any::<(u64, u64)>(), b in any::<(u64, u64)>()) {
             let bytes = |(lsn, steps)| SnapToken::Position {
-                source: [0; 8],
-                timeline: [0; 8],
-                position: Position { lsn: Lsn(lsn), steps },
+                source: SourceId([0; 8]),
+                timeline: TimelineId([0; 8]),
+                place: Position { lsn: Lsn(lsn), steps }.into(),
                 commit_time: CommitTime(0),
             }.to_bytes();
             let (a_bytes, b_bytes) = (bytes(a), bytes(b));
@@ -325,10 +354,9 @@ mod tests {
 
     #[test]
     fn stays_clear_of_permify() {
-        for version in [VERSION_POSITION, VERSION_TRANSACTION] {
+        for version in [VERSION_POSITION, VERSION_TRANSACTION, VERSION_BETWEEN_TENANTS] {
             assert!(!version.is_ascii_digit());
         }
-        assert_ne!(TOKEN_BYTES, 8);
     }
 
     #[test]

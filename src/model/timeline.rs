@@ -17,13 +17,21 @@ pub struct Source {
     pub database_oid: u32,
 }
 
+/// What tokens carry of a [`Source`]: the first bytes of a hash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SourceId(pub [u8; 8]);
+
+/// What tokens carry of a [`Timeline`]: the first bytes of a hash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TimelineId(pub [u8; 8]);
+
 impl Source {
     /// What tokens carry of it. The same bytes are made in SQL by `tuplewatch.snap_token()`.
-    pub fn hash(self) -> [u8; 8] {
+    pub fn id(self) -> SourceId {
         let mut hasher = Sha256::new();
         hasher.update(self.system_identifier.to_be_bytes());
         hasher.update(self.database_oid.to_be_bytes());
-        prefix(hasher)
+        SourceId(prefix(hasher))
     }
 }
 
@@ -36,19 +44,19 @@ impl fmt::Display for Source {
 /// One timeline: PostgreSQL's number for it, and the LSN at which it branched off its parent (`0/0` for the first).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeline {
-    /// 1 for a cluster that was never promoted or recovered.
-    pub id: u32,
+    /// PostgreSQL's number for it: 1 for a cluster that was never promoted or recovered.
+    pub number: u32,
     /// The switch LSN: the first position that this timeline wrote itself.
     pub begin: Lsn,
 }
 
 impl Timeline {
     /// What tokens carry of it.
-    pub fn hash(self) -> [u8; 8] {
+    pub fn id(self) -> TimelineId {
         let mut hasher = Sha256::new();
-        hasher.update(self.id.to_be_bytes());
+        hasher.update(self.number.to_be_bytes());
         hasher.update(self.begin.0.to_be_bytes());
-        prefix(hasher)
+        TimelineId(prefix(hasher))
     }
 }
 
@@ -76,7 +84,7 @@ pub struct ParseHistoryError {
 impl History {
     /// The history of a server that is on timeline 1: there is no history file for it.
     pub const fn first() -> Self {
-        Self { ancestors: Vec::new(), current: Timeline { id: 1, begin: Lsn::ZERO } }
+        Self { ancestors: Vec::new(), current: Timeline { number: 1, begin: Lsn::ZERO } }
     }
 
     /// Reads a history file (`TIMELINE_HISTORY` of the replication protocol): a line a parent, `id TAB switch-LSN TAB
@@ -89,15 +97,15 @@ impl History {
         let mut begin = Lsn::ZERO;
         for line in content.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
             let mut fields = line.split_whitespace();
-            let parent = fields.next().and_then(|id| id.parse().ok());
+            let parent = fields.next().and_then(|number| number.parse().ok());
             let switch = fields.next().and_then(|lsn| lsn.parse().ok());
-            let (Some(id), Some(switch)) = (parent, switch) else {
+            let (Some(number), Some(switch)) = (parent, switch) else {
                 return Err(ParseHistoryError { timeline, line: line.to_owned() });
             };
-            ancestors.push(Timeline { id, begin });
+            ancestors.push(Timeline { number, begin });
             begin = switch;
         }
-        Ok(Self { ancestors, current: Timeline { id: timeline, begin } })
+        Ok(Self { ancestors, current: Timeline { number: timeline, begin } })
     }
 
     /// Builds a history from stored timelines, oldest first; `None` for an empty list.
@@ -125,11 +133,11 @@ impl History {
             .unwrap_or_else(|| self.ancestors.first().copied().unwrap_or(self.current))
     }
 
-    /// Whether a position that was written on the timeline with this hash, at this LSN, lies on this history.
-    pub fn holds(&self, timeline_hash: [u8; 8], lsn: Lsn) -> bool {
+    /// Whether a position that was written on the timeline with this id, at this LSN, lies on this history.
+    pub fn holds(&self, timeline: TimelineId, lsn: Lsn) -> bool {
         let mut timelines = self.timelines().peekable();
-        while let Some(timeline) = timelines.next() {
-            if timeline.hash() == timeline_hash {
+        while let Some(candidate) = timelines.next() {
+            if candidate.id() == timeline {
                 return timelines.peek().is_none_or(|next| lsn <= next.begin);
             }
         }
@@ -171,7 +179,7 @@ mod tests {
     #[test]
     fn reads_history_files() {
         let read = history(3, "1\t0/3000000\tno recovery target specified\n\n2\t0/5000000\tbefore x\n");
-        let timelines: Vec<_> = read.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect();
+        let timelines: Vec<_> = read.timelines().map(|timeline| (timeline.number, timeline.begin.0)).collect();
         assert_eq!(timelines, [(1, 0), (2, 0x300_0000), (3, 0x500_0000)]);
         assert_eq!(History::parse(1, ""), Ok(History::first()));
         assert!(History::parse(2, "one 0/1").is_err());
@@ -181,13 +189,13 @@ mod tests {
     #[test]
     fn positions_lie_on_a_history_up_to_the_switch() {
         let now = history(2, "1 0/300 x");
-        let first = Timeline { id: 1, begin: Lsn::ZERO };
-        let second = Timeline { id: 2, begin: Lsn(0x300) };
-        assert!(now.holds(first.hash(), Lsn(0x300)));
-        assert!(!now.holds(first.hash(), Lsn(0x301)));
-        assert!(now.holds(second.hash(), Lsn(0x900)));
+        let first = Timeline { number: 1, begin: Lsn::ZERO };
+        let second = Timeline { number: 2, begin: Lsn(0x300) };
+        assert!(now.holds(first.id(), Lsn(0x300)));
+        assert!(!now.holds(first.id(), Lsn(0x301)));
+        assert!(now.holds(second.id(), Lsn(0x900)));
         // Another clone's timeline 2 is another timeline.
-        assert!(!now.holds(Timeline { id: 2, begin: Lsn(0x200) }.hash(), Lsn(0x250)));
+        assert!(!now.holds(Timeline { number: 2, begin: Lsn(0x200) }.id(), Lsn(0x250)));
         assert_eq!(now.writer_of(Lsn(0x300)), first);
         assert_eq!(now.writer_of(Lsn(0x301)), second);
         assert_eq!(now.writer_of(Lsn::ZERO), first);

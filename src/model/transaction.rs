@@ -11,6 +11,7 @@
 
 use crate::model::change::{Changes, TenantId, split_first};
 use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn, Position, Xid8};
+use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::TokenId;
 use bytes::Bytes;
 use prost::encoding::{decode_varint, encode_varint};
@@ -49,7 +50,7 @@ impl Message {
     pub fn order(&self) -> Position {
         match self.end {
             // Behind all steps, also where there are none; in front of its end LSN, that of the next commit at the least.
-            Some(_) => Position::inside(self.header.commit, u64::MAX),
+            Some(_) => Position::inside(self.header.commit, Place::WHOLE),
             None => Position::inside(self.header.commit, self.last_step),
         }
     }
@@ -60,6 +61,12 @@ impl Message {
             Some(end) => Position::after(end),
             None => Position::inside(self.header.commit, self.last_step),
         }
+    }
+
+    /// Whether it lies before this position as a whole.
+    pub fn is_before(&self, position: Position) -> bool {
+        // The last message of a transaction stands below its end, and the position may be that end.
+        self.reached() <= position || (position.lsn == self.header.commit.0 && self.order() <= position)
     }
 
     /// The row step of the first change; `None` where there are no changes.
@@ -104,6 +111,34 @@ impl Message {
             self.steps = from_zero.into();
         }
         Some(self)
+    }
+}
+
+/// A message, and whose it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TenantMessage {
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// The message.
+    pub message: Message,
+    /// The end LSN of its transaction, where a stream of all tenants has the whole of it with this message. `None` in a transaction with
+    /// gaps, and where the message was read for one tenant.
+    pub ends_transaction: Option<EndLsn>,
+}
+
+impl TenantMessage {
+    /// Where a stream of this scope stands that comes from `place` and has had this message.
+    pub fn reached(&self, scope: &Scope, place: &Place) -> Place {
+        match (scope, self.ends_transaction) {
+            (Scope::Tenant(_), _) => self.message.reached().into(),
+            (Scope::All, Some(end)) => Place::after(end),
+            (Scope::All, None) => {
+                let commit = self.message.header.commit.0;
+                let from = if place.position.lsn == commit { place.position } else { Position::at(commit) };
+                let steps = if self.message.end.is_some() { Place::WHOLE } else { self.message.last_step };
+                Place::inside(from, self.tenant.clone(), steps)
+            }
+        }
     }
 }
 
@@ -237,7 +272,7 @@ impl fmt::Display for GapReason {
 /// `to` is where one goes on, after reading the state anew.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gap {
-    /// Only this tenant's, or everybody's.
+    /// Only this tenant's, and then inside one transaction; or that of all.
     pub tenant: Option<TenantId>,
     /// Complete up to and including here.
     pub from: Position,
@@ -275,9 +310,55 @@ impl Gap {
         (self.from < to).then_some(Self { to, ..self })
     }
 
-    /// Whether it concerns this tenant.
-    pub fn concerns(&self, tenant: &TenantId) -> bool {
-        self.tenant.as_ref().is_none_or(|own| own == tenant)
+    /// Whether streams of this scope have to report it.
+    pub fn concerns(&self, scope: &Scope) -> bool {
+        self.tenant.as_ref().is_none_or(|own| scope.includes(own))
+    }
+
+    /// Where a stream stands that has had everything in front of the gap, and has to report the gap next. `place` is before that.
+    pub fn begins(&self, scope: &Scope, place: &Place) -> Place {
+        match (scope, &self.tenant) {
+            (Scope::All, Some(tenant)) => {
+                let from =
+                    if place.position.lsn == self.from.lsn { place.position } else { Position::at(self.from.lsn) };
+                Place::inside(from, tenant.clone(), self.from.steps.max(from.steps))
+            }
+            // Inside a transaction nobody has anything behind it, and it comes after all tenants.
+            (Scope::All, None) if self.from.steps > 0 => Position { steps: Place::WHOLE, ..self.from }.into(),
+            _ => self.from.into(),
+        }
+    }
+
+    /// Where a stream goes on that has reported the gap at `place`.
+    pub fn ends(&self, scope: &Scope, place: &Place) -> Place {
+        match (scope, &self.tenant) {
+            // It ends with the transaction, of which the tenants above have had nothing yet.
+            (Scope::All, Some(tenant)) => Place::inside(place.position, tenant.clone(), Place::WHOLE),
+            _ => self.to.into(),
+        }
+    }
+
+    /// Whether a stream of this scope has it to report at `place`: everything in front of it was had, and it was not passed.
+    pub fn is_due(&self, scope: &Scope, place: &Place) -> bool {
+        match (scope, &self.tenant, &place.within) {
+            (Scope::All, Some(tenant), Some((within, steps))) => {
+                self.from.lsn == place.position.lsn && tenant == within && self.from.steps <= *steps
+            }
+            (Scope::All, Some(_), None) => false,
+            (Scope::All, None, Some(_)) => self.from.lsn < place.position.lsn,
+            (_, _, _) => self.from <= place.position,
+        }
+    }
+
+    /// Whether a stream of this scope stands behind it at `place`.
+    pub fn is_passed(&self, scope: &Scope, place: &Place) -> bool {
+        let lsn = place.position.lsn;
+        match &self.tenant {
+            // It ends with its transaction, also where the stream does not know the end LSN.
+            Some(tenant) if lsn == self.from.lsn => place.of(tenant).steps == Place::WHOLE,
+            Some(_) if *scope == Scope::All => lsn > self.from.lsn,
+            _ => self.to <= place.outer(),
+        }
     }
 }
 

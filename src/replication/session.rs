@@ -228,13 +228,13 @@ impl<U: Upstream, O: Sink> Session<U, O> {
                         "the server is on timeline {}, and was left behind when the change log followed a promotion to timeline \
                          {}: it is an old primary, or its storage was rolled back. Point database.uri at the present primary, or \
                          start the log anew with --reset-log",
-                        history.current().id,
-                        origin.history.current().id
+                        history.current().number,
+                        origin.history.current().number
                     )));
                 }
                 let at = history.divergence_from(&origin.history).unwrap_or(state.tail);
                 tracing::warn!(
-                    timeline = history.current().id, switch_lsn = %at, "the server goes on along another timeline"
+                    timeline = history.current().number, switch_lsn = %at, "the server goes on along another timeline"
                 );
                 self.deliver(Entry::Diverge { at, history }).await?;
                 if resume.is_some_and(|resume| at < resume) {

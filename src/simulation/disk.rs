@@ -5,6 +5,7 @@ use crate::changelog::model::{Inner, ModelLog};
 use crate::changelog::{Batch, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome};
 use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
+use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::TokenId;
 use crate::model::transaction::Gap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -124,8 +125,8 @@ impl ChangeLog for Disk {
         if self.world.step(|| "synced".into()) { Ok(()) } else { Err(Error::Poisoned("the process is dead".into())) }
     }
 
-    fn read(&self, tenant: &TenantId, after: Position, up_to: Position, bytes_max: usize) -> Result<Batch, Error> {
-        self.model().read(tenant, after, up_to, bytes_max)
+    fn read(&self, scope: &Scope, after: &Place, up_to: &Place, bytes_max: usize) -> Result<Batch, Error> {
+        self.model().read(scope, after, up_to, bytes_max)
     }
 
     fn reads_block(&self) -> bool {
@@ -136,8 +137,8 @@ impl ChangeLog for Disk {
         self.model().transactions_since(from)
     }
 
-    fn horizon(&self, tenant: &TenantId) -> Result<Position, Error> {
-        self.model().horizon(tenant)
+    fn horizon(&self, scope: &Scope) -> Result<Position, Error> {
+        self.model().horizon(scope)
     }
 
     fn knows(&self, tenant: &TenantId) -> Result<bool, Error> {
@@ -148,8 +149,8 @@ impl ChangeLog for Disk {
         self.model().find_token(id)
     }
 
-    fn find_transaction(&self, tenant: &TenantId, xid: Xid8) -> Result<Option<TransactionOutcome>, Error> {
-        self.model().find_transaction(tenant, xid)
+    fn find_transaction(&self, scope: &Scope, xid: Xid8) -> Result<Option<TransactionOutcome>, Error> {
+        self.model().find_transaction(scope, xid)
     }
 
     fn transaction_before(&self, commit: CommitLsn) -> Result<Option<Xid8>, Error> {

@@ -6,7 +6,9 @@ use crate::api::grpc::proto::{DataChange, DataChanges, data_change::Type};
 use crate::api::grpc::status::Tokens;
 use crate::hub::start::Error as StartError;
 use crate::hub::{End, Hub, Item, Origin};
+use crate::model::change::TenantId;
 use crate::model::lsn::{CommitTime, Position, Snapshot};
+use crate::model::scope::Scope;
 use fastrand::Rng;
 use prost::Message as _;
 use std::fmt;
@@ -222,7 +224,14 @@ async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader
         (reader.tenant, reader.token())
     };
     let asked = Asked { server, snapshot: Mutex::new(None) };
-    let started = hub.start(&asked, tenant, token.as_deref().unwrap_or_default(), Duration::from_secs(10)).await;
+    let started = hub
+        .start(
+            &asked,
+            Scope::Tenant(TenantId::new(tenant).unwrap()),
+            token.as_deref().unwrap_or_default(),
+            Duration::from_secs(10),
+        )
+        .await;
     let mut subscription = match started {
         Ok(subscription) => subscription,
         Err(StartError::Unreachable(_)) => return false,

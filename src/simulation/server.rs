@@ -9,8 +9,8 @@ use crate::changelog::State;
 use crate::decode::pgoutput::RelationId;
 use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
 use crate::hub::releaser::Snapshots;
-use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn, Position, Snapshot, Xid8};
+use crate::model::scope::Scope;
 use crate::model::snap_token::{SnapToken, TokenId};
 use crate::model::timeline::{History, Source, Timeline};
 use crate::postgres::connection::Event;
@@ -263,7 +263,7 @@ impl Server {
         inner.abandoned.extend(lost_now.iter().filter(|transaction| transaction.is_visible()).map(|t| t.xid));
         inner.answers = false;
         inner.wal_end = switch;
-        let history = vec![Timeline { id: 1, begin: Lsn::ZERO }, Timeline { id: 2, begin: switch }];
+        let history = vec![Timeline { number: 1, begin: Lsn::ZERO }, Timeline { number: 2, begin: switch }];
         inner.history = History::from_timelines(history).unwrap();
         inner.confirmed = inner.confirmed.min(switch);
         inner.confirmed_on_disk = inner.confirmed;
@@ -276,16 +276,15 @@ impl Server {
     /// The token of a transaction that asked for one.
     pub(super) fn transaction_token(&self, transaction: &Committed) -> Option<String> {
         let floor = Lsn(transaction.commit.0 - 1);
-        let token =
-            SnapToken::Transaction { source: SOURCE.hash(), id: transaction.token?, xid: transaction.xid, floor };
+        let token = SnapToken::Transaction { source: SOURCE.id(), id: transaction.token?, xid: transaction.xid, floor };
         Some(token.to_string())
     }
 
     /// The token of the place where everything begins.
     pub(super) fn first_token(&self) -> String {
-        let timeline = Timeline { id: 1, begin: Lsn::ZERO }.hash();
+        let timeline = Timeline { number: 1, begin: Lsn::ZERO }.id();
         let (position, commit_time) = (Position::at(ORIGIN), CommitTime(0));
-        SnapToken::Position { source: SOURCE.hash(), timeline, position, commit_time }.to_string()
+        SnapToken::Position { source: SOURCE.id(), timeline, place: position.into(), commit_time }.to_string()
     }
 
     fn snapshot(&self) -> Snapshot {
@@ -320,14 +319,14 @@ pub(super) struct Asked<'a> {
 }
 
 impl Primary for Asked<'_> {
-    async fn look(&self, _: &TenantId) -> Result<PrimaryState, Unreachable> {
+    async fn look(&self, _: &Scope) -> Result<PrimaryState, Unreachable> {
         if !self.server.inner().answers {
             return Err(Unreachable("not now".into()));
         }
         let snapshot = Arc::new(self.server.snapshot());
         *self.snapshot.lock().unwrap() = Some(snapshot.clone());
         let inner = self.server.inner();
-        Ok(PrimaryState { flush_lsn: inner.wal_end, snapshot, tenant_exists: true })
+        Ok(PrimaryState { flush_lsn: inner.wal_end, snapshot, scope_exists: true })
     }
 
     async fn transaction_status(&self, _: Xid8) -> Result<TransactionStatus, Unreachable> {

@@ -11,8 +11,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use tempfile::TempDir;
 use tokio::process::Command;
-use tuplewatch::model::lsn::{CommitTime, Lsn, Position};
+use tuplewatch::model::lsn::{CommitTime, Lsn};
+use tuplewatch::model::scope::Place;
 use tuplewatch::model::snap_token::SnapToken;
+use tuplewatch::model::timeline::{SourceId, TimelineId};
 
 /// An example that follows t1, run again and again.
 struct Example {
@@ -147,8 +149,8 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     process.kill_9().await;
     example.save_token("AQ".to_owned());
     example.start().complains("INVALID_ARGUMENT").await;
-    let position = Position::at(Lsn(1));
-    let foreign = SnapToken::Position { source: [1; 8], timeline: [1; 8], position, commit_time: CommitTime(1) };
+    let (source, timeline, place) = (SourceId([1; 8]), TimelineId([1; 8]), Place::at(Lsn(1)));
+    let foreign = SnapToken::Position { source, timeline, place, commit_time: CommitTime(1) };
     example.save_token(foreign.to_string());
     sql.run("DELETE FROM tuplewatch.relation_tuples WHERE entity_id = 'i'").await;
     let process = example.start();

@@ -42,11 +42,14 @@ async fn sigterm_ends_streams_and_acknowledges_what_was_delivered() {
     messages.extend(rest);
 
     let last = messages.pop().unwrap().token;
-    let SnapToken::Position { position, .. } = last.parse().unwrap() else { panic!("a position token") };
+    let SnapToken::Position { place, .. } = last.parse().unwrap() else { panic!("a position token") };
     // The process is gone, so this is what it said; its walsender may take a moment to take note.
     let is_free = "EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'tuplewatch' AND NOT active)";
     eventually("the slot is free", async || sql.is_true(is_free).await).await;
-    assert!(sql.confirmed_reaches(&position.lsn.to_string()).await, "what was delivered is acknowledged: {position}");
+    assert!(
+        sql.confirmed_reaches(&place.position.lsn.to_string()).await,
+        "what was delivered is acknowledged: {place}"
+    );
 
     writers.stop().await;
     sql.insert("t1", "end").await;

@@ -15,6 +15,7 @@ use fastrand::Rng;
 use std::collections::{BTreeMap, HashSet};
 use tonic::Code;
 use tuplewatch::model::lsn::{Position, Xid8};
+use tuplewatch::model::scope::Place;
 use tuplewatch::model::snap_token::SnapToken;
 
 fn created(id: &str) -> Change {
@@ -361,7 +362,10 @@ async fn a_large_transaction_resumes_by_the_one_before_it() {
     let messages = read_whole(&mut stream, &first.token()).await;
     assert_eq!(ids(&messages).len(), 50);
     let inside = &messages[2];
-    assert!(matches!(inside.token.parse(), Ok(SnapToken::Position { position: Position { steps: 1.., .. }, .. })));
+    assert!(matches!(
+        inside.token.parse(),
+        Ok(SnapToken::Position { place: Place { position: Position { steps: 1.., .. }, .. }, .. })
+    ));
     let rest = read_whole(&mut watch(&server, "t1", &inside.token).await, &first.token()).await;
     assert_eq!(ids(&rest), ids(&messages[3..]));
 

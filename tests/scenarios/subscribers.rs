@@ -20,6 +20,7 @@ use tonic::transport::Endpoint;
 use tonic::{Code, Status};
 use tuplewatch::model::lsn::{Lsn, Position, Xid8};
 use tuplewatch::model::snap_token::{SnapToken, TokenId};
+use tuplewatch::model::timeline::{SourceId, TimelineId};
 
 fn endpoint(proxy: &Proxy) -> Endpoint {
     Endpoint::from_shared(format!("http://{}", proxy.address())).unwrap()
@@ -54,8 +55,8 @@ enum Fate {
 /// Well-formed tokens of every kind, from nowhere to beyond the end.
 struct Forger {
     random: Rng,
-    source: [u8; 8],
-    timeline: [u8; 8],
+    source: SourceId,
+    timeline: TimelineId,
     /// Where the log begins.
     origin: Lsn,
     /// Commit LSNs, in order.
@@ -74,7 +75,7 @@ impl Forger {
             _ => self.random.u64(self.origin.0..=last),
         };
         let is_foreign = self.random.u8(..8) == 0;
-        let source = if is_foreign { self.random.u64(..).to_be_bytes() } else { self.source };
+        let source = if is_foreign { SourceId(self.random.u64(..).to_be_bytes()) } else { self.source };
         let commit_time = tuplewatch::model::lsn::CommitTime(self.random.i64(..));
         if self.random.u8(..4) == 0 {
             let id = TokenId(self.random.u128(..).to_be_bytes());
@@ -84,9 +85,10 @@ impl Forger {
             return (token, self.fate(is_foreign, false, lsn, 0));
         }
         let is_abandoned = self.random.u8(..8) == 0;
-        let timeline = if is_abandoned { self.random.u64(..).to_be_bytes() } else { self.timeline };
+        let timeline = if is_abandoned { TimelineId(self.random.u64(..).to_be_bytes()) } else { self.timeline };
         let steps = [0, 0, u64::MAX][self.random.usize(..3)];
-        let token = SnapToken::Position { source, timeline, position: Position { lsn: Lsn(lsn), steps }, commit_time };
+        let place = Position { lsn: Lsn(lsn), steps }.into();
+        let token = SnapToken::Position { source, timeline, place, commit_time };
         (token, self.fate(is_foreign, is_abandoned, lsn, steps))
     }
 
@@ -127,7 +129,7 @@ async fn every_token_has_its_status() {
     let SnapToken::Position { source, timeline, .. } = good.parse().unwrap() else { panic!("a position token") };
     let transactions = reference::read(&sql).await;
     let commits = transactions.iter().map(|transaction| Lsn(transaction.commit_lsn)).collect();
-    let SnapToken::Position { position: origin, .. } =
+    let SnapToken::Position { place: origin, .. } =
         metadata(&refusal(&channel, &position(source, timeline)).await, "earliest_snap_token").parse().unwrap()
     else {
         panic!("a position token")
@@ -149,7 +151,7 @@ async fn every_token_has_its_status() {
         assert!(status.message().len() < 200, "{}", status.message());
     }
 
-    let mut forger = Forger { random, source, timeline, origin: origin.lsn, commits };
+    let mut forger = Forger { random, source, timeline, origin: origin.position.lsn, commits };
     let mut followed = 0;
     for _ in 0..300 {
         let (token, fate) = forger.forge();
@@ -181,9 +183,9 @@ async fn every_token_has_its_status() {
 }
 
 /// A position before everything.
-fn position(source: [u8; 8], timeline: [u8; 8]) -> String {
+fn position(source: SourceId, timeline: TimelineId) -> String {
     let commit_time = tuplewatch::model::lsn::CommitTime(0);
-    SnapToken::Position { source, timeline, position: Position::ZERO, commit_time }.to_string()
+    SnapToken::Position { source, timeline, place: Position::ZERO.into(), commit_time }.to_string()
 }
 
 async fn refusal(channel: &tonic::transport::Channel, token: &str) -> Status {

@@ -27,8 +27,8 @@ async fn id_token(sql: &Sql, id: &str) -> String {
 
 /// Writes until the WAL is past this token's position, so that nothing but its timeline can tell that it is not of here.
 async fn write_past(sql: &Sql, token: &str) {
-    let SnapToken::Position { position, .. } = token.parse().unwrap() else { panic!("a position token") };
-    let condition = format!("pg_current_wal_flush_lsn() > '{}'", position.lsn);
+    let SnapToken::Position { place, .. } = token.parse().unwrap() else { panic!("a position token") };
+    let condition = format!("pg_current_wal_flush_lsn() > '{}'", place.position.lsn);
     while !sql.is_true(&condition).await {
         sql.run("SELECT pg_logical_emit_message(true, 'other', repeat('x', 100000))").await;
     }

@@ -10,7 +10,9 @@ use crate::support::writer::add_tenants;
 use tokio::process::Command;
 use tonic::Code;
 use tuplewatch::model::lsn::{CommitTime, Lsn, Position};
+use tuplewatch::model::scope::Place;
 use tuplewatch::model::snap_token::SnapToken;
+use tuplewatch::model::timeline::TimelineId;
 
 fn created(id: &str) -> Change {
     Change::create(Change::viewer(id))
@@ -141,7 +143,7 @@ async fn refused_tokens_and_tenants() {
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "first").await;
     let good = stream.expect(created("first")).await.token;
-    let SnapToken::Position { source, timeline, position, commit_time } = good.parse().unwrap() else {
+    let SnapToken::Position { source, timeline, place, commit_time } = good.parse().unwrap() else {
         panic!("Watch emits position tokens")
     };
 
@@ -149,12 +151,11 @@ async fn refused_tokens_and_tenants() {
     let _other_node = Server::prepare_slot(&postgres.uri_of("other"), "other", &[]).await;
     let foreign = token(&Sql::connect(&postgres.uri_of("other")).await).await;
     let write = |source, timeline, lsn: u64| {
-        let position = Position { lsn: Lsn(lsn), steps: 0 };
-        SnapToken::Position { source, timeline, position, commit_time }.to_string()
+        SnapToken::Position { source, timeline, place: Place::at(Lsn(lsn)), commit_time }.to_string()
     };
-    let lsn = position.lsn.0;
+    let lsn = place.position.lsn.0;
     let mut source_of_another = source;
-    source_of_another[0] ^= 1;
+    source_of_another.0[0] ^= 1;
     let SnapToken::Transaction { id, xid, .. } = token(&sql).await.parse().unwrap() else {
         panic!("snap_token() returns transaction tokens")
     };
@@ -184,7 +185,11 @@ async fn refused_tokens_and_tenants() {
             write(source_of_another, timeline, lsn),
             (Code::FailedPrecondition, "FOREIGN_SNAP_TOKEN"),
         ),
-        ("another timeline's", write(source, [7; 8], lsn), (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN")),
+        (
+            "another timeline's",
+            write(source, TimelineId([7; 8]), lsn),
+            (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN"),
+        ),
         ("future", write(source, timeline, lsn + (1 << 40)), (Code::FailedPrecondition, "SNAP_TOKEN_BEYOND_HISTORY")),
         ("the end of time", write(source, timeline, u64::MAX), (Code::FailedPrecondition, "SNAP_TOKEN_BEYOND_HISTORY")),
         ("a future transaction's", future, (Code::FailedPrecondition, "SNAP_TOKEN_BEYOND_HISTORY")),
@@ -372,7 +377,7 @@ async fn tokens_inside_a_staged_transaction_give_the_rest() {
 
 fn position(token: &str) -> (Position, CommitTime) {
     match token.parse().unwrap() {
-        SnapToken::Position { position, commit_time, .. } => (position, commit_time),
+        SnapToken::Position { place, commit_time, .. } => (place.position, commit_time),
         other => panic!("Watch emits position tokens, and not {other:?}"),
     }
 }

@@ -258,8 +258,8 @@ async fn lsns_near_the_end_of_their_range() {
     let mut stream = server.watch("t1", "").await;
     let (transaction, _) = insert_with_token(&sql, "t1", "a").await;
     let position = stream.expect(Change::created("a")).await.token;
-    let SnapToken::Position { position: at, .. } = position.parse().unwrap() else { panic!("a position token") };
-    assert!(at.lsn.0 > HIGH, "{at}");
+    let SnapToken::Position { place: at, .. } = position.parse().unwrap() else { panic!("a position token") };
+    assert!(at.position.lsn.0 > HIGH, "{at}");
     sql.insert("t1", "b").await;
     stream.expect(Change::created("b")).await;
     for stop in [None, Some(StopMode::Fast), Some(StopMode::Immediate)] {

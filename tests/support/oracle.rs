@@ -507,7 +507,7 @@ impl Subscriber {
 
 fn position(token: &str) -> Position {
     match token.parse() {
-        Ok(SnapToken::Position { position, .. }) => position,
+        Ok(SnapToken::Position { place, .. }) => place.position,
         other => panic!("not the token of a position: {other:?}"),
     }
 }

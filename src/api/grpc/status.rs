@@ -11,10 +11,10 @@ use crate::access::admission;
 use crate::access::authn;
 use crate::hub::start::Error as StartError;
 use crate::hub::{End, Origin};
-use crate::model::change::TenantId;
 use crate::model::lsn::{CommitTime, Position, Xid8};
+use crate::model::scope::Scope;
 use crate::model::snap_token::{Form, SnapToken};
-use crate::model::timeline::History;
+use crate::model::timeline::{History, SourceId};
 use crate::model::transaction::Message;
 use crate::store;
 use std::collections::HashMap;
@@ -43,14 +43,14 @@ pub const SNAP_TOKEN_TOO_OLD: &str = "SNAP_TOKEN_TOO_OLD";
 /// Writes positions as tokens.
 #[derive(Clone)]
 pub struct Tokens {
-    source: [u8; 8],
+    source: SourceId,
     history: Arc<History>,
 }
 
 impl Tokens {
     /// For positions of this source and history.
     pub fn new((source, history): &Origin) -> Self {
-        Self { source: source.hash(), history: history.clone() }
+        Self { source: source.id(), history: history.clone() }
     }
 
     /// The token of a message. An id alone cannot say "inside a transaction": all messages of it but the last have the one of
@@ -66,8 +66,8 @@ impl Tokens {
 
     /// The token of a position, which is taken whatever form messages have.
     pub fn write(&self, position: Position, commit_time: CommitTime) -> String {
-        let timeline = self.history.writer_of(position.extent()).hash();
-        SnapToken::Position { source: self.source, timeline, position, commit_time }.to_string()
+        let timeline = self.history.writer_of(position.extent()).id();
+        SnapToken::Position { source: self.source, timeline, place: position.into(), commit_time }.to_string()
     }
 }
 
@@ -113,11 +113,11 @@ pub fn of_start(error: StartError, tokens: Option<&Tokens>) -> Status {
 }
 
 /// Why a stream ended.
-pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
+pub fn of_end(end: End, scope: &Scope, tokens: &Tokens) -> Status {
     match end {
         End::Gap(gap) if gap.is_open() => {
             let message = format!(
-                "the history of tenant {tenant} is not continuous: {}; and transactions that began before are still running, whose \
+                "the history of {scope} is not continuous: {}; and transactions that began before are still running, whose \
                  changes may be missing when they commit. Read the state anew and watch without a token; the gap is told \
                  again, with {NEXT_SNAP_TOKEN} in the error details, when they have ended",
                 gap.reason
@@ -125,7 +125,7 @@ pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
             with_reason(Code::Aborted, message, gap.reason.code(), vec![])
         }
         End::Gap(gap) => {
-            let message = format!("the history of tenant {tenant} is not continuous: {}{AFTER_GAP}", gap.reason);
+            let message = format!("the history of {scope} is not continuous: {}{AFTER_GAP}", gap.reason);
             let next = tokens.write(gap.to, CommitTime::default());
             with_reason(Code::Aborted, message, gap.reason.code(), vec![(NEXT_SNAP_TOKEN, next)])
         }
@@ -142,7 +142,7 @@ pub fn of_end(end: End, tenant: &TenantId, tokens: &Tokens) -> Status {
         }
         End::Closed => shutting_down(),
         End::Log(error) => {
-            tracing::error!("a stream of tenant {tenant} ended: {error}");
+            tracing::error!("a stream of {scope} ended: {error}");
             with_reason(Code::Internal, "the change log cannot be read: see the server's log".into(), "LOG", vec![])
         }
     }

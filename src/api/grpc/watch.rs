@@ -20,7 +20,9 @@ use crate::api::encode::base_v1;
 use crate::hub::primary::Primary;
 use crate::hub::{End, Hub, Item, Subscription};
 use crate::metrics::{Edge, metrics};
+use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, CommitTime, Xid8};
+use crate::model::scope::Scope;
 use crate::model::snap_token::Form;
 use crate::model::transaction::Message;
 use bytes::{BufMut, Bytes, BytesMut};
@@ -148,7 +150,10 @@ impl<P: Primary + 'static> WatchService<P> {
         }
         let permit = streams.clone().try_acquire_owned();
         let permit = permit.map_err(|_| status::too_many(options.subscribers_max))?;
-        let start = self.hub.start(primary, &tenant_id, &snap_token, options.resolve_timeout);
+        let start = async {
+            let scope = Scope::Tenant(TenantId::new(&tenant_id)?);
+            self.hub.start(primary, scope, &snap_token, options.resolve_timeout).await
+        };
         let mut stop = stop.clone();
         let started = tokio::select! {
             started = start => started,
@@ -156,7 +161,7 @@ impl<P: Primary + 'static> WatchService<P> {
         };
         let tokens = self.hub.origin().map(|origin| Tokens::new(&origin));
         let subscription = started.map_err(|error| status::of_start(error, tokens.as_ref()))?;
-        let position = subscription.position();
+        let position = subscription.place().position;
         let start_token = tokens.map(|tokens| tokens.write(position, CommitTime::default()));
         let open = Open {
             hub: self.hub.clone(),
@@ -306,7 +311,7 @@ impl Open {
         self.ready.shrink_to(READY_MAX);
         match ready!(self.subscription.poll_next(cx, JOIN_BYTES, &mut self.ready)) {
             Ok(is_all) => Poll::Ready(Ok(is_all)),
-            Err(end) => Poll::Ready(Err(status::of_end(end, self.subscription.tenant(), &self.tokens()?))),
+            Err(end) => Poll::Ready(Err(status::of_end(end, self.subscription.scope(), &self.tokens()?))),
         }
     }
 
@@ -346,7 +351,7 @@ impl Open {
                     Ok(before) => Before::Known(commit, before),
                     Err(end) => {
                         self.before = Before::Unknown;
-                        return Poll::Ready(Err(status::of_end(end, self.subscription.tenant(), tokens)));
+                        return Poll::Ready(Err(status::of_end(end, self.subscription.scope(), tokens)));
                     }
                 },
                 _ => {

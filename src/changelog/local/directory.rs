@@ -88,7 +88,7 @@ impl Marker {
 }
 
 /// Where a log was opened.
-pub(super) struct Place {
+pub(super) struct Location {
     path: PathBuf,
     opened: Vec<Identity>,
 }
@@ -96,7 +96,7 @@ pub(super) struct Place {
 /// Device and inode.
 type Identity = (u64, u64);
 
-impl Place {
+impl Location {
     /// Of the log in this directory, which is open.
     pub(super) fn of(path: &Path) -> io::Result<Self> {
         Ok(Self { path: path.to_owned(), opened: Self::look(path)? })
@@ -172,7 +172,7 @@ mod tests {
             fs::write(path.join(DATA).join(FJALL_LOCK), "").unwrap();
         };
         make(&log);
-        let place = Place::of(&log).unwrap();
+        let place = Location::of(&log).unwrap();
         assert!(place.is_intact());
 
         fs::rename(&log, &aside).unwrap();
@@ -189,6 +189,6 @@ mod tests {
         assert!(!place.is_intact(), "emptied");
         fs::remove_dir_all(&aside).unwrap();
         assert!(!place.is_intact(), "deleted");
-        assert!(Place::of(&log).is_err());
+        assert!(Location::of(&log).is_err());
     }
 }

@@ -83,7 +83,8 @@ impl Memory {
                     *verified = (*verified).min(at.0);
                 }
                 if let Some(origin) = &mut self.stored.origin {
-                    origin.timelines = history.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect();
+                    origin.timelines =
+                        history.timelines().map(|timeline| (timeline.number, timeline.begin.0)).collect();
                 }
             }
             Entry::Verified(verified) => self.stored.verified = Some((verified.fingerprint.clone(), verified.at.0)),

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use fjall::{Database, Keyspace, OwnedWriteBatch as WriteBatch};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::sync::Arc;
 
 /// Cheap to clone: readers take the list as it is, and keep deleted segments readable for themselves.
@@ -241,6 +242,16 @@ impl Segments {
         Ok(None)
     }
 
+    /// The end of the transaction that committed here, where the index has it.
+    pub(super) fn end_of(&self, commit: CommitLsn) -> Result<Option<EndLsn>, Unreadable> {
+        for segment in self.since(Position::at(commit.0)) {
+            if let Some(end) = segment.end_of(commit)? {
+                return Ok(Some(end));
+            }
+        }
+        Ok(None)
+    }
+
     /// The transaction with this id.
     pub(super) fn find(&self, xid: Xid8) -> Result<Option<TransactionOutcome>, Unreadable> {
         for segment in self.newest_first() {
@@ -300,7 +311,7 @@ impl Segment {
     }
 
     /// The end of the transaction that committed here, where the index of this segment has it.
-    fn end_of(&self, commit: CommitLsn) -> Result<Option<EndLsn>, Unreadable> {
+    pub(super) fn end_of(&self, commit: CommitLsn) -> Result<Option<EndLsn>, Unreadable> {
         let Some((_, page)) = self.transaction_pages(commit).next().transpose()? else { return Ok(None) };
         Ok(page.into_iter().find(|transaction| transaction.commit == commit).map(|transaction| transaction.end))
     }
@@ -366,8 +377,42 @@ impl Segment {
         }
     }
 
+    pub(super) fn is(&self, other: &Self) -> bool {
+        self.id == other.id
+    }
+
+    /// The tenant's first page of messages that has something behind `place`, and the place of its last message.
+    pub(super) fn page_behind(
+        &self,
+        tenant: &TenantId,
+        place: Position,
+    ) -> Result<Option<(Position, Bytes)>, Unreadable> {
+        let pages =
+            (Bound::Excluded(record::messages_key(tenant, place)), Bound::Excluded(record::behind_tenant(tenant)));
+        let Some(item) = self.keyspace.range(pages).next() else { return Ok(None) };
+        let (key, page) = item.into_inner()?;
+        let (_, last) = record::read_messages_key(&key).ok_or(Malformed("messages"))?;
+        Ok(Some((last, Bytes::from(page))))
+    }
+
+    /// The lowest tenant above `below` that has a key of its own for the transaction that commits here.
+    pub(super) fn tenant_above(
+        &self,
+        commit: CommitLsn,
+        below: Option<&TenantId>,
+    ) -> Result<Option<TenantId>, Unreadable> {
+        let from = match below {
+            Some(below) => Bound::Excluded(record::tenant_key(commit, below)),
+            None => Bound::Included(record::tenants_prefix(commit)),
+        };
+        let behind = Bound::Excluded(record::tenants_prefix(CommitLsn(Lsn(commit.0.0 + 1))));
+        let Some(item) = self.keyspace.range((from, behind)).next() else { return Ok(None) };
+        let (_, tenant) = record::read_tenant_key(&item.key()?).ok_or(Malformed("tenants of a transaction"))?;
+        Ok(Some(tenant))
+    }
+
     /// Keys and contents of the pages that may have a transaction that committed at or after `from`.
-    fn transaction_pages(
+    pub(super) fn transaction_pages(
         &self,
         from: CommitLsn,
     ) -> impl Iterator<Item = Result<(fjall::Slice, Vec<Indexed>), Unreadable>> + use<> {

@@ -6,13 +6,14 @@
 //! | `tail` | LSN (8, big endian) |
 //! | `segments` | see [`super::segments`] |
 //! | `gap/`, end position (16), start position (16), tenant | [`StoredGap`], JSON |
-//! | `horizon/`, tenant | see [`super::record`] |
+//! | `horizon/`, tenant; no tenant for all of them | see [`super::record`] |
 //! | `abandoned/`, xid8 (8, big endian) | nothing |
 
 use super::super::Origin;
 use super::record;
 use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position, Xid8};
+use crate::model::scope::Scope;
 use crate::model::timeline::{History, Source, Timeline};
 use crate::model::transaction::{Gap, GapReason};
 use serde::{Deserialize, Serialize};
@@ -24,8 +25,8 @@ pub(super) const META_GAP: &[u8] = b"gap/";
 pub(super) const META_HORIZON: &[u8] = b"horizon/";
 const META_ABANDONED: &[u8] = b"abandoned/";
 
-pub(super) fn meta_horizon(tenant: &TenantId) -> Vec<u8> {
-    [META_HORIZON, tenant.as_str().as_bytes()].concat()
+pub(super) fn meta_horizon(scope: &Scope) -> Vec<u8> {
+    [META_HORIZON, scope.tenant().map_or("", TenantId::as_str).as_bytes()].concat()
 }
 
 pub(super) fn meta_abandoned(xid: Xid8) -> Vec<u8> {
@@ -73,14 +74,15 @@ pub(super) fn write_origin(origin: &Origin) -> StoredOrigin {
     StoredOrigin {
         system_identifier: origin.source.system_identifier,
         database_oid: origin.source.database_oid,
-        timelines: origin.history.timelines().map(|timeline| (timeline.id, timeline.begin.0)).collect(),
+        timelines: origin.history.timelines().map(|timeline| (timeline.number, timeline.begin.0)).collect(),
         lsn: origin.lsn.0,
         xid: origin.xid.0,
     }
 }
 
 pub(super) fn read_origin(stored: &StoredOrigin) -> Option<Origin> {
-    let timelines = stored.timelines.iter().map(|(id, begin)| Timeline { id: *id, begin: Lsn(*begin) }).collect();
+    let timelines =
+        stored.timelines.iter().map(|(number, begin)| Timeline { number: *number, begin: Lsn(*begin) }).collect();
     Some(Origin {
         source: Source { system_identifier: stored.system_identifier, database_oid: stored.database_oid },
         history: History::from_timelines(timelines)?,
@@ -108,7 +110,7 @@ pub(super) struct Stored {
 pub(super) struct StoredOrigin {
     pub(super) system_identifier: u64,
     pub(super) database_oid: u32,
-    /// Id and begin.
+    /// Number and begin.
     pub(super) timelines: Vec<(u32, u64)>,
     pub(super) lsn: u64,
     pub(super) xid: u64,

@@ -112,7 +112,9 @@ fn sides(change: &DataChange) -> (String, String) {
 pub(super) mod tests {
     use super::*;
     use crate::model::change::{Attribute, AttributeValue, Fact, Operation, Tuple, encode};
-    use crate::model::lsn::{CommitTime, Lsn, Position};
+    use crate::model::lsn::{CommitTime, Lsn};
+    use crate::model::scope::Place;
+    use crate::model::timeline::{SourceId, TimelineId};
     use prost::Message as _;
 
     fn change(operation: Operation, fact: &Fact<'_>) -> DataChange {
@@ -148,9 +150,9 @@ pub(super) mod tests {
     const DAY_MICROS: i64 = 86_400_000_000;
 
     fn message(commit_micros: i64, tuple_changes: Vec<DataChange>) -> DataChanges {
-        let position = Position::at(Lsn(1));
+        let place = Place::at(Lsn(1));
         let commit_time = CommitTime(commit_micros);
-        let token = SnapToken::Position { source: [1; 8], timeline: [2; 8], position, commit_time };
+        let token = SnapToken::Position { source: SourceId([1; 8]), timeline: TimelineId([2; 8]), place, commit_time };
         DataChanges { snap_token: token.to_string(), tuple_changes }
     }
 

@@ -8,8 +8,8 @@ use super::{Error, Start};
 use crate::changelog::{self, ChangeLog, TransactionOutcome};
 use crate::hub::primary::{Primary, TransactionStatus, Unreachable};
 use crate::hub::{Filter, Hub};
-use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Snapshot, Xid8};
+use crate::model::scope::Scope;
 use crate::model::snap_token::TokenId;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,11 +48,11 @@ impl Hub {
     pub(super) async fn after_xid(
         &self,
         primary: &impl Primary,
-        tenant: &TenantId,
+        scope: &Scope,
         xid: Xid8,
         timeout: Duration,
     ) -> Result<Start, Error> {
-        let (_, end) = self.place_of(primary, tenant, xid, timeout).await?;
+        let (_, end) = self.place_of(primary, scope, xid, timeout).await?;
         Ok(Start::after(Position::after(end)))
     }
 
@@ -61,41 +61,41 @@ impl Hub {
     pub(super) async fn after_snapshot(
         &self,
         primary: &impl Primary,
-        tenant: &TenantId,
+        scope: &Scope,
         xid: Xid8,
         snapshot: Snapshot,
         timeout: Duration,
     ) -> Result<Start, Error> {
-        let (_, end) = self.place_of(primary, tenant, xid, timeout).await?;
+        let (_, end) = self.place_of(primary, scope, xid, timeout).await?;
         let snapshot = Arc::new(snapshot);
-        let (whose, seen_by) = (tenant.clone(), snapshot.clone());
+        let (whose, seen_by) = (scope.clone(), snapshot.clone());
         let first = self.on_disk(move |log| first_unseen(log, &whose, &seen_by)).await?;
-        let Some(first) = first else { return Err(self.unknown(tenant, xid).await?) };
+        let Some(first) = first else { return Err(self.unknown(scope, xid).await?) };
         // The snapshot was taken before the transaction ended, so it sees nothing that commits later.
         let filter = Filter { lsn: end.0, snapshot, own: Some(xid) };
-        Ok(Start { position: first, seen: Position::after(end), filter: Some(filter) })
+        Ok(Start { place: first.into(), seen: Position::after(end), filter: Some(filter) })
     }
 
     /// Commit and end LSN of the transaction with this id.
     async fn place_of(
         &self,
         primary: &impl Primary,
-        tenant: &TenantId,
+        scope: &Scope,
         xid: Xid8,
         timeout: Duration,
     ) -> Result<(CommitLsn, EndLsn), Error> {
-        let whose = tenant.clone();
+        let whose = scope.clone();
         match self.await_outcome(primary, xid, timeout, move |log| log.find_transaction(&whose, xid)).await? {
             Ok(TransactionOutcome::Committed { commit, end }) => Ok((commit, end)),
             Ok(TransactionOutcome::Abandoned) => Err(Error::Abandoned),
             Err(missing) if missing.is_unassigned => Err(Error::BeyondHistory),
-            Err(_) => Err(self.unknown(tenant, xid).await?),
+            Err(_) => Err(self.unknown(scope, xid).await?),
         }
     }
 
-    async fn unknown(&self, tenant: &TenantId, xid: Xid8) -> Result<Error, changelog::Error> {
-        let tenant = tenant.clone();
-        let earliest = self.on_disk(move |log| log.horizon(&tenant)).await?;
+    async fn unknown(&self, scope: &Scope, xid: Xid8) -> Result<Error, changelog::Error> {
+        let scope = scope.clone();
+        let earliest = self.on_disk(move |log| log.horizon(&scope)).await?;
         Ok(Error::UnknownTransaction { xid, earliest })
     }
 
@@ -146,11 +146,7 @@ pub(super) async fn await_end(
 /// Transactions from `xmax` on got their ids after the snapshot was taken, and so after whatever it sees had committed: they
 /// come behind any one that it sees. Those that were running are looked up one by one, since one may have committed, and not
 /// been visible yet.
-fn first_unseen(
-    log: &dyn ChangeLog,
-    tenant: &TenantId,
-    snapshot: &Snapshot,
-) -> Result<Option<Position>, changelog::Error> {
+fn first_unseen(log: &dyn ChangeLog, scope: &Scope, snapshot: &Snapshot) -> Result<Option<Position>, changelog::Error> {
     let mut below = log.largest_below(snapshot.xmax())?;
     while let Some((xid, _)) = below.filter(|(xid, _)| !snapshot.sees(*xid)) {
         below = log.largest_below(xid)?;
@@ -159,11 +155,11 @@ fn first_unseen(
         // Nothing has gone since the log began, and that was before the snapshot was taken.
         let origin = log.state().origin.filter(|origin| origin.xid <= snapshot.xmax());
         let origin = origin.map(|origin| Position::at(origin.lsn));
-        let horizon = log.horizon(tenant)?;
+        let horizon = log.horizon(scope)?;
         return Ok(origin.filter(|origin| horizon <= *origin));
     };
     for xid in snapshot.running() {
-        if let Some(TransactionOutcome::Committed { commit, .. }) = log.find_transaction(tenant, *xid)? {
+        if let Some(TransactionOutcome::Committed { commit, .. }) = log.find_transaction(scope, *xid)? {
             first = first.min(commit);
         }
     }

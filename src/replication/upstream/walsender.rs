@@ -165,7 +165,7 @@ impl Upstream for Postgres {
     async fn connect(&self, state: &State) -> Result<PostgresLink, Error> {
         let name = application_name(&state.node_id);
         if let Some(origin) = &state.origin {
-            self.endpoints.prefer_timeline(origin.history.current().id);
+            self.endpoints.prefer_timeline(origin.history.current().number);
         }
         let sql = self.connect_sql(&name).await?;
         let source = own_source(&sql, state).await?;

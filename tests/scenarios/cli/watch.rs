@@ -302,11 +302,11 @@ async fn tokens_are_explained() {
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "a").await;
     let position = stream.expect(Change::create(Change::viewer("a"))).await.token;
-    let SnapToken::Position { position: place, commit_time, .. } = position.parse().unwrap() else { panic!() };
+    let SnapToken::Position { place, commit_time, .. } = position.parse().unwrap() else { panic!() };
     let said = tuplewatch(&["token", &position]).await.succeeded();
     for line in [
         "kind:        position\n".to_owned(),
-        format!("includes:    everything that committed before {}\n", place.lsn),
+        format!("includes:    everything that committed before {}\n", place.position.lsn),
         format!("commit time: {commit_time} (of the last transaction in it)\n"),
     ] {
         assert!(said.contains(&line), "no {line} in\n{said}");

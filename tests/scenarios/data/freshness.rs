@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 use tuplewatch::api::grpc::proto::{AttributeFilter, RelationshipReadResponse};
 use tuplewatch::model::lsn::Lsn;
 use tuplewatch::model::snap_token::SnapToken;
+use tuplewatch::model::timeline::{SourceId, TimelineId};
 
 fn texts(read: Result<RelationshipReadResponse, Status>) -> Vec<String> {
     read.unwrap_or_else(|status| panic!("a read: {status:?}")).tuples.iter().map(text).collect()
@@ -123,34 +124,34 @@ async fn tokens_that_mean_nothing_here_are_refused_as_watch_refuses_them() {
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "first").await;
     let good: SnapToken = stream.expect(Change::created("first")).await.token.parse().unwrap();
-    let SnapToken::Position { source, timeline, position, commit_time } = good else { panic!("a position token") };
+    let SnapToken::Position { source, timeline, place, commit_time } = good.clone() else { panic!("a position token") };
     let written: SnapToken = api.write("t1", &[]).await.parse().unwrap();
     let SnapToken::Transaction { mut id, xid, floor, .. } = written else { panic!("a transaction token") };
     // Of a transaction that is not in the log.
     id.0[0] ^= 1;
-    let mut ahead = position;
-    ahead.lsn.0 += 1 << 40;
+    let mut ahead = place.clone();
+    ahead.position.lsn.0 += 1 << 40;
 
     let token = |token: SnapToken| token.to_string();
     let cases = [
         ("not a token".to_owned(), Code::InvalidArgument, "INVALID_SNAP_TOKEN"),
         (
-            token(SnapToken::Position { source: [1; 8], timeline, position, commit_time }),
+            token(SnapToken::Position { source: SourceId([1; 8]), timeline, place: place.clone(), commit_time }),
             Code::FailedPrecondition,
             "FOREIGN_SNAP_TOKEN",
         ),
         (
-            token(SnapToken::Position { source, timeline: [1; 8], position, commit_time }),
+            token(SnapToken::Position { source, timeline: TimelineId([1; 8]), place, commit_time }),
             Code::FailedPrecondition,
             "ABANDONED_SNAP_TOKEN",
         ),
         (
-            token(SnapToken::Position { source, timeline, position: ahead, commit_time }),
+            token(SnapToken::Position { source, timeline, place: ahead, commit_time }),
             Code::FailedPrecondition,
             "SNAP_TOKEN_BEYOND_HISTORY",
         ),
         (
-            token(SnapToken::Transaction { source: [1; 8], id, xid, floor }),
+            token(SnapToken::Transaction { source: SourceId([1; 8]), id, xid, floor }),
             Code::FailedPrecondition,
             "FOREIGN_SNAP_TOKEN",
         ),
