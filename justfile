@@ -11,15 +11,15 @@ lint:
     cargo fmt --all --check
     cargo clippy --all-targets --locked -- -D warnings
 
-# All tests, against real PostgreSQL clusters that they start.
+# All tests. They start real PostgreSQL clusters.
 test *args:
     cargo test {{args}}
 
-# Tests on a major version of PostgreSQL that is fetched, for instance `just test-on 17 scenarios::oracle`.
+# Fetch a major version of PostgreSQL and run tests on it, for example `just test-on 17 scenarios::oracle`.
 test-on major *filter:
     bin=$(tests/postgres/fetch {{major}}) && TUPLEWATCH_PG_BIN=$bin cargo test --locked --test main {{filter}}
 
-# A benchmark, for instance `just bench large_transaction`.
+# A benchmark, for example `just bench large_transaction`.
 bench name *args:
     cargo bench --bench {{name}} -- {{args}}
 
@@ -27,7 +27,7 @@ bench name *args:
 soak minutes="20":
     cargo bench --bench soak --profile dev -- --minutes {{minutes}}
 
-# What is generated from `proto/`, written anew.
+# Generate the code from `proto/` again.
 generate:
     TUPLEWATCH_GENERATE=1 cargo test --test generated
 

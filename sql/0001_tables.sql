@@ -1,34 +1,34 @@
 -- tuplewatch, version 1: the tables of the `tuples` preset.
 --
--- Who has which relation to what, one row per fact, written with ordinary SQL by any program. Nothing in here knows about
--- replication: tuplewatch reads these tables through a publication, which `tuplewatch setup` creates afterwards.
+-- The tables contain relation tuples and attributes, one row for each fact, which any program writes with ordinary SQL. Nothing in this
+-- file concerns replication: tuplewatch reads the tables through a publication, which `tuplewatch setup` creates afterwards.
 --
--- Applied by `tuplewatch setup`, in one transaction. By hand it is the same:
+-- `tuplewatch setup` applies this file in one transaction. This command does the same:
 --
 --     psql --single-transaction --set ON_ERROR_STOP=1 --file 0001_tables.sql
 --
--- Applying it again changes nothing. PostgreSQL 14 to 18. The role that applies it owns what it creates.
+-- Applying the file again changes nothing. It works with PostgreSQL 14 to 18. The role that applies it owns the objects.
 --
--- What writers need (tuplewatch grants nobody access to the tables):
+-- Privileges that writers need (tuplewatch grants nobody access to the tables):
 --
 --     GRANT SELECT, INSERT, DELETE ON tuplewatch.relation_tuples TO app;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON tuplewatch.attributes TO app;
 --
--- tuplewatch is such a writer itself where clients use base.v1.Data, and with base.v1.Tenancy one of tuplewatch.tenants:
+-- If clients use base.v1.Data, tuplewatch itself is such a writer. With base.v1.Tenancy it also writes tuplewatch.tenants:
 --
 --     GRANT SELECT, INSERT, DELETE ON tuplewatch.tenants TO the_role_of_tuplewatch;
 --
--- What writers should leave alone: TRUNCATE. It tells subscribers that something is gone but not what, so it ends their
--- streams. DELETE says what.
+-- Writers should not use TRUNCATE: the WAL does not contain the truncated rows, so it is a gap in history and ends the streams of
+-- subscribers. Use DELETE.
 
 CREATE SCHEMA IF NOT EXISTS tuplewatch;
 
--- USAGE lets a role name what is in the schema; it opens no table. Every writer needs it, for its tables as for
--- tuplewatch.snap_token(), and there is nothing in here whose mere name is a secret.
+-- USAGE lets a role name objects of the schema; it gives no access to a table. Every writer needs it, for the tables and for
+-- tuplewatch.snap_token(), and no name in this schema is secret.
 GRANT USAGE ON SCHEMA tuplewatch TO PUBLIC;
 
 
--- Which of these files have been applied. Each file adds its own row as its last step.
+-- The files that have been applied. Each file adds its own row as its last step.
 
 CREATE TABLE IF NOT EXISTS tuplewatch.schema_version (
     version    integer     NOT NULL PRIMARY KEY,
@@ -39,18 +39,18 @@ CREATE TABLE IF NOT EXISTS tuplewatch.schema_version (
 
 -- Forms
 --
--- The constraints below refuse what the Watch API could not represent, so that a mistake is an error for its writer and
--- not, later, for every subscriber. The forms are those of Permify:
+-- The constraints below refuse values that the Watch API cannot represent, so that a mistake is an error for its writer, and not
+-- later for every subscriber. The forms are those of Permify:
 --
 --   ids               1 to 128 of a-z A-Z 0-9 _ - @ . : +      or a single *
 --   types, relations  1 to 64 of a-z A-Z _
 --
--- They are written as a length and a set of refused characters: a pattern with {1,128} says the same, but takes 16 us a value
--- to match where this takes 0.5 us (measured on PostgreSQL 15, ids of 30 characters).
+-- Each constraint checks the length and a set of refused characters. A pattern with {1,128} means the same, but takes 16 us for a
+-- value instead of 0.5 us (measured on PostgreSQL 15, with ids of 30 characters).
 --
--- COLLATE "C": the values are ASCII, so the order is the same for everybody, comparing is a memcmp, and an operating
--- system upgrade that changes its collations leaves the primary keys intact. It also keeps ranges such as a-z in the
--- patterns from depending on the database's locale.
+-- The columns have COLLATE "C": the values are ASCII, the order does not depend on a locale, comparing is a memcmp, and an upgrade of
+-- the operating system that changes collations leaves the primary keys intact. It also makes ranges such as a-z in the patterns
+-- independent of the database's locale.
 --
 -- The longest possible key is 128 * 3 + 64 * 4 = 640 bytes, far below what a btree entry can hold (2,704).
 
@@ -66,8 +66,8 @@ CREATE TABLE IF NOT EXISTS tuplewatch.tenants (
         CHECK (id = '*' OR (length(id) BETWEEN 1 AND 128 AND id !~ '[^a-zA-Z0-9_@.:+-]'))
 );
 
--- `t1` is there from the start, so that a first try needs one statement less. Only from the start: whoever deletes it
--- does not get it back when this file is applied again.
+-- `t1` exists from the start, so that a first try needs one statement less. If somebody deletes it, applying this file again does
+-- not create it again.
 INSERT INTO tuplewatch.tenants (id, name)
 SELECT 't1', 'first tenant'
  WHERE NOT EXISTS (SELECT FROM tuplewatch.schema_version WHERE version = 1)
@@ -79,17 +79,17 @@ SELECT 't1', 'first tenant'
 --     document:7#viewer@user:ada             subject_relation is ''
 --     document:7#viewer@group:ops#member     subject_relation is 'member'
 --
--- Rows are inserted and deleted. An UPDATE works too: subscribers see it as a delete and a create.
+-- Insert and delete rows. An UPDATE works too: subscribers receive it as a delete and a create.
 --
--- The primary key is the whole row. So the same fact is never there twice (write with ON CONFLICT DO NOTHING), and the
--- default replica identity already tells subscribers everything about a deleted row.
+-- The primary key is the whole row. So no fact exists twice (write with ON CONFLICT DO NOTHING), and with the default replica
+-- identity a delete contains the whole old row.
 --
--- No foreign key to tenants, on purpose. It would take a row lock on the tenant for every inserted tuple: all writers of a
--- tenant would share-lock one row, each with a WAL record of its own and, where two overlap, a multixact to be vacuumed.
--- It would buy little: tuples of a tenant that is not (yet) in tenants harm nobody, for nobody can subscribe to them.
+-- There is no foreign key to tenants, on purpose. Each inserted tuple would lock the row of its tenant: all writers of a tenant
+-- would share-lock one row, each with its own WAL record and, if two overlap, with a multixact that must be vacuumed. The benefit
+-- would be small: tuples of a tenant that is not (yet) in tenants do no harm, because nobody can subscribe to them.
 --
--- No further index either: one that leads with the subject helps "what can ada see", and costs every insert. The
--- application that asks that question should create it.
+-- There is no further index either. An index that begins with the subject helps to list everything that ada can see, but makes
+-- every insert more expensive. An application with such a query should create the index.
 
 CREATE TABLE IF NOT EXISTS tuplewatch.relation_tuples (
     tenant_id        text COLLATE "C" NOT NULL,
@@ -114,7 +114,7 @@ CREATE TABLE IF NOT EXISTS tuplewatch.relation_tuples (
         CHECK (length(subject_type) BETWEEN 1 AND 64 AND subject_type !~ '[^a-zA-Z_]'),
     CONSTRAINT relation_tuples_subject_id_form
         CHECK (subject_id = '*' OR (length(subject_id) BETWEEN 1 AND 128 AND subject_id !~ '[^a-zA-Z0-9_@.:+-]')),
-    -- Empty for a plain subject. Permify's `...` means the same and is written as ''.
+    -- Empty for a direct subject. Write Permify's `...`, which means the same, as ''.
     CONSTRAINT relation_tuples_subject_relation_form
         CHECK (length(subject_relation) <= 64 AND subject_relation !~ '[^a-zA-Z_]')
 );
@@ -132,12 +132,12 @@ CREATE TABLE IF NOT EXISTS tuplewatch.relation_tuples (
 --                                                 "NaN", "Infinity", "-Infinity"
 --   BooleanValue    BooleanArrayValue             true or false                           false  []
 --
--- `data` may be missing, since protobuf's JSON leaves out default values. 1.0 and 1e3 are integral. Not accepted are null,
--- numbers as strings, and any third member: every value has one way to be written.
+-- `data` may be missing, because protobuf's JSON leaves out default values. 1.0 and 1e3 are integral. null, numbers as strings, and
+-- a third member are refused, because every value should have only one form.
 --
--- CHECK constraints use these functions. Replacing them with stricter ones does not examine the rows that are there.
+-- CHECK constraints use these functions. Replacing a function by a stricter one does not check existing rows.
 
--- One element of an array, or the whole of a plain value; `kind` is String, Integer, Double or Boolean.
+-- Checks an element of an array, or a single value; `kind` is String, Integer, Double or Boolean.
 CREATE OR REPLACE FUNCTION tuplewatch.is_attribute_datum(kind text, datum jsonb) RETURNS boolean
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 AS $$
@@ -148,7 +148,7 @@ AS $$
         WHEN 'number'  THEN CASE kind
             WHEN 'Integer' THEN datum::numeric BETWEEN -2147483648 AND 2147483647
                                 AND datum::numeric = trunc(datum::numeric)
-            -- The largest finite double: a number beyond it could only be delivered as infinity.
+            -- The largest finite double: a larger number could only be delivered as infinity.
             WHEN 'Double'  THEN abs(datum::numeric) <= 1.7976931348623157e308
             ELSE false
         END
@@ -162,7 +162,7 @@ AS $$
 DECLARE
     message text  := value ->> '@type';
     data    jsonb := value -> 'data';
-    -- Compared whole, not matched by a pattern: that alone would cost 15 us a row.
+    -- Compared as a whole, because a pattern alone would cost 15 us for each row.
     kind    text  := CASE message
         WHEN 'type.googleapis.com/base.v1.StringValue'       THEN 'String'
         WHEN 'type.googleapis.com/base.v1.StringArrayValue'  THEN 'String'
@@ -174,7 +174,7 @@ DECLARE
         WHEN 'type.googleapis.com/base.v1.BooleanArrayValue' THEN 'Boolean'
     END;
 BEGIN
-    -- Whatever is not an object has no @type, and so no kind.
+    -- A value that is not an object has no @type, and so no kind.
     IF kind IS NULL THEN
         RETURN false;
     ELSIF value - '@type' - 'data' <> '{}' THEN
@@ -192,13 +192,14 @@ BEGIN
 END
 $$;
 
--- A CHECK constraint calls its function as the role that writes the row, so writers must be able to. Functions usually are
--- open to everybody; a database may have changed that default.
+-- A CHECK constraint calls its function as the role that writes the row, so writers need EXECUTE. By default everybody has it, but a
+-- database may have other default privileges.
 GRANT EXECUTE ON FUNCTION tuplewatch.is_attribute_datum(text, jsonb) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION tuplewatch.is_attribute_value(jsonb) TO PUBLIC;
 
 
--- Attributes: entity_type:entity_id$attribute = value. Inserted, updated (a delete and a create to subscribers), deleted.
+-- Attributes: entity_type:entity_id$attribute = value. Insert, update and delete rows. Subscribers receive an UPDATE as a delete and a
+-- create.
 
 CREATE TABLE IF NOT EXISTS tuplewatch.attributes (
     tenant_id   text COLLATE "C" NOT NULL,
@@ -221,9 +222,9 @@ CREATE TABLE IF NOT EXISTS tuplewatch.attributes (
         CHECK (tuplewatch.is_attribute_value(value))
 );
 
--- A delete is reported with its value, which the primary key does not hold; and an update that leaves a large value as it
--- is sends it in the old row only. Both take the whole old row. Set once, since ALTER TABLE locks out every reader and
--- writer even where there is nothing to change.
+-- Subscribers receive a delete with its value, which is not in the primary key, and PostgreSQL sends an unchanged large value only in
+-- the old row of an UPDATE. Both need the whole old row. The statement runs only if necessary, because ALTER TABLE locks out every
+-- reader and writer even if it changes nothing.
 DO $$
 BEGIN
     IF (SELECT relreplident FROM pg_catalog.pg_class WHERE oid = 'tuplewatch.attributes'::regclass) <> 'f' THEN
@@ -234,10 +235,10 @@ $$;
 
 
 COMMENT ON SCHEMA tuplewatch IS 'Relation tuples and attributes whose changes tuplewatch streams to subscribers.';
-COMMENT ON TABLE tuplewatch.schema_version IS 'Which files of tuplewatch''s sql/ have been applied.';
+COMMENT ON TABLE tuplewatch.schema_version IS 'The files of tuplewatch''s sql/ that have been applied.';
 COMMENT ON TABLE tuplewatch.tenants IS 'Tenants that subscribers may watch.';
-COMMENT ON TABLE tuplewatch.relation_tuples IS 'One row per relation: entity#relation@subject. Watched. Do not TRUNCATE: use DELETE.';
-COMMENT ON TABLE tuplewatch.attributes IS 'One row per attribute of an entity. Watched. Do not TRUNCATE: use DELETE.';
+COMMENT ON TABLE tuplewatch.relation_tuples IS 'One row for each relation tuple: entity#relation@subject. Watched. Do not TRUNCATE: use DELETE.';
+COMMENT ON TABLE tuplewatch.attributes IS 'One row for each attribute of an entity. Watched. Do not TRUNCATE: use DELETE.';
 COMMENT ON COLUMN tuplewatch.relation_tuples.subject_relation IS 'Empty unless the subject is a set, as in group:ops#member.';
 COMMENT ON COLUMN tuplewatch.attributes.value IS 'JSON form of a base.v1 value: {"@type": "type.googleapis.com/base.v1.BooleanValue", "data": true}';
 COMMENT ON FUNCTION tuplewatch.is_attribute_value(jsonb) IS 'Whether Watch can represent this attribute value.';

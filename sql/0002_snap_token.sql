@@ -1,19 +1,19 @@
--- tuplewatch, version 2: snap_token(), the token of the transaction that asks for it.
+-- tuplewatch, version 2: snap_token(), which returns the token of the current transaction.
 --
 --     BEGIN;
 --     INSERT INTO tuplewatch.relation_tuples VALUES ('t1', 'document', '7', 'viewer', 'user', 'ada');
 --     SELECT tuplewatch.snap_token();
 --     COMMIT;
 --
--- A writer cannot know where its commit will be in the WAL, so this token does not name a position. It names the
--- transaction, and tuplewatch finds its commit: Watch with this token yields everything after it. It works in any
--- transaction, also in a READ ONLY one, and in one that touches no watched table. Not on a standby: there are no
--- transactions of its own there. A token asked for inside a savepoint that is rolled back names nothing that happened; Watch
--- then starts at its LSN floor, which is earlier, never later.
+-- A writer does not know the WAL position of its commit in advance, so this token names the transaction instead, and tuplewatch finds
+-- its commit: Watch with this token yields everything after the transaction. The function works in any transaction, even in one that is
+-- READ ONLY or changes no watched table. It does not work on a standby, which has no transactions of its own. If the token comes from
+-- inside a savepoint that is rolled back, its message does not reach tuplewatch. Watch then starts at the token's LSN floor, which is
+-- earlier, never later.
 --
--- Applied by `tuplewatch setup` after 0001_tables.sql, in one transaction. Applying it again changes nothing.
+-- `tuplewatch setup` applies this file after 0001_tables.sql, in one transaction. Applying it again changes nothing.
 --
--- 45 bytes, big endian, written in URL-safe base64 (RFC 4648, section 5) without padding: 60 characters.
+-- A token has 45 bytes, big endian, in URL-safe base64 (RFC 4648, section 5) without padding: 60 characters.
 --
 --   offset  bytes
 --        0      1  format: 2, a transaction token
@@ -23,21 +23,21 @@
 --       33      8  LSN floor: a flushed WAL position before the commit of this transaction
 --       41      4  check: first 4 bytes of sha256(bytes 0 to 40)
 --
--- The id, not the transaction id, is what finds the transaction in the stream: after a crash PostgreSQL gives an
--- unflushed transaction id to another transaction. So a transactional logical message with the id as its content goes into
--- the WAL, which the publication's reader receives with the transaction, and not at all if it is rolled back.
+-- tuplewatch finds the transaction in the stream by the random id, not by the transaction id, because after a crash PostgreSQL assigns
+-- an unflushed transaction id to another transaction. So the function writes a transactional logical message with the random id into the
+-- WAL. tuplewatch receives the message with the transaction, and does not receive it if the transaction is rolled back.
 --
--- Costs: a transaction id, a WAL record of about 80 bytes, one read of pg_control.
+-- A call costs a transaction id, a WAL record of about 80 bytes, and a read of pg_control.
 
 CREATE OR REPLACE FUNCTION tuplewatch.snap_token() RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
--- The names below mean what they say, whatever the search_path of the caller and whatever it has in pg_temp.
+-- So that the names below do not depend on the caller's search_path, or on its objects in pg_temp.
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    -- First of all: what is flushed from here on, the commit record included, lies at or above the floor. Flushed, not merely
-    -- written: a crash can take the rest of the WAL, this transaction in it, and then others commit where it was. Whoever
-    -- starts at the floor must not miss those.
+    -- This comes first, so that the commit record will be at or above the floor. The floor is a flushed position, not merely a written
+    -- one: a crash can lose the unflushed WAL, including this transaction, and other transactions then commit at these positions. A
+    -- stream that starts at the floor must not miss them.
     lsn_floor CONSTANT pg_lsn := pg_current_wal_flush_lsn();
     id        CONSTANT bytea  := uuid_send(gen_random_uuid());
     source    bytea;
@@ -51,14 +51,14 @@ BEGIN
     PERFORM pg_logical_emit_message(true, 'tuplewatch', id);
 
     body := '\x02'::bytea || source || id || xid8send(pg_current_xact_id()) || pg_lsn_send(lsn_floor);
-    -- translate() also drops the padding; encode() breaks lines at 76 characters, of which there are 60.
+    -- translate() also removes the padding. encode() breaks lines at 76 characters, and a token has 60.
     RETURN translate(encode(body || substring(sha256(body) FROM 1 FOR 4), 'base64'), '+/=', '-_');
 END
 $$;
 
--- For everybody: the token tells nothing that any role could not read for itself (pg_control_system() and the WAL position
--- are open to all), and the message adds nothing that any role could not already write to the WAL. So the function runs with
--- the rights of its caller, not as SECURITY DEFINER. To close it: REVOKE EXECUTE … FROM PUBLIC, then GRANT to the writers.
+-- Everybody may call the function. Its token contains nothing that a role could not read anyway (pg_control_system() and the WAL
+-- position are open to all), and every role may write logical messages anyway. So it runs with the privileges of its caller, not as
+-- SECURITY DEFINER. To restrict it: REVOKE EXECUTE … FROM PUBLIC, then GRANT it to the writers.
 GRANT EXECUTE ON FUNCTION tuplewatch.snap_token() TO PUBLIC;
 
 COMMENT ON FUNCTION tuplewatch.snap_token() IS 'Token of the current transaction: Watch with it yields everything after this transaction.';

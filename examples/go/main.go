@@ -1,9 +1,9 @@
-// Keeps an index of who has which relation to what, and prints each entry that changes.
+// Keeps an index of the subjects of each relation, and prints each entry that changes.
 //
 //	go run . TENANT STATE_FILE [HOST:PORT]
 //
-// Stands for whatever follows a tenant: a cache, a search index, materialized permissions. ../README.md has the rules that the
-// comments refer to.
+// It stands for any program that follows a tenant: a cache, a search index, materialized permissions. The rules in the comments are
+// those of ../README.md.
 package main
 
 import (
@@ -36,7 +36,7 @@ import (
 
 const waitMax = 10 * time.Second
 
-// Index has subjects by `document:1#viewer`, and the token of the state that they are from: saved together (rule 3).
+// Index has the subjects by `document:1#viewer`, and the token of that state: saved together (rule 3).
 type Index struct {
 	Token    string                     `json:"token"`
 	Subjects map[string]map[string]bool `json:"subjects"`
@@ -53,8 +53,8 @@ func load(path string) (*Index, error) {
 	return index, json.Unmarshal(text, index)
 }
 
-// save writes beside the file and moves it over: whoever is killed here leaves the old one or the new one. With a database, rows
-// and token go into one transaction.
+// save writes a second file and moves it over the first: a crash here leaves either the old or the new state. With a database, put
+// the rows and the token into one transaction.
 func (i *Index) save(path, token string) error {
 	i.Token = token
 	text, err := json.Marshal(i)
@@ -85,10 +85,10 @@ func (i *Index) add(tuple *basev1.Tuple) (key, subject string) {
 	return key, subject
 }
 
-// apply adds or removes, whether it is there or not: a change may come that was already read (rule 2).
+// apply adds or removes an entry, whether it exists or not: the stream may repeat a change that was already read (rule 2).
 func (i *Index) apply(change *basev1.DataChange) {
 	if change.GetTuple() == nil {
-		return // Attributes come the same way; this index has none.
+		return // Attributes come in the same way; this index has none.
 	}
 	key, subject := i.add(change.GetTuple())
 	if change.GetOperation() == basev1.DataChange_OPERATION_DELETE {
@@ -101,7 +101,7 @@ type follower struct {
 	conn         *grpc.ClientConn
 	tenant, path string
 	index        *Index
-	token        string // Where the next stream starts; empty: now.
+	token        string // The start of the next stream; empty: now.
 	isComplete   bool   // Whether the index has everything up to the token.
 	failures     int
 }
@@ -109,18 +109,18 @@ type follower struct {
 // stream follows one stream, until it ends.
 func (f *follower) stream(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(withCredentials(ctx))
-	defer cancel() // It may be the read that fails.
+	defer cancel() // The stream is still open if the read failed.
 	request := &basev1.WatchRequest{TenantId: f.tenant, SnapToken: f.token}
 	stream, err := basev1.NewWatchClient(f.conn).Watch(ctx, request)
 	if err != nil {
 		return err
 	}
-	// Returns once the start is fixed: what is committed from here on is in the stream (rule 1).
+	// Returns when the start is fixed: every later commit is in the stream (rule 1).
 	header, err := stream.Header()
 	if err != nil {
 		return err
 	}
-	// A stream that was refused has no such header, and says so when it is read from.
+	// A refused stream has no such header, and its status follows when it is read.
 	if start := header.Get("snap-token"); len(start) == 1 && !f.isComplete {
 		if err := f.readState(ctx, start[0]); err != nil {
 			return err
@@ -148,7 +148,7 @@ func (f *follower) stream(ctx context.Context) error {
 	}
 }
 
-// readState reads everything. Pages are of different moments; what changes in between comes with the stream (rule 2).
+// readState reads everything. Pages are from different moments; the stream has the changes between them (rule 2).
 func (f *follower) readState(ctx context.Context, start string) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
@@ -181,7 +181,7 @@ func (f *follower) follow(ctx context.Context) error {
 		if err := f.stream(ctx); err != nil {
 			refusal, ok := status.FromError(err)
 			if !ok {
-				return err // Not the server's: the file cannot be written, for instance.
+				return err // Not from the server: for example, the file cannot be written.
 			}
 			log.Print(err)
 			next := nextSnapToken(refusal)
@@ -189,22 +189,22 @@ func (f *follower) follow(ctx context.Context) error {
 			case code == codes.Aborted && next != "":
 				f.token, f.isComplete = next, false // Rule 4: changes are missing before this token.
 			case slices.Contains(readAgain, code):
-				f.token, f.isComplete = "", false // Rule 4: there is no token to go on from.
+				f.token, f.isComplete = "", false // Rule 4: there is no token to continue from.
 			case !slices.Contains(passing, code):
 				return err
 			}
 		}
-		// Rule 5. Not all at once: others lost the same server.
+		// Rule 5. The wait is random, because other clients lost the same server.
 		f.failures++
 		wait := min(waitMax, 100*time.Millisecond<<min(f.failures, 10))
 		time.Sleep(time.Duration((0.5 + rand.Float64()/2) * float64(wait)))
 	}
 }
 
-// What one begins anew after.
+// After these, the client starts without a token.
 var readAgain = []codes.Code{codes.Aborted, codes.OutOfRange, codes.FailedPrecondition}
 
-// What passes by itself. Everything else is for a person to look at.
+// Temporary errors. Every other status needs a person.
 var passing = []codes.Code{codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded, codes.Internal, codes.Unknown,
 	codes.Canceled}
 
@@ -235,7 +235,7 @@ func main() {
 	conn, err := grpc.NewClient(address,
 		// Over TLS: credentials.NewTLS.
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		// A peer that is gone says nothing. Without pings one would wait for it for ever.
+		// A lost peer is silent. Without pings the client would wait for it for ever.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
 		// How far the server may send ahead of us.
 		grpc.WithInitialWindowSize(4<<20), grpc.WithInitialConnWindowSize(16<<20))

@@ -1,9 +1,9 @@
-// Keeps an index of who has which relation to what, and prints each entry that changes.
+// Keeps an index of the subjects of each relation, and prints each entry that changes.
 //
 //     node watch.js TENANT STATE_FILE [HOST:PORT]
 //
-// Stands for whatever follows a tenant: a cache, a search index, materialized permissions. ../README.md has the rules that the
-// comments refer to.
+// It stands for any program that follows a tenant: a cache, a search index, materialized permissions. The rules in the comments are
+// those of ../README.md.
 "use strict";
 
 const { once } = require("node:events");
@@ -20,20 +20,20 @@ const { base } = grpc.loadPackageDefinition(
   }));
 
 const CHANNEL = {
-  // A peer that is gone says nothing. Without pings one would wait for it for ever.
+  // A lost peer is silent. Without pings the client would wait for it for ever.
   "grpc.keepalive_time_ms": 20_000,
   "grpc.keepalive_timeout_ms": 10_000,
   // How far the server may send ahead of us.
   "grpc-node.flow_control_window": 4 << 20,
 };
-// What passes by itself. Everything else is for a person to look at, but for the statuses that `follow` knows.
+// Temporary errors. Every other status needs a person, except those that `follow` handles.
 const { status } = grpc;
 const PASSING = [status.UNAVAILABLE, status.RESOURCE_EXHAUSTED, status.DEADLINE_EXCEEDED, status.INTERNAL, status.UNKNOWN,
   status.CANCELLED];
 const READ_AGAIN = [status.ABORTED, status.OUT_OF_RANGE, status.FAILED_PRECONDITION];
 const WAIT_MAX_MS = 10_000;
 
-// Subjects by `document:1#viewer`, and the token of the state that they are from: saved together (rule 3).
+// Subjects by `document:1#viewer`, and the token of that state: saved together (rule 3).
 class Index {
   constructor(file) {
     this.file = file;
@@ -42,8 +42,8 @@ class Index {
     this.subjects = new Map(Object.entries(saved.subjects).map(([key, subjects]) => [key, new Set(subjects)]));
   }
 
-  // Written beside the file and moved over it: whoever is killed here leaves the old one or the new one. With a database, rows
-  // and token go into one transaction.
+  // Written to a second file and moved over the first: a crash here leaves either the old or the new state. With a database, put
+  // the rows and the token into one transaction.
   save(token) {
     this.token = token;
     const subjects = Object.fromEntries([...this.subjects].map(([key, subjects]) => [key, [...subjects].sort()]));
@@ -61,9 +61,9 @@ class Index {
     return key;
   }
 
-  // Adds or removes, whether it is there or not: a change may come that was already read (rule 2).
+  // Adds or removes an entry, whether it exists or not: the stream may repeat a change that was already read (rule 2).
   apply({ operation, type, tuple }) {
-    if (type !== "tuple") return; // Attributes come the same way; this index has none.
+    if (type !== "tuple") return; // Attributes come in the same way; this index has none.
     const key = this.add(tuple);
     const subjects = this.subjects.get(key);
     if (operation === "OPERATION_DELETE") subjects.delete(textOf(tuple.subject));
@@ -73,7 +73,7 @@ class Index {
 
 const textOf = ({ type, id, relation }) => `${type}:${id}${relation && `#${relation}`}`;
 
-// Reads everything. Pages are of different moments; what changes in between comes with the stream (rule 2).
+// Reads everything. Pages are from different moments; the stream has the changes between them (rule 2).
 async function readState(data, tenantId, snapToken, index) {
   const request = { tenantId, metadata: { snapToken }, filter: {}, pageSize: 100, continuousToken: "" };
   index.subjects.clear();
@@ -105,11 +105,11 @@ async function follow(address, tenantId, index) {
   let [failures, token, isComplete] = [0, index.token, index.token !== ""];
   for (;;) {
     const stream = watch.watch({ tenantId, snapToken: token }, credentials());
-    stream.on("error", () => {}); // Errors are told below; one that comes when nobody waits would end the process.
+    stream.on("error", () => {}); // Errors are handled below. Without a listener, an error at any other time would end the process.
     try {
-      // Comes once the start is fixed: what is committed from here on is in the stream (rule 1).
+      // Arrives when the start is fixed: every later commit is in the stream (rule 1).
       const [headers] = await once(stream, "metadata");
-      // A stream that was refused has no such header, and says so when it is read from.
+      // A refused stream has no such header, and its status follows when it is read.
       const start = headers.get("snap-token")[0];
       if (start && !isComplete) {
         await readState(data, tenantId, start, index);
@@ -129,20 +129,20 @@ async function follow(address, tenantId, index) {
       if (error.code === status.ABORTED && next) {
         [token, isComplete] = [next, false]; // Rule 4: changes are missing before this token.
       } else if (READ_AGAIN.includes(error.code)) {
-        [token, isComplete] = ["", false]; // Rule 4: there is no token to go on from.
+        [token, isComplete] = ["", false]; // Rule 4: there is no token to continue from.
       } else if (!PASSING.includes(error.code)) {
         throw error;
       }
     } finally {
-      stream.cancel(); // It may be the read that failed.
+      stream.cancel(); // The stream is still open if the read failed.
     }
-    // Rule 5. Not all at once: others lost the same server.
+    // Rule 5. The wait is random, because other clients lost the same server.
     failures += 1;
     await sleep((0.5 + Math.random() / 2) * Math.min(WAIT_MAX_MS, 100 * 2 ** Math.min(failures, 10)));
   }
 }
 
-// The details of an error are a google.rpc.Status; of what is in it, we want a google.rpc.ErrorInfo.
+// The details of an error are a google.rpc.Status that contains a google.rpc.ErrorInfo.
 const rpc = protobuf.parse(`syntax = "proto3";
   message Any { string type_url = 1; bytes value = 2; }
   message Status { int32 code = 1; string message = 2; repeated Any details = 3; }

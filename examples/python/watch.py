@@ -1,9 +1,9 @@
-"""Keeps an index of who has which relation to what, and prints each entry that changes.
+"""Keeps an index of the subjects of each relation, and prints each entry that changes.
 
     python watch.py TENANT STATE_FILE [HOST:PORT]
 
-Stands for whatever follows a tenant: a cache, a search index, materialized permissions. ../README.md has the rules that the
-comments refer to.
+It stands for any program that follows a tenant: a cache, a search index, materialized permissions. The rules in the comments are
+those of ../README.md.
 """
 
 import json
@@ -18,20 +18,20 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-# Compiles the .proto files as it starts. A program that ships runs `python -m grpc_tools.protoc` once instead.
+# Compiles the .proto files at the start. For production, run `python -m grpc_tools.protoc` once instead.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "proto"))
 watch_protos, watch_services = grpc.protos_and_services("base/v1/watch.proto")
 data_protos, data_services = grpc.protos_and_services("base/v1/data.proto")
 
 CHANNEL = [
-    # A peer that is gone says nothing. Without pings one would wait for it for ever.
+    # A lost peer is silent. Without pings the client would wait for it for ever.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # How far the server may send ahead of us.
     ("grpc.http2.lookahead_bytes", 4 << 20),
 ]
-# What passes by itself. Everything else is for a person to look at, but for the statuses that `follow` knows.
+# Temporary errors. Every other status needs a person, except those that `follow` handles.
 PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED,
            grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED}
 READ_AGAIN = {grpc.StatusCode.ABORTED, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION}
@@ -39,7 +39,7 @@ WAIT_MAX_SECONDS = 10
 
 
 class Index:
-    """Subjects by `document:1#viewer`, and the token of the state that they are from: saved together (rule 3)."""
+    """Subjects by `document:1#viewer`, and the token of that state: saved together (rule 3)."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -50,8 +50,8 @@ class Index:
     def save(self, token):
         self.token = token
         subjects = {key: sorted(subjects) for key, subjects in sorted(self.subjects.items())}
-        # Written beside the file and moved over it: whoever is killed here leaves the old one or the new one. With a database,
-        # rows and token go into one transaction.
+        # Written to a second file and moved over the first: a crash here leaves either the old or the new state. With a database, put
+        # the rows and the token into one transaction.
         beside = self.path.with_suffix(".new")
         with open(beside, "w") as file:
             json.dump({"token": token, "subjects": subjects}, file)
@@ -65,9 +65,9 @@ class Index:
         return key
 
     def apply(self, change):
-        """Adds or removes, whether it is there or not: a change may come that was already read (rule 2)."""
+        """Adds or removes an entry, whether it exists or not: the stream may repeat a change that was already read (rule 2)."""
         if change.WhichOneof("type") != "tuple":
-            return  # Attributes come the same way; this index has none.
+            return  # Attributes come in the same way; this index has none.
         key = self.add(change.tuple)
         if change.operation == change.OPERATION_DELETE:
             self.subjects[key].discard(subject_of(change.tuple))
@@ -84,7 +84,7 @@ def subject_of(tuple_):
 
 
 def read_state(channel, tenant, start, index):
-    """Reads everything. Pages are of different moments; what changes in between comes with the stream (rule 2)."""
+    """Reads everything. Pages are from different moments; the stream has the changes between them (rule 2)."""
     data = data_services.DataStub(channel)
     request = data_protos.RelationshipReadRequest(tenant_id=tenant, page_size=100)
     request.metadata.snap_token = start
@@ -113,9 +113,9 @@ def follow(channel, tenant, index):
         request = watch_protos.WatchRequest(tenant_id=tenant, snap_token=token)
         stream = watch_services.WatchStub(channel).Watch(request, metadata=credentials())
         try:
-            # Returns once the start is fixed: what is committed from here on is in the stream (rule 1).
+            # Returns when the start is fixed: every later commit is in the stream (rule 1).
             start = dict(stream.initial_metadata()).get("snap-token")
-            # A stream that was refused has no such header, and says so when it is read from.
+            # A refused stream has no such header, and its status follows when it is read.
             if start and not is_complete:
                 read_state(channel, tenant, start, index)
                 index.save(start)
@@ -132,12 +132,12 @@ def follow(channel, tenant, index):
             if error.code() == grpc.StatusCode.ABORTED and next_token:
                 token, is_complete = next_token, False  # Rule 4: changes are missing before this token.
             elif error.code() in READ_AGAIN:
-                token, is_complete = "", False  # Rule 4: there is no token to go on from.
+                token, is_complete = "", False  # Rule 4: there is no token to continue from.
             elif error.code() not in PASSING:
                 raise
         finally:
-            stream.cancel()  # It may be the read that failed.
-        # Rule 5. Not all at once: others lost the same server.
+            stream.cancel()  # The stream is still open if the read failed.
+        # Rule 5. The wait is random, because other clients lost the same server.
         failures += 1
         time.sleep(random.uniform(0.5, 1) * min(WAIT_MAX_SECONDS, 0.1 * 2 ** min(failures, 10)))
 

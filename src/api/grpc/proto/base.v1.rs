@@ -19,7 +19,7 @@ impl ::prost::Name for Tuple {
         "/base.v1.Tuple".into()
     }
 }
-/// A thing that relations and attributes are about.
+/// The object of relations and attributes.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Entity {
     #[prost(string, tag = "1")]
@@ -37,7 +37,7 @@ impl ::prost::Name for Entity {
         "/base.v1.Entity".into()
     }
 }
-/// Who has a relation: one subject, or (with `relation`) everybody who has that relation to it.
+/// The holder of a relation: one subject, or (with `relation`) every subject that has that relation to it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Subject {
     #[prost(string, tag = "1")]
@@ -266,13 +266,13 @@ impl ::prost::Name for DataChange {
         "/base.v1.DataChange".into()
     }
 }
-/// Changes of one tenant, in commit order, from one transaction.
+/// Changes of one tenant from one transaction, in the order in which they were executed.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DataChanges {
-    /// Resumes exactly after the last change of this message. Opaque.
+    /// Resumes right after the last change of this message. Opaque.
     #[prost(string, tag = "1")]
     pub snap_token: ::prost::alloc::string::String,
-    /// The list of changes; clients of later versions of the API call the same field `data_changes`.
+    /// The list of changes. Later versions of the API name the same field `data_changes`.
     #[prost(message, repeated, tag = "2")]
     pub tuple_changes: ::prost::alloc::vec::Vec<DataChange>,
 }
@@ -411,8 +411,8 @@ pub mod watch_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Starts after `snap_token`, or now where it is empty, and ends only with an error. The response headers arrive once
-        /// the start is fixed: what is committed after they are seen will be in the stream.
+        /// Starts after `snap_token`, or now if it is empty, and ends only with an error. The response headers arrive when the start is
+        /// fixed: every transaction that commits after they have arrived is in the stream.
         pub async fn watch(
             &mut self,
             request: impl tonic::IntoRequest<super::WatchRequest>,
@@ -455,8 +455,8 @@ pub mod watch_server {
             >
             + std::marker::Send
             + 'static;
-        /// Starts after `snap_token`, or now where it is empty, and ends only with an error. The response headers arrive once
-        /// the start is fixed: what is committed after they are seen will be in the stream.
+        /// Starts after `snap_token`, or now if it is empty, and ends only with an error. The response headers arrive when the start is
+        /// fixed: every transaction that commits after they have arrived is in the stream.
         async fn watch(
             &self,
             request: tonic::Request<super::WatchRequest>,
@@ -648,7 +648,7 @@ impl ::prost::Name for DataWriteRequest {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DataWriteRequestMetadata {
-    /// Ignored: there is no schema here.
+    /// Ignored, because tuplewatch has no schema.
     #[prost(string, tag = "1")]
     pub schema_version: ::prost::alloc::string::String,
 }
@@ -699,7 +699,7 @@ impl ::prost::Name for RelationshipWriteRequest {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RelationshipWriteRequestMetadata {
-    /// Ignored: there is no schema here.
+    /// Ignored, because tuplewatch has no schema.
     #[prost(string, tag = "1")]
     pub schema_version: ::prost::alloc::string::String,
 }
@@ -737,10 +737,10 @@ pub struct RelationshipReadRequest {
     pub metadata: ::core::option::Option<RelationshipReadRequestMetadata>,
     #[prost(message, optional, tag = "3")]
     pub filter: ::core::option::Option<TupleFilter>,
-    /// Tuples a page; 0 stands for the default.
+    /// Tuples on a page; 0 means the default.
     #[prost(uint32, tag = "4")]
     pub page_size: u32,
-    /// From the page before; empty for the first one.
+    /// From the previous page; empty for the first page.
     #[prost(string, tag = "5")]
     pub continuous_token: ::prost::alloc::string::String,
 }
@@ -756,7 +756,7 @@ impl ::prost::Name for RelationshipReadRequest {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RelationshipReadRequestMetadata {
-    /// What is read is at least as fresh as this; empty: as it is.
+    /// The read is at least as fresh as this token; empty: no requirement.
     #[prost(string, tag = "1")]
     pub snap_token: ::prost::alloc::string::String,
 }
@@ -796,10 +796,10 @@ pub struct AttributeReadRequest {
     pub metadata: ::core::option::Option<AttributeReadRequestMetadata>,
     #[prost(message, optional, tag = "3")]
     pub filter: ::core::option::Option<AttributeFilter>,
-    /// Attributes a page; 0 stands for the default.
+    /// Attributes on a page; 0 means the default.
     #[prost(uint32, tag = "4")]
     pub page_size: u32,
-    /// From the page before; empty for the first one.
+    /// From the previous page; empty for the first page.
     #[prost(string, tag = "5")]
     pub continuous_token: ::prost::alloc::string::String,
 }
@@ -815,7 +815,7 @@ impl ::prost::Name for AttributeReadRequest {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AttributeReadRequestMetadata {
-    /// What is read is at least as fresh as this; empty: as it is.
+    /// The read is at least as fresh as this token; empty: no requirement.
     #[prost(string, tag = "1")]
     pub snap_token: ::prost::alloc::string::String,
 }
@@ -952,7 +952,7 @@ impl ::prost::Name for BundleRunResponse {
         "/base.v1.BundleRunResponse".into()
     }
 }
-/// Picks tuples: what is empty picks all.
+/// Selects tuples: an empty field selects all.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TupleFilter {
     #[prost(message, optional, tag = "1")]
@@ -972,7 +972,7 @@ impl ::prost::Name for TupleFilter {
         "/base.v1.TupleFilter".into()
     }
 }
-/// Picks attributes: what is empty picks all.
+/// Selects attributes: an empty field selects all.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AttributeFilter {
     #[prost(message, optional, tag = "1")]
@@ -1118,7 +1118,7 @@ pub mod data_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Writes tuples and attributes in one transaction. What is there already stays; an attribute takes its new value.
+        /// Writes tuples and attributes in one transaction. A tuple that exists already is left alone; an attribute gets its new value.
         pub async fn write(
             &mut self,
             request: impl tonic::IntoRequest<super::DataWriteRequest>,
@@ -1140,7 +1140,7 @@ pub mod data_client {
             req.extensions_mut().insert(GrpcMethod::new("base.v1.Data", "Write"));
             self.inner.unary(req, path, codec).await
         }
-        /// Writes tuples. Older clients call this one.
+        /// Writes tuples. For older clients.
         pub async fn write_relationships(
             &mut self,
             request: impl tonic::IntoRequest<super::RelationshipWriteRequest>,
@@ -1213,7 +1213,7 @@ pub mod data_client {
                 .insert(GrpcMethod::new("base.v1.Data", "ReadAttributes"));
             self.inner.unary(req, path, codec).await
         }
-        /// Deletes the tuples and the attributes that the filters pick, in one transaction.
+        /// Deletes the tuples and the attributes that the filters select, in one transaction.
         pub async fn delete(
             &mut self,
             request: impl tonic::IntoRequest<super::DataDeleteRequest>,
@@ -1235,7 +1235,7 @@ pub mod data_client {
             req.extensions_mut().insert(GrpcMethod::new("base.v1.Data", "Delete"));
             self.inner.unary(req, path, codec).await
         }
-        /// Deletes tuples. Older clients call this one.
+        /// Deletes tuples. For older clients.
         pub async fn delete_relationships(
             &mut self,
             request: impl tonic::IntoRequest<super::RelationshipDeleteRequest>,
@@ -1260,7 +1260,7 @@ pub mod data_client {
                 .insert(GrpcMethod::new("base.v1.Data", "DeleteRelationships"));
             self.inner.unary(req, path, codec).await
         }
-        /// Bundles are Permify's: unimplemented here.
+        /// Bundles are a feature of Permify: UNIMPLEMENTED here.
         pub async fn run_bundle(
             &mut self,
             request: impl tonic::IntoRequest<super::BundleRunRequest>,
@@ -1297,7 +1297,7 @@ pub mod data_server {
     /// Generated trait containing gRPC methods that should be implemented for use with DataServer.
     #[async_trait]
     pub trait Data: std::marker::Send + std::marker::Sync + 'static {
-        /// Writes tuples and attributes in one transaction. What is there already stays; an attribute takes its new value.
+        /// Writes tuples and attributes in one transaction. A tuple that exists already is left alone; an attribute gets its new value.
         async fn write(
             &self,
             request: tonic::Request<super::DataWriteRequest>,
@@ -1305,7 +1305,7 @@ pub mod data_server {
             tonic::Response<super::DataWriteResponse>,
             tonic::Status,
         >;
-        /// Writes tuples. Older clients call this one.
+        /// Writes tuples. For older clients.
         async fn write_relationships(
             &self,
             request: tonic::Request<super::RelationshipWriteRequest>,
@@ -1327,7 +1327,7 @@ pub mod data_server {
             tonic::Response<super::AttributeReadResponse>,
             tonic::Status,
         >;
-        /// Deletes the tuples and the attributes that the filters pick, in one transaction.
+        /// Deletes the tuples and the attributes that the filters select, in one transaction.
         async fn delete(
             &self,
             request: tonic::Request<super::DataDeleteRequest>,
@@ -1335,7 +1335,7 @@ pub mod data_server {
             tonic::Response<super::DataDeleteResponse>,
             tonic::Status,
         >;
-        /// Deletes tuples. Older clients call this one.
+        /// Deletes tuples. For older clients.
         async fn delete_relationships(
             &self,
             request: tonic::Request<super::RelationshipDeleteRequest>,
@@ -1343,7 +1343,7 @@ pub mod data_server {
             tonic::Response<super::RelationshipDeleteResponse>,
             tonic::Status,
         >;
-        /// Bundles are Permify's: unimplemented here.
+        /// Bundles are a feature of Permify: UNIMPLEMENTED here.
         async fn run_bundle(
             &self,
             request: tonic::Request<super::BundleRunRequest>,
@@ -1861,10 +1861,10 @@ impl ::prost::Name for TenantDeleteResponse {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TenantListRequest {
-    /// Tenants a page; 0 stands for the default.
+    /// Tenants on a page; 0 means the default.
     #[prost(uint32, tag = "1")]
     pub page_size: u32,
-    /// From the page before; empty for the first one.
+    /// From the previous page; empty for the first page.
     #[prost(string, tag = "2")]
     pub continuous_token: ::prost::alloc::string::String,
 }
@@ -1907,7 +1907,7 @@ pub mod tenancy_client {
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
-    /// Tenants: all data belongs to one.
+    /// Creates, deletes and lists tenants. Every tuple and attribute belongs to one tenant.
     #[derive(Debug, Clone)]
     pub struct TenancyClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -2009,7 +2009,7 @@ pub mod tenancy_client {
             req.extensions_mut().insert(GrpcMethod::new("base.v1.Tenancy", "Create"));
             self.inner.unary(req, path, codec).await
         }
-        /// Deletes a tenant and all its data, which its watchers see as deletes.
+        /// Deletes a tenant and all its data. Its subscribers receive the deletes.
         pub async fn delete(
             &mut self,
             request: impl tonic::IntoRequest<super::TenantDeleteRequest>,
@@ -2074,7 +2074,7 @@ pub mod tenancy_server {
             tonic::Response<super::TenantCreateResponse>,
             tonic::Status,
         >;
-        /// Deletes a tenant and all its data, which its watchers see as deletes.
+        /// Deletes a tenant and all its data. Its subscribers receive the deletes.
         async fn delete(
             &self,
             request: tonic::Request<super::TenantDeleteRequest>,
@@ -2090,7 +2090,7 @@ pub mod tenancy_server {
             tonic::Status,
         >;
     }
-    /// Tenants: all data belongs to one.
+    /// Creates, deletes and lists tenants. Every tuple and attribute belongs to one tenant.
     #[derive(Debug)]
     pub struct TenancyServer<T> {
         inner: Arc<T>,
