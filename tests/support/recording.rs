@@ -162,8 +162,9 @@ impl Recording {
             return;
         }
         let recorded = std::fs::read_to_string(&path).unwrap();
-        let recorded: Vec<&str> = recorded.lines().skip(1).collect();
-        assert_same(&format!("{name}.txt without its first line"), &recorded, &self.lines);
+        let recorded: Vec<&str> = recorded.lines().collect();
+        let sent = [vec![recorded[0].to_owned()], self.lines].concat();
+        assert_same(&format!("{name}.txt"), &recorded, &sent);
     }
 }
 
