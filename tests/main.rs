@@ -32,6 +32,7 @@ mod support {
     pub(crate) mod proxy;
     #[expect(dead_code, reason = "the benchmarks use the rest")]
     pub(crate) mod raw_watch;
+    pub(crate) mod recording;
     pub(crate) mod reference;
     pub(crate) mod reset_wal;
     pub(crate) mod scrape;
@@ -73,6 +74,7 @@ mod scenarios {
     mod position;
     mod publication;
     mod rate_limit;
+    mod recorded;
     mod refusals;
     mod requests;
     mod retention;

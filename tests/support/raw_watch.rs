@@ -5,6 +5,7 @@
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use h2::client::{Builder, SendRequest};
 use h2::{Reason, RecvStream};
+use http::{HeaderMap, Response};
 use prost::Message as _;
 use std::net::SocketAddr;
 use tokio::net::TcpStream;
@@ -51,6 +52,15 @@ impl Connection {
 
     /// Returns when the response headers are there: the start is fixed then.
     pub(crate) async fn watch(&self, tenant: &str, token: &str) -> RawStream {
+        let response = self.request(tenant, token).await;
+        let header = |name| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
+        assert_eq!((response.status().as_u16(), header("grpc-status")), (200, None), "{response:?}");
+        let start_token = header("snap-token").unwrap();
+        RawStream { body: response.into_body(), frames: Frames::default(), start_token }
+    }
+
+    /// The response to a request to watch, also where that is refused.
+    pub(crate) async fn request(&self, tenant: &str, token: &str) -> Response<RecvStream> {
         let request = http::Request::post(format!("http://{}/base.v1.Watch/Watch", self.authority))
             .header("content-type", "application/grpc")
             .header("te", "trailers")
@@ -59,11 +69,7 @@ impl Connection {
         let mut requests = self.requests.clone().ready().await.unwrap();
         let (response, mut body) = requests.send_request(request, false).unwrap();
         body.send_data(framed(tenant, token), true).unwrap();
-        let response = response.await.unwrap();
-        let header = |name| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
-        assert_eq!((response.status().as_u16(), header("grpc-status")), (200, None), "{response:?}");
-        let start_token = header("snap-token").unwrap();
-        RawStream { body: response.into_body(), frames: Frames::default(), start_token }
+        response.await.unwrap()
     }
 }
 
@@ -80,12 +86,8 @@ fn framed(tenant: &str, token: &str) -> Bytes {
 impl RawStream {
     /// Takes what the next DATA frame completes, and tells each encoded `WatchResponse`.
     pub(crate) async fn read(&mut self, message: impl FnMut(&[u8])) -> Result<(), h2::Error> {
-        let chunk = match self.body.data().await {
-            Some(chunk) => chunk?,
-            None => panic!("the stream ended: {:?}", self.body.trailers().await),
-        };
-        self.body.flow_control().release_capacity(chunk.len())?;
-        self.frames.take(chunk, message);
+        let is_open = self.frames.read(&mut self.body, message).await?;
+        assert!(is_open, "the stream ended: {:?}", self.body.trailers().await);
         Ok(())
     }
 }
@@ -93,6 +95,23 @@ impl RawStream {
 /// Whether the connection died of too many small frames that nobody read.
 pub(crate) fn is_too_many_frames(error: &h2::Error) -> bool {
     error.reason() == Some(Reason::ENHANCE_YOUR_CALM)
+}
+
+/// Every message up to and including the first for which `is_last` holds; or all, and then the trailers.
+pub(crate) async fn messages(mut body: RecvStream, is_last: impl Fn(&[u8]) -> bool) -> (Vec<Vec<u8>>, HeaderMap) {
+    let (mut frames, mut messages, mut is_over) = (Frames::default(), Vec::new(), false);
+    while !is_over {
+        let take = |message: &[u8]| {
+            if !is_over {
+                messages.push(message.to_vec());
+                is_over = is_last(message);
+            }
+        };
+        if !frames.read(&mut body, take).await.unwrap() {
+            return (messages, body.trailers().await.unwrap().unwrap_or_default());
+        }
+    }
+    (messages, HeaderMap::new())
 }
 
 /// gRPC's messages, which begin and end anywhere in DATA frames.
@@ -106,6 +125,15 @@ struct Frames {
 const PREFIX: usize = 5;
 
 impl Frames {
+    /// Takes what the next DATA frame completes; `false` at the end of the body.
+    async fn read(&mut self, body: &mut RecvStream, message: impl FnMut(&[u8])) -> Result<bool, h2::Error> {
+        let Some(chunk) = body.data().await else { return Ok(false) };
+        let chunk = chunk?;
+        body.flow_control().release_capacity(chunk.len())?;
+        self.take(chunk, message);
+        Ok(true)
+    }
+
     fn take(&mut self, chunk: Bytes, mut message: impl FnMut(&[u8])) {
         if self.rest.is_empty() {
             let taken = whole(&chunk, &mut message);
@@ -157,7 +185,8 @@ pub(crate) fn decimal(digits: &[u8]) -> u64 {
     })
 }
 
-fn field(message: &[u8], wanted: u32) -> &[u8] {
+/// The content of the first field with this number.
+pub(crate) fn field(message: &[u8], wanted: u32) -> &[u8] {
     let found = Fields(message).find(|(number, _)| *number == wanted);
     found.map_or_else(|| panic!("no field {wanted} in {message:?}"), |(_, content)| content)
 }

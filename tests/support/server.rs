@@ -37,9 +37,10 @@ pub(crate) struct Server {
 /// The machine that runs the tests may have a disk with less room than the default wants.
 const RESERVE: &str = "--changelog-disk-reserve";
 
-/// The program, with nothing of our environment that configures it.
+/// The program, with nothing of our environment that configures it. `TUPLEWATCH_BIN` names another build of it.
 fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_tuplewatch"));
+    let built = env!("CARGO_BIN_EXE_tuplewatch").into();
+    let mut command = Command::new(std::env::var_os("TUPLEWATCH_BIN").unwrap_or(built));
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("TUPLEWATCH_") {
             command.env_remove(name);
