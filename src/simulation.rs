@@ -26,7 +26,9 @@ use crate::changelog::recorder;
 use crate::decode::assembler::{Limits, OnUndecodable};
 use crate::decode::mapping::{Mapping, TUPLES_PRESET};
 use crate::hub::{self, Hub, releaser};
+use crate::model::change::TenantId;
 use crate::model::diagnostic::CommandLine;
+use crate::model::scope::Scope;
 use crate::postgres::slot::AckDelay;
 use crate::replication::{Options, Session};
 use disk::Disk;
@@ -133,11 +135,14 @@ impl Run {
         let readers = starts.into_iter().enumerate().map(|(n, start)| {
             // The token of a transaction that a failover takes away says no more than its floor.
             let start = if fault == Fault::Failover && start == Start::Transaction { Start::First } else { start };
-            let tenant = TENANTS[random.usize(..TENANTS.len())];
+            let scope = match random.usize(..=TENANTS.len()) {
+                n if n < TENANTS.len() => Scope::Tenant(TenantId::new(TENANTS[n]).unwrap()),
+                _ => Scope::All,
+            };
             // What is not published is noticed by a check, some seconds later; and where connections break, and what was held
             // back comes again first, later still.
             let last = format!("{LAST}{:03}", if fault == Fault::Unpublished { 8 } else { 0 });
-            Arc::new(Mutex::new(Reader::new(tenant, start, last, seed.wrapping_add(n as u64))))
+            Arc::new(Mutex::new(Reader::new(scope, start, last, seed.wrapping_add(n as u64))))
         });
         let readers = readers.collect();
         let may_lie = fault == Fault::LyingDisk;

@@ -1,6 +1,6 @@
-//! A subscriber that leaves and comes back, and remembers what it was told.
+//! A subscriber that leaves and comes back, of one tenant or of all, and remembers what it received.
 
-use super::server::{Asked, Committed, LAST, Server};
+use super::server::{Asked, Committed, LAST, Server, TENANTS};
 use super::world::World;
 use crate::api::grpc::proto::{DataChange, DataChanges, data_change::Type};
 use crate::api::grpc::status::Tokens;
@@ -8,7 +8,7 @@ use crate::hub::start::Error as StartError;
 use crate::hub::{End, Hub, Item, Origin};
 use crate::model::change::TenantId;
 use crate::model::lsn::{CommitTime, Position, Snapshot};
-use crate::model::scope::Scope;
+use crate::model::scope::{Place, Scope};
 use fastrand::Rng;
 use prost::Message as _;
 use std::fmt;
@@ -28,7 +28,7 @@ pub(super) enum Start {
 
 /// What it has had, across its own disconnects and the deaths of the process.
 pub(super) struct Reader {
-    tenant: &'static str,
+    scope: Scope,
     start: Start,
     random: Rng,
     /// What it would come back with, if it had no message yet.
@@ -57,13 +57,14 @@ enum Base {
 struct Kept {
     token: String,
     reached: Position,
-    changes: Vec<String>,
+    /// Tenants and ids.
+    changes: Vec<(String, String)>,
 }
 
 impl Reader {
-    pub(super) fn new(tenant: &'static str, start: Start, last: String, seed: u64) -> Self {
+    pub(super) fn new(scope: Scope, start: Start, last: String, seed: u64) -> Self {
         Self {
-            tenant,
+            scope,
             start,
             random: Rng::with_seed(seed),
             first_token: None,
@@ -97,13 +98,18 @@ impl Reader {
         self.start = Start::Now;
     }
 
-    fn keep(&mut self, item: &Item, origin: &Origin) {
-        let message = &item.message;
-        let token = Tokens::new(origin).write(message.reached(), message.header.commit_time);
-        let changes = ids(&message.changes);
-        // Or a later one.
-        self.is_done |= changes.iter().any(|id| id.starts_with(LAST) && *id >= self.last);
-        self.kept.push(Kept { token, reached: message.reached(), changes });
+    /// Takes a message, after which the stream stands at `place`.
+    fn keep(&mut self, item: &Item, place: &Place, origin: &Origin) {
+        let token = Tokens::new(origin).write(place.clone(), item.message.header.commit_time);
+        let changes: Vec<_> =
+            ids(&item.message.changes).into_iter().map(|id| (item.tenant.as_str().to_owned(), id)).collect();
+        // Or a later one; of all tenants, that of the last of them.
+        self.is_done |= changes.iter().any(|(tenant, id)| {
+            id.starts_with(LAST)
+                && *id >= self.last
+                && (self.scope != Scope::All || TENANTS.last() == Some(&tenant.as_str()))
+        });
+        self.kept.push(Kept { token, reached: place.outer(), changes });
     }
 
     /// Forgets its last messages, as one that crashed before it had dealt with them.
@@ -132,8 +138,12 @@ impl Reader {
             // A token has no snapshot: who comes back may be sent what it could read when it started, if that committed after
             // something that it could not.
             let is_possible = is_expected || (matches!(self.base, Base::Snapshot(_)) && self.returns > 0);
-            for (_, id) in transaction.changes.iter().filter(|(tenant, _)| *tenant == self.tenant) {
-                if is_possible && had.next_if(|next| *next == id).is_some() {
+            let is_own = |tenant: &str| self.scope.includes(&TenantId::new(tenant).unwrap());
+            let mut changes: Vec<_> = transaction.changes.iter().filter(|(tenant, _)| is_own(tenant)).collect();
+            // Inside a transaction by tenant, each as executed.
+            changes.sort_by_key(|(tenant, _)| *tenant);
+            for (tenant, id) in changes {
+                if is_possible && had.next_if(|next| next.0 == *tenant && next.1 == *id).is_some() {
                     count += 1;
                 } else if is_expected && had.peek().is_some() {
                     missing.push((transaction, id));
@@ -141,7 +151,7 @@ impl Reader {
             }
         }
         if let Some(surplus) = had.next() {
-            return Err(format!("{self:?} was sent {surplus} out of order, twice, or for nothing"));
+            return Err(format!("{self:?} was sent {surplus:?} out of order, twice, or for nothing"));
         }
         for (transaction, id) in missing {
             let inside = |(from, to): &(Position, Position)| {
@@ -163,8 +173,8 @@ impl Reader {
 impl fmt::Debug for Reader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let had: Vec<String> = self.kept.iter().map(|kept| format!("{} {:?}", kept.reached, kept.changes)).collect();
-        let (tenant, start, base, gaps) = (self.tenant, &self.start, &self.base, &self.gaps);
-        write!(f, "the reader of {tenant} ({start:?} after {base:?}, gaps {gaps:?}, had {had:#?})")
+        let (scope, start, base, gaps) = (&self.scope, &self.start, &self.base, &self.gaps);
+        write!(f, "the reader of {scope} ({start:?} after {base:?}, gaps {gaps:?}, had {had:#?})")
     }
 }
 
@@ -219,19 +229,12 @@ fn prepare(server: &Server, reader: &Mutex<Reader>) -> bool {
 
 /// One stream; whether it was left of the reader's own accord.
 async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader>) -> bool {
-    let (tenant, token) = {
+    let (scope, token) = {
         let reader = reader.lock().unwrap();
-        (reader.tenant, reader.token())
+        (reader.scope.clone(), reader.token())
     };
     let asked = Asked { server, snapshot: Mutex::new(None) };
-    let started = hub
-        .start(
-            &asked,
-            Scope::Tenant(TenantId::new(tenant).unwrap()),
-            token.as_deref().unwrap_or_default(),
-            Duration::from_secs(10),
-        )
-        .await;
+    let started = hub.start(&asked, scope.clone(), token.as_deref().unwrap_or_default(), Duration::from_secs(10)).await;
     let mut subscription = match started {
         Ok(subscription) => subscription,
         Err(StartError::Unreachable(_)) => return false,
@@ -245,7 +248,7 @@ async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader
             return false;
         }
         Err(error) => {
-            world.violate(format!("a reader of {tenant} cannot start with {token:?}: {error}"));
+            world.violate(format!("a reader of {scope} cannot start with {token:?}: {error}"));
             return false;
         }
     };
@@ -259,6 +262,7 @@ async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader
     let mut patience = reader.lock().unwrap().random.usize(1..12);
     while patience > 0 {
         let bytes_max = reader.lock().unwrap().random.usize(1..200);
+        let mut place = subscription.place().clone();
         let next = subscription.next(bytes_max).await;
         if world.is_dead() {
             // It did not get that far.
@@ -272,7 +276,8 @@ async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader
                     if !server.is_visible(item.message.header.xid) {
                         world.violate(format!("{} was sent before it was visible", item.message.header.commit));
                     }
-                    reader.keep(&item, &origin);
+                    place = item.reached(&scope, &place);
+                    reader.keep(&item, &place, &origin);
                 }
                 if reader.is_done {
                     return true;

@@ -21,8 +21,10 @@ use crate::support::sql::Sql;
 use crate::support::wait::within;
 use h2::RecvStream;
 use std::fmt;
-use tuplewatch::model::lsn::{Lsn, Position, Xid8};
+use tuplewatch::model::lsn::{Lsn, Xid8};
+use tuplewatch::model::scope::Place;
 use tuplewatch::model::snap_token::{SnapToken, TEXT_BYTES_MAX, TokenId};
+use tuplewatch::model::timeline::{SourceId, TimelineId};
 
 /// Large transactions come in several messages.
 const CUT: (&str, &str) = ("--service-watch-message-size-max", "16KiB");
@@ -228,12 +230,11 @@ async fn starts_that_are_refused() {
     let server = Server::serve(&postgres, &[("--service-watch-resolve-timeout", "1s")]).await;
     let mut case = Case::begin(server, postgres.sql().await).await;
     let (_, _, good) = case.server.first_delivered(&postgres, "first").await;
-    let Ok(SnapToken::Position { source, timeline, position, commit_time }) = good.parse() else {
+    let Ok(SnapToken::Position { source, timeline, place, commit_time }) = good.parse() else {
         panic!("'{good}' is no token of a position")
     };
     let of_position = |source, timeline, lsn| {
-        let position = Position { lsn: Lsn(lsn), steps: 0 };
-        SnapToken::Position { source, timeline, position, commit_time }.to_string()
+        SnapToken::Position { source, timeline, place: Place::at(Lsn(lsn)), commit_time }.to_string()
     };
     let ancient = SnapToken::Transaction { source, id: TokenId([7; 16]), xid: Xid8(3), floor: Lsn(16) }.to_string();
     let writer = postgres.sql().await;
@@ -250,8 +251,8 @@ async fn starts_that_are_refused() {
         ("a token that is not base64", "t1", "%%%"),
         ("half a token", "t1", &good[..32]),
         ("a token that is too long", "t1", &long_token),
-        ("a token of another database", "t1", &of_position([7; 8], timeline, position.lsn.0)),
-        ("a token of another timeline", "t1", &of_position(source, [7; 8], position.lsn.0)),
+        ("a token of another database", "t1", &of_position(SourceId([7; 8]), timeline, place.position.lsn.0)),
+        ("a token of another timeline", "t1", &of_position(source, TimelineId([7; 8]), place.position.lsn.0)),
         ("a token of the future", "t1", &of_position(source, timeline, u64::MAX)),
         ("a token that is too old", "t1", &too_old),
         ("a transaction that is too old", "t1", &ancient),

@@ -105,7 +105,7 @@ impl Recording {
         for message in messages {
             let token = token(message);
             let is_inside = match &token {
-                SnapToken::Position { position, .. } => position.steps > 0,
+                SnapToken::Position { place, .. } => place.position.steps > 0,
                 // Of the transaction before.
                 token => before.as_ref() == Some(token),
             };

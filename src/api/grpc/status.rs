@@ -12,7 +12,7 @@ use crate::access::authn;
 use crate::hub::start::Error as StartError;
 use crate::hub::{End, Origin};
 use crate::model::lsn::{CommitTime, Position, Xid8};
-use crate::model::scope::Scope;
+use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::{Form, SnapToken};
 use crate::model::timeline::{History, SourceId};
 use crate::model::transaction::Message;
@@ -64,10 +64,11 @@ impl Tokens {
         }
     }
 
-    /// The token of a position, which is taken whatever form messages have.
-    pub fn write(&self, position: Position, commit_time: CommitTime) -> String {
-        let timeline = self.history.writer_of(position.extent()).id();
-        SnapToken::Position { source: self.source, timeline, place: position.into(), commit_time }.to_string()
+    /// The token of a place, which is taken whatever form messages have.
+    pub fn write(&self, place: impl Into<Place>, commit_time: CommitTime) -> String {
+        let place = place.into();
+        let timeline = self.history.writer_of(place.extent()).id();
+        SnapToken::Position { source: self.source, timeline, place, commit_time }.to_string()
     }
 }
 
