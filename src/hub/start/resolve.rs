@@ -118,7 +118,7 @@ impl Hub {
         let reached =
             tokio::time::timeout_at(deadline.max(Instant::now() + STATUS_EVERY), appended.wait_for(|lsn| *lsn > mark));
         if reached.await.is_err() {
-            return Err(Unreachable(format!("the stream did not reach {mark} in time, try again")).into());
+            return Err(Unreachable::Behind(Position::at(mark)).into());
         }
         Ok(self.on_disk(find).await?.ok_or(Missing { is_unassigned, mark }))
     }

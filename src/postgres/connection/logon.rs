@@ -1,9 +1,9 @@
 //! Logging on, for both kinds of connection.
 //!
 //! The drivers would each do it in their own way: with other settings, another form of the same password and other errors. So
-//! neither does. This sends the startup message with our [pins](super::pins), proves who we are,
-//! and sets what the startup message could not. A [`Walsender`] goes on from there. tokio-postgres, which
-//! wants to log on itself, is handed a session that the server has already accepted:
+//! neither does. This module sends the startup message with our [pins](super::pins), authenticates, and sets what the startup
+//! message could not. A [`Walsender`] takes over from there. tokio-postgres, which wants to log on itself, gets a session that the
+//! server has already accepted:
 //!
 //! ```text
 //!   server ◀── startup, password, SET … ── log_on()                         LoggedOn
@@ -36,7 +36,7 @@ const SCRAM: &str = "SCRAM-SHA-256";
 /// The message of which AuthenticationOk consists.
 const AUTHENTICATION_OK: &[u8] = b"R\0\0\0\x08\0\0\0\0";
 
-/// Who logs on, for what.
+/// The user that logs on, and the kind of session.
 pub(super) struct LogOn<'a> {
     pub(super) user: &'a str,
     pub(super) password: &'a Password,
@@ -54,7 +54,7 @@ pub(super) struct LoggedOn {
     accepted: BytesMut,
 }
 
-/// The same for a driver that is yet to log on.
+/// An accepted session, in front of a driver that still wants to log on.
 pub(super) struct Disguised {
     wire: Wire,
     /// What the driver has to read first.
@@ -116,29 +116,28 @@ impl LogOn<'_> {
                 }
                 Message::AuthenticationSspi => return Err(Failure::Method("SSPI".to_owned())),
                 Message::NoticeResponse(_) => {}
-                _ => return Err(unexpected("during authentication")),
+                _ => return Err(Failure::Unexpected { when: "during authentication" }),
             }
         }
     }
 
     async fn scram(&self, peer: &mut Peer) -> Result<(), Failure> {
         let password = self.password.prepared().ok_or(Failure::PasswordIsNoText)?;
-        let untrue = |error: pgwire_replication::PgWireError| Failure::Impostor(error.to_string());
         let client = ScramClient::new(self.user);
         peer.send(|out| frontend::sasl_initial_response(SCRAM, client.client_first.as_bytes(), out))
             .await
             .map_err(Failure::Lost)?;
         let Message::AuthenticationSaslContinue(first) = self.receive(peer).await? else {
-            return Err(unexpected("in the middle of SCRAM"));
+            return Err(Failure::Unexpected { when: "in the middle of SCRAM" });
         };
         let first = String::from_utf8_lossy(first.data()).into_owned();
-        let (last, messages, salted) = client.client_final(&password, &first).map_err(untrue)?;
+        let (last, messages, salted) = client.client_final(&password, &first).map_err(Failure::Impostor)?;
         peer.send(|out| frontend::sasl_response(last.as_bytes(), out)).await.map_err(Failure::Lost)?;
         let Message::AuthenticationSaslFinal(proof) = self.receive(peer).await? else {
-            return Err(unexpected("at the end of SCRAM"));
+            return Err(Failure::Unexpected { when: "at the end of SCRAM" });
         };
         let proof = String::from_utf8_lossy(proof.data()).into_owned();
-        ScramClient::verify_server_final(&proof, &salted, &messages).map_err(untrue)
+        ScramClient::verify_server_final(&proof, &salted, &messages).map_err(Failure::Impostor)
     }
 
     /// The next message, unless the server refuses.
@@ -184,10 +183,6 @@ impl LogOn<'_> {
     fn refused(&self, error: &ErrorResponseBody) -> Failure {
         Refusal::read(error, self.sessions).map_or_else(Failure::Lost, Failure::Refused)
     }
-}
-
-fn unexpected(when: &str) -> Failure {
-    Failure::Lost(io::Error::new(io::ErrorKind::InvalidData, format!("it sent something unexpected {when}")))
 }
 
 /// 18 in `18beta1` and in `18.1 (Debian 18.1-1)`.

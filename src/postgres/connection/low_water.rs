@@ -11,7 +11,7 @@
 //!      └──────────────────────────────────┘
 //! ```
 //!
-//! So whoever is not behind never waits, and what ends a backlog waits for [`WAIT_MAX`] at the most. On a TCP socket, also below
+//! So a session that is not behind never waits, and the last bytes of a backlog wait for [`WAIT_MAX`] at the most. On a TCP socket, also below
 //! TLS, under Linux; a Unix socket wakes for every byte, whatever is set.
 
 use std::io;
@@ -27,7 +27,7 @@ pub(super) const WAIT_MAX: Duration = Duration::from_millis(1);
 /// It is raised when this many bytes have come within [`WINDOW`]: a thousand rows.
 const MUCH: usize = 128 << 10;
 const WINDOW: Duration = Duration::from_millis(16);
-/// As many within [`WAIT_MAX`] show that it goes on like that.
+/// As many within [`WAIT_MAX`] show that the backlog continues.
 const STILL_MUCH: usize = MUCH / 16;
 
 /// Of one socket.

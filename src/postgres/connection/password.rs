@@ -1,4 +1,4 @@
-//! A password, and what becomes of it before it is used.
+//! A password, and its preparation before it is used.
 //!
 //! PostgreSQL takes any bytes. `password` and `md5` use them as they are; SCRAM uses a prepared form of text (SASLprep, RFC 4013),
 //! so that a letter that can be written in two ways is the same password. Where a password cannot be prepared its bytes are

@@ -1,6 +1,6 @@
 //! Messages of PostgreSQL's protocol, from the server and to it.
 //!
-//! A byte says what a message is, four how long the rest is, these four included.
+//! The first byte of a message is its type. The next four are its length, without the type and with these four.
 
 use std::io;
 
@@ -21,13 +21,28 @@ const MESSAGE_MAX: usize = 1 << 30;
 /// The longest before there is a session. Real ones have some hundred bytes.
 const EARLY_MESSAGE_MAX: usize = 64 << 10;
 
+/// Bytes that are no message of PostgreSQL's protocol.
+#[derive(Debug, thiserror::Error)]
+enum Malformed {
+    #[error("it sent something that is not of PostgreSQL's protocol")]
+    Length,
+    #[error("it sent a message that is not whole")]
+    Incomplete,
+}
+
+impl From<Malformed> for io::Error {
+    fn from(malformed: Malformed) -> Self {
+        Self::new(io::ErrorKind::InvalidData, malformed)
+    }
+}
+
 /// The server.
 pub(super) struct Peer {
     pub(super) incoming: Incoming,
     pub(super) outgoing: WriteHalf<Wire>,
 }
 
-/// What it sends.
+/// The bytes that the server sends.
 pub(super) struct Incoming {
     wire: ReadHalf<Wire>,
     /// See [`Incoming::unread`].
@@ -37,7 +52,7 @@ pub(super) struct Incoming {
 }
 
 impl Peer {
-    /// Who is not yet known to be PostgreSQL.
+    /// A peer that may not be PostgreSQL.
     pub(super) fn new(wire: Wire) -> Self {
         let mark = LowWater::new(wire.tcp().and_then(|socket| socket.try_clone_to_owned().ok()));
         let (wire, outgoing) = split(wire);
@@ -50,7 +65,7 @@ impl Peer {
         self.incoming.message_max = MESSAGE_MAX;
     }
 
-    /// For a driver, which begins behind what is unread.
+    /// The stream for a driver, which reads what is not read yet.
     pub(super) fn into_wire(self) -> Wire {
         self.incoming.wire.unsplit(self.outgoing)
     }
@@ -118,10 +133,7 @@ impl Incoming {
         let Some(header) = Header::parse(&self.buffer)? else { return Ok(None) };
         let length = usize::try_from(header.len()).ok().and_then(|length| length.checked_add(1));
         match length.filter(|length| *length <= self.message_max) {
-            None => Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "it sent something that is not of PostgreSQL's protocol",
-            )),
+            None => Err(Malformed::Length.into()),
             length => Ok(length),
         }
     }
@@ -147,8 +159,7 @@ fn some(bytes: usize) -> io::Result<usize> {
 
 /// The message of which these are all bytes.
 pub(super) fn parse(mut message: BytesMut) -> io::Result<Message> {
-    Message::parse(&mut message)?
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it sent something that is not whole"))
+    Message::parse(&mut message)?.ok_or_else(|| Malformed::Incomplete.into())
 }
 
 #[cfg(test)]
@@ -179,17 +190,17 @@ mod tests {
         (Peer::new(Box::new(stream.unwrap())), other)
     }
 
-    /// A walsender that sends each row by itself, and then one more when it is told to.
+    /// A walsender that sends each row by itself, and then one more at each request.
     #[tokio::test]
     async fn a_backlog_comes_in_large_pieces_and_its_end_is_not_late() {
         let (mut peer, mut walsender) = connected().await;
         peer.trust();
-        let (go_on, told) = std::sync::mpsc::channel();
+        let (request, requested) = std::sync::mpsc::channel();
         let sender = std::thread::spawn(move || {
             for _ in 0..ROWS {
                 walsender.write_all(&message(&[b'w'; ROW])).unwrap();
             }
-            while told.recv().is_ok() {
+            while requested.recv().is_ok() {
                 walsender.write_all(&message(b"last")).unwrap();
             }
         });
@@ -208,11 +219,11 @@ mod tests {
         }
         assert!(reads < ROWS / 4, "{reads} reads of {ROWS} rows");
         for _ in 0..3 {
-            go_on.send(()).unwrap();
+            request.send(()).unwrap();
             let last = tokio::time::timeout(Duration::from_secs(30), peer.incoming.next());
             assert_eq!(last.await.unwrap().unwrap(), message(b"last"));
         }
-        drop(go_on);
+        drop(request);
         sender.join().unwrap();
     }
 

@@ -3,6 +3,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::Command;
+use tokio_postgres::error::SqlState;
 
 use super::Event;
 use super::wire::SslMode;
@@ -390,6 +391,6 @@ async fn replication_of_a_publication_with_any_name() {
     let mut walsender = connection.endpoint().replicate("tests").await.unwrap();
     let error = walsender.start("missing", "none").await.unwrap_err();
     let error = connection.endpoint().replication_error(error);
-    assert!(error.is_definite() && error.sqlstate() == Some("42704"), "{error}");
+    assert!(error.is_definite() && error.sqlstate() == Some(&SqlState::UNDEFINED_OBJECT), "{error}");
     assert!(error.to_string().contains("tuplewatch serve"), "{error}");
 }

@@ -25,8 +25,7 @@ const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is wrong with `database.uri`. The messages name the part and never repeat a value: any may hold the password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
-pub enum UriError {
+pub(crate) enum UriError {
     #[error(
         "it is neither a URI (postgres://user:password@host:5432/database) nor a list of pairs (host=… user=… dbname=…)"
     )]
@@ -129,7 +128,7 @@ fn from_uri(text: &str) -> Result<Given, UriError> {
     Ok(given)
 }
 
-/// An IPv6 address stands in brackets, without which its colons could not be told from the port's.
+/// An IPv6 address stands in brackets, which keep its colons apart from the port's.
 fn split_port(host: &str) -> Result<(&str, &str), UriError> {
     if let Some(inside) = host.strip_prefix('[') {
         let (address, behind) = inside.split_once(']').ok_or(UriError::Punctuation)?;
@@ -211,7 +210,7 @@ impl Given {
         }
     }
 
-    /// The same for a name that somebody wrote.
+    /// The same for a name from the text.
     fn set(&mut self, name: &str, value: String) -> Result<(), UriError> {
         if !is_name(name) {
             return Err(UriError::Punctuation);
@@ -298,7 +297,7 @@ impl Given {
             Some("verify-ca") => SslMode::VerifyCa,
             Some("verify-full") => SslMode::VerifyFull,
             Some("allow") => {
-                let why = "'allow' tries without TLS first and tells nobody which it became: choose disable, prefer or require";
+                let why = "'allow' tries without TLS first, and does not show which it chose: choose disable, prefer or require";
                 return Err(UriError::Unsupported { name: "sslmode", why });
             }
             Some(_) => {
@@ -306,7 +305,7 @@ impl Given {
                 return Err(UriError::Value { name: "sslmode", expected });
             }
         };
-        // As in libpq: whoever names a root certificate wants it used.
+        // As in libpq: a root certificate that is named is used.
         if mode == SslMode::Require && given_root.is_some() {
             mode = SslMode::VerifyCa;
         }

@@ -48,7 +48,8 @@ impl Version {
         } else if let Some((major, minor)) =
             MENDED_IN.iter().find(|(major, minor)| self.major == *major && self.minor < *minor)
         {
-            let what = format!("PostgreSQL {text} can go on with what was published before a publication was altered");
+            let what =
+                format!("PostgreSQL {text} can continue with what was published before a publication was altered");
             let meaning = "Where the publication is altered while a transaction writes, rows of later transactions may not be sent, \
                            and nothing tells.";
             let fix = format!(
@@ -200,7 +201,8 @@ impl Server {
         }
     }
 
-    /// PostgreSQL counts logical walsenders as standbys, and ours would answer when the slot is told, or before a standby has it.
+    /// PostgreSQL counts logical walsenders as standbys, and ours would confirm a commit late (with the acknowledgement), or before a
+    /// standby has it.
     pub(super) fn check_synchronous_standbys(&self, ack_delay: AckDelay, report: &mut Report) {
         const SETTING: &str = "synchronous_standby_names";
         if !counts_us(&self.synchronous_standbys) {
