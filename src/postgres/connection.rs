@@ -1,4 +1,4 @@
-//! Where PostgreSQL is, and connections to it.
+//! Connections to PostgreSQL, as `database.uri` says.
 //!
 //! `database.uri` may contain everything that libpq's can, and two kinds of connection have to follow it: SQL, by tokio-postgres, and
 //! replication, whose messages pgwire-replication reads and writes. So the URI is parsed once, here, and resolved once, to one
@@ -16,14 +16,14 @@
 //! # Invariants
 //!
 //! - Both connections go to the same *address*, not merely to the same name, which may stand for several servers.
-//! - Both have the same TLS, prove themselves with the same password, and have the same settings, whatever the defaults
-//!   of role, database and server are: see `pins`.
+//! - Both have the same TLS, the same password and the same settings, whatever the defaults of role, database and server are:
+//!   see `pins`.
 //! - Neither goes to a standby: [`Endpoint::connect`] asks. Nor to an old primary, while there is a newer one.
 //! - No message and no `Debug` output has the password in it.
 //!
 //! # Differences from libpq
 //!
-//! - `sslmode=prefer` takes TLS where the server offers it, and does not try again without when that fails.
+//! - `sslmode=prefer` takes TLS where the server offers it, and does not try again without TLS when that fails.
 //! - A certificate of X.509 version 1 is refused, and a common name is not compared with an address.
 //! - Without a host it is `localhost`, over TCP. Without `sslrootcert` and without `~/.postgresql/root.crt`,
 //!   certificates are verified against Mozilla's roots.
@@ -105,7 +105,7 @@ struct Host {
 
 #[derive(Clone, Debug)]
 enum Place {
-    /// The name is the address again where only that was given.
+    /// The name is the address again where only the address was given.
     Tcp { name: String, address: Option<IpAddr> },
     /// The directory of a Unix socket.
     Socket { dir: String },
@@ -118,7 +118,7 @@ struct Keepalive {
     idle: Duration,
     interval: Duration,
     retries: u32,
-    /// TCP_USER_TIMEOUT, where there is such a thing.
+    /// TCP_USER_TIMEOUT, on systems that have it.
     user_timeout: Option<Duration>,
 }
 
@@ -154,8 +154,8 @@ impl Endpoints {
         self.timeline.store(id, Ordering::Relaxed);
     }
 
-    /// Connects to the first address that answers and is a primary. Each has `connect_timeout` (10 s) for everything from
-    /// the first packet to the answer whether it is one.
+    /// Connects to the first address that answers and is a primary. Each address has `connect_timeout` (10 s) from the first packet
+    /// to the answer whether it is a primary.
     ///
     /// # Errors
     /// With the failure at each address.
@@ -267,7 +267,7 @@ pub(crate) struct Endpoint {
 
 #[derive(Clone, Debug)]
 enum Target {
-    /// The name as it was given: what the certificate is for.
+    /// The name as it was given, which the certificate has to have.
     Tcp {
         name: String,
         address: SocketAddr,
@@ -416,7 +416,7 @@ struct Primary {
     timeline: u32,
 }
 
-/// An SQL connection to a primary. Dropping it ends it.
+/// An SQL connection to a primary. Dropping it closes it.
 #[derive(Debug)]
 pub struct Connection {
     /// Runs statements, many at a time.

@@ -156,3 +156,20 @@ impl PrimaryConnector {
         (session.strong_count() > 0).then_some(Line::Shared(session))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::postgres::connection::Endpoints;
+
+    #[tokio::test]
+    async fn only_the_log_has_hosts_and_roles() {
+        let endpoints = Endpoints::parse("postgres://ada@%2Fmissing/db").unwrap();
+        let error = Error::from(endpoints.connect("tests").await.unwrap_err());
+        let (for_callers, for_the_log) = (error.to_string(), error.in_full().to_string());
+        for secret in ["missing", "ada", "5432"] {
+            assert!(!for_callers.contains(secret), "{for_callers}");
+            assert!(for_the_log.contains(secret), "{for_the_log}");
+        }
+    }
+}

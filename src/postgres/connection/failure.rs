@@ -492,3 +492,58 @@ fn ending(code: &SqlState) -> Option<&'static str> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(code: &str, message: &str, routine: &str) -> Refusal {
+        Refusal {
+            code: SqlState::from_code(code),
+            message: message.to_owned(),
+            hint: None,
+            routine: routine.to_owned(),
+            is_stream: false,
+        }
+    }
+
+    #[test]
+    fn sqlstate_and_routine_decide_in_any_language() {
+        let check = |code: &str, message: &str, routine: &str, expected: bool| {
+            assert_eq!(refusal(code, message, routine).is_definite(), expected, "{code} {message}");
+        };
+        check("42501", "permission denied for table t", "aclcheck_error", true);
+        check(
+            "58P01",
+            "requested WAL segment 000000010000000000000001 has already been removed",
+            "WalSndSegmentOpen",
+            true,
+        );
+        check("57P04", "terminating connection because of crash of another server process", "", true);
+        check("53300", "sorry, too many clients already", "InitProcess", false);
+        check("57P01", "terminating connection due to administrator command", "ProcessInterrupts", false);
+        check("55006", "replication slot \"s\" is active for PID 7", "ReplicationSlotAcquire", false);
+        // One SQLSTATE: a slot that was invalidated by recovery, and a server that is not promoted yet.
+        check("55000", "can no longer get changes from replication slot after recovery", "CreateDecodingContext", true);
+        check("55000", "recovery is in progress", "pg_current_wal_insert_lsn", false);
+        check("55000", "Wiederherstellung läuft", "pg_current_wal_insert_lsn", false);
+    }
+
+    #[test]
+    fn a_missing_publication_is_told_from_a_missing_slot() {
+        let check = |routine: &str, expected: bool| {
+            let error = WalsenderError::Refused(Box::new(refusal("42704", "…", routine)));
+            assert_eq!(error.is_missing_publication(), expected, "{routine}");
+        };
+        check("get_publication_oid", true);
+        check("ReplicationSlotAcquire", false);
+    }
+
+    #[test]
+    fn a_refusal_has_its_sqlstate_and_why_a_session_ended() {
+        assert_eq!(refusal("42601", "syntax error", "x").to_string(), "syntax error (SQLSTATE 42601)");
+        let ended = refusal("25P04", "transaction timeout", "ProcessInterrupts").to_string();
+        assert!(ended.starts_with("PostgreSQL ended the session") && ended.ends_with("(SQLSTATE 25P04)"), "{ended}");
+        assert!(refusal("08P01", "unsupported startup parameter", "").to_string().contains("pooler"));
+    }
+}

@@ -1,7 +1,7 @@
 //! Logging on, for both kinds of connection.
 //!
-//! The drivers would each do it in their own way: with other settings, another form of the same password and other errors. So
-//! neither does. This module sends the startup message with our [pins](super::pins), authenticates, and sets what the startup
+//! The drivers would each log on in their own way: with other settings, another form of the same password and other errors. So
+//! neither logs on. This module sends the startup message with our [pins](super::pins), authenticates, and sets what the startup
 //! message could not. A [`Walsender`] takes over from there. tokio-postgres, which wants to log on itself, gets a session that the
 //! server has already accepted:
 //!
@@ -11,7 +11,7 @@
 //!          ◀──────────────── everything else ──────────────────────────────▶ driver
 //! ```
 //!
-//! The driver sends a startup message all the same. [`Disguised`] swallows it.
+//! The driver sends a startup message all the same. [`Disguised`] drops it.
 
 use std::io;
 use std::pin::Pin;
@@ -33,7 +33,7 @@ use super::pins::Sessions;
 use super::wire::Wire;
 
 const SCRAM: &str = "SCRAM-SHA-256";
-/// The message of which AuthenticationOk consists.
+/// The message AuthenticationOk.
 const AUTHENTICATION_OK: &[u8] = b"R\0\0\0\x08\0\0\0\0";
 
 /// The user that logs on, and the kind of session.
@@ -42,7 +42,7 @@ pub(super) struct LogOn<'a> {
     pub(super) password: &'a Password,
     pub(super) database: &'a str,
     pub(super) application_name: &'a str,
-    /// Of the URI.
+    /// From `database.uri`.
     pub(super) options: Option<&'a str>,
     pub(super) sessions: Sessions,
 }
@@ -50,16 +50,16 @@ pub(super) struct LogOn<'a> {
 /// A session that the server has accepted.
 pub(super) struct LoggedOn {
     peer: Peer,
-    /// From AuthenticationOk to ReadyForQuery.
+    /// The messages from AuthenticationOk to ReadyForQuery.
     accepted: BytesMut,
 }
 
 /// An accepted session, in front of a driver that still wants to log on.
 pub(super) struct Disguised {
     wire: Wire,
-    /// What the driver has to read first.
+    /// The bytes that the driver reads first.
     accepted: BytesMut,
-    /// What the driver has written of its own startup message. None once that is whole.
+    /// The part of its startup message that the driver has written. None once the message is complete.
     startup: Option<BytesMut>,
 }
 
@@ -192,13 +192,12 @@ fn leading_number(version: &str) -> u32 {
 }
 
 impl LoggedOn {
-    /// For replication.
     pub(super) fn into_walsender(mut self) -> Walsender {
         self.peer.trust();
         Walsender::new(self.peer)
     }
 
-    /// For a driver.
+    /// A stream for tokio-postgres.
     pub(super) fn disguised(mut self) -> Disguised {
         self.accepted.extend_from_slice(self.peer.incoming.unread());
         Disguised { wire: self.peer.into_wire(), accepted: self.accepted, startup: Some(BytesMut::new()) }

@@ -12,13 +12,13 @@ use tokio::time::{Instant, timeout};
 use super::low_water::{LowWater, MARK, WAIT_MAX};
 use super::wire::Wire;
 
-/// Room that a read has at the least.
+/// Least room for a read.
 const ROOM_MIN: usize = MARK;
-/// Of a new buffer.
+/// Size of a new buffer.
 const ROOM: usize = 4 * MARK;
 /// The longest message that PostgreSQL makes: its `MaxAllocSize`.
 const MESSAGE_MAX: usize = 1 << 30;
-/// The longest before there is a session. Real ones have some hundred bytes.
+/// The longest message before there is a session. Real ones have some hundred bytes.
 const EARLY_MESSAGE_MAX: usize = 64 << 10;
 
 /// Bytes that are no message of PostgreSQL's protocol.
@@ -36,7 +36,7 @@ impl From<Malformed> for io::Error {
     }
 }
 
-/// The server.
+/// The connection to a server.
 pub(super) struct Peer {
     pub(super) incoming: Incoming,
     pub(super) outgoing: WriteHalf<Wire>,
@@ -99,12 +99,12 @@ impl Incoming {
         })
     }
 
-    /// What was read and not taken.
+    /// The bytes that were read and not taken.
     pub(super) fn unread(&self) -> &[u8] {
         &self.buffer
     }
 
-    /// Waits for more, and takes what there is. Cancel safe.
+    /// Waits for more bytes, and reads those that have come. Cancel safe.
     pub(super) async fn read(&mut self) -> io::Result<()> {
         let missing = self.first_length()?.map_or(0, |length| length.saturating_sub(self.buffer.len()));
         if self.buffer.capacity() - self.buffer.len() < missing.max(ROOM_MIN) {
@@ -128,7 +128,7 @@ impl Incoming {
         Ok(())
     }
 
-    /// Of the first message, as far as that is known.
+    /// The length of the first message, once its header was read.
     fn first_length(&self) -> io::Result<Option<usize>> {
         let Some(header) = Header::parse(&self.buffer)? else { return Ok(None) };
         let length = usize::try_from(header.len()).ok().and_then(|length| length.checked_add(1));
@@ -139,7 +139,7 @@ impl Incoming {
     }
 }
 
-/// Sends what this writes, one message or several.
+/// Sends the messages that the closure writes.
 pub(super) async fn send(
     outgoing: &mut WriteHalf<Wire>,
     messages: impl FnOnce(&mut BytesMut) -> io::Result<()>,
@@ -152,12 +152,12 @@ pub(super) async fn send(
     outgoing.flush().await
 }
 
-/// The connection has not come to its end.
+/// An error where a read brought nothing: the connection was closed.
 fn some(bytes: usize) -> io::Result<usize> {
     if bytes == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(bytes) }
 }
 
-/// The message of which these are all bytes.
+/// Parses the bytes of one message.
 pub(super) fn parse(mut message: BytesMut) -> io::Result<Message> {
     Message::parse(&mut message)?.ok_or_else(|| Malformed::Incomplete.into())
 }

@@ -1,8 +1,8 @@
 //! From the text of `database.uri` to checked parameters.
 //!
 //! Two forms, as in libpq: a URI, `postgres://user:password@host:port,host:port/database?name=value&…`, and pairs,
-//! `host=… user=…`. Both become the same list of named values, and only that list is interpreted. What is not understood
-//! is refused: a parameter that one of the two drivers silently left out would make their connections differ.
+//! `host=… user=…`. Both become the same list of named values, and only that list is interpreted. An unknown
+//! parameter is refused: if one of the two drivers silently ignored it, their connections would differ.
 //!
 //! No message repeats a value. A slip in the punctuation turns a part of the password into a port or a name, so that
 //! every value may be a secret.
@@ -60,7 +60,7 @@ pub(crate) enum UriError {
     ForeignDriver,
 }
 
-/// How the environment is read: `std::env::var`, or a table in tests.
+/// Reads the environment: `std::env::var`, or a table in tests.
 pub(super) type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 /// Values by name. A later one replaces an earlier one, as in libpq.
@@ -351,7 +351,7 @@ impl Given {
         Ok(Keepalive { enabled, idle, interval, retries: retries.unwrap_or(defaults.retries), user_timeout })
     }
 
-    /// Parameters that ask for what happens anyway are accepted; asking for anything else is refused.
+    /// Accepts parameters that ask for the built-in behavior, and refuses all other values of them.
     fn ignore_harmless(&mut self) -> Result<(), UriError> {
         const NO_GSS: &str = "there is no GSSAPI encryption: use TLS";
         const NO_BINDING: &str = "there is no channel binding: use sslmode=verify-full";
