@@ -9,8 +9,8 @@
 //!  gRPC calls of Data and Tenancy ◀──▶ store ◀──▶ PostgreSQL
 //! ```
 //!
-//! Taking down goes with the stream: subscribers first (they are told to come back), then the session (its last
-//! acknowledgement waits for the log), then the log.
+//! The parts are taken down in the order of the stream: subscribers first (with a status that lets them come back), then the session
+//! (its last acknowledgement waits for the log), then the log.
 
 mod delivery;
 pub mod diagnosis;
@@ -41,6 +41,8 @@ use edges::Edges;
 use log_and_hub::{LogAndHub, record_watermark};
 use node_status::NodeStatus;
 use primary::{SqlPrimary, SqlSnapshots};
+use std::borrow::Cow;
+use std::fmt;
 use std::io::IsTerminal as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,38 +57,58 @@ const RESPONSE_BYTES: usize = 80;
 /// An open transaction is handed to the log in pieces of this size.
 const STAGE_BYTES: usize = 4 << 20;
 
-/// Marks an error that the configuration is to blame for, although only its use brought it to light.
-#[derive(Debug)]
-pub struct Misconfigured(pub String);
-
-impl std::fmt::Display for Misconfigured {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
+/// An error of the configuration that only its use brings to light. The cause is in the chain.
+#[derive(Debug, thiserror::Error)]
+pub enum Misconfigured {
+    /// The file cannot be read.
+    #[error("cannot read {0} (mapping.file)")]
+    MappingFile(MappingName),
+    /// The text is not YAML, or has not the form of a mapping.
+    #[error("{0} does not read")]
+    MappingForm(MappingName),
+    /// The mapping contradicts itself.
+    #[error("{0} cannot be used")]
+    Mapping(MappingName),
+    /// The URI cannot be parsed.
+    #[error("database.uri cannot be used")]
+    DatabaseUri,
+    /// The command does not go with the configuration.
+    #[error("{0}")]
+    Command(&'static str),
 }
 
-impl std::error::Error for Misconfigured {}
+/// The mapping that an error is about.
+#[derive(Clone, Debug)]
+pub struct MappingName(MappingSource);
+
+impl fmt::Display for MappingName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            MappingSource::Preset(Preset::Tuples) => f.write_str("preset tuples"),
+            MappingSource::Preset(Preset::Permify) => f.write_str("preset permify"),
+            MappingSource::File(path) => write!(f, "mapping file {}", path.display()),
+        }
+    }
+}
 
 /// The mapping that the configuration names.
 ///
 /// # Errors
 /// Where the file cannot be read, or is no mapping.
 pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
-    let (what, text) = match &config.mapping.source {
-        MappingSource::Preset(Preset::Tuples) => ("preset tuples".to_owned(), TUPLES_PRESET.to_owned()),
-        MappingSource::Preset(Preset::Permify) => ("preset permify".to_owned(), PERMIFY_PRESET.to_owned()),
+    let name = || MappingName(config.mapping.source.clone());
+    let text = match &config.mapping.source {
+        MappingSource::Preset(Preset::Tuples) => TUPLES_PRESET.into(),
+        MappingSource::Preset(Preset::Permify) => PERMIFY_PRESET.into(),
         MappingSource::File(path) => {
-            let what = format!("mapping file {}", path.display());
-            let cannot = || Misconfigured(format!("cannot read {what} (mapping.file)"));
-            let text = std::fs::read_to_string(path).with_context(cannot)?;
-            (what, text)
+            Cow::Owned(std::fs::read_to_string(path).with_context(|| Misconfigured::MappingFile(name()))?)
         }
     };
-    let mut spec: Spec = yaml::from_str(&text).with_context(|| Misconfigured(format!("{what} does not read")))?;
+    let mut spec: Spec = yaml::from_str(&text).with_context(|| Misconfigured::MappingForm(name()))?;
     if config.mapping.source == MappingSource::Preset(Preset::Permify) {
         spec = spec.in_schema(&config.mapping.schema);
     }
-    Mapping::new(spec).with_context(|| Misconfigured(format!("{what} cannot be used")))
+    Mapping::new(spec).with_context(|| Misconfigured::Mapping(name()))
 }
 
 /// Where the configured database is.
@@ -95,7 +117,7 @@ pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
 /// Where it is not configured, or does not read.
 pub fn endpoints(config: &Config) -> anyhow::Result<Endpoints> {
     let uri = config.require_database_uri()?;
-    Endpoints::parse(uri.expose()).with_context(|| Misconfigured("database.uri cannot be used".to_owned()))
+    Endpoints::parse(uri.expose()).context(Misconfigured::DatabaseUri)
 }
 
 /// What the session is to do.
@@ -184,7 +206,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     if !matches!(ready, Ok(true)) {
         drop((joined, recorded));
         recording.await?;
-        return ready.map(drop).map_err(|error| anyhow!("{error}")).context("cannot start");
+        return ready.map(drop).context("cannot start");
     }
 
     let session = Session::new(session_options, postgres, joined);
@@ -244,7 +266,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let deadline = tokio::time::Instant::now() + config.shutdown.grace_period;
     stop_streams.send_replace(true);
     hub.close();
-    // Ends the streams of those who watch the health, which would hold up the server.
+    // Ends the streams of grpc.health.v1, which would hold up the server.
     let _ = judging.await;
     if !server.is_finished() && tokio::time::timeout_at(deadline, &mut server).await.is_err() {
         tracing::warn!("streams were still open at the end of shutdown.grace_period and are cut");

@@ -63,8 +63,8 @@ pub mod dev_postgres;
 pub mod hub;
 pub mod metrics;
 pub mod model;
-pub mod postgres;
-pub mod replication;
+mod postgres;
+mod replication;
 #[cfg(test)]
 mod simulation;
 pub mod store;

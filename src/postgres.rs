@@ -1,17 +1,17 @@
-//! PostgreSQL as a server: how to connect to it, and what its catalogs say about tables, publication and slot.
+//! PostgreSQL as a server: connections to it, and the contents of its catalogs about tables, publication and slot.
 //!
-//! [`connection`] logs on, for SQL and for replication alike. [`primary`] tells everybody else which server the session found. [`catalog`]
-//! reads tables and publication once for all who ask: [`requirements`] says what is wrong, [`publication`] whether anything changed.
-//! [`slot`] reads and creates the replication slot, and [`transactions`] finds those that others wait for.
+//! [`connection`] logs on, for SQL and for replication alike. [`primary`] directs all other statements to the server that the session found.
+//! [`catalog`] reads tables and publication once, for [`requirements`], which reports errors, and for [`publication`], which finds
+//! changes. [`slot`] reads and creates the replication slot, and [`transactions`] finds open transactions that others wait for.
 //!
 //! Only this room and [`replication`](crate::replication) name the drivers. Nothing here keeps state about the stream.
 
 pub(crate) mod catalog;
-pub mod connection;
-pub mod primary;
-pub mod publication;
-pub mod requirements;
-pub mod slot;
+pub(crate) mod connection;
+pub(crate) mod primary;
+pub(crate) mod publication;
+pub(crate) mod requirements;
+pub(crate) mod slot;
 #[cfg(test)]
 pub(crate) mod test_postgres;
 pub(crate) mod transactions;

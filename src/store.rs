@@ -31,9 +31,9 @@ pub use filter::{AttributeFilter, TupleFilter};
 pub use page::{Key, Page, ParseKeyError};
 pub use tenants::Tenant;
 
-use crate::decode::mapping::parse_attribute_value;
+use crate::decode::mapping::{AttributeValueError, parse_attribute_value};
 use crate::model::change::{Attribute, TenantId, Tuple};
-use crate::postgres::connection::describe;
+use crate::postgres::connection::SqlError;
 use crate::postgres::primary::{self, PrimaryConnector};
 use filter::{Query, text};
 use pool::Pool;
@@ -68,58 +68,93 @@ pub enum Error {
     Busy,
     /// No connection, or not the answer in time. A write may have happened, and may be repeated.
     #[error("PostgreSQL cannot be asked at the moment, try again: {0}")]
-    Unreachable(String),
+    Unreachable(#[source] Unreachable),
     /// The data do not fit: a constraint that somebody added, or letters that the database's encoding lacks.
     #[error("the database does not take these data: {0}")]
-    Unfit(String),
-    /// PostgreSQL said no.
+    Unfit(#[source] SqlError),
+    /// PostgreSQL refused the statement.
     #[error("PostgreSQL refused: {0}")]
-    Refused(String),
+    Refused(#[source] SqlError),
+    /// The role lacks a privilege.
+    #[error(
+        "PostgreSQL refused: {0}. Grant tuplewatch's role SELECT, INSERT, UPDATE and DELETE on the tables of schema tuplewatch, or \
+         have applications write them with SQL"
+    )]
+    NoPrivilege(#[source] SqlError),
+    /// A policy applies to the role.
+    #[error(
+        "PostgreSQL refused: {0}. Row level security applies to tuplewatch's role: ALTER ROLE ... BYPASSRLS, or \
+         ALTER TABLE ... DISABLE ROW LEVEL SECURITY"
+    )]
+    RowSecurity(#[source] SqlError),
     /// A row that is not of this form.
     #[error("a row cannot be read: {0}")]
-    Unreadable(String),
+    Unreadable(#[from] Unreadable),
+}
+
+/// Why PostgreSQL cannot be asked at the moment. Callers get the text: it names no host and no role.
+#[derive(Debug, thiserror::Error)]
+pub enum Unreachable {
+    /// No connection.
+    #[error(transparent)]
+    Connect(primary::Error),
+    /// The connection broke, or PostgreSQL cannot run the statement now.
+    #[error(transparent)]
+    Sql(SqlError),
+    /// No answer within this time.
+    #[error("no answer within {} s", .0.as_secs())]
+    Late(Duration),
+    /// The pool did not finish a connection in time, or is closed.
+    #[error("no connection came into use in time")]
+    NoConnection,
+    /// There are no connections any more.
+    #[error("tuplewatch is shutting down")]
+    Stopping,
+}
+
+/// What a row has instead of the values that it should have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unreadable {
+    /// Columns that a tuple, an attribute or a tenant does not have.
+    #[error("{0} of other columns")]
+    Columns(&'static str),
+    /// An attribute's value of another form.
+    #[error(transparent)]
+    Value(#[from] AttributeValueError),
 }
 
 impl From<tokio_postgres::Error> for Error {
     fn from(error: tokio_postgres::Error) -> Self {
-        let Some(refusal) = error.as_db_error() else { return Self::Unreachable(describe(&error)) };
-        match refusal.code() {
-            &SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED | &SqlState::LOCK_NOT_AVAILABLE => {
+        let error = SqlError::from(error);
+        let Some(refusal) = error.refusal() else { return Self::Unreachable(Unreachable::Sql(error)) };
+        let code = refusal.code().code();
+        match *refusal.code() {
+            SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED | SqlState::LOCK_NOT_AVAILABLE => {
                 Self::Collisions
             }
-            // It took longer than the statement may.
-            &SqlState::QUERY_CANCELED => Self::Unreachable(describe(&error)),
-            // It is shutting down, or has just been made a standby.
-            code if code.code().starts_with("57P") || *code == SqlState::READ_ONLY_SQL_TRANSACTION => {
-                Self::Unreachable(describe(&error))
+            // The statement took longer than it may; or the server has just been made a standby.
+            SqlState::QUERY_CANCELED | SqlState::READ_ONLY_SQL_TRANSACTION => {
+                Self::Unreachable(Unreachable::Sql(error))
             }
-            // It is short of disk, memory or connections.
-            code if code.code().starts_with("53") => Self::Unreachable(describe(&error)),
-            &SqlState::INSUFFICIENT_PRIVILEGE if is_of_row_security(refusal) => Self::Refused(format!(
-                "{}. Row level security applies to tuplewatch's role: ALTER ROLE ... BYPASSRLS, or ALTER TABLE ... DISABLE ROW LEVEL \
-                 SECURITY",
-                describe(&error)
-            )),
-            &SqlState::INSUFFICIENT_PRIVILEGE => Self::Refused(format!(
-                "{}. Grant tuplewatch's role SELECT, INSERT, UPDATE and DELETE on the tables of schema tuplewatch, or \
-                 have applications write them with SQL",
-                describe(&error)
-            )),
+            // The server is shutting down; or it is short of disk, memory or connections.
+            _ if code.starts_with("57P") || code.starts_with("53") => Self::Unreachable(Unreachable::Sql(error)),
+            SqlState::INSUFFICIENT_PRIVILEGE if is_of_row_security(refusal) => Self::RowSecurity(error),
+            SqlState::INSUFFICIENT_PRIVILEGE => Self::NoPrivilege(error),
             // Data exceptions, and violations of constraints.
-            code if ["22", "23"].iter().any(|class| code.code().starts_with(class)) => Self::Unfit(describe(&error)),
-            _ => Self::Refused(describe(&error)),
+            _ if code.starts_with("22") || code.starts_with("23") => Self::Unfit(error),
+            _ => Self::Refused(error),
         }
     }
 }
 
-/// Told by where PostgreSQL found it: the message is in the server's language.
+/// Recognized by the function that raised it: the message is in the server's language.
 fn is_of_row_security(refusal: &DbError) -> bool {
     matches!(refusal.routine(), Some("check_enable_rls" | "ExecWithCheckOptions"))
 }
 
 impl From<primary::Error> for Error {
     fn from(error: primary::Error) -> Self {
-        Self::Unreachable(error.to_string())
+        Self::Unreachable(Unreachable::Connect(error))
     }
 }
 
@@ -203,7 +238,7 @@ impl Store {
             [entity_type, entity_id, relation, subject_type, subject_id, subject_relation] => {
                 Ok(make(Tuple { entity_type, entity_id, relation, subject_type, subject_id, subject_relation }))
             }
-            _ => Err("a tuple of other columns".to_owned()),
+            _ => Err(Unreadable::Columns("a tuple")),
         };
         self.read_page(tenant, query, page_size, &make).await
     }
@@ -232,7 +267,7 @@ impl Store {
                 let value = parse_attribute_value(value)?;
                 Ok(make(Attribute { entity_type, entity_id, attribute, value }))
             }
-            _ => Err("an attribute of other columns".to_owned()),
+            _ => Err(Unreadable::Columns("an attribute")),
         };
         self.read_page(tenant, query, page_size, &make).await
     }
@@ -242,7 +277,7 @@ impl Store {
         tenant: &TenantId,
         query: impl Fn(Tables) -> Query<'q>,
         page_size: usize,
-        make: &(impl Fn(&[&str]) -> Result<T, String> + Sync),
+        make: &(impl Fn(&[&str]) -> Result<T, Unreadable> + Sync),
     ) -> Result<Page<T, COLUMNS>, Error> {
         persistently(CALL_MAX, || async {
             let connection = self.pool.get().await?;
@@ -284,6 +319,6 @@ async fn persistently<T, A: Future<Output = Result<T, Error>>>(
         }
         attempt().await
     };
-    let late = || Error::Unreachable(format!("no answer within {} s", longest.as_secs()));
-    tokio::time::timeout(longest, attempts).await.unwrap_or_else(|_| Err(late()))
+    let late = |_| Err(Error::Unreachable(Unreachable::Late(longest)));
+    tokio::time::timeout(longest, attempts).await.unwrap_or_else(late)
 }

@@ -18,7 +18,7 @@ use crate::model::diagnostic::{Bytes, CommandLine};
 use crate::model::lsn::Lsn;
 use crate::postgres::connection::{Endpoints, application_name};
 use crate::postgres::primary::{Line, PrimaryConnector};
-use crate::postgres::slot::{OPEN_TRANSACTIONS, SlotStatus};
+use crate::postgres::slot::{Loss, OPEN_TRANSACTIONS, SlotStatus};
 
 /// How often the slot is looked at: whatever is wrong with it is said within twice this.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -109,7 +109,7 @@ pub struct Lag {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Condition {
     Missing,
-    Lost(String),
+    Lost(Loss),
     Held { pid: i32, name: String },
     Retained { bytes: u64 },
     Unsafe { bytes: u64 },

@@ -32,14 +32,14 @@ mod step;
 
 use std::fmt::Write as _;
 use std::time::Duration;
+use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
-use tokio_postgres::{Client, error::DbError};
 
 use crate::decode::mapping::Mapping;
 use crate::model::diagnostic::{CommandLine, Diagnostic, Report, Severity};
 use crate::postgres::catalog::{Catalog, Publication, Table, identifier};
-use crate::postgres::connection::Connection;
+use crate::postgres::connection::{Connection, SqlError};
 use crate::postgres::requirements::{ALL_OPERATIONS, creation, foreign_slot};
 use crate::postgres::slot::{Slot, can_fail_over};
 use crate::postgres::transactions::{self, NAMED_MAX, Transaction, Watched};
@@ -97,8 +97,8 @@ pub type Told<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum Error {
-    #[error("PostgreSQL could not be asked: {}", crate::postgres::connection::describe(.0))]
-    Sql(#[from] tokio_postgres::Error),
+    #[error("PostgreSQL could not be asked: {0}")]
+    Sql(#[source] SqlError),
 
     #[error("{}", all(.0))]
     InTheWay(Vec<Diagnostic>),
@@ -106,15 +106,18 @@ pub enum Error {
     #[error("could not {step}, and nothing was changed: {}", locked_by(.transactions))]
     Locked { step: String, transactions: Vec<String> },
 
-    #[error("could not {step}, and nothing was changed: {}{}", crate::postgres::connection::describe(.source), remedy(.source))]
-    Definition { step: String, source: tokio_postgres::Error },
+    #[error("could not {step}, and nothing was changed: {source}{}", remedy(.source))]
+    Definition { step: String, source: SqlError },
 
     /// The only one that may leave something done.
-    #[error(
-        "could not {step}: {}{}. What was done before stays, and another run does the rest",
-        crate::postgres::connection::describe(.source), remedy(.source)
-    )]
-    Alone { step: String, source: tokio_postgres::Error },
+    #[error("could not {step}: {source}{}. What was done before stays, and another run does the rest", remedy(.source))]
+    Alone { step: String, source: SqlError },
+}
+
+impl From<tokio_postgres::Error> for Error {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Sql(error.into())
+    }
 }
 
 fn all(diagnostics: &[Diagnostic]) -> String {
@@ -140,9 +143,8 @@ fn locked_by(transactions: &[String]) -> String {
     text
 }
 
-fn remedy(error: &tokio_postgres::Error) -> &'static str {
-    let Some(code) = error.as_db_error().map(DbError::code) else { return "" };
-    if *code == SqlState::INSUFFICIENT_PRIVILEGE {
+fn remedy(error: &SqlError) -> &'static str {
+    if error.sqlstate() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
         ". Run it as the owner of the tables who may also create in the database and has REPLICATION, or as a superuser"
     } else {
         ""
@@ -360,7 +362,7 @@ async fn alone(connection: &Connection, step: &Step, slot: &str, told: Told<'_>)
     } else {
         connection.client.batch_execute(&step.sql).await
     };
-    done.map_err(|source| Error::Alone { step: step.explanation.clone(), source })
+    done.map_err(|error| Error::Alone { step: step.explanation.clone(), source: error.into() })
 }
 
 /// All in one transaction.
@@ -374,7 +376,8 @@ async fn define(client: &Client, steps: &[Step], told: Told<'_>) -> Result<(), E
     }
     // Where the connection is lost here, nobody knows.
     let committed = client.batch_execute("COMMIT").await;
-    committed.map_err(|source| Error::Alone { step: "be sure that the transaction was committed".to_owned(), source })
+    let step = "be sure that the transaction was committed";
+    committed.map_err(|error| Error::Alone { step: step.to_owned(), source: error.into() })
 }
 
 /// Rolls back, and says why: with the transactions for whose end the step would have had to wait.
@@ -383,7 +386,7 @@ async fn undo(client: &Client, step: &Step, source: tokio_postgres::Error) -> Er
     // Where this fails the session has ended, and the transaction with it.
     let rolled_back = client.batch_execute("ROLLBACK").await;
     if source.code() != Some(&SqlState::LOCK_NOT_AVAILABLE) || rolled_back.is_err() {
-        return Error::Definition { step: step_name, source };
+        return Error::Definition { step: step_name, source: source.into() };
     }
     let open = match step.waits_for() {
         Some((tables, locks)) => transactions::open(client, tables, locks, None).await.unwrap_or_default(),

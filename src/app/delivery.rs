@@ -21,14 +21,14 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 /// How often it is judged, besides at every change of the session's status and of the log's room.
 const JUDGE_EVERY: Duration = Duration::from_secs(1);
-/// A commit is visible at once, or when a synchronous standby has it. One that takes longer waits for somebody to do something.
+/// A commit is visible at once, or when a synchronous standby has it. One that takes longer waits for an operator.
 const INVISIBLE_MAX: Duration = Duration::from_secs(15);
 /// A sync takes milliseconds; one that takes longer is no busy disk but one that hangs.
 const UNSYNCED_MAX: Duration = Duration::from_secs(30);
 /// Room in memory comes with each release, and each write to the log.
 const FULL_MAX: Duration = Duration::from_secs(15);
 
-/// Why nothing is delivered. No text names a host or has data: whoever probes has no credentials. All are ASCII.
+/// Why nothing is delivered. No text names a host or has data, because probes need no credentials. All are ASCII.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Obstacle {
     #[error("tuplewatch starts: PostgreSQL has not been asked everything yet")]
@@ -153,8 +153,8 @@ fn judge(facts: &Facts, was_ready: bool, now: Instant) -> Option<Obstacle> {
         Status::Streaming => {}
         _ if facts.session_refused => return Some(Obstacle::ConnectionLimit),
         Status::Connecting => return Some(Obstacle::Connecting),
-        Status::Retrying(_) => return Some(Obstacle::Retrying),
-        Status::Failed(_) => return Some(Obstacle::Failed),
+        Status::Retrying => return Some(Obstacle::Retrying),
+        Status::Failed => return Some(Obstacle::Failed),
     }
     let unanswered = silent(facts.visibility, Obstacle::VisibilityUnknown);
     if let Some(obstacle) = unanswered.or_else(|| silent(facts.starts, Obstacle::NoStarts)) {
@@ -204,12 +204,12 @@ impl Delivery {
             if judgement.send_replace(now) != now {
                 tell(before, now);
             }
-            // While it comes up, nobody waits for the next second.
+            // At the start, readiness does not wait for the next second.
             let coming_up = now == Some(Obstacle::Starting);
             tokio::select! {
                 _ = ticks.tick() => {}
                 () = tokio::time::sleep(JUDGE_EVERY / 50), if coming_up => {}
-                // A part that has ended is told by the process.
+                // The process ends with a part that has ended.
                 Ok(()) = self.status.changed() => {}
                 Ok(()) = self.room.changed() => {}
                 _ = stop.changed() => {}
@@ -225,7 +225,7 @@ impl Delivery {
         // In this order: what is durable was received before.
         let durable = *self.durable.borrow();
         let received = self.received.borrow().unwrap_or_default();
-        let status = self.status.borrow_and_update().clone();
+        let status = *self.status.borrow_and_update();
         *streaming_since = (status == Status::Streaming).then(|| streaming_since.unwrap_or_else(Instant::now));
         Facts {
             status,
@@ -302,33 +302,31 @@ mod tests {
 
     #[test]
     fn what_is_in_the_way_and_from_when_on() {
-        let retrying = || Status::Retrying("db1.example refused ada".into());
-        let failed = || Status::Failed("db1.example lacks a slot".into());
         let cases = [
             ("all is well", well(), None, 0),
             (
                 "a slot that does not stream counts at once",
-                Facts { status: retrying(), ..well() },
+                Facts { status: Status::Retrying, ..well() },
                 Some(Obstacle::Retrying),
                 0,
             ),
-            ("so does one that needs repair", Facts { status: failed(), ..well() }, Some(Obstacle::Failed), 0),
+            ("so does one that needs repair", Facts { status: Status::Failed, ..well() }, Some(Obstacle::Failed), 0),
             (
                 "a limit of connections is named",
-                Facts { status: retrying(), session_refused: true, ..well() },
+                Facts { status: Status::Retrying, session_refused: true, ..well() },
                 Some(Obstacle::ConnectionLimit),
                 0,
             ),
             ("a limit is over when the slot streams", Facts { session_refused: true, ..well() }, None, 0),
             (
                 "the disk is the cause of a slot that does not stream",
-                Facts { status: retrying(), room: DiskSpace::Short { free: 1 }, ..well() },
+                Facts { status: Status::Retrying, room: DiskSpace::Short { free: 1 }, ..well() },
                 Some(Obstacle::DiskFull),
                 0,
             ),
             (
                 "and so is its directory",
-                Facts { status: retrying(), room: DiskSpace::Elsewhere, ..well() },
+                Facts { status: Status::Retrying, room: DiskSpace::Elsewhere, ..well() },
                 Some(Obstacle::LogGone),
                 0,
             ),

@@ -36,7 +36,7 @@ impl Summary {
     }
 }
 
-/// Looks at everything. Changes nothing, and disturbs nobody.
+/// Runs all checks. They change nothing, and disturb no running program.
 ///
 /// # Errors
 /// Only where the configuration is wrong: what cannot be reached is a diagnostic.
@@ -50,7 +50,7 @@ pub async fn diagnose(config: &Config, long_transaction: Duration) -> anyhow::Re
             mapping: &mapping,
             slot: &config.replication.slot,
             publication: &config.replication.publication,
-            // A log that has begun goes on from its slot.
+            // A log that has begun continues from its slot.
             slot_expected: log.has_begun,
             ack_delay: ack_delay(config),
             commands: config.commands(),

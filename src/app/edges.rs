@@ -19,7 +19,7 @@ use anyhow::Context as _;
 use std::sync::Arc;
 use tokio::sync::watch;
 
-/// Both ports, and who gets in.
+/// Both ports, and the admission to them.
 pub(super) struct Edges {
     grpc: grpc::Listener,
     http: Option<(http::Listener, config::Http)>,

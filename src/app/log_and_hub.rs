@@ -47,7 +47,7 @@ impl Sink for LogAndHub {
     }
 
     async fn recorded_since(&self, from: Lsn) -> Result<Vec<(EndLsn, Xid8)>, replication::Error> {
-        self.hub.recorded_since(from).await.map_err(|error| replication::Error::Transient(error.to_string()))
+        Ok(self.hub.recorded_since(from).await.map_err(replication::Transient::Log)?)
     }
 
     fn durable(&self) -> watch::Receiver<Lsn> {

@@ -28,28 +28,42 @@ pub(super) struct NodeStatus {
     pub(super) ready_lag_max: Duration,
 }
 
+/// Why `/readyz` says no.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+pub(super) enum NotReady {
+    #[error(transparent)]
+    Obstacle(#[from] Obstacle),
+    #[error("how far the server is has not been seen lately")]
+    UnknownLag,
+    #[error("{bytes} bytes of WAL behind, and how old they are is unknown: it catches up")]
+    OldLag { bytes: u64 },
+    #[error(
+        "what was received is where the server was {} s ago, {bytes} bytes of WAL behind (server.http.ready_lag_max)",
+        time.as_secs()
+    )]
+    Lag { time: Duration, bytes: u64 },
+}
+
 impl Probes for NodeStatus {
-    fn ready(&self) -> Result<(), String> {
+    type NotReady = NotReady;
+
+    fn ready(&self) -> Result<(), NotReady> {
         if let Some(obstacle) = *self.readiness.borrow() {
-            return Err(obstacle.to_string());
+            return Err(obstacle.into());
         }
         if self.ready_lag_max.is_zero() {
             return Ok(());
         }
         let Some(lag) = self.report().and_then(|report| report.received) else {
-            return Err("how far the server is has not been seen lately".to_owned());
+            return Err(NotReady::UnknownLag);
         };
         if lag.is_older {
-            return Err(format!("{} bytes of WAL behind, and how old they are is unknown: it catches up", lag.bytes));
+            return Err(NotReady::OldLag { bytes: lag.bytes });
         }
         if lag.time < self.ready_lag_max {
             return Ok(());
         }
-        Err(format!(
-            "what was received is where the server was {} s ago, {} bytes of WAL behind (server.http.ready_lag_max)",
-            lag.time.as_secs(),
-            lag.bytes
-        ))
+        Err(NotReady::Lag { time: lag.time, bytes: lag.bytes })
     }
 
     fn metrics(&self) -> String {
@@ -64,7 +78,7 @@ impl NodeStatus {
     }
 
     fn read(&self) -> Readings {
-        // In this order: what is acknowledged was durable, and what is durable was received, before they were told.
+        // In this order: what is acknowledged was durable, and what is durable was received, before it was published.
         let looked_at_seconds = self.reports.borrow().as_ref().map(|report| seconds(report.at_time));
         let server = self.report().map(server);
         let durable = *self.durable.borrow();
@@ -77,8 +91,8 @@ impl NodeStatus {
             session_state: match *self.status.borrow() {
                 Status::Connecting => "connecting",
                 Status::Streaming => "streaming",
-                Status::Retrying(_) => "retrying",
-                Status::Failed(_) => "failed",
+                Status::Retrying => "retrying",
+                Status::Failed => "failed",
             },
             received_lsn: known(received),
             durable_lsn: known(durable),

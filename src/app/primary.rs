@@ -4,11 +4,12 @@ use crate::decode::mapping::TenantsSpec;
 use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
 use crate::hub::releaser::Snapshots;
 use crate::model::change::TenantId;
-use crate::model::lsn::{Lsn, Snapshot, Xid8};
+use crate::model::lsn::{Lsn, ParseLsnError, ParseSnapshotError, Snapshot, Xid8};
 use crate::model::scope::Scope;
-use crate::postgres::connection::Connection;
+use crate::postgres::connection::{Connection, SqlError};
 use crate::postgres::primary::{self, Line, PrimaryConnector};
 use std::collections::HashSet;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -38,56 +39,84 @@ const PROBE_EVERY: Duration = Duration::from_secs(5);
 /// The same, for as long as there was no answer.
 const PROBE_AGAIN_AFTER: Duration = Duration::from_millis(250);
 
-/// Why a question was not answered. The text may name hosts.
-#[derive(Debug, thiserror::Error)]
-#[error("{text}")]
-pub(super) struct Unanswered {
-    why: Why,
-    text: String,
+/// Why a question was not answered. The text may be sent to callers: it names no host and no role. Cheap to clone, for all that
+/// share an answer.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(super) enum Unanswered {
+    #[error("no answer within {} s", .0.as_secs())]
+    Late(Duration),
+    #[error(transparent)]
+    Connect(Arc<primary::Error>),
+    #[error(transparent)]
+    Sql(Arc<SqlError>),
+    #[error("the connection ended at once")]
+    Ended,
+    #[error(transparent)]
+    Lsn(#[from] ParseLsnError),
+    #[error(transparent)]
+    Snapshot(#[from] ParseSnapshotError),
+    #[error("the server is shutting down")]
+    Stopping,
 }
 
-/// The same in kinds, for those who have no credentials.
+/// The kind of an [`Unanswered`], for the probes, which need no credentials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Why {
-    /// Not within the time that it has.
+    /// No answer in good time.
     Late,
-    /// There are as many connections as there may be.
+    /// PostgreSQL takes no more connections.
     Limit,
-    /// The role may not.
+    /// The role lacks a privilege.
     Rights,
-    /// A lock was not to be had in time.
+    /// A lock was not available in time.
     Locked,
-    /// Whatever else: the log says it.
+    /// Anything else; the log has it.
     Other,
 }
 
 impl Unanswered {
-    fn late() -> Self {
-        Self { why: Why::Late, text: format!("no answer within {} s", ANSWER_MAX.as_secs()) }
-    }
-
-    fn other(error: impl std::fmt::Display) -> Self {
-        Self { why: Why::Other, text: error.to_string() }
+    fn why(&self) -> Why {
+        match self {
+            Self::Late(_) => Why::Late,
+            Self::Connect(error) if error.is_limit() => Why::Limit,
+            Self::Sql(error) => match error.sqlstate() {
+                Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Why::Rights,
+                Some(&SqlState::LOCK_NOT_AVAILABLE) => Why::Locked,
+                Some(&SqlState::QUERY_CANCELED) => Why::Late,
+                _ => Why::Other,
+            },
+            Self::Connect(_) | Self::Ended | Self::Lsn(_) | Self::Snapshot(_) | Self::Stopping => Why::Other,
+        }
     }
 }
 
 impl From<primary::Error> for Unanswered {
     fn from(error: primary::Error) -> Self {
-        let why = if error.is_limit() { Why::Limit } else { Why::Other };
-        Self { why, text: error.to_string() }
+        Self::Connect(Arc::new(error))
     }
 }
 
 impl From<tokio_postgres::Error> for Unanswered {
     fn from(error: tokio_postgres::Error) -> Self {
-        let Some(refusal) = error.as_db_error() else { return Self::other(error) };
-        let why = match *refusal.code() {
-            SqlState::INSUFFICIENT_PRIVILEGE => Why::Rights,
-            SqlState::LOCK_NOT_AVAILABLE => Why::Locked,
-            SqlState::QUERY_CANCELED => Why::Late,
-            _ => Why::Other,
-        };
-        Self { why, text: format!("{} ({})", refusal.message(), refusal.code().code()) }
+        Self::Sql(Arc::new(error.into()))
+    }
+}
+
+impl From<Unanswered> for Unreachable {
+    fn from(error: Unanswered) -> Self {
+        Self::unanswered(error)
+    }
+}
+
+/// The same error for the log, where its text names hosts and roles.
+pub(super) struct InFull(Unanswered);
+
+impl fmt::Display for InFull {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Unanswered::Connect(error) => error.in_full().fmt(f),
+            error => error.fmt(f),
+        }
     }
 }
 
@@ -108,7 +137,7 @@ struct Asked {
 pub(super) struct Silence {
     /// The first question without an answer was asked then.
     pub(super) since: Instant,
-    /// Why the last one was not answered; `None` where it still waits, or nobody has asked yet.
+    /// Why the last one was not answered; `None` where it still waits, or none was asked yet.
     pub(super) why: Option<Why>,
 }
 
@@ -146,7 +175,7 @@ impl Answers {
                 return;
             }
             Ok(_) => Why::Late,
-            Err(error) => error.why,
+            Err(error) => error.why(),
         };
         asked.silence.get_or_insert(Silence { since, why: None }).why = Some(why);
     }
@@ -160,7 +189,7 @@ struct Lazy {
     purpose: &'static str,
     statement: String,
     open: Option<Open>,
-    /// Not tried again for everybody who asks.
+    /// The last failure to connect, which later questions share until it is time to try again.
     failed: Option<Failed>,
     answers: Answers,
 }
@@ -169,8 +198,7 @@ struct Lazy {
 struct Failed {
     at: Instant,
     retry_after: Duration,
-    why: Why,
-    text: String,
+    error: Unanswered,
 }
 
 struct Open {
@@ -197,10 +225,10 @@ impl Lazy {
         if moved {
             self.failed = None;
         }
-        if let Some(Failed { at, retry_after, why, text }) = &self.failed
+        if let Some(Failed { at, retry_after, error }) = &self.failed
             && at.elapsed() < *retry_after
         {
-            return Err(Unanswered { why: *why, text: text.clone() });
+            return Err(error.clone());
         }
         // Bounded by the connect timeout of the URI.
         match self.connect(was_shared).await {
@@ -212,8 +240,7 @@ impl Lazy {
             Err(error) => {
                 let before = self.failed.take().map(|failed| failed.retry_after * 2);
                 let retry_after = before.unwrap_or(RETRY_AFTER).min(RETRY_AFTER_MAX);
-                self.failed =
-                    Some(Failed { at: Instant::now(), retry_after, why: error.why, text: error.text.clone() });
+                self.failed = Some(Failed { at: Instant::now(), retry_after, error: error.clone() });
                 Err(error)
             }
         }
@@ -221,7 +248,7 @@ impl Lazy {
 
     async fn connect(&mut self, was_shared: bool) -> Result<(Arc<Connection>, Open), Unanswered> {
         let line = self.primaries.connect_or_share().await?;
-        let connection = line.get().ok_or_else(|| Unanswered::other("the connection ended at once"))?;
+        let connection = line.get().ok_or(Unanswered::Ended)?;
         let prepare = async {
             // A mark must not wait for a synchronous standby.
             connection.client.batch_execute("SET synchronous_commit = local").await?;
@@ -231,7 +258,7 @@ impl Lazy {
             }
             connection.client.prepare(&self.statement).await
         };
-        let statement = tokio::time::timeout(ANSWER_MAX, prepare).await.map_err(|_| Unanswered::late())??;
+        let statement = tokio::time::timeout(ANSWER_MAX, prepare).await.map_err(|_| Unanswered::Late(ANSWER_MAX))??;
         match (was_shared, line.is_shared()) {
             (false, true) => tracing::warn!(
                 "PostgreSQL takes no more connections, so {} are asked on the session's: tuplewatch doctor names the limit",
@@ -257,7 +284,7 @@ async fn ask<T>(
                 Ok(answer) => answer,
                 Err(_) => {
                     lazy.open = None;
-                    Err(Unanswered::late())
+                    Err(Unanswered::Late(ANSWER_MAX))
                 }
             }
         }
@@ -282,15 +309,15 @@ impl SqlSnapshots {
 }
 
 impl Snapshots for SqlSnapshots {
-    type Error = Unanswered;
+    type Error = InFull;
 
-    async fn take(&mut self) -> Result<Snapshot, Unanswered> {
-        ask(&mut self.0, async |client, statement| {
+    async fn take(&mut self) -> Result<Snapshot, InFull> {
+        let taken = ask(&mut self.0, async |client, statement| {
             let row = client.query_one(statement, &[]).await?;
             let snapshot: String = row.get(0);
-            snapshot.parse().map_err(Unanswered::other)
-        })
-        .await
+            Ok(snapshot.parse::<Snapshot>()?)
+        });
+        taken.await.map_err(InFull)
     }
 }
 
@@ -331,14 +358,13 @@ impl SqlPrimary {
         &self,
         question: impl FnOnce(oneshot::Sender<Result<T, Unreachable>>) -> Question,
     ) -> Result<T, Unreachable> {
-        let gone = || Unreachable("the server is shutting down".to_owned());
+        let gone = || Unreachable::from(Unanswered::Stopping);
         let (reply, answer) = oneshot::channel();
         let asked = async {
             self.questions.send(question(reply)).await.map_err(|_| gone())?;
             answer.await.map_err(|_| gone())?
         };
-        let late = |_| Unreachable(format!("no answer within {} s", CALL_MAX.as_secs()));
-        tokio::time::timeout(CALL_MAX, asked).await.map_err(late)?
+        tokio::time::timeout(CALL_MAX, asked).await.map_err(|_| Unanswered::Late(CALL_MAX))?
     }
 }
 
@@ -359,21 +385,21 @@ impl Primary for SqlPrimary {
 
 async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
     let mut batch = Vec::new();
-    let mut told = false;
+    let mut is_logged = false;
     let mut pause = Duration::ZERO;
     loop {
         match tokio::time::timeout(pause, questions.recv_many(&mut batch, SHARED_MAX)).await {
             Ok(0) => return,
             Ok(_) => {}
             Err(_idle) => {
-                // The statement that starts streams, for nobody.
+                // A probe: the statement that starts streams, without a tenant.
                 let failed = look(&mut lazy, &[]).await.err();
                 let is_lasting = lazy.answers.silence().is_some_and(|silence| silence.since.elapsed() > Answers::LATE);
-                if let Some(error) = failed.as_ref().filter(|_| is_lasting && !told) {
-                    tracing::warn!("no stream can start: {error}");
-                    told = true;
+                if let Some(error) = failed.as_ref().filter(|_| is_lasting && !is_logged) {
+                    tracing::warn!("no stream can start: {}", InFull(error.clone()));
+                    is_logged = true;
                 }
-                told &= failed.is_some();
+                is_logged &= failed.is_some();
                 pause = if failed.is_some() { PROBE_AGAIN_AFTER } else { PROBE_EVERY };
                 continue;
             }
@@ -382,15 +408,15 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
         for question in batch.drain(..) {
             match question {
                 Question::State { scope, reply } if !reply.is_closed() => looks.push((scope, reply)),
-                // Whoever asked may be gone, before and after.
+                // The caller may be gone, before and after.
                 Question::State { .. } => {}
                 Question::Status { reply, .. } if reply.is_closed() => {}
                 Question::Mark { reply } if reply.is_closed() => {}
                 Question::Status { xid, reply } => {
-                    let _ = reply.send(status(&mut lazy, xid).await.map_err(unreachable));
+                    let _ = reply.send(status(&mut lazy, xid).await.map_err(Unreachable::from));
                 }
                 Question::Mark { reply } => {
-                    let _ = reply.send(mark(&mut lazy).await.map_err(unreachable));
+                    let _ = reply.send(mark(&mut lazy).await.map_err(Unreachable::from));
                 }
             }
         }
@@ -405,24 +431,19 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
                     let scope_exists = scope.tenant().is_none_or(|tenant| known.contains(tenant.as_str()));
                     Ok(PrimaryState { scope_exists, ..look.clone() })
                 }
-                Err(error) => Err(Unreachable(error.to_string())),
+                Err(error) => Err(error.clone().into()),
             });
         }
     }
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
-fn unreachable(error: Unanswered) -> Unreachable {
-    Unreachable(error.to_string())
 }
 
 async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(PrimaryState, HashSet<String>), Unanswered> {
     ask(lazy, async |client, statement| {
         let row = client.query_one(statement, &[&tenants]).await?;
         let flush_lsn: String = row.get(0);
-        let flush_lsn = flush_lsn.parse().map_err(Unanswered::other)?;
+        let flush_lsn = flush_lsn.parse::<Lsn>()?;
         let snapshot: String = row.get(1);
-        let snapshot: Snapshot = snapshot.parse().map_err(Unanswered::other)?;
+        let snapshot = snapshot.parse::<Snapshot>()?;
         let known: Vec<String> = row.get(2);
         let look = PrimaryState { flush_lsn, snapshot: Arc::new(snapshot), scope_exists: false };
         Ok((look, known.into_iter().collect()))
@@ -449,7 +470,7 @@ async fn mark(lazy: &mut Lazy) -> Result<Lsn, Unanswered> {
         let statement = "SELECT pg_logical_emit_message(true, 'tuplewatch', 'mark')::text";
         let row = client.query_one(statement, &[]).await?;
         let lsn: String = row.get(0);
-        lsn.parse().map_err(Unanswered::other)
+        Ok(lsn.parse::<Lsn>()?)
     })
     .await
 }
@@ -463,7 +484,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_silence_begins_with_the_first_question_and_ends_with_an_answer_in_good_time() {
         let second = Duration::from_secs(1);
-        let refused = || Err::<(), _>(Unanswered { why: Why::Limit, text: String::new() });
+        let refused = || Err::<(), _>(primary::Error::SessionFirst.into());
         let answers = Answers::new();
         let began = Instant::now();
         assert_eq!(answers.silence(), Some(Silence { since: began, why: None }), "nobody has asked yet");

@@ -35,7 +35,7 @@ struct Place {
 pub(super) async fn run(config: ConfigArgs, args: &DevArgs) -> anyhow::Result<()> {
     if config.sets("database.uri") {
         let what = "dev starts a PostgreSQL of its own: leave --database-uri out, or use serve";
-        return Err(app::Misconfigured(what.to_owned()).into());
+        return Err(app::Misconfigured::Command(what).into());
     }
     let config = config
         .with_default("server.host", "127.0.0.1".into())

@@ -21,7 +21,9 @@ mod attribute_value;
 mod plan;
 mod spec;
 
-pub use attribute_value::{parse as parse_attribute_value, write as write_attribute_value};
+pub use attribute_value::{
+    Error as AttributeValueError, parse as parse_attribute_value, write as write_attribute_value,
+};
 pub use plan::{Outcome, Plan, Undecodable};
 pub use spec::{
     AttributeSpec, Columns, Error, SoftDelete, Spec, TableName, TableSpec, TenantsSpec, TupleSpec, ValueSpec,

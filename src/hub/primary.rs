@@ -1,37 +1,54 @@
-//! What the hub asks the primary, as a contract: `app` answers with SQL, and tests with a script.
+//! The questions of the hub to the primary, as a contract: `app` answers with SQL, and tests with a script.
 
 use crate::model::lsn::{Lsn, Snapshot, Xid8};
-use crate::model::scope::Scope;
+use crate::model::scope::{Place, Scope};
+use std::error::Error;
 use std::sync::Arc;
 
-/// What the primary says, in one statement.
+/// The state of the primary, from one statement.
 #[derive(Clone, Debug)]
 pub struct PrimaryState {
     /// `pg_current_wal_flush_lsn()`.
     pub flush_lsn: Lsn,
     /// `pg_current_snapshot()`, taken before `flush_lsn` was read.
     pub snapshot: Arc<Snapshot>,
-    /// Whether the scope exists that was asked for. That of all tenants does.
+    /// Whether the requested scope exists. That of all tenants always does.
     pub scope_exists: bool,
 }
 
-/// What became of a transaction.
+/// The state of a transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TransactionStatus {
-    /// It runs.
+    /// It is still running.
     InProgress,
-    /// It is over, or so old that nobody knows.
+    /// It has ended, or is so old that PostgreSQL no longer knows.
     Over,
     /// Its id was not handed out yet.
     Unassigned,
 }
 
-/// PostgreSQL does not answer.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct Unreachable(pub String);
+/// Why an answer that depends on the primary cannot be given now. Callers get the text: it names no host and no role.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Unreachable {
+    /// PostgreSQL was not reached yet, or is not read for want of room on the disk.
+    #[error("no session with PostgreSQL was established yet: the log of tuplewatch says why")]
+    NoSession,
+    /// The stream did not get that far in time.
+    #[error("the stream did not reach {0} in time, try again")]
+    Behind(Place),
+    /// The primary was asked and did not answer.
+    #[error(transparent)]
+    Unanswered(Arc<dyn Error + Send + Sync>),
+}
 
-/// What the start of a subscription may ask the primary.
+impl Unreachable {
+    /// For an answer that failed with `cause`.
+    pub fn unanswered(cause: impl Error + Send + Sync + 'static) -> Self {
+        Self::Unanswered(Arc::new(cause))
+    }
+}
+
+/// The questions that the start of a subscription needs answered.
 pub trait Primary: Send + Sync {
     /// Positions, a snapshot, and whether the scope exists; as of a moment after the call.
     fn look(&self, scope: &Scope) -> impl Future<Output = Result<PrimaryState, Unreachable>> + Send;

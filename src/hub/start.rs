@@ -25,9 +25,6 @@ use resolve::await_end;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Where PostgreSQL was not reached yet, or is not read for want of room on the disk.
-const NO_SESSION: &str = "no session with PostgreSQL was established yet: the log of tuplewatch says why";
-
 /// Why a subscription cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -101,7 +98,7 @@ impl Start {
 }
 
 fn origin(anchor: &Anchor) -> Result<&Origin, Unreachable> {
-    anchor.origin.as_ref().ok_or_else(|| Unreachable(NO_SESSION.to_owned()))
+    anchor.origin.as_ref().ok_or(Unreachable::NoSession)
 }
 
 fn check_source(anchor: &Anchor, id: SourceId) -> Result<&History, Error> {
@@ -216,7 +213,7 @@ impl Hub {
                 check_place(&anchor, primary, &scope, (source, timeline), &place, appended).await?;
                 let mut watermark = self.watch_watermark();
                 let reached = watermark.wait_for(|lsn| *lsn >= place.extent());
-                let late = |_| Unreachable(format!("the stream did not reach {place} in time, try again"));
+                let late = |_| Unreachable::Behind(place.clone());
                 tokio::time::timeout_at(deadline, reached).await.map(drop).map_err(late)?;
             }
             // The others need nothing of the stream: PostgreSQL shows a transaction as over when its snapshots see it.

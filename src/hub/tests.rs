@@ -504,7 +504,7 @@ async fn starts_that_are_refused() {
     };
     let other = Source { system_identifier: 9, database_oid: 2 };
     let second = Timeline { number: 2, begin: Lsn(250) };
-    let down = || Scripted { look: Err(Unreachable("down".into())), ..primary(true) };
+    let down = || Scripted { look: Err(Unreachable::NoSession), ..primary(true) };
     check(primary(true), "a", "?".into(), "Token(NotBase64)").await;
     check(primary(false), "unknown", String::new(), "UnknownTenant").await;
     check(down(), "unknown", String::new(), "Unreachable").await;

@@ -1,13 +1,13 @@
-//! What PostgreSQL's catalogs say about the publication and the mapped tables, read in one statement; and a cheap sum of it.
+//! The publication and the mapped tables in PostgreSQL's catalogs, read in one statement; and a cheap checksum of them.
 //!
-//! Three readers ask the same questions: [`crate::postgres::requirements`] what is wrong, [`crate::admin::setup`] what is missing,
-//! [`crate::postgres::publication`] whether anything changed. So there is one answer, [`Catalog`].
+//! Three readers share the same data: [`crate::postgres::requirements`] finds errors, [`crate::admin::setup`] missing objects,
+//! [`crate::postgres::publication`] changes. So there is one [`Catalog`].
 //!
 //! Only plain catalog tables are read for it, never functions such as `pg_get_publication_tables`: those look things up
 //! with a newer snapshot than the statement's, and the answer would mix two states. (Privileges and row level security are looked
 //! up that way; they decide nothing of what is streamed.)
 //!
-//! Any role may read what is read here. PostgreSQL 14 to 18.
+//! Any role may read these catalogs. PostgreSQL 14 to 18.
 
 mod statement;
 
@@ -20,7 +20,7 @@ use tokio_postgres::types::{FromSql, Type, accepts};
 use crate::decode::mapping::{Mapping, TableName};
 use crate::model::lsn::Lsn;
 
-/// What one statement saw.
+/// The result of one statement.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Catalog {
     /// The WAL insert position, read after the statement's snapshot was taken. 0/0 on a standby.
@@ -33,7 +33,7 @@ pub(crate) struct Catalog {
     pub(crate) tenants_are_filtered: bool,
 }
 
-/// Another one after any change of what a [`Catalog`] has.
+/// A checksum that differs after any change of the contents of a [`Catalog`].
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Sum {
     /// As in [`Catalog`].
@@ -69,7 +69,7 @@ pub(crate) struct Table {
     pub(crate) kind: Option<String>,
     /// `relfilenode` of an ordinary table: another one after TRUNCATE, VACUUM FULL, and whatever rewrites it.
     pub(crate) file: Option<u32>,
-    /// `relkind` of what has this name instead of a table.
+    /// `relkind` of an object that has this name and is not a table.
     pub(crate) other_kind: Option<String>,
     /// The mapped columns that exist.
     pub(crate) columns: Vec<Column>,
@@ -77,7 +77,7 @@ pub(crate) struct Table {
     pub(crate) relations: Vec<Relation>,
     /// Every partition below it.
     pub(crate) partitions: Vec<Partition>,
-    /// Every table that inherits from it, and is no partition nor a temporary table, which only its own session sees.
+    /// Every table that inherits from it, except partitions and temporary tables, which only their own session sees.
     pub(crate) children: Vec<Child>,
     /// `relhassubclass` of an ordinary table: it has had children since it was last analyzed.
     pub(crate) had_children: bool,
@@ -91,7 +91,7 @@ pub(crate) struct Table {
     pub(crate) is_filtered: bool,
     pub(crate) selectable: bool,
     pub(crate) schema_usable: bool,
-    /// Whether the mapping counts what rows were before. Not from the catalog.
+    /// Whether the mapping uses the old rows. Not from the catalog.
     #[serde(skip)]
     pub(crate) reads_old_rows: bool,
 }
@@ -254,7 +254,7 @@ impl Catalog {
         Ok(catalog)
     }
 
-    /// The tables that inherit from this one without being mapped: nobody reads their changes.
+    /// The tables that inherit from this one without being mapped: their changes are not read.
     pub(crate) fn unmapped_children<'a>(&'a self, table: &'a Table) -> impl Iterator<Item = &'a Child> {
         let is_mapped = |child: &Child| self.tables.iter().any(|table| table.oid == Some(child.relation));
         table.children.iter().filter(move |child| !is_mapped(child))
@@ -336,7 +336,7 @@ impl Table {
         publication.via_root && self.is_partition && above
     }
 
-    /// The relations whose replica identity does not do, and why.
+    /// The relations whose replica identity is insufficient, and why.
     pub(crate) fn unidentified(&self) -> impl Iterator<Item = (&Relation, String)> {
         self.relations.iter().filter_map(|relation| {
             let what = if self.reads_old_rows {

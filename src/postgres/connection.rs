@@ -1,8 +1,8 @@
-//! Where PostgreSQL is, and connections to it.
+//! Connections to PostgreSQL, as `database.uri` says.
 //!
-//! `database.uri` may say all that libpq's can, and two kinds of connection have to follow it: SQL, by tokio-postgres, and
-//! replication, whose messages pgwire-replication reads and writes. So it is parsed once, here, and resolved once, to one
-//! address of one host; and both begin with a session that `logon` has logged on:
+//! `database.uri` may contain everything that libpq's can, and two kinds of connection have to follow it: SQL, by tokio-postgres, and
+//! replication, whose messages pgwire-replication reads and writes. So the URI is parsed once, here, and resolved once, to one
+//! address of one host; and both connections begin with a session that `logon` has logged on:
 //!
 //! ```text
 //! "postgres://…"  ──parse──▶ Endpoints ──connect──▶ Connection (SQL) ──endpoint()──▶ Endpoint
@@ -16,14 +16,14 @@
 //! # Invariants
 //!
 //! - Both connections go to the same *address*, not merely to the same name, which may stand for several servers.
-//! - Both have the same TLS, prove themselves with the same password, and have the same settings, whatever the defaults
-//!   of role, database and server are: see `pins`.
+//! - Both have the same TLS, the same password and the same settings, whatever the defaults of role, database and server are:
+//!   see `pins`.
 //! - Neither goes to a standby: [`Endpoint::connect`] asks. Nor to an old primary, while there is a newer one.
 //! - No message and no `Debug` output has the password in it.
 //!
 //! # Differences from libpq
 //!
-//! - `sslmode=prefer` takes TLS where the server offers it, and does not try again without when that fails.
+//! - `sslmode=prefer` takes TLS where the server offers it, and does not try again without TLS when that fails.
 //! - A certificate of X.509 version 1 is refused, and a common name is not compared with an address.
 //! - Without a host it is `localhost`, over TCP. Without `sslrootcert` and without `~/.postgresql/root.crt`,
 //!   certificates are verified against Mozilla's roots.
@@ -60,9 +60,10 @@ use password::Password;
 use pins::Sessions;
 use wire::{Tls, Wire};
 
-pub use failure::{ConnectError, Refusal, WalsenderError, describe};
-pub use uri::UriError;
-pub use walsender::{Event, Identity, Walsender};
+pub(crate) use failure::{ConnectError, SqlError};
+pub(crate) use failure::{SessionEnd, WalsenderError};
+pub(crate) use uri::UriError;
+pub(crate) use walsender::{Event, Walsender};
 
 /// The name that connections of the node with this id have, in `pg_stat_activity` and `pg_stat_replication`.
 pub(crate) fn application_name(node_id: &str) -> String {
@@ -78,12 +79,12 @@ const HOSTS_MAX: usize = 16;
 /// Most addresses of one name that are tried. Each may cost a whole connect_timeout.
 const ADDRESSES_MAX: usize = 8;
 
-/// All that `database.uri` says: the hosts in their order, and how to log on to any of them.
+/// The contents of `database.uri`: the hosts in their order, and how to log on to any of them.
 #[derive(Clone, Debug)]
 pub struct Endpoints {
     hosts: Vec<Host>,
     user: String,
-    /// Of the URI or of PGPASSWORD; empty where the password file is to be asked.
+    /// From the URI or PGPASSWORD; empty where the password file is used.
     password: Password,
     passfile: Option<Passfile>,
     database: String,
@@ -104,7 +105,7 @@ struct Host {
 
 #[derive(Clone, Debug)]
 enum Place {
-    /// The name is the address again where only that was given.
+    /// The name is the address again where only the address was given.
     Tcp { name: String, address: Option<IpAddr> },
     /// The directory of a Unix socket.
     Socket { dir: String },
@@ -117,7 +118,7 @@ struct Keepalive {
     idle: Duration,
     interval: Duration,
     retries: u32,
-    /// TCP_USER_TIMEOUT, where there is such a thing.
+    /// TCP_USER_TIMEOUT, on systems that have it.
     user_timeout: Option<Duration>,
 }
 
@@ -135,11 +136,11 @@ impl Default for Keepalive {
 }
 
 impl Endpoints {
-    /// Reads `database.uri`. What it leaves out comes from PGUSER, PGPASSWORD, PGPASSFILE and HOME.
+    /// Reads `database.uri`. Missing parts come from PGUSER, PGPASSWORD, PGPASSFILE and HOME.
     ///
     /// # Errors
-    /// Whatever cannot be understood or honoured, named without the value.
-    pub fn parse(uri: &str) -> Result<Self, UriError> {
+    /// Where a part cannot be understood or honoured. The error names the part, without its value.
+    pub(crate) fn parse(uri: &str) -> Result<Self, UriError> {
         Self::parse_in(uri, &|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     }
 
@@ -147,18 +148,18 @@ impl Endpoints {
         uri::parse(uri, environment)
     }
 
-    /// From now on a primary on an older timeline is taken only where there is no other: one that was replaced and came back, or
-    /// never went, still answers and is not in recovery.
-    pub fn prefer_timeline(&self, id: u32) {
+    /// From now on a primary on an older timeline is used only where there is no other: an old primary that a failover has replaced
+    /// may still answer, and is not in recovery.
+    pub(crate) fn prefer_timeline(&self, id: u32) {
         self.timeline.store(id, Ordering::Relaxed);
     }
 
-    /// Connects to the first address that answers and is a primary. Each has `connect_timeout` (10 s) for everything from
-    /// the first packet to the answer whether it is one.
+    /// Connects to the first address that answers and is a primary. Each address has `connect_timeout` (10 s) from the first packet
+    /// to the answer whether it is a primary.
     ///
     /// # Errors
-    /// With what happened at each address.
-    pub async fn connect(&self, application_name: &str) -> Result<Connection, ConnectError> {
+    /// With the failure at each address.
+    pub(crate) async fn connect(&self, application_name: &str) -> Result<Connection, ConnectError> {
         let timeline = self.timeline.load(Ordering::Relaxed);
         let mut older = None;
         let mut attempts = Vec::new();
@@ -194,7 +195,7 @@ impl Endpoints {
             }
         };
         let password = self.password_for(host).await;
-        // Ours first: by it we recognize our own sessions, and the server cuts the whole at 63 bytes.
+        // Ours first: it identifies our own sessions, and the server cuts the name at 63 bytes.
         let application_name = match &self.application_name {
             Some(theirs) => format!("{application_name} {theirs}"),
             None => application_name.to_owned(),
@@ -251,7 +252,7 @@ impl fmt::Display for Endpoints {
 
 /// One address, and how to log on to it.
 #[derive(Clone, Debug)]
-pub struct Endpoint {
+pub(crate) struct Endpoint {
     target: Target,
     port: u16,
     user: String,
@@ -266,7 +267,7 @@ pub struct Endpoint {
 
 #[derive(Clone, Debug)]
 enum Target {
-    /// The name as it was given: what the certificate is for.
+    /// The name as it was given, which the certificate has to have.
     Tcp {
         name: String,
         address: SocketAddr,
@@ -281,7 +282,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// As [`Endpoints::connect`].
-    pub async fn connect(&self) -> Result<Connection, ConnectError> {
+    pub(crate) async fn connect(&self) -> Result<Connection, ConnectError> {
         self.attempt().await.map(|primary| primary.connection).map_err(|failure| self.failed(failure))
     }
 
@@ -289,21 +290,21 @@ impl Endpoint {
     ///
     /// # Errors
     /// As [`Endpoints::connect`].
-    pub async fn replicate(&self, application_name: &str) -> Result<Walsender, ConnectError> {
+    pub(crate) async fn replicate(&self, application_name: &str) -> Result<Walsender, ConnectError> {
         let session = Box::pin(self.log_on(Sessions::Stream, application_name));
         let session = tokio::time::timeout(self.connect_timeout, session).await;
         let session = session.map_err(|_| Failure::TimedOut(self.connect_timeout)).flatten();
         session.map(LoggedOn::into_walsender).map_err(|failure| self.failed(failure))
     }
 
-    /// What a failure of the replication connection to this address means.
-    pub fn replication_error(&self, error: WalsenderError) -> ConnectError {
+    /// A failure of the replication connection to this address.
+    pub(crate) fn replication_error(&self, error: WalsenderError) -> ConnectError {
         self.failed(Failure::Replication(error))
     }
 
-    /// The same for an error of the SQL connection.
-    pub fn sql_error(&self, error: tokio_postgres::Error) -> ConnectError {
-        self.failed(Failure::Sql(error))
+    /// An error of the SQL connection to this address.
+    pub(crate) fn sql_error(&self, error: tokio_postgres::Error) -> ConnectError {
+        self.failed(Failure::Sql(error.into()))
     }
 
     fn failed(&self, failure: Failure) -> ConnectError {
@@ -311,18 +312,8 @@ impl Endpoint {
     }
 
     /// The name of our sessions in `pg_stat_activity`; the server shows 63 bytes of it.
-    pub fn application_name(&self) -> &str {
+    pub(crate) fn application_name(&self) -> &str {
         &self.application_name
-    }
-
-    /// The database's name.
-    pub fn database(&self) -> &str {
-        &self.database
-    }
-
-    /// The role's name.
-    pub fn user(&self) -> &str {
-        &self.user
     }
 
     async fn attempt(&self) -> Result<Primary, Failure> {
@@ -330,7 +321,8 @@ impl Endpoint {
         let attempt = Box::pin(async {
             let connection = self.start(self.log_on(Sessions::Sql, &self.application_name).await?).await?;
             let row = connection.client.query_typed_one(TIMELINE, &[]).await;
-            let timeline: Option<i64> = row.and_then(|row| row.try_get(0)).map_err(Failure::Sql)?;
+            let timeline: Option<i64> =
+                row.and_then(|row| row.try_get(0)).map_err(|error| Failure::Sql(error.into()))?;
             let timeline = timeline.ok_or(Failure::InRecovery)?;
             Ok(Primary { connection, timeline: u32::try_from(timeline).unwrap_or_default() })
         });
@@ -366,19 +358,20 @@ impl Endpoint {
 
     async fn start(&self, session: LoggedOn) -> Result<Connection, Failure> {
         let mut config = tokio_postgres::Config::new();
-        // What the driver says of itself is swallowed: it is logged on.
+        // The driver's startup message is dropped: the session is logged on already.
         config.user(&self.user).ssl_mode(tokio_postgres::config::SslMode::Disable);
-        let (client, driver) = config.connect_raw(session.disguised(), NoTls).await.map_err(Failure::Sql)?;
+        let (client, driver) =
+            config.connect_raw(session.disguised(), NoTls).await.map_err(|error| Failure::Sql(error.into()))?;
         let endpoint = self.to_string();
         let (ending, ended) = watch::channel(None);
         let driver = tokio::spawn(async move {
-            let why = match driver.await {
-                Ok(()) => "the SQL connection was closed".to_owned(),
-                Err(error) => describe(&error),
+            let end = match driver.await {
+                Ok(()) => SessionEnd::Closed,
+                Err(error) => SessionEnd::Failed(Arc::new(error.into())),
             };
-            // Whoever uses the client gets an error too, and handles that.
-            tracing::debug!(%endpoint, why, "an SQL connection ended");
-            ending.send_replace(Some(why));
+            // Every user of the client gets an error too, and handles that.
+            tracing::debug!(%endpoint, %end, "an SQL connection ended");
+            ending.send_replace(Some(end));
         });
         Ok(Connection { client, endpoint: self.clone(), driver, ended })
     }
@@ -417,41 +410,41 @@ impl Keepalive {
     }
 }
 
-/// What an address led to.
+/// A primary that was found at an address.
 struct Primary {
     connection: Connection,
     timeline: u32,
 }
 
-/// An SQL connection to a primary. Dropping it ends it.
+/// An SQL connection to a primary. Dropping it closes it.
 #[derive(Debug)]
 pub struct Connection {
-    /// For statements; many may be under way at once.
-    pub client: Client,
+    /// Runs statements, many at a time.
+    pub(crate) client: Client,
     endpoint: Endpoint,
-    /// Moves the bytes. Ours, so that it does not outlive us where somebody holds on to a statement.
+    /// Moves the bytes. Aborted with this connection, so that it does not live on where a statement is still held.
     driver: JoinHandle<()>,
-    /// Why it has. The sender goes with the driver.
-    ended: watch::Receiver<Option<String>>,
+    /// Why the connection has ended. The sender is dropped with the driver.
+    ended: watch::Receiver<Option<SessionEnd>>,
 }
 
 impl Connection {
-    /// Where it leads.
-    pub const fn endpoint(&self) -> &Endpoint {
+    /// The address and user that the connection was made with.
+    pub(crate) const fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
-    /// Whether it has ended. A peer that died silently is noticed by keepalive, within a minute.
-    pub fn is_closed(&self) -> bool {
+    /// Whether the connection has ended. Keepalive notices a dead peer within a minute.
+    pub(crate) fn is_closed(&self) -> bool {
         self.client.is_closed()
     }
 
-    /// Completes when it has, and says why.
-    pub fn closed(&self) -> impl Future<Output = String> + Send + 'static {
+    /// Completes when the connection has ended, with the reason.
+    pub(crate) fn closed(&self) -> impl Future<Output = SessionEnd> + Send + 'static {
         let mut ended = self.ended.clone();
         async move {
-            let why = ended.wait_for(Option::is_some).await.ok().and_then(|why| why.clone());
-            why.unwrap_or_else(|| "the SQL connection was given up".to_owned())
+            let end = ended.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
+            end.unwrap_or(SessionEnd::GivenUp)
         }
     }
 }

@@ -1,9 +1,10 @@
-//! Which server to ask: the one that the session reads from, and no other, even if another one still answers.
+//! The server to ask: the one that the session reads from, and no other, even if another one still answers.
 //!
 //! If PostgreSQL refuses more connections (because of a limit of the role, the database or the server), other statements share the session's
 //! SQL connection, which exists for as long as anything streams. If the session itself is refused, all others close their connections for it.
 
 use crate::postgres::connection::{ConnectError, Connection, Endpoint};
+use std::fmt;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -11,32 +12,45 @@ use tokio::sync::watch;
 /// Longest wait for the session to find a primary, when there was none before. A process that has just started gets there soon.
 const FIRST_SESSION_MAX: Duration = Duration::from_secs(5);
 
-/// Why there is no connection.
+/// Why there is no connection. The text may be sent to callers: only the source names hosts and roles.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The session has found no primary yet.
     #[error("no session with PostgreSQL was established yet: the log of tuplewatch says why")]
     NoSession,
-    /// The session comes first.
+    /// The session needs the next connection that is free.
     #[error("PostgreSQL takes no more connections: the next one that is free is for the replication session")]
     SessionFirst,
-    /// The one that it found does not take a connection.
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
+    /// The primary has as many connections as it may have.
+    #[error("PostgreSQL takes no more connections: tuplewatch doctor names the limit")]
+    Limit(#[source] ConnectError),
+    /// The primary cannot be connected to for another reason.
+    #[error("no connection to PostgreSQL could be made: see the log of tuplewatch, or ask tuplewatch doctor")]
+    Connect(#[source] ConnectError),
+}
+
+impl From<ConnectError> for Error {
+    fn from(error: ConnectError) -> Self {
+        if error.is_limit() { Self::Limit(error) } else { Self::Connect(error) }
+    }
 }
 
 impl Error {
     /// Whether a limit of connections is the reason.
-    pub fn is_limit(&self) -> bool {
+    pub(crate) const fn is_limit(&self) -> bool {
+        matches!(self, Self::SessionFirst | Self::Limit(_))
+    }
+
+    /// The text for the log, with hosts and roles.
+    pub(crate) fn in_full(&self) -> &dyn fmt::Display {
         match self {
-            Self::NoSession => false,
-            Self::SessionFirst => true,
-            Self::Connect(error) => error.is_limit(),
+            Self::Limit(error) | Self::Connect(error) => error,
+            Self::NoSession | Self::SessionFirst => self,
         }
     }
 }
 
-/// What the session tells of itself to those who ask the same server.
+/// The session's server, for the other connections to it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Found {
     /// The primary of the present or last session.
@@ -49,16 +63,16 @@ pub(crate) struct Found {
 
 /// A connection to ask on.
 #[derive(Debug)]
-pub enum Line {
-    /// Nobody else's.
+pub(crate) enum Line {
+    /// A connection that nothing else uses.
     Own(Arc<Connection>),
-    /// The session's: it goes with the session.
+    /// The session's: it ends with the session.
     Shared(Weak<Connection>),
 }
 
 impl Line {
     /// The connection, unless it has ended.
-    pub fn get(&self) -> Option<Arc<Connection>> {
+    pub(crate) fn get(&self) -> Option<Arc<Connection>> {
         let connection = match self {
             Self::Own(connection) => Some(connection.clone()),
             Self::Shared(connection) => connection.upgrade(),
@@ -67,39 +81,39 @@ impl Line {
     }
 
     /// Whether it is the session's.
-    pub const fn is_shared(&self) -> bool {
+    pub(crate) const fn is_shared(&self) -> bool {
         matches!(self, Self::Shared(_))
     }
 }
 
-/// Follows the session. Each clone does by itself.
+/// Follows the session. Each clone follows it independently.
 #[derive(Clone, Debug)]
 pub struct PrimaryConnector(watch::Receiver<Found>);
 
 impl PrimaryConnector {
-    /// `found` is told of each primary that the session goes on with.
+    /// `found` has each primary that the session reads from.
     pub(crate) const fn new(found: watch::Receiver<Found>) -> Self {
         Self(found)
     }
 
     /// Whether the session has found a primary, or needs a connection, since [`PrimaryConnector::connect`]: connections of before should
     /// be given up.
-    pub fn has_moved(&self) -> bool {
+    pub(crate) fn has_moved(&self) -> bool {
         self.0.has_changed().unwrap_or(false)
     }
 
     /// Whether PostgreSQL refuses the session a connection, because there are too many.
-    pub fn is_session_refused(&self) -> bool {
+    pub(crate) fn is_session_refused(&self) -> bool {
         self.0.borrow().is_refused
     }
 
     /// Completes when the session is refused a connection; never where it has ended for good.
-    pub async fn session_refused(&mut self) {
+    pub(crate) async fn session_refused(&mut self) {
         self.wait(|found| found.is_refused).await;
     }
 
-    /// Completes when it is not, or no more.
-    pub async fn session_accepted(&mut self) {
+    /// Completes when the session is not refused, or no longer.
+    pub(crate) async fn session_accepted(&mut self) {
         self.wait(|found| !found.is_refused).await;
     }
 
@@ -113,8 +127,8 @@ impl PrimaryConnector {
     ///
     /// # Errors
     /// Where there is none yet, or it takes no connection.
-    pub async fn connect(&mut self) -> Result<Connection, Error> {
-        // What came of the wait is seen below.
+    pub(crate) async fn connect(&mut self) -> Result<Connection, Error> {
+        // Whether the wait timed out shows below.
         let found = |found: &Found| found.endpoint.is_some() || found.is_refused;
         let _ = tokio::time::timeout(FIRST_SESSION_MAX, self.0.wait_for(found)).await.map(drop);
         let Found { endpoint, is_refused, .. } = self.0.borrow_and_update().clone();
@@ -124,11 +138,11 @@ impl PrimaryConnector {
         Ok(endpoint.ok_or(Error::NoSession)?.connect().await?)
     }
 
-    /// The same; where PostgreSQL takes no more connections, the session's.
+    /// A connection to the present primary, or the session's where PostgreSQL takes no more.
     ///
     /// # Errors
     /// As [`PrimaryConnector::connect`].
-    pub async fn connect_or_share(&mut self) -> Result<Line, Error> {
+    pub(crate) async fn connect_or_share(&mut self) -> Result<Line, Error> {
         match self.connect().await {
             Ok(connection) => Ok(Line::Own(Arc::new(connection))),
             Err(error) if error.is_limit() => self.share().ok_or(error),
@@ -137,8 +151,25 @@ impl PrimaryConnector {
     }
 
     /// The session's connection, while it streams.
-    pub fn share(&self) -> Option<Line> {
+    pub(crate) fn share(&self) -> Option<Line> {
         let session = self.0.borrow().session.clone();
         (session.strong_count() > 0).then_some(Line::Shared(session))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::postgres::connection::Endpoints;
+
+    #[tokio::test]
+    async fn only_the_log_has_hosts_and_roles() {
+        let endpoints = Endpoints::parse("postgres://ada@%2Fmissing/db").unwrap();
+        let error = Error::from(endpoints.connect("tests").await.unwrap_err());
+        let (for_callers, for_the_log) = (error.to_string(), error.in_full().to_string());
+        for secret in ["missing", "ada", "5432"] {
+            assert!(!for_callers.contains(secret), "{for_callers}");
+            assert!(for_the_log.contains(secret), "{for_the_log}");
+        }
     }
 }

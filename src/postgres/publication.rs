@@ -1,9 +1,9 @@
-//! Whether what is published, and what its values say, is still what it was.
+//! Whether the publication, and the text of its values, are still the same.
 //!
 //! Changes of a publication are silent. A table that is taken out and put in again lost what was written in between; a
 //! publication that was dropped and created anew wedges the slot on 14 to 17, and on 18 loses the middle; a row filter
-//! hides rows. So are changes of values that no row event tells: a rewrite of the table, another label of an enum. Nothing of that is
-//! in the stream. So everything that decides what comes out of the slot, and as what text, is read every few seconds and
+//! hides rows. Some changes of values come without a row event, too: a rewrite of the table, another label of an enum. None of that is
+//! in the stream. So everything that decides which rows come out of the slot, and as which text, is read every few seconds and
 //! compared: the [`Published::fingerprint`].
 //!
 //! # What an equal fingerprint proves
@@ -21,7 +21,7 @@
 //!   a row that is incomplete is a gap of its own.)
 //! - One exception is left: a commit is in the WAL a moment before it is visible, and with synchronous replication the
 //!   moment lasts until a standby has answered. A DDL in that moment is noticed when it becomes visible, and the gap then lies
-//!   behind it by a check or two. Nobody misses it for that: a gap is for all readers, and all pass it.
+//!   behind it by a check or two. No reader misses it: a gap is for all readers, and all pass it.
 //!
 //! Most checks read only a `Sum`, which takes the xmin of every catalog row that the fingerprint is made of. Where it is that of
 //! the check before, no such row was written in between, and the fingerprint is the same. Its LSN is read in the same way.
@@ -71,27 +71,27 @@ use crate::decode::pgoutput::RelationId;
 use crate::model::lsn::Lsn;
 use crate::postgres::catalog::{Catalog, CompositeAttribute, Label, Publication, Sum, Table};
 
-/// Has a running session look at once at what is published, and not with its next check: after something was repaired or changed.
+/// Makes a running session check the publication at once, and not with its next check, after something was repaired or changed.
 pub(crate) const LOOK_AT_ONCE: &str = "SELECT pg_logical_emit_message(true, 'tuplewatch', 'check');";
-/// The content of its message. Whoever may write one may also write tuples.
+/// The content of its message. A role that may write one may also write tuples.
 pub(crate) const CHECK_REQUEST: &[u8] = b"check";
 
-/// What a check saw.
+/// The result of a check.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Published {
+pub(crate) struct Published {
     /// Lines of `subject TAB topic TAB value`. None: there is no such publication.
-    pub fingerprint: Option<String>,
+    pub(crate) fingerprint: Option<String>,
     /// The WAL insert position after the check's snapshot was taken. The *next* check that is equal verifies everything
     /// before it.
-    pub lsn: Lsn,
+    pub(crate) lsn: Lsn,
     /// The mapped tables that exist, by oid.
-    pub tables: HashMap<RelationId, String>,
+    pub(crate) tables: HashMap<RelationId, String>,
 }
 
 /// Checks, one after the other, of the same mapping on one server. Only the first, and those that find a change, read
 /// everything.
 #[derive(Debug, Default)]
-pub struct Checks {
+pub(crate) struct Checks {
     /// The sum that was read before the fingerprint was.
     last: Mutex<Option<(String, Published)>>,
 }
@@ -102,7 +102,7 @@ impl Checks {
     ///
     /// # Errors
     /// Where PostgreSQL cannot be asked.
-    pub async fn next(
+    pub(crate) async fn next(
         &self,
         client: &Client,
         publication: &str,
@@ -275,12 +275,12 @@ fn describe_table(table: &Table, publication: &Publication, lines: &mut Lines) {
 }
 
 /// Whether no row and no value can have changed in silence between two checks, one after the other. See the module.
-pub fn is_equivalent(old: &str, new: &str) -> bool {
+pub(crate) fn is_equivalent(old: &str, new: &str) -> bool {
     Difference::between(old, new).is_harmless()
 }
 
 /// What differs between two fingerprints, in a sentence for people. Names tables, and nothing that was in them.
-pub fn difference(old: Option<&str>, new: Option<&str>) -> String {
+pub(crate) fn difference(old: Option<&str>, new: Option<&str>) -> String {
     match (old, new) {
         (None, None) => "there is no publication".to_owned(),
         (Some(_), None) => "the publication was dropped".to_owned(),

@@ -1,10 +1,10 @@
-//! What PostgreSQL must be like, and what to do where it is not.
+//! The requirements on PostgreSQL, and how to meet them.
 //!
 //! `serve` refuses to start where [`check`] finds an error. Each diagnostic has the statement that fixes it, to be pasted into
-//! psql as it is: what a statement alone does not do (a restart) stands behind it as a comment. `doctor` asks the same, and more:
+//! psql as it is. A step that no statement can do (a restart) stands behind it as a comment. `doctor` makes the same checks, and more:
 //! [`crate::admin::doctor`].
 //!
-//! The role needs nothing to be able to ask: everything is read from catalogs that are open to all.
+//! The checks need no privilege: they read only catalogs that are open to all roles.
 
 mod connections;
 mod server;
@@ -27,28 +27,30 @@ use tables::{Tenants, check_table};
 /// The versions that tuplewatch is tested with.
 const MAJORS: std::ops::RangeInclusive<i32> = 14..=18;
 
-/// What tuplewatch is going to use.
+/// The objects that tuplewatch is going to use.
 #[derive(Clone, Copy, Debug)]
 pub struct Expectation<'a> {
-    /// Names the tables.
-    pub mapping: &'a Mapping,
-    /// Name of the slot.
-    pub slot: &'a str,
-    /// Name of the publication.
-    pub publication: &'a str,
+    pub(crate) mapping: &'a Mapping,
+    /// The slot's name.
+    pub(crate) slot: &'a str,
+    /// The publication's name.
+    pub(crate) publication: &'a str,
     /// Whether the slot must be there. If not, there must be room for it.
-    pub slot_expected: bool,
-    /// What the slot will not be told of.
-    pub ack_delay: AckDelay,
+    pub(crate) slot_expected: bool,
+    /// How late the slot will be acknowledged.
+    pub(crate) ack_delay: AckDelay,
     /// How fixes write commands.
-    pub commands: &'a CommandLine,
+    pub(crate) commands: &'a CommandLine,
 }
 
 /// Looks at everything, in five statements.
 ///
 /// # Errors
 /// Where PostgreSQL cannot be asked. What it answers is never an error but a diagnostic.
-pub async fn check(client: &Client, expected: &Expectation<'_>) -> Result<Vec<Diagnostic>, tokio_postgres::Error> {
+pub(crate) async fn check(
+    client: &Client,
+    expected: &Expectation<'_>,
+) -> Result<Vec<Diagnostic>, tokio_postgres::Error> {
     let mut report = Report::default();
     let version = Version::read(client).await?;
     report.add(version.diagnostic());
@@ -95,13 +97,13 @@ pub(crate) async fn check_for_slot(
 /// How fixes are written.
 #[derive(Clone, Copy)]
 struct Fixes<'a> {
-    /// Where there is one a tuplewatch may be running, and is to look at once.
+    /// With a slot, a tuplewatch may be running, which has to check at once.
     has_slot: bool,
     commands: &'a CommandLine,
 }
 
 impl Fixes<'_> {
-    /// A statement after which something else is published.
+    /// A statement that changes what is published.
     fn alter(self, statement: &str) -> String {
         if self.has_slot {
             format!("{statement}; {LOOK_AT_ONCE}  -- at once, no reload")
@@ -117,7 +119,7 @@ impl Fixes<'_> {
     }
 }
 
-/// The way out where the slot is of no use any more.
+/// The fix where the slot can no longer be used.
 pub(crate) fn recreate_slot(commands: &CommandLine) -> String {
     commands.recreate_slot().fix("what changed in between is lost, and subscribers are told")
 }
@@ -151,7 +153,7 @@ fn check_publication(catalog: &Catalog, expected: &Expectation<'_>, fixes: Fixes
         let what = format!("does not publish {}", missing.join(", "));
         report.add(
             Diagnostic::error(subject, what)
-                .means("Such changes do not reach tuplewatch, nor anybody behind it.")
+                .means("Such changes reach neither tuplewatch nor its subscribers.")
                 .fix(fix),
         );
     }
@@ -191,7 +193,7 @@ fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, 
     }
 }
 
-/// Where the slot is none of tuplewatch's for this database.
+/// The diagnostic for a slot that is not one of tuplewatch for this database.
 pub(crate) fn foreign_slot(slot: &Slot, name: &str, database: &str) -> Option<Diagnostic> {
     let what = if slot.slot_type != "logical" || slot.plugin.as_deref() != Some("pgoutput") {
         format!("is a {} slot of {}", slot.slot_type, slot.plugin.as_deref().unwrap_or("no plugin"))
@@ -206,7 +208,7 @@ pub(crate) fn foreign_slot(slot: &Slot, name: &str, database: &str) -> Option<Di
     Some(Diagnostic::error(format!("replication slot {name}"), what).fix(fix))
 }
 
-/// Whether what is needed can still be read from it, or soon no more.
+/// Whether the needed WAL can still be read from the slot, and for how long.
 pub(crate) fn check_fit(slot: &Slot, subject: &str, commands: &CommandLine, report: &mut Report) {
     if let Some(reason) = slot.loss() {
         let meaning = "Nothing can be read from it any more: tuplewatch was away, or behind, for longer than the server keeps WAL.";

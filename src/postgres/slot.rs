@@ -1,7 +1,7 @@
 //! The replication slot: its state, and how to create one.
 //!
-//! Creating a slot waits until every transaction of the whole cluster has ended that was open when it began. That takes as long as somebody's
-//! forgotten `BEGIN`, so the caller learns which transactions it waits for.
+//! Creating a slot waits until every transaction of the whole cluster has ended that was open when it began. One forgotten `BEGIN` can
+//! delay it without limit, so the caller learns which transactions it waits for.
 
 use serde::Deserialize;
 use std::fmt;
@@ -9,30 +9,29 @@ use std::time::{Duration, Instant};
 use tokio_postgres::Client;
 use tokio_postgres::types::{PgLsn, Type};
 
+use crate::model::lsn::Lsn;
 use crate::postgres::catalog::Document;
 use crate::postgres::connection::Connection;
 use crate::postgres::transactions::{self, Locks, NAMED_MAX, Watched};
 
-/// How much the slot is not told of.
+/// How late the slot is acknowledged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct AckDelay {
-    /// What became durable here within this time. Zero: nothing is held back.
-    pub age: Duration,
-    /// But no more than this, in bytes of WAL.
-    pub size_bytes: u64,
+pub(crate) struct AckDelay {
+    /// What became durable here within this time is not acknowledged yet. Zero: no delay.
+    pub(crate) age: Duration,
+    /// The delay is never more than this, in bytes of WAL.
+    pub(crate) size_bytes: u64,
 }
 
 impl AckDelay {
-    /// WAL that may be held back, in bytes.
-    pub const fn bytes_max(self) -> u64 {
+    /// The most WAL that may wait for its acknowledgement, in bytes.
+    pub(crate) const fn bytes_max(self) -> u64 {
         if self.age.is_zero() { 0 } else { self.size_bytes }
     }
 }
 
-use crate::model::lsn::Lsn;
-
-/// Short waits are normal, and not worth a word.
-const TELL_EVERY: Duration = Duration::from_secs(3);
+/// Between two reports of a wait. Shorter waits are normal.
+const REPORT_EVERY: Duration = Duration::from_secs(3);
 
 /// A row of `pg_replication_slots`. Columns that this version of PostgreSQL does not have are as if nothing were wrong.
 #[derive(Debug, Deserialize)]
@@ -74,31 +73,43 @@ impl Slot {
         self.safe_wal_size.map(|left| u64::try_from(left).unwrap_or(0))
     }
 
-    /// Why nothing can be read from it any more.
-    pub(crate) fn loss(&self) -> Option<String> {
+    /// Why nothing can be read from the slot any more.
+    pub(crate) fn loss(&self) -> Option<Loss> {
         if let Some(reason) = &self.invalidation_reason {
-            return Some(reason.clone());
+            return Some(Loss::Invalidated(reason.clone()));
         }
         if self.conflicting == Some(true) {
-            return Some("it conflicted with recovery".to_owned());
+            return Some(Loss::Conflict);
         }
-        (self.wal_status.as_deref() == Some("lost")).then(|| "WAL that it needs has been removed".to_owned())
+        (self.wal_status.as_deref() == Some("lost")).then_some(Loss::WalRemoved)
     }
 }
 
-/// What there is to see of a slot from outside, at one moment.
+/// Why nothing can be read from a slot any more.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Loss {
+    /// PostgreSQL's `invalidation_reason`.
+    #[error("{0}")]
+    Invalidated(String),
+    #[error("it conflicted with recovery")]
+    Conflict,
+    #[error("WAL that it needs has been removed")]
+    WalRemoved,
+}
+
+/// The state of a slot and of its server, at one moment.
 #[derive(Debug, Deserialize)]
 pub(crate) struct SlotStatus {
     /// None: there is no such slot.
     pub(crate) slot: Option<Slot>,
-    /// The application name of the backend that has it.
+    /// The application name of the backend that holds the slot.
     pub(crate) holder: Option<String>,
-    /// How far the server's WAL is written.
+    /// The LSN up to which the server has written WAL.
     #[serde(deserialize_with = "crate::postgres::catalog::lsn")]
     pub(crate) wal_end: Lsn,
     /// From the oldest WAL that is kept for the slot. None: none is.
     pub(crate) retained_bytes: Option<u64>,
-    /// What the slot was told.
+    /// The end LSN up to which the slot was acknowledged.
     #[serde(deserialize_with = "crate::postgres::catalog::optional_lsn")]
     pub(crate) confirmed: Option<Lsn>,
 }
@@ -120,13 +131,12 @@ impl SlotStatus {
     }
 }
 
-/// What a slot in the making waits for.
+/// The wait of a slot that is being created.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiting {
-    /// Since when.
-    pub elapsed: Duration,
-    /// Those that hold it up, each in words. Empty if they ended just now.
-    pub transactions: Vec<String>,
+    pub(crate) elapsed: Duration,
+    /// The transactions that it waits for, each in words. Empty if they have just ended.
+    pub(crate) transactions: Vec<String>,
 }
 
 impl fmt::Display for Waiting {
@@ -139,19 +149,18 @@ impl fmt::Display for Waiting {
     }
 }
 
-/// Shows which transactions hold back what the server keeps for a slot.
+/// Shows the open transactions for which the server keeps WAL.
 pub(crate) const OPEN_TRANSACTIONS: &str =
     "SELECT pid, xact_start, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start";
 
 /// The oldest version whose standbys can keep copies of logical slots, as `server_version_num` has it.
 pub(crate) const FAILOVER_SLOTS: i32 = 170_000;
 
-/// Makes the slot and returns its consistent point: it streams every transaction that commits at or after it. The
-/// publication must be there already. With `failover`, standbys may keep a copy of it, where PostgreSQL can.
+/// Makes the slot and returns its consistent point: the slot streams every transaction that commits at or after it. The
+/// publication must exist already. With `failover`, standbys may keep a copy of the slot, where PostgreSQL can.
 ///
-/// `told` is called every few seconds for as long as older transactions are open. There is no limit: it is for whoever is
-/// told to end them, or to drop this future. Then the server notices within seconds that nobody is left, and there is no
-/// slot.
+/// `report` is called every few seconds for as long as older transactions are open. The wait has no limit: end these transactions, or
+/// drop this future. If it is dropped, the server notices within seconds that the client is gone, and there is no slot.
 ///
 /// # Errors
 /// Of PostgreSQL: 42710 if there is a slot of that name, 53400 if there are too many, 55000 if `wal_level` is wrong, 42501
@@ -160,13 +169,13 @@ pub async fn create_slot(
     connection: &Connection,
     name: &str,
     failover: bool,
-    told: &mut (dyn FnMut(&Waiting) + Send),
+    report: &mut (dyn FnMut(&Waiting) + Send),
 ) -> Result<Lsn, tokio_postgres::Error> {
     let client = &connection.client;
     let pid: i32 = client.query_typed_one("SELECT pg_backend_pid()", &[]).await?.try_get(0)?;
-    // Waiting is not a statement that hangs, and not a lock that somebody should give way to.
+    // The limits on statements and locks do not apply: this wait is normal.
     client.batch_execute("SET statement_timeout = 0; SET lock_timeout = 0").await?;
-    // Not to be had on every system that PostgreSQL runs on; then an abandoned wait goes on.
+    // Not every system that PostgreSQL runs on supports this. Without it, an abandoned wait continues.
     let unavailable = client.batch_execute("SET client_connection_check_interval = '1s'").await.is_err();
     tracing::debug!(unavailable, "asked the server to notice when a client that waits has gone");
 
@@ -174,10 +183,10 @@ pub async fn create_slot(
     let sql = format!("SELECT lsn FROM {}", creation("$1", failover && can_fail_over(client).await?));
     let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 1] = [(&name, Type::NAME)];
     let mut creation = std::pin::pin!(client.query_typed_one(&sql, &parameters));
-    // A second connection, made only if there is something to tell.
+    // A second connection, made only if there is something to report.
     let mut observer: Option<Connection> = None;
     let created = loop {
-        if let Ok(created) = tokio::time::timeout(TELL_EVERY, &mut creation).await {
+        if let Ok(created) = tokio::time::timeout(REPORT_EVERY, &mut creation).await {
             break created;
         }
         if observer.as_ref().is_none_or(Connection::is_closed) {
@@ -187,7 +196,7 @@ pub async fn create_slot(
             Some(observer) => blockers(&observer.client, pid).await.unwrap_or_default(),
             None => Vec::new(),
         };
-        told(&Waiting { elapsed: started.elapsed(), transactions });
+        report(&Waiting { elapsed: started.elapsed(), transactions });
     };
     let reset = "RESET statement_timeout; RESET lock_timeout; RESET client_connection_check_interval";
     let reset = client.batch_execute(reset).await;

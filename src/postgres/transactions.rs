@@ -15,7 +15,7 @@ use crate::model::diagnostic::Span;
 use crate::model::lsn::Xid8;
 use crate::postgres::catalog::{Document, Table, literal};
 
-/// The oldest that are named; more would not help whoever reads it.
+/// At most this many of the oldest transactions are named; more would not help the reader.
 pub(crate) const NAMED_MAX: usize = 5;
 
 /// An open transaction, of a session or prepared.
@@ -39,11 +39,11 @@ enum Owner {
 
 /// A transaction that may be writing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Writer {
+pub(crate) struct Writer {
     /// Its id.
-    pub xid: Xid8,
-    /// Whose it is and what ends it, as far as that can be seen, for people.
-    pub description: String,
+    pub(crate) xid: Xid8,
+    /// Its owner and the statement that ends it, as far as they can be seen, for people.
+    pub(crate) description: String,
 }
 
 /// Locks of a table that count.
@@ -109,8 +109,8 @@ impl Watched {
     }
 }
 
-/// Those that have an id, of the whole cluster, and those that have locked one of the tables; the oldest first. Neither our own
-/// nor that of the process `waiting`.
+/// The open transactions of the whole cluster that have an id, and those that have locked one of the tables; the oldest first. Leaves
+/// out our own and that of the process `waiting`.
 pub(crate) async fn open(
     client: &Client,
     watched: &Watched,
@@ -157,7 +157,7 @@ pub(crate) async fn open(
     row.try_get::<_, Document<Vec<Transaction>>>(0).map(|document| document.0)
 }
 
-/// Those that have an id and have locked one of these tables, or a partition of one, as writers do.
+/// Ids of the transactions that have locked one of these tables, or a partition of one, as writers do.
 ///
 /// # Errors
 /// Where PostgreSQL cannot be asked.
@@ -185,7 +185,7 @@ pub(crate) async fn writers(client: &Client, tables: &[RelationId]) -> Result<Ve
         .collect()
 }
 
-/// Those of these transactions that have not ended. One that has, has given up the lock of its id, which is after its commit record
+/// Those of these transactions that have not ended. A transaction releases the lock of its id when it ends, after its commit record
 /// was written.
 ///
 /// # Errors
@@ -237,15 +237,15 @@ impl Transaction {
         }
     }
 
-    /// The statement that ends it, with what to know before as a comment. Names that others chose stay out of the comment,
-    /// where nothing quotes them.
+    /// The statement that ends the transaction, with advice as a comment. Names that others chose stay out of the comment, where
+    /// nothing quotes them.
     pub(crate) fn ending(&self) -> String {
         match &self.owner {
             Owner::Session(pid) => {
                 format!("SELECT pg_terminate_backend({pid});  -- it is rolled back: ask whose it is first")
             }
             Owner::Prepared(gid) => format!(
-                "ROLLBACK PREPARED {};  -- or COMMIT PREPARED, as whoever prepared it knows; connected to its database",
+                "ROLLBACK PREPARED {};  -- or COMMIT PREPARED, as the program that prepared it decides; connected to its database",
                 literal(gid)
             ),
         }
@@ -253,7 +253,7 @@ impl Transaction {
 }
 
 impl fmt::Display for Transaction {
-    /// Whose it is, and what ends it, on one line.
+    /// The owner, and the statement that ends the transaction, on one line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let open = self.open().map(|open| format!(", open for {}", Span(open))).unwrap_or_default();
         write!(f, "{} ({}{open}), which ends with ", self.subject(), self.whose)?;

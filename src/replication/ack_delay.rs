@@ -12,17 +12,17 @@ use crate::postgres::slot::AckDelay;
 use std::collections::VecDeque;
 use tokio::time::Instant;
 
-/// How closely age and size are kept: in parts of them.
+/// Samples within the age and within the size of the delay: how closely both are kept.
 const SAMPLES: u32 = 64;
 
-/// Tells what the slot may be told. Belongs to a session, and outlives its connections.
+/// Decides how far the slot may be acknowledged. Belongs to a session, and outlives its connections.
 #[derive(Debug, Default)]
 pub(super) struct AckTracker {
     limit: AckDelay,
-    /// What was durable when, at most twice [`SAMPLES`] and some; in order. The slot is only told of these, as anything between
-    /// them may lie inside a commit record.
+    /// Durable end LSNs and when they were durable, in order; a little more than twice [`SAMPLES`] at most. Only these are
+    /// acknowledged, because an LSN between them may lie inside a commit record.
     samples: VecDeque<(Instant, Lsn)>,
-    /// What the slot may be told, or was before this process.
+    /// The end LSN up to which the slot may be acknowledged, or was before this process.
     released: Lsn,
 }
 
@@ -31,7 +31,7 @@ impl AckTracker {
         Self { limit, ..Self::default() }
     }
 
-    /// A slot that was told this much, and the ends of what the log has past it. How old those are is not known: their age
+    /// Continues at the slot's `confirmed` position, with the end LSNs that the log has after it. The age of these is not known, and
     /// counts from now.
     pub(super) fn resume(&mut self, confirmed: Lsn, recorded: impl Iterator<Item = Lsn>, now: Instant) {
         self.released = self.released.max(confirmed);
@@ -40,7 +40,7 @@ impl AckTracker {
         }
     }
 
-    /// What the slot may be told of what is durable.
+    /// The end LSN up to which the slot may be acknowledged, when everything up to `durable` is durable.
     pub(super) fn release(&mut self, durable: Lsn, now: Instant) -> Lsn {
         let AckDelay { age, size_bytes } = self.limit;
         if age.is_zero() {
@@ -57,7 +57,7 @@ impl AckTracker {
         self.released.min(durable)
     }
 
-    /// Remembers it, where it is far enough from the last one.
+    /// Remembers an end LSN that is far enough from the last sample.
     fn sample(&mut self, lsn: Lsn, now: Instant) {
         let AckDelay { age, size_bytes } = self.limit;
         let is_worth_it = self.samples.back().is_none_or(|(at, last)| {
@@ -69,7 +69,7 @@ impl AckTracker {
         }
     }
 
-    /// History was cut: what was durable is measured anew.
+    /// Starts anew after history was cut.
     pub(super) fn forget(&mut self) {
         *self = Self::new(self.limit);
     }
@@ -81,13 +81,13 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn the_slot_is_told_what_is_old_enough_or_too_much() {
+    fn the_slot_is_acknowledged_by_age_and_by_size() {
         let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
         let start = Instant::now();
         let mut held = AckTracker::new(AckDelay { age: minutes(5), size_bytes: 1000 });
         held.resume(Lsn(90), [].into_iter(), start);
-        // Minute, durable, told.
-        for (minute, durable, told) in [
+        // Minute, durable, acknowledged.
+        for (minute, durable, released) in [
             (0, 100, 90),
             (1, 200, 90),
             (4, 300, 90),
@@ -103,42 +103,42 @@ mod tests {
             (90, 2_600, 2_600),
             (90, 2_700, 2_600),
         ] {
-            assert_eq!(held.release(Lsn(durable), start + minutes(minute)), Lsn(told), "minute {minute}");
+            assert_eq!(held.release(Lsn(durable), start + minutes(minute)), Lsn(released), "minute {minute}");
         }
     }
 
     #[test]
-    fn the_next_process_holds_back_what_this_one_did() {
+    fn the_next_process_delays_the_same_acknowledgements() {
         let now = Instant::now();
         let mut held = AckTracker::new(AckDelay { age: Duration::from_secs(60), size_bytes: 1000 });
         held.resume(Lsn(100), (1..=90).map(|n| Lsn(100 + 10 * n)), now);
         assert_eq!(held.release(Lsn(1000), now), Lsn(100));
-        let told = held.release(Lsn(1200), now);
-        assert!(told >= Lsn(200) && told < Lsn(250), "as little as the size wants: {told}");
+        let released = held.release(Lsn(1200), now);
+        assert!(released >= Lsn(200) && released < Lsn(250), "as little as the size allows: {released}");
         // A connection that was lost changes nothing.
-        held.resume(told, (1..=90).map(|n| Lsn(100 + 10 * n)), now);
-        assert_eq!(held.release(Lsn(1200), now), told);
+        held.resume(released, (1..=90).map(|n| Lsn(100 + 10 * n)), now);
+        assert_eq!(held.release(Lsn(1200), now), released);
     }
 
     #[test]
     fn bounded_never_more_than_is_durable_and_never_back() {
         let mut held = AckTracker::new(AckDelay { age: Duration::from_secs(60), size_bytes: 10_000 });
         let mut now = Instant::now();
-        let (mut durable, mut told) = (Lsn(0), Lsn(0));
+        let (mut durable, mut released) = (Lsn(0), Lsn(0));
         for _ in 0..10_000 {
             now += Duration::from_millis(fastrand::u64(..5_000));
             durable = Lsn(durable.0 + fastrand::u64(..5_000));
             let next = held.release(durable, now);
-            assert!(told <= next && next <= durable && durable.0 - next.0 <= 10_000, "{told} {next} {durable}");
+            assert!(released <= next && next <= durable && durable.0 - next.0 <= 10_000, "{released} {next} {durable}");
             assert!(held.samples.len() <= 3 * SAMPLES as usize);
-            told = next;
+            released = next;
         }
         held.forget();
         assert_eq!(held.release(Lsn(5), now), Lsn(0), "of another history");
     }
 
     #[test]
-    fn nothing_is_held_back_by_default() {
+    fn nothing_is_delayed_by_default() {
         let mut held = AckTracker::new(AckDelay::default());
         assert_eq!(held.release(Lsn(7), Instant::now()), Lsn(7));
     }

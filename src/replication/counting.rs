@@ -8,7 +8,7 @@ use crate::metrics::{Table, metrics};
 use crate::model::transaction::{GapReason, Tally};
 use std::sync::Arc;
 
-/// Tables whose counters are at hand. More than that are other ones all the time.
+/// Tables whose counters are kept; with more, they are looked up anew.
 const TABLES_MAX: usize = 256;
 
 /// See the module. Belongs to a session.
@@ -19,9 +19,9 @@ pub(super) struct Counting {
 }
 
 impl Counting {
-    /// Of these tables, and others that may come.
+    /// Counters of these tables, and of others that may come.
     pub(super) fn new(tables: impl Iterator<Item = String>) -> Self {
-        // There from the start: what appears with its first value has not risen for who looks at rates.
+        // Initialized at zero, so that `rate()` sees the first increment.
         for code in GapReason::CODES {
             metrics().gaps(code);
         }
@@ -29,7 +29,7 @@ impl Counting {
         Self { tables: Vec::new() }
     }
 
-    /// After it has reached log and hub.
+    /// Counts an entry that has reached the log and the hub.
     pub(super) fn count(&mut self, entry: &Entry) {
         match entry {
             Entry::Transaction(transaction) => {

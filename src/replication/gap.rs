@@ -26,7 +26,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long a gap waits for writers before it is recorded as open. With the time between two checks, a change is told within 10 s.
+/// How long a gap waits for writers before it is recorded as open. With the time between two checks, subscribers get it within 10 s.
 const WRITERS_MAX: Duration = Duration::from_secs(3);
 /// How often the server is asked whether writers have ended.
 pub(super) const WRITERS_EVERY: Duration = Duration::from_millis(250);
@@ -39,12 +39,12 @@ pub(super) struct UnsettledGap {
     reason: GapReason,
     /// Still running when last asked.
     writers: BTreeSet<Xid8>,
-    /// What the check found, until it is recorded with the gap.
+    /// The new state, until it is recorded with the gap.
     found: Option<Found>,
     noticed: Instant,
 }
 
-/// What the log compares with from now on.
+/// The state that later checks compare with.
 #[derive(Clone, Debug)]
 struct Found {
     mapping: [u8; 32],
@@ -52,7 +52,7 @@ struct Found {
 }
 
 impl UnsettledGap {
-    /// A check found what is published, or the mapping, to be another than recorded, when these were writing.
+    /// A check found that the publication or the mapping differs from the recorded one, while these transactions were writing.
     pub(super) fn noticed(
         from: Lsn,
         reason: GapReason,
@@ -85,17 +85,17 @@ impl UnsettledGap {
         self
     }
 
-    /// Whether this is what a check has found, and is not recorded yet.
+    /// Whether a check has found this publication, and it is not recorded yet.
     pub(super) fn has_found(&self, published: &str) -> bool {
         self.found.as_ref().is_some_and(|found| found.published == published)
     }
 
-    /// Whether anything has to be recorded before what is published can be called verified.
+    /// Whether the gap has to be recorded before the publication counts as verified.
     pub(super) const fn is_unrecorded(&self) -> bool {
         self.found.is_some()
     }
 
-    /// Asks who still writes, and hands the gap to `receiver` where it is time; what remains to be done.
+    /// Asks which writers are still running, and passes the gap to `receiver` when it is due. Returns what is left of the gap.
     pub(super) async fn await_outcome(
         mut self,
         link: &impl Link,
@@ -114,12 +114,12 @@ impl UnsettledGap {
         if !self.writers.is_empty() {
             tracing::warn!(
                 "{}: the gap stays open until these transactions have ended, as they may commit rows that PostgreSQL does not \
-                 send: {}. Subscribers are told now, and again with the token to go on from when it ends",
+                 send: {}. Subscribers get the gap now, and once more when it ends, with the token to continue from",
                 self.reason,
                 describe(&running)
             );
         }
-        // Behind everything that the writers did which have ended.
+        // Past everything that the ended writers wrote.
         let to = link.mark().await?;
         let gap = Gap {
             tenant: None,

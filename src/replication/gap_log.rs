@@ -17,12 +17,12 @@ const SUBJECTS_MAX: usize = 1_000;
 /// See the module. Belongs to a session.
 #[derive(Debug, Default)]
 pub(super) struct GapLog {
-    /// When there was a line last, and how many gaps had none since.
-    told: HashMap<(&'static str, String), (Instant, u64)>,
+    /// When the last line was written, and how many gaps had none since.
+    lines: HashMap<(&'static str, String), (Instant, u64)>,
 }
 
 impl GapLog {
-    /// After it has reached log and hub.
+    /// Logs the gaps of an entry that has reached the log and the hub.
     pub(super) fn tell(&mut self, entry: &Entry) {
         match entry {
             Entry::Transaction(transaction) => transaction.gaps.iter().for_each(|gap| self.tell_gap(gap)),
@@ -40,7 +40,7 @@ impl GapLog {
             tenants = if gap.tenant.is_some() { "one" } else { "all" },
             is_open = gap.is_open(),
             left_out,
-            "a gap in the stream: {}. Its subscribers are told, and have to read their state anew. {}",
+            "a gap in the stream: {}. Its subscribers get a status, and have to read their state anew. {}",
             gap.reason,
             remedy(&gap.reason)
         );
@@ -48,16 +48,16 @@ impl GapLog {
 
     /// How many were left out since the last line, if it is time for one.
     fn is_due(&mut self, reason: &GapReason) -> Option<u64> {
-        if self.told.len() >= SUBJECTS_MAX {
-            self.told.clear();
+        if self.lines.len() >= SUBJECTS_MAX {
+            self.lines.clear();
         }
         let now = Instant::now();
         let subject = (reason.code(), reason.details().0.to_owned());
-        // What a check finds is rare, and has no table.
-        let (at, left_out) = match self.told.get_mut(&subject) {
-            Some(told) if !subject.1.is_empty() => told,
+        // Gaps that a check finds are rare, and have no table.
+        let (at, left_out) = match self.lines.get_mut(&subject) {
+            Some(line) if !subject.1.is_empty() => line,
             _ => {
-                self.told.insert(subject, (now, 0));
+                self.lines.insert(subject, (now, 0));
                 return Some(0);
             }
         };
@@ -70,7 +70,7 @@ impl GapLog {
     }
 }
 
-/// What somebody on call does about it.
+/// The remedy, for the person on call.
 const fn remedy(reason: &GapReason) -> &'static str {
     match reason {
         GapReason::Truncate { .. } => "Nothing is to be repaired. To remove rows without a gap, DELETE them",
@@ -78,11 +78,11 @@ const fn remedy(reason: &GapReason) -> &'static str {
             "Correct the rows, or the mapping; which program wrote them is seen from the transactions of that time"
         }
         GapReason::SlotMoved => {
-            "Find out who dropped, recreated or advanced the slot: it must be this tuplewatch's alone"
+            "Find the program that dropped, recreated or advanced the slot: only this tuplewatch may use it"
         }
-        GapReason::SchemaChanged { .. } => "If nobody meant to change this, run tuplewatch doctor",
+        GapReason::SchemaChanged { .. } => "If this change was not intended, run tuplewatch doctor",
         GapReason::MappingChanged => "Nothing is to be repaired if the mapping was changed on purpose",
-        GapReason::TimelineDiverged => "Nothing is to be repaired after a failover that was meant",
+        GapReason::TimelineDiverged => "Nothing is to be repaired after an intended failover",
     }
 }
 

@@ -13,36 +13,31 @@ use crate::postgres::publication::CHECK_REQUEST;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-/// Why the stream cannot be read on. All of these are lasting.
+/// Why the stream cannot be read any further. All of these are lasting.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
-    /// See there.
+pub(crate) enum Error {
     #[error(transparent)]
     Assembler(#[from] assembler::Error),
     /// The server has another history than the log.
     #[error(
         "the change log has a transaction that ends at {at}, and the server no longer has it, on the same timeline: its storage \
          was rolled back, and the log holds changes that never happened there. As it has been written to since, start the log \
-         anew with --reset-log, and have every subscriber drop its token: it would be taken for one of what is written there \
-         now"
+         anew with --reset-log, and have every subscriber drop its token: it would be taken for one of the new history"
     )]
-    Rewritten {
-        /// The end LSN.
-        at: EndLsn,
-    },
+    Rewritten { at: EndLsn },
 }
 
 /// A gap that a check found, waiting for the stream to get to its end.
 #[derive(Clone, Debug)]
 struct PendingGap {
     gap: Gap,
-    /// What was found, to be recorded with it.
+    /// Entries that are recorded with the gap.
     then: Vec<Entry>,
 }
 
 /// See the module. Belongs to one session.
 #[derive(Debug)]
-pub struct Receiver {
+pub(crate) struct Receiver {
     assembler: Assembler,
     /// Everything up to this end LSN was handed on.
     received: Lsn,
@@ -53,7 +48,7 @@ pub struct Receiver {
     /// How far an idle server has got, beyond `received`.
     idle: Option<Lsn>,
     pending: Option<PendingGap>,
-    /// End LSN and id of what the log has and the slot sends again: it has to come.
+    /// End LSN and id of the transactions that the log has and the slot has to send again.
     recorded: VecDeque<(EndLsn, Xid8)>,
     out: VecDeque<Entry>,
     check_requested: bool,
@@ -61,52 +56,52 @@ pub struct Receiver {
 
 impl Receiver {
     /// For a session whose slot begins at or before `received`; `xid` is the server's next transaction id at the time.
-    pub fn new(assembler: Assembler, received: Lsn, xid: Xid8) -> Self {
+    pub(crate) fn new(assembler: Assembler, received: Lsn, xid: Xid8) -> Self {
         let (pending, recorded, out) = (None, VecDeque::new(), VecDeque::new());
         let (skipping, idle, check_requested) = (false, None, false);
         Self { assembler, received, xid, skipping, idle, pending, recorded, out, check_requested }
     }
 
-    /// What the log has of that which the slot is going to send again, in stream order. Where it does not come the server's
-    /// storage was rolled back, and what is written there since must not be taken for what was.
-    pub fn expect(&mut self, recorded: Vec<(EndLsn, Xid8)>) {
+    /// The transactions of the log that the slot is going to send again, in stream order. If one of them does not come, the server's
+    /// storage was rolled back, and the WAL that it has written since must not be taken for the WAL that was received.
+    pub(crate) fn expect(&mut self, recorded: Vec<(EndLsn, Xid8)>) {
         let received = self.received;
         self.recorded = recorded.into_iter().filter(|(end, _)| end.0 <= received).collect();
     }
 
-    /// The mapped tables that there are; see [`Assembler::await_tables`].
-    pub fn await_tables(&mut self, tables: HashMap<RelationId, String>) {
+    /// The mapped tables that exist; see [`Assembler::await_tables`].
+    pub(crate) fn await_tables(&mut self, tables: HashMap<RelationId, String>) {
         self.assembler.await_tables(tables);
     }
 
     /// Everything up to this end LSN has been turned into entries.
-    pub const fn received(&self) -> Lsn {
+    pub(crate) const fn received(&self) -> Lsn {
         self.received
     }
 
     /// Whether a gap waits for the stream to reach its end.
-    pub const fn has_pending_gap(&self) -> bool {
+    pub(crate) const fn has_pending_gap(&self) -> bool {
         self.pending.is_some()
     }
 
     /// History is not known to be continuous in this gap, whose end is ahead of everything received: it will follow once the
     /// stream is there, and then `then`. One at a time.
-    pub fn interrupt(&mut self, gap: Gap, then: Vec<Entry>) {
+    pub(crate) fn interrupt(&mut self, gap: Gap, then: Vec<Entry>) {
         assert!(self.pending.is_none(), "the session waits for one gap before it finds the next");
         let from = gap.from.min(Position::at(self.received));
         self.pending = Some(PendingGap { gap: Gap { from, ..gap }, then });
     }
 
-    /// Whether somebody asked since the last call, through the stream, that what is published be checked at once.
-    pub const fn take_check_request(&mut self) -> bool {
+    /// Whether a message in the stream has requested a check of the publication since the last call.
+    pub(crate) const fn take_check_request(&mut self) -> bool {
         std::mem::replace(&mut self.check_requested, false)
     }
 
-    /// Takes one event. What comes of it is in [`Receiver::pop`].
+    /// Takes one event. [`Receiver::pop`] returns the resulting entries.
     ///
     /// # Errors
-    /// Where the stream cannot be read on; lasting.
-    pub fn take(&mut self, event: Event) -> Result<(), Error> {
+    /// Where the stream cannot be read any further; lasting.
+    pub(crate) fn take(&mut self, event: Event) -> Result<(), Error> {
         match event {
             Event::Begin { commit, xid, commit_time } => {
                 self.expect_nothing_before(commit.0)?;
@@ -132,7 +127,7 @@ impl Receiver {
                 if self.skipping {
                     self.check_off(&transaction)?;
                 } else if self.gap_up_to(end.0) {
-                    // The marker, which ends where the gap does: it is inside, and nobody gets past it before the gap.
+                    // The marker, which ends where the gap ends. The gap includes it, so no reader passes it without seeing the gap.
                     self.out.extend(transaction.staged.then_some(Entry::Discard));
                 } else {
                     self.received = end.0;
@@ -152,17 +147,17 @@ impl Receiver {
     }
 
     /// The next entry to deliver.
-    pub fn pop(&mut self) -> Option<Entry> {
+    pub(crate) fn pop(&mut self) -> Option<Entry> {
         self.out.pop_front()
     }
 
-    /// Whether the server is ahead of what was received, without anything for us in between.
-    pub fn is_idle_ahead(&self) -> bool {
+    /// Whether the server is ahead of the received position, without changes in between.
+    pub(crate) fn is_idle_ahead(&self) -> bool {
         self.idle.is_some() && !self.assembler.in_transaction()
     }
 
     /// Turns idle progress into an entry. To be called at most once a second.
-    pub fn advance(&mut self) {
+    pub(crate) fn advance(&mut self) {
         if self.assembler.in_transaction() {
             return;
         }
@@ -173,7 +168,7 @@ impl Receiver {
         }
     }
 
-    /// Tells of the pending gap, if the stream has got to its end; whether it did.
+    /// Queues the pending gap, if the stream has reached the gap's end; whether it did.
     fn gap_up_to(&mut self, lsn: Lsn) -> bool {
         let Some(pending) = self.pending.take_if(|pending| pending.gap.to <= Position::at(lsn)) else { return false };
         self.received = self.received.max(pending.gap.to.lsn);
@@ -182,7 +177,7 @@ impl Receiver {
         true
     }
 
-    /// A transaction came again. It is the one that the log has, if the server's history is the one that we followed.
+    /// A transaction came again. It is the one in the log, if the server still has the history that the log followed.
     fn check_off(&mut self, transaction: &Transaction) -> Result<(), Error> {
         let known = |(end, xid): &mut (EndLsn, Xid8)| *end == transaction.end && *xid == transaction.header.xid;
         if self.recorded.pop_front_if(known).is_none()
@@ -193,7 +188,7 @@ impl Receiver {
         Ok(())
     }
 
-    /// Everything that ends at or before here has come, if it was there.
+    /// Checks that no expected transaction ends at or before here: it would have come already.
     fn expect_nothing_before(&self, lsn: Lsn) -> Result<(), Error> {
         match self.recorded.front() {
             Some((end, _)) if end.0 <= lsn => Err(Error::Rewritten { at: *end }),
@@ -202,7 +197,7 @@ impl Receiver {
     }
 
     /// Queues an entry behind what was received so far.
-    pub fn record(&mut self, entry: Entry) {
+    pub(crate) fn record(&mut self, entry: Entry) {
         self.out.push_back(entry);
     }
 }

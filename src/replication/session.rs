@@ -1,6 +1,6 @@
 //! One session after the other: connect, check, stream, and again.
 
-use super::{Backoff, Closed, Error, Fatal, Options, Sink, Status};
+use super::{Backoff, Closed, Definite, Error, Fatal, Options, Sink, Status, Transient};
 use crate::changelog::{DiskSpace, Entry, Origin, State, Verified};
 use crate::decode::assembler::Assembler;
 use crate::decode::pgoutput::RelationId;
@@ -21,46 +21,48 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 /// Most often that idle progress is recorded.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
-/// How often what is published is checked.
+/// How often the publication is checked.
 const VERIFY_EVERY: Duration = Duration::from_secs(5);
 /// Longest wait for the last acknowledgement when stopping.
 const LAST_STATUS_MAX: Duration = Duration::from_secs(2);
-/// How often the slot is looked at meanwhile.
+/// How often the slot is read during that wait.
 const LAST_STATUS_POLL: Duration = Duration::from_millis(50);
 
 /// See the module above.
-pub struct Session<U, O> {
+pub(crate) struct Session<U, O> {
     options: Options,
     upstream: U,
     sink: O,
     status: watch::Sender<Status>,
-    /// Everything up to this end LSN was handed on by this process; `None` before the first session.
+    /// The failure that was logged last, while nothing has streamed since.
+    logged: Option<String>,
+    /// Everything up to this end LSN was delivered by this process; `None` before the first session.
     received: Option<Lsn>,
     held: AckTracker,
-    /// Tells of it, a batch at a time.
-    handed_on: watch::Sender<Option<Lsn>>,
+    /// Publishes `received`, once for each batch.
+    delivered: watch::Sender<Option<Lsn>>,
     counting: Counting,
     gap_log: GapLog,
-    /// Wakes it to check what is published, or to try again, at once.
+    /// Wakes the session to check the publication, or to try again, at once.
     check_request: Arc<Notify>,
-    /// Whether any session has got as far as streaming.
+    /// Whether any session has streamed.
     has_streamed: bool,
 }
 
-/// Turned to `true` to end it.
+/// Turns `true` to end the session.
 pub(super) type Stop = watch::Receiver<bool>;
 
 /// A stream that may be acknowledged.
 struct Opened<L> {
     link: L,
     receiver: Receiver,
-    /// What a check found, or an earlier session left open.
+    /// A gap that a check found, or that an earlier session left open.
     gap: Option<UnsettledGap>,
 }
 
 impl<U: Upstream, O: Sink> Session<U, O> {
-    /// A session that reads from `upstream` and hands on to `sink`.
-    pub fn new(options: Options, upstream: U, sink: O) -> Self {
+    /// A session that reads from `upstream` and delivers to `sink`.
+    pub(crate) fn new(options: Options, upstream: U, sink: O) -> Self {
         Self {
             held: AckTracker::new(options.ack_delay),
             counting: Counting::new(options.mapping.tables().iter().map(|spec| spec.table.to_string())),
@@ -68,35 +70,36 @@ impl<U: Upstream, O: Sink> Session<U, O> {
             upstream,
             sink,
             status: watch::Sender::new(Status::Connecting),
+            logged: None,
             received: None,
-            handed_on: watch::Sender::new(None),
+            delivered: watch::Sender::new(None),
             gap_log: GapLog::default(),
             check_request: Arc::new(Notify::new()),
             has_streamed: false,
         }
     }
 
-    /// Follows what it is doing.
-    pub fn status(&self) -> watch::Receiver<Status> {
+    /// Follows the session's status.
+    pub(crate) fn status(&self) -> watch::Receiver<Status> {
         self.status.subscribe()
     }
 
-    /// Follows up to which end LSN it has handed on everything; `None` before its first session.
-    pub fn received(&self) -> watch::Receiver<Option<Lsn>> {
-        self.handed_on.subscribe()
+    /// Follows the end LSN up to which everything was delivered; `None` before the first session.
+    pub(crate) fn received(&self) -> watch::Receiver<Option<Lsn>> {
+        self.delivered.subscribe()
     }
 
-    /// Notified, it checks at once what is published, and does not wait to try again.
-    pub fn check_request(&self) -> Arc<Notify> {
+    /// When notified, the session checks the publication at once, and does not wait before it tries again.
+    pub(crate) fn check_request(&self) -> Arc<Notify> {
         self.check_request.clone()
     }
 
-    /// Streams until told to stop; reconnects as often as it takes. When it returns without an error, everything that was
-    /// handed on is durable and acknowledged, as far as the server listened.
+    /// Streams until `stop` turns true; reconnects as often as it takes. When it returns without an error, everything that was
+    /// delivered is durable, and acknowledged if the server still answered.
     ///
     /// # Errors
     /// Where the process must end.
-    pub async fn run(mut self, mut stop: Stop) -> Result<(), Fatal> {
+    pub(crate) async fn run(mut self, mut stop: Stop) -> Result<(), Fatal> {
         let mut backoff = Backoff::default();
         loop {
             let error = match self.run_once(&mut stop, &mut backoff).await {
@@ -109,8 +112,8 @@ impl<U: Upstream, O: Sink> Session<U, O> {
                 _ => metrics().transient_failures.inc(),
             }
             let wait = backoff.after(&error);
-            self.tell(&error, wait);
-            // What the session had staged will come again.
+            self.fail(&error, wait);
+            // The server sends the open transaction again.
             tokio::select! {
                 biased;
                 discarded = self.sink.deliver(Entry::Discard) => discarded.map_err(Fatal::Log)?,
@@ -125,21 +128,21 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         }
     }
 
-    /// Logs a failure once, however often it comes again.
-    fn tell(&self, error: &Error, wait: Duration) {
-        let status = match error {
-            Error::Definite(what) => Status::Failed(what.clone()),
-            error => Status::Retrying(error.to_string()),
-        };
-        if self.status.send_replace(status.clone()) != status {
-            let retry_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-            match status {
-                Status::Failed(what) => {
-                    tracing::error!(retry_ms, "nothing is read from PostgreSQL until this is repaired: {what}")
-                }
-                _ => tracing::warn!(retry_ms, "the replication session ended, reconnecting: {error}"),
-            }
+    /// Publishes a failure, and logs it once, however often it recurs.
+    fn fail(&mut self, error: &Error, wait: Duration) {
+        let is_definite = matches!(error, Error::Definite(_));
+        self.status.send_replace(if is_definite { Status::Failed } else { Status::Retrying });
+        let text = error.to_string();
+        if self.logged.as_ref() == Some(&text) {
+            return;
         }
+        let retry_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        if is_definite {
+            tracing::error!(retry_ms, "nothing is read from PostgreSQL until this is repaired: {text}");
+        } else {
+            tracing::warn!(retry_ms, "the replication session ended, reconnecting: {text}");
+        }
+        self.logged = Some(text);
     }
 
     async fn run_once(&mut self, stop: &mut Stop, backoff: &mut Backoff) -> Result<(), Error> {
@@ -154,6 +157,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
             opened = self.open() => opened?,
             () = stopped(stop) => return Ok(()),
         };
+        self.logged = None;
         if self.status.send_replace(Status::Streaming) != Status::Streaming {
             tracing::info!(slot = %self.options.slot, position = %opened.receiver.received(), "streaming");
         }
@@ -163,7 +167,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         self.stream(opened, stop, &mut room, backoff).await
     }
 
-    /// Everything between nothing and a stream that may be acknowledged.
+    /// Connects, checks and starts, until the stream may be acknowledged.
     async fn open(&mut self) -> Result<Opened<U::Link>, Error> {
         let (mut link, resume) = self.connect_on_history().await?;
         let started = link.start().await?;
@@ -211,11 +215,12 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         Ok(Opened { link, receiver, gap })
     }
 
-    /// A link that has not started, to a server whose history the log follows; and where the log goes on, if it has begun.
+    /// A link that has not started, to a server whose history the log follows; and the position after which the log continues, if it
+    /// has begun.
     async fn connect_on_history(&mut self) -> Result<(U::Link, Option<Lsn>), Error> {
         loop {
             let state = self.sink.checkpoint().await?;
-            // A process that goes on, goes on behind what its hub has; a new one behind what the log has.
+            // A running process continues after the position of its hub, a new one after that of the log.
             let resume = state.origin.as_ref().map(|_| self.received.unwrap_or(state.tail));
             let link = self.upstream.connect(&state).await?;
             let server = link.server();
@@ -224,17 +229,12 @@ impl<U: Upstream, O: Sink> Session<U, O> {
             {
                 let history = server.history.clone();
                 if history.was_left_behind_by(&origin.history) {
-                    return Err(Error::definite(format!(
-                        "the server is on timeline {}, and was left behind when the change log followed a promotion to timeline \
-                         {}: it is an old primary, or its storage was rolled back. Point database.uri at the present primary, or \
-                         start the log anew with --reset-log",
-                        history.current().number,
-                        origin.history.current().number
-                    )));
+                    let (server, log) = (history.current().number, origin.history.current().number);
+                    return Err(Definite::LeftBehind { server, log }.into());
                 }
                 let at = history.divergence_from(&origin.history).unwrap_or(state.tail);
                 tracing::warn!(
-                    timeline = history.current().number, switch_lsn = %at, "the server goes on along another timeline"
+                    timeline = history.current().number, switch_lsn = %at, "the server continues on another timeline"
                 );
                 self.deliver(Entry::Diverge { at, history }).await?;
                 if resume.is_some_and(|resume| at < resume) {
@@ -242,25 +242,19 @@ impl<U: Upstream, O: Sink> Session<U, O> {
                 }
                 self.received = self.received.map(|received| received.min(at));
                 self.held.forget();
-                // What is abandoned is not expected to come again: look at the log once more.
+                // The abandoned transactions do not come again: read the state of the log once more.
                 continue;
             }
-            if let Some(start) = resume.filter(|resume| server.wal_end < *resume) {
-                // What is written there next would be taken for what we have.
-                return Err(Error::definite(format!(
-                    "the server's WAL ends at {}, before what the change log has ({start}), on the same timeline: its \
-                     storage was rolled back, and the log holds changes that never happened there. Before anybody writes to it, \
-                     have it begin a new timeline (recovery.signal, restore_command = 'false', and a restart). Or start the log \
-                     anew with --reset-log, and have every subscriber drop its token",
-                    server.wal_end
-                )));
+            if let Some(log_end) = resume.filter(|resume| server.wal_end < *resume) {
+                // The next WAL that the server writes would be taken for the WAL that the log has.
+                return Err(Definite::RolledBack { server_end: server.wal_end, log_end }.into());
             }
             return Ok((link, resume));
         }
     }
 
-    /// Compares mapping and publication with what the log was written under. What differs is a gap, together with an earlier one that
-    /// has not ended; it is settled at once where nobody is writing.
+    /// Compares mapping and publication with those that the log was written under. A difference is a gap, merged with an earlier one
+    /// that has not ended. The gap is settled at once where no transaction is writing.
     async fn compare(
         &self,
         link: &U::Link,
@@ -282,7 +276,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
             if state.mapping.is_none() {
                 receiver.record(Entry::Mapping(mapping));
             }
-            // The next one is compared with this one. How far it was verified is for the next check to say.
+            // The next publication is compared with this one. The next check determines how far this one was verified.
             if recorded.is_none_or(|verified| verified.fingerprint != fingerprint) {
                 let at = recorded.map_or(receiver.received(), |verified| verified.at);
                 receiver.record(Entry::Verified(Verified { fingerprint, at }));
@@ -290,26 +284,22 @@ impl<U: Upstream, O: Sink> Session<U, O> {
             return Ok(gap);
         }
         let reason = match schema_changed {
-            // Another mapping is about other tables and columns: that they differ says nothing of the schema.
+            // Another mapping has other tables and columns, so their difference says nothing about the schema.
             Some(verified) if !mapping_changed => GapReason::SchemaChanged {
                 detail: publication::difference(Some(&verified.fingerprint), Some(&fingerprint)),
             },
             _ => GapReason::MappingChanged,
         };
         let from = schema_changed.map_or(receiver.received(), |verified| verified.at);
-        // After the check, which saw what whoever begins to write from now on writes under.
+        // After the check: a transaction that begins to write later writes under the publication that the check has seen.
         let tables: Vec<RelationId> = published.tables.keys().copied().collect();
         let writers = link.writers(&tables).await?;
         UnsettledGap::noticed(from, reason, mapping, fingerprint, writers).with(gap).await_outcome(link, receiver).await
     }
 
     fn no_publication(&self) -> Error {
-        Error::definite(format!(
-            "publication {} does not exist. The slot is older than a new one would be: run {}; what has changed since it was \
-             dropped is lost, and subscribers are told",
-            self.options.publication,
-            self.options.commands.recreate_slot()
-        ))
+        let recreate_slot = self.options.commands.recreate_slot().to_string();
+        Definite::NoPublication { publication: self.options.publication.clone(), recreate_slot }.into()
     }
 
     async fn stream(
@@ -340,14 +330,14 @@ impl<U: Upstream, O: Sink> Session<U, O> {
                 }
                 if reached.is_some() {
                     self.received = reached;
-                    // Only now: a session that connects and then fails has not got anywhere.
+                    // Not before: a session that connects and then fails has made no progress.
                     backoff.reset();
                 }
             }
             self.tell_received();
-            // What came before it is handed on.
+            // The entries before the error have been delivered.
             if let Some(error) = unreadable {
-                return Err(Error::definite(error));
+                return Err(Definite::Stream(error).into());
             }
             self.acknowledge(&link, &durable);
             tokio::select! {
@@ -382,13 +372,13 @@ impl<U: Upstream, O: Sink> Session<U, O> {
                         verify.reset_immediately();
                     }
                 }
-                // Behind the stream, which knows better why it ended.
+                // After the stream, whose error is more precise.
                 error = &mut lost => return Err(error),
             }
         }
     }
 
-    /// Hands on one entry, and counts it once it is there. As cancel safe as [`Sink::deliver`].
+    /// Delivers one entry, and counts it afterwards. As cancel safe as [`Sink::deliver`].
     async fn deliver(&mut self, entry: Entry) -> Result<(), Closed> {
         self.sink.deliver(entry.clone()).await?;
         self.counting.count(&entry);
@@ -397,19 +387,19 @@ impl<U: Upstream, O: Sink> Session<U, O> {
     }
 
     fn tell_received(&self) {
-        self.handed_on.send_if_modified(|told| std::mem::replace(told, self.received) != self.received);
+        self.delivered.send_if_modified(|known| std::mem::replace(known, self.received) != self.received);
     }
 
-    /// Tells the slot what is durable and not held back, but never what was not handed on: after a reconnect it would not come
-    /// again. What it was told.
+    /// Acknowledges what is durable, less the delay, but never more than was delivered: after a reconnect the rest would not come
+    /// again. Returns the acknowledged end LSN.
     fn acknowledge(&mut self, link: &U::Link, durable: &watch::Receiver<Lsn>) -> Lsn {
         let durable = *durable.borrow();
-        let told = self.held.release(durable.min(self.received.unwrap_or_default()), Instant::now());
-        link.acknowledge(told);
-        told
+        let released = self.held.release(durable.min(self.received.unwrap_or_default()), Instant::now());
+        link.acknowledge(released);
+        released
     }
 
-    /// Checks what is published, and records how far it was as it is. What remains of the gap.
+    /// Checks the publication, and records up to which position it was unchanged. Returns what is left of the gap.
     async fn verify(
         &self,
         link: &U::Link,
@@ -424,16 +414,16 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         let published = link.published().await?;
         let fingerprint = published.fingerprint.clone().ok_or_else(|| self.no_publication())?;
         match last_check.as_ref().filter(|last| last.fingerprint == published.fingerprint) {
-            // Before its gap is recorded it must not look as if it had always been so.
+            // Before the gap is recorded, the new publication must not count as verified.
             Some(_) if gap.as_ref().is_some_and(UnsettledGap::is_unrecorded) => {}
-            // Equal twice: whatever was written before the first look was written under it.
+            // Equal twice: everything before the first check was written under this publication.
             Some(last) if last.lsn <= receiver.received() => {
                 receiver.record(Entry::Verified(Verified { fingerprint, at: last.lsn }));
             }
             Some(_) => {}
             None => {
                 let state = self.sink.checkpoint().await?;
-                // Where less is published than there is, nothing may flow: an error that lasts, and the gap when it is over.
+                // Where less is published than the mapping needs, nothing may flow: a definite error, and a gap once it is repaired.
                 link.check_fit().await?;
                 gap = self.compare(link, &published, &state, receiver, gap).await?;
             }
@@ -442,13 +432,13 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         Ok(gap)
     }
 
-    /// Stops in order: what was handed on becomes durable and is acknowledged.
+    /// Stops in order: everything that was delivered becomes durable and is acknowledged.
     async fn finish(&mut self, link: U::Link, durable: watch::Receiver<Lsn>) -> Result<(), Error> {
         self.sink.checkpoint().await?;
         let target = self.acknowledge(&link, &durable);
         let taken = async {
-            // That the server took note has to be seen: a connection that is closed with unread data on its way takes what it
-            // said last with it.
+            // Wait until the server shows the acknowledgement: a connection that is closed with unread data on its way can lose its
+            // last message.
             while link.confirmed().await? < target {
                 tokio::time::sleep(LAST_STATUS_POLL).await;
             }
@@ -469,22 +459,21 @@ fn every(period: Duration) -> tokio::time::Interval {
 }
 
 async fn stopped(stop: &mut Stop) {
-    // Whoever could stop us is gone: that is a stop too.
+    // A dropped sender is a stop too.
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-/// A walsender that waits for somebody who cannot acknowledge holds up the shutdown of PostgreSQL: rather none.
+/// Completes when the log's disk has no room. The session ends then, because a walsender whose client cannot acknowledge delays the
+/// shutdown of PostgreSQL.
 async fn no_room(room: &mut watch::Receiver<DiskSpace>) -> Error {
     match room.wait_for(|room| *room != DiskSpace::Enough).await {
-        Ok(room) if *room == DiskSpace::Elsewhere => {
-            Error::transient("the directory of the change log is gone: the session is closed until it is back")
-        }
-        Ok(_) => Error::transient("the disk of the change log is full: the session is closed until it has room"),
+        Ok(room) if *room == DiskSpace::Elsewhere => Transient::LogGone.into(),
+        Ok(_) => Transient::DiskFull.into(),
         Err(_) => Closed.into(),
     }
 }
 
-/// How far a subscriber can be after this entry.
+/// The end LSN that a subscriber can have reached after this entry.
 fn reached(entry: &Entry) -> Option<Lsn> {
     match entry {
         Entry::Transaction(transaction) => Some(transaction.end.0),

@@ -3,7 +3,7 @@
 //! Everything that decides what is lost, doubled or acknowledged is on the session's side of this contract, so that a test
 //! can run it against a server that fails at any moment.
 
-pub mod walsender;
+pub(crate) mod walsender;
 
 use super::Error;
 use crate::changelog::State;
@@ -15,7 +15,7 @@ use crate::postgres::publication::Published;
 use crate::postgres::transactions::Writer;
 
 /// Makes links.
-pub trait Upstream: Send + Sync {
+pub(crate) trait Upstream: Send + Sync {
     /// A connection.
     type Link: Link;
 
@@ -27,28 +27,28 @@ pub trait Upstream: Send + Sync {
     fn connect(&self, state: &State) -> impl Future<Output = Result<Self::Link, Error>> + Send;
 }
 
-/// What a new link leads to.
+/// The server that a new link leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Server {
+pub(crate) struct Server {
     /// The database.
-    pub source: Source,
+    pub(crate) source: Source,
     /// The timelines that led to where it is.
-    pub history: History,
-    /// The end of its WAL.
-    pub wal_end: Lsn,
+    pub(crate) history: History,
+    /// The end LSN of its WAL.
+    pub(crate) wal_end: Lsn,
 }
 
-/// A slot that is ours.
+/// The slot, once this link holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Started {
+pub(crate) struct Started {
     /// Its confirmed flush: nothing that committed before comes.
-    pub confirmed: Lsn,
+    pub(crate) confirmed: Lsn,
     /// The server's next transaction id.
-    pub xid: Xid8,
+    pub(crate) xid: Xid8,
 }
 
 /// One connection to the server, which nothing revives once it has failed.
-pub trait Link: Send {
+pub(crate) trait Link: Send {
     /// Where it leads.
     fn server(&self) -> &Server;
 
@@ -58,25 +58,25 @@ pub trait Link: Send {
     /// Where the server refuses.
     fn start(&mut self) -> impl Future<Output = Result<Started, Error>> + Send;
 
-    /// The log follows this server now: whoever else asks something of the server asks this one.
+    /// Publishes that the log follows this server now: all other statements go to it.
     fn announce(&self);
 
-    /// Waits for the next event, and adds it with those that are ready behind it, a bounded number. Cancel safe. A peer that
-    /// died says nothing: see [`Link::check_alive`].
+    /// Waits for the next event, and adds it with those that are ready behind it, a bounded number. Cancel safe. A dead peer is
+    /// not noticed here: see [`Link::check_alive`].
     ///
     /// # Errors
     /// Where the link is of no more use.
     fn next(&mut self, events: &mut Vec<Event>) -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// Completes when the SQL connection beside the stream has ended. A server that shuts down ends that one at once, and lets the
-    /// stream go on until everything is acknowledged, which may be held back.
+    /// Completes when the SQL connection beside the stream has ended. A server that shuts down ends that one at once, and keeps the
+    /// stream until everything is acknowledged, which may be delayed.
     fn lost(&self) -> impl Future<Output = Error> + Send + 'static;
 
-    /// Tells the slot that everything up to this end LSN is durable here. Never goes back.
+    /// Acknowledges to the slot that everything up to this end LSN is durable here. Never goes back.
     fn acknowledge(&self, lsn: Lsn);
 
-    /// Whether the server still has this link; asked every few seconds. Silence says nothing: a server that decodes for minutes
-    /// what is not for us neither sends nor listens meanwhile.
+    /// Whether the server still has this link; asked every few seconds. Silence is no sign: a server that decodes changes for minutes
+    /// that are not for us neither sends nor listens meanwhile.
     ///
     /// # Errors
     /// Where it does not, or cannot be asked.
@@ -88,7 +88,7 @@ pub trait Link: Send {
     /// Definite where it is not: less is published than the mapping needs, or old rows are incomplete.
     fn check_fit(&self) -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// What is published at present.
+    /// The publication, and the tables in it, at present.
     ///
     /// # Errors
     /// Where the server cannot be asked.
@@ -107,7 +107,7 @@ pub trait Link: Send {
     /// Where the server cannot be asked.
     fn running(&self, of: &[Xid8]) -> impl Future<Output = Result<Vec<Writer>, Error>> + Send;
 
-    /// Writes something that comes out of the slot, and returns a position past it and past everything so far.
+    /// Writes a marker, which comes out of the slot, and returns a position past it and past everything before.
     ///
     /// # Errors
     /// Where the server cannot be asked.

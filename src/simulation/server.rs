@@ -13,13 +13,14 @@ use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn, Position, Snapshot, 
 use crate::model::scope::Scope;
 use crate::model::snap_token::{SnapToken, TokenId};
 use crate::model::timeline::{History, Source, Timeline};
-use crate::postgres::connection::Event;
+use crate::postgres::connection::{Event, WalsenderError};
 use crate::postgres::publication::Published;
 use crate::postgres::transactions::Writer;
-use crate::replication::Error;
 use crate::replication::upstream::{Link, Server as Identity, Started, Upstream};
+use crate::replication::{Error, Transient};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
+use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -306,7 +307,7 @@ impl Snapshots for Server {
 
     async fn take(&mut self) -> Result<Snapshot, Unreachable> {
         if !self.world.step(|| "snapshot".into()) || self.world.once_in(20) || !self.inner().answers {
-            return Err(Unreachable("not now".into()));
+            return Err(Unreachable::NoSession);
         }
         Ok(self.snapshot())
     }
@@ -321,7 +322,7 @@ pub(super) struct Asked<'a> {
 impl Primary for Asked<'_> {
     async fn look(&self, _: &Scope) -> Result<PrimaryState, Unreachable> {
         if !self.server.inner().answers {
-            return Err(Unreachable("not now".into()));
+            return Err(Unreachable::NoSession);
         }
         let snapshot = Arc::new(self.server.snapshot());
         *self.snapshot.lock().unwrap() = Some(snapshot.clone());
@@ -335,7 +336,7 @@ impl Primary for Asked<'_> {
 
     async fn mark(&self) -> Result<Lsn, Unreachable> {
         if !self.server.inner().answers {
-            return Err(Unreachable("not now".into()));
+            return Err(Unreachable::NoSession);
         }
         Ok(self.server.commit(Vec::new()).commit)
     }
@@ -346,7 +347,7 @@ impl Upstream for Server {
 
     async fn connect(&self, _: &State) -> Result<ServerLink, Error> {
         if !self.world.step(|| "connect".into()) || self.world.once_in(10) {
-            return Err(Error::Transient("connection refused".into()));
+            return Err(WalsenderError::Lost(ErrorKind::ConnectionRefused.into()).into());
         }
         let mut inner = self.inner();
         inner.holder += 1;
@@ -381,7 +382,7 @@ pub(super) struct ServerLink {
 impl ServerLink {
     fn check(&self) -> Result<(), Error> {
         if self.server.inner().holder != self.number {
-            return Err(Error::Transient("the connection was lost".into()));
+            return Err(Transient::WalsenderGone.into());
         }
         Ok(())
     }
@@ -422,7 +423,7 @@ impl Link for ServerLink {
     async fn start(&mut self) -> Result<Started, Error> {
         self.check()?;
         if !self.server.world.step(|| "start".into()) {
-            return Err(Error::Transient("dead".into()));
+            return Err(WalsenderError::Ended.into());
         }
         let inner = self.server.inner();
         self.sent = inner.confirmed;
@@ -447,7 +448,7 @@ impl Link for ServerLink {
                 }
                 if self.server.world.once_in(80) {
                     self.server.world.note("the connection breaks".into());
-                    return Err(Error::Transient("connection reset".into()));
+                    return Err(WalsenderError::Lost(ErrorKind::ConnectionReset.into()).into());
                 }
                 self.queue.pop_front();
                 self.sent_at = Instant::now();

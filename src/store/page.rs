@@ -1,8 +1,8 @@
 //! Pages: keyset pagination over the primary key. What is written meanwhile moves nothing: a row that is there throughout
 //! comes exactly once.
 
-use super::Error;
 use super::filter::{Query, text};
+use super::{Error, Unreadable};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
 use futures_util::TryStreamExt as _;
@@ -88,7 +88,7 @@ pub(super) async fn read<T, const COLUMNS: usize>(
     client: &Client,
     query: &Query<'_>,
     page_size: usize,
-    make: &(impl Fn(&[&str]) -> Result<T, String> + Sync),
+    make: &(impl Fn(&[&str]) -> Result<T, Unreadable> + Sync),
 ) -> Result<Page<T, COLUMNS>, Error> {
     let rows = client.query_typed_raw(query.sql(), query.parameters().iter().cloned()).await?;
     let mut rows = std::pin::pin!(rows);
@@ -101,7 +101,7 @@ pub(super) async fn read<T, const COLUMNS: usize>(
             page.next = last;
             break;
         }
-        page.items.push(make(&texts).map_err(Error::Unreadable)?);
+        page.items.push(make(&texts)?);
         last = Key::of(&texts);
     }
     Ok(page)

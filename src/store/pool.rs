@@ -1,10 +1,11 @@
 //! The store's connections: a bounded number, to the primary that the session reads from.
 
-use super::Error;
+use super::{Error, Unreachable};
 use crate::postgres::connection::Connection;
 use crate::postgres::primary::{self, PrimaryConnector};
 use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, TimeoutType};
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
@@ -28,7 +29,7 @@ impl Pool {
     /// Belongs to the runtime that this is called in.
     pub(super) fn new(primaries: PrimaryConnector, connections_max: usize) -> Self {
         let session = primaries.clone();
-        let opener = Opener { primaries, runtime: Handle::current() };
+        let opener = Opener { primaries, runtime: Handle::current(), is_told: AtomicBool::new(false) };
         let builder = managed::Pool::builder(opener)
             .max_size(connections_max)
             .runtime(deadpool::Runtime::Tokio1)
@@ -47,7 +48,7 @@ impl Pool {
         self.0.get().await.map(Lease).map_err(|error| match error {
             PoolError::Timeout(TimeoutType::Wait) => Error::Busy,
             PoolError::Backend(error) => error,
-            other => Error::Unreachable(other.to_string()),
+            _ => Error::Unreachable(Unreachable::NoConnection),
         })
     }
 }
@@ -85,6 +86,17 @@ struct Opener {
     primaries: PrimaryConnector,
     /// Connections live on it: that of whoever asks for one may end before those of others who use it later.
     runtime: Handle,
+    /// Whether the log has the reason why there are no connections.
+    is_told: AtomicBool,
+}
+
+impl Opener {
+    /// Logs the reason in full, once. Callers get it without hosts and roles.
+    fn tell(&self, error: &primary::Error) {
+        if !matches!(error, primary::Error::NoSession) && !self.is_told.swap(true, Ordering::Relaxed) {
+            tracing::warn!("Data and Tenancy have no connection to PostgreSQL: {}", error.in_full());
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -105,9 +117,10 @@ impl managed::Manager for Opener {
         let mut connecting = JoinSet::new();
         connecting.spawn_on(async move { (primaries.connect().await, primaries) }, &self.runtime);
         let Some(Ok((connection, primaries))) = connecting.join_next().await else {
-            return Err(Error::Unreachable("tuplewatch is shutting down".to_owned()));
+            return Err(Error::Unreachable(Unreachable::Stopping));
         };
-        let connection = connection.map_err(|error: primary::Error| Error::from(error))?;
+        let connection = connection.inspect_err(|error| self.tell(error))?;
+        self.is_told.store(false, Ordering::Relaxed);
         // Triggers of these tables find what is in the schema public, as they do for other writers.
         let set = format!(
             "SET search_path = \"$user\", public; SET statement_timeout = '{}s'; SET lock_timeout = '{}s'",

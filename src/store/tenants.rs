@@ -2,7 +2,7 @@
 
 use super::filter::{Query, text};
 use super::page::{self, Key, Page};
-use super::{CALL_MAX, Error, Store, TENANT_DELETION_MAX, begin, persistently};
+use super::{CALL_MAX, Error, Store, TENANT_DELETION_MAX, Unreadable, begin, persistently};
 use crate::model::change::TenantId;
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Transaction};
@@ -35,7 +35,7 @@ impl Store {
             let client = self.pool.get().await?;
             let inserted = client.query_typed_opt(&insert, &[text(&id.as_str()), text(&name)]).await?;
             let row = inserted.ok_or_else(|| Error::TenantExists(id.clone()))?;
-            tenant(&[row.try_get(0)?, row.try_get(1)?, row.try_get(2)?]).map_err(Error::Unreadable)
+            Ok(tenant(&[row.try_get(0)?, row.try_get(1)?, row.try_get(2)?])?)
         })
         .await
     }
@@ -95,12 +95,12 @@ impl Store {
 const COLUMNS: &str = "id, name, CASE WHEN isfinite(created_at) \
                        THEN trunc(extract(epoch FROM created_at) * 1000000)::text ELSE '' END";
 
-fn tenant(row: &[&str]) -> Result<Tenant, String> {
+fn tenant(row: &[&str]) -> Result<Tenant, Unreadable> {
     match *row {
         [id, name, created_at] => {
             Ok(Tenant { id: id.to_owned(), name: name.to_owned(), created_at_micros: created_at.parse().ok() })
         }
-        _ => Err("a tenant of other columns".to_owned()),
+        _ => Err(Unreadable::Columns("a tenant")),
     }
 }
 

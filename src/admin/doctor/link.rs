@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 use tokio::time::timeout;
+use tokio_postgres::error::SqlState;
 
 use super::unusable;
 use crate::model::diagnostic::Report;
@@ -22,8 +23,10 @@ pub(super) async fn check(connection: &Connection, report: &mut Report) {
     match timeout(ANSWER_MAX, identified).await {
         Ok(Ok(_)) => report.ok(SUBJECT, "can be made"),
         Ok(Err(error)) => {
-            // Insufficient privilege and too many connections: named already, with what is missing.
-            let is_known = matches!(error.sqlstate(), Some("42501" | "53300")) && report.has_errors();
+            // The requirements have named these already, with what is missing.
+            let is_of_requirement =
+                matches!(error.sqlstate(), Some(&(SqlState::INSUFFICIENT_PRIVILEGE | SqlState::TOO_MANY_CONNECTIONS)));
+            let is_known = is_of_requirement && report.has_errors();
             if !is_known {
                 report.add(unusable(SUBJECT, &error));
             }

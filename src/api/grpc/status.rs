@@ -178,7 +178,9 @@ pub fn of_store(error: store::Error) -> Status {
         store::Error::Busy => (Code::ResourceExhausted, "DATASTORE"),
         store::Error::Unreachable(_) => (Code::Unavailable, "DATASTORE"),
         store::Error::Unfit(_) => (Code::InvalidArgument, "VALIDATION"),
-        store::Error::Refused(_) => (Code::Internal, "EXECUTION"),
+        store::Error::Refused(_) | store::Error::NoPrivilege(_) | store::Error::RowSecurity(_) => {
+            (Code::Internal, "EXECUTION")
+        }
         store::Error::Unreadable(_) => (Code::Internal, "SCAN"),
     };
     if code == Code::Internal {

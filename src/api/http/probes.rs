@@ -11,17 +11,21 @@ use axum::http::StatusCode;
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use std::fmt;
 use std::sync::Arc;
 use tokio::sync::Mutex;
 use tonic::Status;
 
 /// What is asked for here.
 pub trait Probes: Send + Sync + 'static {
-    /// Nothing, if the process delivers and has nearly all there is; else what is in the way, for somebody without credentials.
+    /// What is in the way, in words for somebody without credentials.
+    type NotReady: fmt::Display;
+
+    /// Whether the process delivers and has nearly all there is.
     ///
     /// # Errors
-    /// In words.
-    fn ready(&self) -> Result<(), String>;
+    /// Where it does not.
+    fn ready(&self) -> Result<(), Self::NotReady>;
 
     /// All metrics in the text format. May block.
     fn metrics(&self) -> String;
@@ -45,7 +49,10 @@ async fn alive() -> Response {
 async fn ready<P: Probes>(State(probes): State<Arc<P>>) -> Response {
     let (status, body) = match probes.ready() {
         Ok(()) => (StatusCode::OK, serde_json::json!({"status": "READY"})),
-        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, serde_json::json!({"status": "NOT_READY", "reason": reason})),
+        Err(reason) => {
+            let body = serde_json::json!({"status": "NOT_READY", "reason": reason.to_string()});
+            (StatusCode::SERVICE_UNAVAILABLE, body)
+        }
     };
     let headers = [(CONTENT_TYPE, json::CONTENT_TYPE), (CACHE_CONTROL, "no-store")];
     (status, headers, body.to_string()).into_response()

@@ -115,8 +115,10 @@ impl Tenancy for Echo {
 struct Stalled;
 
 impl Probes for Stalled {
-    fn ready(&self) -> Result<(), String> {
-        Err("the \"slot\" is away".to_owned())
+    type NotReady = &'static str;
+
+    fn ready(&self) -> Result<(), &'static str> {
+        Err("the \"slot\" is away")
     }
 
     fn metrics(&self) -> String {

@@ -14,30 +14,51 @@ struct Form<'a> {
     data: Option<Json>,
 }
 
+/// What is wrong with the form of a value. The message never has its contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The text is not JSON.
+    #[error("the value is not JSON (line {line}, column {column})")]
+    Json {
+        /// Counted from 1.
+        line: usize,
+        /// Counted from 1.
+        column: usize,
+    },
+    /// It is JSON of another form.
+    #[error("the value is not an object of just '@type' and 'data'")]
+    Form,
+    /// The name of a type is no user data, but it may be anything, and long: it is not repeated.
+    #[error("the value's '@type' is none of base.v1's eight value messages")]
+    Type,
+    /// `data` is not of this type.
+    #[error("the value's 'data' does not fit its '@type' {0}")]
+    Data(&'static str),
+}
+
 /// Reads one value.
 ///
 /// # Errors
-/// A sentence that says what is wrong with its form, never its contents.
-pub fn parse(json: &str) -> Result<AttributeValue, String> {
+/// Where the value has not Permify's form.
+pub fn parse(json: &str) -> Result<AttributeValue, Error> {
     let form: Form<'_> = serde_json::from_str(json).map_err(|error| match error.classify() {
-        serde_json::error::Category::Data => "the value is not an object of just '@type' and 'data'".to_owned(),
-        _ => format!("the value is not JSON (line {}, column {})", error.line(), error.column()),
+        serde_json::error::Category::Data => Error::Form,
+        _ => Error::Json { line: error.line(), column: error.column() },
     })?;
-    let name = form.kind.strip_prefix(TYPE_URL_PREFIX);
+    let name = form.kind.strip_prefix(TYPE_URL_PREFIX).unwrap_or_default();
     let data = form.data.unwrap_or(Json::Null);
-    let value = match name {
-        Some("StringValue") => or_default(data, string).map(AttributeValue::String),
-        Some("IntegerValue") => or_default(data, integer).map(AttributeValue::Integer),
-        Some("DoubleValue") => or_default(data, double).map(AttributeValue::Double),
-        Some("BooleanValue") => or_default(data, boolean).map(AttributeValue::Boolean),
-        Some("StringArrayValue") => array(data, string).map(AttributeValue::StringArray),
-        Some("IntegerArrayValue") => array(data, integer).map(AttributeValue::IntegerArray),
-        Some("DoubleArrayValue") => array(data, double).map(AttributeValue::DoubleArray),
-        Some("BooleanArrayValue") => array(data, boolean).map(AttributeValue::BooleanArray),
-        // The name of a type is no user data, but it may be anything, and long.
-        _ => return Err("the value's '@type' is none of base.v1's eight value messages".to_owned()),
+    let (name, value) = match name {
+        "StringValue" => ("StringValue", or_default(data, string).map(AttributeValue::String)),
+        "IntegerValue" => ("IntegerValue", or_default(data, integer).map(AttributeValue::Integer)),
+        "DoubleValue" => ("DoubleValue", or_default(data, double).map(AttributeValue::Double)),
+        "BooleanValue" => ("BooleanValue", or_default(data, boolean).map(AttributeValue::Boolean)),
+        "StringArrayValue" => ("StringArrayValue", array(data, string).map(AttributeValue::StringArray)),
+        "IntegerArrayValue" => ("IntegerArrayValue", array(data, integer).map(AttributeValue::IntegerArray)),
+        "DoubleArrayValue" => ("DoubleArrayValue", array(data, double).map(AttributeValue::DoubleArray)),
+        "BooleanArrayValue" => ("BooleanArrayValue", array(data, boolean).map(AttributeValue::BooleanArray)),
+        _ => return Err(Error::Type),
     };
-    value.ok_or_else(|| format!("the value's 'data' does not fit its '@type' {}", name.unwrap_or_default()))
+    value.ok_or(Error::Data(name))
 }
 
 /// Writes one value.
@@ -115,7 +136,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn of(kind: &str, data: &str) -> Result<AttributeValue, String> {
+    fn of(kind: &str, data: &str) -> Result<AttributeValue, Error> {
         parse(&format!(r#"{{"@type": "{TYPE_URL_PREFIX}{kind}", "data": {data}}}"#))
     }
 

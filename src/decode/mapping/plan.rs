@@ -241,7 +241,7 @@ impl Plan {
             Kind::Transaction => return visit(step, Outcome::Transaction { tenant }),
             Kind::Attribute => match attribute_value::parse(d) {
                 Ok(value) => Fact::Attribute(Attribute { entity_type: a, entity_id: b, attribute: c, value }),
-                Err(detail) => return visit(step, self.undecodable(slots, detail)),
+                Err(error) => return visit(step, self.undecodable(slots, error.to_string())),
             },
             Kind::Tuple => Fact::Tuple(Tuple {
                 entity_type: a,

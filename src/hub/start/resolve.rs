@@ -9,7 +9,7 @@ use crate::changelog::{self, ChangeLog, TransactionOutcome};
 use crate::hub::primary::{Primary, TransactionStatus, Unreachable};
 use crate::hub::{Filter, Hub};
 use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Snapshot, Xid8};
-use crate::model::scope::Scope;
+use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::TokenId;
 use std::sync::Arc;
 use std::time::Duration;
@@ -118,7 +118,7 @@ impl Hub {
         let reached =
             tokio::time::timeout_at(deadline.max(Instant::now() + STATUS_EVERY), appended.wait_for(|lsn| *lsn > mark));
         if reached.await.is_err() {
-            return Err(Unreachable(format!("the stream did not reach {mark} in time, try again")).into());
+            return Err(Unreachable::Behind(Place::at(mark)).into());
         }
         Ok(self.on_disk(find).await?.ok_or(Missing { is_unassigned, mark }))
     }

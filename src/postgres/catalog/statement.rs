@@ -3,7 +3,7 @@
 //! Both take $1 publication, $2 and $3 schemas and names of the tables, $4 and $5 the mapped columns (number of table, name),
 //! $6 and $7 schema and name of the table that lists tenants, or nulls.
 //!
-//! Each begins with a comment, for those who look at pg_stat_activity.
+//! Each begins with a comment, which shows its purpose in pg_stat_activity.
 //!
 //! oids and xids are cast to int8, because JSON would have them as strings. `int2vector` begins at 0, and so do the
 //! slices of it; the columns of an index behind its key (INCLUDE) are not in a replica identity, and neither is a key

@@ -1,20 +1,25 @@
-//! What it means that a connection failed: whether it is worth trying again, and what to do.
+//! The meaning of a failed connection or statement: whether trying again can help, and the remedy.
 //!
-//! **Transient**: the server may answer differently in a while, without anybody doing anything. **Definite**: somebody has
-//! to change something first. In doubt a failure is transient: trying again with backoff does less harm than giving up.
+//! **Transient**: the server may answer differently in a while, without a repair. **Definite**: something has to be repaired first. In doubt a failure is transient: trying again with backoff does less harm than giving up.
 //!
-//! A refusal is told by its SQLSTATE and, where one SQLSTATE has several causes, by the function of PostgreSQL that raised it:
-//! the text is in the language of the server, which nobody can choose before having logged on.
+//! The meaning of an error of the server is read from its SQLSTATE. Where one SQLSTATE has several meanings, the function in
+//! PostgreSQL's source that raised the error tells them apart (the field `R` of ErrorResponse): its name is in no language, and the
+//! same in all supported versions. The text is never read. It is in the language of the server, which no session can choose
+//! before it has logged on, and afterwards only a superuser's can (`lc_messages`).
 
 use std::fmt;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fallible_iterator::FallibleIterator as _;
+use pgwire_replication::PgWireError;
 use postgres_protocol::message::backend::ErrorResponseBody;
+use tokio_postgres::error::{DbError, SqlState};
 
 use super::pins::Sessions;
 use super::wire;
+use crate::decode::pgoutput;
 
 /// No connection could be made, or one ended.
 #[derive(Debug)]
@@ -31,105 +36,154 @@ pub(super) struct Attempt {
     pub(super) failure: Failure,
 }
 
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    Resolve(io::Error),
+    #[error("the host name cannot be resolved: {0}")]
+    Resolve(#[source] io::Error),
+    #[error(transparent)]
     Dial(io::Error),
+    #[error("no answer within {0:?} (connect_timeout)")]
     TimedOut(Duration),
-    Tls(wire::Error),
-    /// The connection broke, or something that is no PostgreSQL answered.
-    Lost(io::Error),
+    #[error(transparent)]
+    Tls(#[from] wire::Error),
+    /// The connection broke, or another program than PostgreSQL answered.
+    #[error("{}", lost_at_log_on(.0))]
+    Lost(#[source] io::Error),
+    /// A message of the protocol, but not one that may come here.
+    #[error("the log-on failed: the server sent something unexpected {when}")]
+    Unexpected { when: &'static str },
     /// The server asks for another way to log on.
+    #[error("the server asks for {0}, which tuplewatch cannot do")]
     Method(String),
-    /// SCRAM cannot be done with it.
+    #[error("the password is not UTF-8, and cannot be used for scram-sha-256")]
     PasswordIsNoText,
     /// The server does not know the password either.
-    Impostor(String),
-    /// By the server, before there was a session.
+    #[error("the server does not prove that it knows the password: {0}")]
+    Impostor(#[source] PgWireError),
+    /// The server refused before there was a session.
+    #[error("{0}")]
     Refused(Refusal),
+    #[error("it is a standby")]
     InRecovery,
-    Sql(tokio_postgres::Error),
+    #[error(transparent)]
+    Sql(#[from] SqlError),
+    #[error(transparent)]
     Replication(WalsenderError),
 }
 
-/// What the server said.
-#[derive(Debug, Default)]
-pub struct Refusal {
-    /// SQLSTATE.
-    code: String,
+fn lost_at_log_on(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "the connection was closed before the log-on was done".to_owned(),
+        _ => format!("the log-on failed: {error}"),
+    }
+}
+
+/// What the server said, in an ErrorResponse that no driver has read.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    code: SqlState,
     message: String,
     hint: Option<String>,
-    /// The function in PostgreSQL's source. It is in no language, and the same in all versions that are supported.
+    /// The function in PostgreSQL's source.
     routine: String,
     /// Whether the session would have replicated.
     is_stream: bool,
 }
 
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_poolers() {
+            f.write_str("something that is not PostgreSQL, most likely a connection pooler such as PgBouncer, says: ")?;
+        }
+        say(f, &self.code, &self.message)
+    }
+}
+
+/// `permission denied for table t (SQLSTATE 42501)`, after the reason where the server ended the session.
+fn say(f: &mut fmt::Formatter<'_>, code: &SqlState, message: &str) -> fmt::Result {
+    if let Some(why) = ending(code) {
+        write!(f, "{why}: ")?;
+    }
+    write!(f, "{message} (SQLSTATE {})", code.code())
+}
+
 impl Refusal {
     pub(super) fn read(error: &ErrorResponseBody, sessions: Sessions) -> io::Result<Self> {
-        let mut refusal = Self { is_stream: sessions == Sessions::Stream, ..Self::default() };
+        let (mut code, mut message, mut hint, mut routine) = (String::new(), String::new(), None, String::new());
         let mut fields = error.fields();
         while let Some(field) = fields.next()? {
             let value = String::from_utf8_lossy(field.value_bytes()).into_owned();
             match field.type_() {
-                b'C' => refusal.code = value,
-                b'M' => refusal.message = value,
-                b'H' => refusal.hint = Some(value),
-                b'R' => refusal.routine = value,
+                b'C' => code = value,
+                b'M' => message = value,
+                b'H' => hint = Some(value),
+                b'R' => routine = value,
                 _ => {}
             }
         }
-        Ok(refusal)
+        let (code, is_stream) = (SqlState::from_code(&code), sessions == Sessions::Stream);
+        Ok(Self { code, message, hint, routine, is_stream })
     }
 
     fn remedy(&self) -> Option<&'static str> {
-        Some(match (self.code.as_str(), self.routine.as_str()) {
-            ("28P01", _) => "Check user and password in database.uri, PGPASSWORD or the password file",
-            ("28000", "ClientAuthentication") => {
+        Some(match (&self.code, self.routine.as_str()) {
+            (&SqlState::INVALID_PASSWORD, _) => {
+                "Check user and password in database.uri, PGPASSWORD or the password file"
+            }
+            (&SqlState::INVALID_AUTHORIZATION_SPECIFICATION, "ClientAuthentication") => {
                 "Add a line for this user, database and address to the server's pg_hba.conf and reload it; where it has one for \
                  TLS alone (hostssl), set sslmode=require in database.uri"
             }
-            ("28000", "InitializeSessionUserId") => {
+            (&SqlState::INVALID_AUTHORIZATION_SPECIFICATION, "InitializeSessionUserId") => {
                 "Check the user in database.uri: the role must exist, and may log on (ALTER ROLE … LOGIN)"
             }
-            ("28000", _) => "Check the user in database.uri, and the server's pg_hba.conf",
-            ("3D000", _) => "Create the database, or correct its name in database.uri",
-            ("42501", "CheckMyDatabase") => {
+            (&SqlState::INVALID_AUTHORIZATION_SPECIFICATION, _) => {
+                "Check the user in database.uri, and the server's pg_hba.conf"
+            }
+            (&SqlState::INVALID_CATALOG_NAME, _) => "Create the database, or correct its name in database.uri",
+            (&SqlState::INSUFFICIENT_PRIVILEGE, "CheckMyDatabase") => {
                 "Let the owner of the database grant it: GRANT CONNECT ON DATABASE … TO the user in database.uri"
             }
-            ("42501", _) if self.is_stream => {
+            (&SqlState::INSUFFICIENT_PRIVILEGE, _) if self.is_stream => {
                 "Let a superuser grant it: ALTER ROLE … REPLICATION, of the user in database.uri"
             }
-            ("42501" | "42704" | "22023", _) => {
-                "Check the options in database.uri: the role may not set one, or has it wrong"
-            }
-            ("53300", "InitializeSessionUserId") => {
+            (
+                &SqlState::INSUFFICIENT_PRIVILEGE | &SqlState::UNDEFINED_OBJECT | &SqlState::INVALID_PARAMETER_VALUE,
+                _,
+            ) => "Check the options in database.uri: the role may not set one, or has it wrong",
+            (&SqlState::TOO_MANY_CONNECTIONS, "InitializeSessionUserId") => {
                 "The role has a limit of its own: close other sessions of it, or raise it (ALTER ROLE … CONNECTION LIMIT 20; \
                  tuplewatch takes database.max_connections and one)"
             }
-            ("53300", "CheckMyDatabase") => {
+            (&SqlState::TOO_MANY_CONNECTIONS, "CheckMyDatabase") => {
                 "The database has a limit of its own: close other sessions, or raise it (ALTER DATABASE … CONNECTION LIMIT 100)"
             }
-            ("53300", "InitPostgres") => {
+            (&SqlState::TOO_MANY_CONNECTIONS, "InitPostgres") => {
                 "The rest is reserved for superusers: close other sessions, or raise max_connections and restart the server"
             }
-            ("53300", _) if self.is_stream => {
+            (&SqlState::TOO_MANY_CONNECTIONS, _) if self.is_stream => {
                 "No walsender is free: stop another reader, or raise max_wal_senders and restart the server"
             }
-            ("53300", _) => "Close other sessions, or raise max_connections and restart the server",
-            ("55000", _) => {
+            (&SqlState::TOO_MANY_CONNECTIONS, _) => {
+                "Close other sessions, or raise max_connections and restart the server"
+            }
+            (&SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, _) => {
                 "Have it take connections again: ALTER DATABASE … ALLOW_CONNECTIONS true, by a superuser in another database; or \
                  name another database in database.uri"
             }
-            ("57P03", _) => "It is starting or stopping, or is a standby that takes no queries: wait",
+            (&SqlState::CANNOT_CONNECT_NOW, _) => STARTING,
             _ => return None,
         })
     }
 
+    fn is_definite(&self) -> bool {
+        is_definite(&self.code, Some(&self.routine))
+    }
+
     /// PgBouncer knows some parameters of the startup message and refuses all others, which PostgreSQL would take for settings.
-    /// It names the one, and uses the SQLSTATE of a violation of the protocol, as other poolers do. None tells a routine.
+    /// It names the parameter, with the SQLSTATE of a violation of the protocol, as other poolers do. No pooler names a routine.
     fn is_poolers(&self) -> bool {
-        self.code == "08P01" && self.routine.is_empty()
+        self.code == SqlState::PROTOCOL_VIOLATION && self.routine.is_empty()
     }
 }
 
@@ -142,33 +196,32 @@ impl ConnectError {
     ///
     /// With several hosts: whether at least one says so, and each other one is a standby. A host that is out of reach may be
     /// the primary that would have taken us.
-    pub fn is_definite(&self) -> bool {
+    pub(crate) fn is_definite(&self) -> bool {
         let mut others = self.attempts.iter().filter(|attempt| !attempt.failure.is_definite());
         others.clone().count() < self.attempts.len()
             && others.all(|attempt| matches!(attempt.failure, Failure::InRecovery))
     }
 
     /// What happened at each address.
-    pub fn cause(&self) -> String {
-        let told = |attempt: &Attempt| format!("{}: {}", attempt.endpoint, attempt.failure.what());
-        self.attempts.iter().map(told).collect::<Vec<_>>().join("; nor at ")
+    pub(crate) fn cause(&self) -> String {
+        let said = |attempt: &Attempt| format!("{}: {}", attempt.endpoint, attempt.failure);
+        self.attempts.iter().map(said).collect::<Vec<_>>().join("; nor at ")
     }
 
     /// What to do, where that is known.
-    pub fn remedy(&self) -> Option<String> {
+    pub(crate) fn remedy(&self) -> Option<String> {
         let mut remedies: Vec<String> = self.attempts.iter().filter_map(|attempt| attempt.failure.remedy()).collect();
         remedies.dedup();
         (!remedies.is_empty()).then(|| remedies.join(". "))
     }
 
-    /// Whether a server has as many connections as it, the database or the role may have.
-    pub fn is_limit(&self) -> bool {
-        // too_many_connections
-        self.attempts.iter().any(|attempt| attempt.failure.sqlstate() == Some("53300"))
+    /// Whether a server has as many connections as the server, the database or the role may have.
+    pub(crate) fn is_limit(&self) -> bool {
+        self.attempts.iter().any(|attempt| attempt.failure.sqlstate() == Some(&SqlState::TOO_MANY_CONNECTIONS))
     }
 
     /// The SQLSTATE with which the server (the last of several) refused.
-    pub fn sqlstate(&self) -> Option<&str> {
+    pub(crate) fn sqlstate(&self) -> Option<&SqlState> {
         self.attempts.iter().rev().find_map(|attempt| attempt.failure.sqlstate())
     }
 }
@@ -180,7 +233,7 @@ impl fmt::Display for ConnectError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("cannot use PostgreSQL at ")?;
         for (n, Attempt { endpoint, failure }) in self.attempts.iter().enumerate() {
-            write!(f, "{}{endpoint}: {}", if n == 0 { "" } else { "; nor at " }, failure.what())?;
+            write!(f, "{}{endpoint}: {failure}", if n == 0 { "" } else { "; nor at " })?;
             if let Some(remedy) = failure.remedy() {
                 write!(f, ". {remedy}")?;
             }
@@ -189,152 +242,179 @@ impl fmt::Display for ConnectError {
     }
 }
 
-/// Why a replication connection is of no more use, or what a command was refused with.
+/// An error of a statement. Its text has what the server said, which the driver's own text leaves out.
 #[derive(Debug)]
-pub enum WalsenderError {
-    /// The server says so.
-    Refused(Refusal),
+pub struct SqlError(tokio_postgres::Error);
+
+impl From<tokio_postgres::Error> for SqlError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self(error)
+    }
+}
+
+/// Without a source: the text has all of the driver's causes.
+impl std::error::Error for SqlError {}
+
+impl fmt::Display for SqlError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(refusal) = self.refusal() {
+            return say(f, refusal.code(), refusal.message());
+        }
+        if self.0.is_closed() {
+            return f.write_str("the connection to PostgreSQL was closed");
+        }
+        // The driver's own words for where it happened say nothing that the cause does not.
+        let Some(cause) = std::error::Error::source(&self.0) else { return write!(f, "{}", self.0) };
+        write!(f, "{cause}")?;
+        let mut next = cause.source();
+        while let Some(cause) = next {
+            write!(f, ": {cause}")?;
+            next = cause.source();
+        }
+        Ok(())
+    }
+}
+
+impl SqlError {
+    /// What the server said; `None` where the connection failed.
+    pub(crate) fn refusal(&self) -> Option<&DbError> {
+        self.0.as_db_error()
+    }
+
+    pub(crate) fn sqlstate(&self) -> Option<&SqlState> {
+        self.0.code()
+    }
+
+    fn is_definite(&self) -> bool {
+        self.refusal().is_some_and(|refusal| is_definite(refusal.code(), refusal.routine()))
+    }
+}
+
+/// Why an SQL connection has ended.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum SessionEnd {
+    #[error("the SQL connection was closed")]
+    Closed,
+    #[error(transparent)]
+    Failed(Arc<SqlError>),
+    /// By us.
+    #[error("the SQL connection was given up")]
+    GivenUp,
+}
+
+/// Why a replication connection is of no more use, or why a command was refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum WalsenderError {
+    #[error("{0}")]
+    Refused(Box<Refusal>),
     /// The stream came to its end, as when the server shuts down.
+    #[error("the server ended the stream")]
     Ended,
-    /// The connection broke, or something that is not PostgreSQL answers.
-    Lost(io::Error),
+    /// The connection broke, or another program than PostgreSQL answers.
+    #[error("{}", lost(.0))]
+    Lost(#[from] io::Error),
+    #[error("the replication connection was lost: {0}")]
+    Protocol(#[from] PgWireError),
+    #[error("the replication connection was lost: {0}")]
+    Pgoutput(#[from] pgoutput::Error),
+    #[error("the answer to IDENTIFY_SYSTEM does not say which server this is")]
+    NoIdentity,
+    #[error("the answer to TIMELINE_HISTORY has no history")]
+    NoHistory,
+    #[error("no command is possible any more: the stream has started")]
+    Started,
 }
 
-impl From<io::Error> for WalsenderError {
-    fn from(error: io::Error) -> Self {
-        Self::Lost(error)
+fn lost(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+            "the replication connection was closed".to_owned()
+        }
+        _ => format!("the replication connection was lost: {error}"),
     }
 }
 
 impl WalsenderError {
-    pub(super) fn unexpected(what: impl fmt::Display) -> Self {
-        Self::Lost(io::Error::new(io::ErrorKind::InvalidData, what.to_string()))
+    pub(super) fn refused(error: &ErrorResponseBody) -> Self {
+        Refusal::read(error, Sessions::Stream).map_or_else(Self::Lost, |refusal| Self::Refused(Box::new(refusal)))
     }
 
-    pub(super) fn refused(error: &postgres_protocol::message::backend::ErrorResponseBody) -> Self {
-        Refusal::read(error, Sessions::Stream).map_or_else(Self::Lost, Self::Refused)
+    fn refusal(&self) -> Option<&Refusal> {
+        match self {
+            Self::Refused(refusal) => Some(refusal),
+            _ => None,
+        }
     }
-}
 
-impl std::error::Error for WalsenderError {}
-
-impl WalsenderError {
     /// The SQLSTATE with which the server refused.
-    pub fn sqlstate(&self) -> Option<&str> {
-        match self {
-            Self::Refused(refusal) => Some(&refusal.code),
-            Self::Ended | Self::Lost(_) => None,
-        }
+    pub(crate) fn sqlstate(&self) -> Option<&SqlState> {
+        self.refusal().map(|refusal| &refusal.code)
     }
 
-    /// The function of PostgreSQL's source that refused.
-    pub fn routine(&self) -> Option<&str> {
-        match self {
-            Self::Refused(refusal) => Some(&refusal.routine),
-            Self::Ended | Self::Lost(_) => None,
-        }
+    /// Whether the publication is missing at the point of the WAL that the slot reads.
+    pub(crate) fn is_missing_publication(&self) -> bool {
+        // A missing slot has the same SQLSTATE.
+        self.refusal().is_some_and(|refusal| {
+            refusal.code == SqlState::UNDEFINED_OBJECT && refusal.routine == "get_publication_oid"
+        })
     }
 
     /// Whether trying again is pointless until somebody changes something.
-    pub fn is_definite(&self) -> bool {
-        matches!(self, Self::Refused(refusal) if is_definite_code(&refusal.code, &refusal.message))
+    pub(crate) fn is_definite(&self) -> bool {
+        self.refusal().is_some_and(Refusal::is_definite)
     }
 }
 
-impl fmt::Display for WalsenderError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Refused(refusal) => match ending(&refusal.code) {
-                Some(why) => write!(f, "{why}: {}", said(refusal)),
-                None => f.write_str(&said(refusal)),
-            },
-            Self::Ended => f.write_str("the server ended the stream"),
-            Self::Lost(error) => match error.kind() {
-                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
-                    f.write_str("the replication connection was closed")
-                }
-                _ => write!(f, "the replication connection was lost: {error}"),
-            },
-        }
-    }
-}
+/// Functions that fail with object_not_in_prerequisite_state on a server that is not promoted yet.
+const NOT_IN_RECOVERY: [&str; 4] =
+    ["pg_current_wal_flush_lsn", "pg_current_wal_insert_lsn", "pg_current_wal_lsn", "pg_walfile_name"];
 
 /// By class (the first two characters) where the whole class is of one kind: PostgreSQL documentation, appendix A.
-fn is_definite_code(code: &str, message: &str) -> bool {
-    match code {
-        // database_dropped; undefined_file: WAL that the slot needs has been removed.
-        "57P04" | "58P01" => true,
-        // object_not_in_prerequisite_state: wal_level, an invalidated slot. But also a server that is not yet promoted.
-        "55000" => !message.contains("recovery"),
+fn is_definite(code: &SqlState, routine: Option<&str>) -> bool {
+    match *code {
+        // A file of the WAL that the slot needs has been removed.
+        SqlState::DATABASE_DROPPED | SqlState::UNDEFINED_FILE => true,
+        // The wrong wal_level, an invalidated slot.
+        SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE => {
+            !routine.is_some_and(|routine| NOT_IN_RECOVERY.contains(&routine))
+        }
         // feature_not_supported, invalid values (of an option), authorization, unknown database, unknown or forbidden objects.
-        _ => ["0A", "22", "28", "3D", "42"].iter().any(|class| code.starts_with(class)),
-    }
-}
-
-impl From<wire::Error> for Failure {
-    fn from(error: wire::Error) -> Self {
-        Self::Tls(error)
+        _ => ["0A", "22", "28", "3D", "42"].iter().any(|class| code.code().starts_with(class)),
     }
 }
 
 impl Failure {
     fn is_definite(&self) -> bool {
         match self {
-            Self::Resolve(_) | Self::Dial(_) | Self::TimedOut(_) | Self::InRecovery | Self::Lost(_) => false,
-            // A handshake that the peer broke off is told from one that failed by its cause alone.
+            Self::Resolve(_)
+            | Self::Dial(_)
+            | Self::TimedOut(_)
+            | Self::InRecovery
+            | Self::Lost(_)
+            | Self::Unexpected { .. } => false,
+            // Only the cause tells a failed handshake from one that the peer broke off.
             Self::Tls(wire::Error::Handshake(error)) => {
                 error.get_ref().is_some_and(|cause| cause.is::<rustls::Error>())
             }
             Self::Tls(_) | Self::Method(_) | Self::PasswordIsNoText | Self::Impostor(_) => true,
-            Self::Refused(refusal) => refusal.is_poolers() || is_definite_code(&refusal.code, &refusal.message),
+            Self::Refused(refusal) => refusal.is_poolers() || refusal.is_definite(),
             Self::Replication(error) => error.is_definite(),
-            Self::Sql(error) => {
-                error.as_db_error().is_some_and(|refusal| is_definite_code(refusal.code().code(), refusal.message()))
-            }
+            Self::Sql(error) => error.is_definite(),
         }
     }
 
-    fn sqlstate(&self) -> Option<&str> {
+    fn sqlstate(&self) -> Option<&SqlState> {
         match self {
             Self::Refused(refusal) => Some(&refusal.code),
-            Self::Sql(error) => error.code().map(tokio_postgres::error::SqlState::code),
+            Self::Sql(error) => error.sqlstate(),
             Self::Replication(error) => error.sqlstate(),
             _ => None,
         }
     }
 
-    fn what(&self) -> String {
-        match self {
-            Self::Resolve(error) => format!("the host name cannot be resolved: {error}"),
-            Self::Dial(error) => error.to_string(),
-            Self::TimedOut(limit) => format!("no answer within {limit:?} (connect_timeout)"),
-            Self::Tls(wire::Error::NotOffered) => "the server does not do TLS".to_owned(),
-            Self::Tls(wire::Error::File(what)) => what.clone(),
-            Self::Tls(wire::Error::Refused(refused)) => refused.to_string(),
-            Self::Tls(wire::Error::Handshake(error)) => format!("the TLS handshake failed: {error}"),
-            Self::Lost(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                "the connection was closed before the log-on was done".to_owned()
-            }
-            Self::Lost(error) => format!("the log-on failed: {error}"),
-            Self::Method(method) => format!("the server asks for {method}, which tuplewatch cannot do"),
-            Self::PasswordIsNoText => "the password is not UTF-8, and cannot be used for scram-sha-256".to_owned(),
-            Self::Impostor(what) => format!("the server does not prove that it knows the password: {what}"),
-            Self::Refused(refusal) if refusal.is_poolers() => {
-                format!(
-                    "something that is not PostgreSQL, most likely a connection pooler such as PgBouncer, says: {}",
-                    said(refusal)
-                )
-            }
-            Self::Refused(refusal) => said(refusal),
-            Self::InRecovery => "it is a standby".to_owned(),
-            Self::Sql(error) => describe(error),
-            Self::Replication(error) => error.to_string(),
-        }
-    }
-
     fn remedy(&self) -> Option<String> {
         let remedy = match self {
-            Self::Resolve(_) => "Check the host in database.uri",
+            Self::Resolve(_) | Self::Tls(wire::Error::HostName(_)) => "Check the host in database.uri",
             Self::Dial(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                 "Nothing listens there: check host and port in database.uri, and that PostgreSQL is running"
             }
@@ -349,14 +429,16 @@ impl Failure {
             Self::Tls(wire::Error::File(_)) => "Check sslrootcert, sslcert and sslkey in database.uri",
             Self::Tls(wire::Error::Refused(refused)) => return Some(refused.remedy("sslrootcert in database.uri")),
             Self::Tls(wire::Error::Handshake(_)) => return None,
-            Self::Lost(_) => "Check that PostgreSQL listens at this address; its log may say more",
+            Self::Lost(_) | Self::Unexpected { .. } => {
+                "Check that PostgreSQL listens at this address; its log may say more"
+            }
             Self::Method(_) => "Let its pg_hba.conf ask for scram-sha-256 or cert",
             Self::PasswordIsNoText => "Give the role a password of text: ALTER ROLE … PASSWORD",
             Self::Impostor(_) => "Check that the address leads to the right server",
             Self::Refused(refusal) if refusal.is_poolers() => POOLER,
-            Self::Refused(refusal) => match &refusal.hint {
-                Some(hint) if refusal.remedy().is_none() => return Some(hint.clone()),
-                _ => refusal.remedy()?,
+            Self::Refused(refusal) => match refusal.remedy() {
+                None => return refusal.hint.clone(),
+                Some(remedy) => remedy,
             },
             Self::InRecovery => "Changes are read from the primary: name it in database.uri, or all hosts with commas",
             Self::Sql(_) | Self::Replication(_) => session_remedy(self.sqlstate()?)?,
@@ -365,61 +447,103 @@ impl Failure {
     }
 }
 
-fn said(refusal: &Refusal) -> String {
-    format!("{} (SQLSTATE {})", refusal.message, refusal.code)
-}
-
 const POOLER: &str = "tuplewatch needs a direct connection, as poolers do not pass on replication and the settings of a session: \
      point database.uri at PostgreSQL itself";
+const STARTING: &str = "It is starting or stopping, or is a standby that takes no queries: wait";
 
 /// For errors of statements and of replication commands.
-fn session_remedy(code: &str) -> Option<&'static str> {
-    Some(match code {
-        "42501" | "42704" | "55000" | "58P01" => {
+fn session_remedy(code: &SqlState) -> Option<&'static str> {
+    Some(match *code {
+        SqlState::INSUFFICIENT_PRIVILEGE
+        | SqlState::UNDEFINED_OBJECT
+        | SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE
+        | SqlState::UNDEFINED_FILE => {
             "tuplewatch serve checks this when it starts: it names what is missing, and the statement that repairs it"
         }
-        // Replication commands are no SQL. A pooler that took a replicating session for an ordinary one passes them on as such.
-        "42601" | "08P01" => POOLER,
-        "53300" => {
+        // Replication commands are not SQL. A pooler that took a replicating session for an ordinary one passes them on as such.
+        SqlState::SYNTAX_ERROR | SqlState::PROTOCOL_VIOLATION => POOLER,
+        SqlState::TOO_MANY_CONNECTIONS => {
             "All connections are taken: end some, or raise the limit that tuplewatch doctor names (of the role, the database or \
              the server)"
         }
-        "57P03" => "It is starting or stopping, or is a standby that takes no queries: wait",
+        SqlState::CANNOT_CONNECT_NOW => STARTING,
         _ => return None,
     })
 }
 
 /// Why the server ended a session of ours.
-fn ending(code: &str) -> Option<&'static str> {
-    Some(match code {
-        "57P01" => "PostgreSQL ended the session: it shuts down, or somebody ended the session (pg_terminate_backend)",
-        "57P02" => "PostgreSQL ended the session: another of its processes crashed, and it restarts",
-        "57P04" => "PostgreSQL ended the session: the database was dropped",
-        "57P05" => {
+fn ending(code: &SqlState) -> Option<&'static str> {
+    Some(match *code {
+        SqlState::ADMIN_SHUTDOWN => {
+            "PostgreSQL ended the session: it shuts down, or somebody ended the session (pg_terminate_backend)"
+        }
+        SqlState::CRASH_SHUTDOWN => "PostgreSQL ended the session: another of its processes crashed, and it restarts",
+        SqlState::DATABASE_DROPPED => "PostgreSQL ended the session: the database was dropped",
+        SqlState::IDLE_SESSION_TIMEOUT => {
             "PostgreSQL ended the session as idle (idle_session_timeout), though tuplewatch sets that to 0 for itself"
         }
-        "25P03" => "PostgreSQL ended the session as idle in a transaction (idle_in_transaction_session_timeout)",
-        "25P04" => "PostgreSQL ended the session for the length of a transaction (transaction_timeout)",
+        SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => {
+            "PostgreSQL ended the session as idle in a transaction (idle_in_transaction_session_timeout)"
+        }
+        // transaction_timeout, which the driver's names do not have.
+        _ if code.code() == "25P04" => {
+            "PostgreSQL ended the session for the length of a transaction (transaction_timeout)"
+        }
         _ => return None,
     })
 }
 
-/// The error in words: the driver's own leave out what the server said.
-pub fn describe(error: &tokio_postgres::Error) -> String {
-    if let Some(refusal) = error.as_db_error() {
-        let code = refusal.code().code();
-        let said = format!("{} (SQLSTATE {code})", refusal.message());
-        return ending(code).map_or_else(|| said.clone(), |why| format!("{why}: {said}"));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(code: &str, message: &str, routine: &str) -> Refusal {
+        Refusal {
+            code: SqlState::from_code(code),
+            message: message.to_owned(),
+            hint: None,
+            routine: routine.to_owned(),
+            is_stream: false,
+        }
     }
-    if error.is_closed() {
-        return "the connection to PostgreSQL was closed".to_owned();
+
+    #[test]
+    fn sqlstate_and_routine_decide_in_any_language() {
+        let check = |code: &str, message: &str, routine: &str, expected: bool| {
+            assert_eq!(refusal(code, message, routine).is_definite(), expected, "{code} {message}");
+        };
+        check("42501", "permission denied for table t", "aclcheck_error", true);
+        check(
+            "58P01",
+            "requested WAL segment 000000010000000000000001 has already been removed",
+            "WalSndSegmentOpen",
+            true,
+        );
+        check("57P04", "terminating connection because of crash of another server process", "", true);
+        check("53300", "sorry, too many clients already", "InitProcess", false);
+        check("57P01", "terminating connection due to administrator command", "ProcessInterrupts", false);
+        check("55006", "replication slot \"s\" is active for PID 7", "ReplicationSlotAcquire", false);
+        // One SQLSTATE: a slot that was invalidated by recovery, and a server that is not promoted yet.
+        check("55000", "can no longer get changes from replication slot after recovery", "CreateDecodingContext", true);
+        check("55000", "recovery is in progress", "pg_current_wal_insert_lsn", false);
+        check("55000", "Wiederherstellung läuft", "pg_current_wal_insert_lsn", false);
     }
-    let mut causes = Vec::new();
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(error);
-    while let Some(error) = cause {
-        causes.push(error.to_string());
-        cause = error.source();
+
+    #[test]
+    fn a_missing_publication_is_told_from_a_missing_slot() {
+        let check = |routine: &str, expected: bool| {
+            let error = WalsenderError::Refused(Box::new(refusal("42704", "…", routine)));
+            assert_eq!(error.is_missing_publication(), expected, "{routine}");
+        };
+        check("get_publication_oid", true);
+        check("ReplicationSlotAcquire", false);
     }
-    // The driver's own word for where it happened says nothing that its cause does not.
-    if causes.is_empty() { error.to_string() } else { causes.join(": ") }
+
+    #[test]
+    fn a_refusal_has_its_sqlstate_and_why_a_session_ended() {
+        assert_eq!(refusal("42601", "syntax error", "x").to_string(), "syntax error (SQLSTATE 42601)");
+        let ended = refusal("25P04", "transaction timeout", "ProcessInterrupts").to_string();
+        assert!(ended.starts_with("PostgreSQL ended the session") && ended.ends_with("(SQLSTATE 25P04)"), "{ended}");
+        assert!(refusal("08P01", "unsupported startup parameter", "").to_string().contains("pooler"));
+    }
 }

@@ -1,9 +1,9 @@
 //! Logging on, for both kinds of connection.
 //!
-//! The drivers would each do it in their own way: with other settings, another form of the same password and other errors. So
-//! neither does. This sends the startup message with our [pins](super::pins), proves who we are,
-//! and sets what the startup message could not. A [`Walsender`] goes on from there. tokio-postgres, which
-//! wants to log on itself, is handed a session that the server has already accepted:
+//! The drivers would each log on in their own way: with other settings, another form of the same password and other errors. So
+//! neither logs on. This module sends the startup message with our [pins](super::pins), authenticates, and sets what the startup
+//! message could not. A [`Walsender`] takes over from there. tokio-postgres, which wants to log on itself, gets a session that the
+//! server has already accepted:
 //!
 //! ```text
 //!   server ◀── startup, password, SET … ── log_on()                         LoggedOn
@@ -11,7 +11,7 @@
 //!          ◀──────────────── everything else ──────────────────────────────▶ driver
 //! ```
 //!
-//! The driver sends a startup message all the same. [`Disguised`] swallows it.
+//! The driver sends a startup message all the same. [`Disguised`] drops it.
 
 use std::io;
 use std::pin::Pin;
@@ -33,16 +33,16 @@ use super::pins::Sessions;
 use super::wire::Wire;
 
 const SCRAM: &str = "SCRAM-SHA-256";
-/// The message of which AuthenticationOk consists.
+/// The message AuthenticationOk.
 const AUTHENTICATION_OK: &[u8] = b"R\0\0\0\x08\0\0\0\0";
 
-/// Who logs on, for what.
+/// The user that logs on, and the kind of session.
 pub(super) struct LogOn<'a> {
     pub(super) user: &'a str,
     pub(super) password: &'a Password,
     pub(super) database: &'a str,
     pub(super) application_name: &'a str,
-    /// Of the URI.
+    /// From `database.uri`.
     pub(super) options: Option<&'a str>,
     pub(super) sessions: Sessions,
 }
@@ -50,16 +50,16 @@ pub(super) struct LogOn<'a> {
 /// A session that the server has accepted.
 pub(super) struct LoggedOn {
     peer: Peer,
-    /// From AuthenticationOk to ReadyForQuery.
+    /// The messages from AuthenticationOk to ReadyForQuery.
     accepted: BytesMut,
 }
 
-/// The same for a driver that is yet to log on.
+/// An accepted session, in front of a driver that still wants to log on.
 pub(super) struct Disguised {
     wire: Wire,
-    /// What the driver has to read first.
+    /// The bytes that the driver reads first.
     accepted: BytesMut,
-    /// What the driver has written of its own startup message. None once that is whole.
+    /// The part of its startup message that the driver has written. None once the message is complete.
     startup: Option<BytesMut>,
 }
 
@@ -116,29 +116,28 @@ impl LogOn<'_> {
                 }
                 Message::AuthenticationSspi => return Err(Failure::Method("SSPI".to_owned())),
                 Message::NoticeResponse(_) => {}
-                _ => return Err(unexpected("during authentication")),
+                _ => return Err(Failure::Unexpected { when: "during authentication" }),
             }
         }
     }
 
     async fn scram(&self, peer: &mut Peer) -> Result<(), Failure> {
         let password = self.password.prepared().ok_or(Failure::PasswordIsNoText)?;
-        let untrue = |error: pgwire_replication::PgWireError| Failure::Impostor(error.to_string());
         let client = ScramClient::new(self.user);
         peer.send(|out| frontend::sasl_initial_response(SCRAM, client.client_first.as_bytes(), out))
             .await
             .map_err(Failure::Lost)?;
         let Message::AuthenticationSaslContinue(first) = self.receive(peer).await? else {
-            return Err(unexpected("in the middle of SCRAM"));
+            return Err(Failure::Unexpected { when: "in the middle of SCRAM" });
         };
         let first = String::from_utf8_lossy(first.data()).into_owned();
-        let (last, messages, salted) = client.client_final(&password, &first).map_err(untrue)?;
+        let (last, messages, salted) = client.client_final(&password, &first).map_err(Failure::Impostor)?;
         peer.send(|out| frontend::sasl_response(last.as_bytes(), out)).await.map_err(Failure::Lost)?;
         let Message::AuthenticationSaslFinal(proof) = self.receive(peer).await? else {
-            return Err(unexpected("at the end of SCRAM"));
+            return Err(Failure::Unexpected { when: "at the end of SCRAM" });
         };
         let proof = String::from_utf8_lossy(proof.data()).into_owned();
-        ScramClient::verify_server_final(&proof, &salted, &messages).map_err(untrue)
+        ScramClient::verify_server_final(&proof, &salted, &messages).map_err(Failure::Impostor)
     }
 
     /// The next message, unless the server refuses.
@@ -186,10 +185,6 @@ impl LogOn<'_> {
     }
 }
 
-fn unexpected(when: &str) -> Failure {
-    Failure::Lost(io::Error::new(io::ErrorKind::InvalidData, format!("it sent something unexpected {when}")))
-}
-
 /// 18 in `18beta1` and in `18.1 (Debian 18.1-1)`.
 fn leading_number(version: &str) -> u32 {
     let end = version.find(|c: char| !c.is_ascii_digit()).unwrap_or(version.len());
@@ -197,13 +192,12 @@ fn leading_number(version: &str) -> u32 {
 }
 
 impl LoggedOn {
-    /// For replication.
     pub(super) fn into_walsender(mut self) -> Walsender {
         self.peer.trust();
         Walsender::new(self.peer)
     }
 
-    /// For a driver.
+    /// A stream for tokio-postgres.
     pub(super) fn disguised(mut self) -> Disguised {
         self.accepted.extend_from_slice(self.peer.incoming.unread());
         Disguised { wire: self.peer.into_wire(), accepted: self.accepted, startup: Some(BytesMut::new()) }

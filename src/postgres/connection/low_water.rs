@@ -1,7 +1,7 @@
-//! A mark below which bytes that arrive wake nobody: `SO_RCVLOWAT`, while we are behind.
+//! The low-water mark of the socket, below which arriving bytes do not wake the reader: `SO_RCVLOWAT`, while the session is behind.
 //!
-//! PostgreSQL sends each row by itself. A reader that is faster than that is woken for each of them, and has read it before the next
-//! one comes; of what a large backlog costs, most goes into this, on both sides. Above the mark many rows come at once.
+//! PostgreSQL sends each row by itself. A faster reader is woken for each row, and has read it before the next one comes. These
+//! wake-ups are most of the cost of a large backlog, on both sides. With the mark, many rows come at once.
 //!
 //! ```text
 //!            much within a short time
@@ -11,7 +11,7 @@
 //!      └──────────────────────────────────┘
 //! ```
 //!
-//! So whoever is not behind never waits, and what ends a backlog waits for [`WAIT_MAX`] at the most. On a TCP socket, also below
+//! So a session that is not behind never waits, and the last bytes of a backlog wait for [`WAIT_MAX`] at the most. On a TCP socket, also below
 //! TLS, under Linux; a Unix socket wakes for every byte, whatever is set.
 
 use std::io;
@@ -20,27 +20,27 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Where the mark is while it is raised. Linux may have it lower, by the size of the socket's buffer.
+/// The mark while it is raised. Linux may use a lower one, by the size of the socket's buffer.
 pub(super) const MARK: usize = 64 << 10;
 /// Longest wait below the mark; the timer rounds it up to the next millisecond.
 pub(super) const WAIT_MAX: Duration = Duration::from_millis(1);
-/// It is raised when this many bytes have come within [`WINDOW`]: a thousand rows.
+/// The mark is raised when this many bytes have come within [`WINDOW`]: a thousand rows.
 const MUCH: usize = 128 << 10;
 const WINDOW: Duration = Duration::from_millis(16);
-/// As many within [`WAIT_MAX`] show that it goes on like that.
+/// As many within [`WAIT_MAX`] show that the backlog continues.
 const STILL_MUCH: usize = MUCH / 16;
 
-/// Of one socket.
+/// The mark of one socket.
 pub(super) struct LowWater {
-    /// None where there is no such thing.
+    /// None on sockets without such a mark.
     socket: Option<OwnedFd>,
     is_raised: bool,
-    /// When the window began, and what has come since.
+    /// When the window began, and the bytes that have come since.
     window: Option<(Instant, usize)>,
 }
 
 impl LowWater {
-    /// Lowered; so for ever without a socket.
+    /// Begins lowered. Without a socket it stays so.
     pub(super) const fn new(socket: Option<OwnedFd>) -> Self {
         Self { socket, is_raised: false, window: None }
     }
@@ -50,12 +50,12 @@ impl LowWater {
         self.is_raised
     }
 
-    /// What is there can be read at once.
+    /// Lowers the mark: the bytes that have come can be read at once.
     pub(super) fn lower(&mut self) {
         self.set(false);
     }
 
-    /// A read has brought this many bytes. `had_lapsed`: it came behind [`LowWater::lower`].
+    /// Notes a read of this many bytes. `had_lapsed`: the read came after [`LowWater::lower`].
     pub(super) fn came(&mut self, bytes: usize, had_lapsed: bool, now: Instant) {
         if self.is_raised {
             return;

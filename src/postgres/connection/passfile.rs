@@ -1,8 +1,8 @@
 //! Passwords from a file, as libpq reads them: `~/.pgpass` and its like.
 //!
 //! A line is `host:port:database:user:password`; `*` stands for anything, `\:` and `\\` for the character, `#` begins a
-//! comment line. The first line that fits counts. The file is read at every connection, so that a password that was
-//! changed there is used without a restart.
+//! comment line. The first line that matches counts. The file is read at every connection, so that a changed password is used
+//! without a restart.
 
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
@@ -10,18 +10,18 @@ use std::path::PathBuf;
 
 use super::Password;
 
-/// More than ten thousand lines. What is larger is not a password file.
+/// More than ten thousand lines. A larger file is not a password file.
 const BYTES_MAX: u64 = 1024 * 1024;
-/// Everybody but the owner.
+/// The permissions of all but the owner.
 const GROUP_AND_OTHERS: u32 = 0o077;
 
-/// Where passwords may be.
+/// The path of a password file.
 #[derive(Clone, Debug)]
 pub(super) struct Passfile {
     path: PathBuf,
 }
 
-/// What a line must be about.
+/// The connection for which a password is wanted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted<'a> {
     /// The host as it was given, and the other names under which libpq looks for it.
@@ -36,7 +36,7 @@ impl Passfile {
         Self { path }
     }
 
-    /// The password of the first line that fits. A file that cannot be used is as good as none: the log says so.
+    /// The password of the first line that matches. A file that cannot be used is ignored, with a line in the log.
     pub(super) async fn password(&self, wanted: Wanted<'_>) -> Option<Password> {
         let content = self.read().await?;
         let lines = content.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));

@@ -1,8 +1,8 @@
-//! A password, and what becomes of it before it is used.
+//! A password, and its preparation before it is used.
 //!
 //! PostgreSQL takes any bytes. `password` and `md5` use them as they are; SCRAM uses a prepared form of text (SASLprep, RFC 4013),
-//! so that a letter that can be written in two ways is the same password. Where a password cannot be prepared its bytes are
-//! used as they are. Both sides have to agree on it to the letter: so this follows PostgreSQL's own code
+//! so that a letter that can be written in two ways is the same password. A password that cannot be prepared is used
+//! as it is. Both sides have to prepare it in exactly the same way, so this module follows PostgreSQL's own code
 //! (src/common/saslprep.c), also where that differs from the RFC.
 
 use std::borrow::Cow;
@@ -28,7 +28,7 @@ impl Password {
         &self.0
     }
 
-    /// For SCRAM; none where it is no text, which the implementation here cannot do.
+    /// The prepared password for SCRAM; `None` where it is not text, which the SCRAM implementation needs.
     pub(super) fn prepared(&self) -> Option<Cow<'_, str>> {
         str::from_utf8(&self.0).ok().map(prepare)
     }

@@ -1,6 +1,6 @@
 //! Messages of PostgreSQL's protocol, from the server and to it.
 //!
-//! A byte says what a message is, four how long the rest is, these four included.
+//! The first byte of a message is its type. The next four are its length, without the type and with these four.
 
 use std::io;
 
@@ -12,22 +12,37 @@ use tokio::time::{Instant, timeout};
 use super::low_water::{LowWater, MARK, WAIT_MAX};
 use super::wire::Wire;
 
-/// Room that a read has at the least.
+/// Least room for a read.
 const ROOM_MIN: usize = MARK;
-/// Of a new buffer.
+/// Size of a new buffer.
 const ROOM: usize = 4 * MARK;
 /// The longest message that PostgreSQL makes: its `MaxAllocSize`.
 const MESSAGE_MAX: usize = 1 << 30;
-/// The longest before there is a session. Real ones have some hundred bytes.
+/// The longest message before there is a session. Real ones have some hundred bytes.
 const EARLY_MESSAGE_MAX: usize = 64 << 10;
 
-/// The server.
+/// Bytes that are no message of PostgreSQL's protocol.
+#[derive(Debug, thiserror::Error)]
+enum Malformed {
+    #[error("it sent something that is not of PostgreSQL's protocol")]
+    Length,
+    #[error("it sent a message that is not whole")]
+    Incomplete,
+}
+
+impl From<Malformed> for io::Error {
+    fn from(malformed: Malformed) -> Self {
+        Self::new(io::ErrorKind::InvalidData, malformed)
+    }
+}
+
+/// The connection to a server.
 pub(super) struct Peer {
     pub(super) incoming: Incoming,
     pub(super) outgoing: WriteHalf<Wire>,
 }
 
-/// What it sends.
+/// The bytes that the server sends.
 pub(super) struct Incoming {
     wire: ReadHalf<Wire>,
     /// See [`Incoming::unread`].
@@ -37,7 +52,7 @@ pub(super) struct Incoming {
 }
 
 impl Peer {
-    /// Who is not yet known to be PostgreSQL.
+    /// A peer that may not be PostgreSQL.
     pub(super) fn new(wire: Wire) -> Self {
         let mark = LowWater::new(wire.tcp().and_then(|socket| socket.try_clone_to_owned().ok()));
         let (wire, outgoing) = split(wire);
@@ -50,7 +65,7 @@ impl Peer {
         self.incoming.message_max = MESSAGE_MAX;
     }
 
-    /// For a driver, which begins behind what is unread.
+    /// The stream for a driver, which reads what is not read yet.
     pub(super) fn into_wire(self) -> Wire {
         self.incoming.wire.unsplit(self.outgoing)
     }
@@ -84,12 +99,12 @@ impl Incoming {
         })
     }
 
-    /// What was read and not taken.
+    /// The bytes that were read and not taken.
     pub(super) fn unread(&self) -> &[u8] {
         &self.buffer
     }
 
-    /// Waits for more, and takes what there is. Cancel safe.
+    /// Waits for more bytes, and reads those that have come. Cancel safe.
     pub(super) async fn read(&mut self) -> io::Result<()> {
         let missing = self.first_length()?.map_or(0, |length| length.saturating_sub(self.buffer.len()));
         if self.buffer.capacity() - self.buffer.len() < missing.max(ROOM_MIN) {
@@ -113,21 +128,18 @@ impl Incoming {
         Ok(())
     }
 
-    /// Of the first message, as far as that is known.
+    /// The length of the first message, once its header was read.
     fn first_length(&self) -> io::Result<Option<usize>> {
         let Some(header) = Header::parse(&self.buffer)? else { return Ok(None) };
         let length = usize::try_from(header.len()).ok().and_then(|length| length.checked_add(1));
         match length.filter(|length| *length <= self.message_max) {
-            None => Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "it sent something that is not of PostgreSQL's protocol",
-            )),
+            None => Err(Malformed::Length.into()),
             length => Ok(length),
         }
     }
 }
 
-/// Sends what this writes, one message or several.
+/// Sends the messages that the closure writes.
 pub(super) async fn send(
     outgoing: &mut WriteHalf<Wire>,
     messages: impl FnOnce(&mut BytesMut) -> io::Result<()>,
@@ -140,15 +152,14 @@ pub(super) async fn send(
     outgoing.flush().await
 }
 
-/// The connection has not come to its end.
+/// An error where a read brought nothing: the connection was closed.
 fn some(bytes: usize) -> io::Result<usize> {
     if bytes == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(bytes) }
 }
 
-/// The message of which these are all bytes.
+/// Parses the bytes of one message.
 pub(super) fn parse(mut message: BytesMut) -> io::Result<Message> {
-    Message::parse(&mut message)?
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it sent something that is not whole"))
+    Message::parse(&mut message)?.ok_or_else(|| Malformed::Incomplete.into())
 }
 
 #[cfg(test)]
@@ -179,17 +190,17 @@ mod tests {
         (Peer::new(Box::new(stream.unwrap())), other)
     }
 
-    /// A walsender that sends each row by itself, and then one more when it is told to.
+    /// A walsender that sends each row by itself, and then one more at each request.
     #[tokio::test]
     async fn a_backlog_comes_in_large_pieces_and_its_end_is_not_late() {
         let (mut peer, mut walsender) = connected().await;
         peer.trust();
-        let (go_on, told) = std::sync::mpsc::channel();
+        let (request, requested) = std::sync::mpsc::channel();
         let sender = std::thread::spawn(move || {
             for _ in 0..ROWS {
                 walsender.write_all(&message(&[b'w'; ROW])).unwrap();
             }
-            while told.recv().is_ok() {
+            while requested.recv().is_ok() {
                 walsender.write_all(&message(b"last")).unwrap();
             }
         });
@@ -208,11 +219,11 @@ mod tests {
         }
         assert!(reads < ROWS / 4, "{reads} reads of {ROWS} rows");
         for _ in 0..3 {
-            go_on.send(()).unwrap();
+            request.send(()).unwrap();
             let last = tokio::time::timeout(Duration::from_secs(30), peer.incoming.next());
             assert_eq!(last.await.unwrap().unwrap(), message(b"last"));
         }
-        drop(go_on);
+        drop(request);
         sender.join().unwrap();
     }
 

@@ -1,16 +1,16 @@
 //! Settings that our sessions have whatever the defaults of the role, the database and the server are.
 //!
 //! A default of `ALTER ROLE … SET`, `ALTER DATABASE … SET` or `ALTER SYSTEM SET` would change what the values of rows look like,
-//! end our sessions, or let them act as somebody else; and a reload would change it in the middle of a stream. A setting of the
+//! end our sessions, or let them act as another role; and a reload would change it in the middle of a stream. A setting of the
 //! startup message beats all of these (its source is the client), and a reload does not touch it. They are parameters of their
 //! own there and come after `options` in the server's reading of it, so that nothing in `database.uri` undoes them.
 //!
 //! Values have the form that PostgreSQL gives them by default: `SELECT column::text` of an ordinary session is what is streamed.
 
-/// The sessions that a pin is for.
+/// The sessions that a pin applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sessions {
-    /// Of SQL: what tuplewatch asks for itself, and what it reads and writes for clients.
+    /// SQL: tuplewatch's own statements, and those that read and write for clients.
     Sql,
     /// The one that replicates.
     Stream,
@@ -48,12 +48,12 @@ const PINS: [Pin; 26] = [
     ("row_security", "off", All),
     // The user of database.uri, whose rights are checked, and not the one that ALTER ROLE … SET role makes of it.
     ("role", "none", All),
-    // What ends a statement or a session. Ours have bounds of their own, and say so when they reach one.
+    // Limits on statements and sessions. Ours have bounds of their own, with messages of their own.
     ("statement_timeout", "0", All),
     ("lock_timeout", "0", All),
     ("idle_in_transaction_session_timeout", "0", All),
     ("exit_on_error", "off", All),
-    // A reader that says nothing for so long has gone, and another may have the slot.
+    // A reader that is silent for so long is gone, and another one may take the slot.
     ("wal_sender_timeout", "20s", Stream),
     // Markers are written by SQL. That sessions only read by default is a habit, and no right that is missing.
     ("default_transaction_read_only", "off", All),
@@ -61,12 +61,12 @@ const PINS: [Pin; 26] = [
     ("default_transaction_deferrable", "off", All),
 ];
 
-/// Sent once the server has told its version and what the role may.
+/// Set once the server has sent its version, and whether the role is a superuser.
 const LATE_PINS: [LatePin; 4] = [
     LatePin { pin: ("idle_session_timeout", "0", All), since: 14, superuser: false },
     // The transaction of the stream is the one that is decoded, which may take long.
     LatePin { pin: ("transaction_timeout", "0", All), since: 17, superuser: false },
-    // For our log. What an error means is read from its SQLSTATE: most roles may not set this.
+    // English messages in our log. Only superusers may set it, so no decision depends on the text of an error: see `failure`.
     LatePin { pin: ("lc_messages", "C", All), since: 14, superuser: true },
     // So that triggers fire for what clients write. Only a superuser can have been given another value by mistake.
     LatePin { pin: ("session_replication_role", "origin", Sql), since: 14, superuser: true },

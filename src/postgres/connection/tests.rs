@@ -3,6 +3,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::Command;
+use tokio_postgres::error::SqlState;
 
 use super::Event;
 use super::wire::SslMode;
@@ -332,6 +333,16 @@ async fn the_first_primary_that_answers() {
     };
     check(&host(there), false, "it is a standby").await;
     check(&host(closed), false, "Nothing listens there").await;
+    let endpoints = Endpoints::parse(&format!("postgres://postgres@{}/postgres", host(there))).unwrap();
+    let endpoint = endpoints.resolve(&endpoints.hosts[0], "tests").await.unwrap().remove(0);
+    let on_standby = endpoint.start(endpoint.log_on(Sessions::Sql, "tests").await.unwrap()).await.unwrap();
+    for call in
+        ["pg_current_wal_flush_lsn()", "pg_current_wal_insert_lsn()", "pg_current_wal_lsn()", "pg_walfile_name('0/1')"]
+    {
+        let error = on_standby.client.batch_execute(&format!("SELECT {call}")).await.unwrap_err();
+        assert_eq!(error.code(), Some(&SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE), "{call}");
+        assert!(!endpoint.sql_error(error).is_definite(), "{call} works once the standby is promoted");
+    }
     check(&host(mute), false, "no answer within 1s").await;
     let uri = format!("postgres://postgres@{}/postgres?sslmode=require", host(there));
     let error = Endpoints::parse(&uri).unwrap().connect("tests").await.err().unwrap();
@@ -390,6 +401,6 @@ async fn replication_of_a_publication_with_any_name() {
     let mut walsender = connection.endpoint().replicate("tests").await.unwrap();
     let error = walsender.start("missing", "none").await.unwrap_err();
     let error = connection.endpoint().replication_error(error);
-    assert!(error.is_definite() && error.sqlstate() == Some("42704"), "{error}");
+    assert!(error.is_definite() && error.sqlstate() == Some(&SqlState::UNDEFINED_OBJECT), "{error}");
     assert!(error.to_string().contains("tuplewatch serve"), "{error}");
 }

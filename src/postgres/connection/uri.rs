@@ -1,8 +1,8 @@
 //! From the text of `database.uri` to checked parameters.
 //!
 //! Two forms, as in libpq: a URI, `postgres://user:password@host:port,host:port/database?name=value&…`, and pairs,
-//! `host=… user=…`. Both become the same list of named values, and only that list is interpreted. What is not understood
-//! is refused: a parameter that one of the two drivers silently left out would make their connections differ.
+//! `host=… user=…`. Both become the same list of named values, and only that list is interpreted. An unknown
+//! parameter is refused: if one of the two drivers silently ignored it, their connections would differ.
 //!
 //! No message repeats a value. A slip in the punctuation turns a part of the password into a port or a name, so that
 //! every value may be a secret.
@@ -25,8 +25,7 @@ const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is wrong with `database.uri`. The messages name the part and never repeat a value: any may hold the password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
-pub enum UriError {
+pub(crate) enum UriError {
     #[error(
         "it is neither a URI (postgres://user:password@host:5432/database) nor a list of pairs (host=… user=… dbname=…)"
     )]
@@ -61,7 +60,7 @@ pub enum UriError {
     ForeignDriver,
 }
 
-/// How the environment is read: `std::env::var`, or a table in tests.
+/// Reads the environment: `std::env::var`, or a table in tests.
 pub(super) type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 /// Values by name. A later one replaces an earlier one, as in libpq.
@@ -129,7 +128,7 @@ fn from_uri(text: &str) -> Result<Given, UriError> {
     Ok(given)
 }
 
-/// An IPv6 address stands in brackets, without which its colons could not be told from the port's.
+/// An IPv6 address stands in brackets, which keep its colons apart from the port's.
 fn split_port(host: &str) -> Result<(&str, &str), UriError> {
     if let Some(inside) = host.strip_prefix('[') {
         let (address, behind) = inside.split_once(']').ok_or(UriError::Punctuation)?;
@@ -211,7 +210,7 @@ impl Given {
         }
     }
 
-    /// The same for a name that somebody wrote.
+    /// The same for a name from the text.
     fn set(&mut self, name: &str, value: String) -> Result<(), UriError> {
         if !is_name(name) {
             return Err(UriError::Punctuation);
@@ -298,7 +297,7 @@ impl Given {
             Some("verify-ca") => SslMode::VerifyCa,
             Some("verify-full") => SslMode::VerifyFull,
             Some("allow") => {
-                let why = "'allow' tries without TLS first and tells nobody which it became: choose disable, prefer or require";
+                let why = "'allow' tries without TLS first, and does not show which it chose: choose disable, prefer or require";
                 return Err(UriError::Unsupported { name: "sslmode", why });
             }
             Some(_) => {
@@ -306,7 +305,7 @@ impl Given {
                 return Err(UriError::Value { name: "sslmode", expected });
             }
         };
-        // As in libpq: whoever names a root certificate wants it used.
+        // As in libpq: a root certificate that is named is used.
         if mode == SslMode::Require && given_root.is_some() {
             mode = SslMode::VerifyCa;
         }
@@ -352,7 +351,7 @@ impl Given {
         Ok(Keepalive { enabled, idle, interval, retries: retries.unwrap_or(defaults.retries), user_timeout })
     }
 
-    /// Parameters that ask for what happens anyway are accepted; asking for anything else is refused.
+    /// Accepts parameters that ask for the built-in behavior, and refuses all other values of them.
     fn ignore_harmless(&mut self) -> Result<(), UriError> {
         const NO_GSS: &str = "there is no GSSAPI encryption: use TLS";
         const NO_BINDING: &str = "there is no channel binding: use sslmode=verify-full";

@@ -1,13 +1,13 @@
 //! A replication connection: commands first, and then the stream of a slot.
 //!
 //! ```text
-//!                     ┌─ Incoming ──▶ events, as many as one read brought ──▶ whoever calls next()
+//!                     ┌─ Incoming ──▶ events, as many as one read brought ──▶ the caller of next()
 //!   walsender ◀──────▶┤                  │ the server asks
 //!                     └◀─ reports ◀──────┴── acknowledge(LSN)
 //! ```
 //!
-//! The reports are a task of their own, so that the server hears of us also while nobody calls `next()`: it ends a session of which
-//! it hears nothing for `wal_sender_timeout`, and what it sends meanwhile waits in the socket, and then at the server.
+//! A task of its own sends the reports, so that the server gets them also while nobody calls `next()`. The server ends a session that
+//! is silent for `wal_sender_timeout`. What the server sends meanwhile waits in the socket, and then at the server.
 //!
 //! PostgreSQL documentation: "Streaming Replication Protocol", "Logical Streaming Replication Protocol".
 
@@ -35,71 +35,55 @@ use crate::decode::pgoutput::{self, Boundary};
 use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn};
 use crate::postgres::catalog::identifier;
 
-/// How often we say something unasked. While PostgreSQL decodes what is not for us it does not ping, and looks at the last reply
-/// only when it is done.
+/// How often a report is sent unasked. While PostgreSQL decodes changes that are not for us it does not ask, and checks the time of
+/// the last reply only afterwards.
 const UNASKED_EVERY: Duration = Duration::from_millis(500);
-/// Most often that the server is told how far we are.
+/// Least time between two reports of a new position.
 const REPORT_EVERY: Duration = Duration::from_millis(250);
-/// Longest wait for the server to take its leave.
+/// Longest wait for the server to close the connection.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 /// CopyBothResponse, by which the stream begins. postgres-protocol does not know it.
 const COPY_BOTH: u8 = b'W';
 
-/// What the walsender sends.
+/// A message of the stream.
 #[derive(Clone, Debug)]
-pub enum Event {
+pub(crate) enum Event {
     /// pgoutput's Begin.
     Begin {
-        /// Commit LSN (`final_lsn`).
         commit: CommitLsn,
         /// The lower half of the transaction id.
         xid: u32,
-        /// When it committed.
         commit_time: CommitTime,
     },
     /// Any other pgoutput message.
     Change(Bytes),
     /// A transactional logical message.
-    Message {
-        /// Whose.
-        prefix: String,
-        /// Its contents.
-        content: Bytes,
-    },
+    Message { prefix: String, content: Bytes },
     /// pgoutput's Commit.
-    Commit {
-        /// Commit LSN.
-        commit: CommitLsn,
-        /// End LSN.
-        end: EndLsn,
-    },
+    Commit { commit: CommitLsn, end: EndLsn },
     /// The server has sent everything up to here.
-    KeepAlive {
-        /// Its position.
-        wal_end: Lsn,
-    },
+    KeepAlive { wal_end: Lsn },
 }
 
 /// A connection to a walsender, which nothing revives once it has failed.
-pub struct Walsender {
+pub(crate) struct Walsender {
     incoming: Incoming,
-    /// Until the stream starts.
+    /// For commands, until the stream starts.
     outgoing: Option<WriteHalf<Wire>>,
-    /// From then on.
+    /// Once the stream has started.
     reports: Option<Reports>,
-    /// What the stream ended with, behind events that were to be handed on first.
+    /// The error that ended the stream, kept until the events before it were returned.
     ended: Option<Error>,
 }
 
-/// Which server this is, and where it is: the answer to IDENTIFY_SYSTEM.
+/// The server and its position: the answer to IDENTIFY_SYSTEM.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Identity {
-    /// Of the cluster.
-    pub system_identifier: u64,
+pub(crate) struct Identity {
+    pub(crate) system_identifier: u64,
     /// The timeline that it writes.
-    pub timeline: u32,
-    /// The end of its WAL that is flushed.
-    pub wal_end: Lsn,
+    pub(crate) timeline: u32,
+    /// The end LSN of the flushed WAL.
+    pub(crate) wal_end: Lsn,
 }
 
 /// The columns of a row, as text.
@@ -115,14 +99,14 @@ impl Walsender {
     ///
     /// # Errors
     /// Those of the server and of the connection.
-    pub async fn query(&mut self, statement: &str) -> Result<Vec<Row>, Error> {
+    pub(crate) async fn query(&mut self, statement: &str) -> Result<Vec<Row>, Error> {
         self.command(statement).await?;
         let mut rows = Vec::new();
         let mut refused = None;
         loop {
             let message = match self.incoming.next().await.and_then(parse) {
                 Ok(message) => message,
-                // It says why before it goes.
+                // The server says why before it closes the connection.
                 Err(error) => return Err(refused.unwrap_or(Error::Lost(error))),
             };
             match message {
@@ -138,7 +122,7 @@ impl Walsender {
     ///
     /// # Errors
     /// As [`Walsender::query`].
-    pub async fn identify(&mut self) -> Result<Identity, Error> {
+    pub(crate) async fn identify(&mut self) -> Result<Identity, Error> {
         let rows = self.query("IDENTIFY_SYSTEM").await?;
         let identity = match rows.first().map(Vec::as_slice) {
             Some([Some(system), Some(timeline), Some(wal_end), ..]) => {
@@ -146,8 +130,7 @@ impl Walsender {
             }
             _ => None,
         };
-        let ((system_identifier, timeline), wal_end) =
-            identity.ok_or_else(|| Error::unexpected("the server does not say who it is"))?;
+        let ((system_identifier, timeline), wal_end) = identity.ok_or(Error::NoIdentity)?;
         Ok(Identity { system_identifier, timeline, wal_end })
     }
 
@@ -155,18 +138,18 @@ impl Walsender {
     ///
     /// # Errors
     /// As [`Walsender::query`].
-    pub async fn timeline_history(&mut self, timeline: u32) -> Result<String, Error> {
+    pub(crate) async fn timeline_history(&mut self, timeline: u32) -> Result<String, Error> {
         let rows = self.query(&format!("TIMELINE_HISTORY {timeline}")).await?;
         let content = rows.into_iter().next().and_then(|row| row.into_iter().nth(1)).flatten();
-        content.ok_or_else(|| Error::unexpected("the server does not tell its timelines"))
+        content.ok_or(Error::NoHistory)
     }
 
-    /// START_REPLICATION from where the slot is: what was not acknowledged comes again. The slot is ours when it returns. No
-    /// command is possible any more, whether or not it succeeds.
+    /// START_REPLICATION at the slot's position: what was not acknowledged comes again. On success the slot is ours. No further
+    /// command is possible, even if it fails.
     ///
     /// # Errors
     /// Those of the server and of the connection.
-    pub async fn start(&mut self, slot: &str, publication: &str) -> Result<(), Error> {
+    pub(crate) async fn start(&mut self, slot: &str, publication: &str) -> Result<(), Error> {
         // The server reads the option as a list of identifiers, which it would fold to lower case without quotes.
         let publication = identifier(publication).replace('\'', "''");
         let statement = format!(
@@ -191,8 +174,8 @@ impl Walsender {
     /// safe.
     ///
     /// # Errors
-    /// What the stream ended with.
-    pub async fn next(&mut self, events: &mut Vec<Event>) -> Result<(), Error> {
+    /// The error that ended the stream.
+    pub(crate) async fn next(&mut self, events: &mut Vec<Event>) -> Result<(), Error> {
         if let Some(error) = self.ended.take() {
             return Err(error);
         }
@@ -224,31 +207,31 @@ impl Walsender {
     }
 
     fn event(&self, data: Bytes) -> Result<Option<Event>, Error> {
-        match parse_copy_data(data).map_err(Error::unexpected)? {
+        match parse_copy_data(data)? {
             ReplicationCopyData::KeepAlive { wal_end, reply_requested, .. } => {
                 if let Some(reports) = self.reports.as_ref().filter(|_| reply_requested) {
                     reports.asked.notify_one();
                 }
                 Ok(Some(Event::KeepAlive { wal_end: Lsn(wal_end.as_u64()) }))
             }
-            ReplicationCopyData::XLogData { data, .. } => event_of(data).map_err(Error::unexpected),
+            ReplicationCopyData::XLogData { data, .. } => Ok(event_of(data)?),
         }
     }
 
-    /// Tells the slot, soon, that everything up to here is durable. Never goes back. Before any of it the server is told `0/0`,
-    /// which it takes for "nothing to report".
-    pub fn acknowledge(&self, lsn: Lsn) {
+    /// Acknowledges, soon, that everything up to here is durable. Never goes back. Until the first call, reports have `0/0`, which
+    /// the server takes for "nothing to report".
+    pub(crate) fn acknowledge(&self, lsn: Lsn) {
         if let Some(reports) = &self.reports {
-            reports.durable.send_if_modified(|told| {
-                let is_further = *told < lsn;
-                *told = lsn.max(*told);
+            reports.durable.send_if_modified(|durable| {
+                let is_further = *durable < lsn;
+                *durable = lsn.max(*durable);
                 is_further
             });
         }
     }
 
-    /// Ends it in good order: the slot is free afterwards, if the server was not too slow.
-    pub async fn close(mut self) {
+    /// Closes the connection in order: the slot is free afterwards, unless the server was too slow.
+    pub(crate) async fn close(mut self) {
         let farewell = async {
             let mut outgoing = match self.reports.take() {
                 Some(reports) => reports.end().await?,
@@ -260,7 +243,7 @@ impl Walsender {
                 Ok(())
             };
             send(&mut outgoing, last).await?;
-            // A connection that is closed with something unread is reset, and what was said last may be lost.
+            // A connection that is closed with unread data is reset, and its last message may be lost.
             loop {
                 self.incoming.next().await?;
             }
@@ -269,15 +252,15 @@ impl Walsender {
     }
 
     async fn command(&mut self, statement: &str) -> Result<(), Error> {
-        let outgoing = self.outgoing.as_mut().ok_or_else(|| Error::unexpected("the stream has started"))?;
+        let outgoing = self.outgoing.as_mut().ok_or(Error::Started)?;
         Ok(send(outgoing, |out| frontend::query(statement, out)).await?)
     }
 }
 
-/// What the server is told while the stream flows.
+/// The reports to the server while the stream flows.
 struct Reports {
     durable: watch::Sender<Lsn>,
-    /// The server wants to know at once.
+    /// The server asks for a report at once.
     asked: Arc<Notify>,
     /// Returns the wire once `durable` is dropped.
     task: JoinHandle<io::Result<WriteHalf<Wire>>>,
@@ -332,7 +315,7 @@ async fn report(
     }
 }
 
-/// Of a message of pgoutput.
+/// The event of a pgoutput message.
 fn event_of(data: Bytes) -> Result<Option<Event>, pgoutput::Error> {
     let event = match pgoutput::boundary(&data)? {
         None => Event::Change(data),

@@ -1,15 +1,15 @@
-//! From an address to a stream of bytes to the server, with TLS where that is wanted.
+//! From an address to a stream of bytes to the server, with TLS where it is wanted.
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::BytesMut;
 use postgres_protocol::message::frontend;
 use rustls::RootCertStore;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{PrivateKeyDer, ServerName};
+use rustls::pki_types::pem::{self, PemObject as _};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
@@ -17,7 +17,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::access::trust::{self, Authorities, Refused};
 
-/// What `sslmode` and its like say.
+/// The parameters of `database.uri` about TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Tls {
     pub(super) mode: SslMode,
@@ -44,16 +44,33 @@ impl SslMode {
 }
 
 /// Why there is no TLS.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
-    /// The server has none.
+    #[error("the server does not do TLS")]
     NotOffered,
-    /// A file cannot be read or used.
-    File(String),
+    #[error("'{0}' is not a name that a certificate can be for")]
+    HostName(String),
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The server's certificate.
+    #[error(transparent)]
     Refused(Refused),
     /// Anything else, of either side.
-    Handshake(io::Error),
+    #[error("the TLS handshake failed: {0}")]
+    Handshake(#[source] io::Error),
+}
+
+/// What is wrong with the files that `database.uri` names. `setting` is the parameter.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum FileError {
+    #[error("cannot read {} ({setting}): {source}", path.display())]
+    Read { setting: &'static str, path: PathBuf, source: io::Error },
+    #[error("{} ({setting}) holds no certificate in PEM form", path.display())]
+    NoCertificate { setting: &'static str, path: PathBuf },
+    #[error("{} (sslkey) holds no key", path.display())]
+    NoKey { path: PathBuf, source: pem::Error },
+    #[error("sslcert and sslkey cannot be used: {0}")]
+    Identity(#[source] rustls::Error),
 }
 
 /// Bytes in both directions.
@@ -97,8 +114,7 @@ pub(super) async fn upgrade(mut stream: TcpStream, tls: &Tls, host: &str) -> Res
         _ if tls.mode == SslMode::Prefer => return Ok(Box::new(stream)),
         _ => return Err(Error::NotOffered),
     }
-    let name = ServerName::try_from(host.to_owned());
-    let name = name.map_err(|_| Error::File(format!("'{host}' is no name that a certificate can be for")))?;
+    let name = ServerName::try_from(host.to_owned()).map_err(|_| Error::HostName(host.to_owned()))?;
     let connected = TlsConnector::from(Arc::new(tls.config().await?)).connect(name, stream).await;
     match connected {
         Ok(stream) => Ok(Box::new(stream)),
@@ -108,7 +124,7 @@ pub(super) async fn upgrade(mut stream: TcpStream, tls: &Tls, host: &str) -> Res
 
 impl Tls {
     /// Reads the files, so that a certificate that was renewed counts for the next connection.
-    async fn config(&self) -> Result<rustls::ClientConfig, Error> {
+    async fn config(&self) -> Result<rustls::ClientConfig, FileError> {
         let authorities = match &self.root_cert {
             _ if !self.mode.verifies() => Authorities::Anybody,
             None => Authorities::Public(RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() }),
@@ -119,24 +135,22 @@ impl Tls {
             Some((cert, key)) => {
                 let pem = read("sslkey", key).await?;
                 let private = PrivateKeyDer::from_pem_slice(&pem);
-                let private = private.map_err(|_| Error::File(format!("{} (sslkey) holds no key", key.display())))?;
+                let private = private.map_err(|source| FileError::NoKey { path: key.clone(), source })?;
                 Some((certificates("sslcert", cert).await?, private))
             }
         };
-        trust::client_config(authorities, self.mode == SslMode::VerifyFull, identity)
-            .map_err(|error| Error::File(format!("sslcert and sslkey cannot be used: {error}")))
+        trust::client_config(authorities, self.mode == SslMode::VerifyFull, identity).map_err(FileError::Identity)
     }
 }
 
-async fn certificates(setting: &str, path: &PathBuf) -> Result<Vec<rustls::pki_types::CertificateDer<'static>>, Error> {
+async fn certificates(setting: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, FileError> {
     let found = trust::certificates(&read(setting, path).await?);
     if found.is_empty() {
-        return Err(Error::File(format!("{} ({setting}) holds no certificate in PEM form", path.display())));
+        return Err(FileError::NoCertificate { setting, path: path.to_owned() });
     }
     Ok(found)
 }
 
-async fn read(setting: &str, path: &PathBuf) -> Result<Vec<u8>, Error> {
-    let unreadable = |error| Error::File(format!("cannot read {} ({setting}): {error}", path.display()));
-    tokio::fs::read(path).await.map_err(unreadable)
+async fn read(setting: &'static str, path: &Path) -> Result<Vec<u8>, FileError> {
+    tokio::fs::read(path).await.map_err(|source| FileError::Read { setting, path: path.to_owned(), source })
 }

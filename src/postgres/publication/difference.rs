@@ -1,4 +1,4 @@
-//! What differs between two fingerprints: whether it matters, and how it is said.
+//! The difference between two fingerprints: whether it matters, and its description.
 
 use super::{
     ATTRIBUTE, BORN_EMPTY, CHILD, COLUMN, COLUMN_LIST, DEFINITION, FILE, FILTER, HAD_CHILDREN, IDENTITY, LABEL, MEMBER,
@@ -13,7 +13,7 @@ pub(super) struct Difference<'a> {
     members: [BTreeSet<&'a str>; 2],
 }
 
-/// What differs of one subject: pairs of topic and value.
+/// The difference in one subject: pairs of topic and value.
 #[derive(Default)]
 struct Changes<'a> {
     gone: BTreeSet<(&'a str, &'a str)>,
@@ -76,7 +76,7 @@ impl<'a> Changes<'a> {
         self.gone.iter().chain(&self.come).any(|(differs, _)| *differs == topic)
     }
 
-    /// The lines after which rows or values may be others.
+    /// The lines that may have changed rows or values.
     fn harmful(&self) -> impl Iterator<Item = (&'a str, &'a str)> {
         let is_rewritten = self.is_rewritten();
         let is_born = |value: &str| self.come.contains(&(BORN_EMPTY, key(value)));
@@ -99,7 +99,7 @@ impl<'a> Changes<'a> {
         self.has(FILE) && self.has(DEFINITION)
     }
 
-    /// What happened to a table.
+    /// The change of a table, in words.
     fn phrases(&self, table: &str) -> Vec<String> {
         let harmful: BTreeSet<(&str, &str)> = self.harmful().collect();
         let has = |topic: &str| harmful.iter().any(|(differs, _)| *differs == topic);
@@ -164,7 +164,7 @@ fn fields(line: &str) -> (&str, &str, &str) {
     (subject, topic, value)
 }
 
-/// Which column or relation a value is about.
+/// The column or relation that a value belongs to.
 fn key(value: &str) -> &str {
     value.split_once(": ").map_or(value, |(key, _)| key)
 }

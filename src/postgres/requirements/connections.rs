@@ -1,4 +1,4 @@
-//! How many connections PostgreSQL gives the role: it has a limit, and so have the database and the server.
+//! The connections that the role may have: role, database and server have a limit each.
 //!
 //! A replication connection counts towards none of the three, but towards `max_wal_senders` (PostgreSQL 14 to 18). A superuser is
 //! bound by that of the server alone.
@@ -9,15 +9,15 @@ use tokio_postgres::Client;
 use crate::model::diagnostic::{Diagnostic, Report};
 use crate::postgres::catalog::{Document, identifier};
 
-/// A limit, and how much of it others use.
+/// A limit, and the connections of others that count towards it.
 #[derive(Clone, Copy, Debug, Deserialize)]
 struct Limit {
-    /// Below zero: there is none.
+    /// Below zero: no limit.
     most: i64,
     others: i64,
 }
 
-/// All that there are.
+/// The three limits.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Limits {
     role: String,
@@ -25,7 +25,7 @@ pub(crate) struct Limits {
     is_superuser: bool,
     of_role: Limit,
     of_database: Limit,
-    /// Without what is reserved.
+    /// Without the reserved connections.
     of_server: Limit,
     max_connections: i64,
 }
@@ -61,7 +61,7 @@ impl Limits {
         client.query_typed_one(sql, &[]).await?.try_get::<_, Document<Self>>(0).map(|document| document.0)
     }
 
-    /// Compares them with the most that `serve` opens.
+    /// Compares the limits with the most connections that `serve` opens.
     pub(crate) fn check(&self, wanted: usize, report: &mut Report) {
         let wanted = i64::try_from(wanted).unwrap_or(i64::MAX);
         let limited = |limit: Limit| limit.most >= 0 && limit.most.saturating_sub(limit.others) < wanted;

@@ -9,7 +9,7 @@ use crate::postgres::catalog::{Document, identifier};
 use crate::postgres::slot::AckDelay;
 use crate::postgres::slot::Slot;
 
-/// Of PostgreSQL.
+/// The version of PostgreSQL.
 #[derive(Debug)]
 pub(crate) struct Version {
     text: String,
@@ -17,12 +17,12 @@ pub(crate) struct Version {
     minor: i32,
 }
 
-/// The first minor release of a major version whose walsender, after a transaction that wrote while a publication was altered, does not go
-/// on with what was published before.
+/// The first minor release of a major version whose walsender uses an altered publication also after a transaction that wrote while
+/// it was altered.
 const MENDED_IN: [(i32, i32); 4] = [(14, 18), (15, 13), (16, 9), (17, 5)];
 
 impl Version {
-    /// By itself, because an older one has not what else is asked for.
+    /// Read by itself, because older versions lack what the other statements read.
     pub(crate) async fn read(client: &Client) -> Result<Self, tokio_postgres::Error> {
         let sql = "SELECT current_setting('server_version'), current_setting('server_version_num')::int4";
         let row = client.query_typed_one(sql, &[]).await?;
@@ -34,7 +34,7 @@ impl Version {
         self.major
     }
 
-    /// Whether it can be asked for more.
+    /// Whether the other statements work on it.
     pub(crate) const fn is_supported(&self) -> bool {
         self.major >= *MAJORS.start()
     }
@@ -48,7 +48,8 @@ impl Version {
         } else if let Some((major, minor)) =
             MENDED_IN.iter().find(|(major, minor)| self.major == *major && self.minor < *minor)
         {
-            let what = format!("PostgreSQL {text} can go on with what was published before a publication was altered");
+            let what =
+                format!("PostgreSQL {text} can continue with what was published before a publication was altered");
             let meaning = "Where the publication is altered while a transaction writes, rows of later transactions may not be sent, \
                            and nothing tells.";
             let fix = format!(
@@ -70,7 +71,7 @@ pub(super) struct Server {
     pub(super) database: String,
     pub(super) role: String,
     may_replicate: bool,
-    /// Whom `ALTER ROLE … SET role` would have it be.
+    /// The role that `ALTER ROLE … SET role` would make of it.
     becomes: Option<String>,
     /// Amazon's servers grant replication, and set wal_level, by means of their own.
     is_rds: bool,
@@ -84,7 +85,7 @@ pub(super) struct Server {
     /// The same in bytes; below zero: no limit.
     slot_keep_bytes: i64,
     synchronous_standbys: String,
-    /// Settings of which another value is in the configuration than in force.
+    /// Settings whose configured value is not in force yet.
     pending_restart: Vec<String>,
 }
 
@@ -124,7 +125,7 @@ impl Server {
         self.check_commit_timestamps(report);
     }
 
-    /// What a new slot needs, and room for it where it does not take the place of another.
+    /// Checks the needs of a new slot, and the room for it where it does not replace another one.
     pub(super) fn check_for_slot(&self, takes_room: bool, report: &mut Report) {
         self.check_wal_level(report);
         self.check_replication(report);
@@ -168,7 +169,7 @@ impl Server {
         }
     }
 
-    /// How much WAL the server keeps for a slot, and whether that is enough for what is held back on purpose.
+    /// Checks that the server keeps enough WAL for the acknowledgement delay.
     pub(super) fn check_keep_size(&self, ack_delay: AckDelay, report: &mut Report) {
         const SETTING: &str = "max_slot_wal_keep_size";
         let Ok(keep_bytes) = u64::try_from(self.slot_keep_bytes) else {
@@ -200,7 +201,8 @@ impl Server {
         }
     }
 
-    /// PostgreSQL counts logical walsenders as standbys, and ours would answer when the slot is told, or before a standby has it.
+    /// PostgreSQL counts logical walsenders as standbys, and ours would confirm a commit late (with the acknowledgement), or before a
+    /// standby has it.
     pub(super) fn check_synchronous_standbys(&self, ack_delay: AckDelay, report: &mut Report) {
         const SETTING: &str = "synchronous_standby_names";
         if !counts_us(&self.synchronous_standbys) {

@@ -74,7 +74,7 @@ pub(super) fn check_table(
     }
 }
 
-/// What has the name of a watched table, and is none whose changes can be read.
+/// An object that has the name of a watched table, and whose changes cannot be read.
 pub(crate) fn not_a_table(table: &Table) -> Option<Diagnostic> {
     let subject = format!("table {}", table.name());
     let error = |what: &str, fix: &str| Some(Diagnostic::error(&subject, what).fix(fix));
@@ -120,7 +120,7 @@ fn check_access(table: &TableName, schema_usable: bool, selectable: bool, role: 
     }
 }
 
-/// Where policies apply to our role, SQL sees less than is streamed.
+/// Where policies apply to our role, SQL sees fewer rows than the stream has.
 fn report_row_security(table: &TableName, role: &str, report: &mut Report) {
     let what = format!("row level security applies to role {role}: SQL would see and delete less than is there");
     let meaning =
@@ -133,7 +133,7 @@ fn report_row_security(table: &TableName, role: &str, report: &mut Report) {
     report.add(Diagnostic::error(format!("table {table}"), what).means(meaning).fix(fix));
 }
 
-/// `regclass` and its kin: ALTER ... RENAME of what they point to changes values, and writes no row.
+/// `regclass` and similar types: ALTER ... RENAME of the object that a value points to changes the value, and writes no row.
 fn check_values(table: &Table, report: &mut Report) {
     for column in &table.columns {
         let Some(value_type) = column.type_that_follows_names() else { continue };
