@@ -1,15 +1,14 @@
 //! A private PostgreSQL for `tuplewatch dev`, and for this project's own tests.
 //!
-//! Whoever tries tuplewatch should not have to reconfigure and restart a server first (`wal_level` takes a restart). So
-//! `dev` makes a cluster of its own from the PostgreSQL programs that are on the machine, and never touches another
-//! one.
+//! Users should not have to reconfigure and restart a server to try tuplewatch (`wal_level` needs a restart). So `dev`
+//! creates a cluster of its own with the PostgreSQL programs on the machine, and never touches another one.
 //!
 //! ```text
 //! Installation::find ──▶ Cluster::create_or_open ──▶ start … stop | kill_9 | drop
 //!   which programs         lock, initdb, settings      the postmaster, our child
 //! ```
 //!
-//! A cluster's directory holds all there is of it, so that deleting the directory deletes the cluster:
+//! The directory of a cluster holds all of its files, so deleting the directory deletes the cluster:
 //!
 //! ```text
 //! DATA_DIR/cluster.lock    locked as long as a process uses the cluster
@@ -22,24 +21,25 @@
 //!
 //! # Invariants
 //!
-//! - `pgdata` is complete or absent. `initdb` works in `pgdata.new`, which becomes `pgdata` by a rename.
-//! - One process uses a cluster at a time. The lock is the kernel's, so that it goes with its process, also by `kill
-//!   -9`. Therefore a postmaster that is found by the holder of the lock has lost its owner, and may be stopped.
-//! - No postmaster outlives its [`Cluster`], unless our process is killed: then the next start takes it over.
-//! - It listens on 127.0.0.1 alone, because it trusts everybody who can connect. No Unix socket: its path would have to
-//!   be shorter than 107 bytes, which a data directory cannot promise.
+//! - `pgdata` is complete or absent. `initdb` works in `pgdata.new`, which is then renamed to `pgdata`.
+//! - One process at a time uses a cluster. The kernel holds its lock and releases it when the process ends, even by
+//!   `kill -9`. So if the holder of the lock finds a running postmaster, that one has lost its owner and may be
+//!   stopped.
+//! - No postmaster outlives its [`Cluster`], unless this process is killed. Then the next start takes over.
+//! - It listens on 127.0.0.1 only, because it trusts everybody who can connect. It has no Unix socket, whose path would
+//!   have to be shorter than 107 bytes, which a data directory does not guarantee.
 //!
 //! # As root
 //!
 //! PostgreSQL refuses to run as root. Its programs are then started as `postgres`, or else as `nobody`. Such a user
-//! often cannot reach the directory that was asked for (a clone in `/root`, a `mktemp -d`), and changing the modes of
-//! somebody's directories is not for us: the cluster then lives in `/var/lib/tuplewatch-dev`, see
+//! often cannot access the requested directory (a clone in `/root`, a `mktemp -d`), and this module does not change the
+//! modes of existing directories. In that case the cluster lives in `/var/lib/tuplewatch-dev`, see
 //! [`Cluster::data_dir`].
 //!
 //! # Left out
 //!
-//! Upgrades between major versions, authentication, and any network but loopback. This is not how to run PostgreSQL for
-//! data that matters.
+//! Upgrades between major versions, authentication, and networks other than loopback. The cluster is not meant for data
+//! that matters.
 
 mod account;
 mod cluster;
@@ -54,7 +54,7 @@ use std::path::{Path, PathBuf};
 pub use cluster::{Cluster, ClusterOptions, StopMode};
 pub use installation::Installation;
 
-/// What can go wrong, told to the person in front of the terminal: what happened, then what to do now.
+/// An error for the person at the terminal: the problem, then the remedy.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum Error {
@@ -115,7 +115,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// For `map_err`: what was tried, and on what.
+    /// For `map_err`: adds the action and its path.
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, path: path.to_owned(), source }
     }

@@ -1,6 +1,6 @@
-//! `tuplewatch watch`: prints a tenant's changes as they come, and resumes by itself.
+//! `tuplewatch watch`: prints the changes of a tenant as they are committed, and resumes after a lost connection.
 //!
-//! Changes go to the standard output, and everything that is said about the stream to the standard error.
+//! Changes go to standard output. Notices about the stream go to standard error.
 
 mod json;
 mod lines;
@@ -29,7 +29,7 @@ use tonic_types::StatusExt;
 #[derive(Debug, clap::Args)]
 #[command(after_help = examples::WATCH)]
 pub(super) struct WatchArgs {
-    /// Whose changes to print
+    /// The tenant whose changes to print
     #[arg(long, short, value_hint = ValueHint::Other)]
     tenant: String,
     /// Start after this token instead of now
@@ -37,7 +37,7 @@ pub(super) struct WatchArgs {
     snap_token: Option<String>,
     #[command(flatten)]
     connection: ConnectionArgs,
-    /// For people, or one JSON object a line
+    /// Text for people, or one JSON object a line
     #[arg(long, value_enum, default_value_t = Output::Text)]
     output: Output,
 }
@@ -48,7 +48,7 @@ enum Output {
     Json,
 }
 
-/// Longest wait for somebody to take them.
+/// The longest wait for the last notice to be written.
 const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
 const WAIT_MIN: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_secs(5);
@@ -60,7 +60,7 @@ pub(super) async fn run(args: &WatchArgs) -> anyhow::Result<()> {
         ended = watch.follow(way) => return ended,
         () = stop_signal() => {}
     }
-    // Whoever should read it may not.
+    // Nobody may read standard error any more.
     let _ = timeout(LAST_WORDS_MAX, watch.say_how_to_resume()).await;
     Ok(())
 }
@@ -69,24 +69,24 @@ pub(super) async fn run(args: &WatchArgs) -> anyhow::Result<()> {
 struct Watch<'a> {
     args: &'a WatchArgs,
     printer: Printer,
-    /// Of notices.
+    /// The style of notices.
     style: Style,
-    /// Where the next connection starts; empty: now.
+    /// The start of the next connection; empty means now.
     token: String,
     /// Whether a stream was ever open.
     has_begun: bool,
-    /// Whether the loss of the connection was said, and its return is to be.
+    /// Whether the loss of the connection was reported, so that its return has to be.
     is_lost: bool,
     wait: Duration,
 }
 
-/// Why a connection is over.
+/// The reason why a connection ended.
 enum End {
-    /// It was not made.
+    /// The connection could not be made.
     Unreachable(tonic::transport::Error),
-    /// The server said so, or it broke.
+    /// The server ended the stream, or the connection broke.
     Status(Status),
-    /// Nobody takes what is printed.
+    /// The output could not be written.
     Output(io::Error),
 }
 
@@ -109,16 +109,16 @@ impl<'a> Watch<'a> {
             let authorization = connection.authorization()?;
             let failure = match self.stream(&way, authorization.clone()).await {
                 Ok(()) => Failure::of_status(&Status::unavailable("the server ended the stream")),
-                // Like `head`, which has what it wants.
+                // A reader such as `head` has read enough.
                 Err(End::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
                 Err(End::Output(error)) => return Err(error).context("cannot print the changes"),
                 Err(End::Unreachable(error)) => Failure::of_connection(&error),
-                // A gap: said loudly, and gone on after it, as a person at a terminal would.
+                // After a gap the command warns and continues, as a person at a terminal would.
                 Err(End::Status(status)) if status.code() == Code::Aborted => {
                     self.pass_gap(&status).await;
                     continue;
                 }
-                // Expired, and renewed in the meantime.
+                // The token expired, and its file has a new one.
                 Err(End::Status(status))
                     if status.code() == Code::Unauthenticated && connection.authorization()? != authorization =>
                 {
@@ -138,7 +138,7 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Goes on after a gap in the history, from where the server says, or else from now.
+    /// Continues after a gap, at the server's next token if it sent one, else from now.
     async fn pass_gap(&mut self, status: &Status) {
         let details = status.get_error_details();
         let next = details.error_info().and_then(|info| info.metadata.get(NEXT_SNAP_TOKEN)).cloned();
@@ -148,7 +148,7 @@ impl<'a> Watch<'a> {
         notice(&self.style.warning(&text)).await;
     }
 
-    /// Where it reads on.
+    /// The position of the next connection, in words.
     fn whence(&self) -> String {
         match &*self.token {
             "" => "reading from now on".to_owned(),
@@ -156,7 +156,7 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// One connection, until it ends.
+    /// Runs one connection until it ends.
     async fn stream(&mut self, way: &Way, authorization: Option<AsciiMetadataValue>) -> Result<(), End> {
         let channel: Channel = way.connect().await.map_err(End::Unreachable)?;
         let tenant_id = self.args.tenant.clone();
@@ -166,7 +166,7 @@ impl<'a> Watch<'a> {
         }
         let response = WatchClient::new(channel).watch(request).await?;
         self.say_begun().await;
-        // So that a stream that is lost before its first message resumes where it started.
+        // A stream that breaks before its first message then resumes at its start.
         if self.token.is_empty() {
             let start = response.metadata().get(START_SNAP_TOKEN).and_then(|token| token.to_str().ok());
             self.token = start.unwrap_or_default().to_owned();
@@ -192,7 +192,7 @@ impl<'a> Watch<'a> {
         (self.has_begun, self.is_lost, self.wait) = (true, false, WAIT_MIN);
     }
 
-    /// Waits for the next attempt. What was lost is said once, however often it is tried.
+    /// Waits before the next attempt. A lost connection is reported once, not at each attempt.
     async fn wait_after(&mut self, lost: &str, pause: Duration) {
         let wait = self.wait.max(pause);
         if !self.is_lost {
@@ -206,7 +206,7 @@ impl<'a> Watch<'a> {
         self.wait = (self.wait * 2).min(WAIT_MAX);
     }
 
-    /// At the end: what to type to get the rest.
+    /// Prints the command that resumes after the last printed change.
     async fn say_how_to_resume(&self) {
         if !self.has_begun {
             return;
@@ -219,18 +219,19 @@ impl<'a> Watch<'a> {
         words.extend(["--snap-token".to_owned(), self.token.clone()]);
         let words: Vec<_> = words.iter().map(|word| shell_word(word)).collect();
         let command = format!("{} {}", program(), words.join(" "));
-        notice(&format!("{}\n  {}", self.style.faint("what comes after this:"), self.style.strong(&command))).await;
+        notice(&format!("{}\n  {}", self.style.faint("to resume from here:"), self.style.strong(&command))).await;
     }
 }
 
-/// Says what is going on, beside what is printed. As with [`Printer::print`], what waits for a reader can be dropped.
+/// Prints a notice to standard error. As in [`Printer::print`], the caller can drop this future while it waits for a
+/// reader.
 async fn notice(text: &str) {
     let mut out = tokio::io::stderr();
     let _ = out.write_all(format!("{text}\n").as_bytes()).await;
     let _ = out.flush().await;
 }
 
-/// Enough of a token to tell it from others: they begin alike.
+/// The end of a token, which tells it from others. Tokens have similar beginnings.
 fn short(token: &str) -> String {
     const SHOWN: usize = 10;
     match token.char_indices().nth_back(SHOWN - 1) {
@@ -252,7 +253,7 @@ impl Printer {
         }
     }
 
-    /// A message at once, so that a reader sees all of it. What waits for a reader that has stopped can be dropped.
+    /// Prints a whole message at once. The caller can drop this future while it waits for a reader that has stopped.
     async fn print(&mut self, changes: &DataChanges) -> io::Result<()> {
         let text = match self {
             Self::Text(lines) => lines.message(changes),

@@ -1,18 +1,18 @@
-//! The process' environment.
+//! The variables of the process environment that begin with `TUPLEWATCH_`.
 
 use std::ffi::OsString;
 
 use super::error::{Error, Problem};
 use super::origin::{Name, Origin, VARIABLE_PREFIX};
 
-/// Variables of ours that are no configuration keys: they are read where the command line is.
+/// Variables of tuplewatch that are no configuration keys. The command line reads them.
 pub(super) const OTHER_VARIABLES: &[&str] = &["TUPLEWATCH_CONFIG", "TUPLEWATCH_PG_BIN", "TUPLEWATCH_TOKEN"];
 
 /// The variables of this process that begin with `TUPLEWATCH_`, for [`Config::load`](super::Config::load).
 ///
 /// # Errors
 ///
-/// Names each of them that is not valid UTF-8.
+/// Lists each of these variables that is not valid UTF-8.
 pub fn from_env() -> Result<Vec<(String, String)>, Error> {
     unicode(std::env::vars_os())
 }

@@ -22,7 +22,7 @@ impl Host {
         valid.then(|| Self(bracketed.unwrap_or(text).to_owned()))
     }
 
-    /// Without brackets: `(host.as_str(), port)` is a socket address for IPv6, too.
+    /// The host without brackets. `(host.as_str(), port)` is a socket address, for IPv6 too.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -34,7 +34,7 @@ impl fmt::Display for Host {
     }
 }
 
-/// RFC 1123, section 2.1. A last label of digits only would be a mistyped IPv4 address.
+/// A name according to RFC 1123, section 2.1. A name whose last label has only digits would be a mistyped IPv4 address.
 fn is_dns_name(text: &str) -> bool {
     let is_label = |label: &str| {
         (1..=63).contains(&label.len())

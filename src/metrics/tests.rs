@@ -1,11 +1,11 @@
-//! Everything that is written, and what speaks of it: the documentation, the alert rules, the dashboard.
+//! Compares the metrics with the documents that mention them: the documentation, the alert rules, the dashboard.
 
 use super::readings::{Log, Server, Slot, Window};
 use super::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// One series at least of every metric.
+/// The text with at least one series of every metric.
 fn everything() -> String {
     let metrics = Metrics::new();
     metrics.table("t").created.inc();
@@ -40,7 +40,7 @@ fn everything() -> String {
     })
 }
 
-/// Type and labels by name, from the text format.
+/// The type and the labels of each metric, from the text format.
 fn written() -> BTreeMap<String, (String, BTreeSet<String>)> {
     let mut found = BTreeMap::new();
     let mut name = String::new();
@@ -64,7 +64,7 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
 
-/// Cells of the rows of tables whose first cell is code.
+/// The cells of the table rows whose first cell is code.
 fn rows(markdown: &str) -> impl Iterator<Item = Vec<&str>> {
     markdown.lines().filter(|line| line.starts_with("| `")).map(|line| {
         let cells = line.trim_matches('|').split('|').map(|cell| cell.trim().trim_matches('`'));
@@ -137,7 +137,7 @@ fn ranks_are_of_the_streams() {
     ] {
         assert!(text.lines().any(|written| written == line), "{line}");
     }
-    // What is not known is not written.
+    // Unknown values are not written.
     let unknown = Metrics::new().text(&Readings::default());
     assert!(
         !unknown.contains("tuplewatch_lag_seconds") && unknown.contains("tuplewatch_stream_lag_bytes{rank=\"max\"} 0")

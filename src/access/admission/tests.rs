@@ -1,4 +1,4 @@
-//! Around a router, as on HTTP.
+//! Admission around an axum router.
 
 use super::*;
 use crate::config::Config;
@@ -9,7 +9,7 @@ use axum::routing::get;
 use http::StatusCode;
 use tower::ServiceExt as _;
 
-/// As these keys are set, and with this limit.
+/// A router with these `authn` keys and this limit.
 async fn router(authn: &[(&str, &str)], rate_limit: u32) -> Router {
     let settings: Vec<_> = authn.iter().map(|(key, value)| (format!("authn.{key}"), (*value).to_owned())).collect();
     let config = Config::load(None, [], &settings).unwrap();
@@ -76,7 +76,7 @@ async fn metrics_are_exempt_where_that_is_wanted() {
         let keys = [("enabled", "true"), ("preshared.keys", "k"), ("exempt.metrics", exempt)];
         let router = router(&keys, 1).await;
         for _ in 0..20 {
-            // However many there are.
+            // They are exempt from the limit, too.
             assert_eq!(ask(&router, "/metrics", "Bearer k").await.0, 200);
             assert_eq!(ask(&router, "/metrics", "").await.0, status);
         }
@@ -99,7 +99,7 @@ async fn the_limit_counts_callers_only() {
         assert_eq!(ask(&router, "/", "Bearer wrong").await.0, 401);
         assert_eq!(ask(&router, "/healthz", "").await.0, 200);
     }
-    // Nothing of it was used up.
+    // They did not count towards the limit.
     assert_eq!(ask(&router, "/", "Bearer k").await.0, 200);
     let says = loop {
         match ask(&router, "/", "Bearer k").await {

@@ -1,11 +1,11 @@
-//! Whether the clocks of this machine and of the server agree.
+//! Compares the clock of the server with the clock of this machine.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio_postgres::Client;
 
 use crate::model::diagnostic::{Diagnostic, Report, Span};
 
-/// Clocks that are kept by NTP agree within some milliseconds.
+/// NTP keeps clocks within some milliseconds of each other.
 const SKEW_MAX: Duration = Duration::from_secs(1);
 
 pub(super) async fn check(client: &Client, report: &mut Report) -> Result<(), tokio_postgres::Error> {
@@ -17,7 +17,7 @@ pub(super) async fn check(client: &Client, report: &mut Report) -> Result<(), to
     Ok(())
 }
 
-/// The server looked at its clock between the two times. Only what is outside is skew.
+/// The server read its clock between `asked` and `answered`. Only a time outside of that interval is skew.
 fn compare(asked: SystemTime, server: SystemTime, answered: SystemTime) -> Diagnostic {
     let behind = asked.duration_since(server).unwrap_or_default();
     let ahead = server.duration_since(answered).unwrap_or_default();

@@ -1,6 +1,6 @@
-//! Transactions that have been open for long, and hold something back until they end: the WAL that is kept for the slot, whose
-//! `restart_lsn` does not pass the beginning of one that has written; a slot in the making, which waits for all of those; and
-//! the end of a gap of a table that they have locked.
+//! Reports long transactions, which delay three things until they end. The server keeps all WAL since the begin of a
+//! transaction that has written, because the slot's `restart_lsn` does not pass it. The creation of a slot waits for
+//! all such transactions. The gap of a table ends only after the transactions that have locked it.
 
 use std::time::Duration;
 use tokio_postgres::Client;

@@ -1,4 +1,5 @@
-//! Whether a replication connection can be made: what `serve` needs, and what a connection pooler in between does not give.
+//! Checks that a replication connection can be made. `serve` needs one, and a connection pooler in between does not
+//! provide it.
 
 use std::time::Duration;
 use tokio::time::timeout;
@@ -8,7 +9,7 @@ use crate::model::diagnostic::Report;
 use crate::postgres::connection::{ConnectError, Connection};
 
 const SUBJECT: &str = "replication connection";
-/// For all of it: a log-on and one command.
+/// The limit for the log-on and one command together.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
 pub(super) async fn check(connection: &Connection, report: &mut Report) {
@@ -22,7 +23,7 @@ pub(super) async fn check(connection: &Connection, report: &mut Report) {
     match timeout(ANSWER_MAX, identified).await {
         Ok(Ok(_)) => report.ok(SUBJECT, "can be made"),
         Ok(Err(error)) => {
-            // Insufficient privilege and too many connections: named already, with what is missing.
+            // The requirements already report insufficient privilege and too many connections, with the remedy.
             let is_known = matches!(error.sqlstate(), Some("42501" | "53300")) && report.has_errors();
             if !is_known {
                 report.add(unusable(SUBJECT, &error));

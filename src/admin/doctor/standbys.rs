@@ -1,5 +1,5 @@
-//! Whether the slot survives a promotion, and whether waiting for standbys holds it up. From version 17 on a slot can be copied
-//! to standbys (`failover`), and then waits for those that `synchronized_standby_slots` names.
+//! Checks that the slot survives a promotion, and that standbys do not block it. From version 17 on, standbys can keep
+//! a copy of a slot (`failover`). Such a slot waits for the standbys that `synchronized_standby_slots` names.
 
 use serde::Deserialize;
 use tokio_postgres::Client;
@@ -15,25 +15,25 @@ const SETTING: &str = "synchronized_standby_slots";
 #[derive(Debug, Deserialize)]
 struct Standbys {
     version_number: i32,
-    /// Connected ones; everything that streams WAL as it is.
+    /// The number of connected standbys, counting every receiver of physical WAL.
     count: i64,
-    /// Physical slots that are in use: by what a standby has its WAL kept.
+    /// The names of the active physical slots, each of which keeps WAL for a standby.
     physical: Vec<String>,
-    /// What the setting names.
+    /// The slots that the setting names.
     named: Vec<Named>,
 }
 
-/// A slot that is to be waited for.
+/// A slot that the setting names.
 #[derive(Debug, Deserialize)]
 struct Named {
     name: String,
-    /// None: there is no such slot.
+    /// `None`: there is no such slot.
     slot_type: Option<String>,
     active: Option<bool>,
 }
 
 impl Named {
-    /// Why it will never have got as far as it should.
+    /// The reason why the slot will never reach the position that others wait for.
     fn obstacle(&self) -> Option<&'static str> {
         match (self.slot_type.as_deref(), self.active) {
             (None, _) => Some("does not exist"),
@@ -46,7 +46,8 @@ impl Named {
 
 impl Standbys {
     async fn read(client: &Client) -> Result<Self, tokio_postgres::Error> {
-        // Where the state is hidden from us, whatever is no logical slot's walsender is taken for a standby's.
+        // If the state is hidden from this role, every walsender that does not serve a logical slot counts as a
+        // standby.
         let sql = "
             SELECT json_build_object(
                 'version_number', current_setting('server_version_num')::int,

@@ -1,4 +1,4 @@
-//! `docs/configuration.md` says of every key what the program does with it.
+//! Compares `docs/configuration.md` with the program: keys, defaults, ranges and words.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Attribute values: from and to Permify's JSON form,
+//! Converts attribute values from and to Permify's JSON form,
 //! `{"@type": "type.googleapis.com/base.v1.BooleanValue", "data": true}`.
 
 use crate::model::change::{AttributeValue, TYPE_URL_PREFIX};
@@ -10,14 +10,14 @@ use serde_json::Value as Json;
 struct Form<'a> {
     #[serde(rename = "@type", borrow)]
     kind: std::borrow::Cow<'a, str>,
-    /// Absent where it is the type's default, as protobuf's JSON mapping has it.
+    /// Absent if the value is the default of its type, as in protobuf's JSON mapping.
     data: Option<Json>,
 }
 
-/// Reads one value.
+/// Parses a value.
 ///
 /// # Errors
-/// A sentence that says what is wrong with its form, never its contents.
+/// A sentence about its form, which never contains the value.
 pub fn parse(json: &str) -> Result<AttributeValue, String> {
     let form: Form<'_> = serde_json::from_str(json).map_err(|error| match error.classify() {
         serde_json::error::Category::Data => "the value is not an object of just '@type' and 'data'".to_owned(),
@@ -34,13 +34,13 @@ pub fn parse(json: &str) -> Result<AttributeValue, String> {
         Some("IntegerArrayValue") => array(data, integer).map(AttributeValue::IntegerArray),
         Some("DoubleArrayValue") => array(data, double).map(AttributeValue::DoubleArray),
         Some("BooleanArrayValue") => array(data, boolean).map(AttributeValue::BooleanArray),
-        // The name of a type is no user data, but it may be anything, and long.
+        // The name of a type is not user data, but it may be any text of any length.
         _ => return Err("the value's '@type' is none of base.v1's eight value messages".to_owned()),
     };
     value.ok_or_else(|| format!("the value's 'data' does not fit its '@type' {}", name.unwrap_or_default()))
 }
 
-/// Writes one value.
+/// Writes a value.
 pub fn write(value: &AttributeValue) -> String {
     use AttributeValue as V;
     let data = match value {
@@ -56,7 +56,7 @@ pub fn write(value: &AttributeValue) -> String {
     serde_json::json!({ "@type": format!("{TYPE_URL_PREFIX}{}", value.message_name()), "data": data }).to_string()
 }
 
-/// JSON has no numbers for what is not finite; protobuf's JSON mapping writes names.
+/// JSON has no numbers for infinities and NaN. Protobuf's JSON mapping writes their names.
 fn from_double(number: f64) -> Json {
     match number {
         number if number.is_nan() => Json::from("NaN"),
@@ -86,7 +86,7 @@ fn boolean(data: Json) -> Option<bool> {
     data.as_bool()
 }
 
-/// A whole number, also where it is written with a fraction of zero (`jsonb` keeps `1.0` as it is).
+/// A whole number, also if it is written with a fraction of zero: `jsonb` keeps `1.0`.
 fn integer(data: Json) -> Option<i32> {
     if let Some(whole) = data.as_i64() {
         return i32::try_from(whole).ok();
