@@ -2,8 +2,8 @@
 //! every request, [`tls`] and [`connections`] accept connections. [`trust`] decides whether to trust the certificate of
 //! a server, for connections to PostgreSQL and to tuplewatch.
 
-pub mod admission;
-pub mod authn;
-pub mod connections;
-pub mod tls;
-pub mod trust;
+pub(crate) mod admission;
+pub(crate) mod authn;
+pub(crate) mod connections;
+pub(crate) mod tls;
+pub(crate) mod trust;

@@ -3,6 +3,6 @@
 //!
 //! Only [`app`](crate::app) and [`cli`](crate::cli) use this room. The stream of changes does not depend on it.
 
-pub mod doctor;
-pub mod monitor;
-pub mod setup;
+pub(crate) mod doctor;
+pub(crate) mod monitor;
+pub(crate) mod setup;

@@ -53,8 +53,8 @@
 //! deterministic test of the engine. `tests/architecture.rs` enforces the permitted dependencies. ARCHITECTURE.md lists
 //! the place to start for each kind of change.
 
-pub mod access;
-pub mod admin;
+pub(crate) mod access;
+pub(crate) mod admin;
 pub mod api;
 pub mod app;
 pub mod changelog;
@@ -63,12 +63,12 @@ pub mod config;
 pub mod decode;
 pub mod dev_postgres;
 pub mod hub;
-pub mod metrics;
+pub(crate) mod metrics;
 pub mod model;
 pub mod postgres;
 pub mod replication;
 #[cfg(test)]
 mod simulation;
-pub mod store;
-pub mod thread;
+pub(crate) mod store;
+pub(crate) mod thread;
 pub mod yaml;

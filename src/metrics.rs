@@ -15,12 +15,12 @@
 //! The crate is `prometheus` without its features. It writes version 0.0.4 of the text format, which `promtool` and every
 //! collector read, and adds no other dependencies. (`prometheus-client` writes only OpenMetrics.)
 
-pub mod process;
-pub mod readings;
+pub(crate) mod process;
+pub(crate) mod readings;
 #[cfg(test)]
 mod tests;
 
-pub use readings::Readings;
+pub(crate) use readings::Readings;
 
 use prometheus::core::Collector;
 use prometheus::{
@@ -29,20 +29,20 @@ use prometheus::{
 use std::sync::LazyLock;
 
 /// The content type of the text format.
-pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
+pub(crate) const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
 
 /// A sync to a local disk takes between a tenth of a millisecond and some tens of them. Seconds mean a failing disk.
 const FSYNC_SECONDS: [f64; 14] =
     [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
 /// The counters of this process. The first call creates them.
-pub fn metrics() -> &'static Metrics {
+pub(crate) fn metrics() -> &'static Metrics {
     static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
     &METRICS
 }
 
 /// Values that are counted as they happen.
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     /// Transactions that the session has passed on.
     pub transactions: IntCounter,
@@ -86,7 +86,7 @@ pub struct Edge {
 
 /// Changes of one table. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Table {
+pub(crate) struct Table {
     /// Facts that began to hold.
     pub created: IntCounter,
     /// Facts that ended to hold.
@@ -182,7 +182,7 @@ impl Metrics {
     }
 
     /// The counters of a table, for the caller to keep.
-    pub fn table(&self, table: &str) -> Table {
+    pub(crate) fn table(&self, table: &str) -> Table {
         Table {
             created: self.changes.with_label_values(&[table, "create"]),
             deleted: self.changes.with_label_values(&[table, "delete"]),
@@ -191,27 +191,27 @@ impl Metrics {
     }
 
     /// The counter of gaps with this reason.
-    pub fn gaps(&self, reason: &str) -> IntCounter {
+    pub(crate) fn gaps(&self, reason: &str) -> IntCounter {
         self.gaps.with_label_values(&[reason])
     }
 
     /// The counter of streams of this protocol that ended for this reason.
-    pub fn streams_ended(&self, protocol: &str, reason: &str) -> IntCounter {
+    pub(crate) fn streams_ended(&self, protocol: &str, reason: &str) -> IntCounter {
         self.streams_ended.with_label_values(&[protocol, reason])
     }
 
     /// The counter of gRPC requests that ended with `code`. Pass only existing methods: names from clients are unbounded.
-    pub fn grpc_requests(&self, service: &str, method: &str, code: &str) -> IntCounter {
+    pub(crate) fn grpc_requests(&self, service: &str, method: &str, code: &str) -> IntCounter {
         self.grpc_requests.with_label_values(&[service, method, code])
     }
 
     /// The counter of HTTP requests that were answered with `status`.
-    pub fn http_requests(&self, status: &str) -> IntCounter {
+    pub(crate) fn http_requests(&self, status: &str) -> IntCounter {
         self.http_requests.with_label_values(&[status])
     }
 
     /// All metrics in the text format.
-    pub fn text(&self, readings: &Readings) -> String {
+    pub(crate) fn text(&self, readings: &Readings) -> String {
         let mut families = self.registry.gather();
         families.extend(readings.families());
         // This fails only for an empty family, and there is none.

@@ -27,10 +27,10 @@ mod page;
 mod pool;
 mod tenants;
 
-pub use batch::Batch;
-pub use filter::{AttributeFilter, TupleFilter};
-pub use page::{Key, Page, ParseKeyError};
-pub use tenants::Tenant;
+pub(crate) use batch::Batch;
+pub(crate) use filter::{AttributeFilter, TupleFilter};
+pub(crate) use page::{Key, Page, ParseKeyError};
+pub(crate) use tenants::Tenant;
 
 use crate::decode::mapping::parse_attribute_value;
 use crate::model::change::{Attribute, TenantId, Tuple};

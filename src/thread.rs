@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 ///
 /// # Errors
 /// The operating system has no more threads or descriptors.
-pub fn run<T: Send + 'static>(
+pub(crate) fn run<T: Send + 'static>(
     name: String,
     work: impl Future<Output = T> + Send + 'static,
 ) -> io::Result<(Handle, impl Future<Output = T> + Send + 'static)> {

@@ -7,8 +7,8 @@
 //! A refusal names the kind of the problem and nothing more: not which key was close, and not the expected value of a
 //! claim. Credentials appear in no message and in no log.
 
-pub mod oidc;
-pub mod preshared;
+pub(crate) mod oidc;
+pub(crate) mod preshared;
 
 use crate::config::Credentials;
 use http::HeaderMap;

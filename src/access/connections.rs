@@ -25,7 +25,7 @@ const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// The most connections of one protocol: one for each stream and some more, but at most half of the process's
 /// descriptors.
-pub fn limit(streams_max: usize) -> usize {
+pub(crate) fn limit(streams_max: usize) -> usize {
     let descriptors = raise_descriptors();
     let half = usize::try_from(descriptors.saturating_sub(OTHER_DESCRIPTORS) / 2).unwrap_or(usize::MAX).max(1);
     // More than this is enough for many streams: gRPC has up to a hundred on one connection.
@@ -48,7 +48,7 @@ fn raise_descriptors() -> u64 {
 }
 
 /// A bound listener. It is bound before anything else starts, so that a port in use is reported at once.
-pub struct Listener {
+pub(crate) struct Listener {
     listener: TcpListener,
     address: SocketAddr,
 }
@@ -58,20 +58,20 @@ impl Listener {
     ///
     /// # Errors
     /// The address is in use, or does not belong to this machine.
-    pub async fn bind(host: &str, port: u16) -> std::io::Result<Self> {
+    pub(crate) async fn bind(host: &str, port: u16) -> std::io::Result<Self> {
         let listener = TcpListener::bind((host, port)).await?;
         let address = listener.local_addr()?;
         Ok(Self { listener, address })
     }
 
     /// The bound address.
-    pub const fn address(&self) -> SocketAddr {
+    pub(crate) const fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Accepts at most `max` connections at a time until `stop` turns true, and lets `spawn` start a task for each.
     /// Then waits until all have ended. Dropping the future closes them.
-    pub async fn serve(
+    pub(crate) async fn serve(
         self,
         protocol: &'static str,
         max: usize,
@@ -102,7 +102,7 @@ struct Incoming {
 }
 
 /// The permit that a connection holds as long as it is open.
-pub type Place = OwnedSemaphorePermit;
+pub(crate) type Place = OwnedSemaphorePermit;
 
 impl Incoming {
     /// The next connection, without Nagle's delay, and with keepalive probes that find a dead peer.

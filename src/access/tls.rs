@@ -55,7 +55,7 @@ pub enum Error {
 
 /// Does the handshakes of a listener, with files that were checked. Cheap to clone.
 #[derive(Clone)]
-pub struct Acceptor(TlsAcceptor);
+pub(crate) struct Acceptor(TlsAcceptor);
 
 impl Acceptor {
     /// Reads and checks the files that `section` of the configuration (`server.grpc.tls`) names, for a listener that
@@ -63,7 +63,7 @@ impl Acceptor {
     ///
     /// # Errors
     /// A file cannot be read or used.
-    pub async fn read(section: &'static str, files: &Tls, protocol: &[u8]) -> Result<Self, Error> {
+    pub(crate) async fn read(section: &'static str, files: &Tls, protocol: &[u8]) -> Result<Self, Error> {
         let cert = File::read(section, "cert", &files.cert).await?;
         let key = File::read(section, "key", &files.key).await?;
         let client_ca = match &files.client_ca {
@@ -79,7 +79,7 @@ impl Acceptor {
     ///
     /// # Errors
     /// The handshake fails, or takes longer than 10 s.
-    pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    pub(crate) async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         tokio::time::timeout(HANDSHAKE_MAX, self.0.accept(stream)).await.map_err(|_| io::ErrorKind::TimedOut)?
     }
 }

@@ -24,7 +24,7 @@ use webpki::{EndEntityCert, KeyUsage};
 
 /// The authorities that a client trusts.
 #[derive(Debug)]
-pub enum Authorities {
+pub(crate) enum Authorities {
     /// No check at all: any server is trusted (`sslmode=prefer` and `require`).
     Anybody,
     /// The authorities in a file, and servers whose own certificate is in it.
@@ -35,7 +35,7 @@ pub enum Authorities {
 
 /// The reason for not trusting the certificate of a server.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
+pub(crate) enum Refused {
     /// No trusted authority issued it.
     #[error("no authority that is trusted has issued the server's certificate")]
     UnknownIssuer,
@@ -63,7 +63,7 @@ pub enum Refused {
 
 impl Refused {
     /// The refusal that made a handshake fail, if there was one.
-    pub fn of(error: &io::Error) -> Option<&Self> {
+    pub(crate) fn of(error: &io::Error) -> Option<&Self> {
         match error.get_ref()?.downcast_ref()? {
             rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(cause))) => cause.downcast_ref(),
             _ => None,
@@ -71,7 +71,7 @@ impl Refused {
     }
 
     /// The remedy. `setting` names the file of authorities: `sslrootcert`, `--ca-cert`.
-    pub fn remedy(&self, setting: &str) -> String {
+    pub(crate) fn remedy(&self, setting: &str) -> String {
         match self {
             Self::UnknownIssuer => {
                 format!("Name the file with the certificate of the authority that issued the server's in {setting}")
@@ -97,13 +97,13 @@ const NEW_CERTIFICATE: &str = "Have the authority issue a new one, with HOST as 
      -CAcreateserial -copy_extensions copy -days 365 -out server.crt";
 
 /// A client's certificates and its key.
-pub type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+pub(crate) type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 /// The configuration of a client that trusts `authorities`. If `names` is true, the certificate must name the server.
 ///
 /// # Errors
 /// The certificate and the key of the client cannot be used.
-pub fn client_config(
+pub(crate) fn client_config(
     authorities: Authorities,
     names: bool,
     identity: Option<Identity>,
@@ -122,7 +122,7 @@ pub fn client_config(
 }
 
 /// The certificates of a PEM file; empty if it has none.
-pub fn certificates(pem: &[u8]) -> Vec<CertificateDer<'static>> {
+pub(crate) fn certificates(pem: &[u8]) -> Vec<CertificateDer<'static>> {
     CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().unwrap_or_default()
 }
 

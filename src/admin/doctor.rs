@@ -27,7 +27,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// The configuration to check, and the thresholds of the warnings.
 #[derive(Clone, Copy, Debug)]
-pub struct Examination<'a> {
+pub(crate) struct Examination<'a> {
     /// The mapping, publication and slot of `serve`.
     pub expected: Expectation<'a>,
     /// The most SQL connections that `serve` opens.
@@ -42,7 +42,7 @@ pub struct Examination<'a> {
 
 impl Examination<'_> {
     /// Runs all checks on the primary among `endpoints`.
-    pub async fn run(&self, endpoints: &Endpoints) -> Vec<Diagnostic> {
+    pub(crate) async fn run(&self, endpoints: &Endpoints) -> Vec<Diagnostic> {
         let mut report = Report::default();
         match endpoints.connect("tuplewatch doctor").await {
             Ok(connection) => {

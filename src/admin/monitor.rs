@@ -33,7 +33,7 @@ const SAMPLES_MAX: usize = 1024;
 
 /// The limits above which the monitor warns; zero disables a warning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Thresholds {
+pub(crate) struct Thresholds {
     /// WAL that the server keeps for the slot, in bytes.
     pub retained_wal_bytes: u64,
     /// WAL that may still be written before the slot is lost (`safe_wal_size`), in bytes. Less than this is a warning.
@@ -44,7 +44,7 @@ pub struct Thresholds {
 
 /// The slot to watch, and the limits.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// The slot of the session.
     pub slot: String,
     /// The id of the change log. The connections of this node are named after it.
@@ -57,7 +57,7 @@ pub struct Options {
 
 /// The result of the last look.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Report {
+pub(crate) struct Report {
     /// The time of the look, for ages.
     pub at: Instant,
     /// The same time as wall clock time.
@@ -72,12 +72,12 @@ pub struct Report {
 
 impl Report {
     /// The age above which a report counts as outdated. Looks are several times as frequent.
-    pub const AGE_MAX: Duration = Duration::from_secs(30);
+    pub(crate) const AGE_MAX: Duration = Duration::from_secs(30);
 }
 
 /// The state of the slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SlotReport {
+pub(crate) struct SlotReport {
     /// Whether a process reads it.
     pub is_active: bool,
     /// Whether it is lost: it cannot be read any more.
@@ -96,7 +96,7 @@ pub struct SlotReport {
 
 /// How far a position is behind the end of the server's WAL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lag {
+pub(crate) struct Lag {
     /// Bytes of WAL.
     pub bytes: u64,
     /// The time since the server passed the position, in steps of the looks; zero if the server is still there.
@@ -313,7 +313,7 @@ impl Report {
 }
 
 /// Looks at the slot regularly, and logs conditions.
-pub struct Monitor {
+pub(crate) struct Monitor {
     endpoints: Endpoints,
     /// Tells when a connection limit refuses the session, which takes precedence, and lends the session's SQL
     /// connection.
@@ -324,17 +324,17 @@ pub struct Monitor {
 
 impl Monitor {
     /// Creates a monitor that asks the primary among `endpoints`.
-    pub fn new(endpoints: Endpoints, connector: PrimaryConnector, options: Options) -> Self {
+    pub(crate) fn new(endpoints: Endpoints, connector: PrimaryConnector, options: Options) -> Self {
         Self { endpoints, connector, options, reports: watch::Sender::new(None) }
     }
 
     /// Follows the reports; `None` before the first look. While a look is impossible, the last report stays.
-    pub fn reports(&self) -> watch::Receiver<Option<Report>> {
+    pub(crate) fn reports(&self) -> watch::Receiver<Option<Report>> {
         self.reports.subscribe()
     }
 
     /// Runs until dropped. `received` follows the end LSN up to which the session has passed on everything.
-    pub async fn run(self, mut received: watch::Receiver<Option<Lsn>>) {
+    pub(crate) async fn run(self, mut received: watch::Receiver<Option<Lsn>>) {
         let own_name = application_name(&self.options.node_id);
         let (mut watch, mut samples) = (Watch::default(), Samples::default());
         // The first session's position makes the lag known, so look as soon as it is there.

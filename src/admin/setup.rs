@@ -48,8 +48,8 @@ use crate::postgres::transactions::{self, NAMED_MAX, Transaction, Watched};
 use obstacles::{Look, Rights, check_unused, check_version};
 use step::{Kind, LOCK_TIMEOUT_SECONDS, begin};
 
-pub use crate::postgres::slot::{Waiting, create_slot};
-pub use step::{Script, Step};
+pub(crate) use crate::postgres::slot::{Waiting, create_slot};
+pub(crate) use step::{Script, Step};
 
 /// The files with the tables of the preset `tuples`: version, name and text. Each file adds its own row to
 /// `tuplewatch.schema_version`.
@@ -64,7 +64,7 @@ const LOCK_RETRY: Duration = Duration::from_secs(1);
 
 /// The desired state.
 #[derive(Clone, Copy, Debug)]
-pub struct Setup<'a> {
+pub(crate) struct Setup<'a> {
     /// Lists the tables to watch.
     pub mapping: &'a Mapping,
     /// Name of the slot.
@@ -83,7 +83,7 @@ pub struct Setup<'a> {
 
 /// The progress of a run.
 #[derive(Clone, Copy, Debug)]
-pub enum Event<'a> {
+pub(crate) enum Event<'a> {
     /// This step begins.
     Step(&'a Step),
     /// The creation of the slot waits for other transactions. Repeated every few seconds.
@@ -93,12 +93,12 @@ pub enum Event<'a> {
 }
 
 /// The receiver of [`Event`]s.
-pub type OnEvent<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
+pub(crate) type OnEvent<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
 
 /// The reason why a run did nothing, or not everything, with the remedy.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
-pub enum Error {
+pub(crate) enum Error {
     #[error("PostgreSQL could not be asked: {}", crate::postgres::connection::describe(.0))]
     Sql(#[from] tokio_postgres::Error),
 
@@ -156,7 +156,7 @@ impl Setup<'_> {
     ///
     /// # Errors
     /// Lists all obstacles.
-    pub async fn plan(&self, client: &Client) -> Result<Vec<Step>, Error> {
+    pub(crate) async fn plan(&self, client: &Client) -> Result<Vec<Step>, Error> {
         if let Some(diagnostic) = check_version(client).await? {
             return Err(Error::InTheWay(vec![diagnostic]));
         }
@@ -185,7 +185,7 @@ impl Setup<'_> {
     ///
     /// # Errors
     /// Names the obstacles, or the step that failed.
-    pub async fn apply(&self, connection: &Connection, on_event: OnEvent<'_>) -> Result<Vec<Step>, Error> {
+    pub(crate) async fn apply(&self, connection: &Connection, on_event: OnEvent<'_>) -> Result<Vec<Step>, Error> {
         lock(&connection.client, on_event).await?;
         let done = async {
             let steps = self.plan(&connection.client).await?;
@@ -295,7 +295,7 @@ fn none_in_the_way(report: Report) -> Result<(), Error> {
 
 /// The objects to remove. The tables stay, with their rows.
 #[derive(Clone, Copy, Debug)]
-pub struct Teardown<'a> {
+pub(crate) struct Teardown<'a> {
     /// Name of the slot.
     pub slot: &'a str,
     /// Name of the publication.
@@ -307,7 +307,7 @@ impl Teardown<'_> {
     ///
     /// # Errors
     /// Lists all obstacles: the slot is in use, or an object belongs to another role.
-    pub async fn plan(&self, client: &Client) -> Result<Vec<Step>, Error> {
+    pub(crate) async fn plan(&self, client: &Client) -> Result<Vec<Step>, Error> {
         let rights = Rights::read(client, self.publication, &[]).await?;
         let mut report = Report::default();
         let slot = Slot::read(client, self.slot).await?;
@@ -331,7 +331,7 @@ impl Teardown<'_> {
     ///
     /// # Errors
     /// Names the obstacles, or the step that failed.
-    pub async fn apply(&self, connection: &Connection, on_event: OnEvent<'_>) -> Result<Vec<Step>, Error> {
+    pub(crate) async fn apply(&self, connection: &Connection, on_event: OnEvent<'_>) -> Result<Vec<Step>, Error> {
         lock(&connection.client, on_event).await?;
         let done = async {
             let steps = self.plan(&connection.client).await?;

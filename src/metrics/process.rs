@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The resources of the process. `None` if the operating system does not report the value.
 #[derive(Clone, Debug, Default)]
-pub struct Process {
+pub(crate) struct Process {
     /// Processor time, in user and system mode.
     pub cpu_seconds: f64,
     /// Resident memory.
@@ -22,7 +22,7 @@ pub struct Process {
 
 impl Process {
     /// Reads the current values. The first call counts as the start of the process.
-    pub fn read() -> Self {
+    pub(crate) fn read() -> Self {
         static STARTED: LazyLock<f64> =
             LazyLock::new(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64()));
         let cpu = clock_gettime(ClockId::ProcessCPUTime);

@@ -4,9 +4,9 @@ use super::process::Process;
 use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType};
 
 /// The states of the session: the values of a label.
-pub const SESSION_STATES: [&str; 4] = ["connecting", "streaming", "retrying", "failed"];
+pub(crate) const SESSION_STATES: [&str; 4] = ["connecting", "streaming", "retrying", "failed"];
 /// The reasons for not being ready: the values of a label.
-pub const NOT_READY_REASONS: [&str; 11] = [
+pub(crate) const NOT_READY_REASONS: [&str; 11] = [
     "starting",
     "stopping",
     "log_gone",
@@ -20,13 +20,13 @@ pub const NOT_READY_REASONS: [&str; 11] = [
     "window_full",
 ];
 /// PostgreSQL's states of a slot's WAL (`wal_status`): the values of a label.
-pub const WAL_STATUSES: [&str; 4] = ["reserved", "extended", "unreserved", "lost"];
+pub(crate) const WAL_STATUSES: [&str; 4] = ["reserved", "extended", "unreserved", "lost"];
 /// The percentiles of the lags of all streams. They are gauges, because the sum and count of a summary may only grow.
 const RANKS: [(&str, usize); 4] = [("p50", 50), ("p90", 90), ("p99", 99), ("max", 100)];
 
 /// All readings. An unknown value has no series, instead of a wrong one. LSNs are 64-bit numbers.
 #[derive(Clone, Debug, Default)]
-pub struct Readings {
+pub(crate) struct Readings {
     /// One of [`NOT_READY_REASONS`]; `None` if changes are delivered.
     pub not_ready_reason: Option<&'static str>,
     /// The time that the oldest transaction has waited to be released; zero if none waits.
@@ -55,7 +55,7 @@ pub struct Readings {
 
 /// PostgreSQL, and the slot there.
 #[derive(Clone, Debug, Default)]
-pub struct Server {
+pub(crate) struct Server {
     /// The end of the server's WAL.
     pub lsn: u64,
     /// The received position's lag behind it.
@@ -68,7 +68,7 @@ pub struct Server {
 
 /// The slot.
 #[derive(Clone, Debug, Default)]
-pub struct Slot {
+pub(crate) struct Slot {
     /// Whether a process reads it.
     pub is_active: bool,
     /// One of [`WAL_STATUSES`].
@@ -89,7 +89,7 @@ pub struct Slot {
 
 /// The change log.
 #[derive(Clone, Debug, Default)]
-pub struct Log {
+pub(crate) struct Log {
     /// The size that retention counts.
     pub bytes: u64,
     /// The size above which retention drops the oldest changes.
@@ -110,7 +110,7 @@ pub struct Log {
 
 /// The recent messages in memory.
 #[derive(Clone, Debug, Default)]
-pub struct Window {
+pub(crate) struct Window {
     /// The size of the messages.
     pub bytes: u64,
     /// The largest permitted size.

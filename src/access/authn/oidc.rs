@@ -13,7 +13,7 @@
 //!   neither `none` nor a public key that is used as an HMAC secret is accepted.
 //! - Expiry is exact, because streams end with it. Only `nbf` has a leeway, for clocks behind the issuer's.
 
-pub mod issuer;
+pub(crate) mod issuer;
 mod keys;
 mod signature;
 

@@ -12,7 +12,7 @@ pub(super) const LOCK_TIMEOUT_SECONDS: u64 = 5;
 
 /// A step to do, or a step that was done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
+pub(crate) struct Step {
     /// Its effect in the imperative: "create publication …".
     pub explanation: String,
     /// The statements.
@@ -55,7 +55,7 @@ impl Step {
     }
 
     /// Whether the step is part of the transaction. Slots cannot be.
-    pub const fn is_transactional(&self) -> bool {
+    pub(crate) const fn is_transactional(&self) -> bool {
         !matches!(self.kind, Kind::Alone | Kind::Slot { .. })
     }
 
@@ -76,7 +76,7 @@ pub(super) fn begin() -> String {
 
 /// The steps as SQL with comments, for pasting into psql.
 #[derive(Clone, Copy, Debug)]
-pub struct Script<'a>(pub &'a [Step]);
+pub(crate) struct Script<'a>(pub &'a [Step]);
 
 impl fmt::Display for Script<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
