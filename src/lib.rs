@@ -53,8 +53,8 @@
 //! deterministic test of the engine. `tests/architecture.rs` enforces the permitted dependencies. ARCHITECTURE.md lists
 //! the place to start for each kind of change.
 
-pub(crate) mod access;
-pub(crate) mod admin;
+mod access;
+mod admin;
 pub mod api;
 pub mod app;
 pub mod changelog;
@@ -63,12 +63,12 @@ pub mod config;
 pub mod decode;
 pub mod dev_postgres;
 pub mod hub;
-pub(crate) mod metrics;
+mod metrics;
 pub mod model;
 pub mod postgres;
 pub mod replication;
 #[cfg(test)]
 mod simulation;
-pub(crate) mod store;
-pub(crate) mod thread;
+mod store;
+mod thread;
 pub mod yaml;

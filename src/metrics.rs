@@ -73,7 +73,7 @@ pub(crate) struct Metrics {
 }
 
 /// Streams of one protocol.
-pub struct Edge {
+pub(crate) struct Edge {
     /// The value of the label `protocol`.
     pub protocol: &'static str,
     /// Open streams.

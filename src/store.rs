@@ -55,7 +55,7 @@ const TENANT_DELETION_MAX: Duration = Duration::from_secs(15 * 60);
 
 /// The reason why the store failed.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The tenant is not in the table of tenants.
     #[error("tenant '{0}' does not exist: create it first")]
     UnknownTenant(TenantId),
@@ -127,13 +127,13 @@ impl From<primary::Error> for Error {
 
 /// Writes and reads facts and tenants; see the module. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Store {
+pub(crate) struct Store {
     pool: Pool,
 }
 
 impl Store {
     /// Creates a store on the session's primary, with at most `connections_max` connections.
-    pub fn new(connector: PrimaryConnector, connections_max: usize) -> Self {
+    pub(crate) fn new(connector: PrimaryConnector, connections_max: usize) -> Self {
         Self { pool: Pool::new(connector, connections_max) }
     }
 
@@ -142,7 +142,7 @@ impl Store {
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn write(&self, tenant: &TenantId, batch: &Batch<'_>) -> Result<String, Error> {
+    pub(crate) async fn write(&self, tenant: &TenantId, batch: &Batch<'_>) -> Result<String, Error> {
         persistently(CALL_MAX, || async {
             let mut connection = self.pool.get().await?;
             let transaction = begin(&mut connection).await?;
@@ -158,7 +158,7 @@ impl Store {
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn delete(
+    pub(crate) async fn delete(
         &self,
         tenant: &TenantId,
         tuples: Option<&TupleFilter<'_>>,
@@ -186,7 +186,7 @@ impl Store {
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn read_tuples<T>(
+    pub(crate) async fn read_tuples<T>(
         &self,
         tenant: &TenantId,
         filter: &TupleFilter<'_>,
@@ -215,7 +215,7 @@ impl Store {
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn read_attributes<T>(
+    pub(crate) async fn read_attributes<T>(
         &self,
         tenant: &TenantId,
         filter: &AttributeFilter<'_>,

@@ -37,7 +37,7 @@ use tower_service::Service;
 
 /// The reason for refusing a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The credentials do not prove who the caller is.
     #[error(transparent)]
     Credentials(#[from] authn::Error),
@@ -56,7 +56,7 @@ pub enum Error {
 
 /// Decides which requests are admitted. There is one for the whole process. Cheap to clone.
 #[derive(Clone)]
-pub struct Admission(Arc<Inner>);
+pub(crate) struct Admission(Arc<Inner>);
 
 struct Inner {
     authenticator: Authenticator,
@@ -95,14 +95,14 @@ impl Kind {
 
 impl Admission {
     /// Creates the admission. `rate_limit` is in requests a second, all of which may come at once.
-    pub fn new(authenticator: Authenticator, exempt: Exempt, rate_limit: Option<NonZeroU32>) -> Self {
+    pub(crate) fn new(authenticator: Authenticator, exempt: Exempt, rate_limit: Option<NonZeroU32>) -> Self {
         let limit = rate_limit
             .map(|per_second| Limit { per_second, limiter: RateLimiter::direct(Quota::per_second(per_second)) });
         Self(Arc::new(Inner { authenticator, exempt, limit }))
     }
 
     /// A layer around a service. `answer` turns a refusal into a response of the protocol.
-    pub fn layer<B>(&self, answer: fn(&Error) -> Response<B>) -> Layer<B> {
+    pub(crate) fn layer<B>(&self, answer: fn(&Error) -> Response<B>) -> Layer<B> {
         Layer { admission: self.clone(), answer }
     }
 
@@ -135,7 +135,7 @@ impl Limit {
 }
 
 /// The tower layer that puts [`Admission`] around a service.
-pub struct Layer<B> {
+pub(crate) struct Layer<B> {
     admission: Admission,
     answer: fn(&Error) -> Response<B>,
 }
@@ -155,7 +155,7 @@ impl<S, B> tower_layer::Layer<S> for Layer<B> {
 }
 
 /// A service with admission in front.
-pub struct Guarded<S, B> {
+pub(crate) struct Guarded<S, B> {
     layer: Layer<B>,
     service: S,
 }

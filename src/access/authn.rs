@@ -20,7 +20,7 @@ use std::time::SystemTime;
 /// The caller of a request, kept in the request's extensions. Without authentication everybody is the same caller.
 /// Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct Caller {
+pub(crate) struct Caller {
     /// `None` gives access to all tenants.
     tenants: Option<Arc<HashSet<String>>>,
     expires_at: Option<SystemTime>,
@@ -32,24 +32,24 @@ impl Caller {
     }
 
     /// Whether the caller may use the tenant.
-    pub fn may_use(&self, tenant: &str) -> bool {
+    pub(crate) fn may_use(&self, tenant: &str) -> bool {
         self.tenants.as_ref().is_none_or(|tenants| tenants.contains(tenant))
     }
 
     /// The tenants that the caller may use; `None` means all.
-    pub fn tenants(&self) -> Option<impl Iterator<Item = &String>> {
+    pub(crate) fn tenants(&self) -> Option<impl Iterator<Item = &String>> {
         self.tenants.as_ref().map(|tenants| tenants.iter())
     }
 
     /// The time when the credentials expire. Streams that were opened with them end then.
-    pub const fn expires_at(&self) -> Option<SystemTime> {
+    pub(crate) const fn expires_at(&self) -> Option<SystemTime> {
         self.expires_at
     }
 }
 
 /// The reason for refusing credentials. Its text is Permify's name for it, if there is one, and the remedy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// There is no `authorization` header, or several, or one with another scheme.
     #[error(
         "ERROR_CODE_MISSING_BEARER_TOKEN: this server asks for credentials, and the request has none: send one header \
@@ -93,7 +93,7 @@ pub enum Error {
 
 impl Error {
     /// A name for programs: Permify's without its `ERROR_CODE_`, if there is one.
-    pub const fn reason(self) -> &'static str {
+    pub(crate) const fn reason(self) -> &'static str {
         match self {
             Self::MissingBearerToken => "MISSING_BEARER_TOKEN",
             Self::InvalidBearerToken => "INVALID_BEARER_TOKEN",
@@ -107,7 +107,7 @@ impl Error {
 }
 
 /// Identifies the caller of a request.
-pub enum Authenticator {
+pub(crate) enum Authenticator {
     /// Everybody is admitted.
     Open,
     /// By a key of a list.
@@ -121,7 +121,7 @@ impl Authenticator {
     ///
     /// # Errors
     /// The trusted authorities cannot be loaded, so the issuer cannot be asked.
-    pub fn new(credentials: Option<&Credentials>) -> Result<(Self, Option<oidc::Refresher>), oidc::issuer::Error> {
+    pub(crate) fn new(credentials: Option<&Credentials>) -> Result<(Self, Option<oidc::Refresher>), oidc::issuer::Error> {
         Ok(match credentials {
             None => (Self::Open, None),
             Some(Credentials::Preshared(keys)) => (Self::Preshared(preshared::Keys::new(keys)), None),
@@ -136,7 +136,7 @@ impl Authenticator {
     ///
     /// # Errors
     /// The headers do not prove who the caller is.
-    pub async fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, Error> {
+    pub(crate) async fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, Error> {
         match self {
             Self::Open => Ok(Caller::default()),
             Self::Preshared(keys) => keys.find(bearer_token(headers)?),

@@ -22,7 +22,7 @@ const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
 /// The reason why a listener cannot use TLS.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// A file cannot be read.
     #[error("cannot read {path} ({key}): {source}")]
     Unreadable {

@@ -97,7 +97,6 @@ pub(crate) type OnEvent<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
 
 /// The reason why a run did nothing, or not everything, with the remedy.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub(crate) enum Error {
     #[error("PostgreSQL could not be asked: {}", crate::postgres::connection::describe(.0))]
     Sql(#[from] tokio_postgres::Error),

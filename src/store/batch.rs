@@ -10,7 +10,7 @@ use tokio_postgres::types::{ToSql, Type};
 /// Tuples and attributes in the order of the primary keys, without duplicates. If an attribute comes twice, its first
 /// value counts, as in Permify.
 #[derive(Debug, Default)]
-pub struct Batch<'a> {
+pub(crate) struct Batch<'a> {
     tuples: BTreeSet<Tuple<'a>>,
     /// Keyed by entity type, entity id and attribute.
     attributes: BTreeMap<[&'a str; 3], AttributeValue>,
@@ -18,12 +18,12 @@ pub struct Batch<'a> {
 
 impl<'a> Batch<'a> {
     /// Adds a tuple.
-    pub fn put_tuple(&mut self, tuple: Tuple<'a>) {
+    pub(crate) fn put_tuple(&mut self, tuple: Tuple<'a>) {
         self.tuples.insert(tuple);
     }
 
     /// Adds an attribute, unless the batch has a value for it.
-    pub fn put_attribute(
+    pub(crate) fn put_attribute(
         &mut self,
         entity_type: &'a str,
         entity_id: &'a str,
@@ -34,13 +34,8 @@ impl<'a> Batch<'a> {
     }
 
     /// The number of rows.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.tuples.len() + self.attributes.len()
-    }
-
-    /// Whether the batch is empty.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     pub(super) async fn insert(&self, transaction: &Transaction<'_>, tenant: &TenantId) -> Result<(), Error> {

@@ -14,8 +14,7 @@ pub(super) fn text<'a>(value: &'a &'a str) -> Parameter<'a> {
 
 /// Selects tuples. An empty field selects all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the fields are the words of the model")]
-pub struct TupleFilter<'a> {
+pub(crate) struct TupleFilter<'a> {
     pub entity_type: &'a str,
     pub entity_ids: &'a [String],
     pub relation: &'a str,
@@ -27,8 +26,7 @@ pub struct TupleFilter<'a> {
 
 /// Selects attributes. An empty field selects all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the fields are the words of the model")]
-pub struct AttributeFilter<'a> {
+pub(crate) struct AttributeFilter<'a> {
     pub entity_type: &'a str,
     pub entity_ids: &'a [String],
     pub attributes: &'a [String],
@@ -36,7 +34,7 @@ pub struct AttributeFilter<'a> {
 
 impl TupleFilter<'_> {
     /// Whether the filter selects all tuples.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         *self == TupleFilter::default()
     }
 
@@ -58,7 +56,7 @@ impl TupleFilter<'_> {
 
 impl AttributeFilter<'_> {
     /// Whether the filter selects all attributes.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         *self == AttributeFilter::default()
     }
 

@@ -18,11 +18,11 @@ const PAGE_BYTES_MAX: usize = 1 << 20;
 /// The primary key of a row, without the tenant. Its text form is the opaque token with which clients request the next
 /// page.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Key<const COLUMNS: usize>([String; COLUMNS]);
+pub(crate) struct Key<const COLUMNS: usize>([String; COLUMNS]);
 
 /// One page of rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Page<T, const COLUMNS: usize> {
+pub(crate) struct Page<T, const COLUMNS: usize> {
     /// The rows.
     pub items: Vec<T>,
     /// The key of the last row, if more rows follow.
@@ -32,7 +32,7 @@ pub struct Page<T, const COLUMNS: usize> {
 /// The text is not a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("it is not the continuous_token of an earlier page of the same method")]
-pub struct ParseKeyError;
+pub(crate) struct ParseKeyError;
 
 impl<const COLUMNS: usize> fmt::Display for Key<COLUMNS> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

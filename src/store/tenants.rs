@@ -13,7 +13,7 @@ const LOCK: &str = "hashtextextended($1, x'7475706c65'::bigint)";
 
 /// A tenant.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tenant {
+pub(crate) struct Tenant {
     /// Its id.
     pub id: String,
     /// A name for people.
@@ -27,7 +27,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::TenantExists`] and others.
-    pub async fn create_tenant(&self, id: &TenantId, name: &str) -> Result<Tenant, Error> {
+    pub(crate) async fn create_tenant(&self, id: &TenantId, name: &str) -> Result<Tenant, Error> {
         let insert = format!(
             "INSERT INTO tuplewatch.tenants (id, name) VALUES ($1, $2) ON CONFLICT DO NOTHING RETURNING {COLUMNS}"
         );
@@ -44,7 +44,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::UnknownTenant`] and others.
-    pub async fn delete_tenant(&self, id: &TenantId) -> Result<(), Error> {
+    pub(crate) async fn delete_tenant(&self, id: &TenantId) -> Result<(), Error> {
         let patience =
             format!("SET LOCAL statement_timeout = '{}s'; SET LOCAL lock_timeout = 0", TENANT_DELETION_MAX.as_secs());
         persistently(TENANT_DELETION_MAX, || async {
@@ -70,7 +70,7 @@ impl Store {
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn list_tenants(
+    pub(crate) async fn list_tenants(
         &self,
         only: Option<&[String]>,
         after: Option<&Key<1>>,

@@ -64,7 +64,7 @@ pub(super) fn new(config: &config::Oidc) -> Result<(Verifier, Refresher), issuer
 }
 
 /// Checks tokens.
-pub struct Verifier {
+pub(crate) struct Verifier {
     options: config::Oidc,
     known: watch::Receiver<Known>,
     wanted: Arc<Notify>,
@@ -152,7 +152,7 @@ fn refusal(error: &jsonwebtoken::errors::Error) -> Error {
 }
 
 /// Fetches the keys regularly and on request.
-pub struct Refresher {
+pub(crate) struct Refresher {
     issuer: Issuer,
     publish: watch::Sender<Known>,
     wanted: Arc<Notify>,
@@ -160,7 +160,7 @@ pub struct Refresher {
 
 impl Refresher {
     /// Runs until dropped.
-    pub async fn run(self) {
+    pub(crate) async fn run(self) {
         let limit = RateLimiter::direct(Quota::per_minute(UNKNOWN_KEYS_PER_MINUTE));
         let mut retry = RETRY_MIN;
         loop {

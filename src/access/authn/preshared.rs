@@ -7,7 +7,7 @@ use subtle::ConstantTimeEq as _;
 
 /// The digests of the keys. Digests have equal lengths, so the time of a comparison reveals nothing about the length of
 /// a key.
-pub struct Keys(Vec<([u8; 32], Caller)>);
+pub(crate) struct Keys(Vec<([u8; 32], Caller)>);
 
 fn digest(key: &str) -> [u8; 32] {
     Sha256::digest(key.as_bytes()).into()

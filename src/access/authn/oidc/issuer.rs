@@ -21,7 +21,7 @@ const USER_AGENT: &str = concat!("tuplewatch/", env!("CARGO_PKG_VERSION"));
 
 /// The reason for a failed fetch.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The trusted authorities of this machine could not be loaded.
     #[error("the system's certificate authorities cannot be read: {0} (SSL_CERT_FILE names them)")]
     Authorities(std::io::Error),
