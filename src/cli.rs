@@ -34,7 +34,7 @@ use tokio::runtime::Runtime;
 /// number of subscribers. A subscriber that returns with its last snap token receives exactly the changes after it.
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true, max_term_width = 110, after_help = examples::ALL)]
-pub struct Cli {
+struct Cli {
     #[command(subcommand)]
     command: Command,
     /// When to colour output: auto (on a terminal, unless NO_COLOR is set), always, or never

@@ -36,15 +36,15 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use authn::{Authn, Credentials, Exempt, Oidc, PresharedKey, SecureUrl};
-pub use choice::{AuthnMethod, Failover, LogFormat, LogLevel, OnUndecodable, Preset, SnapTokenFormat};
-pub use database_uri::DatabaseUri;
-pub use effective::Effective;
-pub use environment::from_env;
+pub(crate) use authn::{Authn, Credentials, Exempt, Oidc, PresharedKey, SecureUrl};
+pub(crate) use choice::{Failover, LogFormat, LogLevel, OnUndecodable, Preset, SnapTokenFormat};
+pub(crate) use database_uri::DatabaseUri;
+pub(crate) use effective::Effective;
+pub(crate) use environment::from_env;
 pub use error::Error;
-pub use host::Host;
-pub use quantity::ByteSize;
-pub use spelling::nearest;
+pub(crate) use host::Host;
+pub(crate) use quantity::ByteSize;
+pub(crate) use spelling::nearest;
 
 use crate::model::diagnostic::CommandLine;
 use error::Problem;
@@ -64,22 +64,14 @@ const DAY_SECS: u64 = 24 * 60 * MINUTE_SECS;
 pub struct Config {
     /// Section `server`.
     pub server: Server,
-    /// Section `logger`.
-    pub logger: Logger,
-    /// Section `authn`.
-    pub authn: Authn,
-    /// Section `service`.
-    pub service: Service,
-    /// Section `database`.
-    pub database: Database,
-    /// Section `replication`.
-    pub replication: Replication,
-    /// Section `mapping`.
-    pub mapping: Mapping,
-    /// Section `snap_token`.
-    pub snap_token: SnapToken,
-    /// Section `changelog`.
-    pub changelog: Changelog,
+    pub(crate) logger: Logger,
+    pub(crate) authn: Authn,
+    pub(crate) service: Service,
+    pub(crate) database: Database,
+    pub(crate) replication: Replication,
+    pub(crate) mapping: Mapping,
+    pub(crate) snap_token: SnapToken,
+    pub(crate) changelog: Changelog,
     /// Section `shutdown`.
     pub shutdown: Shutdown,
     effective: Effective,
@@ -90,9 +82,9 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Server {
     /// The address that every listener binds to.
-    pub host: Host,
+    pub(crate) host: Host,
     /// Requests a second that all listeners together accept; `None` sets no limit.
-    pub rate_limit: Option<NonZeroU32>,
+    pub(crate) rate_limit: Option<NonZeroU32>,
     /// The gRPC listener.
     pub grpc: Grpc,
     /// The HTTP gateway; `None` if it is switched off.
@@ -105,7 +97,7 @@ pub struct Grpc {
     /// 0 lets the system choose a free port.
     pub port: u16,
     /// `None` serves plain text.
-    pub tls: Option<Tls>,
+    pub(crate) tls: Option<Tls>,
 }
 
 /// The HTTP gateway.
@@ -114,128 +106,123 @@ pub struct Http {
     /// 0 lets the system choose a free port.
     pub port: u16,
     /// `None` serves plain text.
-    pub tls: Option<Tls>,
+    pub(crate) tls: Option<Tls>,
     /// Origins whose pages may call the gateway: `scheme://host[:port]`, or `*` for all.
-    pub cors_allowed_origins: Vec<String>,
+    pub(crate) cors_allowed_origins: Vec<String>,
     /// The longest body of a request.
-    pub body_size_max: ByteSize,
+    pub(crate) body_size_max: ByteSize,
     /// `/readyz` answers 503 from this lag behind the server on. At zero, `/readyz` ignores the lag.
-    pub ready_lag_max: Duration,
+    pub(crate) ready_lag_max: Duration,
 }
 
 /// PEM files of a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tls {
+pub(crate) struct Tls {
     /// The certificate chain of the server.
-    pub cert: PathBuf,
+    pub(crate) cert: PathBuf,
     /// Its private key.
-    pub key: PathBuf,
+    pub(crate) key: PathBuf,
     /// When set, clients must present a certificate that this authority signed.
-    pub client_ca: Option<PathBuf>,
+    pub(crate) client_ca: Option<PathBuf>,
 }
 
 /// The log lines on standard error.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Logger {
+pub(crate) struct Logger {
     /// The least severe event that is logged.
-    pub level: LogLevel,
+    pub(crate) level: LogLevel,
     /// The format of a log line.
-    pub format: LogFormat,
+    pub(crate) format: LogFormat,
 }
 
-/// The services.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Service {
-    /// The Watch service.
-    pub watch: Watch,
+pub(crate) struct Service {
+    pub(crate) watch: Watch,
 }
 
-/// The Watch service.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Watch {
+pub(crate) struct Watch {
     /// If false, Watch answers UNIMPLEMENTED.
-    pub enabled: bool,
+    pub(crate) enabled: bool,
     /// Release a change before a new snapshot in PostgreSQL can see it.
-    pub before_visible: bool,
+    pub(crate) before_visible: bool,
     /// The largest message. A larger transaction comes in several messages; a single change is never split.
-    pub message_size_max: ByteSize,
+    pub(crate) message_size_max: ByteSize,
     /// The longest wait for the transaction of a transaction token to end.
-    pub resolve_timeout: Duration,
+    pub(crate) resolve_timeout: Duration,
     /// The most streams that may be open in this process.
-    pub subscribers_max: u32,
+    pub(crate) subscribers_max: u32,
 }
 
-/// The connections to PostgreSQL.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Database {
+pub(crate) struct Database {
     /// `None` if no source sets it: see [`Config::require_database_uri`].
-    pub uri: Option<DatabaseUri>,
+    pub(crate) uri: Option<DatabaseUri>,
     /// The most SQL connections. The replication connection comes on top.
-    pub max_connections: usize,
+    pub(crate) max_connections: usize,
     /// The most tuples and attributes that one call may write.
-    pub max_data_per_write: usize,
+    pub(crate) max_data_per_write: usize,
 }
 
 /// SQL connections that streaming needs: visibility, the session's checks, stream starts, and the slot monitor.
-pub const STREAMING_CONNECTIONS: usize = 4;
+pub(crate) const STREAMING_CONNECTIONS: usize = 4;
 
 impl Database {
     /// The part of `max_connections` that remains for Data and Tenancy.
-    pub const fn connections_for_store(&self) -> usize {
+    pub(crate) const fn connections_for_store(&self) -> usize {
         self.max_connections - STREAMING_CONNECTIONS
     }
 }
 
 /// The objects in PostgreSQL that feed this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Replication {
+pub(crate) struct Replication {
     /// The replication slot. Only this process may read it.
-    pub slot: String,
+    pub(crate) slot: String,
     /// The publication that lists the watched tables.
-    pub publication: String,
+    pub(crate) publication: String,
     /// Whether standbys may keep a copy of the slot, if PostgreSQL can.
-    pub failover: Failover,
+    pub(crate) failover: Failover,
     /// How far the acknowledged position stays behind the durable one.
-    pub acknowledgement_delay: AckDelay,
+    pub(crate) acknowledgement_delay: AckDelay,
     /// The limits above which a warning about the slot is logged.
-    pub warn: SlotWarnings,
+    pub(crate) warn: SlotWarnings,
 }
 
 /// Delays acknowledgements, so that PostgreSQL sends recent WAL again to a node that lost its change log. A position is
 /// acknowledged once it is older than `age` or further back than `size`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AckDelay {
+pub(crate) struct AckDelay {
     /// Zero delays nothing.
-    pub age: Duration,
+    pub(crate) age: Duration,
     /// In bytes of WAL, which includes writes to other databases of the cluster.
-    pub size: ByteSize,
+    pub(crate) size: ByteSize,
 }
 
 /// The limits above which a warning about the slot is logged; zero turns a warning off.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SlotWarnings {
+pub(crate) struct SlotWarnings {
     /// Warn if the server keeps more WAL than this for the slot.
-    pub retained_wal: ByteSize,
+    pub(crate) retained_wal: ByteSize,
     /// Warn if less WAL than this may still be written before the slot is lost.
-    pub safe_wal_size: ByteSize,
+    pub(crate) safe_wal_size: ByteSize,
     /// Warn if the oldest WAL that is not acknowledged yet is older than this.
-    pub lag: Duration,
+    pub(crate) lag: Duration,
 }
 
 /// The mapping of rows to changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mapping {
-    /// The mapping itself.
-    pub source: MappingSource,
+pub(crate) struct Mapping {
+    pub(crate) source: MappingSource,
     /// The schema of Permify's tables, for the preset `permify`. Other mappings name schemas themselves.
-    pub schema: String,
+    pub(crate) schema: String,
     /// The treatment of a row that the mapping cannot turn into changes.
-    pub on_undecodable: OnUndecodable,
+    pub(crate) on_undecodable: OnUndecodable,
 }
 
 /// The origin of the mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MappingSource {
+pub(crate) enum MappingSource {
     /// A mapping that ships with tuplewatch.
     Preset(Preset),
     /// A mapping file of the operator.
@@ -244,31 +231,30 @@ pub enum MappingSource {
 
 /// The snap tokens in messages.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SnapToken {
-    /// Their form.
-    pub format: SnapTokenFormat,
+pub(crate) struct SnapToken {
+    pub(crate) format: SnapTokenFormat,
 }
 
 /// The change log on local disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Changelog {
+pub(crate) struct Changelog {
     /// Its directory, relative to the working directory.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// The bounds on kept history.
-    pub retention: Retention,
+    pub(crate) retention: Retention,
     /// If the disk has less free space than this, the oldest changes are dropped early.
-    pub disk_reserve: ByteSize,
+    pub(crate) disk_reserve: ByteSize,
     /// The size of the recent messages kept in memory.
-    pub memory_window: ByteSize,
+    pub(crate) memory_window: ByteSize,
 }
 
 /// The bounds on kept history. Changes beyond either bound are dropped.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Retention {
+pub(crate) struct Retention {
     /// The age of a change, counted from its append to the log.
-    pub age: Duration,
+    pub(crate) age: Duration,
     /// The size on disk.
-    pub size: ByteSize,
+    pub(crate) size: ByteSize,
 }
 
 /// The end of the process.
@@ -327,7 +313,7 @@ impl Config {
 
     /// The section `logger` alone, even if the rest of the configuration is wrong: errors in the configuration are
     /// logged in this format.
-    pub fn logger(
+    pub(crate) fn logger(
         file: Option<&Path>,
         env: impl IntoIterator<Item = (String, String)>,
         overrides: &[(String, String)],
@@ -340,17 +326,17 @@ impl Config {
     /// # Errors
     ///
     /// No source sets the URI. The message lists the places to set it.
-    pub fn require_database_uri(&self) -> Result<&DatabaseUri, Error> {
+    pub(crate) fn require_database_uri(&self) -> Result<&DatabaseUri, Error> {
         self.database.uri.as_ref().ok_or_else(|| Problem::Missing { key: "database.uri" }.into())
     }
 
     /// Writes commands with the flags of this process, for messages that recommend another command.
-    pub fn commands(&self) -> &CommandLine {
+    pub(crate) fn commands(&self) -> &CommandLine {
         &self.commands
     }
 
     /// The configuration as YAML with the origin of every value. It loads again, except for the redacted secrets.
-    pub fn effective(&self) -> &Effective {
+    pub(crate) fn effective(&self) -> &Effective {
         &self.effective
     }
 }

@@ -63,9 +63,7 @@ pub(crate) struct Metrics {
     pub slow_subscribers: IntCounter,
     /// The most streams that may be open.
     pub subscribers_limit: IntGauge,
-    /// Streams over gRPC.
     pub grpc: Edge,
-    /// Streams over HTTP.
     pub http: Edge,
     streams_ended: IntCounterVec,
     grpc_requests: IntCounterVec,
@@ -76,7 +74,6 @@ pub(crate) struct Metrics {
 pub(crate) struct Edge {
     /// The value of the label `protocol`.
     pub protocol: &'static str,
-    /// Open streams.
     pub subscribers: IntGauge,
     /// Messages that were passed to the connection.
     pub messages_sent: IntCounter,

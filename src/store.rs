@@ -74,7 +74,6 @@ pub(crate) enum Error {
     /// The data violate a constraint that somebody added, or have letters that the database's encoding lacks.
     #[error("the database does not take these data: {0}")]
     Unfit(String),
-    /// PostgreSQL refused the statement.
     #[error("PostgreSQL refused: {0}")]
     Refused(String),
     /// A stored row has an unexpected form.

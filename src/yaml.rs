@@ -15,12 +15,11 @@ use std::fmt;
 use yaml_rust2::{ScanError, Yaml, YamlLoader};
 
 /// Keys and their values.
-pub type Section = BTreeMap<String, Value>;
+pub(crate) type Section = BTreeMap<String, Value>;
 
 /// The value of a key, or an item of a list.
 #[derive(Clone, Debug, PartialEq)]
-#[expect(missing_docs, reason = "the names say it")]
-pub enum Value {
+pub(crate) enum Value {
     Null,
     Boolean(bool),
     Integer(i64),
@@ -64,7 +63,7 @@ fn at(path: &str) -> String {
 ///
 /// # Errors
 /// The text is not YAML, or has no sections at its top level.
-pub fn parse(text: &str) -> Result<Section, Error> {
+pub(crate) fn parse(text: &str) -> Result<Section, Error> {
     let mut documents = YamlLoader::load_from_str(text)?;
     let document = documents.pop();
     match document.map(value) {

@@ -41,13 +41,11 @@ pub(crate) enum Error {
     /// The credentials do not prove who the caller is.
     #[error(transparent)]
     Credentials(#[from] authn::Error),
-    /// Too many requests.
     #[error(
         "more than {limit} requests a second, which is the limit (server.rate_limit): try again after {}ms",
         retry_after.as_millis()
     )]
     Rate {
-        /// The limit.
         limit: NonZeroU32,
         /// The wait until a retry may succeed, in whole milliseconds, at least one.
         retry_after: Duration,

@@ -112,7 +112,6 @@ pub(crate) enum Authenticator {
     Open,
     /// By a key of a list.
     Preshared(preshared::Keys),
-    /// By a JWT.
     Oidc(oidc::Verifier),
 }
 
@@ -121,7 +120,9 @@ impl Authenticator {
     ///
     /// # Errors
     /// The trusted authorities cannot be loaded, so the issuer cannot be asked.
-    pub(crate) fn new(credentials: Option<&Credentials>) -> Result<(Self, Option<oidc::Refresher>), oidc::issuer::Error> {
+    pub(crate) fn new(
+        credentials: Option<&Credentials>,
+    ) -> Result<(Self, Option<oidc::Refresher>), oidc::issuer::Error> {
         Ok(match credentials {
             None => (Self::Open, None),
             Some(Credentials::Preshared(keys)) => (Self::Preshared(preshared::Keys::new(keys)), None),

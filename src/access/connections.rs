@@ -64,7 +64,6 @@ impl Listener {
         Ok(Self { listener, address })
     }
 
-    /// The bound address.
     pub(crate) const fn address(&self) -> SocketAddr {
         self.address
     }

@@ -26,17 +26,14 @@ pub(crate) enum Error {
     /// A file cannot be read.
     #[error("cannot read {path} ({key}): {source}")]
     Unreadable {
-        /// The file.
         path: String,
         /// The configuration key that names it.
         key: String,
-        /// The cause.
         source: std::io::Error,
     },
     /// A file has the wrong content.
     #[error("{path} ({key}) holds no {what} in PEM form")]
     Foreign {
-        /// The file.
         path: String,
         /// The configuration key that names it.
         key: String,
@@ -48,7 +45,6 @@ pub(crate) enum Error {
     Unusable {
         /// The section of the configuration.
         section: &'static str,
-        /// The cause.
         reason: String,
     },
 }

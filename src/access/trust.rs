@@ -29,7 +29,6 @@ pub(crate) enum Authorities {
     Anybody,
     /// The authorities in a file, and servers whose own certificate is in it.
     Own(Vec<CertificateDer<'static>>),
-    /// Public authorities.
     Public(RootCertStore),
 }
 
@@ -39,7 +38,6 @@ pub(crate) enum Refused {
     /// No trusted authority issued it.
     #[error("no authority that is trusted has issued the server's certificate")]
     UnknownIssuer,
-    /// It names another host.
     #[error("the server's certificate is not valid for {expected}: it is for {presented}")]
     OtherName {
         /// The host that the client connects to.

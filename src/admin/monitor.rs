@@ -97,7 +97,6 @@ pub(crate) struct SlotReport {
 /// How far a position is behind the end of the server's WAL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Lag {
-    /// Bytes of WAL.
     pub bytes: u64,
     /// The time since the server passed the position, in steps of the looks; zero if the server is still there.
     pub time: Duration,

@@ -67,9 +67,7 @@ const LOCK_RETRY: Duration = Duration::from_secs(1);
 pub(crate) struct Setup<'a> {
     /// Lists the tables to watch.
     pub mapping: &'a Mapping,
-    /// Name of the slot.
     pub slot: &'a str,
-    /// Name of the publication.
     pub publication: &'a str,
     /// Whether to create the tables of the preset `tuples`.
     pub apply_schema: bool,
@@ -295,9 +293,7 @@ fn none_in_the_way(report: Report) -> Result<(), Error> {
 /// The objects to remove. The tables stay, with their rows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Teardown<'a> {
-    /// Name of the slot.
     pub slot: &'a str,
-    /// Name of the publication.
     pub publication: &'a str,
 }
 

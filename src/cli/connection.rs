@@ -89,7 +89,6 @@ impl ConnectionArgs {
         given.into_iter().filter_map(|(flag, value)| Some([flag.to_owned(), value?])).flatten().collect()
     }
 
-    /// Reads the certificate files.
     pub(super) fn way(&self) -> anyhow::Result<Way> {
         let endpoint = |url: String| -> anyhow::Result<Endpoint> {
             Ok(Endpoint::from_shared(url)?

@@ -14,7 +14,7 @@ use crate::yaml::{Section, Value};
 
 /// The credentials of callers, and the requests that need none.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Authn {
+pub(crate) struct Authn {
     /// The credentials that callers must present; `None` lets everybody in.
     pub credentials: Option<Credentials>,
     /// The requests that need no credentials.
@@ -23,16 +23,15 @@ pub struct Authn {
 
 /// The credentials that callers present as `authorization: Bearer …`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Credentials {
+pub(crate) enum Credentials {
     /// One of these keys.
     Preshared(Vec<PresharedKey>),
-    /// A JWT.
     Oidc(Oidc),
 }
 
 /// The requests that need no credentials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Exempt {
+pub(crate) struct Exempt {
     /// `grpc.health.v1`, `/healthz` and `/readyz`. The probes of a platform usually have no credentials.
     pub health: bool,
     /// Server reflection, which reveals only the published protocol.
@@ -43,7 +42,7 @@ pub struct Exempt {
 
 /// A key, and the tenants that it gives access to. `Debug` hides the key.
 #[derive(Clone, PartialEq, Eq)]
-pub struct PresharedKey {
+pub(crate) struct PresharedKey {
     key: String,
     /// `None` gives access to all tenants.
     pub tenants: Option<Vec<String>>,
@@ -51,7 +50,7 @@ pub struct PresharedKey {
 
 impl PresharedKey {
     /// The key itself, for comparisons.
-    pub fn expose(&self) -> &str {
+    pub(crate) fn expose(&self) -> &str {
         &self.key
     }
 }
@@ -75,7 +74,7 @@ impl Setting for PresharedKey {
 
 /// JWTs of an OpenID Connect issuer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Oidc {
+pub(crate) struct Oidc {
     /// The issuer whose tokens are accepted. Its keys are found through its discovery document.
     pub issuer: SecureUrl,
     /// The value that the claim `aud` of a token must contain.
@@ -86,12 +85,12 @@ pub struct Oidc {
 
 /// The URL of a trusted server: https, or http on this machine.
 #[derive(Clone, PartialEq, Eq)]
-pub struct SecureUrl(String);
+pub(crate) struct SecureUrl(String);
 
 impl SecureUrl {
     /// Parses a URL without user and fragment, which the URLs of issuers and keys do not need. `None` if the text is
     /// not a secure URL.
-    pub fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let uri: http::Uri = text.parse().ok()?;
         let host = uri.host()?.trim_matches(['[', ']']);
         let is_loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
@@ -104,7 +103,7 @@ impl SecureUrl {
     }
 
     /// The URL as it was configured.
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }

@@ -12,7 +12,7 @@ macro_rules! choice {
     ($(#[$outer:meta])* $name:ident { $($(#[$inner:meta])* $variant:ident = $word:literal,)+ }) => {
         $(#[$outer])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum $name { $($(#[$inner])* $variant,)+ }
+        pub(crate) enum $name { $($(#[$inner])* $variant,)+ }
 
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -87,7 +87,6 @@ choice! {
     Preset {
         /// The tables in schema `tuplewatch`.
         Tuples = "tuples",
-        /// The tables of Permify.
         Permify = "permify",
     }
 }

@@ -7,7 +7,7 @@ use std::fmt;
 /// `Display` and `Debug` hide its password. They show only a string that has one of the two forms. Any other string is
 /// hidden as a whole, because its password could be anywhere.
 #[derive(Clone, PartialEq, Eq)]
-pub struct DatabaseUri(String);
+pub(crate) struct DatabaseUri(String);
 
 /// The replacement for a hidden text.
 pub(super) const HIDDEN: &str = "***";
@@ -70,7 +70,7 @@ impl DatabaseUri {
     }
 
     /// The URI with its password, for a connection.
-    pub fn expose(&self) -> &str {
+    pub(crate) fn expose(&self) -> &str {
         &self.0
     }
 }

@@ -13,7 +13,7 @@ use crate::yaml;
 
 /// The values in force with their origins. `Display` writes YAML and redacts secrets.
 #[derive(Clone, Debug, Default)]
-pub struct Effective {
+pub(crate) struct Effective {
     lines: Vec<Line>,
 }
 
@@ -27,12 +27,12 @@ struct Line {
 
 impl Effective {
     /// Every key in the order of the document, with its value in YAML and secrets redacted.
-    pub fn entries(&self) -> impl Iterator<Item = (&'static str, &str)> {
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (&'static str, &str)> {
         self.lines.iter().map(|line| (line.key, line.value.as_str()))
     }
 
     /// Whether no source sets `key`.
-    pub fn is_default(&self, key: &str) -> bool {
+    pub(crate) fn is_default(&self, key: &str) -> bool {
         self.lines.iter().any(|line| line.key == key && line.origin == Origin::Default)
     }
 

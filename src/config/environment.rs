@@ -13,7 +13,7 @@ pub(super) const OTHER_VARIABLES: &[&str] = &["TUPLEWATCH_CONFIG", "TUPLEWATCH_P
 /// # Errors
 ///
 /// Lists each of these variables that is not valid UTF-8.
-pub fn from_env() -> Result<Vec<(String, String)>, Error> {
+pub(crate) fn from_env() -> Result<Vec<(String, String)>, Error> {
     unicode(std::env::vars_os())
 }
 

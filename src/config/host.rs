@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 /// An IP address or a DNS name, without a port and without brackets.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Host(String);
+pub(crate) struct Host(String);
 
 impl Host {
     /// Every IPv4 address of the machine.
@@ -23,7 +23,7 @@ impl Host {
     }
 
     /// The host without brackets. `(host.as_str(), port)` is a socket address, for IPv6 too.
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 /// A number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ByteSize(u64);
+pub(crate) struct ByteSize(u64);
 
 /// Ordered from the largest to the smallest. If two spellings are equally long, the earlier one is printed.
 const SIZE_UNITS: &[(&str, u64)] = &[
@@ -28,7 +28,7 @@ const DURATION_UNITS: &[(&str, u64)] =
 
 impl ByteSize {
     /// A size of this number of bytes.
-    pub const fn bytes(bytes: u64) -> Self {
+    pub(crate) const fn bytes(bytes: u64) -> Self {
         Self(bytes)
     }
 
@@ -44,18 +44,17 @@ impl ByteSize {
         Self((count as u64) << 30)
     }
 
-    /// The size in bytes.
-    pub const fn get(self) -> u64 {
+    pub(crate) const fn get(self) -> u64 {
         self.0
     }
 
     /// The size in bytes, for lengths in memory; saturates at the largest `usize`.
-    pub fn to_usize(self) -> usize {
+    pub(crate) fn to_usize(self) -> usize {
         usize::try_from(self.0).unwrap_or(usize::MAX)
     }
 
     /// Parses `512KiB`, `10GB`, `100B` or a plain number of bytes. `None` for any other text, and above 64 bits.
-    pub fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let (count, unit) = split_number(text)?;
         let unit_bytes = match unit.trim_start() {
             "" => 1,

@@ -1,7 +1,7 @@
 //! "Did you mean …": finds the known name that an unknown one was probably meant to be.
 
 /// The only known name that is near `unknown`: a few typing errors away, or equal to it without its parents.
-pub fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
     // One typing error in three letters, two at most: a wider search would mislead more often than it helps.
     let slips_max = (unknown.chars().count() / 3).min(2);
     let slips_min = known.clone().map(|name| distance(unknown, name)).min()?;

@@ -10,9 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub(crate) struct Process {
     /// Processor time, in user and system mode.
     pub cpu_seconds: f64,
-    /// Resident memory.
     pub resident_bytes: Option<u64>,
-    /// Open descriptors.
     pub open_fds: Option<u64>,
     /// The limit of open descriptors.
     pub max_fds: Option<u64>,

@@ -43,13 +43,11 @@ pub(crate) struct Readings {
     pub looked_at_seconds: Option<f64>,
     /// The result of the last look; `None` if it is outdated.
     pub server: Option<Server>,
-    /// The change log.
     pub log: Log,
     /// The recent messages in memory.
     pub window: Window,
     /// The lag of each stream behind the released position, in bytes of WAL.
     pub stream_lag_bytes: Vec<u64>,
-    /// The process.
     pub process: Process,
 }
 
@@ -66,7 +64,6 @@ pub(crate) struct Server {
     pub slot: Option<Slot>,
 }
 
-/// The slot.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Slot {
     /// Whether a process reads it.
@@ -87,7 +84,6 @@ pub(crate) struct Slot {
     pub safe_bytes: Option<u64>,
 }
 
-/// The change log.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Log {
     /// The size that retention counts.

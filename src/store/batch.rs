@@ -17,7 +17,6 @@ pub(crate) struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// Adds a tuple.
     pub(crate) fn put_tuple(&mut self, tuple: Tuple<'a>) {
         self.tuples.insert(tuple);
     }
@@ -33,7 +32,6 @@ impl<'a> Batch<'a> {
         self.attributes.entry([entity_type, entity_id, attribute]).or_insert(value);
     }
 
-    /// The number of rows.
     pub(crate) fn len(&self) -> usize {
         self.tuples.len() + self.attributes.len()
     }

@@ -23,7 +23,6 @@ pub(crate) struct Key<const COLUMNS: usize>([String; COLUMNS]);
 /// One page of rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Page<T, const COLUMNS: usize> {
-    /// The rows.
     pub items: Vec<T>,
     /// The key of the last row, if more rows follow.
     pub next: Option<Key<COLUMNS>>,

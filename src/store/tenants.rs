@@ -11,10 +11,8 @@ use tokio_postgres::{Client, Transaction};
 /// programs. Two tenants with equal hashes share a lock, which does no harm.
 const LOCK: &str = "hashtextextended($1, x'7475706c65'::bigint)";
 
-/// A tenant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Tenant {
-    /// Its id.
     pub id: String,
     /// A name for people.
     pub name: String,

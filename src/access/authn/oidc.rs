@@ -63,7 +63,6 @@ pub(super) fn new(config: &config::Oidc) -> Result<(Verifier, Refresher), issuer
     Ok((verifier, Refresher { issuer, publish, wanted }))
 }
 
-/// Checks tokens.
 pub(crate) struct Verifier {
     options: config::Oidc,
     known: watch::Receiver<Known>,

@@ -15,7 +15,6 @@ pub(super) const LOCK_TIMEOUT_SECONDS: u64 = 5;
 pub(crate) struct Step {
     /// Its effect in the imperative: "create publication …".
     pub explanation: String,
-    /// The statements.
     pub sql: String,
     pub(super) kind: Kind,
 }

@@ -30,32 +30,16 @@ pub(crate) enum Error {
     TimedOut,
     /// The connection failed, or its certificate was not trusted.
     #[error("{url}: {}", chain(.source.as_ref()))]
-    Unreachable {
-        /// The requested URL.
-        url: String,
-        /// The cause.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
+    Unreachable { url: String, source: Box<dyn std::error::Error + Send + Sync> },
     /// The status was not 200.
     #[error("{url} answers {status}")]
-    Refused {
-        /// The requested URL.
-        url: String,
-        /// The status.
-        status: http::StatusCode,
-    },
+    Refused { url: String, status: http::StatusCode },
     /// The document is not valid.
     #[error("{url} is not what it should be: {source}")]
-    Malformed {
-        /// The requested URL.
-        url: String,
-        /// The cause.
-        source: serde_json::Error,
-    },
+    Malformed { url: String, source: serde_json::Error },
     /// The metadata belongs to another issuer.
     #[error("{url} is about the issuer '{found}': authn.oidc.issuer must be written the same way")]
     OtherIssuer {
-        /// The requested URL.
         url: String,
         /// The issuer that the metadata names.
         found: String,
@@ -108,7 +92,6 @@ impl Issuer {
         &self.url
     }
 
-    /// Fetches the current keys.
     pub(super) async fn fetch(&self) -> Result<Keys, Error> {
         tokio::time::timeout(FETCH_MAX, self.fetch_documents()).await.unwrap_or(Err(Error::TimedOut))
     }
