@@ -162,7 +162,7 @@ struct Round {
 /// The load of a round.
 #[derive(Clone, Copy)]
 struct Written {
-    /// The begin of the measurement.
+    /// The start of the measurement.
     began_ns: u64,
     transactions: u64,
     per_second: f64,

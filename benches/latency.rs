@@ -55,7 +55,7 @@ const RATE: usize = 500;
 /// The interval of round trips.
 const ASK_EVERY: Duration = Duration::from_millis(10);
 const SECONDS: usize = 20;
-/// The begin of each run that is not counted: caches fill, and connections are new.
+/// The start of each run, which is not counted: caches fill, and connections are new.
 const WARM_UP_SECONDS: usize = 1;
 const SLOT: &str = "bench_bare";
 const BEFORE_VISIBLE: &str = "--service-watch-before-visible";

@@ -140,13 +140,13 @@ impl Cli {
         // rustls needs one explicit provider if a dependency adds a second one. An already installed provider stays.
         let _ = rustls::crypto::ring::default_provider().install_default();
         self.color.apply();
-        let ended = match &self.command {
+        let result = match &self.command {
             Command::Serve { config, reset_log } => serve(config, *reset_log).await,
             Command::Setup { config, args } => setup::setup(config, args).await,
             Command::Doctor { config, args } => match doctor::run(config, args).await {
                 // `doctor` has already printed the problems.
-                Ok(doctor::Verdict::Ill) => return FAILURE.into(),
-                Ok(doctor::Verdict::Well) => Ok(()),
+                Ok(doctor::Verdict::Errors) => return FAILURE.into(),
+                Ok(doctor::Verdict::NoErrors) => Ok(()),
                 Err(error) => Err(error),
             },
             Command::Teardown { config } => setup::teardown(config).await,
@@ -160,10 +160,10 @@ impl Cli {
             Command::Config { config } => print_config(config),
             Command::Completions(args) => completions::run(args),
         };
-        match ended {
+        match result {
             Ok(()) => OK.into(),
             Err(error) => {
-                self.say_last(&describe(error.as_ref()));
+                self.report_error(&describe(error.as_ref()));
                 let misconfigured = error.is::<config::Error>() || error.is::<app::Misconfigured>();
                 if misconfigured { USAGE.into() } else { FAILURE.into() }
             }
@@ -172,13 +172,13 @@ impl Cli {
 
     /// Reports that the operating system refused a resource that the process needs to start; returns the exit code.
     fn fail(&self, error: &std::io::Error) -> ExitCode {
-        self.say_last(&format!("cannot start: {error}"));
+        self.report_error(&format!("cannot start: {error}"));
         FAILURE.into()
     }
 
     /// Reports the error that ends the command, in the log format of its configuration. This also holds for errors in
     /// the configuration itself, so that a machine that reads JSON can read this line too.
-    fn say_last(&self, text: &str) {
+    fn report_error(&self, text: &str) {
         let logger = match &self.command {
             Command::Serve { config, .. }
             | Command::Setup { config, .. }

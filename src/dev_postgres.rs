@@ -61,7 +61,8 @@ pub enum Error {
     #[error("no PostgreSQL (14 or newer) found on this machine{}.\nInstall it:  {install}\nor name the directory of its programs with --pg-bin DIR or TUPLEWATCH_PG_BIN.", seen(.rejected))]
     NotInstalled { install: String, rejected: Vec<String> },
 
-    #[error("{origin} {} cannot be used: {reason}.\nName a directory that has postgres, initdb and pg_ctl of PostgreSQL 14 or newer, such as /usr/lib/postgresql/16/bin.", .dir.display())]
+    #[error("{origin} {} cannot be used: {reason}.\nName a directory that has postgres, initdb and pg_ctl of \
+    PostgreSQL 14 or newer, such as /usr/lib/postgresql/16/bin.", .dir.display())]
     NotAnInstallation { origin: &'static str, dir: PathBuf, reason: String },
 
     #[error(
@@ -69,7 +70,9 @@ pub enum Error {
     )]
     NoAccount,
 
-    #[error("user {account}, as whom PostgreSQL has to run, cannot execute {}: {reason}.\nMove the installation to where that user can reach it (not below /root), choose another with --pg-bin, or run this as an ordinary user.", .program.display())]
+    #[error("user {account}, which PostgreSQL has to run as, cannot execute {}: {reason}.\nMove the installation to \
+    a directory that this user can access (not below /root), choose another with --pg-bin, or run this as an ordinary \
+    user.", .program.display())]
     ProgramUnreachable { account: String, program: PathBuf, reason: String },
 
     #[error("{} is not empty and holds no cluster of tuplewatch.\nName a new or empty directory.", .dir.display())]
@@ -78,7 +81,8 @@ pub enum Error {
     #[error("another tuplewatch is using {}.\nStop it, or name another directory.", .dir.display())]
     InUse { dir: PathBuf },
 
-    #[error("the cluster in {} was made by PostgreSQL {made_by}, and PostgreSQL {found} cannot read it.\nName a PostgreSQL {made_by} with --pg-bin, or delete the directory to begin anew.", .dir.display())]
+    #[error("the cluster in {} was made by PostgreSQL {made_by}, and PostgreSQL {found} cannot read it.\nName a \
+    PostgreSQL {made_by} with --pg-bin, or delete the directory to start over.", .dir.display())]
     WrongMajor { dir: PathBuf, made_by: u32, found: u32 },
 
     #[error(
@@ -101,12 +105,14 @@ pub enum Error {
     PortTaken { port: u16 },
 
     #[error(
-        "a PostgreSQL left over from an earlier run (process {pid}) could not be stopped: {reason}.\nEnd it by hand:  kill -QUIT {pid}"
+        "a PostgreSQL left over from an earlier run (process {pid}) could not be stopped: {reason}.\nEnd it \
+         manually:  kill -QUIT {pid}"
     )]
     Leftover { pid: u32, reason: String },
 
     #[error(
-        "PostgreSQL did not stop within {seconds} s ({mode} shutdown). Somebody is still connected, or it cannot write its checkpoint.\nStop it with a faster mode."
+        "PostgreSQL did not stop within {seconds} s ({mode} shutdown). A client is still connected, or it cannot \
+         write its checkpoint.\nStop it with a faster mode."
     )]
     NotStopped { mode: &'static str, seconds: u64 },
 

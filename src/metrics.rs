@@ -86,7 +86,7 @@ pub(crate) struct Edge {
 pub(crate) struct Table {
     /// Facts that began to hold.
     pub created: IntCounter,
-    /// Facts that ended to hold.
+    /// Facts that ceased to hold.
     pub deleted: IntCounter,
     /// Rows that could not be turned into changes.
     pub decode_errors: IntCounter,

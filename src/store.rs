@@ -63,7 +63,7 @@ pub(crate) enum Error {
     #[error("tenant '{0}' exists already")]
     TenantExists(TenantId),
     /// Every attempt collided with another transaction.
-    #[error("the transaction collided with others {ATTEMPTS_MAX} times, and nothing of it happened: try again")]
+    #[error("the transaction collided with others {ATTEMPTS_MAX} times and was rolled back: try again")]
     Collisions,
     /// All connections stayed busy for the longest permitted wait.
     #[error("all connections to PostgreSQL are busy (database.max_connections): try again later")]
@@ -72,7 +72,7 @@ pub(crate) enum Error {
     #[error("PostgreSQL cannot be asked at the moment, try again: {0}")]
     Unreachable(String),
     /// The data violate a constraint that somebody added, or have letters that the database's encoding lacks.
-    #[error("the database does not take these data: {0}")]
+    #[error("the database does not accept these data: {0}")]
     Unfit(String),
     #[error("PostgreSQL refused: {0}")]
     Refused(String),
@@ -204,7 +204,7 @@ impl Store {
             [entity_type, entity_id, relation, subject_type, subject_id, subject_relation] => {
                 Ok(make(Tuple { entity_type, entity_id, relation, subject_type, subject_id, subject_relation }))
             }
-            _ => Err("a tuple of other columns".to_owned()),
+            _ => Err("a tuple has unexpected columns".to_owned()),
         };
         self.read_page(tenant, query, page_size, &make).await
     }
@@ -234,7 +234,7 @@ impl Store {
                 let value = parse_attribute_value(value)?;
                 Ok(make(Attribute { entity_type, entity_id, attribute, value }))
             }
-            _ => Err("an attribute of other columns".to_owned()),
+            _ => Err("an attribute has unexpected columns".to_owned()),
         };
         self.read_page(tenant, query, page_size, &make).await
     }

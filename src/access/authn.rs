@@ -58,8 +58,8 @@ pub(crate) enum Error {
     MissingBearerToken,
     /// The token is not a JWT, or its signature, algorithm or validity period is wrong.
     #[error(
-        "ERROR_CODE_INVALID_BEARER_TOKEN: the token is no JWT that the issuer signed and that is valid now: get a new one, \
-         and send it as `Authorization: Bearer ...`"
+        "ERROR_CODE_INVALID_BEARER_TOKEN: the token is not a valid JWT of the issuer: get a new one, and send it as \
+         `Authorization: Bearer ...`"
     )]
     InvalidBearerToken,
     /// The JWT was issued for another service.
@@ -82,7 +82,7 @@ pub(crate) enum Error {
     InvalidClaims,
     /// The key is not in the list.
     #[error(
-        "ERROR_CODE_UNAUTHENTICATED: the key is none of this server's: send one of authn.preshared.keys as \
+        "ERROR_CODE_UNAUTHENTICATED: the key is unknown to this server: send one of authn.preshared.keys as \
          `Authorization: Bearer ...`"
     )]
     Unauthenticated,
@@ -186,7 +186,7 @@ mod tests {
         }
     }
     #[test]
-    fn a_refusal_is_its_name_and_a_sentence() {
+    fn a_refusal_has_a_name_and_a_sentence() {
         for error in [
             Error::MissingBearerToken,
             Error::InvalidBearerToken,

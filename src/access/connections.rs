@@ -31,8 +31,8 @@ pub(crate) fn limit(streams_max: usize) -> usize {
     // More than this is enough for many streams: gRPC has up to a hundred on one connection.
     if half < streams_max.min(BESIDE_STREAMS) {
         tracing::warn!(
-            "the limit of open files is {descriptors}: no more than {half} connections of gRPC, and as many of HTTP, are \
-             accepted, and the next ones wait. Raise it (ulimit -n, LimitNOFILE, --ulimit nofile)"
+            "the limit of open files is {descriptors}: at most {half} connections of gRPC and as many of HTTP are \
+             accepted at a time, and further ones wait. Raise it (ulimit -n, LimitNOFILE, --ulimit nofile)"
         );
     }
     streams_max.saturating_add(BESIDE_STREAMS).min(Semaphore::MAX_PERMITS).min(half)

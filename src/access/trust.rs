@@ -36,7 +36,7 @@ pub(crate) enum Authorities {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refused {
     /// No trusted authority issued it.
-    #[error("no authority that is trusted has issued the server's certificate")]
+    #[error("no trusted authority issued the server's certificate")]
     UnknownIssuer,
     #[error("the server's certificate is not valid for {expected}: it is for {presented}")]
     OtherName {
@@ -49,10 +49,10 @@ pub(crate) enum Refused {
     #[error("the server's certificate {0}")]
     OutOfTime(&'static str),
     /// It is marked as an authority, and is not in the file of authorities.
-    #[error("the server's certificate is one of an authority (CA:TRUE)")]
+    #[error("the server's certificate is marked as an authority (CA:TRUE)")]
     Authority,
     /// It has X.509 version 1: no extensions.
-    #[error("the server's certificate is of X.509 version 1, which holds no names and is not supported")]
+    #[error("the server's certificate has X.509 version 1, which has no alternative names and is not supported")]
     Version1,
     /// Any other reason, in the words of the library.
     #[error("the server's certificate cannot be used: {0}")]
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_that_is_its_own_authority_is_trusted_where_it_is_named() {
+    fn a_certificate_in_the_file_of_authorities_is_trusted() {
         let own = self_signed(&authority(params(&["db"], "db")));
         let other = self_signed(&authority(params(&["db"], "db")));
         assert_eq!(verify(&[&own], &own, true, "db"), Ok(()));
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn the_common_name_counts_where_there_is_no_other() {
+    fn the_common_name_counts_without_alternative_names() {
         let check = |params: CertificateParams, name: &str, trusted: bool| {
             let own = self_signed(&params);
             assert_eq!(verify(&[&own], &own, true, name).is_ok(), trusted, "{name}");
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_said_as_they_are_written() {
+    fn names_in_messages_match_the_certificate() {
         let own = self_signed(&params(&["db", "10.0.0.1"], "ignored"));
         let refused = verify(&[&own], &own, true, "elsewhere").unwrap_err();
         assert_eq!(refused.to_string(), "the server's certificate is not valid for elsewhere: it is for db, 10.0.0.1");

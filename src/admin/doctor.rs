@@ -52,7 +52,12 @@ impl Examination<'_> {
                     Ok(Err(error)) => report.add(unusable("connection", &connection.endpoint().sql_error(error))),
                     Err(_) => {
                         let what = format!("the server did not answer within {} s", ANSWER_MAX.as_secs());
-                        report.error("connection", what, "-- it is overloaded, or a lock is in the way: try again");
+                        report.error(
+                            "connection",
+                            what,
+                            "-- the server is overloaded, or a lock blocks the query: \
+                        try again",
+                        );
                     }
                 }
             }

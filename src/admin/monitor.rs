@@ -129,11 +129,11 @@ impl Condition {
     /// The message after the condition has ended.
     const fn over(&self) -> &'static str {
         match self {
-            Self::Missing => "is there again",
+            Self::Missing => "exists again",
             Self::Lost(_) => "can be read again",
-            Self::Held { .. } => "is not held by anybody else any more",
+            Self::Held { .. } => "is no longer in use by another process",
             Self::Retained { .. } => "keeps less WAL again",
-            Self::Unsafe { .. } => "is not about to be lost any more",
+            Self::Unsafe { .. } => "is no longer about to be lost",
             Self::Lagging { .. } => "has caught up",
         }
     }
@@ -143,17 +143,17 @@ impl fmt::Display for Condition {
     /// Continues "replication slot NAME".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Missing => f.write_str("does not exist any more"),
+            Self::Missing => f.write_str("no longer exists"),
             Self::Lost(reason) => write!(f, "is lost ({reason})"),
             Self::Held { pid, name } => write!(
                 f,
-                "is in use by process {pid} ({name}): stop that one, or give this tuplewatch a slot of its own in \
+                "is in use by process {pid} ({name}): stop that process, or give this tuplewatch a slot of its own in \
                  replication.slot"
             ),
             Self::Retained { bytes } => write!(
                 f,
-                "keeps {} of WAL on the server (replication.warn.retained_wal). Either this tuplewatch does not keep up, or a \
-                 transaction has been open for long: {OPEN_TRANSACTIONS}",
+                "keeps {} of WAL on the server (replication.warn.retained_wal). Either tuplewatch does not keep up, \
+                 or a transaction has been open for a long time: {OPEN_TRANSACTIONS}",
                 Bytes(*bytes)
             ),
             Self::Unsafe { bytes } => write!(
@@ -164,7 +164,7 @@ impl fmt::Display for Condition {
             ),
             Self::Lagging { behind_bytes, lag } => write!(
                 f,
-                "is {} behind, where the server was {} s ago (replication.warn.lag)",
+                "is {} behind the server, which passed its position {} s ago (replication.warn.lag)",
                 Bytes(*behind_bytes),
                 lag.as_secs()
             ),
@@ -367,7 +367,7 @@ impl Monitor {
                 Ok(Ok(slot_status)) => {
                     let now = Instant::now();
                     let (news, slot_lag) = watch.look(&slot_status, &own_name, &self.options.thresholds, now);
-                    self.tell(&news);
+                    self.log(&news);
                     let position = *received.borrow();
                     let lag = position.map(|position| samples.lag(slot_status.wal_end, position, now));
                     // After the last session has ended, the position does not move any more.
@@ -384,13 +384,13 @@ impl Monitor {
         }
     }
 
-    fn tell(&self, news: &News) {
+    fn log(&self, news: &News) {
         for condition in &news.began {
             if condition.is_error() {
                 tracing::error!(
                     slot = %self.options.slot,
-                    "replication slot {} {condition}: run {}; what has changed since, and until then, is lost, and subscribers are \
-                     told",
+                    "replication slot {} {condition}: run {}. Changes until then are lost, and subscribers receive \
+                     a gap",
                     self.options.slot,
                     self.options.commands.recreate_slot()
                 );
@@ -433,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn thresholds_are_said_once_and_over_once() {
+    fn conditions_are_reported_once_at_their_start_and_end() {
         let mut watch = Watch::default();
         let now = Instant::now();
         let check = |watch: &mut Watch, slot_status: &SlotStatus, seconds: u64, expected: &[&str]| {
@@ -462,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn lag_is_how_long_ago_the_server_was_where_the_slot_is() {
+    fn lag_is_the_time_since_the_server_passed_the_slots_position() {
         let mut watch = Watch::default();
         let now = Instant::now();
         let at = |seconds: u64| now + Duration::from_secs(seconds);
@@ -476,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn how_old_a_lag_is_that_was_there_before_the_first_look_is_unknown() {
+    fn the_age_of_a_lag_from_before_the_first_look_is_unknown() {
         let now = Instant::now();
         let mut samples = Samples::default();
         let mut is_older = |mib: u64, received_mib: u64, seconds: u64| {
@@ -493,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_received_has_a_lag_of_its_own() {
+    fn the_received_position_has_its_own_lag() {
         let now = Instant::now();
         let at = |seconds: u64| now + Duration::from_secs(seconds);
         let mut samples = Samples::default();
@@ -518,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_that_is_gone_lost_or_in_other_hands() {
+    fn a_slot_that_is_missing_lost_or_used_by_another_process() {
         let mut watch = Watch::default();
         let now = Instant::now();
         let none = || SlotStatus { slot: None, ..slot_status(0, 1000, 10, 10) };
@@ -531,7 +531,7 @@ mod tests {
         let mut lost = slot_status(0, 1000, 10, 10);
         lost.slot.as_mut().unwrap().wal_status = Some("lost".into());
         assert!(look(&mut watch, &lost, now)[0].contains("is lost (WAL that it needs has been removed)"));
-        assert!(look(&mut watch, &none(), now)[0].contains("does not exist any more"));
-        assert_eq!(look(&mut watch, &slot_status(0, 1000, 10, 10), now), ["is there again"]);
+        assert!(look(&mut watch, &none(), now)[0].contains("no longer exists"));
+        assert_eq!(look(&mut watch, &slot_status(0, 1000, 10, 10), now), ["exists again"]);
     }
 }

@@ -215,7 +215,7 @@ impl Setup<'_> {
                 let name = relation.name();
                 let sql = format!("ALTER TABLE {} REPLICA IDENTITY FULL;", name.to_sql());
                 let kind = Kind::Alteration(Watched::one(relation.oid, &name));
-                steps.push(Step::new(format!("let old rows of {name} be complete"), sql, kind));
+                steps.push(Step::new(format!("make old rows of {name} complete in the WAL"), sql, kind));
             }
         }
         steps
@@ -233,7 +233,7 @@ impl Setup<'_> {
         let settings = settings(publication, catalog);
         if !settings.is_empty() {
             let sql = format!("ALTER PUBLICATION {name} SET ({});", settings.join(", "));
-            let explanation = format!("let publication {} publish everything", self.publication);
+            let explanation = format!("make publication {} publish all operations", self.publication);
             steps.push(Step::new(explanation, sql, Kind::Definition));
         }
         let missing: Vec<&Table> = catalog.tables.iter().filter(|table| !table.is_published(publication)).collect();
@@ -243,7 +243,7 @@ impl Setup<'_> {
         let tables = list(&missing).join(", ");
         if is_read {
             let sql = format!("LOCK TABLE {tables} IN SHARE ROW EXCLUSIVE MODE;");
-            let explanation = "keep writers out of the tables to be added, whose rows would be sent in part";
+            let explanation = "lock out writers of the new tables, whose transactions would be sent in part";
             steps.push(Step::new(explanation, sql, Kind::Addition(Watched::of(missing.iter().copied()))));
         }
         let sql = format!("ALTER PUBLICATION {name} ADD TABLE {tables};");

@@ -79,17 +79,17 @@ impl ConnectionArgs {
     pub(super) fn flags(&self) -> Vec<String> {
         let server = (self.server != DEFAULT_SERVER).then(|| self.server.clone());
         let file = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
-        let given = [
+        let flags = [
             ("--server", server),
             ("--ca-cert", file(&self.ca_cert)),
             ("--client-cert", file(&self.client_cert)),
             ("--client-key", file(&self.client_key)),
             ("--token-file", file(&self.token_file)),
         ];
-        given.into_iter().filter_map(|(flag, value)| Some([flag.to_owned(), value?])).flatten().collect()
+        flags.into_iter().filter_map(|(flag, value)| Some([flag.to_owned(), value?])).flatten().collect()
     }
 
-    pub(super) fn way(&self) -> anyhow::Result<Way> {
+    pub(super) fn connector(&self) -> anyhow::Result<Connector> {
         let endpoint = |url: String| -> anyhow::Result<Endpoint> {
             Ok(Endpoint::from_shared(url)?
                 .connect_timeout(CONNECT_MAX)
@@ -99,7 +99,7 @@ impl ConnectionArgs {
                 .initial_connection_window_size(CONNECTION_WINDOW))
         };
         let Some(rest) = self.server.strip_prefix("https:") else {
-            return Ok(Way { endpoint: endpoint(self.server.clone())?, tls: None });
+            return Ok(Connector { endpoint: endpoint(self.server.clone())?, tls: None });
         };
         let authorities = match &self.ca_cert {
             Some(path) => Authorities::Own(certificates("--ca-cert", path)?),
@@ -119,7 +119,7 @@ impl ConnectionArgs {
         config.alpn_protocols = vec![b"h2".to_vec()];
         // The connector does TLS below HTTP. With an https URL, tonic would ask for TLS of its own.
         let endpoint = endpoint(format!("http:{rest}"))?.origin(self.server.parse()?);
-        Ok(Way { endpoint, tls: Some(Tls(Arc::new(config).into())) })
+        Ok(Connector { endpoint, tls: Some(Tls(Arc::new(config).into())) })
     }
 
     /// The value of the header `authorization`. It reads the file each time, because the token may have been renewed.
@@ -161,12 +161,12 @@ fn system_roots() -> RootCertStore {
 
 /// The endpoint and the TLS settings, for any number of connections.
 #[derive(Clone)]
-pub(super) struct Way {
+pub(super) struct Connector {
     endpoint: Endpoint,
     tls: Option<Tls>,
 }
 
-impl Way {
+impl Connector {
     /// Connects to the server.
     ///
     /// # Errors

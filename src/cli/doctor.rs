@@ -21,8 +21,8 @@ pub(super) struct DoctorArgs {
 
 /// Whether any diagnostic is an error.
 pub(super) enum Verdict {
-    Well,
-    Ill,
+    NoErrors,
+    Errors,
 }
 
 pub(super) async fn run(config: &ConfigArgs, args: &DoctorArgs) -> anyhow::Result<Verdict> {
@@ -34,7 +34,7 @@ pub(super) async fn run(config: &ConfigArgs, args: &DoctorArgs) -> anyhow::Resul
     } else {
         say(&text(&diagnosis, Layout::of_stdout()));
     }
-    Ok(if diagnosis.summary.error == 0 { Verdict::Well } else { Verdict::Ill })
+    Ok(if diagnosis.summary.error == 0 { Verdict::NoErrors } else { Verdict::Errors })
 }
 
 /// The layout of the text.
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_worst_last() {
+    fn the_worst_diagnostic_is_last() {
         let plain = text(&diagnosis(), Layout { style: Style::PLAIN, width: None });
         let expected = "\
 db:5432

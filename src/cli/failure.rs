@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn causes_are_found_and_told_without_the_libraries_words() {
+    fn failures_are_explained_by_their_cause() {
         let tls = |error| io::Error::new(ErrorKind::InvalidData, error);
         for (error, is_lasting, says) in [
             (io::Error::from(ErrorKind::ConnectionRefused), false, "Connection refused"),
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn statuses_heal_or_last() {
+    fn statuses_are_transient_or_lasting() {
         for code in [Code::Unavailable, Code::Unknown, Code::Cancelled, Code::Internal, Code::DeadlineExceeded] {
             assert_eq!(Failure::of_status(&Status::new(code, "text")), passing("text"), "{code:?}");
         }
@@ -252,8 +252,8 @@ mod tests {
         let busy = |details| Failure::of_status(&Status::with_error_details(Code::ResourceExhausted, "text", details));
         let pause = |pause| Failure::Passing { text: "text".into(), pause };
         assert_eq!(busy(ErrorDetails::new()), pause(BUSY_PAUSE));
-        let told = Duration::from_millis(250);
-        assert_eq!(busy(ErrorDetails::with_retry_info(Some(told))), pause(told));
+        let retry_delay = Duration::from_millis(250);
+        assert_eq!(busy(ErrorDetails::with_retry_info(Some(retry_delay))), pause(retry_delay));
         let proxy = Status::unavailable("grpc-status header missing, mapped from HTTP status code 503");
         assert!(Failure::of_status(&proxy).text().starts_with("the answer is not from tuplewatch (HTTP status 503)"));
         assert_eq!(Failure::of_status(&status::shutting_down()), passing("the server is shutting down"));

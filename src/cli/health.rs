@@ -64,7 +64,7 @@ const fn is_own(code: Code) -> bool {
 async fn ask(args: &HealthArgs) -> anyhow::Result<Result<(ServingStatus, String), Status>> {
     let server = &args.connection.server;
     let unreachable = |failure: Failure| anyhow!("cannot reach {server}: {}", failure.text());
-    let channel = args.connection.way()?.connect().await;
+    let channel = args.connection.connector()?.connect().await;
     let channel: Channel = channel.map_err(|error| unreachable(Failure::of_connection(&error)))?;
     let mut request = Request::new(HealthCheckRequest { service: args.service.clone() });
     if let Some(authorization) = args.connection.authorization()? {

@@ -5,7 +5,7 @@
 mod json;
 mod lines;
 
-use super::connection::{ConnectionArgs, Way};
+use super::connection::{ConnectionArgs, Connector};
 use super::failure::{Failure, is_local};
 use super::terminal::{Style, program};
 use super::{examples, stop_signal};
@@ -54,10 +54,10 @@ const WAIT_MIN: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
 pub(super) async fn run(args: &WatchArgs) -> anyhow::Result<()> {
-    let way = args.connection.way()?;
+    let connector = args.connection.connector()?;
     let mut watch = Watch::new(args);
     tokio::select! {
-        ended = watch.follow(way) => return ended,
+        ended = watch.follow(connector) => return ended,
         () = stop_signal() => {}
     }
     // Nobody may read standard error any more.
@@ -103,11 +103,11 @@ impl<'a> Watch<'a> {
         Self { args, printer, style, token, has_begun: false, is_lost: false, wait: WAIT_MIN }
     }
 
-    async fn follow(&mut self, way: Way) -> anyhow::Result<()> {
+    async fn follow(&mut self, connector: Connector) -> anyhow::Result<()> {
         let connection = &self.args.connection;
         loop {
             let authorization = connection.authorization()?;
-            let failure = match self.stream(&way, authorization.clone()).await {
+            let failure = match self.stream(&connector, authorization.clone()).await {
                 Ok(()) => Failure::of_status(&Status::unavailable("the server ended the stream")),
                 // A reader such as `head` has read enough.
                 Err(End::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
@@ -144,12 +144,12 @@ impl<'a> Watch<'a> {
         let next = details.error_info().and_then(|info| info.metadata.get(NEXT_SNAP_TOKEN)).cloned();
         self.token = next.unwrap_or_default();
         let what = status.message().trim_end_matches(AFTER_GAP);
-        let text = format!("GAP: {what}. Changes are missing here; {}", self.whence());
+        let text = format!("GAP: {what}. Changes are missing here; {}", self.resume_position());
         notice(&self.style.warning(&text)).await;
     }
 
     /// The position of the next connection, in words.
-    fn whence(&self) -> String {
+    fn resume_position(&self) -> String {
         match &*self.token {
             "" => "reading from now on".to_owned(),
             token => format!("resuming after token {}", short(token)),
@@ -157,8 +157,8 @@ impl<'a> Watch<'a> {
     }
 
     /// Runs one connection until it ends.
-    async fn stream(&mut self, way: &Way, authorization: Option<AsciiMetadataValue>) -> Result<(), End> {
-        let channel: Channel = way.connect().await.map_err(End::Unreachable)?;
+    async fn stream(&mut self, connector: &Connector, authorization: Option<AsciiMetadataValue>) -> Result<(), End> {
+        let channel: Channel = connector.connect().await.map_err(End::Unreachable)?;
         let tenant_id = self.args.tenant.clone();
         let mut request = Request::new(WatchRequest { tenant_id, snap_token: self.token.clone() });
         if let Some(authorization) = authorization {
@@ -187,7 +187,7 @@ impl<'a> Watch<'a> {
             let text = format!("watching tenant {tenant} on {} from {from}; Ctrl-C ends", connection.server);
             notice(&self.style.faint(&text)).await;
         } else if self.is_lost {
-            notice(&self.style.faint(&format!("connected again, {}", self.whence()))).await;
+            notice(&self.style.faint(&format!("connected again, {}", self.resume_position()))).await;
         }
         (self.has_begun, self.is_lost, self.wait) = (true, false, WAIT_MIN);
     }
@@ -270,7 +270,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tokens_are_shortened_to_what_differs() {
+    fn tokens_are_shortened_to_their_ends() {
         for (token, shown) in [("", ""), ("abc", "abc"), ("0123456789", "0123456789"), ("xx0123456789", "…0123456789")]
         {
             assert_eq!(short(token), shown);

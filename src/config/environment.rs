@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_unicode_is_an_error_if_it_is_ours() {
+    fn only_tuplewatchs_variables_must_be_unicode() {
         let variable = |name: &[u8], value: &[u8]| (OsString::from_vec(name.into()), OsString::from_vec(value.into()));
         let fine =
             [variable(b"OTHER", b"\xff"), variable(b"OTHER_\xff", b""), variable(b"TUPLEWATCH_LOGGER__LEVEL", b"info")];

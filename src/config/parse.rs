@@ -233,7 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_list_is_in_brackets_or_has_commas() {
+    fn lists_are_in_brackets_or_have_commas() {
         let numbers = list(whole::<u16>(0..=9));
         let wrong =
             |number| Err(format!("a list of which each item is a whole number from 0 to 9, and item {number} is not"));

@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_size_is_refused() {
+    fn other_texts_are_no_sizes() {
         for text in [
             "",
             "MiB",
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_duration_is_refused() {
+    fn other_texts_are_no_durations() {
         for text in [
             "",
             "10",

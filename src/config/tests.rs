@@ -49,7 +49,7 @@ fn value(config: &Config, line_start: &str) -> String {
 }
 
 #[test]
-fn nothing_given_yields_the_defaults() {
+fn empty_sources_yield_the_defaults() {
     let config = Config::load(None, [], &[]).unwrap();
     assert_eq!(config.server.host.as_str(), "0.0.0.0");
     assert_eq!(config.server.grpc.port, 3478);
@@ -228,7 +228,7 @@ fn each_mistake_in_a_file_is_named() {
 }
 
 #[test]
-fn the_environment_holds_our_keys_only() {
+fn only_tuplewatchs_variables_are_read() {
     let fine = [
         ("PATH", "/bin"),
         ("TUPLEWATCH_CONFIG", "x"),
@@ -279,7 +279,7 @@ fn a_file_that_cannot_be_read_is_named_along_with_other_errors() {
 }
 
 #[test]
-fn tls_and_mapping_become_what_they_mean() {
+fn tls_and_mapping_are_resolved() {
     let yaml = "
 server: {grpc: {tls: {enabled: true, cert: c.pem, key: k.pem}}}
 mapping: {file: m.yaml, on_undecodable: halt}
@@ -300,7 +300,7 @@ mapping: {file: m.yaml, on_undecodable: halt}
 }
 
 #[test]
-fn lists_come_from_every_source() {
+fn lists_are_read_from_every_source() {
     let (a, b) = ("https://a.example", "http://localhost:8080");
     let yaml = format!("server: {{http: {{cors_allowed_origins: ['{a}', '{b}']}}}}");
     let pair = format!("{a}, {b}");
@@ -441,7 +441,7 @@ fn mistakes_in_authn_are_named_without_secrets() {
 }
 
 #[test]
-fn what_is_printed_loads_again() {
+fn the_printed_configuration_loads_again() {
     let yaml = r#"
 server:
   host: "::1"

@@ -60,13 +60,13 @@ pub enum Error {
     #[error("the replication stream is out of order: {0}")]
     OutOfOrder(&'static str),
     /// No Relation message defined the table of the row.
-    #[error("a row of a table that was not described first (oid {0})")]
+    #[error("a row of a table without a Relation message before it (oid {0})")]
     UnknownRelation(u32),
     /// The row cannot be decoded, and `mapping.on_undecodable` is `halt`.
     #[error(
         "a row of table {table} could not be decoded: {detail} (transaction {commit}; \
-         mapping.on_undecodable is 'halt'). Repairing the row is not enough, as the WAL keeps it as it was: then start once \
-         with 'gap', which tells the subscribers of its tenant to read their state anew"
+         mapping.on_undecodable is 'halt'). Repairing the row is not enough, as the WAL keeps it as it was: then \
+         start once with 'gap', which gives the subscribers of its tenant a gap, so that they read their state anew"
     )]
     Halted {
         /// The table.
@@ -371,7 +371,7 @@ impl RowOutcomes<'_> {
         let bytes = envelope_bytes(fact, self.encoded);
         let id = self.tenant(tenant)?;
         if bytes > self.limits.change_bytes {
-            let detail = format!("a change of {bytes} bytes; at most {} are possible", self.limits.change_bytes);
+            let detail = format!("a change of {bytes} bytes, which exceeds the limit of {}", self.limits.change_bytes);
             return Err(Undecodable { tenant: Some(id.as_str().to_owned()), detail });
         }
         let is_added = self.open.add(&id, self.steps_before + step, self.encoded, bytes, self.limits.message_bytes);

@@ -107,10 +107,10 @@ impl Installation {
         let text = String::from_utf8_lossy(&output.stdout);
         let Some((version, major)) = parse_version(&text) else {
             let complaint = String::from_utf8_lossy(&output.stderr);
-            return Err(format!("its postgres does not tell its version: {}{}", text.trim(), complaint.trim()));
+            return Err(format!("its postgres does not print its version: {}{}", text.trim(), complaint.trim()));
         };
         if major < MAJOR_MIN {
-            return Err(format!("it is PostgreSQL {version}, and {MAJOR_MIN} is the oldest that works"));
+            return Err(format!("it is PostgreSQL {version}, and the oldest supported version is {MAJOR_MIN}"));
         }
         Ok(Self { bin_dir: dir.to_owned(), version: version.to_owned(), major, chosen: false })
     }
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_directory_is_taken_or_refused() {
+    fn a_chosen_directory_is_used_or_refused() {
         let check = |dir: &Path, expected: &str| {
             let message = Installation::find(Some(dir)).unwrap_err().to_string();
             assert!(message.starts_with("--pg-bin") && message.contains(expected), "{message}");
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn not_installed_says_what_to_do() {
+    fn a_missing_installation_names_the_remedy() {
         let error = Error::NotInstalled {
             install: "apt-get install -y postgresql".into(),
             rejected: vec!["/usr/bin: it has no postgres".into()],

@@ -24,7 +24,7 @@ const DEFAULTS: [(&str, &str); 5] = [
 
 /// The text of `settings.conf`. Later lines win, so the settings that keep the cluster private come last.
 pub(super) fn render(port: u16, extra: &[(String, String)], requested_dir: &Path) -> Result<String, Error> {
-    let mut text = String::from("# Written by tuplewatch at every start: changes made here are lost.\n");
+    let mut text = String::from("# Written by tuplewatch at every start: changes to this file are lost.\n");
     // In debug form, because a line break in the path would end the comment.
     let _ = writeln!(text, "# The cluster of {requested_dir:?}.");
     for (name, value) in DEFAULTS {
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_quoted_and_ours_come_last() {
+    fn values_are_quoted_and_private_settings_come_last() {
         let extra = [("search_path".into(), r"a'b\c".into()), ("port".into(), "1".into())];
         let text = render(5433, &extra, Path::new("/a\nport = 2")).unwrap();
         assert!(text.contains("\nwal_level = 'logical'\n"), "{text}");

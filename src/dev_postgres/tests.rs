@@ -170,7 +170,7 @@ async fn takes_over_from_a_killed_run() {
 }
 
 #[tokio::test]
-async fn an_outdated_pid_file_is_no_obstacle() {
+async fn an_outdated_pid_file_is_ignored() {
     let place = Place::new();
     let mut cluster = started(&place).await;
     cluster.stop(StopMode::Fast).await.unwrap();
@@ -221,7 +221,7 @@ async fn drop_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn an_interrupted_initdb_is_begun_again() {
+async fn an_interrupted_initdb_is_repeated() {
     let place = Place::new();
     begin(open(place.data_dir())).await;
     let unfinished = fs::read_dir(place.data_dir()).unwrap().map(|entry| entry.unwrap().path());
@@ -245,7 +245,7 @@ async fn only_one_at_a_time() {
 }
 
 #[tokio::test]
-async fn directories_of_others_are_left_alone() {
+async fn foreign_directories_are_left_alone() {
     let place = Place::new();
     for dir in [&place.0, &place.data_dir()] {
         fs::create_dir(dir).unwrap();
@@ -258,7 +258,7 @@ async fn directories_of_others_are_left_alone() {
 }
 
 #[tokio::test]
-async fn a_taken_port_is_named() {
+async fn a_port_in_use_is_named() {
     let place = Place::new();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
@@ -273,7 +273,7 @@ async fn a_taken_port_is_named() {
 }
 
 #[tokio::test]
-async fn a_port_that_nobody_knows_yet_is_chosen_again() {
+async fn an_unused_port_can_change() {
     let place = Place::new();
     let mut cluster = open(place.data_dir()).await.unwrap();
     let proposed = cluster.port();

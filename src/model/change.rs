@@ -76,7 +76,7 @@ impl fmt::Display for TenantId {
 pub enum Operation {
     /// The fact begins to hold.
     Create,
-    /// The fact ends to hold.
+    /// The fact ceases to hold.
     Delete,
 }
 

@@ -307,7 +307,7 @@ pub struct Tally {
     pub table: Arc<str>,
     /// Facts that began to hold.
     pub created: u64,
-    /// Facts that ended to hold.
+    /// Facts that ceased to hold.
     pub deleted: u64,
     /// Rows that could not be turned into changes.
     pub undecodable: u64,
@@ -381,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_of_one_row_step_are_had_together() {
+    fn changes_of_one_row_step_stay_together() {
         let rest = |position| message(&[2, 4, 4, 6], Some(200)).after(position);
         assert_eq!(rest(Position::inside(CommitLsn(Lsn(100)), 3)), Some(message(&[4, 4, 6], Some(200))));
         assert_eq!(rest(Position::inside(CommitLsn(Lsn(100)), 4)), Some(message(&[6], Some(200))));
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_reader_has_not_had() {
+    fn a_reader_gets_the_rest_of_a_message() {
         let check = |position: Position, expected: &[u64]| {
             let rest = message(&[2, 3, 4, 300], Some(200)).after(position);
             let expected = (!expected.is_empty()).then(|| message(expected, Some(200)));

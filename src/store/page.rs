@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn no_key_has_what_postgresql_cannot_hold() {
+    fn a_key_contains_no_nul() {
         let nul = Key(["a".to_owned(), "\0".to_owned(), String::new()]);
         assert_eq!(nul.to_string().parse::<Key<3>>(), Err(ParseKeyError));
     }

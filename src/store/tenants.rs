@@ -98,7 +98,7 @@ fn tenant(row: &[&str]) -> Result<Tenant, String> {
         [id, name, created_at] => {
             Ok(Tenant { id: id.to_owned(), name: name.to_owned(), created_at_micros: created_at.parse().ok() })
         }
-        _ => Err("a tenant of other columns".to_owned()),
+        _ => Err("a tenant has unexpected columns".to_owned()),
     }
 }
 

@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn scalars_fit_where_nothing_is_lost() {
+    fn scalars_convert_without_loss() {
         for (yaml, expected) in [
             ("name: a", shop("a")),
             ("name: 7", shop("7")),

@@ -190,15 +190,15 @@ impl Refresher {
         let fetched = self.issuer.fetch().await;
         let before = self.publish.borrow().clone();
         match &fetched {
-            Ok(_) if !before.is_complete => tracing::info!("the keys of {} are here", self.issuer.url()),
+            Ok(_) if !before.is_complete => tracing::info!("the keys of {} were fetched", self.issuer.url()),
             Err(error) if before.is_complete => {
-                tracing::warn!("the keys of {} cannot be refreshed: {error}; those at hand stay", self.issuer.url());
-            }
-            Err(error) if before.keys.is_none() => {
                 tracing::warn!(
-                    "the keys of {} cannot be fetched, without which no token is accepted: {error}",
+                    "the keys of {} cannot be refreshed: {error}; the known keys stay in use",
                     self.issuer.url()
                 );
+            }
+            Err(error) if before.keys.is_none() => {
+                tracing::warn!("the keys of {} cannot be fetched, so no token is accepted: {error}", self.issuer.url());
             }
             _ => {}
         }

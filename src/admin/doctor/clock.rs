@@ -23,12 +23,15 @@ fn compare(asked: SystemTime, server: SystemTime, answered: SystemTime) -> Diagn
     let ahead = server.duration_since(answered).unwrap_or_default();
     let skew = behind.max(ahead);
     if skew <= SKEW_MAX {
-        return Diagnostic::ok("clocks", "the server's and this machine's agree");
+        return Diagnostic::ok("clocks", "the server and this machine agree");
     }
     let direction = if ahead > behind { "ahead of" } else { "behind" };
-    Diagnostic::warning("clocks", format!("the server's is {} {direction} this machine's", Span(skew)))
-        .means("Commit times are the server's: what is computed from them here (lag, ages) is off by as much.")
-        .fix("-- have both machines keep time (chrony, systemd-timesyncd); this one: sudo timedatectl set-ntp true")
+    Diagnostic::warning("clocks", format!("the server is {} {direction} this machine", Span(skew)))
+        .means("Lag and ages are computed from the server's commit times, so they are wrong by as much.")
+        .fix(
+            "-- synchronize the clocks of both machines (chrony, systemd-timesyncd); on this one: sudo timedatectl \
+             set-ntp true",
+        )
 }
 
 #[cfg(test)]

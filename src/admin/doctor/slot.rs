@@ -91,8 +91,9 @@ impl SlotStatus {
             self.check_safety(&subject, thresholds, report);
         }
         if let Some(timeout) = &self.times.idle_timeout {
-            let what = format!("is {timeout}: a slot that nobody has read for so long is lost");
-            let fix = "ALTER SYSTEM SET idle_replication_slot_timeout = 0;  -- or longer than tuplewatch is ever away; then a \
+            let what = format!("is {timeout}: a slot that is not read for that long is lost");
+            let fix = "ALTER SYSTEM SET idle_replication_slot_timeout = 0;  -- or longer than tuplewatch is ever \
+            stopped; then a \
                        reload: SELECT pg_reload_conf();";
             report.warning("idle_replication_slot_timeout", what, fix);
         }
@@ -105,10 +106,11 @@ impl SlotStatus {
             return;
         }
         let holder = if holder.is_empty() { "without a name" } else { holder };
-        let meaning = "Only one at a time can read a slot, and what that one acknowledges does not come again.";
+        let meaning = "Only one process at a time can read a slot, and the server does not send again the changes \
+                       that it acknowledges.";
         let fix = format!(
-            "SELECT pg_terminate_backend({pid});  -- after whatever starts it was stopped; or give this tuplewatch a slot of its \
-             own in replication.slot"
+            "SELECT pg_terminate_backend({pid});  -- stop the service that starts it first; or give this tuplewatch \
+             a slot of its own in replication.slot"
         );
         let what = format!("is in use by process {pid} ({holder}), which is not this tuplewatch");
         // Another tuplewatch may run there on purpose, and this one is to take over from it.
@@ -130,14 +132,14 @@ impl SlotStatus {
         let inactive = self.times.inactive_seconds.map(seconds);
         let reader = match inactive {
             _ if self.is_in_use() => String::new(),
-            Some(inactive) => format!("; nobody has read it for {}", Span(inactive)),
-            None => "; nobody has read it".to_owned(),
+            Some(inactive) => format!("; not read for {}", Span(inactive)),
+            None => "; never read".to_owned(),
         };
         let ago = match lag {
             Some(lag) if lag.is_zero() => String::new(),
             Some(lag) => format!(", {} or more", Span(lag)),
             None if self.times.may_list_wal => String::new(),
-            None => ", since when is hidden from this role (GRANT pg_monitor)".to_owned(),
+            None => ", but this role may not see since when (GRANT pg_monitor)".to_owned(),
         };
         let left = self.slot.safe_bytes();
         let left = left.map(|left| format!("; it is lost after another {}", Bytes(left))).unwrap_or_default();
@@ -153,17 +155,23 @@ impl SlotStatus {
         }
         let diagnostic = Diagnostic::warning(subject, what);
         report.add(if !self.is_in_use() {
-            diagnostic.means("Subscribers get nothing meanwhile, and the server keeps all WAL since.").fix(commands.serve().fix(&format!(
-                "or, if nobody will read it again, in psql: SELECT pg_drop_replication_slot({});",
+            let drop = format!(
+                "or, if it will not be read again, in psql: SELECT pg_drop_replication_slot({});",
                 literal(name)
-            )))
+            );
+            diagnostic
+                .means("Until it is read, subscribers receive nothing, and the server keeps all WAL.")
+                .fix(commands.serve().fix(&drop))
         } else if is_behind || behind.saturating_sub(held_bytes) >= retained.saturating_sub(behind) {
             diagnostic
-                .means("Subscribers get changes late, and the server keeps all WAL since.")
-                .fix("-- tuplewatch does not keep up: its log says why (the disk of the change log, the network, a large transaction)")
+                .means("Subscribers receive changes late, and the server keeps all WAL that is not acknowledged.")
+                .fix(
+                    "-- tuplewatch does not keep up: its log says why (the disk of the change log, the network, a large \
+                     transaction)",
+                )
         } else {
             diagnostic
-                .means("It is kept for a transaction that is still open, or was until a moment ago.")
+                .means("The WAL is kept for a transaction that is open, or ended a moment ago.")
                 .fix(format!("{OPEN_TRANSACTIONS};"))
         });
     }
@@ -217,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_worth_a_warning() {
+    fn conditions_that_are_warnings() {
         let none = || serde_json::json!({});
         let check = |slot, changes, expected: &[&str]| {
             let found = diagnostics(slot, changes);
@@ -238,7 +246,7 @@ mod tests {
         check(none(), serde_json::json!({"lag_seconds": 6000.0}), &[]);
         check(idle(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 59.0}), &[]);
         check(idle(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 60.0}), &["fix: tuplewatch serve"]);
-        check(idle(), serde_json::json!({"inactive_seconds": 7200.0}), &["nobody has read it for 120 min"]);
+        check(idle(), serde_json::json!({"inactive_seconds": 7200.0}), &["not read for 120 min"]);
         check(serde_json::json!({"safe_wal_size": 99}), none(), &["99 bytes of WAL are written"]);
         check(serde_json::json!({"safe_wal_size": null}), none(), &[]);
         check(serde_json::json!({"safe_wal_size": -5, "wal_status": "unreserved"}), none(), &[]);

@@ -72,7 +72,8 @@ impl Standbys {
         if self.version_number < FAILOVER_SLOTS {
             if self.count > 0 {
                 let what = format!(
-                    "{} connected. Before version 17 none gets a copy of the slot: a promotion leaves a gap, and takes a new slot: {}",
+                    "{} connected. Before version 17 standbys get no copy of the slot: a promotion causes a gap, \
+                     and needs a new slot: {}",
                     self.count,
                     commands.recreate_slot()
                 );
@@ -86,7 +87,7 @@ impl Standbys {
         let subject = format!("replication slot {slot}");
         if self.count > 0 && slot_status.slot.failover != Some(true) {
             let what = "is not copied to the standbys (failover is off)";
-            let meaning = "After a promotion it is not there: what changes until there is a new one is a gap.";
+            let meaning = "After a promotion the slot does not exist: changes until a new one is created are a gap.";
             let fix = format!(
                 "-- tuplewatch serve sets it by itself with replication.failover: auto. Or, while nobody reads the slot, in a \
                  replication connection (psql 'dbname=… replication=database'): ALTER_REPLICATION_SLOT {} (FAILOVER true)",
@@ -94,12 +95,12 @@ impl Standbys {
             );
             report.add(Diagnostic::warning(&subject, what).means(meaning).fix(fix));
         } else if self.count > 0 && self.named.is_empty() {
-            let meaning =
-                "Changes can reach subscribers before a standby has them: after a promotion those never happened.";
+            let meaning = "Subscribers can receive changes before a standby has them. A promotion of that standby undoes such \
+                 changes.";
             let fix = if self.physical.is_empty() {
                 format!("-- give each standby a slot (primary_slot_name), and name them in {SETTING}")
             } else {
-                setting(&self.physical.join(", "), "leave out those of backups, which are never promoted")
+                setting(&self.physical.join(", "), "leave out the slots of backups, which are never promoted")
             };
             report.add(Diagnostic::warning(SETTING, "is empty, and standbys are connected").means(meaning).fix(fix));
         }
@@ -121,16 +122,17 @@ impl Standbys {
         let what = format!("names {}", what.join(", and "));
         let good = self.named.iter().filter(|named| named.obstacle().is_none());
         let good: Vec<&str> = good.map(|named| named.name.as_str()).collect();
-        let until = "start the standby instead where it comes back soon: while it is not named, a promotion of it takes back what \
-                     was streamed";
+        let until = "if the standby returns soon, start it instead: while it is not named, its promotion can undo \
+                     streamed changes";
         let fix = setting(&good.join(", "), until);
         report.add(if fails_over {
             let meaning =
-                "The slot waits for it before it sends anything: nothing reaches tuplewatch until it is there.";
+                "The slot waits for it before it sends anything, so nothing reaches tuplewatch until then.";
             Diagnostic::error(SETTING, what).means(meaning).fix(fix)
         } else {
             let meaning =
-                "Slots with failover wait for it before they send anything; tuplewatch's has it off, and does not.";
+                "Slots with failover wait for it before they send anything. tuplewatch's slot has failover off, and \
+                 does not wait.";
             Diagnostic::warning(SETTING, what).means(meaning).fix(fix)
         });
     }
@@ -156,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_slot_would_wait_for() {
+    fn standbys_that_a_slot_waits_for() {
         let named =
             |slot_type: Option<&str>, active| Named { name: "n".into(), slot_type: slot_type.map(Into::into), active };
         for (slot_type, active, expected) in [

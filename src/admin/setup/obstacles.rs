@@ -193,8 +193,8 @@ impl Look<'_> {
             let Some(table) = rights.table(&name) else { continue };
             let missing = columns.iter().find(|column| !table.columns.iter().any(|there| there == *column));
             let what = match missing {
-                _ if !table.is_table => "is not a table, and setup would make one of that name".to_owned(),
-                Some(column) => format!("has no column {column}: it is not the one that setup makes"),
+                _ if !table.is_table => "is not a table, but setup would create a table of that name".to_owned(),
+                Some(column) => format!("has no column {column}: it is not the table that setup creates"),
                 None => continue,
             };
             report.error(format!("table {name}"), what, "-- give it another name, or map tables of your own");
@@ -239,7 +239,8 @@ impl Look<'_> {
         match &self.catalog.publication {
             None if self.slot.is_some() && !self.setup.recreate_slot => {
                 let what = format!(
-                    "does not exist, and replication slot {} is older than a new one would be: it could not be read with it",
+                    "does not exist, and replication slot {} is older than a new publication would be, so the slot \
+                     could not be read with it",
                     self.setup.slot
                 );
                 let subject = format!("publication {}", self.setup.publication);
@@ -297,7 +298,7 @@ pub(super) async fn check_unused(
     let holder = client.query_typed_opt(sql, &[(&pid, Type::INT4)]).await?;
     let holder: String = holder.map(|row| row.try_get(0)).transpose()?.unwrap_or_else(|| "which is ending".to_owned());
     let what = format!("is in use by process {pid} ({holder})");
-    let fix = format!("SELECT pg_terminate_backend({pid});  -- after whatever starts it was stopped");
+    let fix = format!("SELECT pg_terminate_backend({pid});  -- stop the service that starts it first");
     report.error(format!("replication slot {name}"), what, fix);
     Ok(())
 }

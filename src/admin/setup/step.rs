@@ -50,7 +50,7 @@ impl Step {
 
     /// Runs after the transaction, whose effects must be visible to the notified tuplewatch.
     pub(super) fn look_at_once() -> Self {
-        Self::new("have a running tuplewatch look at it", LOOK_AT_ONCE.to_owned(), Kind::Alone)
+        Self::new("notify a running tuplewatch", LOOK_AT_ONCE.to_owned(), Kind::Alone)
     }
 
     /// Whether the step is part of the transaction. Slots cannot be.

@@ -15,7 +15,7 @@ fn wanted<'a>(mapping: &'a Mapping, slot: &'a str) -> Setup<'a> {
 }
 
 /// The last step, for a tuplewatch that may be running.
-const LOOK: &str = "have a running tuplewatch look at it";
+const LOOK: &str = "notify a running tuplewatch";
 
 fn explanations(steps: &[Step]) -> Vec<&str> {
     steps.iter().map(|step| step.explanation.as_str()).collect()
@@ -27,7 +27,7 @@ fn expectation<'a>(mapping: &'a Mapping, slot: &'a str) -> Expectation<'a> {
 }
 
 #[tokio::test]
-async fn everything_then_nothing_then_away() {
+async fn setup_then_nothing_to_do_then_teardown() {
     let database = Database::new().await;
     let client = &database.connection.client;
     let mapping = tuples();
@@ -93,9 +93,9 @@ async fn only_what_is_missing() {
     database.execute(sql).await;
     let create_slot = format!("create replication slot {}", database.name);
     let expected = [
-        "let old rows of Odd \"Schema\".it's be complete",
-        "let old rows of public.p1 be complete",
-        "let publication Feed publish everything",
+        "make old rows of Odd \"Schema\".it's complete in the WAL",
+        "make old rows of public.p1 complete in the WAL",
+        "make publication Feed publish all operations",
         "add tables to publication Feed",
         create_slot.as_str(),
     ];
@@ -108,13 +108,13 @@ async fn only_what_is_missing() {
     // A new partition has its own default identity.
     database.execute(r#"CREATE TABLE p2 PARTITION OF "Odd ""Schema"""."it's" FOR VALUES IN ('t2')"#).await;
     let steps = setup.plan(client).await.unwrap();
-    assert_eq!(explanations(&steps), ["let old rows of public.p2 be complete", LOOK]);
+    assert_eq!(explanations(&steps), ["make old rows of public.p2 complete in the WAL", LOOK]);
     setup.apply(&database.connection, &mut silent).await.unwrap();
 
     // The slot is older than a publication that would be created now.
     database.execute("DROP PUBLICATION \"Feed\"").await;
     let error = setup.plan(client).await.unwrap_err().to_string();
-    assert!(error.contains("is older than a new one would be") && error.contains("--recreate-slot"), "{error}");
+    assert!(error.contains("is older than a new publication would be") && error.contains("--recreate-slot"), "{error}");
     let again = Setup { recreate_slot: true, ..setup };
     let drop_slot = format!("drop replication slot {}", database.name);
     let done = again.apply(&database.connection, &mut silent).await.unwrap();
@@ -142,7 +142,7 @@ async fn a_table_of_transactions_needs_some_identity() {
     let setup = wanted(&mapping, &database.name);
     database.execute("CREATE TABLE t (id int, tenant text NOT NULL)").await;
     let first = setup.plan(client).await.unwrap().remove(0);
-    assert_eq!(first.explanation, "let old rows of public.t be complete");
+    assert_eq!(first.explanation, "make old rows of public.t complete in the WAL");
     database.execute("ALTER TABLE t ADD PRIMARY KEY (id); CREATE PUBLICATION \"Feed\" FOR TABLE t").await;
     let create_slot = format!("create replication slot {}", database.name);
     assert_eq!(explanations(&setup.plan(client).await.unwrap()), [create_slot.as_str()]);
@@ -194,7 +194,7 @@ async fn slots_of_others_and_slots_in_use_are_left_alone() {
 }
 
 #[tokio::test]
-async fn two_at_once_and_one_that_may_not() {
+async fn two_concurrent_runs_and_one_without_rights() {
     let database = Database::new().await;
     let mapping = tuples();
     let setup = Setup { apply_schema: true, ..wanted(&mapping, &database.name) };

@@ -140,7 +140,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_reads_back(
+        fn written_values_read_back(
             text in ".*", number in any::<i32>(), double in any::<f64>(), truth in any::<bool>(), n in 0usize..4
         ) {
             use AttributeValue as V;
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_reads_back() {
+    fn non_finite_numbers_read_back() {
         let numbers = vec![f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
         let read = parse(&write(&AttributeValue::DoubleArray(numbers)));
         let Ok(AttributeValue::DoubleArray(read)) = read else { panic!("{read:?}") };

@@ -59,7 +59,7 @@ pub enum Outcome<'a> {
     Change {
         /// The tenant of the fact.
         tenant: &'a str,
-        /// Whether the fact begins or ends to hold.
+        /// Whether the fact begins or ceases to hold.
         operation: Operation,
         /// The fact.
         fact: Fact<'a>,
@@ -286,7 +286,7 @@ impl std::fmt::Display for Unreadable<'_> {
             Self::Null => f.write_str("is NULL"),
             Self::Unchanged => f.write_str("is a TOASTed value that was not sent (REPLICA IDENTITY FULL sends it)"),
             Self::NotUtf8 => {
-                f.write_str("is not UTF-8, and a database with the encoding SQL_ASCII does not say what it is")
+                f.write_str("is not UTF-8, and the database has no encoding to convert it from (SQL_ASCII)")
             }
             Self::Missing(column) => write!(f, "cannot be read: the table has no column {column}"),
         }

@@ -73,7 +73,7 @@ pub struct AttributeSpec {
     pub value: ValueSpec,
 }
 
-/// A mark on rows that stay when their facts end to hold.
+/// A mark on rows that stay when their facts cease to hold.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SoftDelete {

@@ -166,7 +166,7 @@ fn attributes() {
 }
 
 #[test]
-fn what_cannot_be_decoded() {
+fn undecodable_rows() {
     let mapping = preset();
     let plan = mapping.plan(&relation("relation_tuples", &TUPLE_COLUMNS)).unwrap();
     check(&plan, b'I', &[(b'N', "t1 doc - viewer user 7 ''")], &["2! Some(\"t1\") entity_id is NULL"]);
@@ -174,7 +174,7 @@ fn what_cannot_be_decoded() {
     check(&plan, b'I', &[(b'N', "'' doc 1 viewer user 7 ''")], &["2! None the tenant is empty"]);
 
     let not_utf8 =
-        "Some(\"t1\") entity_id is not UTF-8, and a database with the encoding SQL_ASCII does not say what it is";
+        "Some(\"t1\") entity_id is not UTF-8, and the database has no encoding to convert it from (SQL_ASCII)";
     let (one, other) = ("t1 doc ? viewer user 7 ''", "t1 doc ?? viewer user 7 ''");
     check(&plan, b'I', &[(b'N', one)], &[&format!("2! {not_utf8}")]);
     check(&plan, b'U', &[(b'K', one), (b'N', one)], &[]);

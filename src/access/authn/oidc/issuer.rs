@@ -35,7 +35,7 @@ pub(crate) enum Error {
     #[error("{url} answers {status}")]
     Refused { url: String, status: http::StatusCode },
     /// The document is not valid.
-    #[error("{url} is not what it should be: {source}")]
+    #[error("{url} is not a valid document: {source}")]
     Malformed { url: String, source: serde_json::Error },
     /// The metadata belongs to another issuer.
     #[error("{url} is about the issuer '{found}': authn.oidc.issuer must be written the same way")]
@@ -45,7 +45,7 @@ pub(crate) enum Error {
         found: String,
     },
     /// The key set has a URL without TLS, so an attacker on the way could replace the keys.
-    #[error("its keys are at '{0}', which is no https URL")]
+    #[error("its keys are at '{0}', which is not an https URL")]
     Insecure(String),
     /// The key set has no usable key.
     #[error("{0} has no RSA or EC key for signatures")]
@@ -154,22 +154,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_of_it_is_taken_for_granted() {
+    async fn foreign_documents_are_checked() {
         let metadata = || (200, json!({"issuer": "ISSUER", "jwks_uri": "ISSUER/keys", "more": [1]}));
         let key = json!({"kty": "RSA", "n": "AQAB", "e": "AQAB"});
         let keys = || (200, json!({"keys": [key]}));
         check(metadata(), keys(), "").await;
         check((404, json!({})), keys(), "ISSUER/.well-known/openid-configuration answers 404 Not Found").await;
         check((302, json!({})), keys(), "ISSUER/.well-known/openid-configuration answers 302 Found").await;
-        check((200, json!("html")), keys(), "openid-configuration is not what it should be: ").await;
+        check((200, json!("html")), keys(), "openid-configuration is not a valid document: ").await;
         check((200, json!({"issuer": "ISSUER"})), keys(), "missing field `jwks_uri`").await;
         let other = json!({"issuer": "ISSUER/", "jwks_uri": "ISSUER/keys"});
         check((200, other), keys(), "is about the issuer 'ISSUER/': authn.oidc.issuer must be written the same").await;
         let insecure = json!({"issuer": "ISSUER", "jwks_uri": "http://keys.example/"});
-        check((200, insecure), keys(), "its keys are at 'http://keys.example/', which is no https URL").await;
+        check((200, insecure), keys(), "its keys are at 'http://keys.example/', which is not an https URL").await;
         check(metadata(), (500, json!({})), "ISSUER/keys answers 500").await;
         check(metadata(), (200, json!({"keys": []})), "ISSUER/keys has no RSA or EC key for signatures").await;
-        check(metadata(), (200, json!({"keys": 1})), "ISSUER/keys is not what it should be: ").await;
+        check(metadata(), (200, json!({"keys": 1})), "ISSUER/keys is not a valid document: ").await;
         let huge = "x".repeat(DOCUMENT_BYTES_MAX);
         check(metadata(), (200, json!({"keys": [key], "more": huge})), "ISSUER/keys: length limit exceeded").await;
     }
