@@ -11,7 +11,7 @@
     clippy::indexing_slicing,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "it fails where it expected something, and what was measured is its output"
+    reason = "a benchmark fails at an unmet expectation, and prints its measurements"
 )]
 
 #[path = "../tests/support"]

@@ -12,7 +12,7 @@
     clippy::indexing_slicing,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "it fails where it expected something, and tells what led to it"
+    reason = "a benchmark fails at an unmet expectation, and prints the events before it"
 )]
 
 #[path = "../tests/support"]

@@ -12,7 +12,7 @@
 //!
 //! ```text
 //! DATA_DIR/cluster.lock    locked as long as a process uses the cluster
-//!          settings.conf   ours, rewritten at every open; included from pgdata/postgresql.conf
+//!          settings.conf   tuplewatch's own, rewritten at every open; included from pgdata/postgresql.conf
 //!          port            chosen once, kept from then on
 //!          postgres.log    what the postmaster wrote, across restarts
 //!          pgdata/         PostgreSQL's own data directory

@@ -11,7 +11,7 @@
 //!
 //! # Invariants
 //!
-//! - Each call writes one transaction, and takes its token inside of it, so Watch continues right after it.
+//! - Each call writes one transaction, and takes its token inside the transaction, so Watch continues right after the write.
 //! - Rows are inserted in the order of the primary key, so two calls never deadlock with each other.
 //! - **Nothing is written for a tenant that is being deleted.** Writers share an advisory lock of the tenant, and its
 //!   deletion takes the lock exclusively. There is no foreign key (see `sql/0001_tables.sql`), so a row that is written

@@ -127,7 +127,7 @@ impl Condition {
     }
 
     /// The message after the condition has ended.
-    const fn over(&self) -> &'static str {
+    const fn ended(&self) -> &'static str {
         match self {
             Self::Missing => "exists again",
             Self::Lost(_) => "can be read again",
@@ -210,7 +210,7 @@ impl Samples {
 
 /// Derives conditions from the looks.
 #[derive(Debug, Default)]
-struct Watch {
+struct Tracker {
     /// Whether the slot ever existed. Before that, the session creates it or reports that it is missing.
     was_there: bool,
     /// Positions for the lag of the slot.
@@ -220,26 +220,26 @@ struct Watch {
 
 /// The conditions that began and ended with a look.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct News {
+struct Transitions {
     began: Vec<Condition>,
-    over: Vec<Condition>,
+    ended: Vec<Condition>,
 }
 
-impl Watch {
+impl Tracker {
     fn look(
         &mut self,
         slot_status: &SlotStatus,
         own_name: &str,
         thresholds: &Thresholds,
         now: Instant,
-    ) -> (News, Option<Lag>) {
+    ) -> (Transitions, Option<Lag>) {
         let lag = slot_status.confirmed.map(|confirmed| self.samples.lag(slot_status.wal_end, confirmed, now));
         let found = self.conditions(slot_status, own_name, thresholds, lag);
         let before = std::mem::take(&mut self.present);
         let began = found.iter().filter(|new| !before.iter().any(|old| old.is_same(new))).cloned().collect();
-        let over = before.into_iter().filter(|old| !found.iter().any(|new| new.is_same(old))).collect();
+        let ended = before.into_iter().filter(|old| !found.iter().any(|new| new.is_same(old))).collect();
         self.present = found;
-        (News { began, over }, lag)
+        (Transitions { began, ended }, lag)
     }
 
     /// Whether `value` reaches the threshold. A present condition ends only when the value is clearly below it again.
@@ -335,7 +335,7 @@ impl Monitor {
     /// Runs until dropped. `received` follows the end LSN up to which the session has passed on everything.
     pub(crate) async fn run(self, mut received: watch::Receiver<Option<Lsn>>) {
         let own_name = application_name(&self.options.node_id);
-        let (mut watch, mut samples) = (Watch::default(), Samples::default());
+        let (mut tracker, mut samples) = (Tracker::default(), Samples::default());
         // The first session's position makes the lag known, so look as soon as it is there.
         let mut wanted = Some(Lsn::ZERO);
         let mut open: Option<Line> = None;
@@ -366,8 +366,8 @@ impl Monitor {
             match timeout(ANSWER_MAX, SlotStatus::read(&connection.client, &self.options.slot)).await {
                 Ok(Ok(slot_status)) => {
                     let now = Instant::now();
-                    let (news, slot_lag) = watch.look(&slot_status, &own_name, &self.options.thresholds, now);
-                    self.log(&news);
+                    let (transitions, slot_lag) = tracker.look(&slot_status, &own_name, &self.options.thresholds, now);
+                    self.log(&transitions);
                     let position = *received.borrow();
                     let lag = position.map(|position| samples.lag(slot_status.wal_end, position, now));
                     // After the last session has ended, the position does not move any more.
@@ -384,8 +384,8 @@ impl Monitor {
         }
     }
 
-    fn log(&self, news: &News) {
-        for condition in &news.began {
+    fn log(&self, transitions: &Transitions) {
+        for condition in &transitions.began {
             if condition.is_error() {
                 tracing::error!(
                     slot = %self.options.slot,
@@ -398,8 +398,8 @@ impl Monitor {
                 tracing::warn!(slot = %self.options.slot, "replication slot {} {condition}", self.options.slot);
             }
         }
-        for condition in &news.over {
-            tracing::info!(slot = %self.options.slot, "replication slot {} {}", self.options.slot, condition.over());
+        for condition in &transitions.ended {
+            tracing::info!(slot = %self.options.slot, "replication slot {} {}", self.options.slot, condition.ended());
         }
     }
 }
@@ -426,28 +426,28 @@ mod tests {
     }
 
     /// The messages of a look, shortened.
-    fn look(watch: &mut Watch, slot_status: &SlotStatus, now: Instant) -> Vec<String> {
-        let (news, _) = watch.look(slot_status, "tuplewatch me", &THRESHOLDS, now);
-        let began = news.began.iter().map(ToString::to_string);
-        began.chain(news.over.iter().map(|condition| condition.over().to_owned())).collect()
+    fn look(tracker: &mut Tracker, slot_status: &SlotStatus, now: Instant) -> Vec<String> {
+        let (transitions, _) = tracker.look(slot_status, "tuplewatch me", &THRESHOLDS, now);
+        let began = transitions.began.iter().map(ToString::to_string);
+        began.chain(transitions.ended.iter().map(|condition| condition.ended().to_owned())).collect()
     }
 
     #[test]
     fn conditions_are_reported_once_at_their_start_and_end() {
-        let mut watch = Watch::default();
+        let mut tracker = Tracker::default();
         let now = Instant::now();
-        let check = |watch: &mut Watch, slot_status: &SlotStatus, seconds: u64, expected: &[&str]| {
-            let said = look(watch, slot_status, now + Duration::from_secs(seconds));
+        let check = |tracker: &mut Tracker, slot_status: &SlotStatus, seconds: u64, expected: &[&str]| {
+            let said = look(tracker, slot_status, now + Duration::from_secs(seconds));
             assert_eq!(said.len(), expected.len(), "{said:?}");
             assert!(said.iter().zip(expected).all(|(said, expected)| said.contains(expected)), "{said:?}");
         };
-        check(&mut watch, &slot_status(999, 100, 10, 10), 0, &[]);
-        check(&mut watch, &slot_status(1000, 100, 10, 10), 5, &["retained_wal"]);
-        check(&mut watch, &slot_status(5000, 99, 10, 10), 10, &["safe_wal_size"]);
+        check(&mut tracker, &slot_status(999, 100, 10, 10), 0, &[]);
+        check(&mut tracker, &slot_status(1000, 100, 10, 10), 5, &["retained_wal"]);
+        check(&mut tracker, &slot_status(5000, 99, 10, 10), 10, &["safe_wal_size"]);
         // Just below the threshold the condition does not end yet.
-        check(&mut watch, &slot_status(800, 110, 10, 10), 15, &[]);
-        check(&mut watch, &slot_status(700, 130, 10, 10), 20, &["keeps less WAL again", "not about to be lost"]);
-        check(&mut watch, &slot_status(0, -5, 10, 10), 25, &["is lost when another 0 bytes"]);
+        check(&mut tracker, &slot_status(800, 110, 10, 10), 15, &[]);
+        check(&mut tracker, &slot_status(700, 130, 10, 10), 20, &["keeps less WAL again", "not about to be lost"]);
+        check(&mut tracker, &slot_status(0, -5, 10, 10), 25, &["is lost when another 0 bytes"]);
     }
 
     #[test]
@@ -463,16 +463,16 @@ mod tests {
 
     #[test]
     fn lag_is_the_time_since_the_server_passed_the_slots_position() {
-        let mut watch = Watch::default();
+        let mut tracker = Tracker::default();
         let now = Instant::now();
         let at = |seconds: u64| now + Duration::from_secs(seconds);
-        assert!(look(&mut watch, &slot_status(0, 1000, 100, 50), at(0)).is_empty());
-        assert!(look(&mut watch, &slot_status(0, 1000, 200, 50), at(30)).is_empty());
+        assert!(look(&mut tracker, &slot_status(0, 1000, 100, 50), at(0)).is_empty());
+        assert!(look(&mut tracker, &slot_status(0, 1000, 200, 50), at(30)).is_empty());
         // The slot moves, and its lag is never more than a minute.
-        assert!(look(&mut watch, &slot_status(0, 1000, 300, 100), at(65)).is_empty());
-        let said = look(&mut watch, &slot_status(0, 1000, 400, 199), at(95));
+        assert!(look(&mut tracker, &slot_status(0, 1000, 300, 100), at(65)).is_empty());
+        let said = look(&mut tracker, &slot_status(0, 1000, 400, 199), at(95));
         assert!(said.len() == 1 && said[0].contains("65 s ago"), "{said:?}");
-        assert_eq!(look(&mut watch, &slot_status(0, 1000, 400, 400), at(100)), ["has caught up"]);
+        assert_eq!(look(&mut tracker, &slot_status(0, 1000, 400, 400), at(100)), ["has caught up"]);
     }
 
     #[test]
@@ -519,19 +519,19 @@ mod tests {
 
     #[test]
     fn a_slot_that_is_missing_lost_or_used_by_another_process() {
-        let mut watch = Watch::default();
+        let mut tracker = Tracker::default();
         let now = Instant::now();
         let none = || SlotStatus { slot: None, ..slot_status(0, 1000, 10, 10) };
         // The session creates the slot.
-        assert!(look(&mut watch, &none(), now).is_empty());
-        assert!(look(&mut watch, &slot_status(0, 1000, 10, 10), now).is_empty());
+        assert!(look(&mut tracker, &none(), now).is_empty());
+        assert!(look(&mut tracker, &slot_status(0, 1000, 10, 10), now).is_empty());
         let other = SlotStatus { holder: Some("pg_recvlogical".into()), ..slot_status(0, 1000, 10, 10) };
-        assert!(look(&mut watch, &other, now)[0].contains("in use by process 7 (pg_recvlogical)"));
-        assert!(look(&mut watch, &other, now).is_empty());
+        assert!(look(&mut tracker, &other, now)[0].contains("in use by process 7 (pg_recvlogical)"));
+        assert!(look(&mut tracker, &other, now).is_empty());
         let mut lost = slot_status(0, 1000, 10, 10);
         lost.slot.as_mut().unwrap().wal_status = Some("lost".into());
-        assert!(look(&mut watch, &lost, now)[0].contains("is lost (WAL that it needs has been removed)"));
-        assert!(look(&mut watch, &none(), now)[0].contains("no longer exists"));
-        assert_eq!(look(&mut watch, &slot_status(0, 1000, 10, 10), now), ["exists again"]);
+        assert!(look(&mut tracker, &lost, now)[0].contains("is lost (WAL that it needs has been removed)"));
+        assert!(look(&mut tracker, &none(), now)[0].contains("no longer exists"));
+        assert_eq!(look(&mut tracker, &slot_status(0, 1000, 10, 10), now), ["exists again"]);
     }
 }

@@ -45,7 +45,7 @@ use crate::postgres::connection::Connection;
 use crate::postgres::requirements::{ALL_OPERATIONS, creation, foreign_slot};
 use crate::postgres::slot::{Slot, can_fail_over};
 use crate::postgres::transactions::{self, NAMED_MAX, Transaction, Watched};
-use obstacles::{Look, Rights, check_unused, check_version};
+use obstacles::{Obstacles, Rights, check_unused, check_version};
 use step::{Kind, LOCK_TIMEOUT_SECONDS, begin};
 
 pub(crate) use crate::postgres::slot::{Waiting, create_slot};
@@ -160,9 +160,10 @@ impl Setup<'_> {
         let catalog = Catalog::read(client, self.publication, self.mapping).await?;
         let slot = Slot::read(client, self.slot).await?;
         let mut steps = self.plan_schema(client, &catalog).await?;
-        let look = Look { setup: self, catalog: &catalog, slot: slot.as_ref(), applies_schema: !steps.is_empty() };
+        let obstacles =
+            Obstacles { setup: self, catalog: &catalog, slot: slot.as_ref(), applies_schema: !steps.is_empty() };
         let mut report = Report::default();
-        look.check(client, &mut report).await?;
+        obstacles.check(client, &mut report).await?;
         none_in_the_way(report)?;
 
         steps.extend(Self::plan_identities(&catalog));

@@ -79,7 +79,7 @@ fn text(diagnosis: &Diagnosis, layout: Layout) -> String {
     let column = lengths.filter(|length| *length <= SUBJECT_MAX).max().unwrap_or_default();
     let mut out = format!("{}\n\n", layout.style.strong(&diagnosis.server));
     for diagnostic in diagnostics {
-        write_finding(diagnostic, column, layout, &mut out);
+        write_diagnostic(diagnostic, column, layout, &mut out);
     }
     let summary = diagnosis.summary;
     let count = |number: usize, word: &str| format!("{number} {word}{}", if number == 1 { "" } else { "s" });
@@ -94,7 +94,7 @@ fn text(diagnosis: &Diagnosis, layout: Layout) -> String {
     out
 }
 
-fn write_finding(diagnostic: &Diagnostic, column: usize, layout: Layout, out: &mut String) {
+fn write_diagnostic(diagnostic: &Diagnostic, column: usize, layout: Layout, out: &mut String) {
     let severity = layout.severity(diagnostic.severity, &format!("{:<8}", diagnostic.severity));
     let subject = format!("{:<column$}", harmless(&diagnostic.subject));
     let begin = MARGIN + subject.chars().count() + 2;

@@ -60,7 +60,7 @@ pub(super) async fn run(args: &WatchArgs) -> anyhow::Result<()> {
         ended = watch.follow(connector) => return ended,
         () = stop_signal() => {}
     }
-    // Nobody may read standard error any more.
+    // The reader of standard error may be gone, so the wait is limited.
     let _ = timeout(LAST_WORDS_MAX, watch.say_how_to_resume()).await;
     Ok(())
 }

@@ -99,7 +99,7 @@ pub enum Boundary<'a> {
 pub enum Message<'a> {
     /// Defines a table for the rows that follow.
     Relation(Relation),
-    /// Defines a type. Text format needs none of it.
+    /// Defines a type, which the text format does not need.
     Type,
     /// The transaction was replicated from another server.
     Origin,

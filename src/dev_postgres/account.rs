@@ -107,7 +107,7 @@ pub(super) async fn run(command: Command) -> Result<Output, Error> {
     command.stdin(Stdio::null()).kill_on_drop(true).output().await.map_err(Error::io("run", &program))
 }
 
-pub(super) fn said(output: &Output) -> String {
+pub(super) fn output_text(output: &Output) -> String {
     let text = [String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)].concat();
     text.trim().to_owned()
 }

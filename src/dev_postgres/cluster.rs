@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-use super::account::{Account, run, said};
+use super::account::{Account, output_text, run};
 use super::directory::{initdb, locate, made_by, reader_of, take_possession, write_file};
 use super::postmaster::{Cause, Holder, PidFile, holder, log_tail};
 use super::{Error, Installation, settings};
@@ -165,7 +165,7 @@ impl Cluster {
         let deadline = Instant::now() + STOP_WITHIN;
         while self.is_running() {
             if Instant::now() > deadline {
-                tracing::warn!(pg_ctl = %said(&asked), "PostgreSQL does not stop");
+                tracing::warn!(pg_ctl = %output_text(&asked), "PostgreSQL does not stop");
                 return Err(Error::NotStopped { mode: mode.name(), seconds: STOP_WITHIN.as_secs() });
             }
             sleep(POLL).await;
@@ -369,7 +369,7 @@ impl Cluster {
                 }
                 sleep(POLL).await;
             }
-            reason = said(&output);
+            reason = output_text(&output);
         }
         Err(Error::Leftover { pid, reason })
     }

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use super::account::{Account, run, said};
+use super::account::{Account, output_text, run};
 use super::{Error, Installation};
 
 /// The parent of clusters whose requested directory PostgreSQL's user cannot access.
@@ -93,7 +93,7 @@ pub(super) async fn initdb(installation: &Installation, account: &Account, data_
     command.args(["--username=postgres", "--encoding=UTF8", "--locale=C", "--auth=trust", "--no-instructions"]);
     let output = run(command).await?;
     if !output.status.success() {
-        return Err(Error::Initdb { dir: data_dir.to_owned(), output: said(&output) });
+        return Err(Error::Initdb { dir: data_dir.to_owned(), output: output_text(&output) });
     }
     // The path is relative to the including file, so the directory can be moved.
     let conf = unfinished.join("postgresql.conf");

@@ -34,7 +34,7 @@ pub struct Header {
 pub struct Message {
     /// The transaction.
     pub header: Header,
-    /// The end LSN of the transaction, on the tenant's last message of it; `None` on earlier messages.
+    /// The end LSN of the transaction, set on the tenant's last message; `None` on earlier messages.
     pub end: Option<EndLsn>,
     /// The row steps of the transaction up to and including the last change here.
     pub last_step: u64,
@@ -290,7 +290,7 @@ pub struct Transaction {
     pub end: EndLsn,
     /// In order within each tenant, without the messages that were staged earlier.
     pub messages: Vec<(TenantId, Message)>,
-    /// Whether messages of it were staged earlier, of any tenant.
+    /// Whether messages of any tenant were staged earlier.
     pub staged: bool,
     /// Gaps inside it.
     pub gaps: Vec<Gap>,

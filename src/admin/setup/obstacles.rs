@@ -152,7 +152,7 @@ impl Rights {
 }
 
 /// Looks for steps of the plan that would fail.
-pub(super) struct Look<'a> {
+pub(super) struct Obstacles<'a> {
     pub(super) setup: &'a Setup<'a>,
     pub(super) catalog: &'a Catalog,
     pub(super) slot: Option<&'a Slot>,
@@ -160,7 +160,7 @@ pub(super) struct Look<'a> {
     pub(super) applies_schema: bool,
 }
 
-impl Look<'_> {
+impl Obstacles<'_> {
     /// Reports all obstacles.
     pub(super) async fn check(&self, client: &Client, report: &mut Report) -> Result<(), tokio_postgres::Error> {
         let mut names: Vec<TableName> = self.catalog.tables.iter().map(Table::name).collect();
