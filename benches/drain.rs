@@ -1,9 +1,10 @@
-//! How fast a backlog is drained: by tuplewatch to a subscriber, by `pg_recvlogical` to a file, and by the bare driver.
+//! Measures how fast a backlog is drained: by tuplewatch to a subscriber, by `pg_recvlogical` to a file, and by the
+//! bare driver.
 //!
 //! `cargo bench --bench drain [-- --shape NAME] [--rounds N] [--quick]`. In each round three new slots wait behind the
-//! same backlog, and are drained one after the other, each round in another order. tuplewatch's time goes from the
-//! start of its process until one gRPC subscriber has every change *and* the slot is acknowledged. Every change is
-//! compared, after the clock has stopped. `--quick` has a tenth of the rows and one round.
+//! same backlog. They are drained one after the other, in a different order in each round. tuplewatch's time lasts from
+//! the start of its process until one gRPC subscriber has every change *and* the slot is acknowledged. Every change is
+//! compared after the clock has stopped. `--quick` uses a tenth of the rows and one round.
 
 #![expect(
     clippy::unwrap_used,
@@ -11,7 +12,7 @@
     clippy::indexing_slicing,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "it fails where it expected something, and what was measured is its output"
+    reason = "a benchmark fails at an unmet expectation, and prints its measurements"
 )]
 
 #[path = "../tests/support"]
@@ -48,7 +49,7 @@ use tuplewatch::api::grpc::proto::{DataChange, data_change};
 
 /// Connections that write the backlog.
 const WRITERS: usize = 2;
-/// Far longer than any drain takes.
+/// Far more time than any drain takes.
 const DRAIN_MAX: Duration = Duration::from_secs(600);
 
 #[tokio::main(worker_threads = 2)]
@@ -73,21 +74,21 @@ async fn main() {
     println!("\n{}", targets.join("\n"));
 }
 
-/// What a backlog consists of. Counts are per writer.
+/// The content of a backlog. Counts are per writer.
 #[derive(Clone, Copy)]
 struct Shape {
     name: &'static str,
-    /// Small transactions.
+    /// The number of small transactions.
     singles: u64,
-    /// Rows of each.
+    /// The rows of each small transaction.
     rows: u64,
-    /// Big transactions, evenly among the small ones.
+    /// The number of big transactions, evenly spread among the small ones.
     bigs: u64,
-    /// Rows of each.
+    /// The rows of each big transaction.
     big_rows: u64,
-    /// Attributes, of which the second half replaces the first, instead of tuples.
+    /// Whether rows are attributes instead of tuples. The second half of the attributes replaces the first.
     is_attributes: bool,
-    /// Least share of what `pg_recvlogical` does, and of what the bare reader does.
+    /// The least rate relative to `pg_recvlogical`, and to the bare reader.
     targets: (Option<f64>, Option<f64>),
 }
 
@@ -110,12 +111,12 @@ const SINGLE: Shape = Shape {
 };
 
 impl Shape {
-    /// One of the two writers.
+    /// The rows of one writer.
     const fn rows_of_writer(&self) -> u64 {
         self.singles * self.rows + self.bigs * self.big_rows
     }
 
-    /// With the one that marks the end.
+    /// All rows, including the one that marks the end.
     const fn rows(&self) -> u64 {
         WRITERS as u64 * self.rows_of_writer() + 1
     }
@@ -124,13 +125,14 @@ impl Shape {
         WRITERS as u64 * (self.singles + self.bigs) + 1
     }
 
-    /// An update is a delete and a create.
+    /// All changes. An update is a delete and a create.
     const fn changes(&self) -> u64 {
         let further = if self.is_attributes { self.rows_of_writer() / 2 } else { 0 };
         self.rows() + WRITERS as u64 * further
     }
 
-    /// What one writer does in one round. Committed inside: as many transactions as can be had in little time.
+    /// The statement of one writer in one round. It commits inside, because that makes many transactions in little
+    /// time.
     fn statement(&self, round: usize, writer: usize) -> String {
         let Self { singles, rows, bigs, big_rows, .. } = self;
         let every = singles / (*bigs).max(1);
@@ -155,7 +157,7 @@ impl Shape {
         format!("DO $$ DECLARE n bigint := 0; BEGIN FOR k IN 1..{singles} LOOP {body} END LOOP; END $$")
     }
 
-    /// Whether the change of this index, of one writer's, creates; and the number in its id.
+    /// Whether the writer's change with this index is a create, and the number in its id.
     const fn expected(&self, index: u64) -> (bool, u64) {
         let half = self.singles / 2;
         if self.is_attributes && index >= half {
@@ -167,18 +169,18 @@ impl Shape {
     }
 }
 
-/// What tuplewatch did in one round.
+/// The measurements of tuplewatch in one round.
 struct Served {
     took: Duration,
-    /// Of that, when the subscriber had everything.
+    /// The time until the subscriber had everything.
     delivered: Duration,
     cpu: Duration,
     walsender_cpu: Duration,
-    /// Written to disk for each byte of changes.
+    /// Bytes written to disk for each byte of changes.
     write_amplification: f64,
 }
 
-/// All rounds of one shape: prints them, and returns the lines about its targets.
+/// Runs and prints all rounds of one shape. Returns the lines about its targets.
 async fn measure(postgres: &Postgres, shape: Shape) -> Vec<String> {
     println!("\n{}: {} rows in {} transactions", shape.name, shape.rows(), shape.transactions());
     println!(
@@ -230,7 +232,7 @@ fn print_line(
 const RECVLOGICAL: &str = "bench_recvlogical";
 const BARE: &str = "bench_bare";
 
-/// New slots, a backlog, and its three drains.
+/// Creates the slots and the backlog, and drains it three times.
 async fn round_of(postgres: &Postgres, shape: Shape, round: usize) -> (Duration, Duration, Served) {
     let sql = postgres.sql().await;
     let mut server = Server::prepare(postgres, &[]).await;
@@ -241,7 +243,7 @@ async fn round_of(postgres: &Postgres, shape: Shape, round: usize) -> (Duration,
     let end = write(postgres, shape, round).await;
     let (mut recvlogical, mut bare, mut served) = (None, None, None);
     for turn in 0..3 {
-        // What the drain before left to be written is not for this one to bear.
+        // Without a checkpoint, this drain would also pay for writes of the one before.
         sql.run("CHECKPOINT").await;
         match (round + turn) % 3 {
             0 => recvlogical = Some(drain_to_file(postgres, &sql, &end).await),
@@ -255,7 +257,7 @@ async fn round_of(postgres: &Postgres, shape: Shape, round: usize) -> (Duration,
     (recvlogical.unwrap(), bare.unwrap(), served.unwrap())
 }
 
-/// A token from before the backlog. The server has not run on when this returns.
+/// A token from before the backlog. The server is stopped when this returns.
 async fn token_before(server: &mut Server) -> String {
     server.start().await;
     server.serving().await;
@@ -276,7 +278,7 @@ async fn write(postgres: &Postgres, shape: Shape, round: usize) -> String {
     };
     tokio::join!(writer(0), writer(1));
     let sql = postgres.sql().await;
-    // So that the flush position below is that of the commit, and no later one.
+    // The flush position below is then that of the commit, and not a later one.
     sql.run("CHECKPOINT").await;
     sql.insert("t1", &format!("{}-{round}-end", shape.name)).await;
     sql.flushed().await
@@ -321,7 +323,8 @@ async fn drain_bare(postgres: &Postgres, shape: Shape, end: &str) -> Duration {
         bare.close().await;
         (took, rows)
     };
-    // On a runtime of one thread, as the session of tuplewatch: the driver and its reader do not wake each other's threads.
+    // On a runtime of one thread, like tuplewatch's session: the driver and its reader do not wake each other's
+    // threads.
     let read = tokio::task::spawn_blocking(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(tokio::time::timeout(DRAIN_MAX, read)).expect("the reader ends")
@@ -369,7 +372,7 @@ async fn receive(address: SocketAddr, token: String, changes: u64) -> Vec<Change
     messages
 }
 
-/// Fails where a change is missing, doubled or out of order, or a token came twice.
+/// Fails if a change is missing, duplicated or out of order, or if a token comes twice.
 fn verify(shape: Shape, round: usize, messages: &[Changes]) {
     let tokens: HashSet<&str> = messages.iter().map(|message| &*message.snap_token).collect();
     assert_eq!(tokens.len(), messages.len(), "every message has a token of its own");
@@ -398,7 +401,7 @@ fn verify(shape: Shape, round: usize, messages: &[Changes]) {
     assert!(ended && next == [all; WRITERS], "changes that arrived: {next:?} of {all} each");
 }
 
-/// What a process has had written to disk, in bytes: `write_bytes` of proc(5)'s io.
+/// The bytes that a process has written to disk: `write_bytes` in proc(5)'s io.
 fn written_bytes(pid: u32) -> u64 {
     let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
     let line = io.lines().find_map(|line| line.strip_prefix("write_bytes: ")).unwrap();

@@ -1,11 +1,13 @@
-//! What a subscriber costs, and a message to it: for 1 to 5,000 subscribers, of one tenant and of as many.
+//! Measures the cost of a subscriber, and of a message to it, with 1 to 5,000 subscribers, of one tenant or of as many
+//! tenants.
 //!
-//! `cargo bench --bench fan_out [-- --quick] [--rounds N] [--case NAME]` (or `just bench fan_out`). In rounds that alternate
-//! over the cases, each with a process of its own on one cluster. Every subscriber checks that it has every message once,
-//! in order. They all live in one thread of this process, behind a client that costs little; but they, PostgreSQL and
-//! tuplewatch share the machine, so figures compare within a run, and targets are ratios to two baselines of the same run:
-//! tonic's usual way to serve a stream, and a bare loop on h2 (`fan_out/baseline.rs`). Both send the same subscribers the
-//! same messages at the same rate. All three take turns, each round in another order.
+//! `cargo bench --bench fan_out [-- --quick] [--rounds N] [--case NAME]` (or `just bench fan_out`). Rounds alternate
+//! over the cases. Each has a process of its own, all on one cluster. Every subscriber checks that it receives every
+//! message once, in order. All subscribers run in one thread of this process, with a cheap client. They share the
+//! machine with PostgreSQL and tuplewatch, so figures compare only within a run. The targets are ratios to two
+//! baselines of the same run: tonic's usual way to serve a stream, and a bare loop on h2 (`fan_out/baseline.rs`). Both
+//! send the same messages to the same subscribers at the same rate. All three take turns, in a different order in each
+//! round.
 
 #![expect(
     clippy::unwrap_used,
@@ -13,7 +15,7 @@
     clippy::indexing_slicing,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "it fails where it expected something, and what was measured is its output"
+    reason = "a benchmark fails at an unmet expectation, and prints its measurements"
 )]
 
 #[path = "../tests/support"]
@@ -53,26 +55,26 @@ use support::report::{has_flag, option, place, rounds};
 use support::server::Server;
 use support::sql::Sql;
 
-/// The baselines have tuplewatch's.
+/// The same allocator as tuplewatch, for the baselines.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const FLAGS: [(&str, &str); 1] = [("--service-watch-subscribers-max", "20000")];
 /// As many as the largest case has subscribers.
 const TENANTS: usize = 5_000;
-/// Who writes as fast as possible.
+/// Connections that write as fast as possible.
 const WRITERS: usize = 4;
-/// Longer than any case takes to deliver what was committed.
+/// More time than any case needs to deliver the committed transactions.
 const DELIVERY_MAX: Duration = Duration::from_secs(120);
 
-/// What is committed, and how.
+/// The committed transactions, and their pace.
 #[derive(Clone, Copy)]
 enum Load {
-    /// So many transactions a second, each durable before the next.
+    /// A number of transactions a second, each durable before the next.
     Paced(u64),
-    /// As many as four connections can, `synchronous_commit` off.
+    /// As many as four connections can commit with `synchronous_commit` off.
     Unpaced,
-    /// The same while tuplewatch is suspended: what is measured begins when it goes on.
+    /// The same, while tuplewatch is suspended. The measurement begins when it resumes.
     Backlog,
 }
 
@@ -80,9 +82,9 @@ struct Case {
     name: &'static str,
     subscribers: usize,
     connections: usize,
-    /// Their tenants, which take turns. The load's, but where they are `quiet`.
+    /// The number of tenants of the subscribers. The load goes to the same tenants, unless they are `quiet`.
     tenants: usize,
-    /// The load is another tenant's, with one subscriber more.
+    /// Whether the load goes to a different tenant, which has one additional subscriber.
     quiet: bool,
     load: Load,
 }
@@ -105,11 +107,11 @@ const fn case(name: &'static str, subscribers: usize, connections: usize, load: 
     Case { name, subscribers, connections, tenants: 1, quiet: false, load }
 }
 
-/// How large it is.
+/// The extent of a run.
 struct Scale {
     rounds: usize,
     seconds: u64,
-    /// At most, where nothing paces them.
+    /// The most transactions of an unpaced load.
     transactions_max: u64,
     only: Option<String>,
 }
@@ -121,7 +123,7 @@ impl Scale {
     }
 }
 
-/// Who serves.
+/// The server of a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Contender {
     Tuplewatch,
@@ -142,24 +144,25 @@ impl Contender {
     }
 }
 
-/// What one round of one case came to.
+/// The measurements of one round of one case.
 struct Round {
     written: Written,
     delivered_per_second: f64,
     p50_ms: f64,
     p99_ms: f64,
-    /// Of who serves. Of tuplewatch, with all that a transaction costs before it is delivered.
+    /// The processor time of the server. For tuplewatch it includes the whole cost of a transaction before its
+    /// delivery.
     cpu_us_per_message: f64,
-    /// Of one core.
+    /// Relative to one core.
     cpu_percent: f64,
     resident_mib: f64,
     idle_kib_per_subscriber: f64,
 }
 
-/// The load that came.
+/// The load of a round.
 #[derive(Clone, Copy)]
 struct Written {
-    /// When what is measured began.
+    /// The start of the measurement.
     began_ns: u64,
     transactions: u64,
     per_second: f64,
@@ -199,7 +202,7 @@ async fn run(scale: &Scale) {
         for case in &cases {
             let id = format!("{}-{round}", case.name);
             for turn in 0..case.contenders().len() {
-                // tuplewatch first in the first round: the others have the load that it had.
+                // tuplewatch comes first in the first round, because the others repeat its load.
                 let contender = case.contenders()[(round + turn) % case.contenders().len()];
                 let measured = match contender {
                     Tuplewatch => round_of_tuplewatch(case, scale, &id, &postgres, &mut server).await,
@@ -253,7 +256,7 @@ async fn round_of_tuplewatch(case: &Case, scale: &Scale, id: &str, postgres: &Po
     round
 }
 
-/// As many messages as tuplewatch sent in its last round of this case, at the same rate.
+/// Sends as many messages as tuplewatch sent in its last round of this case, at the same rate.
 async fn round_of_baseline(case: &Case, way: Way, as_written: Written, id: &str, sample: &[u8]) -> Round {
     let Written { transactions, per_second, .. } = as_written;
     let mut baseline = Baseline::start(way, case.tenants, transactions, sample).await;
@@ -273,14 +276,14 @@ async fn round_of_baseline(case: &Case, way: Way, as_written: Written, id: &str,
         .await
 }
 
-/// Who serves the subscribers of a round.
+/// The process that serves the subscribers of a round.
 struct Process {
     pid: u32,
     address: SocketAddr,
 }
 
 impl Process {
-    /// Opens the streams of a case, has the load come, and waits until every subscriber has all of it.
+    /// Opens the streams of a case, runs the load, and waits until every subscriber has received everything.
     async fn measure(
         &self,
         case: &Case,
@@ -301,7 +304,7 @@ impl Process {
         let cpu = cpu_time(self.pid) - cpu_before;
         let resident_mib = self.resident_kib() as f64 / 1024.0;
         fleet.land();
-        // Each subscriber has had a beginning of its sequence, without a gap: so all together have had all of it.
+        // Each subscriber received a gapless beginning of its sequence, so together they received everything.
         assert_eq!((shared.delivered.load(Relaxed), shared.failed.load(Relaxed)), (expected, false), "{id}: delivered");
 
         let seconds = Duration::from_nanos(shared.last_ns.load(Relaxed) - written.began_ns).as_secs_f64();
@@ -323,7 +326,7 @@ impl Process {
         resident.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// What it has once it has given back what starting so many streams took: the allocator waits for a moment before it does.
+    /// The memory after the start of all streams. The allocator returns the memory of the start only after a moment.
     async fn idle_kib(&self) -> u64 {
         const UNCHANGED_FOR: Duration = Duration::from_secs(3);
         let (mut least, mut since) = (u64::MAX, Instant::now());
@@ -338,13 +341,14 @@ impl Process {
     }
 }
 
-/// What a process takes once it has delivered anything at all is no subscriber's. Returns the last message that it sent.
+/// Delivers some messages, so that the cost of the first delivery is not attributed to a subscriber. Returns the last
+/// message.
 async fn warm_up(id: &str, postgres: &Postgres, server: &Server) -> Vec<u8> {
     let mut stream = Connection::open(server.address(), Windows::WIDE).await.watch("load0", "").await;
     let writer = Writer::new(postgres, id.to_owned()).await;
     let mut last = Vec::new();
     for number in 0..100 {
-        // None of those that are counted.
+        // This writer's number is not among the counted ones.
         writer.insert("load0", WRITERS, number).await;
         last.clear();
         while last.is_empty() {
@@ -358,11 +362,11 @@ async fn warm_up(id: &str, postgres: &Postgres, server: &Server) -> Vec<u8> {
 struct Writer {
     sql: Sql,
     statement: tokio_postgres::Statement,
-    /// In each tuple, which makes it differ from those of other rounds.
+    /// Part of each tuple, so that it differs from the tuples of other rounds.
     subject: String,
 }
 
-/// An entity id is the number of the writer and that of its transaction, in ten digits: `0000001234`.
+/// The id of an entity: the number of the writer and of its transaction, each with ten digits: `0000001234`.
 const NUMBERS_A_WRITER: u64 = 1_000_000_000;
 
 impl Writer {
@@ -381,7 +385,7 @@ impl Writer {
     }
 }
 
-/// Has the numbers come at this rate, one after the other.
+/// Runs `insert` with ascending numbers at this rate.
 async fn paced(rate: f64, count: u64, id: &str, shared: &Shared, mut write: impl AsyncFnMut(u64)) -> Written {
     let (began, began_ns) = (tokio::time::Instant::now(), shared.now());
     for number in 0..count {
@@ -396,7 +400,7 @@ async fn paced(rate: f64, count: u64, id: &str, shared: &Shared, mut write: impl
     Written { began_ns, transactions: count, per_second }
 }
 
-/// As many as come about in this time, and at most the most that there should be.
+/// Commits as many transactions as possible in this time, up to the limit.
 async fn unpaced(scale: &Scale, time_max: Duration, id: &str, postgres: &Postgres, shared: &Shared) -> Written {
     let (began, began_ns) = (Instant::now(), shared.now());
     let each = scale.transactions_max / WRITERS as u64;
@@ -415,7 +419,7 @@ async fn unpaced(scale: &Scale, time_max: Duration, id: &str, postgres: &Postgre
 }
 
 impl Case {
-    /// A baseline has nothing to say of tenants that are quiet: these cases compare tuplewatch with itself.
+    /// Baselines have nothing for quiet tenants, so those cases compare tuplewatch with itself.
     const fn contenders(&self) -> &'static [Contender] {
         if self.quiet { &[Tuplewatch] } else { &[Tuplewatch, TONIC, H2] }
     }
@@ -432,7 +436,7 @@ impl Case {
         (self.subscribers + self.quiet as usize) as u64
     }
 
-    /// A connection for each group.
+    /// One connection for each group.
     fn groups(&self) -> Vec<Vec<Subscriber>> {
         let mut groups: Vec<Vec<Subscriber>> = Vec::new();
         groups.resize_with(self.connections, Vec::new);

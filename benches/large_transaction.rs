@@ -1,8 +1,9 @@
-//! One transaction of many tuples, through a real PostgreSQL and a real server: that it arrives whole in bounded messages,
-//! what memory it takes, and that a subscriber cut off in the middle goes on inside it.
+//! Runs one transaction of many tuples through a real PostgreSQL and a real server. It checks that the transaction
+//! arrives complete in bounded messages, measures the memory, and checks that a subscriber that is disconnected in the
+//! middle resumes there.
 //!
-//! `cargo bench --bench large_transaction [-- TUPLES]` (default 1,000,000). Prints what it measured; fails where something
-//! is missing, doubled or too large.
+//! `cargo bench --bench large_transaction [-- TUPLES]` (default 1,000,000). It prints the measurements, and fails if a
+//! change is missing, duplicated or too large.
 
 #![expect(clippy::print_stdout, reason = "what was measured is its output")]
 
@@ -79,7 +80,7 @@ fn start(uri: &str, directory: &Path) -> anyhow::Result<(Server, String)> {
     Ok((server, address))
 }
 
-/// A stream that is open: its headers have arrived.
+/// An open stream, whose headers have arrived.
 async fn watch(
     address: &str,
     snap_token: &str,

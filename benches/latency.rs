@@ -1,11 +1,13 @@
-//! How long after its commit was acknowledged a change is received: from tuplewatch, and from the bare driver.
+//! Measures the time from the acknowledgement of a commit to the receipt of its change, through tuplewatch and through
+//! the bare driver.
 //!
 //! `cargo bench --bench latency [-- --rounds N] [--quick]`. One connection commits single-row transactions at a fixed
-//! rate, whatever becomes of them; a gRPC subscriber of tuplewatch and a bare reader of a second slot receive them at
-//! the same time, each on a thread of its own. In each round once with the default, of publishing only what is visible,
-//! and once with `service.watch.before_visible`. PostgreSQL streams a commit before it acknowledges it, so that times
-//! may be below zero. What tuplewatch adds to the bare reader's time is compared with a round trip to PostgreSQL: how long a
-//! `SELECT pg_current_snapshot()` takes from a third thread, which asks throughout. `--quick` is one round of 3 s.
+//! rate, without waiting for their delivery. A gRPC subscriber of tuplewatch and a bare reader of a second slot receive
+//! them at the same time, each on a thread of its own. Each round runs once with the default, which releases only
+//! visible transactions, and once with `service.watch.before_visible`. PostgreSQL streams a commit before it
+//! acknowledges it, so times may be negative. The difference between tuplewatch and the bare reader is compared with a
+//! round trip to PostgreSQL: the time of a `SELECT pg_current_snapshot()`, which a third thread measures throughout.
+//! `--quick` is one round of 3 s.
 
 #![expect(
     clippy::unwrap_used,
@@ -13,7 +15,7 @@
     clippy::indexing_slicing,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "it fails where it expected something, and what was measured is its output"
+    reason = "a benchmark fails at an unmet expectation, and prints its measurements"
 )]
 
 #[path = "../tests/support"]
@@ -50,14 +52,14 @@ use tuplewatch::api::grpc::proto::{DataChange, data_change};
 use tuplewatch::decode::pgoutput;
 
 const RATE: usize = 500;
-/// Between two round trips.
+/// The interval of round trips.
 const ASK_EVERY: Duration = Duration::from_millis(10);
 const SECONDS: usize = 20;
-/// Of each run, not counted: caches fill, and connections are new.
+/// The start of each run, which is not counted: caches fill, and connections are new.
 const WARM_UP_SECONDS: usize = 1;
 const SLOT: &str = "bench_bare";
 const BEFORE_VISIBLE: &str = "--service-watch-before-visible";
-/// For all of one run to arrive, after the last commit.
+/// The longest wait for the last change after the last commit.
 const ARRIVES_WITHIN: Duration = Duration::from_secs(30);
 
 #[tokio::main(worker_threads = 2)]
@@ -76,7 +78,7 @@ async fn main() {
     );
     let mut modes = [Mode::new("when visible", "false"), Mode::new("at once", "true")];
     for round in 0..rounds() {
-        // By turns, so that neither is always the one that comes after the other.
+        // In turns, so that neither always follows the other.
         for turn in 0..2 {
             let mode = &mut modes[(round + turn) % 2];
             server.set(BEFORE_VISIBLE, mode.before_visible);
@@ -97,13 +99,13 @@ async fn main() {
     println!("{}", at_most("p50 above it, in round trips, before_visible", ratio(1, 0), 2.0, " ×"));
 }
 
-/// When changes are published, and what came of it.
+/// The moment of release, and its measurements.
 struct Mode {
     name: &'static str,
     before_visible: &'static str,
-    /// tuplewatch's p50 and p99 above those of the bare reader, of each round.
+    /// The differences between tuplewatch's and the bare reader's p50 and p99, in each round.
     added: [Vec<f64>; 2],
-    /// The same in round trips: to their p50, and to their p99.
+    /// The same in round trips: relative to their p50, and to their p99.
     ratios: [Vec<f64>; 2],
 }
 
@@ -128,21 +130,21 @@ impl Mode {
     }
 }
 
-/// Milliseconds from acknowledgement to receipt.
+/// Milliseconds from the acknowledgement to the receipt.
 struct Run {
     tuplewatch: Vec<f64>,
     bare: Vec<f64>,
-    /// From question to answer.
+    /// Milliseconds from the query to its answer.
     round_trips: Vec<f64>,
 }
 
-/// p50, p99 and the largest.
+/// The p50, the p99 and the maximum.
 fn figures(mut times_ms: Vec<f64>) -> [f64; 3] {
     times_ms.sort_by(f64::total_cmp);
     [0.5, 0.99, 1.0].map(|share| times_ms[((times_ms.len() - 1) as f64 * share).round() as usize])
 }
 
-/// One run of so many transactions, with ids `{name}-{number}`.
+/// Runs a number of transactions with ids `{name}-{number}`.
 async fn run(postgres: &Postgres, server: &mut Server, sql: &Sql, name: &str, count: usize) -> Run {
     sql.run(&format!("SELECT pg_create_logical_replication_slot('{SLOT}', 'pgoutput')")).await;
     server.start().await;
@@ -172,7 +174,7 @@ async fn run(postgres: &Postgres, server: &mut Server, sql: &Sql, name: &str, co
     assert!(server.ended().await.success(), "a stop that was asked for is no failure");
     let free = "NOT EXISTS (SELECT FROM pg_replication_slots WHERE active)";
     eventually("the slots are free", async || sql.is_true(free).await).await;
-    // Its last acknowledgement may have been lost, and nothing is to come twice.
+    // Its last acknowledgement may have been lost, and the next run must not receive old changes.
     sql.run(&format!("SELECT pg_drop_replication_slot('{SLOT}')")).await;
     let since = |received: Vec<Instant>| {
         let times = acknowledged.iter().zip(received).skip(WARM_UP_SECONDS * RATE);
@@ -181,13 +183,13 @@ async fn run(postgres: &Postgres, server: &mut Server, sql: &Sql, name: &str, co
     Run { tuplewatch: since(tuplewatch), bare: since(bare), round_trips }
 }
 
-/// Below zero where it was received first.
+/// Negative if it was received first.
 fn millis(acknowledged: Instant, received: Instant) -> f64 {
     let after = received.saturating_duration_since(acknowledged).as_secs_f64();
     (after - acknowledged.saturating_duration_since(received).as_secs_f64()) * 1e3
 }
 
-/// Commits at the fixed rate; returns when each was acknowledged.
+/// Commits at the fixed rate. Returns the time of each acknowledgement.
 async fn commit(uri: String, prefix: String, count: usize) -> Vec<Instant> {
     let sql = std::sync::Arc::new(Sql::connect(&uri).await);
     let insert = "INSERT INTO tuplewatch.relation_tuples VALUES ('t1', 'document', $1, 'viewer', 'user', 'u', '')";
@@ -198,7 +200,7 @@ async fn commit(uri: String, prefix: String, count: usize) -> Vec<Instant> {
     for number in 0..count {
         interval.tick().await;
         let (sql, insert, id) = (sql.clone(), insert.clone(), format!("{prefix}{number}"));
-        // Sent at once, behind those that are still waiting for their answer.
+        // Sent at once, even if earlier commits are not answered yet.
         commits.push(tokio::spawn(async move {
             sql.execute(&insert, &[&id]).await.unwrap();
             Instant::now()
@@ -211,7 +213,7 @@ async fn commit(uri: String, prefix: String, count: usize) -> Vec<Instant> {
     acknowledged
 }
 
-/// Asks PostgreSQL for a snapshot while so many transactions come; returns how many milliseconds each answer took.
+/// Queries a snapshot repeatedly while the transactions are written. Returns the milliseconds of each query.
 async fn ask(uri: String, count: usize) -> Vec<f64> {
     let sql = Sql::connect(&uri).await;
     let snapshot = sql.prepare("SELECT pg_current_snapshot()::text").await.unwrap();
@@ -229,7 +231,7 @@ async fn ask(uri: String, count: usize) -> Vec<f64> {
     round_trips
 }
 
-/// Subscribes to tuplewatch; returns when each transaction was received.
+/// Subscribes to tuplewatch. Returns the time at which each transaction was received.
 async fn receive(address: SocketAddr, subscribed: oneshot::Sender<()>, prefix: String, count: usize) -> Vec<Instant> {
     let mut subscriber = Subscriber::open(Subscriber::connect(address).await, "t1", "").await;
     subscribed.send(()).unwrap();
@@ -249,7 +251,7 @@ async fn receive(address: SocketAddr, subscribed: oneshot::Sender<()>, prefix: S
     received
 }
 
-/// Reads the second slot; returns when the commit of each transaction was received.
+/// Reads the second slot. Returns the time at which the commit of each transaction was received.
 async fn read(config: ReplicationConfig, started: oneshot::Sender<()>, prefix: String, count: usize) -> Vec<Instant> {
     let mut bare = Bare::start(config).await;
     started.send(()).unwrap();

@@ -1,6 +1,7 @@
-//! The steps that each change goes through, one at a time: decoding, mapping and assembly, the change log, the message.
+//! Measures each step on the path of a change: decoding, mapping and assembly, the change log, the message.
 //!
-//! `cargo bench --bench micro [-- FILTER]`; `--quick` is criterion's own. No PostgreSQL: the bytes are what it sends.
+//! `cargo bench --bench micro [-- FILTER]`; `--quick` is criterion's own. It needs no PostgreSQL, because it has the
+//! bytes that a server would send.
 
 #![expect(clippy::unwrap_used, reason = "what cannot be prepared cannot be measured")]
 
@@ -39,7 +40,7 @@ const ATTRIBUTE: [&str; 5] = [
     "is_public",
     r#"{"data": true, "@type": "type.googleapis.com/base.v1.BooleanValue"}"#,
 ];
-/// A native token has as many characters.
+/// As long as a native token.
 const TOKEN: &str = "dGhpcyBpcyBhYm91dCBhcyBsb25nIGFzIGEgc25hcCB0b2tlbiBpcyBhbnk=";
 /// WAL between two commits, in bytes.
 const COMMIT_DISTANCE: u64 = 256;
@@ -107,7 +108,7 @@ fn decode(criterion: &mut Criterion) {
     }
 }
 
-/// Begin, Inserts and Commit → a transaction with its messages, ready for log and subscribers.
+/// Assembles Begin, Inserts and Commit into a transaction with its messages, ready for log and subscribers.
 fn assembly(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("mapping and assembly");
     for rows in [1, 100] {
@@ -121,7 +122,7 @@ fn transactions(group: &mut Group<'_>, name: &str, row: &[u8], rows: u64) {
     let limits = Limits { message_bytes: 1 << 20, change_bytes: 4 << 20, stage_bytes: 4 << 20 };
     let mut assembler = Assembler::new(Arc::new(Mapping::new(spec).unwrap()), limits, OnUndecodable::Halt);
     let mut commit = 0;
-    // The tables are known from the first transaction on.
+    // The first transaction defines the tables.
     assembler.begin(header(commit)).unwrap();
     assembler.change(&relation(TUPLES, "relation_tuples", &TUPLE_COLUMNS)).unwrap();
     assembler.change(&relation(ATTRIBUTES, "attributes", &ATTRIBUTE_COLUMNS)).unwrap();
@@ -150,7 +151,7 @@ fn log_in(path: &Path) -> LocalLog {
     log
 }
 
-/// Transactions of one row, in batches as the recorder makes them; with and without the sync that makes them durable.
+/// Appends transactions of one row, in batches like the recorder's, with and without the sync that makes them durable.
 fn log_append(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("log append");
     group.sample_size(20);
@@ -193,7 +194,7 @@ fn log_append(criterion: &mut Criterion) {
     file_append(&mut group);
 }
 
-/// What the disk itself takes: the same messages, written to a plain file and synced.
+/// The cost of the disk itself: writes the same messages to a plain file, and syncs it.
 fn file_append(group: &mut Group<'_>) {
     const BATCH: u64 = 1_000;
     let mut file = tempfile::tempfile().unwrap();
@@ -207,7 +208,7 @@ fn file_append(group: &mut Group<'_>) {
     });
 }
 
-/// A change, and a message of changes that are encoded already.
+/// Encodes a change, and makes a message of encoded changes.
 fn encode(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("encode");
     let mut out = Vec::new();

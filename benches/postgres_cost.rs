@@ -1,9 +1,9 @@
-//! What tuplewatch costs PostgreSQL, and that subscribers cost it nothing.
+//! Measures tuplewatch's cost for PostgreSQL, and checks that subscribers add none.
 //!
-//! `cargo bench --bench postgres_cost [-- --rounds N] [--quick]`. Transactions come at a fixed rate, with 1, 100 and
-//! 1,000 subscribers in turn; counted are the statements of tuplewatch's role (by `pg_stat_statements`; the writer has
-//! another role), the processor time of its backends and of its walsender, and the walsenders. Every subscriber must
-//! get every change. `--quick` is one round of 3 s each.
+//! `cargo bench --bench postgres_cost [-- --rounds N] [--quick]`. Transactions are written at a fixed rate, with 1, 100
+//! and 1,000 subscribers in turn. It counts the statements of tuplewatch's role (with `pg_stat_statements`; the writer
+//! has another role), the processor time of its backends and of its walsender, and the walsenders. Every subscriber
+//! must receive every change. `--quick` is one round of 3 s for each number of subscribers.
 
 #![expect(
     clippy::unwrap_used,
@@ -11,7 +11,7 @@
     clippy::indexing_slicing,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "it fails where it expected something, and what was measured is its output"
+    reason = "a benchmark fails at an unmet expectation, and prints its measurements"
 )]
 
 #[path = "../tests/support"]
@@ -45,7 +45,7 @@ const SUBSCRIBERS: [usize; 3] = [1, 100, 1_000];
 const RATE: usize = 200;
 const SECONDS: usize = 10;
 const STREAMS_PER_CONNECTION: usize = 100;
-/// For all of one run to arrive, after the last commit.
+/// The longest wait for the last change after the last commit.
 const ARRIVES_WITHIN: Duration = Duration::from_secs(60);
 
 #[tokio::main(worker_threads = 2)]
@@ -58,7 +58,7 @@ async fn main() {
     postgres.stop_and_set(&[("shared_preload_libraries", "pg_stat_statements")]).await;
     postgres.start_again().await;
     postgres.sql().await.run("CREATE EXTENSION pg_stat_statements; CREATE ROLE observer SUPERUSER LOGIN").await;
-    // The writer and ourselves: all that the other role does is tuplewatch's.
+    // The writer and this benchmark use this role, so everything else under the other role belongs to tuplewatch.
     let uri = postgres.uri().replacen("//postgres@", "//observer@", 1);
     let sql = Sql::connect(&uri).await;
     let server = Server::serve(&postgres, &[]).await;
@@ -84,12 +84,12 @@ async fn main() {
     }
 }
 
-/// What was counted while transactions came.
+/// The counts during the load.
 struct Cost {
     seconds: f64,
     transactions: usize,
     statements: f64,
-    /// What decides whether a batch is visible.
+    /// The statements that decide whether a batch is visible.
     snapshots: f64,
     backends_cpu: Duration,
     walsender_cpu: Duration,
@@ -106,7 +106,7 @@ impl Cost {
         self.snapshots / self.transactions as f64
     }
 
-    /// Milliseconds of processor time a second.
+    /// Processor time, in milliseconds a second.
     fn per_second_ms(&self, cpu: Duration) -> f64 {
         cpu.as_secs_f64() * 1e3 / self.seconds
     }
@@ -135,7 +135,7 @@ fn verdict(all: &[Vec<Cost>; 3]) -> Vec<String> {
     let backends_cpu_us = |cost: &Cost| cost.per_second_ms(cost.backends_cpu) * 1e3;
     vec![
         format!("backends' cpu for each further subscriber: {:.2} µs a second", per_subscriber(&backends_cpu_us)),
-        // Less than one in a hundred seconds: what comes by the clock may fall into one run and not into the other.
+        // Less than one in a hundred seconds, because periodic statements may fall into one run and not into the other.
         at_most(
             "statements a second for each further subscriber",
             per_subscriber(&Cost::statements_per_second),
@@ -148,14 +148,14 @@ fn verdict(all: &[Vec<Cost>; 3]) -> Vec<String> {
     ]
 }
 
-/// One run with so many subscribers.
+/// Runs the load with this number of subscribers.
 async fn measure(server: &Server, sql: &Sql, uri: &str, subscribers: usize, seconds: usize) -> Cost {
     let transactions = RATE * seconds;
     let (subscribed, are_subscribed) = oneshot::channel();
     let address = server.address();
     let received = tokio::spawn(on_own_thread(move || receive(address, subscribed, subscribers, transactions)));
     are_subscribed.await.expect("all streams");
-    // What their beginning asked is not of the steady state.
+    // The queries of their start do not belong to the steady state.
     sql.run("CHECKPOINT; SELECT pg_stat_statements_reset()").await;
     let before = Cpu::of(server, sql).await;
     let began = std::time::Instant::now();
@@ -179,7 +179,7 @@ async fn measure(server: &Server, sql: &Sql, uri: &str, subscribers: usize, seco
     }
 }
 
-/// Processor time so far, of each process on PostgreSQL's side by its id.
+/// The processor time so far of each PostgreSQL process, by its id.
 struct Cpu {
     backends: HashMap<u32, Duration>,
     walsenders: HashMap<u32, Duration>,
@@ -203,12 +203,12 @@ impl Cpu {
     }
 }
 
-/// What was used in between. A connection that is new began with nothing.
+/// The processor time in between. A new process began at zero.
 fn since(after: &HashMap<u32, Duration>, before: &HashMap<u32, Duration>) -> Duration {
     after.iter().map(|(pid, cpu)| *cpu - before.get(pid).copied().unwrap_or_default()).sum()
 }
 
-/// As [`cpu_time`], and finer: in nanoseconds, but of the first thread only. A backend has no other.
+/// Like [`cpu_time`], but in nanoseconds, and only of the first thread. A backend has only one.
 fn cpu_time_of_one_thread(pid: u32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
     Duration::from_nanos(stat.split_whitespace().next().unwrap().parse().unwrap())
@@ -225,7 +225,7 @@ async fn commit(uri: &str, count: usize) {
     }
 }
 
-/// So many subscribers, each of which gets so many changes, in messages that all have another token.
+/// Subscribers that each receive a number of changes, in messages with distinct tokens.
 async fn receive(address: SocketAddr, subscribed: oneshot::Sender<()>, subscribers: usize, changes: usize) {
     let mut streams = Vec::with_capacity(subscribers);
     let mut channel = None;

@@ -1,10 +1,11 @@
-//! What it costs to come back late: one subscriber far behind, one of a small tenant, and 500 at once.
+//! Measures late returns: one subscriber that is far behind, one of a small tenant, and 500 at once.
 //!
-//! `cargo bench --bench replay [-- --quick] [--rounds N] [--changes N]` (or `just bench replay`). The log holds 10 M changes
-//! of 1,000 tenants, and a tenth as many, among them, of one that is large; transactions have 1,000 rows. Rounds alternate
-//! over the cases. tuplewatch is started anew for each, with a window of 1 MiB, so that it reads from its files; the
-//! system's page cache stays warm. Every subscriber checks that it has every change once, in order. What who is far behind
-//! could do instead, to read the state anew, is measured with it: `COPY` of the same tenant's rows.
+//! `cargo bench --bench replay [-- --quick] [--rounds N] [--changes N]` (or `just bench replay`). The log holds 10 M
+//! changes of 1,000 tenants, and a tenth as many of one large tenant in between; transactions have 1,000 rows. Rounds
+//! alternate over the cases. tuplewatch is restarted for each case, with a window of 1 MiB, so that it reads from its
+//! files; the system's page cache stays warm. Every subscriber checks that it receives every change once, in order. A
+//! subscriber that is far behind could read its state anew instead, so that is measured too: `COPY` of the same
+//! tenant's rows.
 
 #![expect(
     clippy::unwrap_used,
@@ -12,7 +13,7 @@
     clippy::indexing_slicing,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "it fails where it expected something, and what was measured is its output"
+    reason = "a benchmark fails at an unmet expectation, and prints its measurements"
 )]
 
 #[path = "../tests/support"]
@@ -40,7 +41,7 @@ use support::server::Server;
 
 const SETTINGS: [(&str, &str); 2] = [
     ("autovacuum", "on"),
-    // The log is the subject; how fast it came about is not.
+    // The log is the subject, so its creation may be fast and unsafe.
     ("synchronous_commit", "off"),
 ];
 const FLAGS: [(&str, &str); 2] = [("--changelog-memory-window", "1MiB"), ("--changelog-retention-size", "100GiB")];
@@ -49,16 +50,16 @@ const QUICK: u64 = 200_000;
 const TENANTS: u64 = 1_000;
 const ROWS_A_TRANSACTION: u64 = 1_000;
 const LARGE: &str = "large";
-/// Who come back at once, and over how many connections.
+/// The number of subscribers that return at once, and of their connections.
 const MANY: u64 = 500;
 const CONNECTIONS: u64 = 10;
-/// Longer than any replay takes.
+/// More time than any replay takes.
 const REPLAY_MAX: Duration = Duration::from_secs(600);
 
-/// How large it is.
+/// The size of a run.
 struct Scale {
     rounds: usize,
-    /// Of a small tenant, and of the large one: whole transactions.
+    /// The changes of a small tenant, and of the large one. Both are whole transactions.
     small: u64,
     large: u64,
 }
@@ -66,7 +67,7 @@ struct Scale {
 impl Scale {
     fn from_arguments() -> Self {
         let changes = number("--changes").unwrap_or(if has_flag("--quick") { QUICK } else { CHANGES });
-        // A small log has smaller transactions, not fewer tenants.
+        // A small log has smaller transactions, but not fewer tenants.
         let large = changes / 10;
         let small = (changes - large) / TENANTS;
         Self { rounds: rounds(), small, large }
@@ -77,18 +78,18 @@ impl Scale {
     }
 }
 
-/// What the rounds came to.
+/// The measurements of the rounds.
 #[derive(Default)]
 struct Figures {
-    /// Changes a second of the subscriber that is far behind, and what of that is the first message.
+    /// The changes a second of the subscriber that is far behind, and the time to its first message.
     far_behind: Vec<f64>,
     first_ms: Vec<f64>,
     cpu_us_per_change: Vec<f64>,
-    /// Rows a second by COPY, and how many times as fast the subscriber is.
+    /// The rows a second by COPY, and the factor by which the subscriber is faster.
     copy: Vec<f64>,
     to_copy: Vec<f64>,
     small_ms: Vec<f64>,
-    /// All together, in changes a second; and the last of them.
+    /// All subscribers together, in changes a second; and the time of the slowest.
     many: Vec<f64>,
     slowest_s: Vec<f64>,
     peak_mib: Vec<f64>,
@@ -113,7 +114,7 @@ async fn main() {
     for round in 0..scale.rounds as u64 {
         far_behind(&scale, &mut server, &token, &mut figures).await;
         copy(&scale, &postgres, &mut figures).await;
-        // Each round another tenant.
+        // Another tenant in each round.
         small(&scale, &mut server, &token, round % TENANTS, &mut figures).await;
         many(&scale, &mut server, &token, &mut figures).await;
     }
@@ -140,7 +141,7 @@ async fn write(scale: &Scale, postgres: &Postgres, server: &mut Server) -> Strin
         ))
         .await;
     };
-    // By turns, so that nobody's changes lie together.
+    // In turns, so that no tenant's changes are adjacent.
     let steps = scale.small.div_ceil(ROWS_A_TRANSACTION);
     let (mut turn, turns) = (0, steps * TENANTS);
     for step in 0..steps {
@@ -149,7 +150,7 @@ async fn write(scale: &Scale, postgres: &Postgres, server: &mut Server) -> Strin
             insert(&format!("small{tenant}"), from, (from + ROWS_A_TRANSACTION).min(scale.small)).await;
             let large = |turn| (scale.large * turn / turns) / ROWS_A_TRANSACTION * ROWS_A_TRANSACTION;
             turn += 1;
-            // What remains at the end goes along with the last turn.
+            // The last turn includes the remainder.
             let to = if turn == turns { scale.large } else { large(turn) };
             if to > large(turn - 1) {
                 insert(LARGE, large(turn - 1), to).await;
@@ -193,7 +194,7 @@ async fn stop(server: &mut Server) {
     server.ended().await;
 }
 
-/// Follows a tenant from this token on until it has so many changes. Returns when the first message was there.
+/// Follows a tenant from this token until a number of changes has arrived. Returns the time of the first message.
 async fn replay(connection: &Connection, tenant: &str, token: &str, count: u64) -> Instant {
     let mut first = None;
     let work = async {
@@ -229,13 +230,13 @@ async fn far_behind(scale: &Scale, server: &mut Server, token: &str, figures: &m
     stop(server).await;
 }
 
-/// The tenant's rows from its table.
+/// Reads the rows of the tenant from its table.
 async fn copy(scale: &Scale, postgres: &Postgres, figures: &mut Figures) {
     let sql = postgres.sql().await;
     let began = Instant::now();
     let statement = format!("COPY (SELECT * FROM tuplewatch.relation_tuples WHERE tenant_id = '{LARGE}') TO STDOUT");
     let rows = sql.copy_out(statement.as_str()).await.unwrap();
-    // Each comes by itself.
+    // COPY returns each row by itself.
     let count = rows.fold(0, async |count, row| count + row.map(|_| 1).unwrap()).await;
     let seconds = began.elapsed().as_secs_f64();
     assert_eq!(count, scale.large, "rows of {LARGE}");
@@ -290,7 +291,7 @@ fn tell(scale: &Scale, figures: &Figures) {
     );
     line("  the slowest of them, s", format!("{:.2}", Summary::of(&figures.slowest_s)));
     line("  resident memory at the most, MiB", format!("{:.0}", Summary::of(&figures.peak_mib)));
-    // There is no request for a full scan, so this is what reading everything would take at the rate of the first case.
+    // There is no request for a full scan, so this extrapolates the rate of the first case to the whole log.
     let scan_ms = scale.all() as f64 * 1e3 / far_behind.median;
     let share = scale.all() as f64 / scale.small as f64;
     println!(
@@ -301,6 +302,6 @@ fn tell(scale: &Scale, figures: &Figures) {
         scan_ms / small_ms.median,
     );
     println!("{}", at_least("far behind, to COPY", Summary::of(&figures.to_copy).median, 2.0, " ×"));
-    // In proportion, but for what it takes to open any stream.
+    // In proportion, except for the time to open a stream.
     println!("{}", at_least("a scan of everything, to a small tenant", scan_ms / small_ms.median, 100.0, " ×"));
 }

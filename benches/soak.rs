@@ -1,10 +1,10 @@
-//! Hours of load and of everything that can go wrong, with every change compared.
+//! Runs load and all kinds of faults for hours, and compares every change.
 //!
-//! `cargo bench --bench soak --profile dev -- --minutes 20` (or `just soak 20`). In rounds of about a minute, with one
-//! cluster, one change log and the same subscribers throughout: see `tests/support/oracle.rs` and `faults.rs`. A line for
-//! each round, and a verdict; where it fails, the seed and the end of the server's log. `TUPLEWATCH_SEED` repeats the random
-//! choices, `TUPLEWATCH_PG_BIN` chooses the PostgreSQL, `TUPLEWATCH_DISK` names a directory on a file system that nobody else
-//! fills, where /dev/shm is not one with 2 GiB free.
+//! `cargo bench --bench soak --profile dev -- --minutes 20` (or `just soak 20`). It runs rounds of about a minute, with
+//! one cluster, one change log and the same subscribers throughout: see `tests/support/oracle.rs` and `faults.rs`. It
+//! prints a line for each round, and a verdict. A failure prints the seed and the end of the server's log.
+//! `TUPLEWATCH_SEED` repeats the random choices, `TUPLEWATCH_PG_BIN` selects the PostgreSQL, and `TUPLEWATCH_DISK`
+//! names a directory on a file system that nothing else fills, if /dev/shm has less than 2 GiB free.
 
 #![expect(
     clippy::unwrap_used,
@@ -12,7 +12,7 @@
     clippy::indexing_slicing,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "it fails where it expected something, and tells what led to it"
+    reason = "a benchmark fails at an unmet expectation, and prints the events before it"
 )]
 
 #[path = "../tests/support"]
@@ -38,21 +38,21 @@ use support::oracle::Oracle;
 use support::writer::seed;
 
 const MINUTES: u64 = 20;
-/// Faults of a round; what comes before and after takes its time too.
+/// The faults of a round. The time before and after them counts too.
 const ROUND: Duration = Duration::from_secs(50);
-/// What lasts, more rarely.
+/// The rarer faults that last.
 const FAULTS: [Fault; 16] = [
     Kill, Kill, Kill, Terminate, Terminate, Crash, Crash, Restart, Restart, CrashBoth, Cut, Cut, Silence, FullDisk,
     Unpublish, Unpublish,
 ];
-/// Those that tuplewatch survives as a process, and its streams with it.
+/// The faults that neither the process of tuplewatch nor its streams end with.
 const SURVIVED: [Fault; 9] = [Crash, Crash, Restart, Restart, Cut, Cut, Silence, FullDisk, Unpublish];
-/// Twice what its caches, memtables and queues come to at their most: more is a leak.
+/// Twice the largest size of its caches, memtables and queues. More is a leak.
 const MEMORY_MIB_MAX: u64 = 512;
-/// As in production, rows come and go for ever.
+/// Rows are inserted and deleted for ever, as in production.
 const SETTINGS: [(&str, &str); 1] = [("autovacuum", "on")];
 const MESSAGE_BYTES: usize = 4 << 10;
-/// Transactions in many messages, much reading from disk, and a retention that has something to do.
+/// Transactions of many messages, many reads from disk, and a retention that drops segments.
 const FLAGS: [(&str, &str); 4] = [
     ("--service-watch-message-size-max", "4KiB"),
     ("--changelog-memory-window", "1MiB"),
@@ -64,7 +64,7 @@ const FLAGS: [(&str, &str); 4] = [
 async fn main() {
     let minutes = minutes();
     let seed = seed();
-    // Dropped last: the server's log comes before it.
+    // Dropped last, so that the server's log is printed before it.
     let _told = Failed { seed };
     let mut world = World::start(&FAULTS, &SETTINGS, &FLAGS, seed).await;
     let mut oracle =
@@ -73,7 +73,7 @@ async fn main() {
     let began = Instant::now();
     let (mut rounds, mut transactions, mut changes, mut returns, mut faults) = (0, 0, 0, 0, Tally::default());
     while began.elapsed() < Duration::from_secs(60 * minutes) {
-        // By turns: a process that never grows old would hide what it gathers.
+        // Only in some rounds, because a process that never grows old would hide leaks.
         let choice: &[Fault] = if rounds % 4 < 2 { &FAULTS } else { &SURVIVED };
         let mut tally = Tally::default();
         let round = oracle.round(choice, async |load| tally = world.disturb(choice, load, ROUND, 0).await).await;
@@ -101,13 +101,13 @@ async fn main() {
     );
 }
 
-/// `--minutes N`, among what cargo passes.
+/// `--minutes N`, among the arguments that cargo passes.
 fn minutes() -> u64 {
     let mut args = std::env::args().skip_while(|arg| arg != "--minutes").skip(1);
     args.next().map_or(MINUTES, |minutes| minutes.parse().expect("--minutes is followed by a number"))
 }
 
-/// Gives the verdict where there is no other.
+/// Prints the verdict if the run panics.
 struct Failed {
     seed: u64,
 }

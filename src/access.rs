@@ -1,8 +1,9 @@
-//! Who may talk to us, and whom we trust: [`authn`] checks keys and tokens, [`admission`] stands in front of every service, [`tls`] and
-//! [`connections`] accept. [`trust`] says which certificate of a server we believe, of PostgreSQL and of tuplewatch alike.
+//! Access to the services, and trust in other servers. [`authn`] checks keys and tokens, [`admission`] applies them to
+//! every request, [`tls`] and [`connections`] accept connections. [`trust`] decides whether to trust the certificate of
+//! a server, for connections to PostgreSQL and to tuplewatch.
 
-pub mod admission;
-pub mod authn;
-pub mod connections;
-pub mod tls;
-pub mod trust;
+pub(crate) mod admission;
+pub(crate) mod authn;
+pub(crate) mod connections;
+pub(crate) mod tls;
+pub(crate) mod trust;

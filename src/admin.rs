@@ -1,8 +1,8 @@
-//! For people who run it: creating and removing what PostgreSQL needs ([`setup`]), finding out what is wrong ([`doctor`]), and warning
-//! while it runs ([`monitor`]).
+//! Tools for operators: [`setup`] creates and removes tuplewatch's objects in PostgreSQL, [`doctor`] reports problems,
+//! and [`monitor`] watches the slot while `serve` runs.
 //!
-//! Only [`app`](crate::app) and [`cli`](crate::cli) use this room. The stream does not depend on it.
+//! Only [`app`](crate::app) and [`cli`](crate::cli) use this room. The stream of changes does not depend on it.
 
-pub mod doctor;
-pub mod monitor;
-pub mod setup;
+pub(crate) mod doctor;
+pub(crate) mod monitor;
+pub(crate) mod setup;

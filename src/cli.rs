@@ -1,4 +1,9 @@
-//! The command line: what can be said, and the subcommands that say it.
+//! The command line of tuplewatch: the definition of its subcommands, and their dispatch.
+//!
+//! [`main`] parses the command line, starts the runtime, and runs one subcommand. Each subcommand has a module that
+//! parses its arguments, calls into the rest of the crate, and prints the result for people or as JSON. The flags for
+//! configuration keys are generated from [`config`] (`overrides`). Exit codes: 0 for success, 1 for a failure, 2 for a
+//! wrong command line or configuration.
 
 mod completions;
 mod connection;
@@ -25,11 +30,11 @@ use tokio::runtime::Runtime;
 
 /// A change feed for relationship-based authorization data in PostgreSQL.
 ///
-/// Tails one logical replication slot, turns committed rows into tuple changes, and streams them over gRPC to any number of
-/// subscribers, each of which can come back with its last snap token and get exactly the rest.
+/// Tails one logical replication slot, turns committed rows into changes, and streams them over gRPC and HTTP to any
+/// number of subscribers. A subscriber that returns with its last snap token receives exactly the changes after it.
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true, max_term_width = 110, after_help = examples::ALL)]
-pub struct Cli {
+struct Cli {
     #[command(subcommand)]
     command: Command,
     /// When to colour output: auto (on a terminal, unless NO_COLOR is set), always, or never
@@ -52,11 +57,11 @@ enum Command {
     Serve {
         #[command(flatten)]
         config: ConfigArgs,
-        /// Delete the change log first: its history is lost, and tokens from before are refused
+        /// Delete the change log first. Its history is lost, and older snap tokens are refused
         #[arg(long)]
         reset_log: bool,
     },
-    /// Prepare PostgreSQL: tables, publication, replication slot. Does only what is missing
+    /// Prepare PostgreSQL: create the tables, the publication and the replication slot that are missing
     #[command(after_help = examples::SETUP)]
     Setup {
         #[command(flatten)]
@@ -64,21 +69,21 @@ enum Command {
         #[command(flatten)]
         args: setup::SetupArgs,
     },
-    /// Say what is wrong, what it means, and what repairs it: the server, the slot, the change log. Changes nothing
+    /// Check server, slot and change log: list problems, their effects and their fixes. Changes nothing
     Doctor {
         #[command(flatten)]
         config: ConfigArgs,
         #[command(flatten)]
         args: doctor::DoctorArgs,
     },
-    /// Drop the replication slot and the publication, so that nothing keeps WAL for us. Tables stay
+    /// Drop the replication slot and the publication, so that PostgreSQL keeps no more WAL for tuplewatch. Tables stay
     #[command(after_help = examples::TEARDOWN)]
     Teardown {
         #[command(flatten)]
         config: ConfigArgs,
     },
-    /// Try it: start a private PostgreSQL, prepare it, and serve. Ctrl-C stops all of it, and the data stays
-    // It has a database of its own.
+    /// Try tuplewatch: start a private PostgreSQL, prepare it, and serve. Ctrl-C stops both, and the data stays
+    // `dev` has a database of its own, so the flag for another one is hidden.
     #[command(after_help = examples::DEV, mut_arg("database.uri", |arg| arg.hide(true)))]
     Dev {
         #[command(flatten)]
@@ -86,9 +91,9 @@ enum Command {
         #[command(flatten)]
         args: dev::DevArgs,
     },
-    /// Print a tenant's changes as they come; resumes by itself
+    /// Print the changes of a tenant as they are committed. Reconnects and resumes
     Watch(watch::WatchArgs),
-    /// Ask a running server whether it serves, or whether it is alive
+    /// Ask a running server whether it delivers changes, or only whether it is alive
     Health(health::HealthArgs),
     /// Explain a snap token
     Token(token::TokenArgs),
@@ -102,20 +107,21 @@ enum Command {
     Completions(completions::CompletionsArgs),
 }
 
-/// Exit codes: success.
+/// Exit code of a success.
 const OK: u8 = 0;
-/// Something failed.
+/// Exit code of a failure.
 const FAILURE: u8 = 1;
-/// The command line or the configuration is wrong.
+/// Exit code of a wrong command line or configuration.
 const USAGE: u8 = 2;
 
-/// Longest wait for what is still running in the end.
+/// The longest wait at the end of the process for tasks that still run.
 const CLOSE_MAX: Duration = Duration::from_secs(1);
 
-/// The whole program: reads the command line, starts the runtime and runs the command; its exit code.
+/// The whole program: reads the command line, starts the runtime, runs the command, and returns its exit code.
 ///
-/// It is neither async nor generic, and has to stay so: the bodies of async functions are compiled where they are first polled. In
-/// the binary that would be nearly all of the program, with every generic function that the library has already.
+/// This function must stay neither async nor generic. The compiler puts the body of an async function into the crate
+/// that first polls it. In the binary that would be nearly all of the program, with every generic function that the
+/// library already contains.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let runtime = match Runtime::new() {
@@ -123,24 +129,24 @@ pub fn main() -> ExitCode {
         Err(error) => return cli.fail(&error),
     };
     let code = runtime.block_on(cli.run());
-    // A thread may be writing to a pipe that nobody reads, and would for ever.
+    // A blocking thread may be writing to a pipe that nobody reads, and would never finish.
     runtime.shutdown_timeout(CLOSE_MAX);
     code
 }
 
 impl Cli {
-    /// Runs the command; its exit code.
+    /// Runs the command and returns its exit code.
     async fn run(self) -> ExitCode {
-        // Named here: a second implementation in the tree would leave rustls without a choice. One that is installed already stays.
+        // rustls needs one explicit provider if a dependency adds a second one. An already installed provider stays.
         let _ = rustls::crypto::ring::default_provider().install_default();
         self.color.apply();
-        let ended = match &self.command {
+        let result = match &self.command {
             Command::Serve { config, reset_log } => serve(config, *reset_log).await,
             Command::Setup { config, args } => setup::setup(config, args).await,
             Command::Doctor { config, args } => match doctor::run(config, args).await {
-                // What is wrong was said.
-                Ok(doctor::Verdict::Ill) => return FAILURE.into(),
-                Ok(doctor::Verdict::Well) => Ok(()),
+                // `doctor` has already printed the problems.
+                Ok(doctor::Verdict::Errors) => return FAILURE.into(),
+                Ok(doctor::Verdict::NoErrors) => Ok(()),
                 Err(error) => Err(error),
             },
             Command::Teardown { config } => setup::teardown(config).await,
@@ -154,25 +160,25 @@ impl Cli {
             Command::Config { config } => print_config(config),
             Command::Completions(args) => completions::run(args),
         };
-        match ended {
+        match result {
             Ok(()) => OK.into(),
             Err(error) => {
-                self.say_last(&describe(error.as_ref()));
+                self.report_error(&describe(error.as_ref()));
                 let misconfigured = error.is::<config::Error>() || error.is::<app::Misconfigured>();
                 if misconfigured { USAGE.into() } else { FAILURE.into() }
             }
         }
     }
 
-    /// Ends before it has begun, for want of what the system should give; the exit code.
+    /// Reports that the operating system refused a resource that the process needs to start; returns the exit code.
     fn fail(&self, error: &std::io::Error) -> ExitCode {
-        self.say_last(&format!("cannot start: {error}"));
+        self.report_error(&format!("cannot start: {error}"));
         FAILURE.into()
     }
 
-    /// Says the error that the command ends with, as its configuration has the log, also where it is the configuration that is wrong: a
-    /// machine that reads JSON can read this line, too.
-    fn say_last(&self, text: &str) {
+    /// Reports the error that ends the command, in the log format of its configuration. This also holds for errors in
+    /// the configuration itself, so that a machine that reads JSON can read this line too.
+    fn report_error(&self, text: &str) {
         let logger = match &self.command {
             Command::Serve { config, .. }
             | Command::Setup { config, .. }
@@ -194,7 +200,7 @@ impl Cli {
     }
 }
 
-/// An error with its causes, but for those that it tells itself.
+/// The error with its causes. A cause is left out if the text already contains it.
 fn describe(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -220,7 +226,7 @@ fn print_config(config: &ConfigArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Completes at SIGINT or SIGTERM. They are caught from now on, and not from when it is first polled.
+/// Completes at SIGINT or SIGTERM. The signals are caught from this call on, not from the first poll on.
 fn stop_signal() -> impl Future<Output = ()> {
     use tokio::signal::unix::{Signal, SignalKind, signal};
     let catch = |kind, name| signal(kind).inspect_err(|error| tracing::warn!("{name} cannot be caught: {error}")).ok();
@@ -237,13 +243,13 @@ fn stop_signal() -> impl Future<Output = ()> {
     }
 }
 
-/// Prints what was asked for. Whoever reads it may be gone, like `head`.
+/// Prints a result to standard output. A reader such as `head` may have closed the pipe, which is no error.
 fn say(text: &str) {
     use std::io::Write;
     let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
 }
 
-/// Prints what went wrong.
+/// Prints an error to standard error.
 fn say_error(text: &str) {
     use std::io::Write;
     let _ = writeln!(std::io::stderr(), "tuplewatch: {text}");
@@ -259,7 +265,8 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    /// The commands of a help text: its lines that begin with two spaces and the program's name, without what a shell does.
+    /// The example commands in a help text: its lines that begin with two spaces and the program's name, without shell
+    /// operators.
     fn commands(help: &str) -> impl Iterator<Item = Vec<&str>> {
         help.lines().filter(|line| line.starts_with("  tuplewatch ")).map(|line| {
             let words = line.split_whitespace().take_while(|word| !["#", "|", ">", ">>"].contains(word));

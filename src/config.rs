@@ -1,21 +1,21 @@
-//! What an operator can set: every key, its default and its limits.
+//! The configuration: every key with its default and its limits.
 //!
 //! ```text
 //! YAML file ──┐
-//! environment ┼─▶ Reader ──▶ Config      (typed, validated, what the program works with)
+//! environment ┼─▶ Reader ──▶ Config      (typed, validated, used by the program)
 //! flags ──────┘        └───▶ Effective   (the same as YAML, with the origin of every value)
 //! ```
 //!
 //! A later source wins over an earlier one, key by key. The `read` functions below name each key once, in the order of
-//! the document; whatever a source holds beyond those keys is an unknown key. Reading never stops at the first error: an
-//! operator who sets up a new node gets the whole list in one go.
+//! the document. All other keys in a source are errors. Reading never stops at the first error, so an operator gets the
+//! whole list at once.
 //!
 //! Invariants:
 //! - A `Config` that exists is valid: no other module checks these values again.
 //! - The value of a secret key is in no error message, and in no `Debug` or `Display` output.
 //!
-//! Left out on purpose: whether files exist, whether the server is reachable, and what is inside the database URI. Those
-//! belong to the modules that use them.
+//! This module does not check whether files exist, whether the server is reachable, or whether the database URI is
+//! valid. The modules that use these values do.
 
 mod authn;
 mod choice;
@@ -25,9 +25,9 @@ mod document;
 mod effective;
 mod environment;
 mod error;
-mod given;
 mod host;
 mod origin;
+mod parse;
 mod quantity;
 mod reader;
 mod spelling;
@@ -36,25 +36,25 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use authn::{Authn, Credentials, Exempt, Oidc, PresharedKey, SecureUrl};
-pub use choice::{AuthnMethod, Failover, LogFormat, LogLevel, OnUndecodable, Preset, SnapTokenFormat};
-pub use database_uri::DatabaseUri;
-pub use effective::Effective;
-pub use environment::from_env;
+pub(crate) use authn::{Authn, Credentials, Exempt, Oidc, PresharedKey, SecureUrl};
+pub(crate) use choice::{Failover, LogFormat, LogLevel, OnUndecodable, Preset, SnapTokenFormat};
+pub(crate) use database_uri::DatabaseUri;
+pub(crate) use effective::Effective;
+pub(crate) use environment::from_env;
 pub use error::Error;
-pub use host::Host;
-pub use quantity::ByteSize;
-pub use spelling::nearest;
+pub(crate) use host::Host;
+pub(crate) use quantity::ByteSize;
+pub(crate) use spelling::nearest;
 
 use crate::model::diagnostic::CommandLine;
 use error::Problem;
-use given::{
+use parse::{
     boolean, choice, database_uri, duration, host, list, optional_path, origin, path, publication, schema, size, slot,
     whole,
 };
 use reader::Reader;
 
-/// Where Permify creates its tables, unless its connection has another search_path.
+/// The schema of Permify's tables, unless its connection sets another `search_path`.
 const DEFAULT_SCHEMA: &str = "public";
 const MINUTE_SECS: u64 = 60;
 const DAY_SECS: u64 = 24 * 60 * MINUTE_SECS;
@@ -64,38 +64,30 @@ const DAY_SECS: u64 = 24 * 60 * MINUTE_SECS;
 pub struct Config {
     /// Section `server`.
     pub server: Server,
-    /// Section `logger`.
-    pub logger: Logger,
-    /// Section `authn`.
-    pub authn: Authn,
-    /// Section `service`.
-    pub service: Service,
-    /// Section `database`.
-    pub database: Database,
-    /// Section `replication`.
-    pub replication: Replication,
-    /// Section `mapping`.
-    pub mapping: Mapping,
-    /// Section `snap_token`.
-    pub snap_token: SnapToken,
-    /// Section `changelog`.
-    pub changelog: Changelog,
+    pub(crate) logger: Logger,
+    pub(crate) authn: Authn,
+    pub(crate) service: Service,
+    pub(crate) database: Database,
+    pub(crate) replication: Replication,
+    pub(crate) mapping: Mapping,
+    pub(crate) snap_token: SnapToken,
+    pub(crate) changelog: Changelog,
     /// Section `shutdown`.
     pub shutdown: Shutdown,
     effective: Effective,
     commands: CommandLine,
 }
 
-/// Where requests are served.
+/// The listeners.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Server {
     /// The address that every listener binds to.
-    pub host: Host,
-    /// Requests that all listeners together take in a second; `None` sets no limit.
-    pub rate_limit: Option<NonZeroU32>,
+    pub(crate) host: Host,
+    /// Requests a second that all listeners together accept; `None` sets no limit.
+    pub(crate) rate_limit: Option<NonZeroU32>,
     /// The gRPC listener.
     pub grpc: Grpc,
-    /// The HTTP gateway; `None` where it is switched off.
+    /// The HTTP gateway; `None` if it is switched off.
     pub http: Option<Http>,
 }
 
@@ -105,7 +97,7 @@ pub struct Grpc {
     /// 0 lets the system choose a free port.
     pub port: u16,
     /// `None` serves plain text.
-    pub tls: Option<Tls>,
+    pub(crate) tls: Option<Tls>,
 }
 
 /// The HTTP gateway.
@@ -114,179 +106,173 @@ pub struct Http {
     /// 0 lets the system choose a free port.
     pub port: u16,
     /// `None` serves plain text.
-    pub tls: Option<Tls>,
-    /// Origins whose pages may call it: `scheme://host[:port]`, or `*` for all.
-    pub cors_allowed_origins: Vec<String>,
-    /// Longest body of a request.
-    pub body_size_max: ByteSize,
-    /// `/readyz` says no from this lag behind the server on; zero only asks whether changes are delivered.
-    pub ready_lag_max: Duration,
+    pub(crate) tls: Option<Tls>,
+    /// Origins whose pages may call the gateway: `scheme://host[:port]`, or `*` for all.
+    pub(crate) cors_allowed_origins: Vec<String>,
+    /// The longest body of a request.
+    pub(crate) body_size_max: ByteSize,
+    /// `/readyz` answers 503 from this lag behind the server on. At zero, `/readyz` ignores the lag.
+    pub(crate) ready_lag_max: Duration,
 }
 
 /// PEM files of a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tls {
+pub(crate) struct Tls {
     /// The certificate chain of the server.
-    pub cert: PathBuf,
+    pub(crate) cert: PathBuf,
     /// Its private key.
-    pub key: PathBuf,
+    pub(crate) key: PathBuf,
     /// When set, clients must present a certificate that this authority signed.
-    pub client_ca: Option<PathBuf>,
+    pub(crate) client_ca: Option<PathBuf>,
 }
 
-/// What is logged, and how.
+/// The log lines on standard error.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Logger {
+pub(crate) struct Logger {
     /// The least severe event that is logged.
-    pub level: LogLevel,
-    /// How a line looks.
-    pub format: LogFormat,
+    pub(crate) level: LogLevel,
+    /// The format of a log line.
+    pub(crate) format: LogFormat,
 }
 
-/// The services that are offered.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Service {
-    /// The Watch service.
-    pub watch: Watch,
+pub(crate) struct Service {
+    pub(crate) watch: Watch,
 }
 
-/// The Watch service.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Watch {
-    /// Switched off, it answers UNIMPLEMENTED.
-    pub enabled: bool,
-    /// Release a change before a new snapshot in Postgres can see it.
-    pub before_visible: bool,
-    /// A transaction is split so that no message is longer than this, as long as each change fits.
-    pub message_size_max: ByteSize,
-    /// How long a transaction token may wait for its transaction to end.
-    pub resolve_timeout: Duration,
-    /// Open streams in this process.
-    pub subscribers_max: u32,
+pub(crate) struct Watch {
+    /// If false, Watch answers UNIMPLEMENTED.
+    pub(crate) enabled: bool,
+    /// Release a change before a new snapshot in PostgreSQL can see it.
+    pub(crate) before_visible: bool,
+    /// The largest message. A larger transaction comes in several messages; a single change is never split.
+    pub(crate) message_size_max: ByteSize,
+    /// The longest wait for the transaction of a transaction token to end.
+    pub(crate) resolve_timeout: Duration,
+    /// The most streams that may be open in this process.
+    pub(crate) subscribers_max: u32,
 }
 
-/// How Postgres is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Database {
-    /// `None` where nothing was given: see [`Config::require_database_uri`].
-    pub uri: Option<DatabaseUri>,
-    /// SQL connections; the replication connection comes on top.
-    pub max_connections: usize,
-    /// Tuples and attributes that one call may write.
-    pub max_data_per_write: usize,
+pub(crate) struct Database {
+    /// `None` if no source sets it: see [`Config::require_database_uri`].
+    pub(crate) uri: Option<DatabaseUri>,
+    /// The most SQL connections. The replication connection comes on top.
+    pub(crate) max_connections: usize,
+    /// The most tuples and attributes that one call may write.
+    pub(crate) max_data_per_write: usize,
 }
 
-/// SQL connections that streaming takes: visibility, the session's checks, starts, and the slot's monitor.
-pub const STREAMING_CONNECTIONS: usize = 4;
+/// SQL connections that streaming needs: visibility, the session's checks, stream starts, and the slot monitor.
+pub(crate) const STREAMING_CONNECTIONS: usize = 4;
 
 impl Database {
-    /// What is left of `max_connections` for Data and Tenancy.
-    pub const fn connections_for_store(&self) -> usize {
+    /// The part of `max_connections` that remains for Data and Tenancy.
+    pub(crate) const fn connections_for_store(&self) -> usize {
         self.max_connections - STREAMING_CONNECTIONS
     }
 }
 
-/// Names of the objects in Postgres that feed this process.
+/// The objects in PostgreSQL that feed this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Replication {
-    /// The slot that is read; the only reader must be this process.
-    pub slot: String,
-    /// The publication that says which tables are read.
-    pub publication: String,
-    /// Whether the slot is one that standbys keep a copy of, where PostgreSQL can.
-    pub failover: Failover,
-    /// What is on disk here, and the slot is not told of yet.
-    pub acknowledgement_delay: AckDelay,
-    /// When a warning about the slot is logged.
-    pub warn: SlotWarnings,
+pub(crate) struct Replication {
+    /// The replication slot. Only this process may read it.
+    pub(crate) slot: String,
+    /// The publication that lists the watched tables.
+    pub(crate) publication: String,
+    /// Whether standbys may keep a copy of the slot, if PostgreSQL can.
+    pub(crate) failover: Failover,
+    /// How far the acknowledged position stays behind the durable one.
+    pub(crate) acknowledgement_delay: AckDelay,
+    /// The limits above which a warning about the slot is logged.
+    pub(crate) warn: SlotWarnings,
 }
 
-/// What PostgreSQL keeps for a node that may lose its change log: the slot is told only what is older than `age`, or further back
-/// than `size`.
+/// Delays acknowledgements, so that PostgreSQL sends recent WAL again to a node that lost its change log. A position is
+/// acknowledged once it is older than `age` or further back than `size`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AckDelay {
-    /// Zero holds nothing back.
-    pub age: Duration,
-    /// In WAL, of whatever is written to the cluster.
-    pub size: ByteSize,
+pub(crate) struct AckDelay {
+    /// Zero delays nothing.
+    pub(crate) age: Duration,
+    /// In bytes of WAL, which includes writes to other databases of the cluster.
+    pub(crate) size: ByteSize,
 }
 
-/// From where on the slot is worth a warning; zero turns one off.
+/// The limits above which a warning about the slot is logged; zero turns a warning off.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SlotWarnings {
-    /// The server keeps more WAL than this for the slot.
-    pub retained_wal: ByteSize,
-    /// Less than this may still be written before the slot is lost.
-    pub safe_wal_size: ByteSize,
-    /// The slot is where the server was longer ago than this.
-    pub lag: Duration,
+pub(crate) struct SlotWarnings {
+    /// Warn if the server keeps more WAL than this for the slot.
+    pub(crate) retained_wal: ByteSize,
+    /// Warn if less WAL than this may still be written before the slot is lost.
+    pub(crate) safe_wal_size: ByteSize,
+    /// Warn if the oldest WAL that is not acknowledged yet is older than this.
+    pub(crate) lag: Duration,
 }
 
-/// How rows become changes.
+/// The mapping of rows to changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mapping {
-    /// The mapping itself.
-    pub source: MappingSource,
-    /// Where the tables of the preset `permify` are. Other mappings name schemas themselves.
-    pub schema: String,
-    /// What happens to a row that it cannot turn into changes.
-    pub on_undecodable: OnUndecodable,
+pub(crate) struct Mapping {
+    pub(crate) source: MappingSource,
+    /// The schema of Permify's tables, for the preset `permify`. Other mappings name schemas themselves.
+    pub(crate) schema: String,
+    /// The treatment of a row that the mapping cannot turn into changes.
+    pub(crate) on_undecodable: OnUndecodable,
 }
 
-/// Where the mapping itself comes from.
+/// The origin of the mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MappingSource {
-    /// One that ships with tuplewatch.
+pub(crate) enum MappingSource {
+    /// A mapping that ships with tuplewatch.
     Preset(Preset),
-    /// The operator's own.
+    /// A mapping file of the operator.
     File(PathBuf),
 }
 
-/// The snap tokens that are handed out.
+/// The snap tokens in messages.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SnapToken {
-    /// Their form.
-    pub format: SnapTokenFormat,
+pub(crate) struct SnapToken {
+    pub(crate) format: SnapTokenFormat,
 }
 
 /// The change log on local disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Changelog {
-    /// Its directory; relative to the working directory.
-    pub path: PathBuf,
-    /// How long changes are kept.
-    pub retention: Retention,
-    /// Free space on the disk below which the oldest changes go before their time.
-    pub disk_reserve: ByteSize,
-    /// Recent changes that are kept in memory.
-    pub memory_window: ByteSize,
+pub(crate) struct Changelog {
+    /// Its directory, relative to the working directory.
+    pub(crate) path: PathBuf,
+    /// The bounds on kept history.
+    pub(crate) retention: Retention,
+    /// If the disk has less free space than this, the oldest changes are dropped early.
+    pub(crate) disk_reserve: ByteSize,
+    /// The size of the recent messages kept in memory.
+    pub(crate) memory_window: ByteSize,
 }
 
-/// How long changes are kept: until either bound is reached.
+/// The bounds on kept history. Changes beyond either bound are dropped.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Retention {
-    /// Counted from when a change was appended.
-    pub age: Duration,
-    /// On disk.
-    pub size: ByteSize,
+pub(crate) struct Retention {
+    /// The age of a change, counted from its append to the log.
+    pub(crate) age: Duration,
+    /// The size on disk.
+    pub(crate) size: ByteSize,
 }
 
-/// How the process ends.
+/// The end of the process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shutdown {
-    /// How long open streams may take to end after a stop was asked for.
+    /// How long open streams may take to end after a stop signal.
     pub grace_period: Duration,
 }
 
 impl Config {
-    /// Reads and validates all sources: `file`, then `env`, then `overrides` from flags, the later ones winning.
+    /// Reads and validates all sources: `file`, then `env`, then `overrides` from flags. Later sources win.
     ///
-    /// `env` may hold the whole environment: only names that begin with `TUPLEWATCH_` are looked at. `overrides` are
-    /// pairs of a dotted key (`server.grpc.port`) and its text.
+    /// `env` may hold the whole environment; other names than those that begin with `TUPLEWATCH_` are ignored.
+    /// `overrides` are pairs of a dotted key (`server.grpc.port`) and its text.
     ///
     /// # Errors
     ///
-    /// One [`Error`] with everything that is wrong in any of the sources.
+    /// One [`Error`] that lists every problem of all sources.
     pub fn load(
         file: Option<&Path>,
         env: impl IntoIterator<Item = (String, String)>,
@@ -325,8 +311,9 @@ impl Config {
         })
     }
 
-    /// What the sources say of the log, whatever else is wrong with them: so that what is wrong can be said as they ask for.
-    pub fn logger(
+    /// The section `logger` alone, even if the rest of the configuration is wrong: errors in the configuration are
+    /// logged in this format.
+    pub(crate) fn logger(
         file: Option<&Path>,
         env: impl IntoIterator<Item = (String, String)>,
         overrides: &[(String, String)],
@@ -334,22 +321,22 @@ impl Config {
         Logger::read(&mut Reader::new(file, env, overrides))
     }
 
-    /// The database URI, for the subcommands that cannot do without.
+    /// The database URI, for the subcommands that need it.
     ///
     /// # Errors
     ///
-    /// Says where it can be set.
-    pub fn require_database_uri(&self) -> Result<&DatabaseUri, Error> {
+    /// No source sets the URI. The message lists the places to set it.
+    pub(crate) fn require_database_uri(&self) -> Result<&DatabaseUri, Error> {
         self.database.uri.as_ref().ok_or_else(|| Problem::Missing { key: "database.uri" }.into())
     }
 
-    /// How a message writes another command for the same configuration.
-    pub fn commands(&self) -> &CommandLine {
+    /// Writes commands with the flags of this process, for messages that recommend another command.
+    pub(crate) fn commands(&self) -> &CommandLine {
         &self.commands
     }
 
-    /// The configuration as YAML with the origin of every value; it loads again, but for the redacted secrets.
-    pub fn effective(&self) -> &Effective {
+    /// The configuration as YAML with the origin of every value. It loads again, except for the redacted secrets.
+    pub(crate) fn effective(&self) -> &Effective {
         &self.effective
     }
 }
@@ -358,10 +345,10 @@ impl Server {
     fn read(read: &mut Reader) -> Self {
         Self {
             host: read.get("server.host", Host::any_ipv4(), host),
-            // Far above what clients of a feed ask for: only a client that reconnects in a loop comes here.
+            // Far above the needs of a change feed: only a client that reconnects in a loop reaches this.
             rate_limit: NonZeroU32::new(read.get("server.rate_limit", 10_000, whole(0..=10_000_000))),
             grpc: Grpc {
-                // The port that Permify's clients know.
+                // The port of Permify, which its clients use.
                 port: read.get("server.grpc.port", 3478, whole(0..=65_535)),
                 tls: Tls::read(
                     read,
@@ -378,17 +365,18 @@ impl Http {
     fn read(read: &mut Reader) -> Option<Self> {
         let enabled = read.get("server.http.enabled", true, boolean);
         let http = Self {
-            // The port that Permify's clients know.
+            // The port of Permify's gateway.
             port: read.get("server.http.port", 3476, whole(0..=65_535)),
             tls: Tls::read(read, ["server.http.tls.enabled", "server.http.tls.cert", "server.http.tls.key"], None),
             cors_allowed_origins: read.get("server.http.cors_allowed_origins", Vec::new(), list(origin)),
-            // As much as gRPC takes. A body is held in memory as a whole, and its JSON tree with it.
+            // The same as gRPC's limit. The whole body and its JSON tree are held in memory.
             body_size_max: read.get(
                 "server.http.body_size_max",
                 ByteSize::mib(4),
                 size(ByteSize::kib(1)..=ByteSize::mib(64)),
             ),
-            // Several times what finds a lag (5 s), and as old as a platform's probes tolerate.
+            // Several times the interval at which the lag is measured (5 s), and no more than the probes of a platform
+            // tolerate.
             ready_lag_max: read.get(
                 "server.http.ready_lag_max",
                 Duration::from_secs(30),
@@ -400,7 +388,7 @@ impl Http {
 }
 
 impl Tls {
-    /// Whoever listens takes a certificate and a key, and only some also ask for one of the client.
+    /// Reads the section `tls` of a listener. Only some listeners can ask clients for a certificate.
     fn read(
         read: &mut Reader,
         [enabled_key, cert_key, key_key]: [&'static str; 3],
@@ -437,21 +425,21 @@ impl Service {
             watch: Watch {
                 enabled: read.get("service.watch.enabled", true, boolean),
                 before_visible: read.get("service.watch.before_visible", false, boolean),
-                // gRPC clients refuse messages above 4 MiB unless told otherwise. Below 1 KiB the token and the
-                // framing of each message would outweigh the changes in it.
+                // gRPC clients refuse messages above 4 MiB by default. Below 1 KiB the token and the framing would
+                // outweigh the changes in a message.
                 message_size_max: read.get(
                     "service.watch.message_size_max",
                     ByteSize::mib(1),
                     size(ByteSize::kib(1)..=ByteSize::mib(4)),
                 ),
-                // A call that waits longer than some minutes is cut by the proxies on its way.
+                // Proxies on the way end a call that waits longer than some minutes.
                 resolve_timeout: read.get(
                     "service.watch.resolve_timeout",
                     Duration::from_secs(10),
                     duration(Duration::ZERO..=Duration::from_secs(5 * MINUTE_SECS)),
                 ),
-                // Each stream costs a file descriptor at most and some tens of KiB: a million is where one process
-                // stops making sense.
+                // A stream costs at most a file descriptor and some tens of KiB. More than a million do not fit into
+                // one process.
                 subscribers_max: read.get("service.watch.subscribers_max", 10_000, whole(1..=1_000_000)),
             },
         }
@@ -462,10 +450,10 @@ impl Database {
     fn read(read: &mut Reader) -> Self {
         Self {
             uri: read.get("database.uri", None, database_uri),
-            // One at least is left for Data and Tenancy. Postgres itself allows 100 by default, and they belong to the
-            // application.
+            // At least one connection remains for Data and Tenancy. PostgreSQL itself allows 100 by default, and most
+            // of them belong to the application.
             max_connections: read.get("database.max_connections", 12, whole(STREAMING_CONNECTIONS as u64 + 1..=64)),
-            // Permify's default; a request of 4 MiB holds at most some 100,000.
+            // Permify's default. A request of 4 MiB holds about 100,000 facts at most.
             max_data_per_write: read.get("database.max_data_per_write", 1_000, whole(1..=100_000)),
         }
     }
@@ -478,13 +466,15 @@ impl Replication {
             publication: read.get("replication.publication", "tuplewatch".to_owned(), publication),
             failover: read.get("replication.failover", Failover::Auto, choice),
             acknowledgement_delay: AckDelay {
-                // Off: it keeps WAL on the primary, and sends it again at each reconnect.
+                // Off by default, because it keeps WAL on the primary, and the server sends that WAL again at each
+                // reconnect.
                 age: read.get(
                     "replication.acknowledgement_delay.age",
                     Duration::ZERO,
                     duration(Duration::ZERO..=Duration::from_secs(DAY_SECS)),
                 ),
-                // At the most, what the log has of it (16 bytes a transaction) is held in memory while it comes again.
+                // During a reconnect the log's index of this WAL is held in memory, at most 16 bytes for each
+                // transaction.
                 size: read.get(
                     "replication.acknowledgement_delay.size",
                     ByteSize::gib(1),
@@ -492,13 +482,13 @@ impl Replication {
                 ),
             },
             warn: SlotWarnings {
-                // Far above what a checkpoint keeps anyway, far below what fills a disk.
+                // Far above the WAL that a checkpoint keeps anyway, far below the size of a disk.
                 retained_wal: read.get(
                     "replication.warn.retained_wal",
                     ByteSize::gib(1),
                     size(ByteSize::bytes(0)..=ByteSize::gib(1024 * 1024)),
                 ),
-                // Some minutes of a busy server.
+                // The WAL of some minutes on a busy server.
                 safe_wal_size: read.get(
                     "replication.warn.safe_wal_size",
                     ByteSize::mib(256),
@@ -522,17 +512,17 @@ impl Mapping {
         if schema != DEFAULT_SCHEMA && (preset != Preset::Permify || file.is_some()) {
             read.refuse(
                 &["mapping.schema", if file.is_some() { "mapping.file" } else { "mapping.preset" }],
-                "only the preset permify is told its schema: the tables of tuples are in schema tuplewatch, and a file names \
-                 schemas itself",
+                "only the preset permify takes a schema: the tables of the preset tuples are in schema tuplewatch, and a \
+                 mapping file names its schemas itself",
             );
         }
         let source = match file {
             None => MappingSource::Preset(preset),
             Some(file) => {
                 if read.is_explicit("mapping.preset") {
-                    read.refuse(&["mapping.preset", "mapping.file"], "give one of the two, not both");
+                    read.refuse(&["mapping.preset", "mapping.file"], "set one of the two, not both");
                 }
-                // Printed, the default would contradict the file.
+                // The printed configuration would contradict itself if it had the default beside the file.
                 read.omit("mapping.preset");
                 read.omit("mapping.schema");
                 MappingSource::File(file)
@@ -550,22 +540,22 @@ impl SnapToken {
 
 impl Changelog {
     fn read(read: &mut Reader) -> Self {
-        // Beyond any local disk: it only keeps sums of sizes far from overflow.
+        // More than any local disk has. The bound keeps sums of sizes far from overflow.
         let disk_size_max = ByteSize::gib(1024 * 1024);
         Self {
             path: read.get("changelog.path", PathBuf::from("./tuplewatch-data"), path),
             retention: Retention {
-                // A day lets a consumer fail on a Friday evening's deploy and be repaired on Saturday. Less than a
+                // A consumer that fails in a Friday evening's deployment can be repaired on Saturday. Less than a
                 // minute would be shorter than an ordinary reconnect.
                 age: read.get(
                     "changelog.retention.age",
                     Duration::from_secs(DAY_SECS),
                     duration(Duration::from_secs(MINUTE_SECS)..=Duration::from_secs(365 * DAY_SECS)),
                 ),
-                // What is dropped is dropped in whole segments, so a few of them must fit.
+                // Retention drops whole segments, so a few of them must fit.
                 size: read.get("changelog.retention.size", ByteSize::gib(10), size(ByteSize::mib(64)..=disk_size_max)),
             },
-            // Without any reserve the disk could fill up between two checks.
+            // Without a reserve the disk could fill up between two checks.
             disk_reserve: read.get("changelog.disk_reserve", ByteSize::gib(1), size(ByteSize::mib(16)..=disk_size_max)),
             memory_window: read.get(
                 "changelog.memory_window",
@@ -579,7 +569,7 @@ impl Changelog {
 impl Shutdown {
     fn read(read: &mut Reader) -> Self {
         Self {
-            // Container platforms kill after 30 s by default: this leaves time for the last fsync.
+            // Container platforms kill a process after 30 s by default. This leaves time for the last fsync.
             grace_period: read.get(
                 "shutdown.grace_period",
                 Duration::from_secs(10),

@@ -1,7 +1,8 @@
-//! From the bytes of a replication stream to transactions, without I/O.
+//! Decodes the bytes of a replication stream into transactions, without I/O.
 //!
-//! [`pgoutput`] reads PostgreSQL's messages, [`mapping`] turns rows into facts, and [`assembler`] gives each change its place and cuts
-//! transactions into messages. Bytes from outside never panic: what cannot be decoded becomes a gap.
+//! [`pgoutput`] decodes PostgreSQL's messages, [`mapping`] turns rows into facts, and [`assembler`] assigns each change
+//! its position and cuts transactions into messages. Bytes from outside never cause a panic: rows that cannot be
+//! decoded become gaps.
 
 pub mod assembler;
 pub mod mapping;

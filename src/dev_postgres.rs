@@ -1,19 +1,18 @@
 //! A private PostgreSQL for `tuplewatch dev`, and for this project's own tests.
 //!
-//! Whoever tries tuplewatch should not have to reconfigure and restart a server first (`wal_level` takes a restart). So
-//! `dev` makes a cluster of its own from the PostgreSQL programs that are on the machine, and never touches another
-//! one.
+//! Users should not have to reconfigure and restart a server to try tuplewatch (`wal_level` needs a restart). So `dev`
+//! creates a cluster of its own with the PostgreSQL programs on the machine, and never touches another one.
 //!
 //! ```text
 //! Installation::find ──▶ Cluster::create_or_open ──▶ start … stop | kill_9 | drop
 //!   which programs         lock, initdb, settings      the postmaster, our child
 //! ```
 //!
-//! A cluster's directory holds all there is of it, so that deleting the directory deletes the cluster:
+//! The directory of a cluster holds all of its files, so deleting the directory deletes the cluster:
 //!
 //! ```text
 //! DATA_DIR/cluster.lock    locked as long as a process uses the cluster
-//!          settings.conf   ours, rewritten at every open; included from pgdata/postgresql.conf
+//!          settings.conf   tuplewatch's own, rewritten at every open; included from pgdata/postgresql.conf
 //!          port            chosen once, kept from then on
 //!          postgres.log    what the postmaster wrote, across restarts
 //!          pgdata/         PostgreSQL's own data directory
@@ -22,24 +21,25 @@
 //!
 //! # Invariants
 //!
-//! - `pgdata` is complete or absent. `initdb` works in `pgdata.new`, which becomes `pgdata` by a rename.
-//! - One process uses a cluster at a time. The lock is the kernel's, so that it goes with its process, also by `kill
-//!   -9`. Therefore a postmaster that is found by the holder of the lock has lost its owner, and may be stopped.
-//! - No postmaster outlives its [`Cluster`], unless our process is killed: then the next start takes it over.
-//! - It listens on 127.0.0.1 alone, because it trusts everybody who can connect. No Unix socket: its path would have to
-//!   be shorter than 107 bytes, which a data directory cannot promise.
+//! - `pgdata` is complete or absent. `initdb` works in `pgdata.new`, which is then renamed to `pgdata`.
+//! - One process at a time uses a cluster. The kernel holds its lock and releases it when the process ends, even by
+//!   `kill -9`. So if the holder of the lock finds a running postmaster, that one has lost its owner and may be
+//!   stopped.
+//! - No postmaster outlives its [`Cluster`], unless this process is killed. Then the next start takes over.
+//! - It listens on 127.0.0.1 only, because it trusts everybody who can connect. It has no Unix socket, whose path would
+//!   have to be shorter than 107 bytes, which a data directory does not guarantee.
 //!
 //! # As root
 //!
 //! PostgreSQL refuses to run as root. Its programs are then started as `postgres`, or else as `nobody`. Such a user
-//! often cannot reach the directory that was asked for (a clone in `/root`, a `mktemp -d`), and changing the modes of
-//! somebody's directories is not for us: the cluster then lives in `/var/lib/tuplewatch-dev`, see
+//! often cannot access the requested directory (a clone in `/root`, a `mktemp -d`), and this module does not change the
+//! modes of existing directories. In that case the cluster lives in `/var/lib/tuplewatch-dev`, see
 //! [`Cluster::data_dir`].
 //!
 //! # Left out
 //!
-//! Upgrades between major versions, authentication, and any network but loopback. This is not how to run PostgreSQL for
-//! data that matters.
+//! Upgrades between major versions, authentication, and networks other than loopback. The cluster is not meant for data
+//! that matters.
 
 mod account;
 mod cluster;
@@ -54,14 +54,15 @@ use std::path::{Path, PathBuf};
 pub use cluster::{Cluster, ClusterOptions, StopMode};
 pub use installation::Installation;
 
-/// What can go wrong, told to the person in front of the terminal: what happened, then what to do now.
+/// An error for the person at the terminal: the problem, then the remedy.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum Error {
     #[error("no PostgreSQL (14 or newer) found on this machine{}.\nInstall it:  {install}\nor name the directory of its programs with --pg-bin DIR or TUPLEWATCH_PG_BIN.", seen(.rejected))]
     NotInstalled { install: String, rejected: Vec<String> },
 
-    #[error("{origin} {} cannot be used: {reason}.\nName a directory that has postgres, initdb and pg_ctl of PostgreSQL 14 or newer, such as /usr/lib/postgresql/16/bin.", .dir.display())]
+    #[error("{origin} {} cannot be used: {reason}.\nName a directory that has postgres, initdb and pg_ctl of \
+    PostgreSQL 14 or newer, such as /usr/lib/postgresql/16/bin.", .dir.display())]
     NotAnInstallation { origin: &'static str, dir: PathBuf, reason: String },
 
     #[error(
@@ -69,7 +70,9 @@ pub enum Error {
     )]
     NoAccount,
 
-    #[error("user {account}, as whom PostgreSQL has to run, cannot execute {}: {reason}.\nMove the installation to where that user can reach it (not below /root), choose another with --pg-bin, or run this as an ordinary user.", .program.display())]
+    #[error("user {account}, which PostgreSQL has to run as, cannot execute {}: {reason}.\nMove the installation to \
+    a directory that this user can access (not below /root), choose another with --pg-bin, or run this as an ordinary \
+    user.", .program.display())]
     ProgramUnreachable { account: String, program: PathBuf, reason: String },
 
     #[error("{} is not empty and holds no cluster of tuplewatch.\nName a new or empty directory.", .dir.display())]
@@ -78,7 +81,8 @@ pub enum Error {
     #[error("another tuplewatch is using {}.\nStop it, or name another directory.", .dir.display())]
     InUse { dir: PathBuf },
 
-    #[error("the cluster in {} was made by PostgreSQL {made_by}, and PostgreSQL {found} cannot read it.\nName a PostgreSQL {made_by} with --pg-bin, or delete the directory to begin anew.", .dir.display())]
+    #[error("the cluster in {} was made by PostgreSQL {made_by}, and PostgreSQL {found} cannot read it.\nName a \
+    PostgreSQL {made_by} with --pg-bin, or delete the directory to start over.", .dir.display())]
     WrongMajor { dir: PathBuf, made_by: u32, found: u32 },
 
     #[error(
@@ -101,12 +105,14 @@ pub enum Error {
     PortTaken { port: u16 },
 
     #[error(
-        "a PostgreSQL left over from an earlier run (process {pid}) could not be stopped: {reason}.\nEnd it by hand:  kill -QUIT {pid}"
+        "a PostgreSQL left over from an earlier run (process {pid}) could not be stopped: {reason}.\nEnd it \
+         manually:  kill -QUIT {pid}"
     )]
     Leftover { pid: u32, reason: String },
 
     #[error(
-        "PostgreSQL did not stop within {seconds} s ({mode} shutdown). Somebody is still connected, or it cannot write its checkpoint.\nStop it with a faster mode."
+        "PostgreSQL did not stop within {seconds} s ({mode} shutdown). A client is still connected, or it cannot \
+         write its checkpoint.\nStop it with a faster mode."
     )]
     NotStopped { mode: &'static str, seconds: u64 },
 
@@ -115,7 +121,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// For `map_err`: what was tried, and on what.
+    /// For `map_err`: adds the action and its path.
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, path: path.to_owned(), source }
     }

@@ -1,8 +1,9 @@
 //! tuplewatch: a change feed for relationship-based authorization data in PostgreSQL.
 //!
-//! Applications write relation tuples and attributes into ordinary tables. tuplewatch tails one `pgoutput` replication slot,
-//! turns committed rows into changes, keeps a bounded durable log of them, and streams them over gRPC and HTTP to any
-//! number of subscribers. Every message carries a snap token; whoever comes back with one gets exactly the rest.
+//! Applications write relation tuples and attributes into ordinary tables. tuplewatch tails one `pgoutput` replication
+//! slot, turns committed rows into changes, keeps them in a bounded durable log, and streams them over gRPC and HTTP to
+//! any number of subscribers. Every message carries a snap token. A subscriber that returns with its last token
+//! receives exactly the changes after it.
 //!
 //! ```text
 //!  any writer ──SQL──▶ PostgreSQL ──WAL──▶ walsender (pgoutput)
@@ -11,7 +12,7 @@
 //!                   replication::Session   reconnects, checks, acknowledges
 //!                                             │ events
 //!                                             ▼
-//!                   replication::Receiver    drops what comes twice, idle progress, gaps
+//!                   replication::Receiver    drops repeated transactions; idle progress, gaps
 //!                     └ decode::assembler    rows → positioned changes, cut into messages
 //!                         ├ pgoutput           bytes → row messages
 //!                         └ mapping            rows → tuples and attributes
@@ -33,26 +34,27 @@
 //!
 //! The rooms, from the ground up:
 //!
-//! | room | what it does | may wait or do I/O |
+//! | room | task | may wait or do I/O |
 //! | --- | --- | --- |
-//! | [`model`] | the words: positions, changes, transactions, gaps, snap tokens, diagnostics | no |
-//! | [`decode`] | rows of the stream → changes: pgoutput, mapping, assembler | no |
-//! | [`postgres`] | connecting to PostgreSQL; what its catalogs say of tables, publication and slot | yes |
+//! | [`model`] | the shared types: positions, changes, transactions, gaps, snap tokens, diagnostics | no |
+//! | [`decode`] | turns rows of the stream into changes: pgoutput, mapping, assembler | no |
+//! | [`postgres`] | connects to PostgreSQL; reads tables, publication and slot from its catalogs | yes |
 //! | [`replication`] | the session on the slot: reads, checks, acknowledges | yes |
-//! | [`changelog`] | the durable log: its contract, and one on local disk | yes |
-//! | [`hub`] | recent messages, what is visible, and every subscription | yes |
+//! | [`changelog`] | the contract of the durable log, and its implementation on local disk | yes |
+//! | [`hub`] | recent messages, visibility, and every subscription | yes |
 //! | [`store`] | writes the tables of the preset `tuples` | yes |
-//! | [`access`] | who gets in, and whom we trust | yes |
+//! | [`access`] | authentication, admission, TLS, and trust in certificates | yes |
 //! | [`api`] | the services over gRPC and HTTP | yes |
-//! | [`admin`] | setup, doctor, and the slot's monitor | yes |
-//! | [`app`] | builds `serve` from these, and takes it down in order | yes |
-//! | [`cli`] | the command line; [`config`] reads what it runs with | yes |
+//! | [`admin`] | `setup`, `doctor`, and the monitor of the slot | yes |
+//! | [`app`] | builds `serve` from these rooms, and shuts it down in order | yes |
+//! | [`cli`] | the command line; [`config`] reads its settings | yes |
 //!
-//! Beside them: [`metrics`], [`yaml`], [`thread`], [`dev_postgres`] for `dev` and tests, and `simulation`, the deterministic test of the
-//! engine. What may use what is held by `tests/architecture.rs`; ARCHITECTURE.md says where to start for what.
+//! Beside them: [`metrics`], [`yaml`], [`thread`], [`dev_postgres`] for `dev` and tests, and `simulation`, the
+//! deterministic test of the engine. `tests/architecture.rs` enforces the permitted dependencies. ARCHITECTURE.md lists
+//! the place to start for each kind of change.
 
-pub mod access;
-pub mod admin;
+mod access;
+mod admin;
 pub mod api;
 pub mod app;
 pub mod changelog;
@@ -61,12 +63,12 @@ pub mod config;
 pub mod decode;
 pub mod dev_postgres;
 pub mod hub;
-pub mod metrics;
+mod metrics;
 pub mod model;
 mod postgres;
 mod replication;
 #[cfg(test)]
 mod simulation;
-pub mod store;
-pub mod thread;
+mod store;
+mod thread;
 pub mod yaml;

@@ -1,9 +1,9 @@
-//! The allocator of the process. Everything else is in the library.
+//! The binary: it chooses the allocator of the process. Everything else is in the library.
 
 use std::process::ExitCode;
 
-/// What one thread allocates another one frees, with every message. The system's allocator takes a quarter of the processor time
-/// for it, this one a fraction.
+/// Every message is allocated on one thread and freed on another. The system's allocator spends a quarter of the
+/// processor time on that, mimalloc a fraction.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

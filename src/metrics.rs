@@ -1,26 +1,26 @@
-//! Metrics: every name that there is, with its meaning; and how they are written, in Prometheus' text format.
+//! The metrics of the process: every name with its meaning, written in Prometheus' text format.
 //!
-//! Two kinds, by how they come about:
+//! There are two kinds:
 //!
-//! - **Counted** as it happens: [`Metrics`], one for the process, as logs are. Parts hold on to the handle that they count with, and
-//!   count where work comes in batches, so that a message costs no look-up and no shared counter of its own.
-//! - **Read** when somebody asks: [`Readings`], which `app` fills in from the log, the hub and the session. Nobody keeps a gauge
-//!   up to date for nothing.
+//! - **Counters** in [`Metrics`], one for the process, like a log. A module keeps the handles that it counts with, and
+//!   counts once for a batch of work. So a message needs no look-up and no shared counter of its own.
+//! - **Gauges** in [`Readings`], which are read when metrics are requested. `app` fills them in from the log, the hub and
+//!   the session, so that no gauge has to be kept up to date.
 //!
-//! No metric has a label for tenants: there may be millions, and each value is a series for ever. What labels have is bounded by
-//! tables, methods, codes and reasons. No value of a row is in here.
+//! No metric has a label for tenants: there may be millions, and each would be a series of its own. Labels contain only
+//! tables, methods, codes and reasons, whose number is bounded. Metrics contain no values of rows.
 //!
-//! A test holds `docs/metrics.md`, the alert rules and the dashboard to what is here.
+//! A test compares `docs/metrics.md`, the alert rules and the dashboard with these metrics.
 //!
-//! The crate is `prometheus` without its features: it writes version 0.0.4 of the text format, which is what `promtool` and every
-//! collector reads, and brings nothing that is not in the tree already. (`prometheus-client` writes OpenMetrics only.)
+//! The crate is `prometheus` without its features. It writes version 0.0.4 of the text format, which `promtool` and every
+//! collector read, and adds no other dependencies. (`prometheus-client` writes only OpenMetrics.)
 
-pub mod process;
-pub mod readings;
+pub(crate) mod process;
+pub(crate) mod readings;
 #[cfg(test)]
 mod tests;
 
-pub use readings::Readings;
+pub(crate) use readings::Readings;
 
 use prometheus::core::Collector;
 use prometheus::{
@@ -28,44 +28,42 @@ use prometheus::{
 };
 use std::sync::LazyLock;
 
-/// The content type of the text.
-pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
+/// The content type of the text format.
+pub(crate) const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
 
-/// A sync of a local disk takes from a tenth of a millisecond to some tens; seconds are a disk in trouble.
+/// A sync to a local disk takes between a tenth of a millisecond and some tens of them. Seconds mean a failing disk.
 const FSYNC_SECONDS: [f64; 14] =
     [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
-/// What this process counts. The first call makes it.
-pub fn metrics() -> &'static Metrics {
+/// The counters of this process. The first call creates them.
+pub(crate) fn metrics() -> &'static Metrics {
     static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
     &METRICS
 }
 
-/// What is counted as it happens.
-pub struct Metrics {
+/// Values that are counted as they happen.
+pub(crate) struct Metrics {
     registry: Registry,
-    /// Transactions that the session handed on.
+    /// Transactions that the session has passed on.
     pub transactions: IntCounter,
     changes: IntCounterVec,
     decode_errors: IntCounterVec,
     gaps: IntCounterVec,
     /// Sessions that streamed, after the first of this process.
     pub reconnects: IntCounter,
-    /// Sessions that ended, or did not begin, for a reason that may pass.
+    /// Sessions that ended, or did not begin, because of a transient error.
     pub transient_failures: IntCounter,
-    /// The same, for one that somebody has to repair.
+    /// Sessions that ended, or did not begin, because of an error that an operator has to repair.
     pub definite_failures: IntCounter,
-    /// How long syncs of the change log take.
+    /// The duration of each sync of the change log.
     pub fsync_seconds: Histogram,
-    /// Streams that began with reading the log.
+    /// Streams that began by reading the log.
     pub replays: IntCounter,
-    /// Streams that fell from memory back to the log.
+    /// Streams that were so slow that they had to read the log again.
     pub slow_subscribers: IntCounter,
-    /// Streams that may be open.
+    /// The most streams that may be open.
     pub subscribers_limit: IntGauge,
-    /// Streams over gRPC.
     pub grpc: Edge,
-    /// Streams over HTTP.
     pub http: Edge,
     streams_ended: IntCounterVec,
     grpc_requests: IntCounterVec,
@@ -73,23 +71,22 @@ pub struct Metrics {
 }
 
 /// Streams of one protocol.
-pub struct Edge {
-    /// Its name.
+pub(crate) struct Edge {
+    /// The value of the label `protocol`.
     pub protocol: &'static str,
-    /// Those that are open.
     pub subscribers: IntGauge,
-    /// Messages that were handed to the connection.
+    /// Messages that were passed to the connection.
     pub messages_sent: IntCounter,
-    /// Their bytes.
+    /// The bytes of these messages.
     pub bytes_sent: IntCounter,
 }
 
 /// Changes of one table. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Table {
-    /// Facts that hold from then on.
+pub(crate) struct Table {
+    /// Facts that began to hold.
     pub created: IntCounter,
-    /// Facts that no longer hold.
+    /// Facts that ceased to hold.
     pub deleted: IntCounter,
     /// Rows that could not be turned into changes.
     pub decode_errors: IntCounter,
@@ -100,16 +97,15 @@ impl Metrics {
         let new = Registrar(Registry::new());
         let failures = new.counters(
             "tuplewatch_session_failures_total",
-            "Replication sessions that ended or did not begin, by whether it may pass (transient) or needs repair (definite).",
+            "Replication sessions that ended or did not begin, by kind of error: transient, or definite if it needs repair.",
             &["kind"],
         );
-        let subscribers =
-            new.gauges("tuplewatch_subscribers", "Streams of changes that are open, by protocol.", &["protocol"]);
+        let subscribers = new.gauges("tuplewatch_subscribers", "Open streams of changes, by protocol.", &["protocol"]);
         let messages_sent =
             new.counters("tuplewatch_messages_sent_total", "Messages sent to subscribers, by protocol.", &["protocol"]);
         let bytes_sent = new.counters(
             "tuplewatch_sent_bytes_total",
-            "Bytes of messages sent to subscribers, without HTTP's framing and TLS, by protocol.",
+            "Bytes of messages sent to subscribers, without the framing of HTTP and TLS, by protocol.",
             &["protocol"],
         );
         let edge = |protocol| Edge {
@@ -121,7 +117,7 @@ impl Metrics {
         Self {
             transactions: new.counter(
                 "tuplewatch_transactions_total",
-                "Transactions received from PostgreSQL, with changes or without.",
+                "Transactions received from PostgreSQL, with or without changes.",
             ),
             changes: new.counters(
                 "tuplewatch_changes_total",
@@ -135,7 +131,7 @@ impl Metrics {
             ),
             gaps: new.counters(
                 "tuplewatch_gaps_total",
-                "Gaps in history, by the reason that subscribers are told.",
+                "Gaps in history, by the reason in the status that subscribers receive.",
                 &["reason"],
             ),
             reconnects: new.counter(
@@ -146,41 +142,44 @@ impl Metrics {
             definite_failures: failures.with_label_values(&["definite"]),
             fsync_seconds: new.histogram(
                 "tuplewatch_log_fsync_duration_seconds",
-                "How long it took to make the change log durable.",
+                "Duration of each sync of the change log to disk.",
                 &FSYNC_SECONDS,
             ),
             replays: new.counter(
                 "tuplewatch_replays_total",
-                "Streams that began behind what is in memory, and read the change log first.",
+                "Streams that began before the recent messages in memory, and read the change log first.",
             ),
             slow_subscribers: new.counter(
                 "tuplewatch_slow_subscribers_total",
-                "Streams that were read so slowly that they fell from memory back to the change log.",
+                "Streams that were read so slowly that they had to return from memory to the change log.",
             ),
-            subscribers_limit: new.gauge("tuplewatch_subscribers_limit", "Streams of changes that may be open."),
+            subscribers_limit: new.gauge(
+                "tuplewatch_subscribers_limit",
+                "Limit of open streams of changes (service.watch.subscribers_max).",
+            ),
             grpc: edge("grpc"),
             http: edge("http"),
             streams_ended: new.counters(
                 "tuplewatch_streams_ended_total",
-                "Streams of changes that ended, by protocol and by the reason that the subscriber was told.",
+                "Streams of changes that ended, by protocol and by the reason in their status.",
                 &["protocol", "reason"],
             ),
             grpc_requests: new.counters(
                 "tuplewatch_grpc_requests_total",
-                "Requests of gRPC that have ended, by service, method and code; those of Watch when their stream ends.",
+                "gRPC requests that have ended, by service, method and code. A Watch request ends with its stream.",
                 &["service", "method", "code"],
             ),
             http_requests: new.counters(
                 "tuplewatch_http_requests_total",
-                "Requests of HTTP whose answer has begun, by status.",
+                "HTTP requests whose response has begun, by status.",
                 &["code"],
             ),
             registry: new.0,
         }
     }
 
-    /// The counters of a table, to be kept by who counts.
-    pub fn table(&self, table: &str) -> Table {
+    /// The counters of a table, for the caller to keep.
+    pub(crate) fn table(&self, table: &str) -> Table {
         Table {
             created: self.changes.with_label_values(&[table, "create"]),
             deleted: self.changes.with_label_values(&[table, "delete"]),
@@ -188,43 +187,43 @@ impl Metrics {
         }
     }
 
-    /// Gaps for this reason.
-    pub fn gaps(&self, reason: &str) -> IntCounter {
+    /// The counter of gaps with this reason.
+    pub(crate) fn gaps(&self, reason: &str) -> IntCounter {
         self.gaps.with_label_values(&[reason])
     }
 
-    /// Streams of this protocol that ended for this reason.
-    pub fn streams_ended(&self, protocol: &str, reason: &str) -> IntCounter {
+    /// The counter of streams of this protocol that ended for this reason.
+    pub(crate) fn streams_ended(&self, protocol: &str, reason: &str) -> IntCounter {
         self.streams_ended.with_label_values(&[protocol, reason])
     }
 
-    /// Requests of gRPC that ended so. Only names of methods that there are: a client may ask for anything.
-    pub fn grpc_requests(&self, service: &str, method: &str, code: &str) -> IntCounter {
+    /// The counter of gRPC requests that ended with `code`. Pass only existing methods: names from clients are unbounded.
+    pub(crate) fn grpc_requests(&self, service: &str, method: &str, code: &str) -> IntCounter {
         self.grpc_requests.with_label_values(&[service, method, code])
     }
 
-    /// Requests of HTTP that were answered so.
-    pub fn http_requests(&self, status: &str) -> IntCounter {
+    /// The counter of HTTP requests that were answered with `status`.
+    pub(crate) fn http_requests(&self, status: &str) -> IntCounter {
         self.http_requests.with_label_values(&[status])
     }
 
-    /// All of it, in the text format.
-    pub fn text(&self, readings: &Readings) -> String {
+    /// All metrics in the text format.
+    pub(crate) fn text(&self, readings: &Readings) -> String {
         let mut families = self.registry.gather();
         families.extend(readings.families());
-        // Fails where a family is empty, and there is none.
+        // This fails only for an empty family, and there is none.
         TextEncoder::new().encode_to_string(&families).unwrap_or_default()
     }
 }
 
-/// Makes metrics and registers them.
+/// Creates metrics and registers them.
 struct Registrar(Registry);
 
 impl Registrar {
-    fn add<C: Collector + Clone + 'static>(&self, made: prometheus::Result<C>) -> C {
-        let added = made.and_then(|metric| self.0.register(Box::new(metric.clone())).map(|()| metric));
-        #[expect(clippy::expect_used, reason = "names and labels are constants, and a test makes them all")]
-        added.expect("names are valid, and each is there once")
+    fn add<C: Collector + Clone + 'static>(&self, created: prometheus::Result<C>) -> C {
+        let added = created.and_then(|metric| self.0.register(Box::new(metric.clone())).map(|()| metric));
+        #[expect(clippy::expect_used, reason = "names and labels are constants, and a test creates them all")]
+        added.expect("names are valid and unique")
     }
 
     fn counter(&self, name: &str, help: &str) -> IntCounter {

@@ -1,5 +1,5 @@
-//! The words of the engine, as types without I/O: places in the write-ahead log, histories of a database, changes and their bytes, the
-//! transactions and gaps that a stream is made of, and the tokens that clients keep.
+//! The shared types of the engine, without I/O: positions in the write-ahead log, histories of a database, changes and
+//! their bytes, transactions and gaps, and the tokens that clients keep.
 //!
 //! Nothing here waits, reads a clock, or logs. Every other room may use it.
 

@@ -1,5 +1,6 @@
-//! The engine between a scripted server and a faulty disk, on a paused clock: it dies at every step in turn, comes back, and
-//! what its subscribers had must be what was committed.
+//! A deterministic test of the engine between a scripted server and a faulty disk, on a paused clock. The process dies
+//! at every step in turn and restarts. In the end, the changes that its subscribers received must equal the committed
+//! ones.
 //!
 //! ```text
 //!  server (script) ─▶ Session ─▶ LogAndHub ─┬─▶ recorder ─▶ disk (torn, lost, lying)
@@ -7,14 +8,15 @@
 //!                                                └─▶ readers ◀───────┘
 //! ```
 //!
-//! Everything between server and disk is the real thing. All of it runs as one task whose parts are polled in an order that
-//! the seed chooses, so that a run depends on its seed alone, and a failing seed fails again:
-//! `TUPLEWATCH_SEED=<seed> cargo test --lib simulation`. `TUPLEWATCH_SEEDS=<count>` tries that many.
+//! Everything between server and disk is production code. All of it runs as one task, whose parts are polled in an
+//! order that the seed chooses. So a run depends only on its seed, and a failing seed fails again:
+//! `TUPLEWATCH_SEED=<seed> cargo test --lib simulation`. `TUPLEWATCH_SEEDS=<count>` tries that many seeds.
 //!
-//! A step is whatever one can die at: an event received, an entry appended, a sync begun or done, a snapshot taken, an
-//! acknowledgement told, a connection made. Checked at once: acknowledged ≤ synced; nothing is delivered before it is visible. Checked in
-//! the end: every reader had its tenant's changes in commit order, once, from its start to the last, but for gaps that it was
-//! told of; and there are none of those where nothing but crashes went wrong.
+//! The process can die at every step: an event received, an entry appended, a sync begun or done, a snapshot taken, an
+//! acknowledgement sent, a connection made. Two properties are checked all the time: acknowledged ≤ synced, and nothing
+//! is delivered before it is visible. At the end, every reader must have received the changes of its tenant in commit
+//! order and once, from its start to the last change, except in gaps that it was notified of. A run without other
+//! faults than crashes must have no gaps.
 
 mod disk;
 mod reader;
@@ -44,11 +46,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 use world::World;
 
-/// By the paused clock. Nothing takes so long unless it hangs.
+/// The longest run, by the paused clock. Only a run that hangs takes longer.
 const RUN_MAX: Duration = Duration::from_secs(600);
-/// Lives of the process in one run. After the last planned crash there are no more.
+/// The most lives of the process in one run. After the last planned crash it does not die again.
 const LIVES_MAX: usize = 60;
-/// After a failed sync, or a fatal error, the process is started again.
+/// The wait before a restart, after a failed sync or a fatal error.
 const RESTART_AFTER: Duration = Duration::from_millis(100);
 
 fn options(ack_delay: AckDelay) -> Options {
@@ -59,7 +61,7 @@ fn options(ack_delay: AckDelay) -> Options {
         slot: "slot".into(),
         publication: "publication".into(),
         mapping: mapping.clone(),
-        // A change takes about 40 bytes: messages of some, and now and then a transaction that is staged.
+        // A change takes about 40 bytes, so messages have a few changes, and some transactions are staged.
         limits: Limits { message_bytes: 100, change_bytes: 4096, stage_bytes: 250 },
         on_undecodable: OnUndecodable::Gap,
         ack_delay,
@@ -69,7 +71,7 @@ fn options(ack_delay: AckDelay) -> Options {
     }
 }
 
-/// Polls all its parts whenever one of them is woken, in an order that the seed chooses. What is slow is left out for a while.
+/// Polls all its parts whenever one of them is woken, in an order that the seed chooses.
 struct Parts<'a> {
     parts: Vec<Pin<Box<dyn Future<Output = ()> + 'a>>>,
     order: Rng,
@@ -84,7 +86,7 @@ impl Future for Parts<'_> {
         this.order.shuffle(&mut order);
         for n in order {
             if this.parts[n].as_mut().poll(context).is_ready() {
-                // Parts do not end, but for those that end the run.
+                // Only a part that ends the run becomes ready.
                 return Poll::Ready(());
             }
         }
@@ -92,7 +94,7 @@ impl Future for Parts<'_> {
     }
 }
 
-/// Lets `work` run only in turns, with pauses between them: a thread that waits for its disk.
+/// Polls `work` only at intervals, like a thread that waits for its disk.
 async fn slowly(work: impl Future<Output = ()>, mut random: Rng) {
     let mut work = Box::pin(work);
     loop {
@@ -108,13 +110,13 @@ async fn slowly(work: impl Future<Output = ()>, mut random: Rng) {
 struct Run {
     seed: u64,
     fault: Fault,
-    /// What the slot is not told of comes again, after each loss of a connection.
+    /// The delayed WAL is sent again after each lost connection.
     ack_delay: AckDelay,
     world: World,
     disk: Disk,
     server: Server,
     readers: Vec<Arc<Mutex<Reader>>>,
-    /// The disk may lie at the next crash.
+    /// Whether the disk may lie at the next crash.
     may_lie: bool,
 }
 
@@ -133,14 +135,14 @@ impl Run {
         let server = Server::new(world.clone(), disk.clone());
         let starts = [Start::First, Start::Now, Start::Transaction];
         let readers = starts.into_iter().enumerate().map(|(n, start)| {
-            // The token of a transaction that a failover takes away says no more than its floor.
+            // The token of a transaction that a failover lost resolves to its floor, so it does not identify the start.
             let start = if fault == Fault::Failover && start == Start::Transaction { Start::First } else { start };
             let scope = match random.usize(..=TENANTS.len()) {
                 n if n < TENANTS.len() => Scope::Tenant(TenantId::new(TENANTS[n]).unwrap()),
                 _ => Scope::All,
             };
-            // What is not published is noticed by a check, some seconds later; and where connections break, and what was held
-            // back comes again first, later still.
+            // A check notices an unpublished table some seconds later. If connections break and delayed WAL is sent
+            // again first, it takes even longer.
             let last = format!("{LAST}{:03}", if fault == Fault::Unpublished { 8 } else { 0 });
             Arc::new(Mutex::new(Reader::new(scope, start, last, seed.wrapping_add(n as u64))))
         });
@@ -153,7 +155,7 @@ impl Run {
         Self { seed, fault, ack_delay, world, disk, server, readers, may_lie }
     }
 
-    /// Steps taken; or what went wrong.
+    /// Runs it, and returns its statistics, or the violation.
     fn run(mut self) -> Result<Ran, String> {
         fastrand::seed(self.seed);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
@@ -171,17 +173,17 @@ impl Run {
         let (server, random) = (self.server.clone(), Rng::with_seed(self.seed));
         let mut writing = Box::pin(write(server, self.disk.clone(), self.fault, random));
         for life in 0..LIVES_MAX {
-            let everybody_done = self.live(life, &mut writing).await;
+            let all_done = self.live(life, &mut writing).await;
             if let Some(violation) = self.world.violation() {
                 return Err(violation);
             }
-            if everybody_done {
+            if all_done {
                 return self.check();
             }
             let lies = std::mem::take(&mut self.may_lie) && !self.world.once_in(3);
             self.disk.crash(lies);
             self.world.note(format!("--- life {} ends", life + 1));
-            // Life goes on without it.
+            // The world continues while the process is down.
             tokio::select! {
                 biased;
                 _ = &mut writing => {}
@@ -192,19 +194,19 @@ impl Run {
         Err("too many lives".into())
     }
 
-    /// From the start of the process to its death; whether everybody had everything before.
+    /// Runs one life of the process, from its start to its death. Returns whether every reader was finished before.
     async fn live(&self, life: usize, writing: &mut Pin<Box<impl Future<Output = Infallible>>>) -> bool {
         let log = Arc::new(self.disk.clone());
         let (recorder, handle) = recorder::new(log.clone());
         let hub_options = hub::Options { window_bytes: 1500, before_visible: false };
         let hub = Hub::new(log, handle.appended(), hub_options).unwrap();
-        let joined = LogAndHub { recorder: handle.clone(), hub: hub.clone() };
-        let session = Session::new(options(self.ack_delay), self.server.clone(), joined);
+        let log_and_hub = LogAndHub { recorder: handle.clone(), hub: hub.clone() };
+        let session = Session::new(options(self.ack_delay), self.server.clone(), log_and_hub);
         let (stop, stopped) = watch::channel(false);
 
         let mut random = Rng::with_seed(self.seed.wrapping_add(1000 * life as u64));
         let recording = async {
-            // The process ends; another one is started.
+            // A recorder that fails ends the process, and another one is started.
             let _ = recorder.run().await;
         };
         let mut parts: Vec<Pin<Box<dyn Future<Output = ()> + '_>>> = vec![
@@ -230,7 +232,7 @@ impl Run {
                 std::future::pending::<()>().await;
             }));
         }
-        // In the end the process is stopped in good order.
+        // At the end the process is stopped in order.
         parts.push(Box::pin(async {
             self.world.all_done(self.readers.len()).await;
             stop.send_replace(true);
@@ -246,8 +248,8 @@ impl Run {
         for reader in &self.readers {
             let reader = reader.lock().unwrap();
             changes += reader.check(&committed)?;
-            if self.fault == Fault::Nothing && reader.was_told_of_gaps() {
-                return Err("a reader was told of a gap, and nothing is missing".into());
+            if self.fault == Fault::Nothing && reader.has_gaps() {
+                return Err("a reader received a gap, and nothing is missing".into());
             }
         }
         Ok(Ran { steps: self.world.steps(), changes, trace: self.world.whole_trace() })
@@ -260,7 +262,7 @@ struct Ran {
     trace: Vec<String>,
 }
 
-/// What happens outside: transactions, other WAL, crashes of the server, and the fault of the run.
+/// Events outside of the process: transactions, other WAL, crashes of the server, and the fault of the run.
 async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Infallible {
     let pause = |random: &mut Rng| tokio::time::sleep(Duration::from_millis(random.u64(0..60)));
     let count = random.usize(3..8);
@@ -268,14 +270,14 @@ async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Inf
     let mut writers_end_after = None;
     for n in 0..count {
         pause(&mut random).await;
-        // At once, while the gap waits for them, or when it was told long ago.
+        // At once, while the gap waits for the writers, or long after it was delivered.
         if writers_end_after == Some(0) {
             tokio::time::sleep(Duration::from_millis(random.u64(0..12_000))).await;
             server.commit_writers();
         }
         writers_end_after = writers_end_after.and_then(|count: usize| count.checked_sub(1));
         if n == fault_at {
-            // What goes wrong before a log has begun, and was checked once, cannot be told.
+            // A fault can only be detected once the log has begun and was checked.
             while fault != Fault::Nothing && !disk.is_verified() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
@@ -300,7 +302,7 @@ async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Inf
                 }
             }
         }
-        // Most are small, and some are staged.
+        // Most transactions are small, and some are staged.
         let length = if random.u8(..5) == 0 { random.usize(6..16) } else { random.usize(0..4) };
         let one = random.bool().then(|| TENANTS[random.usize(..TENANTS.len())]);
         let tenant = |random: &mut Rng| one.unwrap_or_else(|| TENANTS[random.usize(..TENANTS.len())]);
@@ -317,7 +319,7 @@ async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Inf
         tokio::time::sleep(Duration::from_millis(1_500)).await;
     }
     server.commit_writers();
-    // More than one, for who starts after one.
+    // More than one, for a reader that starts after the first.
     for n in 0.. {
         server.commit(TENANTS.map(|tenant| (tenant, format!("{LAST}{n:03}"))).into());
         tokio::time::sleep(Duration::from_secs(5)).await;
@@ -329,7 +331,7 @@ fn env(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is a number")))
 }
 
-/// Runs a seed without a crash, and then with one at every step in turn, and sometimes a second one soon after.
+/// Runs a seed without a crash, then with a crash at every step in turn, sometimes with a second one soon after.
 fn try_seed(seed: u64) -> (u64, usize) {
     let fail = |what: String, crashes: &BTreeSet<u64>| -> Ran {
         panic!(
@@ -351,7 +353,7 @@ fn try_seed(seed: u64) -> (u64, usize) {
 }
 
 #[test]
-fn dying_at_any_step_loses_nothing_and_doubles_nothing() {
+fn a_crash_at_any_step_loses_and_repeats_nothing() {
     let seeds: Vec<u64> = match env("TUPLEWATCH_SEED") {
         Some(seed) => vec![seed],
         None => {
@@ -379,7 +381,7 @@ fn dying_at_any_step_loses_nothing_and_doubles_nothing() {
     assert!(changes > 0, "nothing was delivered");
 }
 
-/// Without which a seed that is printed would be worth nothing.
+/// Without this property a printed seed would be worthless.
 #[test]
 fn a_seed_repeats_its_run() {
     for seed in 0..40 {

@@ -1,24 +1,25 @@
-//! The store behind `base.v1.Data` and `base.v1.Tenancy`: the tables of the `tuples` preset, written and read with SQL.
+//! Writes and reads the tables of the preset `tuples` with SQL, for `base.v1.Data` and `base.v1.Tenancy`.
 //!
-//! It belongs to the preset, as `sql/` does, and with `mapping` it is the only place that knows the preset's tables. It
-//! is one writer among many: applications write the same tables with SQL of their own, at the same time.
+//! The store belongs to the preset, as `sql/` does. Besides `mapping` it is the only module that knows the preset's
+//! tables. It is one writer among many: applications write the same tables with their own SQL at the same time.
 //!
 //! ```text
-//!  Batch, filters ──▶ one transaction ──▶ snap_token() ──▶ token of the state right after it
-//!                      │ a connection of the pool, to the primary that the session reads from
-//!                      └ deadlocks and serialization failures: again, a bounded number of times
+//!  Batch, filters ──▶ one transaction ──▶ snap_token() ──▶ token of the state right after the write
+//!                      │ a connection of the pool, to the primary of the session
+//!                      └ deadlocks and serialization failures are retried a bounded number of times
 //! ```
 //!
 //! # Invariants
 //!
-//! - What a call writes is one transaction, and its token is taken inside it: Watch goes on right after it.
-//! - Rows go in in the order of the primary key, so that two writes of ours never wait for each other in a circle.
-//! - **Nothing is written for a tenant that is being deleted.** Writers share an advisory lock of the tenant, which its
-//!   deletion takes alone. There is no foreign key (see `sql/0001_tables.sql`), and a row that comes after the deletion would
-//!   come back to life with the next tenant of that name. An advisory lock costs no WAL.
-//! - Facts are read as they are streamed: of an ordinary table without those that inherit from it (`tenants::Tables`).
+//! - Each call writes one transaction, and takes its token inside the transaction, so Watch continues right after the write.
+//! - Rows are inserted in the order of the primary key, so two calls never deadlock with each other.
+//! - **Nothing is written for a tenant that is being deleted.** Writers share an advisory lock of the tenant, and its
+//!   deletion takes the lock exclusively. There is no foreign key (see `sql/0001_tables.sql`), so a row that is written
+//!   after the deletion would reappear with the next tenant of that name. An advisory lock costs no WAL.
+//! - Facts are read as they are streamed: from an ordinary table without the tables that inherit from it
+//!   (`tenants::Tables`).
 //!
-//! Values are never in an error: they are somebody's data.
+//! Errors never contain values, which are user data.
 
 mod batch;
 mod filter;
@@ -26,10 +27,10 @@ mod page;
 mod pool;
 mod tenants;
 
-pub use batch::Batch;
-pub use filter::{AttributeFilter, TupleFilter};
-pub use page::{Key, Page, ParseKeyError};
-pub use tenants::Tenant;
+pub(crate) use batch::Batch;
+pub(crate) use filter::{AttributeFilter, TupleFilter};
+pub(crate) use page::{Key, Page, ParseKeyError};
+pub(crate) use tenants::Tenant;
 
 use crate::decode::mapping::{AttributeValueError, parse_attribute_value};
 use crate::model::change::{Attribute, TenantId, Tuple};
@@ -42,35 +43,36 @@ use tenants::Tables;
 use tokio_postgres::error::{DbError, SqlState};
 use tokio_postgres::{Client, IsolationLevel, Transaction};
 
-/// Times that a call is tried where it collides with others.
+/// The most attempts of a call that collides with other transactions.
 const ATTEMPTS_MAX: u32 = 10;
-/// Between two of them, at most; much less after the first.
+/// The longest pause between two attempts. The first pauses are much shorter.
 const PAUSE_MAX: Duration = Duration::from_millis(200);
-/// Longest call, all attempts included. PostgreSQL itself ends a statement after [`pool::STATEMENT_MAX`], which is shorter.
+/// The longest call, including all attempts. It exceeds [`pool::STATEMENT_MAX`], after which PostgreSQL ends a
+/// statement.
 const CALL_MAX: Duration = Duration::from_secs(40);
-/// The deletion of a tenant takes as long as it has rows.
+/// The longest deletion of a tenant, whose duration depends on the number of its rows.
 const TENANT_DELETION_MAX: Duration = Duration::from_secs(15 * 60);
 
-/// Why the store did not do it.
+/// The reason why the store failed.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// It is not in the table of tenants.
+pub(crate) enum Error {
+    /// The tenant is not in the table of tenants.
     #[error("tenant '{0}' does not exist: create it first")]
     UnknownTenant(TenantId),
-    /// It is already there.
+    /// The tenant exists already.
     #[error("tenant '{0}' exists already")]
     TenantExists(TenantId),
-    /// Every attempt collided with somebody else's transaction.
-    #[error("the transaction collided with others {ATTEMPTS_MAX} times, and nothing of it happened: try again")]
+    /// Every attempt collided with another transaction.
+    #[error("the transaction collided with others {ATTEMPTS_MAX} times and was rolled back: try again")]
     Collisions,
-    /// All connections were busy for as long as one waits.
+    /// All connections stayed busy for the longest permitted wait.
     #[error("all connections to PostgreSQL are busy (database.max_connections): try again later")]
     Busy,
-    /// No connection, or not the answer in time. A write may have happened, and may be repeated.
+    /// There is no connection, or no answer in time. A write may have been committed, and may be repeated.
     #[error("PostgreSQL cannot be asked at the moment, try again: {0}")]
     Unreachable(#[source] Unreachable),
-    /// The data do not fit: a constraint that somebody added, or letters that the database's encoding lacks.
-    #[error("the database does not take these data: {0}")]
+    /// The data violate a constraint that somebody added, or have letters that the database's encoding lacks.
+    #[error("the database does not accept these data: {0}")]
     Unfit(#[source] SqlError),
     /// PostgreSQL refused the statement.
     #[error("PostgreSQL refused: {0}")]
@@ -87,14 +89,14 @@ pub enum Error {
          ALTER TABLE ... DISABLE ROW LEVEL SECURITY"
     )]
     RowSecurity(#[source] SqlError),
-    /// A row that is not of this form.
+    /// A stored row has an unexpected form.
     #[error("a row cannot be read: {0}")]
     Unreadable(#[from] Unreadable),
 }
 
 /// Why PostgreSQL cannot be asked at the moment. Callers get the text: it names no host and no role.
 #[derive(Debug, thiserror::Error)]
-pub enum Unreachable {
+pub(crate) enum Unreachable {
     /// No connection.
     #[error(transparent)]
     Connect(primary::Error),
@@ -114,7 +116,7 @@ pub enum Unreachable {
 
 /// What a row has instead of the values that it should have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unreadable {
+pub(crate) enum Unreadable {
     /// Columns that a tuple, an attribute or a tenant does not have.
     #[error("{0} of other columns")]
     Columns(&'static str),
@@ -147,7 +149,7 @@ impl From<tokio_postgres::Error> for Error {
     }
 }
 
-/// Recognized by the function that raised it: the message is in the server's language.
+/// Decided by the routine that raised the error, because the message is in the server's language.
 fn is_of_row_security(refusal: &DbError) -> bool {
     matches!(refusal.routine(), Some("check_enable_rls" | "ExecWithCheckOptions"))
 }
@@ -158,24 +160,24 @@ impl From<primary::Error> for Error {
     }
 }
 
-/// See the module. Cheap to clone.
+/// Writes and reads facts and tenants; see the module. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Store {
+pub(crate) struct Store {
     pool: Pool,
 }
 
 impl Store {
-    /// On the session's primary, with at most so many connections.
-    pub fn new(primaries: PrimaryConnector, connections_max: usize) -> Self {
-        Self { pool: Pool::new(primaries, connections_max) }
+    /// Creates a store on the session's primary, with at most `connections_max` connections.
+    pub(crate) fn new(connector: PrimaryConnector, connections_max: usize) -> Self {
+        Self { pool: Pool::new(connector, connections_max) }
     }
 
-    /// Writes tuples, where they are not there yet, and attributes, whose value becomes the given one. Returns the snap token of
-    /// the state right after it.
+    /// Inserts new tuples, and sets attributes to their values. Returns the snap token of the state right after the
+    /// write.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn write(&self, tenant: &TenantId, batch: &Batch<'_>) -> Result<String, Error> {
+    pub(crate) async fn write(&self, tenant: &TenantId, batch: &Batch<'_>) -> Result<String, Error> {
         persistently(CALL_MAX, || async {
             let mut connection = self.pool.get().await?;
             let transaction = begin(&mut connection).await?;
@@ -186,12 +188,12 @@ impl Store {
         .await
     }
 
-    /// Deletes what the filters pick; a filter that is not there picks nothing. Returns the snap token of the state right
-    /// after it.
+    /// Deletes the facts that the filters select; a missing filter selects none. Returns the snap token of the state
+    /// right after the deletion.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn delete(
+    pub(crate) async fn delete(
         &self,
         tenant: &TenantId,
         tuples: Option<&TupleFilter<'_>>,
@@ -215,11 +217,11 @@ impl Store {
         .await
     }
 
-    /// A page of the tuples that the filter picks, in the order of the primary key, each as `make` has it.
+    /// Reads a page of the tuples that the filter selects, in the order of the primary key. `make` converts each one.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn read_tuples<T>(
+    pub(crate) async fn read_tuples<T>(
         &self,
         tenant: &TenantId,
         filter: &TupleFilter<'_>,
@@ -243,11 +245,12 @@ impl Store {
         self.read_page(tenant, query, page_size, &make).await
     }
 
-    /// A page of the attributes that the filter picks, in the order of the primary key, each as `make` has it.
+    /// Reads a page of the attributes that the filter selects, in the order of the primary key. `make` converts each
+    /// one.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn read_attributes<T>(
+    pub(crate) async fn read_attributes<T>(
         &self,
         tenant: &TenantId,
         filter: &AttributeFilter<'_>,
@@ -288,13 +291,13 @@ impl Store {
     }
 }
 
-/// READ COMMITTED, whatever the database's default is: each statement sees what was committed while the one before waited
-/// for a lock.
+/// Begins a transaction. READ COMMITTED, whatever the default of the database is: each statement sees the transactions
+/// that the statement before it waited for.
 async fn begin(client: &mut Client) -> Result<Transaction<'_>, Error> {
     Ok(client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?)
 }
 
-/// Commits, with the token of what was done.
+/// Commits, and returns the token of the transaction.
 async fn finish(transaction: Transaction<'_>) -> Result<String, Error> {
     let row = transaction.query_typed_one("SELECT tuplewatch.snap_token()", &[]).await?;
     let token = row.try_get(0)?;
@@ -302,7 +305,7 @@ async fn finish(transaction: Transaction<'_>) -> Result<String, Error> {
     Ok(token)
 }
 
-/// Tries again while it collides with others.
+/// Repeats the attempt while it collides with other transactions.
 async fn persistently<T, A: Future<Output = Result<T, Error>>>(
     longest: Duration,
     attempt: impl Fn() -> A,
@@ -313,7 +316,7 @@ async fn persistently<T, A: Future<Output = Result<T, Error>>>(
                 Err(Error::Collisions) => {}
                 result => return result,
             }
-            // At random, so that those who collided do not meet again: up to 2 ms, 4 ms, 8 ms, …
+            // Random pauses keep colliding calls from meeting again: up to 2 ms, 4 ms, 8 ms, …
             let pause = Duration::from_millis(1 << n).min(PAUSE_MAX);
             tokio::time::sleep(pause.mul_f64(fastrand::f64())).await;
         }

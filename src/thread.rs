@@ -1,19 +1,21 @@
-//! Work that has a thread to itself, with a runtime of that one thread.
+//! Runs a future on a thread of its own, with a single-threaded runtime.
 //!
-//! Tasks that hand much to each other do so without waking anybody else: the session and its reports, the streams of a connection
-//! and what writes them.
+//! Tasks that exchange much data share such a thread, because a task that wakes another one on the same thread costs no
+//! system call. Two kinds of work use it: the replication session with its reports, and the streams of one connection
+//! with their writer.
 
 use std::io;
 use tokio::runtime::{self, Handle};
 use tokio::sync::oneshot;
 
-/// Runs a future on a thread of this name; what it spawns belongs to that thread as well, and so does what is spawned through the
-/// handle. The other part of what comes back is the result to wait for. Dropped before, it cuts the work; it panics where the
-/// work did.
+/// Runs `work` on a new thread called `name`.
+///
+/// Tasks that `work` spawns, and tasks spawned through the returned handle, run on that thread too. The returned future
+/// completes with the output of `work`. Dropping it cancels the work. It panics if the work panicked.
 ///
 /// # Errors
-/// Where the operating system has no more threads or descriptors.
-pub fn run<T: Send + 'static>(
+/// The operating system has no more threads or descriptors.
+pub(crate) fn run<T: Send + 'static>(
     name: String,
     work: impl Future<Output = T> + Send + 'static,
 ) -> io::Result<(Handle, impl Future<Output = T> + Send + 'static)> {
@@ -29,7 +31,7 @@ pub fn run<T: Send + 'static>(
             }
         });
         if let Some(output) = output {
-            // Whoever started it may be gone.
+            // The receiver may have been dropped.
             let _ = result.send(output);
         }
     };

@@ -1,10 +1,11 @@
 //! YAML files: the configuration and mappings.
 //!
-//! [`parse`] makes a tree of [`Value`]s, which the configuration reads key by key. [`from_str`] makes a type of serde out of such a
-//! tree, for a mapping. Errors name the line of bad YAML, and the key of a bad value (`tables[0].tenant`).
+//! [`parse`] makes a tree of [`Value`]s, which the configuration reads key by key. [`from_str`] turns such a tree into
+//! a type of serde, for a mapping. Errors name the line of malformed YAML, and the key of a wrong value
+//! (`tables[0].tenant`).
 //!
-//! The parser recurses once for each level of nesting. It bounds flow style itself; text from outside that may be nested in
-//! blocks without end has to be bounded before.
+//! The parser recurses once for each level of nesting. It limits the nesting of flow style itself, but not of blocks. A
+//! caller that reads untrusted text has to limit that before.
 
 mod deserialize;
 
@@ -14,43 +15,42 @@ use std::fmt;
 use yaml_rust2::{ScanError, Yaml, YamlLoader};
 
 /// Keys and their values.
-pub type Section = BTreeMap<String, Value>;
+pub(crate) type Section = BTreeMap<String, Value>;
 
-/// What stands at a key, or in a list.
+/// The value of a key, or an item of a list.
 #[derive(Clone, Debug, PartialEq)]
-#[expect(missing_docs, reason = "the names say it")]
-pub enum Value {
+pub(crate) enum Value {
     Null,
     Boolean(bool),
     Integer(i64),
-    /// Also an integer that is too large.
+    /// Also an integer that exceeds 64 bits.
     Fraction(f64),
     Text(String),
     List(Vec<Value>),
     Section(Section),
 }
 
-/// Why a text is not what it should be.
+/// The reason why a text was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// No YAML. The message ends with the line and the column.
+    /// The text is not YAML. The message ends with the line and the column.
     #[error(transparent)]
     Malformed(#[from] ScanError),
-    /// Several documents, with `---` between them.
+    /// The text has several documents, separated by `---`.
     #[error("got {0} YAML documents, expected 1")]
     Documents(usize),
-    /// A key that is a list, a section or nothing.
+    /// A key is a list, a section or null.
     #[error("a key must be a text, a number or a boolean")]
     Key,
-    /// A text or a list in the place of everything.
+    /// The text has no sections at its top level.
     #[error("invalid type: {0}, expected keys with values")]
     NotSections(&'static str),
-    /// A value that does not fit where it is.
+    /// A value has the wrong type.
     #[error("{message}{}", at(path))]
     Value {
-        /// What is wrong.
+        /// The problem in words.
         message: String,
-        /// The key; empty for the whole text.
+        /// The path of the value; empty for the whole text.
         path: String,
     },
 }
@@ -59,11 +59,11 @@ fn at(path: &str) -> String {
     if path.is_empty() { String::new() } else { format!(" for key `{path}`") }
 }
 
-/// The sections of a text. None where the text is empty.
+/// Parses a text into its sections. An empty text has none.
 ///
 /// # Errors
-/// Where it is no YAML, or holds something else.
-pub fn parse(text: &str) -> Result<Section, Error> {
+/// The text is not YAML, or has no sections at its top level.
+pub(crate) fn parse(text: &str) -> Result<Section, Error> {
     let mut documents = YamlLoader::load_from_str(text)?;
     let document = documents.pop();
     match document.map(value) {
@@ -75,17 +75,17 @@ pub fn parse(text: &str) -> Result<Section, Error> {
     }
 }
 
-/// What a text says, as a `T`. Where a `T` has a text, numbers and booleans are taken too, and where it has a boolean, `yes`, `no`,
-/// `on`, `off`, 1 and 0.
+/// Parses a text into a `T`. A string field also accepts numbers and booleans. A boolean field also accepts `yes`,
+/// `no`, `on`, `off`, 1 and 0.
 ///
 /// # Errors
-/// Where it is no YAML, or no `T`.
+/// The text is not YAML, or does not fit `T`.
 pub fn from_str<T: DeserializeOwned>(text: &str) -> Result<T, Error> {
     T::deserialize(Value::Section(parse(text)?))
 }
 
 impl Value {
-    /// In words, for messages.
+    /// The type of the value in words, for messages.
     const fn kind(&self) -> &'static str {
         match self {
             Self::Null => "nothing",
@@ -105,7 +105,7 @@ fn value(yaml: Yaml) -> Result<Value, Error> {
         Yaml::Integer(number) => Value::Integer(number),
         Yaml::Real(_) => Value::Fraction(yaml.as_f64().unwrap_or(f64::NAN)),
         Yaml::String(text) => Value::Text(text),
-        // Loops and no iterators: these are the frames of the recursion.
+        // Loops instead of iterator chains, because each level of nesting adds the stack frames between two calls.
         Yaml::Array(items) => {
             let mut list = Vec::with_capacity(items.len());
             for item in items {
@@ -134,7 +134,7 @@ fn text(key: Yaml) -> Result<String, Error> {
 }
 
 impl fmt::Display for Value {
-    /// As much as a message needs.
+    /// The type, and the value if it is a scalar.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Boolean(value) => write!(f, "boolean `{value}`"),

@@ -1,8 +1,8 @@
-//! As little as there can be between messages and h2: one thread, and on each connection one loop.
+//! The smallest possible server on h2: one thread, and one loop for each connection.
 //!
-//! The messages of a tenant lie one behind the other, with gRPC's prefixes, before the first is published. A stream is a position in
-//! these bytes: to send what is ready is to hand h2 a slice, as much as the client's windows allow. There are no tokens, no
-//! deadlines, no limits, no pings, and a client is believed to stay.
+//! The messages of a tenant lie one behind the other, with gRPC's prefixes, before the first is published. A stream is
+//! a position in these bytes. To send, it hands h2 a slice, as large as the client's windows permit. There are no
+//! tokens, no deadlines, no limits and no pings, and clients are assumed to stay.
 
 use super::{Orders, PREFIX_BYTES, Source, announce, request};
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -16,20 +16,20 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{LocalSet, spawn_local};
 use tuplewatch::api::grpc::proto::WatchRequest;
 
-/// A DATA frame has at most as much.
+/// The largest DATA frame.
 const JOIN_BYTES: usize = 16 << 10;
 
 struct Tenant {
-    /// All of its messages, which are of one length.
+    /// All messages of the tenant, which have equal lengths.
     bytes: Bytes,
     message_bytes: usize,
-    /// How many of the bytes are published.
+    /// The number of published bytes.
     published: Cell<usize>,
-    /// Streams, each as a connection and the number that it has there.
+    /// The streams, each as a connection and its number there.
     followers: RefCell<Vec<(Rc<Due>, usize)>>,
 }
 
-/// Streams of a connection that have something to send.
+/// The streams of a connection that have something to send.
 struct Due {
     streams: RefCell<Vec<usize>>,
     connection: RefCell<Waker>,
@@ -78,7 +78,7 @@ impl Tenant {
         self.published.update(|published| published + self.message_bytes);
     }
 
-    /// Has the streams send what was published.
+    /// Wakes the streams, which send the published bytes.
     fn wake(&self) {
         for (due, stream) in &*self.followers.borrow() {
             let mut streams = due.streams.borrow_mut();
@@ -96,7 +96,7 @@ impl Server {
         while let Some(count) = orders.next().await {
             let due: Vec<&Tenant> = tenants.by_ref().take(count).collect();
             due.iter().for_each(|tenant| tenant.publish());
-            // Each of them once.
+            // Each connection once.
             due.iter().take(self.tenants.len()).for_each(|tenant| tenant.wake());
         }
     }
@@ -125,7 +125,7 @@ impl Server {
                     let following = &mut streams[*stream];
                     following.poll_sent(&self.tenants[following.tenant], cx).is_pending()
                 });
-                // Writes what they have sent, and reads.
+                // Writes the sent frames, and reads.
                 match h2.poll_accept(cx) {
                     Poll::Ready(Some(Ok((request, reply)))) => requests.push((request.into_body(), reply)),
                     Poll::Ready(_) => return Poll::Ready(()),
@@ -148,7 +148,7 @@ fn poll_request(body: &mut RecvStream, cx: &mut Context<'_>) -> Poll<WatchReques
 struct Following {
     tenant: usize,
     send: SendStream<Bytes>,
-    /// How many of the tenant's bytes h2 has.
+    /// The number of the tenant's bytes that h2 has taken.
     sent: usize,
 }
 
@@ -160,7 +160,7 @@ impl Following {
         Self { tenant, send, sent: of.published.get() }
     }
 
-    /// Ready when h2 has all that is published.
+    /// Ready when h2 has taken all published bytes.
     fn poll_sent(&mut self, tenant: &Tenant, cx: &mut Context<'_>) -> Poll<()> {
         while self.sent < tenant.published.get() {
             let wanted = (tenant.published.get() - self.sent).min(JOIN_BYTES);

@@ -1,8 +1,8 @@
-//! What tuplewatch is compared with: servers of Watch that have nothing but messages to send.
+//! The baselines for tuplewatch: servers of Watch that only send prepared messages.
 //!
-//! Each is this program, started anew with `--baseline`, so that its processor time is measured like tuplewatch's. It makes all
-//! its messages beforehand, from one that tuplewatch sent. Each byte on its standard input has the next one published, to one
-//! tenant after the other; where that ends, so does the process.
+//! Each baseline is this program, started anew with `--baseline`, so that its processor time is measured in the same
+//! way. It makes all of its messages in advance, from one that tuplewatch sent. Each byte on its standard input
+//! publishes the next message, to one tenant after the other. The process ends with its input.
 
 mod bare_h2;
 mod broadcast;
@@ -22,15 +22,15 @@ use tokio::net::unix::pipe;
 use tokio::process::{Child, ChildStdin, Command};
 use tuplewatch::api::grpc::proto::WatchRequest;
 
-/// Of gRPC, before each message: a flag and the length.
+/// gRPC's prefix of each message: a flag and the length.
 const PREFIX_BYTES: usize = 5;
 
-/// How messages get to subscribers.
+/// The way in which messages reach subscribers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Way {
-    /// tonic's usual one.
+    /// tonic's usual way.
     Broadcast,
-    /// As little as there can be around h2.
+    /// The smallest possible server on h2.
     BareH2,
 }
 
@@ -42,7 +42,7 @@ pub(crate) struct Baseline {
 }
 
 impl Baseline {
-    /// Returns once it listens. `sample` is a `WatchResponse` that tuplewatch sent.
+    /// Starts the server, and returns once it listens. `sample` is a `WatchResponse` that tuplewatch sent.
     pub(crate) async fn start(way: Way, tenants: usize, messages: u64, sample: &[u8]) -> Self {
         let mut process = Command::new(std::env::current_exe().unwrap())
             .args(["--baseline", way.name(), "--sample", &BASE64_STANDARD.encode(sample)])
@@ -62,7 +62,7 @@ impl Baseline {
         self.process.id().expect("a process that runs")
     }
 
-    /// Has it publish so many messages more.
+    /// Publishes a number of further messages.
     pub(crate) async fn publish(&mut self, messages: u64) {
         self.orders.write_all(&vec![0; messages as usize]).await.unwrap();
     }
@@ -77,7 +77,7 @@ impl Way {
     }
 }
 
-/// Serves where this process is a baseline.
+/// Serves, if this process is a baseline.
 pub(crate) fn serve_if_asked() -> bool {
     let Some(name) = option("--baseline") else { return false };
     let source = Source::from_arguments();
@@ -90,13 +90,13 @@ pub(crate) fn serve_if_asked() -> bool {
     true
 }
 
-/// What a baseline has to send. Message `n` is for tenant `n % tenants`.
+/// The messages of a baseline. Message `n` is for tenant `n % tenants`.
 struct Source {
     tenants: usize,
     messages: u64,
-    /// With the number of any transaction.
+    /// A message with the number of some transaction.
     sample: Vec<u8>,
-    /// Where this number is.
+    /// The offset of the number.
     digits: Range<usize>,
 }
 
@@ -112,27 +112,27 @@ impl Source {
         Self { tenants, messages: number("--messages").unwrap(), sample, digits }
     }
 
-    /// The encoded message of this number.
+    /// The encoded message with this number.
     fn message(&self, number: u64) -> Vec<u8> {
         let mut message = self.sample.clone();
         message[self.digits.clone()].copy_from_slice(format!("{number:010}").as_bytes());
         message
     }
 
-    /// Which tenant a request is for.
+    /// The tenant of a request.
     fn tenant(&self, request: &WatchRequest) -> usize {
         let tenant = request.tenant_id.strip_prefix("load").and_then(|tenant| tenant.parse::<usize>().ok());
         tenant.filter(|tenant| *tenant < self.tenants).expect("a tenant of the load")
     }
 }
 
-/// Tells the benchmark where this process listens.
+/// Reports the address of this process to the benchmark.
 fn announce(address: SocketAddr) {
     println!("{address}");
     std::io::stdout().flush().unwrap();
 }
 
-/// How many messages are to be published, as they become due.
+/// The requests to publish further messages.
 struct Orders(pipe::Receiver);
 
 impl Orders {
@@ -141,14 +141,14 @@ impl Orders {
         Self(pipe::Receiver::from_owned_fd(stdin).unwrap())
     }
 
-    /// Some more, or `None` where the benchmark has ended.
+    /// The number of further messages, or `None` if the benchmark has ended.
     async fn next(&mut self) -> Option<usize> {
         let mut bytes = [0; 1024];
         Some(self.0.read(&mut bytes).await.unwrap()).filter(|count| *count > 0)
     }
 }
 
-/// What a request of gRPC asks for, behind its prefix.
+/// The tenant in a gRPC request, behind its prefix.
 fn request(framed: &[u8]) -> WatchRequest {
     WatchRequest::decode(&framed[PREFIX_BYTES..]).unwrap()
 }

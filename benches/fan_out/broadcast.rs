@@ -17,7 +17,7 @@ pub(super) fn serve(source: Source) {
         let incoming = TcpIncoming::bind(([127, 0, 0, 1], 0).into()).unwrap().with_nodelay(Some(true));
         announce(incoming.local_addr().unwrap());
         let messages: Vec<WatchResponse> = (0..source.messages).map(|number| decoded(&source, number)).collect();
-        // Nobody is ever so late that messages are gone.
+        // Large enough that no subscriber ever misses a message.
         let capacity = source.messages.div_ceil(source.tenants as u64).max(1) as usize;
         let tenants: Vec<_> = (0..source.tenants).map(|_| broadcast::channel(capacity).0).collect();
         let service = WatchServer::new(Service { source, tenants: tenants.clone() });

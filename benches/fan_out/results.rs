@@ -1,11 +1,11 @@
-//! What the rounds came to: tables, ratios, and targets.
+//! The results of the rounds: tables, ratios, and targets.
 
 use crate::support::measure::Summary;
 use crate::support::report::{at_least, at_most};
 use crate::{Case, Contender, H2, Load, Round, TONIC, Tuplewatch, Written};
 use std::collections::BTreeMap;
 
-/// All rounds, by case and by who served.
+/// All rounds, by case and contender.
 #[derive(Default)]
 pub(crate) struct Results(BTreeMap<(&'static str, Contender), Vec<Round>>);
 
@@ -20,7 +20,7 @@ impl Results {
         self.0.entry((case.name, contender)).or_default().push(round);
     }
 
-    /// The load that the last round of tuplewatch had.
+    /// The load of tuplewatch's last round.
     pub(crate) fn last_written(&self, case: &Case) -> Written {
         self.rounds(case.name, Tuplewatch).last().expect("tuplewatch is the first").written
     }
@@ -34,7 +34,7 @@ impl Results {
         (!figures.is_empty()).then(|| Summary::of(&figures))
     }
 
-    /// tuplewatch's figure to that of a baseline in the same round.
+    /// The ratio of tuplewatch's figure to that of a baseline in the same round.
     fn ratio(&self, case: &'static str, baseline: Contender, of: Figure) -> Option<Summary> {
         let pairs = self.rounds(case, Tuplewatch).iter().zip(self.rounds(case, baseline));
         let ratios: Vec<f64> = pairs.map(|(ours, theirs)| of(ours) / of(theirs)).collect();
@@ -60,7 +60,7 @@ impl Results {
                 Load::Unpaced => ("4 writers".to_owned(), false),
                 Load::Backlog => ("a backlog".to_owned(), false),
             };
-            // Where nothing paces the load, latency is only the length of the queue.
+            // With an unpaced load, latency is only the length of the queue.
             let latency = |of: Figure| if paced { format!("{:.2}", summary(of)) } else { "-".to_owned() };
             println!(
                 "{:<14}{:<12}{:>12}  {load:<12}{:>32}{:>24}{:>24}",
@@ -122,8 +122,8 @@ impl Results {
         }
     }
 
-    /// Time does not travel from one machine to the next, and so it is compared with what the same machine took a moment before or
-    /// after. Bytes do.
+    /// Times differ between machines, so they are compared with baselines that ran on the same machine a moment before
+    /// or after. Bytes are comparable.
     fn tell_targets(&self) {
         for (what, case) in [("1,000 × 200", "1000"), ("5,000 × 50", "5000"), ("saturated", "saturated")] {
             let tell = |figure: &str, baseline: Contender, of, limit| {
@@ -146,10 +146,10 @@ impl Results {
         if let Some(idle) = self.summary("5000", Tuplewatch, |round| round.idle_kib_per_subscriber) {
             println!("{}", at_most("resident per idle subscriber", idle.median, 4.0, " KiB"));
         }
-        // A message, as PostgreSQL may commit fewer than are due in one of the two.
+        // One message, because PostgreSQL may commit fewer than are due in one of the two rounds.
         let cpu = |case| Some(self.summary(case, Tuplewatch, CPU)?.median);
         if let (Some(without), Some(with)) = (cpu("0-quiet"), cpu("1000-quiet")) {
-            // A tenth is what rounds differ by.
+            // Rounds differ by about a tenth.
             println!("{}", at_most("CPU with 1,000 quiet subscribers, to that without", with / without, 1.1, " ×"));
         }
     }

@@ -1,4 +1,4 @@
-//! The subscribers of a round, whoever serves them: each checks that it has every message once, in order.
+//! The subscribers of a round, for any server. Each checks that it receives every message once, in order.
 
 use crate::support::raw_watch::{Connection, RawStream, Windows, changes, decimal, entity_id};
 use crate::{Case, DELIVERY_MAX, NUMBERS_A_WRITER, WRITERS};
@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-/// What subscribers tell while they are at work.
+/// The shared counters of the subscribers.
 pub(crate) struct Shared {
     epoch: Instant,
-    /// When the commit of a number was acknowledged, or a baseline was told to publish it; 0 where that is yet to come.
+    /// The time at which the commit of a number was acknowledged, or its publication requested; 0 before that.
     pub(crate) committed_ns: Vec<AtomicU64>,
     pub(crate) open: AtomicU64,
     pub(crate) delivered: AtomicU64,
@@ -47,7 +47,7 @@ impl Shared {
     }
 }
 
-/// Latencies, to within 3 %.
+/// A histogram of latencies, to within 3 %.
 pub(crate) struct Histogram(Vec<AtomicU64>);
 
 /// As a power of two, buckets of equal width for each doubling.
@@ -103,7 +103,7 @@ impl Fleet {
                 }
                 tokio::select! {
                     _ = stopped => {}
-                    // They only ever end by failing, and have said why.
+                    // A subscriber ends only after a failure, which it has reported.
                     _ = subscribers.join_next() => shared.failed.store(true, Relaxed),
                 }
             });
@@ -119,7 +119,7 @@ impl Fleet {
 
 pub(crate) struct Subscriber {
     pub(crate) tenant: String,
-    /// The number that is due, by writer.
+    /// The next expected number of each writer.
     pub(crate) next: [u64; WRITERS],
     pub(crate) step: u64,
 }
@@ -130,7 +130,7 @@ impl Subscriber {
         shared.open.fetch_add(1, Relaxed);
         loop {
             let mut received = 0;
-            // Of the first message that a frame completes; those with it have come together.
+            // The time of the first message that a frame completes. Messages in the same frame arrive together.
             let mut now = None;
             let read = stream.read(|message| {
                 let now = *now.get_or_insert_with(|| shared.now());
@@ -150,7 +150,7 @@ impl Subscriber {
         let (writer, number) = ((id / NUMBERS_A_WRITER) as usize, id % NUMBERS_A_WRITER);
         assert_eq!(number, self.next[writer], "{}: what came from writer {writer}, and what was due", self.tenant);
         self.next[writer] += self.step;
-        // It may come before its writer has heard of the commit: 0 then.
+        // 0 if the message arrives before the writer knows of the commit.
         let committed = shared.committed_ns[number as usize].load(Relaxed);
         shared.latencies.add(if committed == 0 { 0 } else { now.saturating_sub(committed) }, 1);
     }

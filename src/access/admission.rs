@@ -1,27 +1,27 @@
-//! Who gets in: what stands in front of every service, on gRPC and HTTP alike.
+//! Admission: the layer in front of every service, for gRPC and HTTP alike.
 //!
 //! ```text
 //!  request ──▶ exempt? ──▶ authn: who is it? ──▶ rate limit ──▶ service: may they use this tenant?
 //!                              │ 401                 │ 429           │ 403
 //! ```
 //!
-//! **Credentials come before the limit.** The limit protects what is behind it, PostgreSQL and the change log, from callers; and
-//! it is one for the whole process. Counted before, requests without credentials would use up what callers are entitled to, and
-//! anybody who can open a connection could lock everybody out. Refusing them costs a digest or the check of a signature, no
-//! more than reading the request did; what would cost more, asking the issuer for its keys, has a limit of its own.
+//! **Credentials are checked before the rate limit.** The limit protects PostgreSQL and the change log, and there is
+//! one for the whole process. If it counted first, requests without credentials would use it up, and anybody who can
+//! connect could lock all callers out. Refusing such a request costs a digest or a signature check, no more than
+//! reading it did. Asking the issuer for its keys costs more, and has a limit of its own.
 //!
-//! Health and metrics count towards no limit: a server that is busy must not be taken for one that is dead, and it is when
-//! there is too much that somebody wants to see how much.
+//! Health and metrics do not count towards the limit: a busy server must not look dead, and its metrics matter most
+//! under load.
 //!
-//! It is a layer of tower's, which tonic and axum both take:
+//! Admission is a tower layer, which tonic and axum both accept:
 //!
 //! ```text
 //!  Server::builder()….layer(admission.layer(|error| status::of_admission(error).into_http()))
 //!  Router::new()….layer(admission.layer(|error| …the same status as a 401, 429 or 503…))
 //! ```
 //!
-//! On axum it goes around all routes, and inside of CORS: the browser's preflight has no credentials. Services find the
-//! [`Caller`] in the extensions of the request.
+//! In axum it surrounds all routes, inside of the CORS layer, because a browser's preflight request has no credentials.
+//! Services find the [`Caller`] in the extensions of the request.
 
 use crate::access::authn::{self, Authenticator, Caller};
 use crate::config::Exempt;
@@ -35,28 +35,26 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tower_service::Service;
 
-/// Why a request does not get in.
+/// The reason for refusing a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
-    /// It is not proven who makes it.
+pub(crate) enum Error {
+    /// The credentials do not prove who the caller is.
     #[error(transparent)]
     Credentials(#[from] authn::Error),
-    /// There are too many.
     #[error(
         "more than {limit} requests a second, which is the limit (server.rate_limit): try again after {}ms",
         retry_after.as_millis()
     )]
     Rate {
-        /// The limit.
         limit: NonZeroU32,
-        /// When it is worth trying again: in whole milliseconds, at least one.
+        /// The wait until a retry may succeed, in whole milliseconds, at least one.
         retry_after: Duration,
     },
 }
 
-/// Decides who gets in. One for the whole process; cheap to clone.
+/// Decides which requests are admitted. There is one for the whole process. Cheap to clone.
 #[derive(Clone)]
-pub struct Admission(Arc<Inner>);
+pub(crate) struct Admission(Arc<Inner>);
 
 struct Inner {
     authenticator: Authenticator,
@@ -69,7 +67,7 @@ struct Limit {
     limiter: DefaultDirectRateLimiter,
 }
 
-/// What a request asks for, as far as it matters here.
+/// The kind of a request, as far as admission distinguishes it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Health,
@@ -79,7 +77,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// By the path, which is also what the services are found by.
+    /// Derives the kind from the path, which also selects the service.
     fn of(path: &str) -> Self {
         if matches!(path, "/healthz" | "/readyz") || path.starts_with("/grpc.health.v1.Health/") {
             Self::Health
@@ -94,15 +92,15 @@ impl Kind {
 }
 
 impl Admission {
-    /// `rate_limit`: requests a second, all of which may come at once.
-    pub fn new(authenticator: Authenticator, exempt: Exempt, rate_limit: Option<NonZeroU32>) -> Self {
+    /// Creates the admission. `rate_limit` is in requests a second, all of which may come at once.
+    pub(crate) fn new(authenticator: Authenticator, exempt: Exempt, rate_limit: Option<NonZeroU32>) -> Self {
         let limit = rate_limit
             .map(|per_second| Limit { per_second, limiter: RateLimiter::direct(Quota::per_second(per_second)) });
         Self(Arc::new(Inner { authenticator, exempt, limit }))
     }
 
-    /// Around a service; `answer` writes a refusal in the way of its protocol.
-    pub fn layer<B>(&self, answer: fn(&Error) -> Response<B>) -> Layer<B> {
+    /// A layer around a service. `answer` turns a refusal into a response of the protocol.
+    pub(crate) fn layer<B>(&self, answer: fn(&Error) -> Response<B>) -> Layer<B> {
         Layer { admission: self.clone(), answer }
     }
 
@@ -134,8 +132,8 @@ impl Limit {
     }
 }
 
-/// Puts [`Admission`] around a service.
-pub struct Layer<B> {
+/// The tower layer that puts [`Admission`] around a service.
+pub(crate) struct Layer<B> {
     admission: Admission,
     answer: fn(&Error) -> Response<B>,
 }
@@ -154,8 +152,8 @@ impl<S, B> tower_layer::Layer<S> for Layer<B> {
     }
 }
 
-/// A service, and what stands in front of it.
-pub struct Guarded<S, B> {
+/// A service with admission in front.
+pub(crate) struct Guarded<S, B> {
     layer: Layer<B>,
     service: S,
 }
@@ -183,7 +181,7 @@ where
 
     fn call(&mut self, request: Request<Q>) -> Self::Future {
         let layer = self.layer.clone();
-        // The one that said it is ready is the one to call.
+        // The instance that was polled ready must be the one that is called.
         let next = self.service.clone();
         let mut service = std::mem::replace(&mut self.service, next);
         let (mut parts, body) = request.into_parts();

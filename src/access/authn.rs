@@ -1,13 +1,14 @@
-//! Who makes a request: credentials → [`Caller`].
+//! Authentication: turns the credentials of a request into a [`Caller`].
 //!
-//! Both edges take `authorization: Bearer …`, and both come through [`crate::access::admission`]. What a token or a key is good for is
-//! decided here alone; whether a tenant is among it is asked by every service, with [`Caller::may_use`].
+//! gRPC and HTTP both take `authorization: Bearer …`, and both pass through [`crate::access::admission`]. Only this
+//! module decides which tenants a token or key gives access to. Every service checks its tenant with
+//! [`Caller::may_use`].
 //!
-//! A refusal says which kind of thing is wrong, and never more: not which key was close, nor what a claim should have been.
-//! Credentials are in no message and in no log.
+//! A refusal names the kind of the problem and nothing more: not which key was close, and not the expected value of a
+//! claim. Credentials appear in no message and in no log.
 
-pub mod oidc;
-pub mod preshared;
+pub(crate) mod oidc;
+pub(crate) mod preshared;
 
 use crate::config::Credentials;
 use http::HeaderMap;
@@ -16,10 +17,11 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-/// What is known of who makes a request; in the request's extensions. Without authentication it is anyone. Cheap to clone.
+/// The caller of a request, kept in the request's extensions. Without authentication everybody is the same caller.
+/// Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct Caller {
-    /// `None`: all tenants.
+pub(crate) struct Caller {
+    /// `None` gives access to all tenants.
     tenants: Option<Arc<HashSet<String>>>,
     expires_at: Option<SystemTime>,
 }
@@ -29,69 +31,69 @@ impl Caller {
         Self { tenants: tenants.map(Arc::new), expires_at }
     }
 
-    /// Whether the tenant is one of theirs.
-    pub fn may_use(&self, tenant: &str) -> bool {
+    /// Whether the caller may use the tenant.
+    pub(crate) fn may_use(&self, tenant: &str) -> bool {
         self.tenants.as_ref().is_none_or(|tenants| tenants.contains(tenant))
     }
 
-    /// The tenants that are theirs; `None`: all.
-    pub fn tenants(&self) -> Option<impl Iterator<Item = &String>> {
+    /// The tenants that the caller may use; `None` means all.
+    pub(crate) fn tenants(&self) -> Option<impl Iterator<Item = &String>> {
         self.tenants.as_ref().map(|tenants| tenants.iter())
     }
 
-    /// When the credentials stop being good, and with them the streams that were opened with them.
-    pub const fn expires_at(&self) -> Option<SystemTime> {
+    /// The time when the credentials expire. Streams that were opened with them end then.
+    pub(crate) const fn expires_at(&self) -> Option<SystemTime> {
         self.expires_at
     }
 }
 
-/// Why credentials are not accepted. Displayed as Permify's name for it, where there is one, and what to do.
+/// The reason for refusing credentials. Its text is Permify's name for it, if there is one, and the remedy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
-    /// No `authorization` header, several, or one with another scheme.
+pub(crate) enum Error {
+    /// There is no `authorization` header, or several, or one with another scheme.
     #[error(
         "ERROR_CODE_MISSING_BEARER_TOKEN: this server asks for credentials, and the request has none: send one header \
          `Authorization: Bearer ...` with a key or token"
     )]
     MissingBearerToken,
-    /// No JWT, no good signature, an algorithm that is not accepted, not yet or no longer valid.
+    /// The token is not a JWT, or its signature, algorithm or validity period is wrong.
     #[error(
-        "ERROR_CODE_INVALID_BEARER_TOKEN: the token is no JWT that the issuer signed and that is valid now: get a new one, \
-         and send it as `Authorization: Bearer ...`"
+        "ERROR_CODE_INVALID_BEARER_TOKEN: the token is not a valid JWT of the issuer: get a new one, and send it as \
+         `Authorization: Bearer ...`"
     )]
     InvalidBearerToken,
-    /// A JWT that was issued for somebody else.
+    /// The JWT was issued for another service.
     #[error(
         "ERROR_CODE_INVALID_AUDIENCE: the token was issued for another service: ask its issuer for one with the audience of \
          this server (authn.oidc.audience)"
     )]
     InvalidAudience,
-    /// A JWT of another issuer.
+    /// The JWT is from another issuer.
     #[error(
         "ERROR_CODE_INVALID_ISSUER: the token is from another issuer: send one from the issuer of this server \
          (authn.oidc.issuer)"
     )]
     InvalidIssuer,
-    /// A claim that must be there is missing, or is not what it should be.
+    /// A required claim is missing or malformed.
     #[error(
         "ERROR_CODE_INVALID_CLAIMS: a claim that the token must have is missing or has the wrong form: ask its issuer for one \
          with aud, exp, and the claim of authn.oidc.tenants_claim if this server has that"
     )]
     InvalidClaims,
-    /// No key of the list.
+    /// The key is not in the list.
     #[error(
-        "ERROR_CODE_UNAUTHENTICATED: the key is none of this server's: send one of authn.preshared.keys as \
+        "ERROR_CODE_UNAUTHENTICATED: the key is unknown to this server: send one of authn.preshared.keys as \
          `Authorization: Bearer ...`"
     )]
     Unauthenticated,
-    /// It cannot be told: the issuer does not answer, and none of the keys at hand is the token's.
+    /// The token cannot be checked: its key is unknown, and the issuer does not answer.
     #[error("the keys of the tokens' issuer cannot be fetched at the moment: try again")]
     IssuerUnreachable,
 }
 
 impl Error {
-    /// A name for programs: Permify's without its `ERROR_CODE_`, where there is one.
-    pub const fn reason(self) -> &'static str {
+    /// A name for programs: Permify's without its `ERROR_CODE_`, if there is one.
+    pub(crate) const fn reason(self) -> &'static str {
         match self {
             Self::MissingBearerToken => "MISSING_BEARER_TOKEN",
             Self::InvalidBearerToken => "INVALID_BEARER_TOKEN",
@@ -104,22 +106,23 @@ impl Error {
     }
 }
 
-/// Tells who makes a request.
-pub enum Authenticator {
-    /// Everybody is let in.
+/// Identifies the caller of a request.
+pub(crate) enum Authenticator {
+    /// Everybody is admitted.
     Open,
     /// By a key of a list.
     Preshared(preshared::Keys),
-    /// By a JWT.
     Oidc(oidc::Verifier),
 }
 
 impl Authenticator {
-    /// As it is configured. The second part, where there is one, is to be run as long as requests are taken.
+    /// Creates the configured authenticator. The refresher, if there is one, must run as long as requests are accepted.
     ///
     /// # Errors
-    /// Where the issuer cannot even be asked.
-    pub fn new(credentials: Option<&Credentials>) -> Result<(Self, Option<oidc::Refresher>), oidc::issuer::Error> {
+    /// The trusted authorities cannot be loaded, so the issuer cannot be asked.
+    pub(crate) fn new(
+        credentials: Option<&Credentials>,
+    ) -> Result<(Self, Option<oidc::Refresher>), oidc::issuer::Error> {
         Ok(match credentials {
             None => (Self::Open, None),
             Some(Credentials::Preshared(keys)) => (Self::Preshared(preshared::Keys::new(keys)), None),
@@ -130,11 +133,11 @@ impl Authenticator {
         })
     }
 
-    /// Who sends these headers.
+    /// Identifies the sender of these headers.
     ///
     /// # Errors
-    /// Where that is not proven.
-    pub async fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, Error> {
+    /// The headers do not prove who the caller is.
+    pub(crate) async fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, Error> {
         match self {
             Self::Open => Ok(Caller::default()),
             Self::Preshared(keys) => keys.find(bearer_token(headers)?),
@@ -143,13 +146,13 @@ impl Authenticator {
     }
 }
 
-/// The one token. Two headers could be read differently by whoever stands in front of us.
+/// The only token. With two headers, a proxy in front could check another one than this server.
 fn bearer_token(headers: &HeaderMap) -> Result<&str, Error> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
     let (Some(value), None) = (values.next(), values.next()) else { return Err(Error::MissingBearerToken) };
     let (scheme, token) =
         value.to_str().ok().and_then(|value| value.trim().split_once(' ')).ok_or(Error::MissingBearerToken)?;
-    // RFC 9110, section 11.1: the scheme's name has no case.
+    // RFC 9110, section 11.1: the name of the scheme is case-insensitive.
     if scheme.eq_ignore_ascii_case("bearer") { Ok(token.trim_start()) } else { Err(Error::MissingBearerToken) }
 }
 
@@ -183,7 +186,7 @@ mod tests {
         }
     }
     #[test]
-    fn a_refusal_is_its_name_and_a_sentence() {
+    fn a_refusal_has_a_name_and_a_sentence() {
         for error in [
             Error::MissingBearerToken,
             Error::InvalidBearerToken,

@@ -1,7 +1,7 @@
 //! The certificate, the key and the client authority of a listener: read and checked at start, for gRPC and HTTP alike.
 //!
-//! What is wrong with a file is said with its path and its configuration key, before anything is served. The content of a
-//! key is in no message. Files are read once: a new certificate takes a restart.
+//! An error names the file and its configuration key, before anything is served. Key material appears in no message.
+//! Files are read once, so a new certificate takes effect at a restart.
 
 use crate::config::Tls;
 use rustls::crypto::ring;
@@ -17,53 +17,49 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-/// A client that has not finished its handshake by then is cut off: it holds a connection and proves nothing.
+/// The longest handshake. A slower client is disconnected, because it occupies a connection without proving anything.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
-/// Why a listener cannot have TLS.
+/// The reason why a listener cannot use TLS.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// A file cannot be read.
     #[error("cannot read {path} ({key}): {source}")]
     Unreadable {
-        /// The file.
         path: String,
         /// The configuration key that names it.
         key: String,
-        /// Why.
         source: std::io::Error,
     },
-    /// A file holds something else.
+    /// A file has the wrong content.
     #[error("{path} ({key}) holds no {what} in PEM form")]
     Foreign {
-        /// The file.
         path: String,
         /// The configuration key that names it.
         key: String,
-        /// What it should hold.
+        /// The expected content.
         what: &'static str,
     },
-    /// They do not belong together, or are of a kind that is not supported.
+    /// The files do not belong together, or their kind is not supported.
     #[error("the certificate, key or client_ca of {section} cannot be used: {reason}")]
     Unusable {
         /// The section of the configuration.
         section: &'static str,
-        /// Why.
         reason: String,
     },
 }
 
-/// Does the handshakes of a listener, with files that are known to work. Cheap to clone.
+/// Does the handshakes of a listener, with files that were checked. Cheap to clone.
 #[derive(Clone)]
-pub struct Acceptor(TlsAcceptor);
+pub(crate) struct Acceptor(TlsAcceptor);
 
 impl Acceptor {
-    /// Reads and checks the files that `section` of the configuration (`server.grpc.tls`) names, for a listener that speaks
-    /// `protocol` (ALPN). Where there is a client authority, every client must have a certificate.
+    /// Reads and checks the files that `section` of the configuration (`server.grpc.tls`) names, for a listener that
+    /// speaks `protocol` (ALPN). With a client authority, every client must present a certificate.
     ///
     /// # Errors
-    /// Where a file cannot be read or used.
-    pub async fn read(section: &'static str, files: &Tls, protocol: &[u8]) -> Result<Self, Error> {
+    /// A file cannot be read or used.
+    pub(crate) async fn read(section: &'static str, files: &Tls, protocol: &[u8]) -> Result<Self, Error> {
         let cert = File::read(section, "cert", &files.cert).await?;
         let key = File::read(section, "key", &files.key).await?;
         let client_ca = match &files.client_ca {
@@ -75,11 +71,11 @@ impl Acceptor {
         Ok(Self(Arc::new(config).into()))
     }
 
-    /// The handshake with a client.
+    /// Does the handshake with a client.
     ///
     /// # Errors
-    /// Where it fails, or takes longer than 10 s.
-    pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    /// The handshake fails, or takes longer than 10 s.
+    pub(crate) async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         tokio::time::timeout(HANDSHAKE_MAX, self.0.accept(stream)).await.map_err(|_| io::ErrorKind::TimedOut)?
     }
 }
@@ -91,7 +87,7 @@ fn server_config(
     client_ca: Option<&File>,
 ) -> Result<ServerConfig, Error> {
     let unusable = |error: &dyn std::error::Error| Error::Unusable { section, reason: error.to_string() };
-    // Named here: a second implementation in the tree would leave rustls without a choice.
+    // Explicit, because rustls cannot choose a provider if a dependency adds a second one.
     let provider = Arc::new(ring::default_provider());
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
@@ -111,7 +107,7 @@ fn server_config(
     builder.with_single_cert(cert.certificates()?, key).map_err(|error| unusable(&error))
 }
 
-/// One file, and what to call it.
+/// One file with its names for messages.
 struct File {
     path: String,
     key: String,
@@ -144,7 +140,7 @@ mod tests {
     use std::path::PathBuf;
 
     #[tokio::test]
-    async fn what_cannot_serve_is_named() {
+    async fn unusable_files_are_named() {
         let directory = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| -> PathBuf {
             let path = directory.path().join(name);

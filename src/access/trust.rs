@@ -1,15 +1,17 @@
-//! Which certificate of a server is trusted: as libpq and curl decide, so that a certificate that works with `psql` works here.
+//! Decides which certificate of a server is trusted, as libpq and curl do, so that a certificate that works with `psql`
+//! works here.
 //!
-//! rustls is stricter than OpenSSL in three ways that meet people who made their own certificate. This verifier does the whole
-//! check with the same library (webpki), and then:
+//! rustls is stricter than OpenSSL in three ways that affect users who made their own certificate. This verifier does
+//! the whole check with the same library (webpki), with three exceptions:
 //!
-//! - **A certificate that is itself in the file of authorities is trusted**, also where it is marked as an authority (`CA:TRUE`,
-//!   which `openssl req -x509` writes by default). It is compared byte for byte; validity and name are checked all the same.
-//! - **A name that is only in the common name** counts where the certificate has no alternative names at all, and an authority
-//!   of the user's own vouches for it. Public authorities always write alternative names.
-//! - **Names are checked only where that is asked for**: `sslmode=verify-ca` does not.
+//! - **A certificate that is itself in the file of authorities is trusted**, even if it is marked as an authority
+//!   (`CA:TRUE`, which `openssl req -x509` writes by default). It is compared byte for byte. Validity and name are
+//!   still checked.
+//! - **A common name** counts if the certificate has no alternative names at all, and an authority of the user's own
+//!   issued it. Public authorities always write alternative names.
+//! - **Names are checked only on request**: `sslmode=verify-ca` does not check them.
 //!
-//! Certificates of X.509 version 1 are not understood. For these, and for whatever else is refused, [`Refused`] says what to do.
+//! Certificates of X.509 version 1 are not supported. For these and all other refusals, [`Refused`] names the remedy.
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
@@ -20,56 +22,54 @@ use std::sync::Arc;
 use std::{fmt, io};
 use webpki::{EndEntityCert, KeyUsage};
 
-/// Who vouches for a server.
+/// The authorities that a client trusts.
 #[derive(Debug)]
-pub enum Authorities {
-    /// Anybody: whoever answers is taken for the server (`sslmode=prefer` and `require`).
+pub(crate) enum Authorities {
+    /// No check at all: any server is trusted (`sslmode=prefer` and `require`).
     Anybody,
-    /// The authorities of a file, and servers whose own certificate is in it.
+    /// The authorities in a file, and servers whose own certificate is in it.
     Own(Vec<CertificateDer<'static>>),
-    /// Public ones.
     Public(RootCertStore),
 }
 
-/// Why a server's certificate is not trusted.
+/// The reason for not trusting the certificate of a server.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// By nobody who is trusted.
-    #[error("no authority that is trusted has issued the server's certificate")]
+pub(crate) enum Refused {
+    /// No trusted authority issued it.
+    #[error("no trusted authority issued the server's certificate")]
     UnknownIssuer,
-    /// It is for somebody else.
     #[error("the server's certificate is not valid for {expected}: it is for {presented}")]
     OtherName {
-        /// Whom we wanted to talk to.
+        /// The host that the client connects to.
         expected: String,
-        /// The names in it.
+        /// The names in the certificate.
         presented: String,
     },
-    /// Over, or yet to come.
+    /// It has expired, or is not valid yet.
     #[error("the server's certificate {0}")]
     OutOfTime(&'static str),
-    /// An authority's, and not one that was named.
-    #[error("the server's certificate is one of an authority (CA:TRUE)")]
+    /// It is marked as an authority, and is not in the file of authorities.
+    #[error("the server's certificate is marked as an authority (CA:TRUE)")]
     Authority,
-    /// From before 1996, or made without extensions.
-    #[error("the server's certificate is of X.509 version 1, which holds no names and is not supported")]
+    /// It has X.509 version 1: no extensions.
+    #[error("the server's certificate has X.509 version 1, which has no alternative names and is not supported")]
     Version1,
-    /// Anything else, in the words of the library.
+    /// Any other reason, in the words of the library.
     #[error("the server's certificate cannot be used: {0}")]
     Unusable(String),
 }
 
 impl Refused {
-    /// The cause, where a handshake failed for such a reason.
-    pub fn of(error: &io::Error) -> Option<&Self> {
+    /// The refusal that made a handshake fail, if there was one.
+    pub(crate) fn of(error: &io::Error) -> Option<&Self> {
         match error.get_ref()?.downcast_ref()? {
             rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(cause))) => cause.downcast_ref(),
             _ => None,
         }
     }
 
-    /// What to do about it. `setting` names the file of authorities: `sslrootcert`, `--ca-cert`.
-    pub fn remedy(&self, setting: &str) -> String {
+    /// The remedy. `setting` names the file of authorities: `sslrootcert`, `--ca-cert`.
+    pub(crate) fn remedy(&self, setting: &str) -> String {
         match self {
             Self::UnknownIssuer => {
                 format!("Name the file with the certificate of the authority that issued the server's in {setting}")
@@ -88,25 +88,25 @@ impl Refused {
     }
 }
 
-/// Two commands for a certificate that everybody takes.
+/// Two commands that make a certificate without these problems.
 const NEW_CERTIFICATE: &str = "Have the authority issue a new one, with HOST as the clients write it (for an address \
      IP:ADDRESS instead of DNS:HOST): openssl req -new -key server.key -subj /CN=HOST -addext subjectAltName=DNS:HOST \
      -addext basicConstraints=CA:FALSE -out server.csr; openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key \
      -CAcreateserial -copy_extensions copy -days 365 -out server.crt";
 
 /// A client's certificates and its key.
-pub type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+pub(crate) type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
-/// The configuration of a client that trusts these, and compares the certificate with the server's name if `names`.
+/// The configuration of a client that trusts `authorities`. If `names` is true, the certificate must name the server.
 ///
 /// # Errors
-/// Where the certificate and the key of the client cannot be used.
-pub fn client_config(
+/// The certificate and the key of the client cannot be used.
+pub(crate) fn client_config(
     authorities: Authorities,
     names: bool,
     identity: Option<Identity>,
 ) -> Result<ClientConfig, rustls::Error> {
-    // Named here: a second implementation in the tree would leave rustls without a choice.
+    // Explicit, because rustls cannot choose a provider if a dependency adds a second one.
     let provider = Arc::new(ring::default_provider());
     let verifier = Verifier::new(authorities, names, provider.clone());
     let builder = ClientConfig::builder_with_provider(provider)
@@ -119,15 +119,15 @@ pub fn client_config(
     }
 }
 
-/// The certificates of a PEM file; none where there is no such thing in it.
-pub fn certificates(pem: &[u8]) -> Vec<CertificateDer<'static>> {
+/// The certificates of a PEM file; empty if it has none.
+pub(crate) fn certificates(pem: &[u8]) -> Vec<CertificateDer<'static>> {
     CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().unwrap_or_default()
 }
 
 struct Verifier {
-    /// Nothing is verified without.
+    /// `None`: nothing is verified.
     roots: Option<RootCertStore>,
-    /// Servers and authorities alike.
+    /// The certificates of the file, of servers and authorities alike.
     own: Vec<CertificateDer<'static>>,
     names: bool,
     provider: Arc<CryptoProvider>,
@@ -140,7 +140,7 @@ impl Verifier {
             Authorities::Public(roots) => (Some(roots), Vec::new()),
             Authorities::Own(own) => {
                 let mut roots = RootCertStore::empty();
-                // Others may still be there to be compared.
+                // Certificates that cannot be authorities can still be compared with the server's.
                 let _ = roots.add_parsable_certificates(own.iter().cloned());
                 (Some(roots), own)
             }
@@ -168,7 +168,7 @@ impl Verifier {
         );
         match issued {
             Ok(_) => {}
-            // webpki looks at the validity before it looks whether it is an authority, and says so first.
+            // webpki checks the validity before it checks for an authority, so this certificate is valid.
             Err(webpki::Error::CaUsedAsEndEntity) if self.own.iter().any(|own| own == presented) => {}
             Err(error) => return Err(refused(error)),
         }
@@ -191,7 +191,7 @@ impl Verifier {
     }
 }
 
-/// Of the alternative names those that a host can have; webpki has them as `DnsName("db")` and `IpAddress(10.0.0.1)`.
+/// The alternative names that a host can have. webpki writes them as `DnsName("db")` and `IpAddress(10.0.0.1)`.
 fn hosts(alternative_names: &[String]) -> Vec<String> {
     let host = |name: &String| {
         let inside = name.strip_prefix("DnsName(").or_else(|| name.strip_prefix("IpAddress("))?;
@@ -215,20 +215,20 @@ fn refused(error: webpki::Error) -> Refused {
     }
 }
 
-/// As libpq compares it: without regard to case, and with a wildcard for the whole of the first label.
+/// Compares names as libpq does: case-insensitive, and with a wildcard for the whole first label.
 fn matches(pattern: &str, name: &str) -> bool {
     let whole = pattern.eq_ignore_ascii_case(name);
     let wild = pattern.strip_prefix("*.").zip(name.split_once('.'));
     whole || wild.is_some_and(|(parent, (_, rest))| parent.contains('.') && parent.eq_ignore_ascii_case(rest))
 }
 
-/// The last common name of a subject in DER. An attribute is `06 03 55 04 03` (the OID 2.5.4.3), the tag of a kind of string,
-/// a length, and the text.
+/// The last common name of a subject in DER. An attribute is `06 03 55 04 03` (the OID 2.5.4.3), the tag of a string
+/// type, a length, and the text.
 fn common_name(subject: &[u8]) -> Option<String> {
     const OID: &[u8] = &[0x06, 0x03, 0x55, 0x04, 0x03];
     let at = subject.windows(OID.len()).rposition(|window| window == OID)?;
     let (&[_, length], text) = subject.get(at + OID.len()..)?.split_first_chunk::<2>()?;
-    // A longer one has a length of several bytes, and no host a name like that.
+    // A longer text has a length of several bytes, and is no host name.
     let text = text.get(..usize::from(length)).filter(|_| length < 0x80)?;
     String::from_utf8(text.to_vec()).ok().filter(|text| !text.contains('\0'))
 }
@@ -306,7 +306,7 @@ mod tests {
         params.self_signed(&KeyPair::generate().unwrap()).unwrap().der().clone()
     }
 
-    /// Whether a server with this certificate is taken for `name`, where those in `own` are trusted.
+    /// Whether a client that trusts `own` accepts a server with this certificate as `name`.
     fn verify(
         own: &[&CertificateDer<'static>],
         presented: &CertificateDer<'static>,
@@ -320,12 +320,12 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_that_is_its_own_authority_is_trusted_where_it_is_named() {
+    fn a_certificate_in_the_file_of_authorities_is_trusted() {
         let own = self_signed(&authority(params(&["db"], "db")));
         let other = self_signed(&authority(params(&["db"], "db")));
         assert_eq!(verify(&[&own], &own, true, "db"), Ok(()));
         assert_eq!(verify(&[&other, &own], &own, true, "db"), Ok(()));
-        // The same subject and names, and another key.
+        // The same subject and names, but another key.
         assert_eq!(verify(&[&other], &own, true, "db"), Err(Refused::Authority));
         assert!(matches!(verify(&[&own], &own, true, "elsewhere"), Err(Refused::OtherName { .. })));
         assert_eq!(verify(&[&own], &own, false, "elsewhere"), Ok(()));
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn the_common_name_counts_where_there_is_no_other() {
+    fn the_common_name_counts_without_alternative_names() {
         let check = |params: CertificateParams, name: &str, trusted: bool| {
             let own = self_signed(&params);
             assert_eq!(verify(&[&own], &own, true, name).is_ok(), trusted, "{name}");
@@ -373,7 +373,7 @@ mod tests {
         check(params(&[], "db"), "db2", false);
         check(params(&["other"], "db"), "db", false);
         check(params(&["10.0.0.1"], "db"), "db", false);
-        // libpq compares addresses with a common name too; nobody else does.
+        // libpq also compares addresses with a common name. Other clients do not.
         check(params(&[], "10.0.0.1"), "10.0.0.1", false);
         check(authority(params(&[], "db")), "db", true);
         let mut with_uri = params(&[], "db");
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_said_as_they_are_written() {
+    fn names_in_messages_match_the_certificate() {
         let own = self_signed(&params(&["db", "10.0.0.1"], "ignored"));
         let refused = verify(&[&own], &own, true, "elsewhere").unwrap_err();
         assert_eq!(refused.to_string(), "the server's certificate is not valid for elsewhere: it is for db, 10.0.0.1");

@@ -1,10 +1,11 @@
-//! What `doctor` looks at: all that `serve` requires, and what makes trouble later.
+//! The checks of `doctor`: all requirements of `serve`, and conditions that will cause trouble later.
 //!
-//! It connects as `serve` does and changes nothing. What [`requirements`] finds comes first; the rest is the doctor's alone,
-//! so that neither costs `serve` anything nor keeps it from starting: how far the slot is behind and who has it, what holds
-//! it back, whether it survives a promotion, and whether a replication connection can be made at all.
+//! The doctor connects as `serve` does, and changes nothing. The [`requirements`] come first. The other checks belong
+//! to the doctor alone, so that they neither slow `serve` down nor prevent its start: how far the slot is behind and
+//! who reads it, long transactions, failover to a standby, the clocks, and whether a replication connection can be
+//! made.
 //!
-//! A server that cannot be asked is a diagnostic too. So there is no error.
+//! An unreachable server is also a diagnostic, so a run has no other error.
 
 mod clock;
 mod holders;
@@ -21,27 +22,27 @@ use crate::postgres::connection::application_name;
 use crate::postgres::connection::{ConnectError, Connection, Endpoints};
 use crate::postgres::requirements::{self, Expectation, Limits, Version};
 
-/// Longest wait for all answers together, once there is a connection.
+/// The longest wait for all answers together, once the connection is open.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 
-/// What is looked at, and from where on it is worth a warning.
+/// The configuration to check, and the thresholds of the warnings.
 #[derive(Clone, Copy, Debug)]
-pub struct Examination<'a> {
-    /// What `serve` is going to use.
+pub(crate) struct Examination<'a> {
+    /// The mapping, publication and slot of `serve`.
     pub expected: Expectation<'a>,
-    /// SQL connections that `serve` may have.
+    /// The most SQL connections that `serve` opens.
     pub connections_max: usize,
-    /// Of the change log, where there is one.
+    /// The id of the change log, if there is one.
     pub node_id: Option<&'a str>,
-    /// Those of the slot's monitor.
+    /// The thresholds of the slot's monitor.
     pub thresholds: Thresholds,
-    /// A transaction that is open for longer is reported.
+    /// Transactions that have been open for longer are reported.
     pub long_transaction: Duration,
 }
 
 impl Examination<'_> {
-    /// Looks at everything, on the primary among `endpoints`.
-    pub async fn run(&self, endpoints: &Endpoints) -> Vec<Diagnostic> {
+    /// Runs all checks on the primary among `endpoints`.
+    pub(crate) async fn run(&self, endpoints: &Endpoints) -> Vec<Diagnostic> {
         let mut report = Report::default();
         match endpoints.connect("tuplewatch doctor").await {
             Ok(connection) => {
@@ -51,7 +52,12 @@ impl Examination<'_> {
                     Ok(Err(error)) => report.add(unusable("connection", &connection.endpoint().sql_error(error))),
                     Err(_) => {
                         let what = format!("the server did not answer within {} s", ANSWER_MAX.as_secs());
-                        report.error("connection", what, "-- it is overloaded, or a lock is in the way: try again");
+                        report.error(
+                            "connection",
+                            what,
+                            "-- the server is overloaded, or a lock blocks the query: \
+                        try again",
+                        );
                     }
                 }
             }
@@ -79,7 +85,7 @@ impl Examination<'_> {
         holders::check(client, &self.expected, self.long_transaction, report).await?;
         standbys::check(client, &self.expected, slot_status.as_ref(), report).await?;
         clock::check(client, report).await?;
-        // Where the slot is in use, such a connection is there, and what a second one needs may not be.
+        // While the slot is in use, serve's replication connection exists, and there may be no room for a second one.
         if slot_status.is_none_or(|slot_status| !slot_status.is_in_use()) {
             link::check(connection, report).await;
         }
@@ -87,7 +93,7 @@ impl Examination<'_> {
     }
 }
 
-/// What a connection failed with.
+/// The diagnostic for a connection that failed.
 fn unusable(subject: &str, error: &ConnectError) -> Diagnostic {
     let diagnostic = Diagnostic::error(subject, format!("PostgreSQL cannot be used at {}", error.cause()));
     let remedy = error.remedy().unwrap_or_else(|| "the server's log may say more".to_owned());

@@ -1,11 +1,11 @@
-//! Watches the slot from outside: how much WAL it keeps, whether it is about to be lost, and who has it.
+//! Watches the slot from outside: how much WAL it keeps, whether it is about to be lost, and which process reads it.
 //!
-//! On a connection of its own, because what it warns of goes on while no session does: with the disk of the change log full,
-//! with the slot in somebody else's hands. It changes nothing. Each condition is said once when it begins and once when it is
-//! over; what makes a session fail is the session's to say.
+//! The monitor has a connection of its own, because it must also warn while no session runs: when the change log's disk
+//! is full, or another process reads the slot. It changes nothing. It logs each condition once when it begins, and once
+//! when it ends. The session itself reports the errors that end it.
 //!
-//! What a look found is also for metrics and readiness, with the lag of what was *received*: the slot is told later, and may be
-//! told late on purpose.
+//! The reports also feed metrics and readiness. They include the lag of the *received* position, because the slot's
+//! position is acknowledged later, and may be delayed on purpose.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -20,92 +20,92 @@ use crate::postgres::connection::{Endpoints, application_name};
 use crate::postgres::primary::{Line, PrimaryConnector};
 use crate::postgres::slot::{Loss, OPEN_TRANSACTIONS, SlotStatus};
 
-/// How often the slot is looked at: whatever is wrong with it is said within twice this.
+/// The interval between two looks at the slot. A problem is reported within twice this time.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// Longest wait for an answer.
+/// The longest wait for an answer.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
-/// Less WAL than this is no backlog. The server writes whole pages, and sends whole records: what it has of one that is not yet
-/// written to its end, and may not be for long, nobody receives.
+/// Less WAL than this is not a backlog. The server writes whole pages but sends only whole records, so the last,
+/// incomplete record can stay unsent for long.
 const NO_BACKLOG: u64 = 1 << 20;
-/// Positions of the server that are remembered to tell how long ago it was at another one. With more, the lag is that of the
-/// oldest, and grows on.
+/// The most remembered positions of the server, which tell when it was at an earlier one. Beyond this number the lag is
+/// that of the oldest position, and keeps growing.
 const SAMPLES_MAX: usize = 1024;
 
-/// From where on somebody should know. Zero: never.
+/// The limits above which the monitor warns; zero disables a warning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Thresholds {
+pub(crate) struct Thresholds {
     /// WAL that the server keeps for the slot, in bytes.
     pub retained_wal_bytes: u64,
-    /// WAL that may still be written before the slot is lost (`safe_wal_size`), in bytes.
+    /// WAL that may still be written before the slot is lost (`safe_wal_size`), in bytes. Less than this is a warning.
     pub safe_wal_bytes: u64,
-    /// How long ago the server was where the slot is.
+    /// The time since the server passed the position of the slot.
     pub lag: Duration,
 }
 
-/// What to watch.
+/// The slot to watch, and the limits.
 #[derive(Clone, Debug)]
-pub struct Options {
-    /// The session's slot.
+pub(crate) struct Options {
+    /// The slot of the session.
     pub slot: String,
-    /// Id of the change log, which the connections of this node are named after.
+    /// The id of the change log. The connections of this node are named after it.
     pub node_id: String,
-    /// From where on it warns.
+    /// The limits above which the monitor warns.
     pub thresholds: Thresholds,
-    /// How messages write commands.
+    /// Writes the commands in messages.
     pub commands: CommandLine,
 }
 
-/// What the last look found.
+/// The result of the last look.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Report {
-    /// When.
+pub(crate) struct Report {
+    /// The time of the look, for ages.
     pub at: Instant,
-    /// The same, by the clock that people read.
+    /// The same time as wall clock time.
     pub at_time: SystemTime,
-    /// How far the server's WAL is written.
+    /// The end of the server's WAL.
     pub wal_end: Lsn,
-    /// How far what was received is behind that; `None` before the first session.
+    /// How far the received position is behind `wal_end`; `None` before the first session.
     pub received: Option<Lag>,
-    /// The slot, if it is there.
+    /// The state of the slot; `None` if it does not exist.
     pub slot: Option<SlotReport>,
 }
 
 impl Report {
-    /// Longest that a report says how things are: looks come several times as often.
-    pub const AGE_MAX: Duration = Duration::from_secs(30);
+    /// The age above which a report counts as outdated. Looks are several times as frequent.
+    pub(crate) const AGE_MAX: Duration = Duration::from_secs(30);
 }
 
-/// What was found of the slot.
+/// The state of the slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SlotReport {
-    /// Somebody reads it.
+pub(crate) struct SlotReport {
+    /// Whether a process reads it.
     pub is_active: bool,
-    /// Nothing can be read from it any more.
+    /// Whether it is lost: it cannot be read any more.
     pub is_lost: bool,
     /// PostgreSQL's `wal_status`.
     pub wal_status: Option<String>,
-    /// What it was told.
+    /// The acknowledged position.
     pub confirmed: Option<Lsn>,
-    /// How far that is behind the server.
+    /// How far the acknowledged position is behind the server.
     pub lag: Option<Lag>,
-    /// WAL that is kept for it.
+    /// WAL that the server keeps for it.
     pub retained_bytes: Option<u64>,
     /// WAL that may still be written before it is lost. `None`: there is no limit.
     pub safe_bytes: Option<u64>,
 }
 
-/// How far a position is behind the server.
+/// How far a position is behind the end of the server's WAL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lag {
-    /// Bytes of WAL.
+pub(crate) struct Lag {
     pub bytes: u64,
-    /// How long ago the server was there, in steps of the looks; zero where it is there now.
+    /// The time since the server passed the position, in steps of the looks; zero if the server is still there.
     pub time: Duration,
-    /// It was there before this process could look, at its start or after a long time without: nobody knows how long before.
+    /// Whether the server passed the position before this process first looked, at its start or after a long time
+    /// without a look. Then the real lag is longer by an unknown time.
     pub is_older: bool,
 }
 
-/// Something that is not as it should be.
+/// A problem with the slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Condition {
     Missing,
@@ -117,7 +117,7 @@ enum Condition {
 }
 
 impl Condition {
-    /// Conditions of one kind are one condition, whatever its numbers.
+    /// Whether both are the same kind of condition, whatever their numbers.
     fn is_same(&self, other: &Self) -> bool {
         std::mem::discriminant(self) == std::mem::discriminant(other)
     }
@@ -126,14 +126,14 @@ impl Condition {
         matches!(self, Self::Missing | Self::Lost(_))
     }
 
-    /// What it is that is over.
-    const fn over(&self) -> &'static str {
+    /// The message after the condition has ended.
+    const fn ended(&self) -> &'static str {
         match self {
-            Self::Missing => "is there again",
+            Self::Missing => "exists again",
             Self::Lost(_) => "can be read again",
-            Self::Held { .. } => "is not held by anybody else any more",
+            Self::Held { .. } => "is no longer in use by another process",
             Self::Retained { .. } => "keeps less WAL again",
-            Self::Unsafe { .. } => "is not about to be lost any more",
+            Self::Unsafe { .. } => "is no longer about to be lost",
             Self::Lagging { .. } => "has caught up",
         }
     }
@@ -143,17 +143,17 @@ impl fmt::Display for Condition {
     /// Continues "replication slot NAME".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Missing => f.write_str("does not exist any more"),
+            Self::Missing => f.write_str("no longer exists"),
             Self::Lost(reason) => write!(f, "is lost ({reason})"),
             Self::Held { pid, name } => write!(
                 f,
-                "is in use by process {pid} ({name}): stop that one, or give this tuplewatch a slot of its own in \
+                "is in use by process {pid} ({name}): stop that process, or give this tuplewatch a slot of its own in \
                  replication.slot"
             ),
             Self::Retained { bytes } => write!(
                 f,
-                "keeps {} of WAL on the server (replication.warn.retained_wal). Either this tuplewatch does not keep up, or a \
-                 transaction has been open for long: {OPEN_TRANSACTIONS}",
+                "keeps {} of WAL on the server (replication.warn.retained_wal). Either tuplewatch does not keep up, \
+                 or a transaction has been open for a long time: {OPEN_TRANSACTIONS}",
                 Bytes(*bytes)
             ),
             Self::Unsafe { bytes } => write!(
@@ -164,7 +164,7 @@ impl fmt::Display for Condition {
             ),
             Self::Lagging { behind_bytes, lag } => write!(
                 f,
-                "is {} behind, where the server was {} s ago (replication.warn.lag)",
+                "is {} behind the server, which passed its position {} s ago (replication.warn.lag)",
                 Bytes(*behind_bytes),
                 lag.as_secs()
             ),
@@ -172,22 +172,23 @@ impl fmt::Display for Condition {
     }
 }
 
-/// Where the server was when.
+/// Past positions of the server, with the time when each was first seen.
 #[derive(Debug, Default)]
 struct Samples {
-    /// In order, and only what is past the position that is followed.
+    /// In ascending order, and only those beyond the followed position.
     ahead: VecDeque<(Lsn, Instant)>,
-    /// What was there at the first look, or the first after a long time without: nobody knows since when.
+    /// The server's position at the first look, or at the first one after a long time without. The time when the server
+    /// reached it is unknown.
     found: Option<Lsn>,
-    /// When it was looked at last.
+    /// The time of the last look.
     last_look: Option<Instant>,
 }
 
 impl Samples {
-    /// How far `position` is behind, with the server at `wal_end` now.
+    /// The lag of `position` while the server is at `wal_end`.
     fn lag(&mut self, wal_end: Lsn, position: Lsn, now: Instant) -> Lag {
         while self.ahead.pop_front_if(|(lsn, _)| *lsn <= position).is_some() {}
-        // Of a server that was further, and is no longer the primary.
+        // Drop positions of a former primary that was further ahead.
         while self.ahead.pop_back_if(|(lsn, _)| *lsn > wal_end).is_some() {}
         let is_new = self.last_look.replace(now).is_none_or(|last| now.duration_since(last) > Report::AGE_MAX);
         let found = self.found.filter(|_| !is_new).map_or(wal_end, |found| found.min(wal_end));
@@ -201,47 +202,47 @@ impl Samples {
         Lag { bytes: wal_end.0.saturating_sub(position.0), time, is_older }
     }
 
-    /// Where what was found is received, but for what is no backlog.
+    /// Once this position is received, the lag is known again. It leaves out an incomplete last record.
     fn mostly_found(&self) -> Option<Lsn> {
         self.found.map(|found| Lsn(found.0.saturating_sub(NO_BACKLOG)))
     }
 }
 
-/// Turns looks into conditions.
+/// Derives conditions from the looks.
 #[derive(Debug, Default)]
-struct Watch {
-    /// Whether the slot was ever there: before that, it is the session's to make or miss it.
+struct Tracker {
+    /// Whether the slot ever existed. Before that, the session creates it or reports that it is missing.
     was_there: bool,
-    /// For the slot's position.
+    /// Positions for the lag of the slot.
     samples: Samples,
     present: Vec<Condition>,
 }
 
-/// What began, and what is over.
+/// The conditions that began and ended with a look.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct News {
+struct Transitions {
     began: Vec<Condition>,
-    over: Vec<Condition>,
+    ended: Vec<Condition>,
 }
 
-impl Watch {
+impl Tracker {
     fn look(
         &mut self,
         slot_status: &SlotStatus,
         own_name: &str,
         thresholds: &Thresholds,
         now: Instant,
-    ) -> (News, Option<Lag>) {
+    ) -> (Transitions, Option<Lag>) {
         let lag = slot_status.confirmed.map(|confirmed| self.samples.lag(slot_status.wal_end, confirmed, now));
         let found = self.conditions(slot_status, own_name, thresholds, lag);
         let before = std::mem::take(&mut self.present);
         let began = found.iter().filter(|new| !before.iter().any(|old| old.is_same(new))).cloned().collect();
-        let over = before.into_iter().filter(|old| !found.iter().any(|new| new.is_same(old))).collect();
+        let ended = before.into_iter().filter(|old| !found.iter().any(|new| new.is_same(old))).collect();
         self.present = found;
-        (News { began, over }, lag)
+        (Transitions { began, ended }, lag)
     }
 
-    /// Whether a threshold is passed. What has begun is over only when it is clearly on the right side again.
+    /// Whether `value` reaches the threshold. A present condition ends only when the value is clearly below it again.
     fn passes(&self, kind: &Condition, value: u64, threshold: u64) -> bool {
         let is_present = self.present.iter().any(|present| present.is_same(kind));
         let threshold = if is_present { threshold - threshold / 4 } else { threshold };
@@ -310,34 +311,35 @@ impl Report {
     }
 }
 
-/// Looks at the slot for as long as it is polled, and logs.
-pub struct Monitor {
+/// Looks at the slot regularly, and logs conditions.
+pub(crate) struct Monitor {
     endpoints: Endpoints,
-    /// Where a limit of connections is in the way, the session comes first, and lends its own.
-    primaries: PrimaryConnector,
+    /// Tells when a connection limit refuses the session, which takes precedence, and lends the session's SQL
+    /// connection.
+    connector: PrimaryConnector,
     options: Options,
     reports: watch::Sender<Option<Report>>,
 }
 
 impl Monitor {
-    /// A monitor that asks the primary among `endpoints`.
-    pub fn new(endpoints: Endpoints, primaries: PrimaryConnector, options: Options) -> Self {
-        Self { endpoints, primaries, options, reports: watch::Sender::new(None) }
+    /// Creates a monitor that asks the primary among `endpoints`.
+    pub(crate) fn new(endpoints: Endpoints, connector: PrimaryConnector, options: Options) -> Self {
+        Self { endpoints, connector, options, reports: watch::Sender::new(None) }
     }
 
-    /// Follows what it finds; `None` before its first look. It keeps what it found last where it cannot look.
-    pub fn reports(&self) -> watch::Receiver<Option<Report>> {
+    /// Follows the reports; `None` before the first look. While a look is impossible, the last report stays.
+    pub(crate) fn reports(&self) -> watch::Receiver<Option<Report>> {
         self.reports.subscribe()
     }
 
-    /// Runs until dropped. `received` follows up to which end LSN the session has handed on everything.
-    pub async fn run(self, mut received: watch::Receiver<Option<Lsn>>) {
+    /// Runs until dropped. `received` follows the end LSN up to which the session has passed on everything.
+    pub(crate) async fn run(self, mut received: watch::Receiver<Option<Lsn>>) {
         let own_name = application_name(&self.options.node_id);
-        let (mut watch, mut samples) = (Watch::default(), Samples::default());
-        // There is a lag to tell of from the first session on; and that it is no older than this process, somebody may wait for.
+        let (mut tracker, mut samples) = (Tracker::default(), Samples::default());
+        // The first session's position makes the lag known, so look as soon as it is there.
         let mut wanted = Some(Lsn::ZERO);
         let mut open: Option<Line> = None;
-        let mut refused = self.primaries.clone();
+        let mut refused = self.connector.clone();
         let mut ticks = tokio::time::interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -346,15 +348,15 @@ impl Monitor {
                 _ = received.wait_for(|received| *received >= wanted), if wanted.is_some() => wanted = None,
                 () = refused.session_refused(), if open.is_some() => open = None,
             }
-            if self.primaries.is_session_refused() {
+            if self.connector.is_session_refused() {
                 continue;
             }
             let line = match open.take().filter(|line| line.get().is_some()) {
                 Some(line) => Some(line),
                 None => match self.endpoints.connect(&own_name).await {
                     Ok(connection) => Some(Line::Own(Arc::new(connection))),
-                    Err(error) if error.is_limit() => self.primaries.share(),
-                    // That PostgreSQL is out of reach is the session's to say.
+                    Err(error) if error.is_limit() => self.connector.share(),
+                    // The session reports that PostgreSQL is unreachable.
                     Err(_) => None,
                 },
             };
@@ -364,16 +366,16 @@ impl Monitor {
             match timeout(ANSWER_MAX, SlotStatus::read(&connection.client, &self.options.slot)).await {
                 Ok(Ok(slot_status)) => {
                     let now = Instant::now();
-                    let (news, slot_lag) = watch.look(&slot_status, &own_name, &self.options.thresholds, now);
-                    self.tell(&news);
+                    let (transitions, slot_lag) = tracker.look(&slot_status, &own_name, &self.options.thresholds, now);
+                    self.log(&transitions);
                     let position = *received.borrow();
                     let lag = position.map(|position| samples.lag(slot_status.wal_end, position, now));
-                    // Unless there will be no session any more.
+                    // After the last session has ended, the position does not move any more.
                     if lag.is_some_and(|lag| lag.is_older) && received.has_changed().is_ok() {
                         wanted = samples.mostly_found();
                     }
                     self.reports.send_replace(Some(Report::of(slot_status, lag, slot_lag, now)));
-                    // One of its own may be free the next time.
+                    // Next time a connection of its own may be free.
                     open = Some(line).filter(|line| !line.is_shared());
                 }
                 Ok(Err(error)) => tracing::debug!(%error, "the slot could not be looked at"),
@@ -382,13 +384,13 @@ impl Monitor {
         }
     }
 
-    fn tell(&self, news: &News) {
-        for condition in &news.began {
+    fn log(&self, transitions: &Transitions) {
+        for condition in &transitions.began {
             if condition.is_error() {
                 tracing::error!(
                     slot = %self.options.slot,
-                    "replication slot {} {condition}: run {}; what has changed since, and until then, is lost, and subscribers are \
-                     told",
+                    "replication slot {} {condition}: run {}. Changes until then are lost, and subscribers receive \
+                     a gap",
                     self.options.slot,
                     self.options.commands.recreate_slot()
                 );
@@ -396,8 +398,8 @@ impl Monitor {
                 tracing::warn!(slot = %self.options.slot, "replication slot {} {condition}", self.options.slot);
             }
         }
-        for condition in &news.over {
-            tracing::info!(slot = %self.options.slot, "replication slot {} {}", self.options.slot, condition.over());
+        for condition in &transitions.ended {
+            tracing::info!(slot = %self.options.slot, "replication slot {} {}", self.options.slot, condition.ended());
         }
     }
 }
@@ -423,29 +425,29 @@ mod tests {
         }
     }
 
-    /// What is said, in short.
-    fn look(watch: &mut Watch, slot_status: &SlotStatus, now: Instant) -> Vec<String> {
-        let (news, _) = watch.look(slot_status, "tuplewatch me", &THRESHOLDS, now);
-        let began = news.began.iter().map(ToString::to_string);
-        began.chain(news.over.iter().map(|condition| condition.over().to_owned())).collect()
+    /// The messages of a look, shortened.
+    fn look(tracker: &mut Tracker, slot_status: &SlotStatus, now: Instant) -> Vec<String> {
+        let (transitions, _) = tracker.look(slot_status, "tuplewatch me", &THRESHOLDS, now);
+        let began = transitions.began.iter().map(ToString::to_string);
+        began.chain(transitions.ended.iter().map(|condition| condition.ended().to_owned())).collect()
     }
 
     #[test]
-    fn thresholds_are_said_once_and_over_once() {
-        let mut watch = Watch::default();
+    fn conditions_are_reported_once_at_their_start_and_end() {
+        let mut tracker = Tracker::default();
         let now = Instant::now();
-        let check = |watch: &mut Watch, slot_status: &SlotStatus, seconds: u64, expected: &[&str]| {
-            let said = look(watch, slot_status, now + Duration::from_secs(seconds));
+        let check = |tracker: &mut Tracker, slot_status: &SlotStatus, seconds: u64, expected: &[&str]| {
+            let said = look(tracker, slot_status, now + Duration::from_secs(seconds));
             assert_eq!(said.len(), expected.len(), "{said:?}");
             assert!(said.iter().zip(expected).all(|(said, expected)| said.contains(expected)), "{said:?}");
         };
-        check(&mut watch, &slot_status(999, 100, 10, 10), 0, &[]);
-        check(&mut watch, &slot_status(1000, 100, 10, 10), 5, &["retained_wal"]);
-        check(&mut watch, &slot_status(5000, 99, 10, 10), 10, &["safe_wal_size"]);
-        // Around the threshold nothing is over yet.
-        check(&mut watch, &slot_status(800, 110, 10, 10), 15, &[]);
-        check(&mut watch, &slot_status(700, 130, 10, 10), 20, &["keeps less WAL again", "not about to be lost"]);
-        check(&mut watch, &slot_status(0, -5, 10, 10), 25, &["is lost when another 0 bytes"]);
+        check(&mut tracker, &slot_status(999, 100, 10, 10), 0, &[]);
+        check(&mut tracker, &slot_status(1000, 100, 10, 10), 5, &["retained_wal"]);
+        check(&mut tracker, &slot_status(5000, 99, 10, 10), 10, &["safe_wal_size"]);
+        // Just below the threshold the condition does not end yet.
+        check(&mut tracker, &slot_status(800, 110, 10, 10), 15, &[]);
+        check(&mut tracker, &slot_status(700, 130, 10, 10), 20, &["keeps less WAL again", "not about to be lost"]);
+        check(&mut tracker, &slot_status(0, -5, 10, 10), 25, &["is lost when another 0 bytes"]);
     }
 
     #[test]
@@ -460,21 +462,21 @@ mod tests {
     }
 
     #[test]
-    fn lag_is_how_long_ago_the_server_was_where_the_slot_is() {
-        let mut watch = Watch::default();
+    fn lag_is_the_time_since_the_server_passed_the_slots_position() {
+        let mut tracker = Tracker::default();
         let now = Instant::now();
         let at = |seconds: u64| now + Duration::from_secs(seconds);
-        assert!(look(&mut watch, &slot_status(0, 1000, 100, 50), at(0)).is_empty());
-        assert!(look(&mut watch, &slot_status(0, 1000, 200, 50), at(30)).is_empty());
-        // It moves, and is still a minute behind at no time.
-        assert!(look(&mut watch, &slot_status(0, 1000, 300, 100), at(65)).is_empty());
-        let said = look(&mut watch, &slot_status(0, 1000, 400, 199), at(95));
+        assert!(look(&mut tracker, &slot_status(0, 1000, 100, 50), at(0)).is_empty());
+        assert!(look(&mut tracker, &slot_status(0, 1000, 200, 50), at(30)).is_empty());
+        // The slot moves, and its lag is never more than a minute.
+        assert!(look(&mut tracker, &slot_status(0, 1000, 300, 100), at(65)).is_empty());
+        let said = look(&mut tracker, &slot_status(0, 1000, 400, 199), at(95));
         assert!(said.len() == 1 && said[0].contains("65 s ago"), "{said:?}");
-        assert_eq!(look(&mut watch, &slot_status(0, 1000, 400, 400), at(100)), ["has caught up"]);
+        assert_eq!(look(&mut tracker, &slot_status(0, 1000, 400, 400), at(100)), ["has caught up"]);
     }
 
     #[test]
-    fn how_old_a_lag_is_that_was_there_before_the_first_look_is_unknown() {
+    fn the_age_of_a_lag_from_before_the_first_look_is_unknown() {
         let now = Instant::now();
         let mut samples = Samples::default();
         let mut is_older = |mib: u64, received_mib: u64, seconds: u64| {
@@ -482,16 +484,16 @@ mod tests {
             samples.lag(wal_end, received, now + Duration::from_secs(seconds)).is_older
         };
         assert!(is_older(1000, 10, 0) && is_older(2000, 998, 5));
-        // The last of it may be a piece of a record, which is not sent.
+        // The last bytes may be an incomplete record, which is not sent.
         assert!(!is_older(3000, 999, 10));
         assert!(!is_older(4000, 999, 40));
-        // The same after a long time without a look, be it that nothing was written meanwhile.
+        // The same after a long time without a look, even if nothing was written meanwhile.
         assert!(is_older(5000, 999, 71) && !is_older(5000, 4999, 76));
         assert!(!is_older(5000, 4999, 150));
     }
 
     #[test]
-    fn what_was_received_has_a_lag_of_its_own() {
+    fn the_received_position_has_its_own_lag() {
         let now = Instant::now();
         let at = |seconds: u64| now + Duration::from_secs(seconds);
         let mut samples = Samples::default();
@@ -500,13 +502,13 @@ mod tests {
             assert_eq!(lag, Lag { bytes, time: Duration::from_secs(time), is_older: false }, "{seconds}");
         };
         check(100, 100, 0, 0, 0);
-        // What is on its way is not late yet.
+        // WAL that is being sent is not late.
         check(200, 150, 5, 50, 0);
         check(300, 200, 10, 100, 0);
         check(400, 200, 15, 200, 5);
         check(400, 200, 20, 200, 10);
         check(500, 350, 25, 150, 10);
-        // It may be ahead of what was looked at.
+        // The received position may be ahead of the last look.
         check(500, 510, 30, 0, 0);
 
         let report = Report::of(slot_status(7, -5, 600, 400), None, None, now);
@@ -516,20 +518,20 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_that_is_gone_lost_or_in_other_hands() {
-        let mut watch = Watch::default();
+    fn a_slot_that_is_missing_lost_or_used_by_another_process() {
+        let mut tracker = Tracker::default();
         let now = Instant::now();
         let none = || SlotStatus { slot: None, ..slot_status(0, 1000, 10, 10) };
-        // It is the session that makes it.
-        assert!(look(&mut watch, &none(), now).is_empty());
-        assert!(look(&mut watch, &slot_status(0, 1000, 10, 10), now).is_empty());
+        // The session creates the slot.
+        assert!(look(&mut tracker, &none(), now).is_empty());
+        assert!(look(&mut tracker, &slot_status(0, 1000, 10, 10), now).is_empty());
         let other = SlotStatus { holder: Some("pg_recvlogical".into()), ..slot_status(0, 1000, 10, 10) };
-        assert!(look(&mut watch, &other, now)[0].contains("in use by process 7 (pg_recvlogical)"));
-        assert!(look(&mut watch, &other, now).is_empty());
+        assert!(look(&mut tracker, &other, now)[0].contains("in use by process 7 (pg_recvlogical)"));
+        assert!(look(&mut tracker, &other, now).is_empty());
         let mut lost = slot_status(0, 1000, 10, 10);
         lost.slot.as_mut().unwrap().wal_status = Some("lost".into());
-        assert!(look(&mut watch, &lost, now)[0].contains("is lost (WAL that it needs has been removed)"));
-        assert!(look(&mut watch, &none(), now)[0].contains("does not exist any more"));
-        assert_eq!(look(&mut watch, &slot_status(0, 1000, 10, 10), now), ["is there again"]);
+        assert!(look(&mut tracker, &lost, now)[0].contains("is lost (WAL that it needs has been removed)"));
+        assert!(look(&mut tracker, &none(), now)[0].contains("no longer exists"));
+        assert_eq!(look(&mut tracker, &slot_status(0, 1000, 10, 10), now), ["exists again"]);
     }
 }

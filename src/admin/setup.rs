@@ -1,31 +1,33 @@
-//! `setup` makes in PostgreSQL what tuplewatch needs, and `teardown` takes away what would cost something.
+//! `setup` creates the objects that tuplewatch needs in PostgreSQL, and `teardown` removes those that have a cost.
 //!
-//! A [`Setup`] is what is wanted; its plan lists only what is missing, so that a second run has nothing to do. The order is
-//! fixed: tables, replica identities, publication, slot. Identities come before the publication, because PostgreSQL refuses
-//! UPDATE and DELETE on a published table without one. The slot comes last, because it reads the WAL from its own
-//! creation on, and a publication that is younger than the slot does not exist yet in the WAL that is read first (an error on
-//! 14 to 17, silently nothing on 18).
+//! A [`Setup`] describes the desired state. Its plan lists only the missing steps, so a second run has nothing to do.
+//! The order of the steps is fixed: tables, replica identities, publication, slot. Identities precede the publication,
+//! because PostgreSQL refuses UPDATE and DELETE on a published table without one. The slot comes last, because it reads
+//! the WAL from its own creation on. A publication that is younger than the slot does not exist yet at that point of
+//! the WAL: an error on 14 to 17, silently no changes on 18.
 //!
-//! What is there and only different, such as a row filter, is left alone: [`crate::postgres::requirements`] reports it.
+//! Existing objects that merely differ, such as a publication with a row filter, are left alone:
+//! [`crate::postgres::requirements`] reports them.
 //!
 //! # All or nothing
 //!
-//! Whatever can be seen to be in the way is looked for first (`obstacles`), and said all at once. Then all definitions are one
-//! transaction. The slot cannot be part of it: PostgreSQL makes none in a transaction that has written. If it fails for a
-//! reason that could not be seen before (somebody else took the last one, or nobody wanted to wait any longer), the rest is
-//! there, costs nothing, and another run makes the slot.
+//! `obstacles` first looks for all obstacles that can be seen in advance, and reports them together. Then one
+//! transaction runs all definitions. The slot cannot be part of it, because PostgreSQL creates no slot in a transaction
+//! that has written. If its creation fails (another process took the last free slot, or the user interrupted the wait),
+//! the other objects stay. They have no cost, and another run creates the slot.
 //!
-//! # A table that is added while a slot is read
+//! # Adding a table while the slot is read
 //!
-//! PostgreSQL decides for each change whether the table was published when it was made. What a transaction wrote before the table
-//! was added is not sent, even if it commits after, with others of its rows. So the table is locked against writers until
-//! it is published: no transaction has rows on both sides. Tables that are published already are not locked.
+//! PostgreSQL decides for each change whether the table was published when the change was written. Changes that a
+//! transaction made before the table was added are not sent, even if the transaction commits later and its later
+//! changes are sent. So the table is locked against writers until it is published: no transaction has changes on both
+//! sides. Tables that are already published are not locked.
 //!
 //! # Failure and recovery
 //!
-//! A run that was broken off is repaired by another. Two runs at once wait for each other (an advisory lock of the session,
-//! which goes with it). The transaction gives up after 5 s of waiting for a lock: while it waits behind a long transaction, all
-//! who come after it wait too.
+//! After an interrupted run, another run does the rest. Two concurrent runs wait for each other, with an advisory lock
+//! that ends with its session. The transaction gives up after 5 s of waiting for a lock, because every later writer
+//! would queue behind it.
 
 mod obstacles;
 mod step;
@@ -43,60 +45,57 @@ use crate::postgres::connection::{Connection, SqlError};
 use crate::postgres::requirements::{ALL_OPERATIONS, creation, foreign_slot};
 use crate::postgres::slot::{Slot, can_fail_over};
 use crate::postgres::transactions::{self, NAMED_MAX, Transaction, Watched};
-use obstacles::{Look, Rights, check_unused, check_version};
+use obstacles::{Obstacles, Rights, check_unused, check_version};
 use step::{Kind, LOCK_TIMEOUT_SECONDS, begin};
 
-pub use crate::postgres::slot::{Waiting, create_slot};
-pub use step::{Script, Step};
+pub(crate) use crate::postgres::slot::{Waiting, create_slot};
+pub(crate) use step::{Script, Step};
 
-/// The tables of the preset `tuples`: version, name and text of each file. Each adds its own row to
+/// The files with the tables of the preset `tuples`: version, name and text. Each file adds its own row to
 /// `tuplewatch.schema_version`.
 const FILES: [(i32, &str, &str); 2] = [
     (1, "0001_tables.sql", include_str!("../../sql/0001_tables.sql")),
     (2, "0002_snap_token.sql", include_str!("../../sql/0002_snap_token.sql")),
 ];
-/// Of the advisory lock: "tuplewat" in ASCII, so that nobody has it by chance.
+/// The key of the advisory lock: "tuplewat" in ASCII, so that other programs hardly use it by chance.
 const LOCK: i64 = 0x7475_706C_6577_6174;
-/// Between two tries to get it.
+/// The interval between two attempts to get the advisory lock.
 const LOCK_RETRY: Duration = Duration::from_secs(1);
 
-/// What shall be there.
+/// The desired state.
 #[derive(Clone, Copy, Debug)]
-pub struct Setup<'a> {
-    /// Names the tables.
+pub(crate) struct Setup<'a> {
+    /// Lists the tables to watch.
     pub mapping: &'a Mapping,
-    /// Name of the slot.
     pub slot: &'a str,
-    /// Name of the publication.
     pub publication: &'a str,
-    /// Whether to create tuplewatch's own tables: for the preset `tuples`.
+    /// Whether to create the tables of the preset `tuples`.
     pub apply_schema: bool,
-    /// Drop the slot if it is there, and make a new one. What changed in between is lost to all subscribers.
+    /// Whether to drop an existing slot and create a new one. All subscribers lose the changes in between.
     pub recreate_slot: bool,
-    /// Whether standbys are to keep a copy of a new slot, where PostgreSQL can (17).
+    /// Whether standbys keep a copy of a new slot, if PostgreSQL can (from 17 on).
     pub failover: bool,
-    /// How messages write commands.
+    /// Writes the commands in messages.
     pub commands: &'a CommandLine,
 }
 
-/// What happens while steps are carried out.
+/// The progress of a run.
 #[derive(Clone, Copy, Debug)]
-pub enum Event<'a> {
-    /// This one is next.
+pub(crate) enum Event<'a> {
+    /// This step begins.
     Step(&'a Step),
-    /// The slot waits for others; every few seconds.
+    /// The creation of the slot waits for other transactions. Repeated every few seconds.
     Waiting(&'a Waiting),
-    /// Another setup or teardown is at work in this database; told once.
+    /// Another setup or teardown runs in this database. Reported once.
     Locked,
 }
 
-/// Who is told of [`Event`]s.
-pub type Told<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
+/// The receiver of [`Event`]s.
+pub(crate) type OnEvent<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
 
-/// Why nothing, or not everything, was done; with what to do.
+/// The reason why a run did nothing, or not everything, with the remedy.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
-pub enum Error {
+pub(crate) enum Error {
     #[error("PostgreSQL could not be asked: {0}")]
     Sql(#[source] SqlError),
 
@@ -109,7 +108,7 @@ pub enum Error {
     #[error("could not {step}, and nothing was changed: {source}{}", remedy(.source))]
     Definition { step: String, source: SqlError },
 
-    /// The only one that may leave something done.
+    /// The only error after which earlier steps stay done.
     #[error("could not {step}: {source}{}. What was done before stays, and another run does the rest", remedy(.source))]
     Alone { step: String, source: SqlError },
 }
@@ -152,20 +151,21 @@ fn remedy(error: &SqlError) -> &'static str {
 }
 
 impl Setup<'_> {
-    /// What is missing, in order. Changes nothing.
+    /// Lists the missing steps in their order. Changes nothing.
     ///
     /// # Errors
-    /// With all that is in the way.
-    pub async fn plan(&self, client: &Client) -> Result<Vec<Step>, Error> {
+    /// Lists all obstacles.
+    pub(crate) async fn plan(&self, client: &Client) -> Result<Vec<Step>, Error> {
         if let Some(diagnostic) = check_version(client).await? {
             return Err(Error::InTheWay(vec![diagnostic]));
         }
         let catalog = Catalog::read(client, self.publication, self.mapping).await?;
         let slot = Slot::read(client, self.slot).await?;
         let mut steps = self.plan_schema(client, &catalog).await?;
-        let look = Look { setup: self, catalog: &catalog, slot: slot.as_ref(), applies_schema: !steps.is_empty() };
+        let obstacles =
+            Obstacles { setup: self, catalog: &catalog, slot: slot.as_ref(), applies_schema: !steps.is_empty() };
         let mut report = Report::default();
-        look.check(client, &mut report).await?;
+        obstacles.check(client, &mut report).await?;
         none_in_the_way(report)?;
 
         steps.extend(Self::plan_identities(&catalog));
@@ -180,16 +180,16 @@ impl Setup<'_> {
         Ok(steps)
     }
 
-    /// Does what is missing, and returns it. The slot step may wait for others without limit; see
-    /// [`create_slot`].
+    /// Runs the missing steps, and returns them. The creation of the slot may wait for other transactions without
+    /// limit; see [`create_slot`].
     ///
     /// # Errors
-    /// With what is in the way, or the step that failed.
-    pub async fn apply(&self, connection: &Connection, told: Told<'_>) -> Result<Vec<Step>, Error> {
-        lock(&connection.client, told).await?;
+    /// Names the obstacles, or the step that failed.
+    pub(crate) async fn apply(&self, connection: &Connection, on_event: OnEvent<'_>) -> Result<Vec<Step>, Error> {
+        lock(&connection.client, on_event).await?;
         let done = async {
             let steps = self.plan(&connection.client).await?;
-            carry_out(connection, &steps, self.slot, told).await?;
+            carry_out(connection, &steps, self.slot, on_event).await?;
             Ok(steps)
         };
         let done = done.await;
@@ -201,7 +201,7 @@ impl Setup<'_> {
         if !self.apply_schema {
             return Ok(Vec::new());
         }
-        // A table that was dropped since comes back: applying a file again changes nothing else.
+        // Applying a file again restores a table that was dropped since, and changes nothing else.
         let is_whole = catalog.tables.iter().all(|table| table.oid.is_some() || table.other_kind.is_some());
         let applied = if is_whole { applied(client).await? } else { Some(Vec::new()) };
         let is_missing = |version: &i32| applied.as_ref().is_some_and(|applied| !applied.contains(version));
@@ -218,13 +218,13 @@ impl Setup<'_> {
                 let name = relation.name();
                 let sql = format!("ALTER TABLE {} REPLICA IDENTITY FULL;", name.to_sql());
                 let kind = Kind::Alteration(Watched::one(relation.oid, &name));
-                steps.push(Step::new(format!("let old rows of {name} be complete"), sql, kind));
+                steps.push(Step::new(format!("make old rows of {name} complete in the WAL"), sql, kind));
             }
         }
         steps
     }
 
-    /// `is_read`: there is a slot, which goes on.
+    /// `is_read`: an existing slot continues to be read.
     fn plan_publication(&self, catalog: &Catalog, is_read: bool) -> Vec<Step> {
         let list = |tables: &[&Table]| tables.iter().map(|table| table.name().to_sql()).collect::<Vec<_>>();
         let Some(publication) = &catalog.publication else {
@@ -236,7 +236,7 @@ impl Setup<'_> {
         let settings = settings(publication, catalog);
         if !settings.is_empty() {
             let sql = format!("ALTER PUBLICATION {name} SET ({});", settings.join(", "));
-            let explanation = format!("let publication {} publish everything", self.publication);
+            let explanation = format!("make publication {} publish all operations", self.publication);
             steps.push(Step::new(explanation, sql, Kind::Definition));
         }
         let missing: Vec<&Table> = catalog.tables.iter().filter(|table| !table.is_published(publication)).collect();
@@ -246,7 +246,7 @@ impl Setup<'_> {
         let tables = list(&missing).join(", ");
         if is_read {
             let sql = format!("LOCK TABLE {tables} IN SHARE ROW EXCLUSIVE MODE;");
-            let explanation = "keep writers out of the tables to be added, whose rows would be sent in part";
+            let explanation = "lock out writers of the new tables, whose transactions would be sent in part";
             steps.push(Step::new(explanation, sql, Kind::Addition(Watched::of(missing.iter().copied()))));
         }
         let sql = format!("ALTER PUBLICATION {name} ADD TABLE {tables};");
@@ -256,7 +256,8 @@ impl Setup<'_> {
     }
 }
 
-/// The files of the preset that have been applied. None: only their owner sees that, and nobody else could apply them.
+/// The versions of the applied files. `None`: only the owner of the table may read it, and nobody else could apply
+/// them.
 async fn applied(client: &Client) -> Result<Option<Vec<i32>>, tokio_postgres::Error> {
     let sql = "SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'),
                       EXISTS (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attname = 'version')
@@ -274,7 +275,7 @@ async fn applied(client: &Client) -> Result<Option<Vec<i32>>, tokio_postgres::Er
     rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>().map(Some)
 }
 
-/// What the publication has to be set to, where it publishes less.
+/// The settings to change if the publication publishes too little.
 fn settings(publication: &Publication, catalog: &Catalog) -> Vec<String> {
     let mut settings = Vec::new();
     if !(publication.insert && publication.update && publication.delete && publication.truncate) {
@@ -292,21 +293,19 @@ fn none_in_the_way(report: Report) -> Result<(), Error> {
     if diagnostics.is_empty() { Ok(()) } else { Err(Error::InTheWay(diagnostics)) }
 }
 
-/// What shall no longer be there. The tables stay, with all that is in them.
+/// The objects to remove. The tables stay, with their rows.
 #[derive(Clone, Copy, Debug)]
-pub struct Teardown<'a> {
-    /// Name of the slot.
+pub(crate) struct Teardown<'a> {
     pub slot: &'a str,
-    /// Name of the publication.
     pub publication: &'a str,
 }
 
 impl Teardown<'_> {
-    /// What there is to remove. Changes nothing.
+    /// Lists the steps. Changes nothing.
     ///
     /// # Errors
-    /// With all that is in the way: the slot is in use, or one of them is somebody else's.
-    pub async fn plan(&self, client: &Client) -> Result<Vec<Step>, Error> {
+    /// Lists all obstacles: the slot is in use, or an object belongs to another role.
+    pub(crate) async fn plan(&self, client: &Client) -> Result<Vec<Step>, Error> {
         let rights = Rights::read(client, self.publication, &[]).await?;
         let mut report = Report::default();
         let slot = Slot::read(client, self.slot).await?;
@@ -326,15 +325,15 @@ impl Teardown<'_> {
         Ok(steps)
     }
 
-    /// Removes it, and returns what was done.
+    /// Removes the objects, and returns the steps.
     ///
     /// # Errors
-    /// As [`Self::plan`], or with the step that failed.
-    pub async fn apply(&self, connection: &Connection, told: Told<'_>) -> Result<Vec<Step>, Error> {
-        lock(&connection.client, told).await?;
+    /// Names the obstacles, or the step that failed.
+    pub(crate) async fn apply(&self, connection: &Connection, on_event: OnEvent<'_>) -> Result<Vec<Step>, Error> {
+        lock(&connection.client, on_event).await?;
         let done = async {
             let steps = self.plan(&connection.client).await?;
-            carry_out(connection, &steps, self.slot, told).await?;
+            carry_out(connection, &steps, self.slot, on_event).await?;
             Ok(steps)
         };
         let done = done.await;
@@ -343,21 +342,21 @@ impl Teardown<'_> {
     }
 }
 
-async fn carry_out(connection: &Connection, steps: &[Step], slot: &str, told: Told<'_>) -> Result<(), Error> {
+async fn carry_out(connection: &Connection, steps: &[Step], slot: &str, on_event: OnEvent<'_>) -> Result<(), Error> {
     for steps in steps.chunk_by(|one, next| one.is_transactional() && next.is_transactional()) {
         match steps {
-            [step] if !step.is_transactional() => alone(connection, step, slot, told).await?,
-            steps => define(&connection.client, steps, told).await?,
+            [step] if !step.is_transactional() => alone(connection, step, slot, on_event).await?,
+            steps => define(&connection.client, steps, on_event).await?,
         }
     }
     Ok(())
 }
 
-/// What cannot be part of a transaction.
-async fn alone(connection: &Connection, step: &Step, slot: &str, told: Told<'_>) -> Result<(), Error> {
-    told(Event::Step(step));
+/// Runs a step that cannot be part of a transaction.
+async fn alone(connection: &Connection, step: &Step, slot: &str, on_event: OnEvent<'_>) -> Result<(), Error> {
+    on_event(Event::Step(step));
     let done = if let Kind::Slot { failover } = step.kind {
-        let mut waiting = |waiting: &Waiting| told(Event::Waiting(waiting));
+        let mut waiting = |waiting: &Waiting| on_event(Event::Waiting(waiting));
         create_slot(connection, slot, failover, &mut waiting).await.map(drop)
     } else {
         connection.client.batch_execute(&step.sql).await
@@ -365,25 +364,25 @@ async fn alone(connection: &Connection, step: &Step, slot: &str, told: Told<'_>)
     done.map_err(|error| Error::Alone { step: step.explanation.clone(), source: error.into() })
 }
 
-/// All in one transaction.
-async fn define(client: &Client, steps: &[Step], told: Told<'_>) -> Result<(), Error> {
+/// Runs all steps in one transaction.
+async fn define(client: &Client, steps: &[Step], on_event: OnEvent<'_>) -> Result<(), Error> {
     client.batch_execute(&begin()).await?;
     for step in steps {
-        told(Event::Step(step));
+        on_event(Event::Step(step));
         if let Err(source) = client.batch_execute(&step.sql).await {
             return Err(undo(client, step, source).await);
         }
     }
-    // Where the connection is lost here, nobody knows.
+    // If the connection is lost during COMMIT, the outcome is unknown.
     let committed = client.batch_execute("COMMIT").await;
     let step = "be sure that the transaction was committed";
     committed.map_err(|error| Error::Alone { step: step.to_owned(), source: error.into() })
 }
 
-/// Rolls back, and says why: with the transactions for whose end the step would have had to wait.
+/// Rolls back, and returns the error with the transactions that the step waited for.
 async fn undo(client: &Client, step: &Step, source: tokio_postgres::Error) -> Error {
     let step_name = step.explanation.clone();
-    // Where this fails the session has ended, and the transaction with it.
+    // If ROLLBACK fails, the session has ended, and the transaction with it.
     let rolled_back = client.batch_execute("ROLLBACK").await;
     if source.code() != Some(&SqlState::LOCK_NOT_AVAILABLE) || rolled_back.is_err() {
         return Error::Definition { step: step_name, source: source.into() };
@@ -396,21 +395,21 @@ async fn undo(client: &Client, step: &Step, source: tokio_postgres::Error) -> Er
     Error::Locked { step: step_name, transactions: holders.take(NAMED_MAX).map(Transaction::to_string).collect() }
 }
 
-async fn lock(client: &Client, told: Told<'_>) -> Result<(), Error> {
-    let mut is_told = false;
+async fn lock(client: &Client, on_event: OnEvent<'_>) -> Result<(), Error> {
+    let mut is_reported = false;
     loop {
         let row = client.query_typed_one("SELECT pg_try_advisory_lock($1)", &[(&LOCK, Type::INT8)]).await?;
         if row.try_get(0)? {
             return Ok(());
         }
-        if !std::mem::replace(&mut is_told, true) {
-            told(Event::Locked);
+        if !std::mem::replace(&mut is_reported, true) {
+            on_event(Event::Locked);
         }
         tokio::time::sleep(LOCK_RETRY).await;
     }
 }
 
-/// Where this fails the session has ended, and the lock with it.
+/// If this fails, the session has ended, and the lock with it.
 async fn unlock(client: &Client) {
     if let Err(error) = client.query_typed_one("SELECT pg_advisory_unlock($1)", &[(&LOCK, Type::INT8)]).await {
         tracing::debug!(%error, "the lock goes with the session");

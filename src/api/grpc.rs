@@ -43,7 +43,7 @@ pub mod proto {
 
 /// Why the server cannot serve.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The address is taken or not ours.
     #[error("cannot listen on {address} for gRPC: {source} (server.host, server.grpc.port)")]
     Bind {
@@ -74,7 +74,7 @@ impl Listener {
     ///
     /// # Errors
     /// Where that is not possible.
-    pub async fn bind(host: &str, config: &GrpcConfig) -> Result<Self, Error> {
+    pub(crate) async fn bind(host: &str, config: &GrpcConfig) -> Result<Self, Error> {
         let port = config.port;
         let tls = match &config.tls {
             Some(files) => Some(tls::Acceptor::read("server.grpc.tls", files, b"h2").await?),
@@ -104,7 +104,7 @@ pub struct Services<P> {
 ///
 /// # Errors
 /// Where serving fails.
-pub async fn serve<P: crate::hub::primary::Primary + 'static>(
+pub(crate) async fn serve<P: crate::hub::primary::Primary + 'static>(
     listener: Listener,
     services: Services<P>,
     health: health::Server<impl health::Reason>,

@@ -25,7 +25,7 @@ mod refusal;
 mod tenancy;
 mod watch;
 
-pub use listener::{Error, Listener, serve};
+pub(crate) use listener::{Listener, serve};
 pub use probes::Probes;
 
 use crate::access::admission::Admission;
@@ -61,7 +61,7 @@ pub struct Gateway {
 
 impl Gateway {
     /// To all services, and to what the process says of itself.
-    pub fn new<P: Primary + 'static>(
+    pub(crate) fn new<P: Primary + 'static>(
         config: &HttpConfig,
         services: &Services<P>,
         probes: impl Probes,

@@ -1,4 +1,4 @@
-//! `tuplewatch completions`: what a shell needs to complete the command line.
+//! `tuplewatch completions`: prints a script that completes the command line in a shell.
 
 use super::{Cli, examples};
 use anyhow::Context as _;
@@ -9,13 +9,13 @@ use std::io::Write as _;
 #[derive(Debug, clap::Args)]
 #[command(after_help = examples::COMPLETIONS)]
 pub(super) struct CompletionsArgs {
-    /// Whose script to print
+    /// The shell to print the script for
     shell: Shell,
 }
 
 pub(super) fn run(args: &CompletionsArgs) -> anyhow::Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), env!("CARGO_PKG_NAME"), &mut script);
-    // A part of a script is worse than none, so whoever wants it is told.
+    // A truncated script is worse than none, so this error is reported.
     std::io::stdout().write_all(&script).context("cannot write the script")
 }

@@ -1,4 +1,4 @@
-//! Where a server is, and how to get in.
+//! The connection of `watch` and `health` to a server: address, TLS, and credentials.
 
 use crate::access::trust::{self, Authorities, Refused};
 use anyhow::{Context as _, bail};
@@ -23,17 +23,17 @@ use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::{Channel, Endpoint};
 use tower_service::Service;
 
-/// Not a flag: those are seen by everybody who lists processes.
+/// There is no flag for the token, because flags are visible to everybody who lists processes.
 const TOKEN_VARIABLE: &str = "TUPLEWATCH_TOKEN";
 
 const DEFAULT_SERVER: &str = "http://127.0.0.1:3478";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ConnectionArgs {
-    /// Where the server is
+    /// Address of the server
     #[arg(long, default_value = DEFAULT_SERVER, value_name = "URL", value_parser = server_url, value_hint = ValueHint::Url)]
     pub(super) server: String,
-    /// Certificate authority of an https server (PEM), where it is none of the system's
+    /// Certificate authority of an https server (PEM), if the system does not trust it
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     ca_cert: Option<PathBuf>,
     /// Certificate to present to an https server (PEM)
@@ -42,12 +42,13 @@ pub(super) struct ConnectionArgs {
     /// Private key of the certificate to present (PEM)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "client_cert")]
     client_key: Option<PathBuf>,
-    /// File with the key or token to present; read again for each connection. Without it, TUPLEWATCH_TOKEN in the environment
+    /// File with the key or token to present, read again for each connection. Default: TUPLEWATCH_TOKEN in the
+    /// environment
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     token_file: Option<PathBuf>,
 }
 
-/// Scheme, host and port, and nothing that would be passed over.
+/// Accepts a scheme, a host and a port. Any other part would be ignored, so it is refused.
 fn server_url(text: &str) -> Result<String, String> {
     let is_server = |uri: &Uri| {
         let is_place = |authority: &Authority| {
@@ -67,29 +68,28 @@ fn server_url(text: &str) -> Result<String, String> {
     }
 }
 
-/// Longest wait for a connection.
+/// The longest wait for a connection.
 const CONNECT_MAX: Duration = Duration::from_secs(5);
-/// Windows that let a server send megabytes ahead; small ones cost latency.
+/// These windows let a server send megabytes ahead. Small windows would add latency.
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
 impl ConnectionArgs {
-    /// What was given of it, for another command.
+    /// The flags that were set, for another command.
     pub(super) fn flags(&self) -> Vec<String> {
         let server = (self.server != DEFAULT_SERVER).then(|| self.server.clone());
         let file = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
-        let given = [
+        let flags = [
             ("--server", server),
             ("--ca-cert", file(&self.ca_cert)),
             ("--client-cert", file(&self.client_cert)),
             ("--client-key", file(&self.client_key)),
             ("--token-file", file(&self.token_file)),
         ];
-        given.into_iter().filter_map(|(flag, value)| Some([flag.to_owned(), value?])).flatten().collect()
+        flags.into_iter().filter_map(|(flag, value)| Some([flag.to_owned(), value?])).flatten().collect()
     }
 
-    /// Reads the files of certificates.
-    pub(super) fn way(&self) -> anyhow::Result<Way> {
+    pub(super) fn connector(&self) -> anyhow::Result<Connector> {
         let endpoint = |url: String| -> anyhow::Result<Endpoint> {
             Ok(Endpoint::from_shared(url)?
                 .connect_timeout(CONNECT_MAX)
@@ -99,7 +99,7 @@ impl ConnectionArgs {
                 .initial_connection_window_size(CONNECTION_WINDOW))
         };
         let Some(rest) = self.server.strip_prefix("https:") else {
-            return Ok(Way { endpoint: endpoint(self.server.clone())?, tls: None });
+            return Ok(Connector { endpoint: endpoint(self.server.clone())?, tls: None });
         };
         let authorities = match &self.ca_cert {
             Some(path) => Authorities::Own(certificates("--ca-cert", path)?),
@@ -117,12 +117,12 @@ impl ConnectionArgs {
         let mut config =
             trust::client_config(authorities, true, identity).context("the certificates cannot be used")?;
         config.alpn_protocols = vec![b"h2".to_vec()];
-        // TLS is the connector's, below HTTP, which would want its own for https.
+        // The connector does TLS below HTTP. With an https URL, tonic would ask for TLS of its own.
         let endpoint = endpoint(format!("http:{rest}"))?.origin(self.server.parse()?);
-        Ok(Way { endpoint, tls: Some(Tls(Arc::new(config).into())) })
+        Ok(Connector { endpoint, tls: Some(Tls(Arc::new(config).into())) })
     }
 
-    /// What to send as `authorization`. It is the present content of the file, which somebody may renew.
+    /// The value of the header `authorization`. It reads the file each time, because the token may have been renewed.
     pub(super) fn authorization(&self) -> anyhow::Result<Option<AsciiMetadataValue>> {
         let (from, token) = match &self.token_file {
             Some(path) => (path.display().to_string(), Some(String::from_utf8(read(path)?))),
@@ -132,7 +132,7 @@ impl ConnectionArgs {
             }
         };
         let Some(token) = token else { return Ok(None) };
-        // The errors would quote the token.
+        // The original errors would quote the token.
         let value = token.ok().and_then(|token| format!("Bearer {}", token.trim()).parse().ok());
         let mut value: AsciiMetadataValue = value.with_context(|| format!("{from} holds no token"))?;
         value.set_sensitive(true);
@@ -152,25 +152,25 @@ fn certificates(flag: &str, path: &Path) -> anyhow::Result<Vec<rustls::pki_types
     Ok(found)
 }
 
-/// Those that the machine trusts; the ones among them that cannot be read are as good as not there.
+/// The certificates that the machine trusts. Unreadable ones are skipped.
 fn system_roots() -> RootCertStore {
     let mut roots = RootCertStore::empty();
     let _ = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     roots
 }
 
-/// The way to the server, for any number of connections.
+/// The endpoint and the TLS settings, for any number of connections.
 #[derive(Clone)]
-pub(super) struct Way {
+pub(super) struct Connector {
     endpoint: Endpoint,
     tls: Option<Tls>,
 }
 
-impl Way {
-    /// A connection.
+impl Connector {
+    /// Connects to the server.
     ///
     /// # Errors
-    /// Where there is none, with [`Refused`] among the causes where the server's certificate is the reason.
+    /// The connection failed. If the server's certificate is the reason, the causes include [`Refused`].
     pub(super) async fn connect(&self) -> Result<Channel, tonic::transport::Error> {
         match &self.tls {
             None => self.endpoint.connect().await,
@@ -179,11 +179,11 @@ impl Way {
     }
 }
 
-/// Connects, and does the handshake. rustls' own connector would not trust as [`trust`] does.
+/// Connects and does the TLS handshake. rustls' own connector would not apply the rules of [`trust`].
 #[derive(Clone)]
 struct Tls(TlsConnector);
 
-/// A certificate that is not trusted, and what to do.
+/// A certificate that is not trusted, with the remedy.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}. {remedy}", remedy = .0.remedy("--ca-cert"))]
 pub(super) struct Untrusted(Refused);
@@ -200,7 +200,7 @@ impl Service<Uri> for Tls {
     fn call(&mut self, uri: Uri) -> Self::Future {
         let tls = self.0.clone();
         let connect = async move {
-            // An IPv6 address has brackets in a URL, and none elsewhere.
+            // An IPv6 address has brackets only in a URL.
             let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
             let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
             let stream = TcpStream::connect((host, uri.port_u16().unwrap_or(443))).await?;

@@ -1,4 +1,7 @@
-//! `tuplewatch dev`: a private PostgreSQL, prepared and served, in one command.
+//! `tuplewatch dev`: starts a private PostgreSQL, prepares it, and serves, in one command.
+//!
+//! The cluster and the change log live in one directory, and stay there for the next run. Ctrl-C stops the server and
+//! the cluster.
 
 use super::overrides::ConfigArgs;
 use super::terminal::{Style, program};
@@ -13,20 +16,20 @@ use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct DevArgs {
-    /// Where the cluster and the change log are kept
+    /// Directory of the cluster and of the change log
     #[arg(long, default_value = "./tuplewatch-dev", value_name = "DIR", value_hint = ValueHint::DirPath)]
     data_dir: PathBuf,
-    /// Directory with PostgreSQL's programs (postgres, initdb, pg_ctl), where they are not found by themselves
+    /// Directory with PostgreSQL's programs (postgres, initdb, pg_ctl), if they are not found automatically
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pg_bin: Option<PathBuf>,
-    /// Port of the private PostgreSQL; a free one is chosen at first and kept
+    /// Port of the private PostgreSQL. By default a free port is chosen once and kept
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pg_port: Option<u16>,
 }
 
 const DATABASE: &str = "postgres";
 
-/// Where the private cluster is reached, and where all data are.
+/// The address of the private cluster, and the directory of all data.
 struct Place {
     uri: String,
     data_dir: PathBuf,
@@ -34,19 +37,19 @@ struct Place {
 
 pub(super) async fn run(config: ConfigArgs, args: &DevArgs) -> anyhow::Result<()> {
     if config.sets("database.uri") {
-        let what = "dev starts a PostgreSQL of its own: leave --database-uri out, or use serve";
+        let what = "dev starts its own PostgreSQL: remove --database-uri, or use serve";
         return Err(app::Misconfigured::Command(what).into());
     }
     let config = config
         .with_default("server.host", "127.0.0.1".into())
         .with_default("changelog.path", args.data_dir.join("log").display().to_string());
-    // Wrong flags are said before anything is started.
+    // Errors in the flags are reported before anything is started.
     telemetry::init(&config.load()?.logger);
 
     let installation = Installation::find(args.pg_bin.as_deref())?;
     let options =
         ClusterOptions { data_dir: args.data_dir.join("postgres"), port: args.pg_port, ..ClusterOptions::default() };
-    // From here on Ctrl-C stops the cluster as well, and Drop does if anything fails.
+    // From here on Ctrl-C also stops the cluster. If anything fails, dropping it stops it.
     let mut stopping = Box::pin(stop_signal());
     say(&format!("PostgreSQL {} from {}", installation.version(), installation.bin_dir().display()));
     let mut cluster = tokio::select! {
@@ -55,7 +58,7 @@ pub(super) async fn run(config: ConfigArgs, args: &DevArgs) -> anyhow::Result<()
     };
     if cluster.is_elsewhere() {
         say(&format!(
-            "The cluster is in {}: PostgreSQL does not run as root, and an unprivileged user cannot get to {}",
+            "The cluster is in {}: PostgreSQL does not run as root, and its unprivileged user cannot access {}",
             cluster.data_dir().display(),
             args.data_dir.display()
         ));
@@ -76,7 +79,7 @@ pub(super) async fn run(config: ConfigArgs, args: &DevArgs) -> anyhow::Result<()
                 served = serve(config, &place, &mut stopping) => served,
                 status = cluster.exited() => {
                     let log = cluster.log_path();
-                    Err(anyhow!("PostgreSQL ended by itself ({status:?}): see {}", log.display()))
+                    Err(anyhow!("PostgreSQL ended unexpectedly ({status:?}): see {}", log.display()))
                 }
             }
         }
@@ -89,14 +92,14 @@ async fn serve(config: ConfigArgs, cluster: &Place, stop: impl Future<Output = (
     let config = config.load()?;
     let steps = setup::apply(&config, false).await?;
     say(match steps {
-        0 => "Going on with the data of the last time",
+        0 => "Continuing with the data of the previous run",
         _ => "Created tables, publication and replication slot",
     });
     say(&welcome(&config, cluster, Style::of_stdout()));
     app::serve(&config, false, stop).await
 }
 
-/// Where everything is, and what to try first.
+/// The addresses of the server, and the first commands to try.
 fn welcome(config: &Config, Place { uri, data_dir }: &Place, style: Style) -> String {
     let host = &config.server.host;
     let address = |port: u16| match port {
@@ -124,7 +127,7 @@ fn welcome(config: &Config, Place { uri, data_dir }: &Place, style: Style) -> St
     )
 }
 
-/// What to type to watch this server.
+/// The command that watches this server.
 fn watch_command(config: &Config) -> String {
     let credentials = if config.authn.credentials.is_some() { "TUPLEWATCH_TOKEN=… " } else { "" };
     let server = match (&config.server.grpc.tls, config.server.grpc.port) {

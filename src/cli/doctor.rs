@@ -1,4 +1,4 @@
-//! `tuplewatch doctor`: what is wrong, what it means, and what repairs it.
+//! `tuplewatch doctor`: prints problems, their effects and their fixes.
 
 use super::overrides::ConfigArgs;
 use super::terminal::{Style, harmless};
@@ -14,15 +14,15 @@ pub(super) struct DoctorArgs {
     /// Print one JSON document: server, diagnostics, summary
     #[arg(long)]
     json: bool,
-    /// Report transactions that have been open for longer
+    /// Report transactions that have been open for longer than this
     #[arg(long, default_value = "5m", value_name = "DURATION", value_parser = humantime::parse_duration)]
     long_transaction: Duration,
 }
 
-/// Whether something is wrong.
+/// Whether any diagnostic is an error.
 pub(super) enum Verdict {
-    Well,
-    Ill,
+    NoErrors,
+    Errors,
 }
 
 pub(super) async fn run(config: &ConfigArgs, args: &DoctorArgs) -> anyhow::Result<Verdict> {
@@ -34,18 +34,19 @@ pub(super) async fn run(config: &ConfigArgs, args: &DoctorArgs) -> anyhow::Resul
     } else {
         say(&text(&diagnosis, Layout::of_stdout()));
     }
-    Ok(if diagnosis.summary.error == 0 { Verdict::Well } else { Verdict::Ill })
+    Ok(if diagnosis.summary.error == 0 { Verdict::NoErrors } else { Verdict::Errors })
 }
 
-/// How text is laid out.
+/// The layout of the text.
 #[derive(Clone, Copy)]
 struct Layout {
     style: Style,
-    /// Where lines are broken, in columns; never, where it is not a terminal. A fix is never broken: it is for pasting.
+    /// The line width in columns; `None` if the output is not a terminal. A fix is never broken, so that it can be
+    /// pasted.
     width: Option<usize>,
 }
 
-/// Lines that are longer are hard to read, however wide the terminal.
+/// Longer lines are hard to read, even on a wide terminal.
 const WIDTH_MAX: usize = 140;
 
 impl Layout {
@@ -63,14 +64,14 @@ impl Layout {
     }
 }
 
-/// Columns before the subject.
+/// The columns before the subject.
 const MARGIN: usize = 9;
-/// Subjects that are longer push their line to the right.
+/// A longer subject pushes its line to the right.
 const SUBJECT_MAX: usize = 34;
-/// Less room than that beside the subject is no column.
+/// If less room than this remains beside the subject, the text continues below the subject.
 const COLUMN_MIN: usize = 40;
 
-/// The worst comes last: it stands where one looks first, above the prompt.
+/// Writes the worst diagnostics last, directly above the prompt.
 fn text(diagnosis: &Diagnosis, layout: Layout) -> String {
     let mut diagnostics: Vec<&Diagnostic> = diagnosis.diagnostics.iter().collect();
     diagnostics.sort_by_key(|diagnostic| diagnostic.severity);
@@ -78,7 +79,7 @@ fn text(diagnosis: &Diagnosis, layout: Layout) -> String {
     let column = lengths.filter(|length| *length <= SUBJECT_MAX).max().unwrap_or_default();
     let mut out = format!("{}\n\n", layout.style.strong(&diagnosis.server));
     for diagnostic in diagnostics {
-        write_finding(diagnostic, column, layout, &mut out);
+        write_diagnostic(diagnostic, column, layout, &mut out);
     }
     let summary = diagnosis.summary;
     let count = |number: usize, word: &str| format!("{number} {word}{}", if number == 1 { "" } else { "s" });
@@ -93,7 +94,7 @@ fn text(diagnosis: &Diagnosis, layout: Layout) -> String {
     out
 }
 
-fn write_finding(diagnostic: &Diagnostic, column: usize, layout: Layout, out: &mut String) {
+fn write_diagnostic(diagnostic: &Diagnostic, column: usize, layout: Layout, out: &mut String) {
     let severity = layout.severity(diagnostic.severity, &format!("{:<8}", diagnostic.severity));
     let subject = format!("{:<column$}", harmless(&diagnostic.subject));
     let begin = MARGIN + subject.chars().count() + 2;
@@ -109,7 +110,8 @@ fn write_finding(diagnostic: &Diagnostic, column: usize, layout: Layout, out: &m
     }
 }
 
-/// Breaks at spaces, into lines of so many characters: the first, and the others. A longer word has a line to itself.
+/// Breaks `text` at spaces into lines of at most `first` and then `rest` characters. A longer word gets a line of its
+/// own.
 fn wrap(text: &str, first: usize, rest: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split(' ') {
@@ -142,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_worst_last() {
+    fn the_worst_diagnostic_is_last() {
         let plain = text(&diagnosis(), Layout { style: Style::PLAIN, width: None });
         let expected = "\
 db:5432
@@ -164,7 +166,7 @@ error    slot s     is lost (a long reason that has to be broken)
             "{broken}"
         );
         assert!(broken.contains(&format!("\n{:20}broken)\n", "")), "{broken}");
-        // Too narrow for a column of its own; and what is to be pasted stays whole.
+        // The terminal is too narrow for a second column, and the fix stays whole.
         let narrow = text(&diagnosis(), Layout { style: Style::PLAIN, width: Some(40) });
         assert!(narrow.contains("\n         reason that has to be broken)\n"), "{narrow}");
         assert!(narrow.contains("fix: tuplewatch setup --recreate-slot\n"), "{narrow}");

@@ -1,4 +1,4 @@
-//! What `--help` shows of each subcommand in use. A test parses every line.
+//! The examples that `--help` shows for each subcommand. A test parses every line.
 
 pub(super) const ALL: &str = "\
 Examples:
@@ -11,7 +11,7 @@ pub(super) const SERVE: &str = "\
 Examples:
   tuplewatch serve --database-uri postgres://tuplewatch@db/app
   tuplewatch serve --config tuplewatch.yaml --logger-format json
-  tuplewatch serve --config tuplewatch.yaml --reset-log    # where the change log cannot be read";
+  tuplewatch serve --config tuplewatch.yaml --reset-log    # if the change log cannot be read";
 
 pub(super) const SETUP: &str = "\
 Examples:
@@ -24,10 +24,10 @@ Examples:
   tuplewatch doctor --config tuplewatch.yaml
   tuplewatch doctor --json | jq -r '.diagnostics[] | select(.severity != \"ok\") | .fix'
 
-Each diagnostic is ok, a warning (it works, and somebody should know) or an error. A fix can be pasted into psql, or into the \
-shell where it is a command; what it does not do by itself stands behind it as a comment.
+Each diagnostic is ok, a warning (serve works, but an operator should know) or an error (serve does not work). A fix can be \
+pasted into psql, or into the shell if it is a command. Steps that it does not do itself follow it as a comment.
 
-Exit codes: 0 without errors, 1 with some, 2 where the configuration is wrong.";
+Exit codes: 0 without errors, 1 with errors, 2 for a wrong command line or configuration.";
 
 pub(super) const TEARDOWN: &str = "\
 Examples:
@@ -47,18 +47,18 @@ Examples:
   tuplewatch watch --tenant t1 --snap-token 'AQ…' >> changes.log
   tuplewatch watch --tenant t1 --server https://feed.example:3478 --token-file token
 
-Text is a line a change: the time of its commit (UTC), + or -, and the tuple or attribute. Into a pipe or a file each \
-line is whole, with the day. What is said about the stream (connections lost, gaps, how to go on) goes to the standard error.
+Each change is one line of text: the time of its commit (UTC), + or -, and the tuple or attribute. In a pipe or a file each \
+line is complete, with the day. Notices about the stream (lost connections, gaps, the command to resume) go to standard error.
 
-It reconnects where that may help (a server that restarts, a limit), and resumes. Where it cannot (credentials, a tenant that is \
-not there, a token that is too old, a certificate that is not trusted) it ends.
+It reconnects and resumes if that may help: the server restarts, or a limit is reached. It ends if a retry would fail again: wrong \
+credentials, an unknown tenant, a token that is too old, a certificate that is not trusted.
 
-Exit codes: 0 where it was told to end, 1 for a failure, 2 where the command line is wrong.";
+Exit codes: 0 after Ctrl-C, 1 for a failure, 2 for a wrong command line.";
 
 pub(super) const HEALTH: &str = "\
 Examples:
-  tuplewatch health                            # are changes delivered? If not, why
-  tuplewatch health --alive                    # does the process answer? For what restarts it
+  tuplewatch health                            # does it deliver changes? If not, why
+  tuplewatch health --alive                    # does the process answer? For a supervisor
   tuplewatch health --service base.v1.Watch    # one service
   tuplewatch health --server https://tuplewatch.example.com:3478
 
@@ -79,4 +79,4 @@ Examples:
   tuplewatch completions zsh > ~/.zfunc/_tuplewatch    # with fpath+=(~/.zfunc) before compinit in ~/.zshrc
   tuplewatch completions fish > ~/.config/fish/completions/tuplewatch.fish
 
-New shells have them then. For the present one: source <(tuplewatch completions bash)";
+New shells load the script. To load it in this shell: source <(tuplewatch completions bash)";

@@ -1,7 +1,7 @@
-//! Why a server does not do what a command asks of it, in words, and whether it is worth trying again.
+//! Explains a failed connection or call, and decides whether a retry may help.
 //!
-//! What libraries say of a broken connection ("transport error", "h2 protocol error") is of no use to a reader, so that it is
-//! told by its cause.
+//! The libraries' descriptions of a broken connection ("transport error", "h2 protocol error") do not help a user. So
+//! the text is derived from the innermost cause.
 
 use super::connection::Untrusted;
 use crate::api::grpc::status;
@@ -12,18 +12,18 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
-/// The pause of who is one too many, where the server does not say how long.
+/// The wait after RESOURCE_EXHAUSTED, if the server does not name one.
 const BUSY_PAUSE: Duration = Duration::from_secs(1);
 
-/// Of the alerts of TLS after its handshake, all are about the client's certificate.
+/// All alerts that TLS sends after its handshake are about the client's certificate.
 const CERTIFICATE_WANTED: &str = "it asks for a certificate that it trusts: see --client-cert and --client-key";
 
-/// Why there is no answer, or none that helps. The text has no subject where it is the server.
+/// The reason of a failure. In most texts the server is the implied subject.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Failure {
-    /// The same may go well in a moment, but not before `pause`.
+    /// A retry may succeed, but not before `pause` is over.
     Passing { text: String, pause: Duration },
-    /// It goes the same way until somebody changes something.
+    /// A retry fails until somebody changes something.
     Lasting(String),
 }
 
@@ -42,7 +42,7 @@ impl Failure {
         }
     }
 
-    /// Of a connection that cannot be made, or broke.
+    /// The failure of a connection that could not be made, or broke.
     pub(super) fn of_connection(error: &(dyn StdError + 'static)) -> Self {
         let mut next = Some(error);
         while let Some(cause) = next {
@@ -54,7 +54,7 @@ impl Failure {
         Self::passing("the connection was lost")
     }
 
-    /// Of a call that was refused, or ended.
+    /// The failure of a call that the server refused or ended.
     pub(super) fn of_status(status: &Status) -> Self {
         if is_local(status) {
             return Self::of_connection(status);
@@ -73,33 +73,31 @@ impl Failure {
     }
 }
 
-/// Whether the status was made here, of a connection that broke, and did not come from the server.
+/// Whether the status comes from a broken connection and not from the server.
 pub(super) fn is_local(status: &Status) -> bool {
     StdError::source(status).is_some()
 }
 
-/// What the server says; where it tells an API's caller what to do, only what happened.
+/// The server's explanation. Messages that address the caller of an API are replaced by the fact alone.
 fn words(status: &Status) -> String {
     let reason = status::reason(status).unwrap_or_default();
     let happened = match reason.as_str() {
         "SHUTTING_DOWN" => "the server is shutting down",
-        "POSTGRES_UNREACHABLE" => "the server cannot ask PostgreSQL at the moment",
+        "POSTGRES_UNREACHABLE" => "the server cannot reach PostgreSQL at the moment",
         "TRANSACTION_STILL_RUNNING" => "the transaction of the snap token is still running",
-        "TOO_MANY_SUBSCRIBERS" => "the server has as many streams as it may (service.watch.subscribers_max)",
-        "RATE_LIMITED" => "the server gets more requests than it may take (server.rate_limit)",
+        "TOO_MANY_SUBSCRIBERS" => "the server has reached its limit of open streams (service.watch.subscribers_max)",
+        "RATE_LIMITED" => "the server has reached its rate limit (server.rate_limit)",
         "ISSUER_UNREACHABLE" => "the server cannot fetch the keys of the tokens' issuer",
         "MISSING_BEARER_TOKEN" => {
             let message = status.message();
-            return format!(
-                "{message}. Here it is taken from --token-file FILE, or TUPLEWATCH_TOKEN in the environment"
-            );
+            return format!("{message}. Set --token-file FILE, or TUPLEWATCH_TOKEN in the environment");
         }
-        // From something that is no gRPC server, like a proxy.
+        // Sent by a peer that is not a gRPC server, such as a proxy.
         _ if status.message().starts_with("grpc-status header missing") => {
             let http = status.message().rsplit(' ').next().unwrap_or_default();
             return format!("the answer is not from tuplewatch (HTTP status {http}): is this the port of gRPC?");
         }
-        _ if status.message().is_empty() => "the server says no more",
+        _ if status.message().is_empty() => "the server gave no reason",
         _ => status.message(),
     };
     happened.to_owned()
@@ -118,17 +116,17 @@ fn of_cause(cause: &(dyn StdError + 'static)) -> Option<Failure> {
     if let Some(error) = cause.downcast_ref::<h2::Error>() {
         return Some(error.get_io().map_or_else(|| of_http2(error), of_io));
     }
-    // The transport keeps the type of this one to itself.
+    // The transport does not export the type of this error.
     let is_not_http2 = cause.to_string().contains("HTTP/2 was not negotiated");
     is_not_http2.then(|| Failure::lasting("it does not speak gRPC: is this the port of gRPC?"))
 }
 
 fn of_io(error: &io::Error) -> Failure {
-    // `source` passes over what an io::Error was made of.
+    // `source` skips the error inside an io::Error.
     if let Some(failure) = error.get_ref().and_then(|inner| of_cause(inner)) {
         return failure;
     }
-    // HTTP/2 keeps of an error of TLS no more than its text, and a name that is not found never was more than that.
+    // HTTP/2 keeps only the text of a TLS error, and a failed name lookup never has more than a text.
     let text = error.to_string();
     if text.contains("received fatal alert") {
         return Failure::lasting(CERTIFICATE_WANTED);
@@ -143,7 +141,7 @@ fn of_io(error: &io::Error) -> Failure {
         | ErrorKind::BrokenPipe
         | ErrorKind::UnexpectedEof => "the connection was closed",
         ErrorKind::TimedOut => "no answer in time",
-        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => "the network has no way to it",
+        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => "the network has no route to it",
         kind => return Failure::passing(kind.to_string()),
     })
 }
@@ -153,7 +151,7 @@ fn of_tls(error: &rustls::Error) -> Failure {
         rustls::Error::InvalidCertificate(error) => {
             Failure::lasting(format!("the server's certificate is not trusted: {error}"))
         }
-        // What came is no record of TLS.
+        // The peer did not send a TLS record.
         rustls::Error::InvalidMessage(_) => Failure::lasting("it does not speak TLS: write http:// instead of https://"),
         rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol) => {
             Failure::lasting("it does not speak gRPC: is this the port of gRPC?")
@@ -168,23 +166,23 @@ fn of_tls(error: &rustls::Error) -> Failure {
             | AlertDescription::CertificateUnknown
             | AlertDescription::UnknownCA
             | AlertDescription::AccessDenied
-            // Before TLS 1.3 this also stands for a certificate that is missing.
+            // Before TLS 1.3 this alert also means a missing certificate.
             | AlertDescription::HandshakeFailure,
         ) => Failure::lasting(CERTIFICATE_WANTED),
         rustls::Error::AlertReceived(AlertDescription::ProtocolVersion) | rustls::Error::PeerIncompatible(_) => {
-            Failure::lasting("it speaks no version of TLS that is spoken here")
+            Failure::lasting("it supports no TLS version that tuplewatch supports")
         }
         _ => Failure::passing("the TLS handshake failed"),
     }
 }
 
 fn of_http2(error: &h2::Error) -> Failure {
-    // We found fault with the very first bytes: TLS and HTTP/1 look like impossible frames.
+    // The very first bytes were invalid. TLS and HTTP/1 look like impossible frames.
     let is_other_protocol =
         !error.is_remote() && matches!(error.reason(), Some(h2::Reason::FRAME_SIZE_ERROR | h2::Reason::PROTOCOL_ERROR));
     if is_other_protocol {
         return Failure::lasting(
-            "it does not speak gRPC without TLS: write https:// if it has a certificate, and the port of gRPC",
+            "it does not speak gRPC without TLS: write https:// if it uses TLS, and check that this is the port of gRPC",
         );
     }
     Failure::passing("the connection was closed")
@@ -201,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn causes_are_found_and_told_without_the_libraries_words() {
+    fn failures_are_explained_by_their_cause() {
         let tls = |error| io::Error::new(ErrorKind::InvalidData, error);
         for (error, is_lasting, says) in [
             (io::Error::from(ErrorKind::ConnectionRefused), false, "Connection refused"),
@@ -236,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn statuses_heal_or_last() {
+    fn statuses_are_transient_or_lasting() {
         for code in [Code::Unavailable, Code::Unknown, Code::Cancelled, Code::Internal, Code::DeadlineExceeded] {
             assert_eq!(Failure::of_status(&Status::new(code, "text")), passing("text"), "{code:?}");
         }
@@ -254,8 +252,8 @@ mod tests {
         let busy = |details| Failure::of_status(&Status::with_error_details(Code::ResourceExhausted, "text", details));
         let pause = |pause| Failure::Passing { text: "text".into(), pause };
         assert_eq!(busy(ErrorDetails::new()), pause(BUSY_PAUSE));
-        let told = Duration::from_millis(250);
-        assert_eq!(busy(ErrorDetails::with_retry_info(Some(told))), pause(told));
+        let retry_delay = Duration::from_millis(250);
+        assert_eq!(busy(ErrorDetails::with_retry_info(Some(retry_delay))), pause(retry_delay));
         let proxy = Status::unavailable("grpc-status header missing, mapped from HTTP status code 503");
         assert!(Failure::of_status(&proxy).text().starts_with("the answer is not from tuplewatch (HTTP status 503)"));
         assert_eq!(Failure::of_status(&status::shutting_down()), passing("the server is shutting down"));

@@ -1,4 +1,6 @@
 //! A flag for every configuration key: `server.grpc.port` is `--server-grpc-port`.
+//!
+//! The flags are generated from the keys of the configuration, so a new key needs no code here.
 
 use crate::config::{Config, Error, Logger};
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches, ValueHint};
@@ -6,23 +8,24 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-/// Where the configuration comes from: `--config`, and a flag a key.
+/// The sources of the configuration on the command line: `--config`, and a flag for each key.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ConfigArgs {
     file: Option<PathBuf>,
     overrides: Vec<(String, String)>,
-    /// Of the configuration that was loaded: a file that is a pipe can be read once.
+    /// The section `logger` of the configuration that was loaded. It is kept because a file that is a pipe can be read
+    /// only once.
     logger: OnceLock<Logger>,
 }
 
 const FILE: &str = "config";
-const HEADING: &str = "Configuration (each also as a key of the file and as TUPLEWATCH_… in the environment)";
+const HEADING: &str = "Configuration (each flag is also a key of the file, and TUPLEWATCH_… in the environment)";
 
 fn flag(key: &str) -> String {
     key.replace(['.', '_'], "-")
 }
 
-/// What a shell completes a key's value with.
+/// The completion hint for the value of a key.
 fn hint(key: &str) -> ValueHint {
     match key.rsplit('.').next().unwrap_or_default() {
         "cert" | "key" | "client_ca" | "file" => ValueHint::FilePath,
@@ -33,11 +36,11 @@ fn hint(key: &str) -> ValueHint {
     }
 }
 
-/// The keys, from the configuration with nothing set.
+/// All keys with their defaults, from a configuration without sources.
 fn keys() -> Vec<(&'static str, String)> {
     match Config::load(None, [], &[]) {
         Ok(config) => config.effective().entries().map(|(key, value)| (key, value.to_owned())).collect(),
-        // The defaults are valid; a test says so.
+        // The defaults are valid, which a test checks.
         Err(_) => Vec::new(),
     }
 }
@@ -45,21 +48,21 @@ fn keys() -> Vec<(&'static str, String)> {
 impl ConfigArgs {
     /// Whether a flag set this key.
     pub(super) fn sets(&self, key: &str) -> bool {
-        self.overrides.iter().any(|(given, _)| given == key)
+        self.overrides.iter().any(|(set_key, _)| set_key == key)
     }
 
-    /// Sets a key as if by a flag, where neither flag nor environment nor file sets it.
+    /// Sets a key as if by a flag, unless a flag, the environment or the file sets it.
     #[must_use]
     pub(super) fn with_default(self, key: &str, value: String) -> Self {
-        // Where something is wrong with them, `load` says so afterwards.
-        let is_given = self.load().is_ok_and(|config| !config.effective().is_default(key));
-        if is_given { self } else { self.with(key, value) }
+        // If a source has an error, a later `load` reports it.
+        let is_set = self.load().is_ok_and(|config| !config.effective().is_default(key));
+        if is_set { self } else { self.with(key, value) }
     }
 
-    /// Sets a key as if by a flag, whoever else sets it.
+    /// Sets a key as if by a flag, overriding all other sources.
     #[must_use]
     pub(super) fn with(mut self, key: &str, value: String) -> Self {
-        self.overrides.retain(|(given, _)| given != key);
+        self.overrides.retain(|(set_key, _)| set_key != key);
         self.overrides.push((key.to_owned(), value));
         self
     }
@@ -67,14 +70,14 @@ impl ConfigArgs {
     /// Reads file, environment and flags.
     ///
     /// # Errors
-    /// All that is wrong with any of them.
+    /// Lists all errors of these sources.
     pub(super) fn load(&self) -> Result<Config, Error> {
         let config = Config::load(self.file.as_deref(), crate::config::from_env()?, &self.overrides)?;
         self.logger.get_or_init(|| config.logger.clone());
         Ok(config)
     }
 
-    /// What they say of the log, whatever else is wrong with them.
+    /// The section `logger`, even if the rest of the configuration is wrong.
     pub(super) fn logger(&self) -> &Logger {
         let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
         self.logger

@@ -1,4 +1,5 @@
-//! `tuplewatch setup` and `tuplewatch teardown`.
+//! `tuplewatch setup` and `tuplewatch teardown`: create the tables, the publication and the slot, and remove
+//! publication and slot.
 
 use super::overrides::ConfigArgs;
 use super::say;
@@ -9,20 +10,20 @@ use crate::config::{Config, Failover, MappingSource, Preset};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct SetupArgs {
-    /// Print the statements, and run none of them
+    /// Print the statements without running them
     #[arg(long)]
     dry_run: bool,
-    /// Drop the replication slot and make a new one: the way out when it was lost. Subscribers are told of the gap
+    /// Drop the replication slot and create a new one, for example after it was lost. Subscribers receive a gap
     #[arg(long)]
     recreate_slot: bool,
 }
 
-/// Says what is being done, as it is.
-fn tell(event: Event<'_>) {
+/// Prints each step as it begins, and each wait.
+fn report(event: Event<'_>) {
     match event {
         Event::Step(step) => say(&format!("{} ...", step.explanation)),
         Event::Waiting(waiting) => tracing::warn!("{waiting}"),
-        Event::Locked => tracing::warn!("another setup or teardown is at work in this database: waiting for it"),
+        Event::Locked => tracing::warn!("waiting for another setup or teardown that runs in this database"),
     }
 }
 
@@ -32,21 +33,25 @@ pub(super) async fn setup(config: &ConfigArgs, args: &SetupArgs) -> anyhow::Resu
     telemetry::init(&config.logger);
     if !args.dry_run {
         let done = apply(&config, args.recreate_slot).await?;
-        say(if done == 0 { "nothing to do: everything is there" } else { "done" });
+        say(if done == 0 { "nothing to do: everything exists" } else { "done" });
         return Ok(());
     }
     let mapping = app::load_mapping(&config)?;
     let connection = app::endpoints(&config)?.connect("tuplewatch setup").await?;
-    let steps = wanted(&config, &mapping, args.recreate_slot).plan(&connection.client).await?;
+    let steps = desired_state(&config, &mapping, args.recreate_slot).plan(&connection.client).await?;
     if steps.is_empty() {
-        say("-- nothing to do: everything is there");
+        say("-- nothing to do: everything exists");
     } else {
         say(&Script(&steps).to_string());
     }
     Ok(())
 }
 
-fn wanted<'a>(config: &'a Config, mapping: &'a crate::decode::mapping::Mapping, recreate_slot: bool) -> Setup<'a> {
+fn desired_state<'a>(
+    config: &'a Config,
+    mapping: &'a crate::decode::mapping::Mapping,
+    recreate_slot: bool,
+) -> Setup<'a> {
     Setup {
         mapping,
         slot: &config.replication.slot,
@@ -58,11 +63,11 @@ fn wanted<'a>(config: &'a Config, mapping: &'a crate::decode::mapping::Mapping, 
     }
 }
 
-/// Does what is missing; how many steps that were.
+/// Runs the missing steps, and returns their number.
 pub(super) async fn apply(config: &Config, recreate_slot: bool) -> anyhow::Result<usize> {
     let mapping = app::load_mapping(config)?;
     let connection = app::endpoints(config)?.connect("tuplewatch setup").await?;
-    let steps = wanted(config, &mapping, recreate_slot).apply(&connection, &mut tell).await?;
+    let steps = desired_state(config, &mapping, recreate_slot).apply(&connection, &mut report).await?;
     Ok(steps.len())
 }
 
@@ -72,7 +77,7 @@ pub(super) async fn teardown(config: &ConfigArgs) -> anyhow::Result<()> {
     telemetry::init(&config.logger);
     let connection = app::endpoints(&config)?.connect("tuplewatch teardown").await?;
     let teardown = Teardown { slot: &config.replication.slot, publication: &config.replication.publication };
-    let steps = teardown.apply(&connection, &mut tell).await?;
-    say(if steps.is_empty() { "nothing to do: neither slot nor publication is there" } else { "done" });
+    let steps = teardown.apply(&connection, &mut report).await?;
+    say(if steps.is_empty() { "nothing to do: neither slot nor publication exists" } else { "done" });
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! Logs: text for people or JSON for machines, on standard error.
 //!
-//! A log line tells of a change of state, once, and never of a single change; it holds no row values and no secrets. In JSON
-//! everything is a line of JSON, also a panic and the error that the process ends with: who reads the log reads the last line, too.
+//! A log line reports a change of state once, never a single change. It contains no row values and no secrets. In the
+//! JSON format everything is a line of JSON, including a panic and the error that ends the process, so that a log
+//! reader sees the last line too.
 
 use crate::config::{LogFormat, LogLevel, Logger};
 use anstream::{AutoStream, ColorChoice};
@@ -12,7 +13,7 @@ use tracing_subscriber::fmt;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-/// Starts logging. The first call wins: tests start several servers in one process.
+/// Starts logging. Only the first call has an effect, because tests start several servers in one process.
 pub(crate) fn init(config: &Logger) {
     let level = match config.level {
         LogLevel::Trace => LevelFilter::TRACE,
@@ -21,7 +22,7 @@ pub(crate) fn init(config: &Logger) {
         LogLevel::Warn => LevelFilter::WARN,
         LogLevel::Error => LevelFilter::ERROR,
     };
-    // Dependencies speak only where something is wrong.
+    // Dependencies log only problems.
     let filter = Targets::new().with_default(LevelFilter::WARN).with_targets([
         ("fjall", LevelFilter::ERROR),
         ("lsm_tree", LevelFilter::ERROR),
@@ -29,7 +30,7 @@ pub(crate) fn init(config: &Logger) {
     ]);
     let log = tracing_subscriber::registry().with(filter);
     let lines = fmt::layer().with_writer(std::io::stderr);
-    // An error means that logging was started before.
+    // An error means that logging was already started.
     match config.format {
         LogFormat::Json => {
             if log.with(lines.json().flatten_event(true)).try_init().is_ok() {
@@ -43,7 +44,7 @@ pub(crate) fn init(config: &Logger) {
     }
 }
 
-/// What the standard library would print of a panic, as a line of the log.
+/// Logs a panic as one line, with the content that the standard library would print.
 fn log_panic(panic: &PanicHookInfo<'_>) {
     let thread = std::thread::current();
     let location = panic.location().map(ToString::to_string).unwrap_or_default();
@@ -53,7 +54,7 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
         thread = thread.name().unwrap_or_default(),
         location,
         backtrace,
-        "panicked, which is a bug: {}",
+        "panic, which is a bug: {}",
         panic.payload_as_str().unwrap_or("(no message)")
     );
 }
@@ -66,7 +67,7 @@ mod tests {
 
     const PANICS: &str = "THIS_PROCESS_PANICS";
 
-    /// The hook is the whole process's, so that a process of its own panics: this very test, called once more.
+    /// The panic hook belongs to the whole process. So the test runs itself in a second process that panics.
     #[test]
     fn a_panic_is_a_line_of_json() {
         if std::env::var_os(PANICS).is_some() {
@@ -82,7 +83,7 @@ mod tests {
             let said = String::from_utf8(output.stderr).unwrap();
             let [line] = &said.lines().collect::<Vec<_>>()[..] else { panic!("{said}") };
             let line: Json = serde_json::from_str(line).unwrap();
-            assert_eq!(line["message"], "panicked, which is a bug: two\nlines of it");
+            assert_eq!(line["message"], "panic, which is a bug: two\nlines of it");
             assert_eq!((&line["level"], &line["thread"]), (&Json::from("ERROR"), &Json::from("worker")));
             assert!(line["location"].as_str().unwrap().starts_with("src/cli/telemetry.rs:"), "{line}");
             assert_eq!(line["backtrace"].is_string(), backtrace == "1", "{line}");

@@ -1,4 +1,4 @@
-//! What is different where a person reads the output, and how commands are written for people to paste.
+//! Output for people: colours on a terminal, and commands that can be pasted.
 
 use crate::model::diagnostic::shell_word;
 use anstream::{AutoStream, ColorChoice};
@@ -6,7 +6,7 @@ use anstyle::AnsiColor::{Green, Red, Yellow};
 use std::borrow::Cow;
 use std::io::IsTerminal as _;
 
-/// When output is coloured. `Auto` also knows NO_COLOR, CLICOLOR_FORCE and TERM=dumb.
+/// When to colour output. `Auto` also honours NO_COLOR, CLICOLOR_FORCE and TERM=dumb.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Color {
     #[default]
@@ -16,7 +16,7 @@ pub(super) enum Color {
 }
 
 impl Color {
-    /// Decides for the whole process: what is printed, notices, and the log.
+    /// Applies the choice to the whole process: results, notices and the log.
     pub(super) fn apply(self) {
         let choice = match self {
             Self::Auto => ColorChoice::Auto,
@@ -27,7 +27,7 @@ impl Color {
     }
 }
 
-/// Styles text for one stream, or leaves it as it is where the stream takes no colours.
+/// Styles text for one stream; leaves it unchanged if the stream takes no colours.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Style {
     is_colored: bool,
@@ -51,43 +51,43 @@ impl Style {
         if self.is_colored { format!("{style}{text}{style:#}") } else { text.to_owned() }
     }
 
-    /// What came to be.
+    /// The style of a created object, or of success.
     pub(super) fn created(self, text: &str) -> String {
         self.with(Green.on_default(), text)
     }
 
-    /// What is gone.
+    /// The style of a deleted object.
     pub(super) fn deleted(self, text: &str) -> String {
         self.with(Red.on_default(), text)
     }
 
-    /// What somebody should look at.
+    /// The style of a warning.
     pub(super) fn warning(self, text: &str) -> String {
         self.with(Yellow.on_default().bold(), text)
     }
 
-    /// What does not work.
+    /// The style of an error.
     pub(super) fn error(self, text: &str) -> String {
         self.with(Red.on_default().bold(), text)
     }
 
-    /// What is there for those who look for it.
+    /// The style of secondary text.
     pub(super) fn faint(self, text: &str) -> String {
         self.with(anstyle::Style::new().dimmed(), text)
     }
 
-    /// What to see first: a command to paste.
+    /// The style of the most important text, such as a command to paste.
     pub(super) fn strong(self, text: &str) -> String {
         self.with(anstyle::Style::new().bold(), text)
     }
 }
 
-/// Whether somebody reads along.
+/// Whether a person reads the output.
 pub(super) fn stdout_is_terminal() -> bool {
     std::io::stdout().is_terminal()
 }
 
-/// How this program is called here: as it was, or through cargo where cargo runs it.
+/// The name that this program was called by, or the cargo command that ran it.
 pub(super) fn program() -> String {
     let is_run_by_cargo = std::env::var("CARGO_PKG_NAME").is_ok_and(|name| name == env!("CARGO_PKG_NAME"));
     match std::env::args().next() {
@@ -96,7 +96,7 @@ pub(super) fn program() -> String {
     }
 }
 
-/// Text from elsewhere, which must not steer the terminal or break a line.
+/// Escapes control characters in foreign text, so that it can neither steer the terminal nor break a line.
 pub(super) fn harmless(text: &str) -> Cow<'_, str> {
     if text.chars().any(char::is_control) {
         Cow::Owned(
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_from_elsewhere_is_harmless() {
+    fn foreign_text_is_harmless() {
         assert_eq!(harmless("größer"), "größer");
         assert_eq!(harmless("a\x1b[2J\nb"), r"a\u{1b}[2J\nb");
     }

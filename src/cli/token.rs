@@ -1,4 +1,4 @@
-//! `tuplewatch token`: explains one, without a server.
+//! `tuplewatch token`: explains a snap token, without a server.
 
 use super::{examples, say};
 use crate::model::scope::Place;
@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 #[derive(Debug, clap::Args)]
 #[command(after_help = examples::TOKEN)]
 pub(super) struct TokenArgs {
-    /// The token, as it was received
+    /// The token as it was received
     token: SnapToken,
 }
 
@@ -58,7 +58,7 @@ fn explain(token: &SnapToken) -> String {
             )
         }
         SnapToken::Snapshot { xid, snapshot } => format!(
-            "kind:        Permify's, of a snapshot\nincludes:    transaction {xid}, and what it saw\nsnapshot:    {snapshot}"
+            "kind:        Permify's, of a snapshot\nincludes:    transaction {xid}, and everything visible to its snapshot\nsnapshot:    {snapshot}"
         ),
     }
 }

@@ -1,11 +1,11 @@
-//! `tuplewatch watch`: prints a tenant's changes as they come, and resumes by itself.
+//! `tuplewatch watch`: prints the changes of a tenant as they are committed, and resumes after a lost connection.
 //!
-//! Changes go to the standard output, and everything that is said about the stream to the standard error.
+//! Changes go to standard output. Notices about the stream go to standard error.
 
 mod json;
 mod lines;
 
-use super::connection::{ConnectionArgs, Way};
+use super::connection::{ConnectionArgs, Connector};
 use super::failure::{Failure, is_local};
 use super::terminal::{Style, program};
 use super::{examples, stop_signal};
@@ -29,7 +29,7 @@ use tonic_types::StatusExt;
 #[derive(Debug, clap::Args)]
 #[command(after_help = examples::WATCH)]
 pub(super) struct WatchArgs {
-    /// Whose changes to print
+    /// The tenant whose changes to print
     #[arg(long, short, value_hint = ValueHint::Other)]
     tenant: String,
     /// Start after this token instead of now
@@ -37,7 +37,7 @@ pub(super) struct WatchArgs {
     snap_token: Option<String>,
     #[command(flatten)]
     connection: ConnectionArgs,
-    /// For people, or one JSON object a line
+    /// Text for people, or one JSON object a line
     #[arg(long, value_enum, default_value_t = Output::Text)]
     output: Output,
 }
@@ -48,19 +48,19 @@ enum Output {
     Json,
 }
 
-/// Longest wait for somebody to take them.
+/// The longest wait for the last notice to be written.
 const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
 const WAIT_MIN: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
 pub(super) async fn run(args: &WatchArgs) -> anyhow::Result<()> {
-    let way = args.connection.way()?;
+    let connector = args.connection.connector()?;
     let mut watch = Watch::new(args);
     tokio::select! {
-        ended = watch.follow(way) => return ended,
+        ended = watch.follow(connector) => return ended,
         () = stop_signal() => {}
     }
-    // Whoever should read it may not.
+    // The reader of standard error may be gone, so the wait is limited.
     let _ = timeout(LAST_WORDS_MAX, watch.say_how_to_resume()).await;
     Ok(())
 }
@@ -69,24 +69,24 @@ pub(super) async fn run(args: &WatchArgs) -> anyhow::Result<()> {
 struct Watch<'a> {
     args: &'a WatchArgs,
     printer: Printer,
-    /// Of notices.
+    /// The style of notices.
     style: Style,
-    /// Where the next connection starts; empty: now.
+    /// The start of the next connection; empty means now.
     token: String,
     /// Whether a stream was ever open.
     has_begun: bool,
-    /// Whether the loss of the connection was said, and its return is to be.
+    /// Whether the loss of the connection was reported, so that its return has to be.
     is_lost: bool,
     wait: Duration,
 }
 
-/// Why a connection is over.
+/// The reason why a connection ended.
 enum End {
-    /// It was not made.
+    /// The connection could not be made.
     Unreachable(tonic::transport::Error),
-    /// The server said so, or it broke.
+    /// The server ended the stream, or the connection broke.
     Status(Status),
-    /// Nobody takes what is printed.
+    /// The output could not be written.
     Output(io::Error),
 }
 
@@ -103,22 +103,22 @@ impl<'a> Watch<'a> {
         Self { args, printer, style, token, has_begun: false, is_lost: false, wait: WAIT_MIN }
     }
 
-    async fn follow(&mut self, way: Way) -> anyhow::Result<()> {
+    async fn follow(&mut self, connector: Connector) -> anyhow::Result<()> {
         let connection = &self.args.connection;
         loop {
             let authorization = connection.authorization()?;
-            let failure = match self.stream(&way, authorization.clone()).await {
+            let failure = match self.stream(&connector, authorization.clone()).await {
                 Ok(()) => Failure::of_status(&Status::unavailable("the server ended the stream")),
-                // Like `head`, which has what it wants.
+                // A reader such as `head` has read enough.
                 Err(End::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
                 Err(End::Output(error)) => return Err(error).context("cannot print the changes"),
                 Err(End::Unreachable(error)) => Failure::of_connection(&error),
-                // A gap: said loudly, and gone on after it, as a person at a terminal would.
+                // After a gap the command warns and continues, as a person at a terminal would.
                 Err(End::Status(status)) if status.code() == Code::Aborted => {
                     self.pass_gap(&status).await;
                     continue;
                 }
-                // Expired, and renewed in the meantime.
+                // The token expired, and its file has a new one.
                 Err(End::Status(status))
                     if status.code() == Code::Unauthenticated && connection.authorization()? != authorization =>
                 {
@@ -138,27 +138,27 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Goes on after a gap in the history, from where the server says, or else from now.
+    /// Continues after a gap, at the server's next token if it sent one, else from now.
     async fn pass_gap(&mut self, status: &Status) {
         let details = status.get_error_details();
         let next = details.error_info().and_then(|info| info.metadata.get(NEXT_SNAP_TOKEN)).cloned();
         self.token = next.unwrap_or_default();
         let what = status.message().trim_end_matches(AFTER_GAP);
-        let text = format!("GAP: {what}. Changes are missing here; {}", self.whence());
+        let text = format!("GAP: {what}. Changes are missing here; {}", self.resume_position());
         notice(&self.style.warning(&text)).await;
     }
 
-    /// Where it reads on.
-    fn whence(&self) -> String {
+    /// The position of the next connection, in words.
+    fn resume_position(&self) -> String {
         match &*self.token {
             "" => "reading from now on".to_owned(),
             token => format!("resuming after token {}", short(token)),
         }
     }
 
-    /// One connection, until it ends.
-    async fn stream(&mut self, way: &Way, authorization: Option<AsciiMetadataValue>) -> Result<(), End> {
-        let channel: Channel = way.connect().await.map_err(End::Unreachable)?;
+    /// Runs one connection until it ends.
+    async fn stream(&mut self, connector: &Connector, authorization: Option<AsciiMetadataValue>) -> Result<(), End> {
+        let channel: Channel = connector.connect().await.map_err(End::Unreachable)?;
         let tenant_id = self.args.tenant.clone();
         let mut request = Request::new(WatchRequest { tenant_id, snap_token: self.token.clone() });
         if let Some(authorization) = authorization {
@@ -166,7 +166,7 @@ impl<'a> Watch<'a> {
         }
         let response = WatchClient::new(channel).watch(request).await?;
         self.say_begun().await;
-        // So that a stream that is lost before its first message resumes where it started.
+        // A stream that breaks before its first message then resumes at its start.
         if self.token.is_empty() {
             let start = response.metadata().get(START_SNAP_TOKEN).and_then(|token| token.to_str().ok());
             self.token = start.unwrap_or_default().to_owned();
@@ -187,12 +187,12 @@ impl<'a> Watch<'a> {
             let text = format!("watching tenant {tenant} on {} from {from}; Ctrl-C ends", connection.server);
             notice(&self.style.faint(&text)).await;
         } else if self.is_lost {
-            notice(&self.style.faint(&format!("connected again, {}", self.whence()))).await;
+            notice(&self.style.faint(&format!("connected again, {}", self.resume_position()))).await;
         }
         (self.has_begun, self.is_lost, self.wait) = (true, false, WAIT_MIN);
     }
 
-    /// Waits for the next attempt. What was lost is said once, however often it is tried.
+    /// Waits before the next attempt. A lost connection is reported once, not at each attempt.
     async fn wait_after(&mut self, lost: &str, pause: Duration) {
         let wait = self.wait.max(pause);
         if !self.is_lost {
@@ -206,7 +206,7 @@ impl<'a> Watch<'a> {
         self.wait = (self.wait * 2).min(WAIT_MAX);
     }
 
-    /// At the end: what to type to get the rest.
+    /// Prints the command that resumes after the last printed change.
     async fn say_how_to_resume(&self) {
         if !self.has_begun {
             return;
@@ -219,18 +219,19 @@ impl<'a> Watch<'a> {
         words.extend(["--snap-token".to_owned(), self.token.clone()]);
         let words: Vec<_> = words.iter().map(|word| shell_word(word)).collect();
         let command = format!("{} {}", program(), words.join(" "));
-        notice(&format!("{}\n  {}", self.style.faint("what comes after this:"), self.style.strong(&command))).await;
+        notice(&format!("{}\n  {}", self.style.faint("to resume from here:"), self.style.strong(&command))).await;
     }
 }
 
-/// Says what is going on, beside what is printed. As with [`Printer::print`], what waits for a reader can be dropped.
+/// Prints a notice to standard error. As in [`Printer::print`], the caller can drop this future while it waits for a
+/// reader.
 async fn notice(text: &str) {
     let mut out = tokio::io::stderr();
     let _ = out.write_all(format!("{text}\n").as_bytes()).await;
     let _ = out.flush().await;
 }
 
-/// Enough of a token to tell it from others: they begin alike.
+/// The end of a token, which tells it from others. Tokens have similar beginnings.
 fn short(token: &str) -> String {
     const SHOWN: usize = 10;
     match token.char_indices().nth_back(SHOWN - 1) {
@@ -252,7 +253,7 @@ impl Printer {
         }
     }
 
-    /// A message at once, so that a reader sees all of it. What waits for a reader that has stopped can be dropped.
+    /// Prints a whole message at once. The caller can drop this future while it waits for a reader that has stopped.
     async fn print(&mut self, changes: &DataChanges) -> io::Result<()> {
         let text = match self {
             Self::Text(lines) => lines.message(changes),
@@ -269,7 +270,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tokens_are_shortened_to_what_differs() {
+    fn tokens_are_shortened_to_their_ends() {
         for (token, shown) in [("", ""), ("abc", "abc"), ("0123456789", "0123456789"), ("xx0123456789", "…0123456789")]
         {
             assert_eq!(short(token), shown);

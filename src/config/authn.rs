@@ -1,4 +1,4 @@
-//! Section `authn`: who may make requests.
+//! The section `authn`: the credentials of callers, and the requests that need none.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -8,50 +8,49 @@ use super::choice::AuthnMethod;
 use super::database_uri::HIDDEN;
 use super::document;
 use super::effective::{Setting, yaml_string};
-use super::given::{Allowed, Given, boolean, choice, list};
+use super::parse::{Allowed, RawValue, boolean, choice, list};
 use super::reader::Reader;
 use crate::yaml::{Section, Value};
 
-/// Who may make requests.
+/// The credentials of callers, and the requests that need none.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Authn {
-    /// What callers present; `None` lets everybody in.
+pub(crate) struct Authn {
+    /// The credentials that callers must present; `None` lets everybody in.
     pub credentials: Option<Credentials>,
-    /// What needs no credentials.
+    /// The requests that need no credentials.
     pub exempt: Exempt,
 }
 
-/// What callers present, as `authorization: Bearer …`.
+/// The credentials that callers present as `authorization: Bearer …`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Credentials {
+pub(crate) enum Credentials {
     /// One of these keys.
     Preshared(Vec<PresharedKey>),
-    /// A JWT.
     Oidc(Oidc),
 }
 
-/// What needs no credentials.
+/// The requests that need no credentials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Exempt {
-    /// `grpc.health.v1`, `/healthz` and `/readyz`: probes of a platform usually have none.
+pub(crate) struct Exempt {
+    /// `grpc.health.v1`, `/healthz` and `/readyz`. The probes of a platform usually have no credentials.
     pub health: bool,
-    /// Server reflection, which tells no more than the published protocol.
+    /// Server reflection, which reveals only the published protocol.
     pub reflection: bool,
-    /// `/metrics`, which has no values of rows and no tenants in it, but names tables and tells how busy they are.
+    /// `/metrics`, which names tables and reveals how busy they are, but has no row values and no tenants.
     pub metrics: bool,
 }
 
-/// A key, and what it is good for. `Debug` shows no key.
+/// A key, and the tenants that it gives access to. `Debug` hides the key.
 #[derive(Clone, PartialEq, Eq)]
-pub struct PresharedKey {
+pub(crate) struct PresharedKey {
     key: String,
-    /// `None`: all tenants.
+    /// `None` gives access to all tenants.
     pub tenants: Option<Vec<String>>,
 }
 
 impl PresharedKey {
-    /// The key itself, for comparing.
-    pub fn expose(&self) -> &str {
+    /// The key itself, for comparisons.
+    pub(crate) fn expose(&self) -> &str {
         &self.key
     }
 }
@@ -75,22 +74,23 @@ impl Setting for PresharedKey {
 
 /// JWTs of an OpenID Connect issuer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Oidc {
-    /// Whose tokens, and where its keys are found.
+pub(crate) struct Oidc {
+    /// The issuer whose tokens are accepted. Its keys are found through its discovery document.
     pub issuer: SecureUrl,
-    /// What a token's `aud` must hold.
+    /// The value that the claim `aud` of a token must contain.
     pub audience: String,
-    /// The claim with the caller's tenants; `None` where every caller may use all of them.
+    /// The claim that lists the tenants of a caller; `None` gives every caller access to all tenants.
     pub tenants_claim: Option<String>,
 }
 
-/// The URL of something that is trusted: https, or http on this machine.
+/// The URL of a trusted server: https, or http on this machine.
 #[derive(Clone, PartialEq, Eq)]
-pub struct SecureUrl(String);
+pub(crate) struct SecureUrl(String);
 
 impl SecureUrl {
-    /// Without user, query and fragment, which the URL of an issuer or of its keys has no use for. `None` for what is no such URL.
-    pub fn parse(text: &str) -> Option<Self> {
+    /// Parses a URL without user and fragment, which the URLs of issuers and keys do not need. `None` if the text is
+    /// not a secure URL.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let uri: http::Uri = text.parse().ok()?;
         let host = uri.host()?.trim_matches(['[', ']']);
         let is_loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
@@ -102,8 +102,8 @@ impl SecureUrl {
         (is_secure && !text.contains(['@', '#'])).then(|| Self(text.to_owned()))
     }
 
-    /// As it was given.
-    pub fn as_str(&self) -> &str {
+    /// The URL as it was configured.
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
@@ -126,8 +126,8 @@ impl fmt::Debug for SecureUrl {
     }
 }
 
-/// Whoever gives both believes that both count.
-const OTHER_METHOD: &str = "only one method is in force, and this is for the other";
+/// A setting of the other method is refused, because its author expects it to have an effect.
+const OTHER_METHOD: &str = "authn.method selects the other method";
 
 impl Authn {
     pub(super) fn read(read: &mut Reader) -> Self {
@@ -146,7 +146,10 @@ impl Authn {
             _ if !enabled => None,
             AuthnMethod::Preshared => {
                 if keys.is_empty() {
-                    read.refuse(&["authn.enabled", "authn.preshared.keys"], "without a key nobody could get in");
+                    read.refuse(
+                        &["authn.enabled", "authn.preshared.keys"],
+                        "at least one key is needed, or every request would be refused",
+                    );
                 }
                 if issuer.is_some() {
                     read.refuse(&["authn.method", "authn.oidc.issuer"], OTHER_METHOD);
@@ -155,7 +158,7 @@ impl Authn {
             }
             AuthnMethod::Oidc => {
                 if issuer.is_none() {
-                    read.refuse(&["authn.method", "authn.oidc.issuer"], "tokens need an issuer that is trusted");
+                    read.refuse(&["authn.method", "authn.oidc.issuer"], "the method oidc needs an issuer");
                 }
                 if audience.is_empty() {
                     let rule = "without an audience, tokens that were issued for other services would be accepted";
@@ -172,15 +175,15 @@ impl Authn {
     }
 }
 
-/// A list of keys: bare, or `{key: …, tenants: […]}`. Where only text can be given, the list in brackets as in a file, or bare
-/// keys with commas between them.
-fn preshared_keys(given: &Given<'_>) -> Result<Vec<PresharedKey>, Allowed> {
-    let keys = match given {
-        Given::Text(text) if text.trim_start().starts_with('[') => {
+/// Reads a list of keys: bare, or `{key: …, tenants: […]}`. In the environment and in flags it is the list in brackets
+/// as in a file, or bare keys separated by commas.
+fn preshared_keys(raw: &RawValue<'_>) -> Result<Vec<PresharedKey>, Allowed> {
+    let keys = match raw {
+        RawValue::Text(text) if text.trim_start().starts_with('[') => {
             let value = document::parse_value(text).ok_or("a list as in [a, {key: b, tenants: [t1]}]")?;
-            list(preshared_key)(&Given::from(&value))?
+            list(preshared_key)(&RawValue::from(&value))?
         }
-        _ => list(preshared_key)(given)?,
+        _ => list(preshared_key)(raw)?,
     };
     let mut seen = HashSet::new();
     if keys.iter().all(|key| seen.insert(key.expose())) {
@@ -190,10 +193,10 @@ fn preshared_keys(given: &Given<'_>) -> Result<Vec<PresharedKey>, Allowed> {
     }
 }
 
-fn preshared_key(given: &Given<'_>) -> Result<PresharedKey, Allowed> {
-    let key = match given {
-        Given::Text(text) => key(text).map(|key| PresharedKey { key, tenants: None }),
-        Given::Section(section) => key_and_tenants(section),
+fn preshared_key(raw: &RawValue<'_>) -> Result<PresharedKey, Allowed> {
+    let key = match raw {
+        RawValue::Text(text) => key(text).map(|key| PresharedKey { key, tenants: None }),
+        RawValue::Section(section) => key_and_tenants(section),
         _ => None,
     };
     let allowed = "1 to 4096 visible ASCII characters, in quotes where they are digits only, or {key: …, tenants: […]}";
@@ -210,7 +213,7 @@ fn key_and_tenants(section: &Section) -> Option<PresharedKey> {
     (section.len() == known).then_some(PresharedKey { key: key(text)?, tenants })
 }
 
-/// What can be sent in a header.
+/// Any text that fits into a header.
 fn key(text: &str) -> Option<String> {
     ((1..=4096).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())).then(|| text.to_owned())
 }
@@ -221,22 +224,22 @@ fn tenants(value: &Value) -> Option<Vec<String>> {
         Value::Text(text) if !text.is_empty() => Some(text.clone()),
         _ => None,
     };
-    // An empty list could be meant for none or for all.
+    // An empty list could be meant for no tenant or for all tenants.
     items.iter().map(tenant).collect::<Option<Vec<_>>>().filter(|tenants| !tenants.is_empty())
 }
 
-fn issuer(given: &Given<'_>) -> Result<Option<SecureUrl>, Allowed> {
-    match given {
-        Given::Text("") => Some(None),
-        Given::Text(text) if !text.contains('?') => SecureUrl::parse(text).map(Some),
+fn issuer(raw: &RawValue<'_>) -> Result<Option<SecureUrl>, Allowed> {
+    match raw {
+        RawValue::Text("") => Some(None),
+        RawValue::Text(text) if !text.contains('?') => SecureUrl::parse(text).map(Some),
         _ => None,
     }
     .ok_or_else(|| "an https URL without query (http only on this machine)".to_owned())
 }
 
-fn printable(given: &Given<'_>) -> Result<String, Allowed> {
-    match given {
-        Given::Text(text) if !text.chars().any(char::is_control) => Ok((*text).to_owned()),
+fn printable(raw: &RawValue<'_>) -> Result<String, Allowed> {
+    match raw {
+        RawValue::Text(text) if !text.chars().any(char::is_control) => Ok((*text).to_owned()),
         _ => Err("a text; put it in quotes".to_owned()),
     }
 }

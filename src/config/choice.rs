@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// A closed set of words, as they are written in the configuration.
+/// A closed set of words, spelled as in the configuration.
 pub(super) trait Choice: Copy + fmt::Display + 'static {
     const ALL: &'static [Self];
 }
@@ -12,7 +12,7 @@ macro_rules! choice {
     ($(#[$outer:meta])* $name:ident { $($(#[$inner:meta])* $variant:ident = $word:literal,)+ }) => {
         $(#[$outer])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum $name { $($(#[$inner])* $variant,)+ }
+        pub(crate) enum $name { $($(#[$inner])* $variant,)+ }
 
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -31,19 +31,19 @@ choice! {
     LogLevel {
         /// Every message of the replication stream.
         Trace = "trace",
-        /// What leads up to each decision.
+        /// The steps that lead to each decision.
         Debug = "debug",
-        /// What an operator may want to know later.
+        /// Changes of state that an operator may want to know later.
         Info = "info",
-        /// What an operator should look at.
+        /// Conditions that an operator should look at.
         Warn = "warn",
-        /// What stops this process or loses history.
+        /// Errors that stop this process or lose history.
         Error = "error",
     }
 }
 
 choice! {
-    /// How a log line looks.
+    /// The format of a log line.
     LogFormat {
         /// For people.
         Text = "text",
@@ -53,21 +53,21 @@ choice! {
 }
 
 choice! {
-    /// How callers prove who they are.
+    /// The method that callers authenticate with.
     AuthnMethod {
-        /// With a key of a list.
+        /// A key of a configured list.
         Preshared = "preshared",
-        /// With a JWT of an OpenID Connect issuer.
+        /// A JWT of an OpenID Connect issuer.
         Oidc = "oidc",
     }
 }
 
 choice! {
-    /// What happens to a row that cannot be turned into changes.
+    /// The treatment of a row that the mapping cannot turn into changes.
     OnUndecodable {
-        /// A gap for the tenants concerned; everybody else goes on.
+        /// The tenants of the row get a gap; all other tenants continue.
         Gap = "gap",
-        /// The process stops before it.
+        /// The stream stops before the row.
         Halt = "halt",
     }
 }
@@ -75,9 +75,9 @@ choice! {
 choice! {
     /// Whether standbys keep a copy of the slot.
     Failover {
-        /// From PostgreSQL 17 on.
+        /// Yes, from PostgreSQL 17 on.
         Auto = "auto",
-        /// The slot is left as it is.
+        /// tuplewatch leaves the slot as it is.
         Off = "off",
     }
 }
@@ -87,17 +87,16 @@ choice! {
     Preset {
         /// The tables in schema `tuplewatch`.
         Tuples = "tuples",
-        /// The tables of Permify.
         Permify = "permify",
     }
 }
 
 choice! {
-    /// The form of the snap tokens that are handed out.
+    /// The form of the snap tokens in messages.
     SnapTokenFormat {
-        /// What the mapping calls for.
+        /// `Permify` with the preset `permify`, else `Native`.
         Auto = "auto",
-        /// Position tokens of our own.
+        /// tuplewatch's own position tokens.
         Native = "native",
         /// Transaction ids, as Permify writes them.
         Permify = "permify",

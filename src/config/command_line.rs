@@ -1,4 +1,4 @@
-//! What goes into the commands of messages of the file and the flags that were given.
+//! Keeps the configuration file and the flags of this process, for messages that recommend another command.
 
 use std::path::Path;
 
@@ -6,10 +6,10 @@ use super::database_uri::DatabaseUri;
 use super::origin::flag;
 use crate::model::diagnostic::CommandLine;
 
-/// The keys in whose values there may be a secret, beside the URI, of which only the password is one.
+/// Keys whose values are secrets as a whole. Of `database.uri` only the password is one.
 const SECRET: [&str; 1] = ["authn.preshared.keys"];
 
-/// What the environment sets is there for the next command too, so that it is only the file and the flags.
+/// The flags for another command. Variables of the environment are left out, because the next command inherits them.
 pub(super) fn of(file: Option<&Path>, overrides: &[(String, String)]) -> CommandLine {
     let mut commands = CommandLine::default();
     if let Some(file) = file {
@@ -37,18 +37,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_command_has_what_was_given_but_for_secrets() {
-        let given = |key: &str, value: &str| {
+    fn a_command_repeats_the_flags_without_secrets() {
+        let serve = |key: &str, value: &str| {
             of(Some(Path::new("t.yaml")), &[(key.to_owned(), value.to_owned())]).serve().to_string()
         };
         let with = |rest: &str| format!("tuplewatch serve --config t.yaml{rest}");
-        assert_eq!(given("replication.slot", "s"), with(" --replication-slot s"));
-        assert_eq!(given("database.uri", "postgres://u@h/db"), with(" --database-uri postgres://u@h/db"));
+        assert_eq!(serve("replication.slot", "s"), with(" --replication-slot s"));
+        assert_eq!(serve("database.uri", "postgres://u@h/db"), with(" --database-uri postgres://u@h/db"));
         let hint = " (its password is left out here: put it into PGPASSWORD)";
         assert_eq!(
-            given("database.uri", "postgres://u:secret@h/db"),
+            serve("database.uri", "postgres://u:secret@h/db"),
             with(&format!(" --database-uri postgres://u@h/db{hint}"))
         );
-        assert_eq!(given("authn.preshared.keys", "secret"), with(" (secrets are left out here)"));
+        assert_eq!(serve("authn.preshared.keys", "secret"), with(" (secrets are left out here)"));
     }
 }

@@ -1,19 +1,19 @@
-//! The database URI, which usually holds a password.
+//! The database URI, which usually contains a password.
 
 use std::fmt;
 
-/// Where Postgres is, exactly as it was given: a URI or a `key=value` string.
+/// The address of PostgreSQL as it was configured: a URI or a `key=value` string.
 ///
-/// `Display` and `Debug` show it without its password. They show only what they understand: a string that does not have
-/// one of the two forms is hidden as a whole, because its password could be anywhere.
+/// `Display` and `Debug` hide its password. They show only a string that has one of the two forms. Any other string is
+/// hidden as a whole, because its password could be anywhere.
 #[derive(Clone, PartialEq, Eq)]
-pub struct DatabaseUri(String);
+pub(crate) struct DatabaseUri(String);
 
-/// What stands for something hidden.
+/// The replacement for a hidden text.
 pub(super) const HIDDEN: &str = "***";
 
-/// Connection parameters whose values are no secrets (PostgreSQL documentation, "Parameter Key Words"). Everything that
-/// is not listed is taken for a secret.
+/// Connection parameters whose values are no secrets (PostgreSQL documentation, "Parameter Key Words"). The value of
+/// any other parameter is treated as a secret.
 const PUBLIC_PARAMETERS: &[&str] = &[
     "application_name",
     "channel_binding",
@@ -48,7 +48,7 @@ const PUBLIC_PARAMETERS: &[&str] = &[
     "user",
 ];
 
-/// Parameters that are recognized, and hidden.
+/// Known parameters whose values are hidden.
 const SECRET_PARAMETERS: &[&str] = &["password", "sslpassword", "oauth_client_secret"];
 
 impl DatabaseUri {
@@ -56,8 +56,8 @@ impl DatabaseUri {
         Self(text.to_owned())
     }
 
-    /// The URI as another command can be given it: without its secrets, which come from elsewhere then. As it is displayed,
-    /// where it is not understood.
+    /// The URI without its secrets, for another command that gets them from elsewhere. A URI that cannot be parsed is
+    /// hidden, as in `Display`.
     pub(super) fn without_password(&self) -> String {
         let shown = self.to_string();
         let mut text = shown.replace(&format!(":{HIDDEN}@"), "@");
@@ -69,8 +69,8 @@ impl DatabaseUri {
         text.trim_end_matches(['?', '&', ' ']).to_owned()
     }
 
-    /// The URI with its password, for making a connection.
-    pub fn expose(&self) -> &str {
+    /// The URI with its password, for a connection.
+    pub(crate) fn expose(&self) -> &str {
         &self.0
     }
 }
@@ -121,7 +121,7 @@ fn redact_uri(text: &str) -> Option<String> {
     }
     shown.push_str(hosts);
     if let Some(database) = database {
-        // A password with a bare `/` in it would end up here, with the `@` that follows it.
+        // A password that contains a `/` would end up here, together with the `@` behind it.
         if database.contains(['/', '@', ':']) {
             return None;
         }
@@ -141,7 +141,7 @@ fn redact_uri(text: &str) -> Option<String> {
     Some(shown)
 }
 
-/// `name = value …`, a value being bare or in single quotes, with backslash escapes in either.
+/// `name = value …`. A value is bare or in single quotes, with backslash escapes in either form.
 fn redact_pairs(text: &str) -> Option<String> {
     let mut shown = Vec::new();
     let mut rest = text.trim();
@@ -157,7 +157,7 @@ fn redact_pairs(text: &str) -> Option<String> {
     Some(shown.join(" "))
 }
 
-/// Where the value at the start of `text` ends, its quotes included. `None` when a quote stays open.
+/// The end of the value at the start of `text`, including its quotes. `None` if a quote stays open.
 fn value_end(text: &str) -> Option<usize> {
     let quoted = text.starts_with('\'');
     let mut chars = text.char_indices().skip(usize::from(quoted));
@@ -184,7 +184,7 @@ fn redact_parameter<'a>(name: &str, value: &'a str) -> Option<&'a str> {
     }
 }
 
-/// A name, an address, `[` an IPv6 address `]` or a percent-encoded socket directory, and perhaps a port.
+/// A name, an address, `[` an IPv6 address `]`, or a percent-encoded socket directory; then possibly a port.
 fn is_host_and_port(text: &str) -> bool {
     let (host, port) = match text.rsplit_once(':') {
         Some((host, port)) if !port.ends_with(']') => (host, port),
@@ -220,7 +220,7 @@ mod tests {
                 "postgres://h/db?user=a@b&password=***&sslmode=require",
             ),
             ("postgres://h/db?sslpassword=secret", "postgres://h/db?sslpassword=***"),
-            // What is not understood.
+            // URIs that cannot be parsed.
             ("postgres://u:12/secret@h/db", "postgres://***"),
             ("postgres://u:a@b/secret@h/db", "postgres://***"),
             ("postgres://u:12?secret@h/db", "postgres://***"),
@@ -255,7 +255,7 @@ mod tests {
             ("postgres://h/db?password=secret", "postgres://h/db"),
             ("host=h password=secret user=u", "host=h user=u"),
             ("host=h user=u password='se cret'", "host=h user=u"),
-            // What is not understood.
+            // A URI that cannot be parsed.
             ("postgres://u:12/secret@h/db", "postgres://***"),
         ] {
             assert_eq!(DatabaseUri::new(text).without_password(), without, "{text:?}");

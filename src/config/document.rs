@@ -1,8 +1,8 @@
 //! Reads the YAML file into a flat list of dotted keys.
 //!
-//! The parser recurses once for each level of nesting and copies what an alias stands for, so that a small file can overflow
-//! the stack, which aborts the process, or use up the memory. Three bounds keep the text harmless before it is parsed; a real
-//! configuration comes nowhere near them.
+//! The YAML parser recurses once for each level of nesting, and copies the target of each alias. So a small file could
+//! overflow the stack, which aborts the process, or use up the memory. Three limits are checked before the text is
+//! parsed. A real configuration stays far below them.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,10 +13,10 @@ use super::error::{ALIASES_MAX, FILE_BYTES_MAX, FileFault, INDENT_MAX, Problem};
 use super::origin::{Name, Origin};
 use crate::yaml::{self, Section, Value};
 
-/// Dotted keys and what they are set to: never a table, except for an empty one.
+/// Dotted keys and their values. The only sections among the values are empty ones.
 pub(super) type Leaves = BTreeMap<String, Value>;
 
-/// Reads the file at `path`; what can be read is returned along with the problems of the rest.
+/// Reads the file at `path`. Returns the readable keys together with the problems of the rest.
 pub(super) fn read(path: &Path) -> (Leaves, Vec<Problem>) {
     let bytes = match read_bounded(path) {
         Ok(bytes) => bytes,
@@ -34,14 +34,14 @@ pub(super) fn read(path: &Path) -> (Leaves, Vec<Problem>) {
     }
 }
 
-/// A value that was given as text, and is written as in a file.
+/// Parses a value from a flag or the environment that is written as in a file.
 pub(super) fn parse_value(text: &str) -> Option<Value> {
     let mut table = parse(format!("value: {text}").as_bytes()).ok()?;
     let value = table.remove("value")?;
     table.is_empty().then_some(value)
 }
 
-/// At most one byte more than is allowed, so that a device or a pipe without end does no harm.
+/// Reads at most one byte more than the limit, so that an endless device or pipe does no harm.
 fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(FILE_BYTES_MAX as u64 + 1).read_to_end(&mut bytes)?;
@@ -57,7 +57,7 @@ fn parse(bytes: &[u8]) -> Result<Section, FileFault> {
         let line = valid.split(|byte| *byte == b'\n').count();
         FileFault::NotUnicode { line }
     })?;
-    // Windows editors put a byte order mark first, which the parser would take for a part of the first key.
+    // Windows editors start a file with a byte order mark, which the parser would take for a part of the first key.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     check_bounds(text)?;
     if text.lines().all(is_blank) {
@@ -69,7 +69,7 @@ fn parse(bytes: &[u8]) -> Result<Section, FileFault> {
     })
 }
 
-/// A line that sets nothing.
+/// Whether the line sets nothing.
 fn is_blank(line: &str) -> bool {
     let line = line.trim();
     line.is_empty() || line.starts_with('#') || line == "---" || line == "..."
@@ -77,10 +77,10 @@ fn is_blank(line: &str) -> bool {
 
 fn check_bounds(text: &str) -> Result<(), FileFault> {
     let mut aliases = 0;
-    // A carriage return alone ends a line in YAML, too. In `\r\n` it must not count as a line of its own.
+    // A carriage return alone ends a line in YAML, too. In `\r\n` it must not count as a second line.
     let text = text.replace("\r\n", "\n");
     for (line, content) in (1..).zip(text.split(['\r', '\n'])) {
-        // Besides blanks, the three indicators that open a block and can stand in front of another one.
+        // Blanks, and the three indicators that open a block and can precede another one.
         let start = content.find(|c| !matches!(c, ' ' | '\t' | '-' | '?' | ':')).unwrap_or(content.len());
         if start > INDENT_MAX {
             return Err(FileFault::TooDeep { line });
@@ -95,7 +95,7 @@ fn check_bounds(text: &str) -> Result<(), FileFault> {
     Ok(())
 }
 
-/// What could be an alias: an asterisk at the start of a word. Quoted text is not told apart.
+/// Counts possible aliases: asterisks at the start of a word, also in quoted text.
 fn count_aliases(line: &str) -> usize {
     let before = std::iter::once(' ').chain(line.chars());
     before
@@ -111,7 +111,7 @@ fn flatten(path: &Path, table: Section) -> (Leaves, Vec<Problem>) {
     while let Some((parent, table)) = open.pop() {
         for (part, value) in table {
             let key = if parent.is_empty() { part.clone() } else { format!("{parent}.{part}") };
-            // Let through, it would pass for a nested key and hide a second value of that one.
+            // A key that contains a dot would look like a nested key, and could hide the value of that one.
             if part.contains('.') {
                 let origin = Origin::File(path.to_owned());
                 let name = Name { key, origin };
@@ -126,7 +126,7 @@ fn flatten(path: &Path, table: Section) -> (Leaves, Vec<Problem>) {
             }
         }
     }
-    // Sections are read from the last to the first.
+    // The loop above visits sections from the last to the first.
     problems.sort_by_cached_key(Problem::to_string);
     (leaves, problems)
 }
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_come_flat() {
+    fn keys_are_flattened() {
         for (text, expected) in [
             ("", &[][..]),
             ("\u{feff}", &[]),
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_configuration_is_refused_with_its_line() {
+    fn malformed_files_are_refused_with_their_line() {
         for (text, expected) in [
             ("a: 1\nb: c: 2\n", "line 2"),
             ("a: 1\nb: 2\na: 3\n", "duplicated key in mapping at byte 13 line 3"),
@@ -195,7 +195,7 @@ mod tests {
             let message = keys(&steps.collect::<String>()).unwrap_err();
             assert_eq!(message, "line 66: indented by more than 64 columns");
         }
-        // The worst that the bounds let through, on the 2 MiB stack of a test.
+        // The deepest nesting within the limits, on the 2 MiB stack of a test.
         let blocks: String =
             (0..INDENT_MAX).map(|depth| " ".repeat(depth)).map(|indent| format!("{indent}a:\n{indent}-\n")).collect();
         for (open, close) in [("[", "]"), ("{a: ", "}"), ("[{a: ", "}]")] {

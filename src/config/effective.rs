@@ -1,4 +1,4 @@
-//! The configuration as it is in force, printed so that it can be read, compared, and loaded again.
+//! The configuration in force, printed in a form that people can read and compare, and that loads again.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -11,9 +11,9 @@ use super::origin::Origin;
 use super::quantity::{ByteSize, format_duration};
 use crate::yaml;
 
-/// The values in force with their origins. `Display` writes YAML, secrets redacted.
+/// The values in force with their origins. `Display` writes YAML and redacts secrets.
 #[derive(Clone, Debug, Default)]
-pub struct Effective {
+pub(crate) struct Effective {
     lines: Vec<Line>,
 }
 
@@ -26,13 +26,13 @@ struct Line {
 }
 
 impl Effective {
-    /// Every key in the order of the document, with its value in YAML, secrets redacted.
-    pub fn entries(&self) -> impl Iterator<Item = (&'static str, &str)> {
+    /// Every key in the order of the document, with its value in YAML and secrets redacted.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (&'static str, &str)> {
         self.lines.iter().map(|line| (line.key, line.value.as_str()))
     }
 
     /// Whether no source sets `key`.
-    pub fn is_default(&self, key: &str) -> bool {
+    pub(crate) fn is_default(&self, key: &str) -> bool {
         self.lines.iter().any(|line| line.key == key && line.origin == Origin::Default)
     }
 
@@ -63,15 +63,15 @@ impl fmt::Display for Effective {
     }
 }
 
-/// A value that can be printed.
+/// The value of a key.
 pub(super) trait Setting {
-    /// Keeps the value out of error messages.
+    /// Whether to keep the value out of error messages.
     const SECRET: bool = false;
 
     fn to_yaml(&self) -> String;
 }
 
-/// Printed without quotes: YAML reads these as what they are.
+/// Types that YAML reads back without quotes.
 macro_rules! plain_settings {
     ($($type:ty),+) => {
         $(impl Setting for $type {
@@ -137,7 +137,7 @@ impl<T: Choice> Setting for T {
     }
 }
 
-/// `text` as a YAML string: bare where that reads back as the same string, else in double quotes.
+/// Writes `text` as a YAML string: bare if it reads back as the same string, else in double quotes.
 pub(super) fn yaml_string(text: &str) -> String {
     let has_plain_letters = text.chars().all(|c| c.is_ascii_alphanumeric() || "._/:+-".contains(c));
     let reads_back = || {
@@ -187,7 +187,7 @@ mod tests {
             if text != "::" {
                 assert_eq!(written, yaml);
             }
-            // And as an item of a list.
+            // The same strings as items of a list.
             let texts = vec![text.to_owned(), "https://a.example:8443".to_owned()];
             let table = yaml::parse(&format!("key: {} # x", texts.to_yaml())).unwrap();
             assert_eq!(table["key"], yaml::Value::List(texts.into_iter().map(yaml::Value::Text).collect()));

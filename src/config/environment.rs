@@ -1,19 +1,19 @@
-//! The process' environment.
+//! The variables of the process environment that begin with `TUPLEWATCH_`.
 
 use std::ffi::OsString;
 
 use super::error::{Error, Problem};
 use super::origin::{Name, Origin, VARIABLE_PREFIX};
 
-/// Variables of ours that are no configuration keys: they are read where the command line is.
+/// Variables of tuplewatch that are no configuration keys. The command line reads them.
 pub(super) const OTHER_VARIABLES: &[&str] = &["TUPLEWATCH_CONFIG", "TUPLEWATCH_PG_BIN", "TUPLEWATCH_TOKEN"];
 
 /// The variables of this process that begin with `TUPLEWATCH_`, for [`Config::load`](super::Config::load).
 ///
 /// # Errors
 ///
-/// Names each of them that is not valid UTF-8.
-pub fn from_env() -> Result<Vec<(String, String)>, Error> {
+/// Lists each of these variables that is not valid UTF-8.
+pub(crate) fn from_env() -> Result<Vec<(String, String)>, Error> {
     unicode(std::env::vars_os())
 }
 
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_unicode_is_an_error_if_it_is_ours() {
+    fn only_tuplewatchs_variables_must_be_unicode() {
         let variable = |name: &[u8], value: &[u8]| (OsString::from_vec(name.into()), OsString::from_vec(value.into()));
         let fine =
             [variable(b"OTHER", b"\xff"), variable(b"OTHER_\xff", b""), variable(b"TUPLEWATCH_LOGGER__LEVEL", b"info")];

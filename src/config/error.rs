@@ -1,4 +1,4 @@
-//! Everything that can be wrong with a configuration.
+//! The errors of a configuration, collected into one list.
 
 use std::fmt;
 use std::io;
@@ -7,17 +7,18 @@ use std::path::PathBuf;
 use super::origin::{Name, flag, one_line, variable};
 use crate::yaml;
 
-/// The complete configuration with a comment at every key is a tenth of this.
+/// Ten times the size of a complete configuration with a comment at every key.
 pub(super) const FILE_BYTES_MAX: usize = 64 * 1024;
 
-/// Nested blocks start in ever later columns, except for a list directly below its key: a line that starts in column n
-/// is nested 2n deep at most. The deepest key of ours is on level 4. Flow style (`[[…]]`) the parser bounds itself.
+/// Nested blocks start in ever later columns, except for a list directly below its key. So a line that starts in column
+/// n is nested at most 2n deep. The deepest key of the configuration is on level 4. The parser itself limits flow style
+/// (`[[…]]`).
 pub(super) const INDENT_MAX: usize = 64;
 
-/// Aliases of aliases multiply. With so few, the text grows by a small factor at most.
+/// Aliases of aliases multiply the text. Four aliases can only multiply it by a small factor.
 pub(super) const ALIASES_MAX: usize = 4;
 
-/// All that is wrong with the configuration, in one list: a headline, then one line for each problem.
+/// All errors of a configuration: a headline, then one line for each problem.
 #[derive(Debug)]
 pub struct Error {
     problems: Vec<Problem>,
@@ -58,7 +59,7 @@ pub(super) enum Problem {
     Missing { key: &'static str },
 }
 
-/// Why a file as a whole is no configuration.
+/// The reason why a file as a whole is not a configuration.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FileFault {
     #[error("larger than {FILE_BYTES_MAX} bytes: this is not a configuration file")]
@@ -76,13 +77,13 @@ pub(super) enum FileFault {
     #[error("must hold sections such as `server:` at its top level")]
     NotSections,
 
-    /// The parser's message ends with the line and the column.
+    /// The message of the parser ends with the line and the column.
     #[error("{}", one_line(&.0.to_string()))]
     Malformed(yaml::Error),
 }
 
 impl Error {
-    /// Succeeds when there are none.
+    /// Succeeds if there are no problems.
     pub(super) fn check(problems: Vec<Problem>) -> Result<(), Self> {
         if problems.is_empty() { Ok(()) } else { Err(Self { problems }) }
     }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 /// An IP address or a DNS name, without a port and without brackets.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Host(String);
+pub(crate) struct Host(String);
 
 impl Host {
     /// Every IPv4 address of the machine.
@@ -22,8 +22,8 @@ impl Host {
         valid.then(|| Self(bracketed.unwrap_or(text).to_owned()))
     }
 
-    /// Without brackets: `(host.as_str(), port)` is a socket address for IPv6, too.
-    pub fn as_str(&self) -> &str {
+    /// The host without brackets. `(host.as_str(), port)` is a socket address, for IPv6 too.
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
@@ -34,7 +34,7 @@ impl fmt::Display for Host {
     }
 }
 
-/// RFC 1123, section 2.1. A last label of digits only would be a mistyped IPv4 address.
+/// A name according to RFC 1123, section 2.1. A name whose last label has only digits would be a mistyped IPv4 address.
 fn is_dns_name(text: &str) -> bool {
     let is_label = |label: &str| {
         (1..=63).contains(&label.len())
@@ -51,7 +51,7 @@ mod tests {
     use super::Host;
 
     #[test]
-    fn addresses_and_names_are_told_from_mistakes() {
+    fn addresses_and_names_are_distinguished_from_mistakes() {
         for (text, expected) in [
             ("0.0.0.0", Some("0.0.0.0")),
             ("::", Some("::")),

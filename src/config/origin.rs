@@ -1,9 +1,9 @@
-//! Where a value came from, and what its key is called there.
+//! The origin of a value, and the name of its key in that source.
 
 use std::fmt;
 use std::path::PathBuf;
 
-/// What every environment variable of this program begins with.
+/// The prefix of every environment variable of tuplewatch.
 pub(super) const VARIABLE_PREFIX: &str = "TUPLEWATCH_";
 
 /// The source that a value was taken from.
@@ -11,9 +11,9 @@ pub(super) const VARIABLE_PREFIX: &str = "TUPLEWATCH_";
 pub(super) enum Origin {
     Default,
     File(PathBuf),
-    /// With the name of the variable.
+    /// The name of the variable.
     Environment(String),
-    /// With its dashes.
+    /// The flag with its dashes.
     Flag(String),
 }
 
@@ -30,7 +30,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// A key as its author wrote it.
+/// A key, printed as its source spells it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Name {
     pub(super) key: String,
@@ -41,7 +41,7 @@ impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let key = one_line(&self.key);
         match &self.origin {
-            Origin::Default => write!(f, "`{key}` (not given)"),
+            Origin::Default => write!(f, "`{key}` (not set)"),
             Origin::File(_) => write!(f, "`{key}` in {}", self.origin),
             Origin::Environment(_) | Origin::Flag(_) => write!(f, "{}", self.origin),
         }
@@ -53,12 +53,12 @@ pub(super) fn variable(key: &str) -> String {
     format!("{VARIABLE_PREFIX}{}", key.replace('.', "__").to_ascii_uppercase())
 }
 
-/// The flag that sets `key`, on the subcommands that have it.
+/// The flag that sets `key`.
 pub(super) fn flag(key: &str) -> String {
     format!("--{}", key.replace(['.', '_'], "-"))
 }
 
-/// Keeps foreign text from breaking out of its line in an error list or a comment.
+/// Escapes control characters, so that a foreign text stays within its line in an error list or a comment.
 pub(super) fn one_line(text: &str) -> String {
     text.chars()
         .flat_map(|c| {

@@ -1,13 +1,13 @@
-//! Sizes and durations as people write them.
+//! Sizes and durations in the form in which people write them.
 
 use std::fmt;
 use std::time::Duration;
 
 /// A number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ByteSize(u64);
+pub(crate) struct ByteSize(u64);
 
-/// From the largest to the smallest; where two spellings are equally long, the earlier one is printed.
+/// Ordered from the largest to the smallest. If two spellings are equally long, the earlier one is printed.
 const SIZE_UNITS: &[(&str, u64)] = &[
     ("PiB", 1 << 50),
     ("PB", 1_000_000_000_000_000),
@@ -22,13 +22,13 @@ const SIZE_UNITS: &[(&str, u64)] = &[
     ("B", 1),
 ];
 
-/// From the largest to the smallest, in milliseconds.
+/// In milliseconds, ordered from the largest to the smallest.
 const DURATION_UNITS: &[(&str, u64)] =
     &[("d", 24 * 60 * 60 * 1000), ("h", 60 * 60 * 1000), ("m", 60 * 1000), ("s", 1000), ("ms", 1)];
 
 impl ByteSize {
-    /// So many bytes.
-    pub const fn bytes(bytes: u64) -> Self {
+    /// A size of this number of bytes.
+    pub(crate) const fn bytes(bytes: u64) -> Self {
         Self(bytes)
     }
 
@@ -44,18 +44,17 @@ impl ByteSize {
         Self((count as u64) << 30)
     }
 
-    /// The size in bytes.
-    pub const fn get(self) -> u64 {
+    pub(crate) const fn get(self) -> u64 {
         self.0
     }
 
-    /// The size in bytes, for lengths in memory; the largest `usize` where it is larger than that.
-    pub fn to_usize(self) -> usize {
+    /// The size in bytes, for lengths in memory; saturates at the largest `usize`.
+    pub(crate) fn to_usize(self) -> usize {
         usize::try_from(self.0).unwrap_or(usize::MAX)
     }
 
-    /// Reads `512KiB`, `10GB`, `100B` or plain bytes. `None` for everything else, and for what exceeds 64 bits.
-    pub fn parse(text: &str) -> Option<Self> {
+    /// Parses `512KiB`, `10GB`, `100B` or a plain number of bytes. `None` for any other text, and above 64 bits.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let (count, unit) = split_number(text)?;
         let unit_bytes = match unit.trim_start() {
             "" => 1,
@@ -66,7 +65,7 @@ impl ByteSize {
 }
 
 impl fmt::Display for ByteSize {
-    /// The shortest exact form.
+    /// Writes the shortest exact form.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let exact = SIZE_UNITS
             .iter()
@@ -77,7 +76,7 @@ impl fmt::Display for ByteSize {
     }
 }
 
-/// Reads `10s`, `1m30s` or `500ms`: whole numbers, each with its unit, from the largest unit to the smallest.
+/// Parses `10s`, `1m30s` or `500ms`: whole numbers, each with its unit, from the largest unit to the smallest.
 pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     let mut rest = text;
     let mut units = DURATION_UNITS.iter();
@@ -86,7 +85,7 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
         let (count, tail) = split_number(rest)?;
         let unit_end = tail.find(|c: char| c.is_ascii_digit()).unwrap_or(tail.len());
         let (name, tail) = tail.split_at_checked(unit_end)?;
-        // The iterator goes on where it stopped, so a unit that comes twice or too late is not found.
+        // The iterator continues behind the last unit, so a repeated or misplaced unit is not found.
         let (_, unit_ms) = units.find(|(unit, _)| *unit == name)?;
         total_ms = total_ms.checked_add(count.checked_mul(*unit_ms)?)?;
         if tail.is_empty() {
@@ -96,7 +95,7 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     }
 }
 
-/// Writes what [`parse_duration`] reads, in hours at most: a day is not 24 hours everywhere.
+/// Writes the form that [`parse_duration`] reads, with hours as the largest unit: a day is not 24 hours everywhere.
 pub(super) fn format_duration(duration: Duration) -> String {
     let mut rest_ms = duration.as_millis();
     let mut text = String::new();
@@ -110,7 +109,7 @@ pub(super) fn format_duration(duration: Duration) -> String {
     if text.is_empty() { "0s".to_owned() } else { text }
 }
 
-/// Splits off the decimal digits at the start, of which there must be some.
+/// Splits off the decimal digits at the start. `None` if there are none.
 fn split_number(text: &str) -> Option<(u64, &str)> {
     let digits_end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (digits, rest) = text.split_at_checked(digits_end)?;
@@ -148,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_size_is_refused() {
+    fn other_texts_are_no_sizes() {
         for text in [
             "",
             "MiB",
@@ -191,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_duration_is_refused() {
+    fn other_texts_are_no_durations() {
         for text in [
             "",
             "10",

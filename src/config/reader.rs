@@ -1,4 +1,4 @@
-//! Takes the keys out of the sources one by one, and remembers what did not fit.
+//! Takes the keys out of the sources one by one, and collects the problems.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -7,20 +7,20 @@ use super::document::{self, Leaves};
 use super::effective::{Effective, Setting};
 use super::environment::OTHER_VARIABLES;
 use super::error::{Error, Problem};
-use super::given::{Allowed, Given};
 use super::origin::{Name, Origin, VARIABLE_PREFIX, flag, variable};
+use super::parse::{Allowed, RawValue};
 use super::spelling::nearest;
 use crate::yaml::{Section, Value};
 
-/// All sources, less the keys that were already read.
+/// All sources, without the keys that were already read.
 pub(super) struct Reader {
     path: PathBuf,
     file: Leaves,
-    /// By the names of the variables.
+    /// Keyed by the names of the variables.
     environment: BTreeMap<String, String>,
-    /// By dotted keys.
+    /// Keyed by dotted keys.
     overrides: BTreeMap<String, String>,
-    /// The keys that exist, with the origin of the value in force.
+    /// The keys that were read, with the origin of the value in force.
     known: BTreeMap<&'static str, Origin>,
     invalid: BTreeSet<&'static str>,
     problems: Vec<Problem>,
@@ -49,24 +49,24 @@ impl Reader {
         }
     }
 
-    /// The value of `key` from the source that wins; `default` where no source has it, or where it is not valid.
+    /// Reads `key` from the source that wins. Returns `default` if no source has the key, or if its value is invalid.
     ///
-    /// Each key is read once, and keys of one section one after the other.
+    /// Each key must be read once, and the keys of one section one after the other.
     pub(super) fn get<T: Setting>(
         &mut self,
         key: &'static str,
         default: T,
-        parse: impl Fn(&Given<'_>) -> Result<T, Allowed>,
+        parse: impl Fn(&RawValue<'_>) -> Result<T, Allowed>,
     ) -> T {
         let (value, origin) = match self.take(key) {
             None => (default, Origin::Default),
-            Some((given, origin)) => {
-                let given = Given::from(&given);
-                let value = parse(&given).unwrap_or_else(|allowed| {
-                    let found = match given {
-                        Given::List(_) | Given::Section(_) | Given::Other(_) => given.to_string(),
+            Some((value, origin)) => {
+                let raw = RawValue::from(&value);
+                let value = parse(&raw).unwrap_or_else(|allowed| {
+                    let found = match raw {
+                        RawValue::List(_) | RawValue::Section(_) | RawValue::Other(_) => raw.to_string(),
                         _ if T::SECRET => "not valid".to_owned(),
-                        given => given.to_string(),
+                        raw => raw.to_string(),
                     };
                     let name = Name { key: key.to_owned(), origin: origin.clone() };
                     self.problems.push(Problem::Invalid { name, found, allowed });
@@ -82,17 +82,17 @@ impl Reader {
         value
     }
 
-    /// Whether any source has `key`, which was read before.
+    /// Whether any source sets `key`, which must have been read before.
     pub(super) fn is_explicit(&self, key: &str) -> bool {
         self.known.get(key).is_some_and(|origin| *origin != Origin::Default)
     }
 
-    /// Does not print `key`.
+    /// Leaves `key` out of the printed configuration.
     pub(super) fn omit(&mut self, key: &str) {
         self.effective.remove(key);
     }
 
-    /// Reports that `keys` do not go together, unless one of them was already reported as invalid.
+    /// Reports that `keys` contradict each other, unless one of them is already reported as invalid.
     pub(super) fn refuse(&mut self, keys: &[&'static str], rule: &'static str) {
         if keys.iter().any(|key| self.invalid.contains(key)) {
             return;
@@ -104,7 +104,7 @@ impl Reader {
         self.problems.push(Problem::Contradiction { names, rule });
     }
 
-    /// Reports what was never asked for, and everything else.
+    /// Reports the keys that were never read as unknown, and returns all problems.
     pub(super) fn finish(mut self) -> Result<Effective, Error> {
         self.report_rest_of_file();
         self.report_rest_of_environment();
@@ -113,7 +113,7 @@ impl Reader {
         Ok(self.effective)
     }
 
-    /// Removes `key` from every source and returns it from the last one.
+    /// Removes `key` from every source, and returns its value from the source that wins.
     fn take(&mut self, key: &str) -> Option<(Value, Origin)> {
         let below = format!("{key}.");
         let is_section = self.file.keys().any(|leaf| leaf.starts_with(&below));
@@ -135,7 +135,7 @@ impl Reader {
 
     fn report_rest_of_file(&mut self) {
         let names: BTreeSet<&str> = self.known.keys().flat_map(|key| with_parents(key)).collect();
-        // A mistyped section is reported once and not again for each key below it.
+        // A mistyped section is reported once, not for each key below it.
         let mut reported = BTreeSet::new();
         for (leaf, value) in std::mem::take(&mut self.file) {
             let origin = Origin::File(self.path.clone());
@@ -146,7 +146,7 @@ impl Reader {
                     suggestion: nearest(key, names.iter().copied()).map(|name| format!("`{name}`")),
                     name: Name { key: key.to_owned(), origin },
                 },
-                // `server:` with all its keys commented out.
+                // A section such as `server:` whose keys are all commented out.
                 None if matches!(value, Value::Null | Value::Section(_)) => continue,
                 None => Problem::SectionWithValue { name: Name { key: leaf, origin } },
             };

@@ -1,8 +1,8 @@
-//! "Did you mean …": the known name that an unknown one was probably meant to be.
+//! "Did you mean …": finds the known name that an unknown one was probably meant to be.
 
-/// The one known name that is near `unknown`: some slips of the finger away, or the same with its parents left out.
-pub fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
-    // One slip in three letters, two at most: beyond that a guess misleads more often than it helps.
+/// The only known name that is near `unknown`: a few typing errors away, or equal to it without its parents.
+pub(crate) fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
+    // One typing error in three letters, two at most: a wider search would mislead more often than it helps.
     let slips_max = (unknown.chars().count() / 3).min(2);
     let slips_min = known.clone().map(|name| distance(unknown, name)).min()?;
     if slips_min <= slips_max {
@@ -16,7 +16,7 @@ fn only<'a>(mut names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     names.next().is_none().then_some(name)
 }
 
-/// How many letters must be inserted, removed or replaced to turn `left` into `right` (Levenshtein).
+/// The number of letters to insert, remove or replace to turn `left` into `right` (Levenshtein).
 fn distance(left: &str, right: &str) -> usize {
     // Names longer than any key are not worth the quadratic work.
     const LENGTH_MAX: usize = 128;

@@ -1,4 +1,4 @@
-//! The sources together, through [`Config::load`].
+//! All sources together, through [`Config::load`].
 
 mod reference;
 
@@ -20,7 +20,7 @@ fn load(yaml: &str, env: Pairs, overrides: Pairs) -> Result<Config, Error> {
     Config::load(Some(file.path()), owned(env), &owned(overrides))
 }
 
-/// The list of errors without its headline, the file being called `FILE`.
+/// The list of errors without its headline. The file is called `FILE`.
 fn errors(yaml: &str, env: Pairs, overrides: Pairs) -> Vec<String> {
     let text = load(yaml, env, overrides).unwrap_err().to_string();
     let (headline, list) = text.split_once('\n').unwrap();
@@ -40,7 +40,7 @@ fn without_file_name(line: &str) -> String {
     shown
 }
 
-/// What follows `line_start` in the YAML that `config` is printed as.
+/// The text behind `line_start` in the printed configuration.
 fn value(config: &Config, line_start: &str) -> String {
     let printed = config.effective().to_string();
     let mut lines = printed.lines().filter_map(|line| line.trim().strip_prefix(line_start));
@@ -49,7 +49,7 @@ fn value(config: &Config, line_start: &str) -> String {
 }
 
 #[test]
-fn nothing_given_yields_the_defaults() {
+fn empty_sources_yield_the_defaults() {
     let config = Config::load(None, [], &[]).unwrap();
     assert_eq!(config.server.host.as_str(), "0.0.0.0");
     assert_eq!(config.server.grpc.port, 3478);
@@ -111,7 +111,7 @@ changelog.path: /data
             "`changelog.path` in FILE: keys are nested, not dotted: \
              write each part on its own line below its parent",
             "`server.grpc.port` in FILE is 70000: must be a whole number from 0 to 65535",
-            "`server.grpc.tls.enabled` in FILE and `server.grpc.tls.key` (not given): \
+            "`server.grpc.tls.enabled` in FILE and `server.grpc.tls.key` (not set): \
              TLS needs this file when it is enabled",
             "`logger.level` in FILE is a list: must be one of trace, debug, info, warn, error",
             "environment variable TUPLEWATCH_SERVICE__WATCH__RESOLVE_TIMEOUT is \"10\": \
@@ -135,7 +135,7 @@ fn each_mistake_in_a_file_is_named() {
         ),
         (
             "server: {http: {tls: {enabled: true, cert: c.pem}}}",
-            "`server.http.tls.enabled` in FILE and `server.http.tls.key` (not given): TLS needs this file when it is enabled",
+            "`server.http.tls.enabled` in FILE and `server.http.tls.key` (not set): TLS needs this file when it is enabled",
         ),
         ("server: {http: {tls: {client_ca: c.pem}}}", "`server.http.tls.client_ca` in FILE: unknown"),
         (
@@ -174,11 +174,11 @@ fn each_mistake_in_a_file_is_named() {
         ("database: {uri: 12345}", "`database.uri` in FILE is not valid: must be a PostgreSQL URI; put it in quotes"),
         (
             "replication: {slot: 007}",
-            "`replication.slot` in FILE is 7: must be 1 to 63 of the letters a-z, 0-9 and _; put it in quotes",
+            "`replication.slot` in FILE is 7: must be 1 to 63 characters of a-z, 0-9 and _; put it in quotes",
         ),
         (
             "replication: {slot: My-Slot}",
-            "`replication.slot` in FILE is \"My-Slot\": must be 1 to 63 of the letters a-z, 0-9 and _",
+            "`replication.slot` in FILE is \"My-Slot\": must be 1 to 63 characters of a-z, 0-9 and _",
         ),
         (
             "replication: {publication: 'a,b'}",
@@ -187,8 +187,8 @@ fn each_mistake_in_a_file_is_named() {
         ("mapping: {preset: other}", "`mapping.preset` in FILE is \"other\": must be one of tuples, permify"),
         (
             "mapping: {schema: authz}",
-            "`mapping.schema` in FILE and `mapping.preset` (not given): only the preset permify is told its schema: the \
-             tables of tuples are in schema tuplewatch, and a file names schemas itself",
+            "`mapping.schema` in FILE and `mapping.preset` (not set): only the preset permify takes a schema: the tables \
+             of the preset tuples are in schema tuplewatch, and a mapping file names its schemas itself",
         ),
         (
             "mapping: {schema: ''}",
@@ -196,7 +196,7 @@ fn each_mistake_in_a_file_is_named() {
         ),
         (
             "mapping: {preset: tuples, file: m.yaml}",
-            "`mapping.preset` in FILE and `mapping.file` in FILE: give one of the two, not both",
+            "`mapping.preset` in FILE and `mapping.file` in FILE: set one of the two, not both",
         ),
         ("changelog: {path: ''}", "`changelog.path` in FILE is \"\": must be a path"),
         (
@@ -228,7 +228,7 @@ fn each_mistake_in_a_file_is_named() {
 }
 
 #[test]
-fn the_environment_holds_our_keys_only() {
+fn only_tuplewatchs_variables_are_read() {
     let fine = [
         ("PATH", "/bin"),
         ("TUPLEWATCH_CONFIG", "x"),
@@ -279,7 +279,7 @@ fn a_file_that_cannot_be_read_is_named_along_with_other_errors() {
 }
 
 #[test]
-fn tls_and_mapping_become_what_they_mean() {
+fn tls_and_mapping_are_resolved() {
     let yaml = "
 server: {grpc: {tls: {enabled: true, cert: c.pem, key: k.pem}}}
 mapping: {file: m.yaml, on_undecodable: halt}
@@ -293,14 +293,14 @@ mapping: {file: m.yaml, on_undecodable: halt}
     let config = load("mapping: {preset: permify, schema: Authz}", &[], &[]).unwrap();
     assert_eq!(config.mapping.source, MappingSource::Preset(Preset::Permify));
     assert_eq!(config.mapping.schema, "Authz");
-    // Switched off, but ready to be switched on.
+    // Sections that are switched off may be prepared.
     let yaml = "server: {grpc: {tls: {cert: c.pem}}, http: {enabled: false, port: 1}}";
     assert_eq!(load(yaml, &[], &[]).unwrap().server.grpc.tls, None);
     assert_eq!(load(yaml, &[], &[]).unwrap().server.http, None);
 }
 
 #[test]
-fn lists_come_from_every_source() {
+fn lists_are_read_from_every_source() {
     let (a, b) = ("https://a.example", "http://localhost:8080");
     let yaml = format!("server: {{http: {{cors_allowed_origins: ['{a}', '{b}']}}}}");
     let pair = format!("{a}, {b}");
@@ -393,13 +393,13 @@ fn mistakes_in_authn_are_named_without_secrets() {
     for (authn, expected) in [
         (
             "enabled: true",
-            vec!["`authn.enabled` in FILE and `authn.preshared.keys` (not given): without a key nobody could get in".to_owned()],
+            vec!["`authn.enabled` in FILE and `authn.preshared.keys` (not set): at least one key is needed, or every request would be refused".to_owned()],
         ),
         (
             "enabled: true, method: oidc",
             vec![
-                "`authn.method` in FILE and `authn.oidc.issuer` (not given): tokens need an issuer that is trusted".to_owned(),
-                "`authn.method` in FILE and `authn.oidc.audience` (not given): without an audience, tokens that were issued \
+                "`authn.method` in FILE and `authn.oidc.issuer` (not set): the method oidc needs an issuer".to_owned(),
+                "`authn.method` in FILE and `authn.oidc.audience` (not set): without an audience, tokens that were issued \
                  for other services would be accepted"
                     .to_owned(),
             ],
@@ -407,16 +407,14 @@ fn mistakes_in_authn_are_named_without_secrets() {
         (
             "enabled: true, method: oidc, preshared: {keys: [hush]}, oidc: {issuer: 'https://i', audience: a}",
             vec![
-                "`authn.method` in FILE and `authn.preshared.keys` in FILE: only one method is in force, and this is for the \
-                 other"
+                "`authn.method` in FILE and `authn.preshared.keys` in FILE: authn.method selects the other method"
                     .to_owned(),
             ],
         ),
         (
             "enabled: true, preshared: {keys: [hush]}, oidc: {issuer: 'https://i'}",
             vec![
-                "`authn.method` (not given) and `authn.oidc.issuer` in FILE: only one method is in force, and this is for \
-                 the other"
+                "`authn.method` (not set) and `authn.oidc.issuer` in FILE: authn.method selects the other method"
                     .to_owned(),
             ],
         ),
@@ -443,7 +441,7 @@ fn mistakes_in_authn_are_named_without_secrets() {
 }
 
 #[test]
-fn what_is_printed_loads_again() {
+fn the_printed_configuration_loads_again() {
     let yaml = r#"
 server:
   host: "::1"

@@ -1,14 +1,15 @@
-//! Row messages → transactions: the one place where changes get their positions.
+//! Assembles row messages into transactions. Only this module assigns positions to changes.
 //!
-//! PostgreSQL sends a transaction whole, after its commit: Begin (which already has the commit LSN), rows, Commit. The assembler cuts the
-//! changes of each tenant into messages below a size. It holds little: when the open transaction passes [`Limits::stage_bytes`], its messages
-//! so far are handed over to be *staged* in the change log, where they become readable with the transaction's Commit. A transaction is never
-//! in memory whole.
+//! PostgreSQL sends a whole transaction after its commit: Begin, which already has the commit LSN, then rows, then
+//! Commit. The assembler cuts the changes of each tenant into messages of limited size. It holds little: if the open
+//! transaction exceeds [`Limits::stage_bytes`], its messages so far are returned to be *staged* in the change log. They
+//! become readable with the transaction's Commit. So no transaction is ever in memory as a whole.
 //!
-//! A row that cannot be decoded is a gap for its tenant, from there to the end of the transaction. It is a gap for all tenants if not even its
-//! tenant can be read, and so is a TRUNCATE. Changes of other tenants are not affected. A row of a mapped table that was renamed is such a row.
+//! A row that cannot be decoded is a gap for its tenant, from the row to the end of the transaction. If even its tenant
+//! cannot be read, the gap is for all tenants, and so is the gap of a TRUNCATE and of a row of a mapped table that was
+//! renamed. A gap for one tenant does not affect the changes of others.
 //!
-//! Pure: no clock, no I/O. Belongs to one replication session.
+//! The assembler is pure: no clock, no I/O. Each replication session has its own.
 
 use crate::decode::mapping::{Mapping, Outcome, Plan, Undecodable};
 use crate::decode::pgoutput::{self, Message as Row, RelationCache, RelationId, decode};
@@ -19,60 +20,60 @@ use crate::model::transaction::{Gap, GapReason, Header, Message, MessageBuilder,
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-/// Prefix of the logical messages that belong to tuplewatch.
+/// The prefix of logical messages that belong to tuplewatch.
 pub const MESSAGE_PREFIX: &str = "tuplewatch";
 
-/// Sizes, in bytes.
+/// Size limits, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// A message is cut before it grows past this.
+    /// A message ends before it would exceed this.
     pub message_bytes: usize,
-    /// A single change above this is a gap: gRPC clients refuse larger messages by default (4 MiB).
+    /// A larger single change is a gap, because gRPC clients refuse messages above 4 MiB by default.
     pub change_bytes: usize,
-    /// An open transaction above this is staged.
+    /// A larger open transaction is staged.
     pub stage_bytes: usize,
 }
 
-/// What happens on a row that cannot be decoded.
+/// The treatment of a row that cannot be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnUndecodable {
-    /// A gap for its tenant; everything else goes on.
+    /// A gap for its tenant. Everything else continues.
     Gap,
-    /// Stop, so that somebody looks first.
+    /// The stream stops, so that an operator can look first.
     Halt,
 }
 
-/// Token ids kept of one transaction. Those beyond still resolve, by their LSN floor.
+/// The most token ids kept of one transaction. Further tokens still resolve, by their LSN floor.
 const TOKEN_IDS_MAX: usize = 65_536;
-/// Tenants broken in one transaction; with more, it is a gap for all.
+/// The most tenants with a gap in one transaction. Beyond that, the gap is for all tenants.
 const GAP_TENANTS_MAX: usize = 1_000;
-/// Tenants whose ids are kept to be shared; with more, the memory starts anew.
+/// The most shared tenant ids in memory. Beyond that, the memory is cleared.
 const INTERNED_MAX: usize = 100_000;
 
-/// Why the stream cannot be read on. All of these are lasting.
+/// The reason why the stream cannot be read further. All of these errors are lasting.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Not pgoutput as we know it.
+    /// The message is not valid pgoutput.
     #[error(transparent)]
     Pgoutput(#[from] pgoutput::Error),
-    /// Messages in an order that the protocol does not have.
+    /// The messages come in an order that the protocol excludes.
     #[error("the replication stream is out of order: {0}")]
     OutOfOrder(&'static str),
-    /// A row of a table that no Relation message defined.
-    #[error("a row of a table that was not described first (oid {0})")]
+    /// No Relation message defined the table of the row.
+    #[error("a row of a table without a Relation message before it (oid {0})")]
     UnknownRelation(u32),
-    /// As configured: `mapping.on_undecodable: halt`.
+    /// The row cannot be decoded, and `mapping.on_undecodable` is `halt`.
     #[error(
         "a row of table {table} could not be decoded: {detail} (transaction {commit}; \
-         mapping.on_undecodable is 'halt'). Repairing the row is not enough, as the WAL keeps it as it was: then start once \
-         with 'gap', which tells the subscribers of its tenant to read their state anew"
+         mapping.on_undecodable is 'halt'). Repairing the row is not enough, as the WAL keeps it as it was: then \
+         start once with 'gap', which gives the subscribers of its tenant a gap, so that they read their state anew"
     )]
     Halted {
         /// The table.
         table: String,
-        /// What was wrong, without values.
+        /// The problem, without values.
         detail: String,
-        /// Commit LSN of the transaction.
+        /// The commit LSN of the transaction.
         commit: CommitLsn,
     },
 }
@@ -80,39 +81,39 @@ pub enum Error {
 /// Messages of an open transaction, to be staged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Staged {
-    /// Commit LSN of the transaction that they are part of.
+    /// The commit LSN of their transaction.
     pub commit: CommitLsn,
-    /// In order for each tenant.
+    /// In order within each tenant.
     pub messages: Vec<(TenantId, Message)>,
 }
 
-/// Takes what each step of a row message says.
+/// Receives the outcome of each row step, with the number of the step in its row message.
 type Visit<'a> = dyn FnMut(u64, Outcome<'_>) + 'a;
 
-/// See the module.
+/// Assembles the transactions of one session; see the module.
 #[derive(Debug)]
 pub struct Assembler {
     mapping: Arc<Mapping>,
     limits: Limits,
     on_undecodable: OnUndecodable,
     relations: RelationCache<Reading>,
-    /// Mapped tables whose rows have not come yet.
+    /// Mapped tables whose Relation message has not come yet.
     awaited: HashMap<RelationId, String>,
-    /// Shared ids, so that a tenant's is allocated once and not once a row.
+    /// Shared ids, so that the id of a tenant is allocated once and not for each row.
     tenants: HashSet<TenantId>,
     open: Option<Open>,
     encoded: Vec<u8>,
 }
 
-/// How rows of a relation are read.
+/// The way to read rows of a relation.
 #[derive(Clone, Debug)]
 enum Reading {
-    /// By this plan.
-    As(Arc<Plan>),
-    /// Not at all: it is not mapped.
-    Not,
-    /// It was mapped, and then got another name. It may get the old one back before any check notices, so its rows are not
-    /// passed over in silence.
+    /// According to this plan.
+    Mapped(Arc<Plan>),
+    /// Ignored, because the table is not mapped.
+    Unmapped,
+    /// The table was mapped, and then renamed. It may be renamed back before any check notices, so its rows must not be
+    /// ignored.
     Renamed { from: String, to: Arc<str> },
 }
 
@@ -126,28 +127,28 @@ impl Reading {
 #[derive(Debug)]
 struct Open {
     header: Header,
-    /// Row steps so far.
+    /// The number of row steps so far.
     steps: u64,
     parts: HashMap<TenantId, MessageBuilder>,
-    /// In order of appearance, so that the same stream always makes the same output.
+    /// The tenants in the order of appearance, so that equal streams give equal output.
     order: Vec<TenantId>,
-    /// Messages that are complete.
+    /// Complete messages.
     messages: Vec<(TenantId, Message)>,
-    /// Bytes in `parts` and `messages`.
+    /// The bytes in `parts` and `messages`.
     bytes: usize,
     staged: bool,
-    /// `to` is filled in at the Commit.
+    /// Their `to` is set at the Commit.
     gaps: Vec<Gap>,
     broken: HashSet<TenantId>,
     gap_for_all: bool,
-    /// Who gets a last message even where all changes are in messages before it, or where there are none.
+    /// Tenants that receive a last message even if all their changes are in earlier messages, or if there are none.
     closing: BTreeSet<TenantId>,
     token_ids: Vec<TokenId>,
     tallies: Vec<Tally>,
 }
 
 impl Assembler {
-    /// An assembler for a new session.
+    /// Creates an assembler for a new session.
     pub fn new(mapping: Arc<Mapping>, limits: Limits, on_undecodable: OnUndecodable) -> Self {
         Self {
             mapping,
@@ -161,20 +162,20 @@ impl Assembler {
         }
     }
 
-    /// Mapped tables by their oid: should one of them come under another name first, it was renamed.
+    /// Sets the mapped tables, by oid. If the first Relation message of one has another name, the table was renamed.
     pub fn await_tables(&mut self, tables: HashMap<RelationId, String>) {
         self.awaited = tables;
     }
 
-    /// Whether a transaction has begun and not ended.
+    /// Whether a transaction is open.
     pub const fn in_transaction(&self) -> bool {
         self.open.is_some()
     }
 
-    /// pgoutput's Begin.
+    /// Handles pgoutput's Begin.
     ///
     /// # Errors
-    /// Inside a transaction.
+    /// A transaction is already open.
     pub fn begin(&mut self, header: Header) -> Result<(), Error> {
         if self.open.is_some() {
             return Err(Error::OutOfOrder("Begin inside a transaction"));
@@ -197,22 +198,23 @@ impl Assembler {
         Ok(())
     }
 
-    /// Any message that is neither Begin, Commit nor logical. What comes back is to be staged before anything else.
+    /// Handles any other message than Begin, Commit and logical messages. The returned messages must be staged before
+    /// any other entry.
     ///
     /// # Errors
-    /// Where it is not pgoutput, not in order, or is to halt on.
+    /// The message is malformed or out of order, or its row cannot be decoded and the assembler is configured to halt.
     pub fn change(&mut self, bytes: &[u8]) -> Result<Option<Staged>, Error> {
         match decode(bytes)? {
             Row::Type | Row::Origin => return Ok(None),
             Row::Relation(relation) => {
                 let before = match self.relations.get(relation.id) {
-                    Some(Reading::As(plan)) => Some(&**plan.table()),
+                    Some(Reading::Mapped(plan)) => Some(&**plan.table()),
                     Some(Reading::Renamed { from, .. }) => Some(from.as_str()),
-                    Some(Reading::Not) | None => self.awaited.get(&relation.id).map(String::as_str),
+                    Some(Reading::Unmapped) | None => self.awaited.get(&relation.id).map(String::as_str),
                 };
                 let reading = match (self.mapping.plan(&relation), before) {
-                    (Some(plan), _) => Reading::As(Arc::new(plan)),
-                    (None, None) => Reading::Not,
+                    (Some(plan), _) => Reading::Mapped(Arc::new(plan)),
+                    (None, None) => Reading::Unmapped,
                     (None, Some(from)) => Reading::Renamed { from: from.to_owned(), to: relation.to_string().into() },
                 };
                 self.relations.define(relation.id, reading);
@@ -234,7 +236,8 @@ impl Assembler {
         Ok(Some(open.stage(self.mapping.tells_transactions())))
     }
 
-    /// A transactional logical message. Those of others are ignored, and so are those outside transactions.
+    /// Handles a transactional logical message. Those of other programs, and those outside of transactions, are
+    /// ignored.
     pub fn logical_message(&mut self, prefix: &str, content: &[u8]) {
         if prefix == MESSAGE_PREFIX
             && let Some(open) = &mut self.open
@@ -245,10 +248,10 @@ impl Assembler {
         }
     }
 
-    /// pgoutput's Commit.
+    /// Handles pgoutput's Commit.
     ///
     /// # Errors
-    /// Where it is not that of the open transaction.
+    /// It does not belong to the open transaction.
     pub fn commit(&mut self, commit: CommitLsn, end: EndLsn) -> Result<Transaction, Error> {
         let mut open = self.open.take().ok_or(Error::OutOfOrder("Commit outside a transaction"))?;
         if open.header.commit != commit {
@@ -262,7 +265,7 @@ impl Assembler {
             }
         }
         for tenant in std::mem::take(&mut open.closing) {
-            // Where history gaps, the gap is what ends it.
+            // For a tenant with a gap, the gap ends its part of the transaction.
             if !open.gap_for_all && !open.broken.contains(&tenant) {
                 open.messages.push((tenant, MessageBuilder::default().finish(open.header, Some(end))));
             }
@@ -287,9 +290,9 @@ impl Assembler {
         let before = open.steps;
         open.steps += 2;
         let plan = match reading {
-            Reading::Not => return Ok(()),
+            Reading::Unmapped => return Ok(()),
             _ if open.gap_for_all => return Ok(()),
-            Reading::As(plan) => plan,
+            Reading::Mapped(plan) => plan,
             Reading::Renamed { from, to } => {
                 let reason = Reading::renamed(from, to);
                 open.tally(to).undecodable += 1;
@@ -321,9 +324,9 @@ impl Assembler {
     fn truncate(&mut self, relation: RelationId) -> Result<(), Error> {
         let open = self.open.as_mut().ok_or(Error::OutOfOrder("TRUNCATE outside a transaction"))?;
         let table = match self.relations.get(relation).ok_or(Error::UnknownRelation(relation.0))? {
-            Reading::Not => return Ok(()),
-            Reading::As(plan) if !plan.has_facts() => return Ok(()),
-            Reading::As(plan) => plan.table().to_string(),
+            Reading::Unmapped => return Ok(()),
+            Reading::Mapped(plan) if !plan.has_facts() => return Ok(()),
+            Reading::Mapped(plan) => plan.table().to_string(),
             Reading::Renamed { to, .. } => to.to_string(),
         };
         open.interrupt(None, open.steps, GapReason::Truncate { table });
@@ -338,17 +341,17 @@ struct RowOutcomes<'a> {
     /// Scratch space.
     encoded: &'a mut Vec<u8>,
     limits: Limits,
-    /// Row steps of the transaction before this message.
+    /// The row steps of the transaction before this message.
     steps_before: u64,
     table: &'a Arc<str>,
     created: u64,
     deleted: u64,
-    /// The first that was found.
+    /// The first undecodable outcome.
     undecodable: Option<GapReason>,
 }
 
 impl RowOutcomes<'_> {
-    /// Takes the outcome of a step, which counts from 1.
+    /// Adds the outcome of a step. Steps count from 1.
     fn take(&mut self, step: u64, outcome: Outcome<'_>) {
         let taken = match outcome {
             Outcome::Change { tenant, operation, fact } => self.change(step, tenant, operation, &fact),
@@ -368,7 +371,7 @@ impl RowOutcomes<'_> {
         let bytes = envelope_bytes(fact, self.encoded);
         let id = self.tenant(tenant)?;
         if bytes > self.limits.change_bytes {
-            let detail = format!("a change of {bytes} bytes; at most {} are possible", self.limits.change_bytes);
+            let detail = format!("a change of {bytes} bytes, which exceeds the limit of {}", self.limits.change_bytes);
             return Err(Undecodable { tenant: Some(id.as_str().to_owned()), detail });
         }
         let is_added = self.open.add(&id, self.steps_before + step, self.encoded, bytes, self.limits.message_bytes);
@@ -390,7 +393,7 @@ impl RowOutcomes<'_> {
     }
 }
 
-/// An error where what cannot be decoded is to stop the stream.
+/// An error if an undecodable row must stop the stream.
 fn halt_on(on_undecodable: OnUndecodable, reason: Option<GapReason>, commit: CommitLsn) -> Result<(), Error> {
     match (on_undecodable, reason) {
         (OnUndecodable::Halt, Some(GapReason::Undecodable { table, detail })) => {
@@ -400,7 +403,7 @@ fn halt_on(on_undecodable: OnUndecodable, reason: Option<GapReason>, commit: Com
     }
 }
 
-/// The shared id for this text.
+/// The shared id with this text.
 fn intern(tenants: &mut HashSet<TenantId>, text: &str) -> Result<TenantId, crate::model::change::TenantIdError> {
     if let Some(known) = tenants.get(text) {
         return Ok(known.clone());
@@ -414,7 +417,7 @@ fn intern(tenants: &mut HashSet<TenantId>, text: &str) -> Result<TenantId, crate
 }
 
 impl Open {
-    /// Whether the tenant is told of it.
+    /// Adds a change. Returns whether it will be delivered, which is not the case behind a gap.
     fn add(
         &mut self,
         tenant: &TenantId,
@@ -442,7 +445,7 @@ impl Open {
         true
     }
 
-    /// That of this table, which is mostly that of the row before.
+    /// The tally of this table, usually the same as for the row before.
     fn tally(&mut self, table: &Arc<str>) -> &mut Tally {
         let known = self.tallies.iter().rposition(|tally| Arc::ptr_eq(&tally.table, table));
         let at = known.unwrap_or_else(|| {
@@ -453,7 +456,7 @@ impl Open {
         &mut self.tallies[at]
     }
 
-    /// A gap for one tenant or all, after `steps`, up to the end of the transaction.
+    /// Adds a gap after `steps`, up to the end of the transaction, for one tenant or for all.
     fn interrupt(&mut self, tenant: Option<TenantId>, steps: u64, reason: GapReason) {
         let tenant = tenant.filter(|tenant| self.broken.len() < GAP_TENANTS_MAX || self.broken.contains(tenant));
         match &tenant {
@@ -474,7 +477,7 @@ impl Open {
         self.gaps.push(Gap { tenant, from, to: from, reason, writers: Vec::new() });
     }
 
-    /// Makes messages of all that is in parts.
+    /// Turns all parts into messages.
     fn flush(&mut self) {
         for tenant in std::mem::take(&mut self.order) {
             if let Some(part) = self.parts.remove(&tenant).filter(|part| !part.is_empty()) {
@@ -483,9 +486,10 @@ impl Open {
         }
     }
 
-    /// Hands out all that there is. Where transactions are `told`, whoever has a part in this one is told of its end, too.
-    fn stage(&mut self, told: bool) -> Staged {
-        if told {
+    /// Returns all messages so far. If the mapping `reports_transactions`, each tenant with a part also receives a last
+    /// message at the Commit.
+    fn stage(&mut self, reports_transactions: bool) -> Staged {
+        if reports_transactions {
             self.closing.extend(self.order.iter().cloned());
         }
         self.flush();

@@ -1,12 +1,13 @@
-//! Decoder for pgoutput, protocol version 1, text format: bytes → messages.
+//! Decodes pgoutput, protocol version 1, text format.
 //!
-//! As PostgreSQL's "Logical Replication Message Formats" defines them: [`boundary`] decodes Begin, Commit and logical messages,
-//! [`decode`] what may stand between them (Relation, Type, Origin, Insert, Update, Delete and Truncate). Pure: borrowed from the
-//! input, no allocation per row, and whatever the bytes are, an error and never a panic. A message of an unknown type is an
-//! error as well: to skip it could be to lose a change.
+//! [`boundary`] decodes Begin, Commit and logical messages. [`decode`] decodes the messages between them: Relation,
+//! Type, Origin, Insert, Update, Delete and Truncate, as PostgreSQL's "Logical Replication Message Formats" defines
+//! them. The decoder is pure: it borrows from the input, allocates nothing for a row, and returns an error for
+//! malformed bytes instead of panicking. A message of an unknown type is an error too, because skipping it could lose a
+//! change.
 //!
 //! A row message names its table by a relation id that an earlier Relation message of the same session defined; see
-//! [`RelationId`]. The [`RelationCache`] keeps those definitions, with whatever the reader derives from them.
+//! [`RelationId`]. The [`RelationCache`] keeps these definitions, in the form that its user derives from them.
 
 mod reader;
 
@@ -14,24 +15,24 @@ use reader::Reader;
 use std::collections::HashMap;
 use std::fmt;
 
-/// The oid of a table, as pgoutput names it in rows.
+/// The oid of a table, by which row messages name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelationId(pub u32);
 
-/// Which old column values UPDATE and DELETE carry: `relreplident`.
+/// The old column values that UPDATE and DELETE carry: `relreplident`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplicaIdentity {
-    /// Those of the primary key.
+    /// The values of the primary key.
     Default,
-    /// None.
+    /// No values.
     Nothing,
-    /// All.
+    /// All values.
     Full,
-    /// Those of a chosen unique index.
+    /// The values of a chosen unique index.
     Index,
 }
 
-/// A table's definition as of the rows that follow.
+/// The definition of a table for the rows that follow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Relation {
     /// Its oid.
@@ -40,7 +41,7 @@ pub struct Relation {
     pub schema: String,
     /// Its name.
     pub name: String,
-    /// What old rows carry.
+    /// The content of old rows.
     pub replica_identity: ReplicaIdentity,
     /// In the order of the values in rows.
     pub columns: Vec<Column>,
@@ -57,13 +58,13 @@ impl fmt::Display for Relation {
 pub struct Column {
     /// Its name.
     pub name: String,
-    /// Whether it is part of the replica identity, so that old rows carry it.
+    /// Whether the column is part of the replica identity, so that old rows carry it.
     pub in_identity: bool,
     /// The oid of its type.
     pub type_oid: u32,
 }
 
-/// Where a transaction begins and ends, and what somebody wrote with `pg_logical_emit_message`.
+/// A transaction boundary, or a message written with `pg_logical_emit_message`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Boundary<'a> {
     /// A transaction begins.
@@ -75,7 +76,7 @@ pub enum Boundary<'a> {
         /// The lower half of its id.
         xid: u32,
     },
-    /// It ends.
+    /// A transaction ends.
     Commit {
         /// Its commit LSN.
         commit: u64,
@@ -86,9 +87,9 @@ pub enum Boundary<'a> {
     Logical {
         /// Whether it belongs to the transaction around it.
         is_transactional: bool,
-        /// Whose it is. Text in the database's encoding.
+        /// The name of the program that it belongs to, in the database's encoding.
         prefix: &'a [u8],
-        /// What it says.
+        /// The content.
         content: &'a [u8],
     },
 }
@@ -98,9 +99,9 @@ pub enum Boundary<'a> {
 pub enum Message<'a> {
     /// Defines a table for the rows that follow.
     Relation(Relation),
-    /// Defines a type. Text format needs none of it.
+    /// Defines a type, which the text format does not need.
     Type,
-    /// The transaction came from another server.
+    /// The transaction was replicated from another server.
     Origin,
     /// A row was inserted.
     Insert {
@@ -113,22 +114,22 @@ pub enum Message<'a> {
     Update {
         /// Its table.
         relation: RelationId,
-        /// The row as it was, as far as the replica identity tells; absent where no column of the identity changed and the
+        /// The old row, as far as the replica identity includes it. Absent if no column of the identity changed and the
         /// identity is not FULL.
         old: Option<Row<'a>>,
-        /// The row as it is.
+        /// The new row.
         new: Row<'a>,
     },
     /// A row was deleted.
     Delete {
         /// Its table.
         relation: RelationId,
-        /// The row as it was, as far as the replica identity tells.
+        /// The old row, as far as the replica identity includes it.
         old: Row<'a>,
     },
     /// Tables were emptied.
     Truncate {
-        /// Which.
+        /// The tables.
         relations: Vec<RelationId>,
     },
 }
@@ -136,44 +137,45 @@ pub enum Message<'a> {
 /// One column value of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Value<'a> {
-    /// SQL NULL; in the old row of an UPDATE or DELETE also "not part of the replica identity".
+    /// SQL NULL. In the old row of an UPDATE or DELETE it also means "not part of the replica identity".
     Null,
     /// A TOASTed value that did not change and was not sent.
     Unchanged,
     /// The value's text, in UTF-8 by the session's `client_encoding`.
     Text(&'a str),
-    /// Text that is not UTF-8: a database with the encoding SQL_ASCII holds any bytes, and they cannot be converted.
+    /// Text that is not UTF-8. A database with the encoding SQL_ASCII accepts any bytes, and PostgreSQL cannot convert them.
     Bytes(&'a [u8]),
 }
 
-/// The values of a row, in the order of its relation's columns. Checked when decoded, so that iterating cannot fail.
+/// The values of a row, in the order of its relation's columns. They are checked when decoded, so iterating cannot fail.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Row<'a> {
     columns: u16,
     bytes: &'a [u8],
 }
 
-/// Why bytes are not a pgoutput message. All of these are lasting: the same bytes come again.
+/// The reason why bytes are not a pgoutput message. All of these errors are lasting: the server sends the same bytes
+/// again.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// It ends too early.
+    /// The message ends too early.
     #[error("a pgoutput message ends in the middle of {0}")]
     Truncated(&'static str),
-    /// It goes on behind its end.
+    /// The message has further bytes behind its end.
     #[error("a pgoutput message of type '{0}' has {1} bytes behind its end")]
     Trailing(char, usize),
-    /// Its first byte is none of protocol version 1.
+    /// Protocol version 1 has no message type for the first byte.
     #[error("unknown pgoutput message type 0x{0:02x}: this server speaks a newer protocol than tuplewatch knows")]
     UnknownType(u8),
-    /// A tag inside it is unknown.
+    /// The message has an unknown tag.
     #[error("unknown tag 0x{tag:02x} for {what} in a pgoutput message")]
     UnknownTag {
-        /// What it tags.
+        /// The tagged part.
         what: &'static str,
         /// The byte.
         tag: u8,
     },
-    /// A name that is not UTF-8. (A value is [`Value::Bytes`] then.)
+    /// A name is not UTF-8. (Such a value becomes [`Value::Bytes`].)
     #[error("{0} in a pgoutput message is not UTF-8")]
     NotUtf8(&'static str),
     /// A negative count or length.
@@ -181,10 +183,10 @@ pub enum Error {
     Negative(&'static str),
 }
 
-/// Decodes one message, if it is one of these. Any other is for [`decode`].
+/// Decodes a [`Boundary`]; `None` for any other message, which [`decode`] decodes.
 ///
 /// # Errors
-/// Where the bytes are not exactly one message.
+/// The bytes are not exactly one message.
 pub fn boundary(bytes: &[u8]) -> Result<Option<Boundary<'_>>, Error> {
     let mut reader = Reader::new(bytes);
     let kind = reader.u8("a message type")?;
@@ -222,10 +224,10 @@ fn whole(kind: u8, reader: &Reader<'_>) -> Result<(), Error> {
     }
 }
 
-/// Decodes one message that is no [`Boundary`].
+/// Decodes any other message than a [`Boundary`].
 ///
 /// # Errors
-/// Where the bytes are not exactly one message of protocol version 1 in text format.
+/// The bytes are not exactly one message of protocol version 1 in text format.
 pub fn decode(bytes: &[u8]) -> Result<Message<'_>, Error> {
     let mut reader = Reader::new(bytes);
     let kind = reader.u8("a message type")?;
@@ -275,7 +277,7 @@ pub fn decode(bytes: &[u8]) -> Result<Message<'_>, Error> {
             let count =
                 usize::try_from(reader.i32("a relation count")?).map_err(|_| Error::Negative("relation count"))?;
             reader.u8("truncate options")?;
-            // The count is only believed as far as there are bytes for it.
+            // The capacity is limited by the remaining bytes, because the count may be wrong.
             let mut relations = Vec::with_capacity(count.min(reader.remaining() / 4));
             for _ in 0..count {
                 relations.push(RelationId(reader.u32("a relation id")?));
@@ -290,7 +292,7 @@ pub fn decode(bytes: &[u8]) -> Result<Message<'_>, Error> {
 fn relation(reader: &mut Reader<'_>) -> Result<Relation, Error> {
     let id = RelationId(reader.u32("a relation id")?);
     let schema = match reader.str("a schema name")? {
-        // pgoutput leaves the name of pg_catalog out.
+        // pgoutput sends an empty name for pg_catalog.
         "" => "pg_catalog",
         schema => schema,
     };
@@ -345,7 +347,7 @@ impl<'a> Row<'a> {
         (0..self.columns).map_while(move |_| value(&mut reader).ok())
     }
 
-    /// How many values there are.
+    /// The number of values.
     pub const fn len(&self) -> usize {
         self.columns as usize
     }
@@ -356,16 +358,17 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Never the values: rows are the users' data, and this ends up in logs.
+/// Omits the values, because they are user data, and debug output may reach logs.
 impl fmt::Debug for Row<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Row({} columns)", self.columns)
     }
 }
 
-/// What the Relation messages of this session said, each with a `T` that its reader derived from it.
+/// The relations of this session, each as the `T` that the user of the cache derived from its Relation message.
 ///
-/// Belongs to one session: a new one starts empty, as the server sends each definition again before its first use.
+/// A cache belongs to one session. A new session starts with an empty one, because the server sends each definition again
+/// before its first use.
 #[derive(Debug)]
 pub struct RelationCache<T> {
     relations: HashMap<RelationId, T>,
@@ -378,12 +381,12 @@ impl<T> Default for RelationCache<T> {
 }
 
 impl<T> RelationCache<T> {
-    /// Replaces the definition of a table: it was altered, or is new.
+    /// Sets the definition of a table that is new or was altered.
     pub fn define(&mut self, id: RelationId, derived: T) {
         self.relations.insert(id, derived);
     }
 
-    /// What was derived from the latest definition.
+    /// The value derived from the latest definition.
     pub fn get(&self, id: RelationId) -> Option<&T> {
         self.relations.get(&id)
     }

@@ -1,4 +1,5 @@
-//! As whom PostgreSQL's programs run: as ourselves, or as an unprivileged user where we are root.
+//! The account that runs PostgreSQL's programs: this process's own, or an unprivileged one if this process runs as
+//! root.
 
 use std::env;
 use std::fs;
@@ -9,20 +10,20 @@ use std::process::{Command, Output, Stdio};
 
 use super::Error;
 
-/// In order of preference. `postgres` is made by distributions' packages; `nobody` is everywhere.
+/// In the order of preference. The packages of distributions create `postgres`; `nobody` exists everywhere.
 const NAMES: [&str; 2] = ["postgres", "nobody"];
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Account {
-    /// Whoever we are.
+    /// The account of this process.
     Ourselves,
-    /// Somebody else, which takes that we are root.
+    /// Another account, which only root can switch to.
     Other { name: String, uid: u32, gid: u32 },
 }
 
 impl Account {
     /// # Errors
-    /// [`Error::NoAccount`]: we are root, and there is nobody else to be.
+    /// [`Error::NoAccount`]: this process runs as root, and there is no other account.
     pub(super) fn unprivileged() -> Result<Self, Error> {
         if !are_root() {
             return Ok(Self::Ourselves);
@@ -31,7 +32,7 @@ impl Account {
         in_passwd(&passwd).ok_or(Error::NoAccount)
     }
 
-    /// The owner of an existing cluster: PostgreSQL insists on running as them. `self` where there is no choice.
+    /// The owner of an existing cluster, as which PostgreSQL has to run. `self` if this process cannot switch accounts.
     pub(super) fn or_owner_of(self, pgdata: &Path) -> Self {
         match fs::metadata(pgdata) {
             Ok(metadata) if self != Self::Ourselves && metadata.uid() != 0 => {
@@ -48,20 +49,20 @@ impl Account {
         }
     }
 
-    /// A command that runs as this account, in a process group of its own: a terminal's Ctrl-C is for us, and it is we
-    /// who decide how PostgreSQL ends.
+    /// A command that runs as this account, in a process group of its own: Ctrl-C in the terminal must reach only this
+    /// process, which then stops PostgreSQL in order.
     pub(super) fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
-        // Our working directory may be closed to the account, and PostgreSQL's programs insist on knowing theirs.
+        // The account may have no access to the current directory, which PostgreSQL's programs insist on resolving.
         command.current_dir("/").process_group(0);
-        // Settings for clients (PGPORT, PGDATA, PGOPTIONS, …) would be taken for settings of the server.
+        // The server's programs would read settings for clients (PGPORT, PGDATA, PGOPTIONS, …) too.
         for (key, _) in env::vars_os().filter(|(key, _)| key.to_string_lossy().starts_with("PG")) {
             command.env_remove(key);
         }
-        // A locale that is not installed stops initdb; and what the log says has to be recognized.
+        // initdb fails if the locale is not installed, and the log's messages are compared with English ones.
         command.env("LC_ALL", "C");
         if let Self::Other { uid, gid, .. } = self {
-            // As root, this also drops our supplementary groups.
+            // As root, this also drops the supplementary groups.
             command.uid(*uid).gid(*gid);
         }
         command
@@ -76,8 +77,8 @@ impl Account {
         }
     }
 
-    /// Whether the account can pass through `dir` and everything above it. Asked of the kernel as that account, since
-    /// modes alone do not tell (access control lists, symbolic links).
+    /// Whether the account can pass through `dir` and all its parents. The kernel decides that, because modes alone do
+    /// not tell (access control lists, symbolic links).
     pub(super) fn can_enter(&self, dir: &Path) -> bool {
         if *self == Self::Ourselves {
             return true;
@@ -87,7 +88,7 @@ impl Account {
         test.status().is_ok_and(|status| status.success())
     }
 
-    /// Whether the account can run the programs: root finding them does not mean that it can.
+    /// Checks that the account can run the program, even if root can.
     pub(super) fn check_program(&self, program: PathBuf) -> Result<(), Error> {
         let output = self.command(&program).arg("--version").output();
         let reason = match output {
@@ -99,19 +100,19 @@ impl Account {
     }
 }
 
-/// Runs one of PostgreSQL's short-lived programs, and kills it when the future is dropped.
+/// Runs one of PostgreSQL's short-lived programs, and kills it if the future is dropped.
 pub(super) async fn run(command: Command) -> Result<Output, Error> {
     let program = PathBuf::from(command.get_program());
     let mut command = tokio::process::Command::from(command);
     command.stdin(Stdio::null()).kill_on_drop(true).output().await.map_err(Error::io("run", &program))
 }
 
-pub(super) fn said(output: &Output) -> String {
+pub(super) fn output_text(output: &Output) -> String {
     let text = [String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)].concat();
     text.trim().to_owned()
 }
 
-/// `geteuid()` without the unsafe call: the owner of our own /proc entry, or else what `id` says.
+/// `geteuid()` without an unsafe call: the owner of this process's /proc entry, or else the output of `id`.
 fn are_root() -> bool {
     if let Ok(metadata) = fs::metadata("/proc/self") {
         return metadata.uid() == 0;

@@ -1,4 +1,4 @@
-//! One private cluster: its directory, and its postmaster as our child.
+//! One private cluster: its directory, and its postmaster as a child process.
 
 use std::fs::{self, File, OpenOptions};
 use std::net::{Ipv4Addr, TcpStream};
@@ -9,46 +9,46 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-use super::account::{Account, run, said};
+use super::account::{Account, output_text, run};
 use super::directory::{initdb, locate, made_by, reader_of, take_possession, write_file};
 use super::postmaster::{Cause, Holder, PidFile, holder, log_tail};
 use super::{Error, Installation, settings};
 
 /// Long enough to recover the WAL of a killed test cluster on a slow disk.
 const READY_WITHIN: Duration = Duration::from_secs(60);
-/// Children of a killed postmaster go within milliseconds, unless they are in a long system call.
+/// The children of a killed postmaster end within milliseconds, except in a long system call.
 const LINGERING_MAX: Duration = Duration::from_secs(10);
-/// A fast shutdown waits for a checkpoint, and for walsenders until their receiver has confirmed everything.
+/// A fast shutdown waits for a checkpoint, and for walsenders until their receivers have confirmed everything.
 const STOP_WITHIN: Duration = Duration::from_secs(60);
-/// For a leftover postmaster, for which there is always the harder way.
+/// The limit for each attempt to stop a leftover postmaster. A harder mode follows.
 const TAKEOVER_WITHIN: Duration = Duration::from_secs(10);
 const DROP_WITHIN: Duration = Duration::from_secs(5);
-/// Between two looks at a file or a child. Neither can be awaited without a thread or a file watcher.
+/// The interval of looks at a file or a child. Waiting for either would take a thread or a file watcher.
 const POLL: Duration = Duration::from_millis(10);
-/// Each attempt takes another random port: even on a busy machine two are rarely taken in a row.
+/// Each attempt uses another random port. Even on a busy machine several rarely fail in a row.
 const PORT_ATTEMPTS: u32 = 5;
-/// When a log of this size is found at a start, it becomes `postgres.log.old`.
+/// A log of at least this size is renamed to `postgres.log.old` at a start.
 const LOG_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-/// What a caller may choose about a cluster.
+/// The options of a cluster.
 #[derive(Debug, Clone, Default)]
 pub struct ClusterOptions {
-    /// New, empty, or a cluster of ours. It belongs to the cluster alone: keep nothing else in it.
+    /// A new or empty directory, or one with such a cluster. The cluster owns it: keep no other files in it.
     pub data_dir: PathBuf,
-    /// None: any free one when the cluster first starts, and that one ever after.
+    /// `None`: the first start chooses a free port, which is kept.
     pub port: Option<u16>,
-    /// PostgreSQL settings besides our own. Replaces those of the last run.
+    /// Additional PostgreSQL settings. They replace those of the last run.
     pub settings: Vec<(String, String)>,
 }
 
-/// How PostgreSQL ends; see its `pg_ctl stop`.
+/// The modes of `pg_ctl stop`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StopMode {
-    /// Waits until the last client has gone.
+    /// Waits until the last client has disconnected.
     Smart,
-    /// Disconnects clients, writes a checkpoint, and lets walsenders send what is left.
+    /// Disconnects clients, writes a checkpoint, and lets walsenders send the rest.
     Fast,
-    /// At once, without a checkpoint. The next start recovers, as after a crash.
+    /// Ends at once, without a checkpoint. The next start recovers, as after a crash.
     Immediate,
 }
 
@@ -62,7 +62,7 @@ impl StopMode {
     }
 }
 
-/// A private cluster, started and stopped by its owner. Dropping it stops it the hard way.
+/// A private cluster, started and stopped by its owner. Dropping it stops it immediately.
 #[derive(Debug)]
 pub struct Cluster {
     installation: Installation,
@@ -71,25 +71,25 @@ pub struct Cluster {
     requested_dir: PathBuf,
     extra_settings: Vec<(String, String)>,
     port: Port,
-    /// Ours until it has been waited for.
+    /// The child process, until its end was noticed.
     postmaster: Option<Child>,
-    /// Held for the kernel's lock on it.
+    /// The open file holds the kernel's lock.
     _lock: File,
 }
 
 #[derive(Debug, Clone, Copy)]
 enum Port {
-    /// Given by the caller, or remembered: clients may know it.
+    /// Chosen by the caller, or remembered. Clients may know it.
     Settled(u16),
-    /// Ours to change, since no postmaster has had it yet.
+    /// Chosen at random, and not used by a postmaster yet, so it can still change.
     Proposed(u16),
 }
 
 impl Cluster {
-    /// Makes the cluster if it is not there, and takes possession of it. Starts nothing.
+    /// Creates the cluster if it does not exist, and locks it. Does not start it.
     ///
     /// # Errors
-    /// Everything that makes starting pointless; above all [`Error::InUse`], [`Error::WrongMajor`], [`Error::NotOurs`].
+    /// Any reason that makes a start pointless, above all [`Error::InUse`], [`Error::WrongMajor`], [`Error::NotOurs`].
     pub async fn create_or_open(installation: Installation, options: ClusterOptions) -> Result<Self, Error> {
         let ClusterOptions { data_dir, port, settings } = options;
         let requested_dir = std::path::absolute(&data_dir).map_err(Error::io("resolve", &data_dir))?;
@@ -122,14 +122,16 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Starts PostgreSQL and returns once it accepts connections. A postmaster that an earlier, killed run left behind
-    /// is stopped first. Nothing to do if it is running.
+    /// Starts PostgreSQL, and returns once it accepts connections. Stops a postmaster that a killed run left behind
+    /// first. Does nothing if PostgreSQL is running.
     ///
-    /// # Errors With the end of PostgreSQL's log, where that says why. Dropping the future leaves a postmaster that is
-    /// starting up; it ends with the cluster.
+    /// Dropping the future leaves a postmaster that is starting up. It ends with the cluster.
+    ///
+    /// # Errors
+    /// Includes the end of PostgreSQL's log if it may explain the failure.
     pub async fn start(&mut self) -> Result<(), Error> {
-        // Running and not ready: an earlier call was given up while PostgreSQL was starting. Then only the waiting is
-        // left.
+        // The process may be running without being ready, if an earlier call was dropped during the start. Then only
+        // the waiting remains.
         if !self.is_running() {
             self.end_leftover().await?;
             self.rotate_log()?;
@@ -151,10 +153,10 @@ impl Cluster {
         write_file(&self.data_dir.join("port"), &self.port().to_string())
     }
 
-    /// Nothing to do if it is not running.
+    /// Stops PostgreSQL. Does nothing if it is not running.
     ///
     /// # Errors
-    /// [`Error::NotStopped`] after a minute. It is still running then, and still asked to stop.
+    /// [`Error::NotStopped`] after a minute. PostgreSQL is then still running, and still shutting down.
     pub async fn stop(&mut self, mode: StopMode) -> Result<(), Error> {
         if !self.is_running() {
             return Ok(());
@@ -163,7 +165,7 @@ impl Cluster {
         let deadline = Instant::now() + STOP_WITHIN;
         while self.is_running() {
             if Instant::now() > deadline {
-                tracing::warn!(pg_ctl = %said(&asked), "PostgreSQL does not stop");
+                tracing::warn!(pg_ctl = %output_text(&asked), "PostgreSQL does not stop");
                 return Err(Error::NotStopped { mode: mode.name(), seconds: STOP_WITHIN.as_secs() });
             }
             sleep(POLL).await;
@@ -171,14 +173,13 @@ impl Cluster {
         Ok(())
     }
 
-    /// [`Self::stop`], then [`Self::start`]: on the same port.
+    /// [`Self::stop`], then [`Self::start`] on the same port.
     pub async fn restart(&mut self, mode: StopMode) -> Result<(), Error> {
         self.stop(mode).await?;
         self.start().await
     }
 
-    /// SIGKILL to the postmaster: a crash. Its children follow on their own, a moment later; [`Self::start`] waits for
-    /// that.
+    /// Sends SIGKILL to the postmaster, like a crash. Its children end a moment later, which [`Self::start`] waits for.
     pub async fn kill_9(&mut self) -> Result<(), Error> {
         if let Some(postmaster) = &mut self.postmaster {
             postmaster.kill().map_err(Error::io("kill the PostgreSQL of", &self.data_dir))?;
@@ -187,7 +188,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Waits until PostgreSQL has ended, whyever. None if it was not running. Cancel safe.
+    /// Waits until PostgreSQL has ended, for whatever reason. `None` if it was not running. Cancel safe.
     pub async fn exited(&mut self) -> Option<ExitStatus> {
         loop {
             let ended = self.postmaster.as_mut()?.try_wait();
@@ -197,7 +198,7 @@ impl Cluster {
                     self.postmaster = None;
                     return Some(status);
                 }
-                // Not our child any more: somebody else has waited for it.
+                // The process is no longer a child of this one: other code has waited for it.
                 Err(_) => {
                     self.postmaster = None;
                     return None;
@@ -206,7 +207,7 @@ impl Cluster {
         }
     }
 
-    /// Whether the postmaster lives; not whether it accepts connections.
+    /// Whether the postmaster lives, which does not mean that it accepts connections.
     pub fn is_running(&mut self) -> bool {
         let running = self.postmaster.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)));
         if !running {
@@ -215,19 +216,19 @@ impl Cluster {
         running
     }
 
-    /// Stops it and deletes its directory, with all data.
+    /// Stops the cluster, and deletes its directory with all data.
     pub async fn destroy(mut self) -> Result<(), Error> {
         self.stop(StopMode::Immediate).await?;
         tokio::fs::remove_dir_all(&self.data_dir).await.map_err(Error::io("delete", &self.data_dir))
     }
 
-    /// Of 127.0.0.1. Final once the cluster has been started for the first time, or if the caller chose it.
+    /// The port on 127.0.0.1. It is final after the first start, or if the caller chose it.
     pub fn port(&self) -> u16 {
         let (Port::Settled(port) | Port::Proposed(port)) = self.port;
         port
     }
 
-    /// For any client of PostgreSQL, as the superuser. Final when [`Self::port`] is.
+    /// A URI for any PostgreSQL client, as the superuser. It is final when [`Self::port`] is.
     pub fn uri(&self, database: &str) -> String {
         let mut uri = format!("postgres://postgres@127.0.0.1:{}/", self.port());
         for byte in database.bytes() {
@@ -240,22 +241,22 @@ impl Cluster {
         uri
     }
 
-    /// Where the cluster really is: as root that may be another place than was asked for.
+    /// The directory of the cluster, which may differ from the requested one if this process runs as root.
     pub fn data_dir(&self) -> &Path {
         &self.data_dir
     }
 
-    /// Whether [`Self::data_dir`] is not the one that was asked for.
+    /// Whether [`Self::data_dir`] differs from the requested directory.
     pub fn is_elsewhere(&self) -> bool {
         self.data_dir != self.requested_dir
     }
 
-    /// The one that is used: of the cluster's major version, if there were several.
+    /// The installation in use. If there are several, it is the one of the cluster's major version.
     pub fn installation(&self) -> &Installation {
         &self.installation
     }
 
-    /// What PostgreSQL has to say.
+    /// The log of PostgreSQL.
     pub fn log_path(&self) -> PathBuf {
         self.data_dir.join("postgres.log")
     }
@@ -279,7 +280,7 @@ impl Cluster {
         }
     }
 
-    /// As often as it takes for the children of a killed postmaster to go.
+    /// Repeats the start until the children of a killed postmaster have ended.
     async fn start_past_lingering(&mut self) -> Result<(), Error> {
         let deadline = Instant::now() + LINGERING_MAX;
         loop {
@@ -295,7 +296,7 @@ impl Cluster {
         }
     }
 
-    /// Spawns the postmaster, unless that is done already, and waits for it.
+    /// Spawns the postmaster if it is not running, and waits until it is ready.
     async fn start_once(&mut self) -> Result<(), (Error, Cause)> {
         let log = self.log_path();
         let log_from = if self.is_running() { 0 } else { self.spawn().map_err(|error| (error, Cause::Other))? };
@@ -315,10 +316,10 @@ impl Cluster {
         Ok(())
     }
 
-    /// Returns where in the log this postmaster's lines begin.
+    /// Spawns the postmaster, and returns the offset of its first line in the log.
     fn spawn(&mut self) -> Result<u64, Error> {
         let log_path = self.log_path();
-        // Not for others: it quotes statements. PostgreSQL's user gets it opened.
+        // Not readable for other users, because it quotes statements. PostgreSQL's user inherits the open file.
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path);
         let log = log.map_err(Error::io("open", &log_path))?;
         let log_from = log.metadata().map_err(Error::io("look at", &log_path))?.len();
@@ -331,21 +332,22 @@ impl Cluster {
         Ok(log_from)
     }
 
-    /// By its own word, and by a connection; the word must be this postmaster's, not that of an earlier one.
+    /// Ready according to its PID file, and reachable. The PID file must be this postmaster's, not an earlier one's.
     fn is_ready(&self) -> bool {
         let ours = self.postmaster.as_ref().map(Child::id);
         PidFile::read(&self.pgdata()).is_some_and(|file| file.ready && Some(file.pid) == ours)
             && TcpStream::connect((Ipv4Addr::LOCALHOST, self.port())).is_ok()
     }
 
-    /// We hold the lock and have no postmaster: one that runs here has lost its owner.
+    /// Stops a leftover postmaster. This process holds the lock and has no postmaster, so a running one has lost its
+    /// owner.
     async fn end_leftover(&self) -> Result<(), Error> {
         let pgdata = self.pgdata();
         let Some(PidFile { pid, .. }) = PidFile::read(&pgdata) else { return Ok(()) };
         match holder(pid, &pgdata, &self.account) {
-            // PostgreSQL removes the file itself, after a look at the shared memory that it names.
+            // PostgreSQL removes the file itself, after it has checked the shared memory that the file names.
             Holder::Nobody => return Ok(()),
-            // It would take the stranger for a postmaster and refuse to start.
+            // PostgreSQL would mistake the process for a postmaster and refuse to start.
             Holder::Stranger => {
                 let pid_file = pgdata.join("postmaster.pid");
                 return fs::remove_file(&pid_file).map_err(Error::io("delete the outdated", &pid_file));
@@ -356,7 +358,7 @@ impl Cluster {
         let mut reason = String::new();
         for mode in [StopMode::Fast, StopMode::Immediate] {
             let output = run(self.pg_ctl_stop(mode, &["-w", "-t", &seconds])).await?;
-            // pg_ctl looks at the file alone, which the postmaster deletes a moment before it ends.
+            // pg_ctl only watches the file, which the postmaster deletes a moment before it ends.
             let deadline = Instant::now() + LINGERING_MAX;
             loop {
                 if holder(pid, &pgdata, &self.account) != Holder::Postmaster {
@@ -367,7 +369,7 @@ impl Cluster {
                 }
                 sleep(POLL).await;
             }
-            reason = said(&output);
+            reason = output_text(&output);
         }
         Err(Error::Leftover { pid, reason })
     }
@@ -384,7 +386,7 @@ impl Drop for Cluster {
         if !self.is_running() {
             return;
         }
-        // Without waiting: it is our child, and we can see for ourselves when it ends.
+        // pg_ctl need not wait, because the postmaster is a child of this process.
         let mut stop = self.pg_ctl_stop(StopMode::Immediate, &["-W"]);
         let asked = stop.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
         let deadline = Instant::now() + DROP_WITHIN;
@@ -392,7 +394,7 @@ impl Drop for Cluster {
         while is_asked && self.is_running() && Instant::now() < deadline {
             std::thread::sleep(POLL);
         }
-        // Too early in its life for pg_ctl, or stuck.
+        // The postmaster is too young for pg_ctl, or stuck.
         if let Some(mut postmaster) = self.postmaster.take() {
             let killed = postmaster.kill().and_then(|()| postmaster.wait());
             if let Err(error) = killed {

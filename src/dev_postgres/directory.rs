@@ -1,17 +1,17 @@
-//! A cluster's directory: where it is, that it is ours, and how it comes to be complete.
+//! The directory of a cluster: its location, its lock, and its creation by initdb.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use super::account::{Account, run, said};
+use super::account::{Account, output_text, run};
 use super::{Error, Installation};
 
-/// Where clusters of root live whose directory PostgreSQL's user cannot reach.
+/// The parent of clusters whose requested directory PostgreSQL's user cannot access.
 const FALLBACK_DIR: &str = "/var/lib/tuplewatch-dev";
 
-/// Decides where the cluster lives and as whom it runs.
+/// Decides the location of the cluster and its account.
 pub(super) fn locate(requested_dir: &Path) -> Result<(PathBuf, Account), Error> {
     let unprivileged = Account::unprivileged()?;
     let account = unprivileged.clone().or_owner_of(&requested_dir.join("pgdata"));
@@ -25,12 +25,12 @@ pub(super) fn locate(requested_dir: &Path) -> Result<(PathBuf, Account), Error> 
     Ok((elsewhere, account))
 }
 
-/// FNV-1a, 64 bits: the standard library's hashers may change with its version, and this names a directory.
+/// FNV-1a, 64 bits. It names a directory, and the standard library's hashers may change with its version.
 fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// Creates the directory if need be, makes sure that it is ours, and locks it.
+/// Creates the directory if needed, checks that it belongs to a cluster, and locks it.
 pub(super) fn take_possession(data_dir: &Path) -> Result<File, Error> {
     let lock_path = data_dir.join("cluster.lock");
     create_dirs(data_dir)?;
@@ -46,8 +46,8 @@ pub(super) fn take_possession(data_dir: &Path) -> Result<File, Error> {
     }
 }
 
-/// Like `create_dir_all`, but others can pass through what it creates, whatever our umask: as root, PostgreSQL's user
-/// must.
+/// Like `create_dir_all`, but other users can pass through the created directories, whatever the umask. PostgreSQL's
+/// user must be able to.
 fn create_dirs(dir: &Path) -> Result<(), Error> {
     if let Some(parent) = dir.parent().filter(|parent| !parent.exists()) {
         create_dirs(parent)?;
@@ -59,7 +59,7 @@ fn create_dirs(dir: &Path) -> Result<(), Error> {
     }
 }
 
-/// The major version of a cluster; None if there is none yet.
+/// The major version of the cluster; `None` if there is no cluster yet.
 pub(super) fn made_by(pgdata: &Path) -> Result<Option<u32>, Error> {
     let path = pgdata.join("PG_VERSION");
     match fs::read_to_string(&path) {
@@ -69,7 +69,8 @@ pub(super) fn made_by(pgdata: &Path) -> Result<Option<u32>, Error> {
     }
 }
 
-/// An upgrade of the machine's PostgreSQL must not cost the cluster while the old one is still there.
+/// An installation that can read the cluster. After an upgrade of the machine's PostgreSQL it looks for the old
+/// version.
 pub(super) fn reader_of(installation: Installation, major: u32, data_dir: &Path) -> Result<Installation, Error> {
     if installation.major() == major {
         return Ok(installation);
@@ -81,20 +82,20 @@ pub(super) fn reader_of(installation: Installation, major: u32, data_dir: &Path)
 
 pub(super) async fn initdb(installation: &Installation, account: &Account, data_dir: &Path) -> Result<(), Error> {
     remove_unfinished(data_dir)?;
-    // A new name each time: an initdb that outlived the kill of its parent may still be writing to the old one.
+    // A new name each time, because an initdb that outlived its killed parent may still write to the old one.
     let unfinished = data_dir.join(format!("{UNFINISHED}{:08x}", fastrand::u32(..)));
     fs::create_dir(&unfinished).map_err(Error::io("create", &unfinished))?;
     account.give(&unfinished)?;
 
     let mut command = account.command(&installation.bin_dir().join("initdb"));
     command.arg("-D").arg(&unfinished);
-    // The C locale is installed everywhere and goes with every encoding.
+    // The C locale is installed everywhere, and fits every encoding.
     command.args(["--username=postgres", "--encoding=UTF8", "--locale=C", "--auth=trust", "--no-instructions"]);
     let output = run(command).await?;
     if !output.status.success() {
-        return Err(Error::Initdb { dir: data_dir.to_owned(), output: said(&output) });
+        return Err(Error::Initdb { dir: data_dir.to_owned(), output: output_text(&output) });
     }
-    // Relative to the including file, so that the directory may be moved.
+    // The path is relative to the including file, so the directory can be moved.
     let conf = unfinished.join("postgresql.conf");
     let text = fs::read_to_string(&conf).map_err(Error::io("read", &conf))?;
     fs::write(&conf, text + "\ninclude '../settings.conf'\n").map_err(Error::io("write", &conf))?;
@@ -103,10 +104,10 @@ pub(super) async fn initdb(installation: &Installation, account: &Account, data_
     fs::rename(&unfinished, &pgdata).map_err(Error::io("rename the new cluster to", &pgdata))
 }
 
-/// What the directories begin with that initdb works in; they get their name when they are whole.
+/// The prefix of the directories in which initdb works. A complete one is renamed.
 pub(super) const UNFINISHED: &str = "pgdata.new-";
 
-/// Deletes what interrupted initdbs left. What still changes under our hands stays for the next time.
+/// Deletes the directories of interrupted initdbs. One that still changes stays until the next start.
 fn remove_unfinished(data_dir: &Path) -> Result<(), Error> {
     for entry in fs::read_dir(data_dir).map_err(Error::io("read", data_dir))? {
         let entry = entry.map_err(Error::io("read", data_dir))?;
@@ -120,7 +121,7 @@ fn remove_unfinished(data_dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Readable for PostgreSQL's user whatever our umask, and never half written.
+/// Writes a file atomically, and readable for PostgreSQL's user whatever the umask.
 pub(super) fn write_file(path: &Path, text: &str) -> Result<(), Error> {
     let new = path.with_extension("new");
     fs::write(&new, text).map_err(Error::io("write", &new))?;

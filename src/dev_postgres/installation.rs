@@ -1,4 +1,4 @@
-//! Which PostgreSQL programs to use.
+//! Finds the PostgreSQL programs to use.
 
 use std::env;
 use std::fs;
@@ -7,16 +7,17 @@ use std::process::Command;
 
 use super::Error;
 
-/// The oldest release that tuplewatch supports: the first whose pgoutput sends logical messages, which `snap_token()`
-/// needs.
+/// The oldest release that tuplewatch supports. It is the first whose pgoutput sends logical messages, which
+/// `snap_token()` needs.
 const MAJOR_MIN: u32 = 14;
 
-/// All three, because client packages bring `pg_config`, and sometimes `pg_ctl`, without a server.
+/// All three are required, because client packages contain `pg_config`, and sometimes `pg_ctl`, without a server.
 const PROGRAMS: [&str; 3] = ["postgres", "initdb", "pg_ctl"];
 
 const PG_BIN: &str = "TUPLEWATCH_PG_BIN";
 
-/// Where distributions put versions next to each other: parent directory and the prefix of the versions' names.
+/// The places where distributions install several versions: the parent directory, and the prefix of the versions'
+/// names.
 const VERSIONED: [(&str, &str); 4] = [
     ("/usr/lib/postgresql", ""),
     ("/usr", "pgsql-"),
@@ -34,11 +35,12 @@ pub struct Installation {
 }
 
 impl Installation {
-    /// The first usable one of: `explicit` (`--pg-bin`), `TUPLEWATCH_PG_BIN`, `pg_config --bindir`, the usual places
-    /// newest first, `PATH`.
+    /// Finds the first usable installation of: `explicit` (`--pg-bin`), `TUPLEWATCH_PG_BIN`, `pg_config --bindir`, the
+    /// usual places with the newest version first, `PATH`.
     ///
-    /// # Errors [`Error::NotAnInstallation`] if the directory that was named by option or environment is none: a person
-    /// who names one does not want another. [`Error::NotInstalled`] if there is none anywhere.
+    /// # Errors
+    /// [`Error::NotAnInstallation`] if the option or the variable names a directory without one: no other is used
+    /// instead. [`Error::NotInstalled`] if there is none anywhere.
     pub fn find(explicit: Option<&Path>) -> Result<Self, Error> {
         if let Some(dir) = explicit {
             return Self::named("--pg-bin", dir);
@@ -50,7 +52,7 @@ impl Installation {
         for dir in candidates() {
             match Self::at(&dir) {
                 Ok(installation) => return Ok(installation),
-                // A directory without any server is worth a word only if something there looked like PostgreSQL.
+                // Only a directory that looks like PostgreSQL is worth mentioning.
                 Err(reason) if dir.join("pg_config").exists() || dir.join("postgres").exists() => {
                     rejected.push(format!("{}: {reason}", dir.display()));
                 }
@@ -62,23 +64,23 @@ impl Installation {
         Err(Error::NotInstalled { install: install_command(env::consts::OS, &os_release), rejected })
     }
 
-    /// Where `postgres`, `initdb` and `pg_ctl` are. Clients such as `psql` may be elsewhere.
+    /// The directory of `postgres`, `initdb` and `pg_ctl`. Clients such as `psql` may be elsewhere.
     pub fn bin_dir(&self) -> &Path {
         &self.bin_dir
     }
 
-    /// 15 in "15.18".
+    /// The major version: 15 in "15.18".
     pub fn major(&self) -> u32 {
         self.major
     }
 
-    /// As the server writes it: "15.18", "18beta1".
+    /// The version as the server prints it: "15.18", "18beta1".
     pub fn version(&self) -> &str {
         &self.version
     }
 
-    /// For a cluster made by another major version than this one: the one that can read it, if it is here as well. None
-    /// if a person named this one.
+    /// Another installation, of this major version, for a cluster that this one cannot read. `None` if there is none,
+    /// or if the user chose this one.
     pub(super) fn sibling(&self, major: u32) -> Option<Self> {
         let mut others = candidates().into_iter().filter(|_| !self.chosen).filter_map(|dir| Self::at(&dir).ok());
         others.find(|other| other.major == major)
@@ -86,7 +88,7 @@ impl Installation {
 
     fn named(origin: &'static str, dir: &Path) -> Result<Self, Error> {
         let not = |reason| Error::NotAnInstallation { origin, dir: dir.to_owned(), reason };
-        // Programs are started with another working directory than ours.
+        // The programs are started in another working directory.
         let absolute = std::path::absolute(dir).map_err(|error| not(error.to_string()))?;
         let found = Self::at(&absolute).map_err(not)?;
         Ok(Self { chosen: true, ..found })
@@ -105,16 +107,16 @@ impl Installation {
         let text = String::from_utf8_lossy(&output.stdout);
         let Some((version, major)) = parse_version(&text) else {
             let complaint = String::from_utf8_lossy(&output.stderr);
-            return Err(format!("its postgres does not tell its version: {}{}", text.trim(), complaint.trim()));
+            return Err(format!("its postgres does not print its version: {}{}", text.trim(), complaint.trim()));
         };
         if major < MAJOR_MIN {
-            return Err(format!("it is PostgreSQL {version}, and {MAJOR_MIN} is the oldest that works"));
+            return Err(format!("it is PostgreSQL {version}, and the oldest supported version is {MAJOR_MIN}"));
         }
         Ok(Self { bin_dir: dir.to_owned(), version: version.to_owned(), major, chosen: false })
     }
 }
 
-/// Where to look when nobody said where.
+/// The directories to search if the user chose none.
 fn candidates() -> Vec<PathBuf> {
     let mut dirs = Vec::new();
     if let Ok(output) = Command::new("pg_config").arg("--bindir").output()
@@ -131,7 +133,7 @@ fn candidates() -> Vec<PathBuf> {
     dirs
 }
 
-/// `parent/prefix*/bin`, the highest number first.
+/// `parent/prefix*/bin`, with the highest number first.
 fn versions_in(parent: &Path, prefix: &str) -> Vec<PathBuf> {
     let mut found: Vec<(u32, PathBuf)> = fs::read_dir(parent)
         .into_iter()
@@ -146,7 +148,7 @@ fn versions_in(parent: &Path, prefix: &str) -> Vec<PathBuf> {
     found.into_iter().map(|(_, dir)| dir).collect()
 }
 
-/// Takes "postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)" apart.
+/// Parses "postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)".
 fn parse_version(text: &str) -> Option<(&str, u32)> {
     let (_, after) = text.split_once("(PostgreSQL) ")?;
     let version = after.split_whitespace().next()?;
@@ -166,12 +168,12 @@ fn install_command(os: &str, os_release: &str) -> String {
         let line = os_release.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
         line.unwrap_or_default().trim_matches(['"', '\'']).to_owned()
     };
-    // The system itself first, then those it descends from.
+    // The system itself first, then the systems that it derives from.
     let ids = format!("{} {}", field("ID"), field("ID_LIKE"));
     let known = ids.split_whitespace().find_map(|id| match id {
         "debian" | "ubuntu" => Some("apt-get install -y postgresql"),
         "fedora" => Some("dnf install -y postgresql-server"),
-        // Theirs is PostgreSQL 10 or 13 until another stream is enabled.
+        // The default stream has PostgreSQL 10 or 13.
         "rhel" | "centos" | "rocky" | "almalinux" => {
             Some("dnf module enable -y postgresql:16; dnf install -y postgresql-server")
         }
@@ -226,7 +228,7 @@ mod tests {
         assert_eq!(versions_in(&dir.path().join("absent"), ""), Vec::<PathBuf>::new());
     }
 
-    /// A directory with stand-ins for the three programs.
+    /// A directory with fake versions of the three programs.
     fn fake(version: &str, programs: &[&str]) -> tempfile::TempDir {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
@@ -239,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_directory_is_taken_or_refused() {
+    fn a_chosen_directory_is_used_or_refused() {
         let check = |dir: &Path, expected: &str| {
             let message = Installation::find(Some(dir)).unwrap_err().to_string();
             assert!(message.starts_with("--pg-bin") && message.contains(expected), "{message}");
@@ -252,12 +254,12 @@ mod tests {
         let dir = fake("14.23", &PROGRAMS);
         let found = Installation::find(Some(dir.path())).unwrap();
         assert_eq!((found.bin_dir(), found.major(), found.version()), (dir.path(), 14, "14.23"));
-        // Whoever names one does not get another.
+        // A wrong choice is an error, and no other installation is used.
         assert_eq!(found.sibling(15), None);
     }
 
     #[test]
-    fn not_installed_says_what_to_do() {
+    fn a_missing_installation_names_the_remedy() {
         let error = Error::NotInstalled {
             install: "apt-get install -y postgresql".into(),
             rejected: vec!["/usr/bin: it has no postgres".into()],

@@ -1,4 +1,4 @@
-//! What a running or failed postmaster leaves in files: `postmaster.pid` and the log.
+//! The files of a running or failed postmaster: `postmaster.pid` and the log.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
@@ -7,15 +7,15 @@ use std::process::{Command, Stdio};
 
 use super::account::Account;
 
-/// As much of the log's end as goes into an error message.
+/// The most lines and bytes of the log in an error message.
 const TAIL_LINES: usize = 20;
 const TAIL_BYTES: u64 = 8 * 1024;
 
-/// The lines of `postmaster.pid` that matter here (PostgreSQL's `utils/pidfile.h`): the first and the eighth.
+/// The fields of `postmaster.pid` that are needed here (PostgreSQL's `utils/pidfile.h`): its first and its eighth line.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct PidFile {
     pub(super) pid: u32,
-    /// It accepts connections. Before, this line is absent or says "starting".
+    /// Whether it accepts connections. Before that, the line is missing or says "starting".
     pub(super) ready: bool,
 }
 
@@ -26,28 +26,29 @@ impl PidFile {
 
     fn parse(text: &str) -> Option<Self> {
         let mut lines = text.lines().map(str::trim);
-        // Negative for a single-user server, which does not listen and does not concern us.
+        // The number is negative for a single-user server, which does not listen.
         let pid = lines.next()?.parse().ok()?;
         Some(Self { pid, ready: lines.nth(6) == Some("ready") })
     }
 }
 
-/// Who has the process id that a `postmaster.pid` names.
+/// The process that has the id in a `postmaster.pid`.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Holder {
-    /// The postmaster of this directory, alive.
+    /// The running postmaster of this directory.
     Postmaster,
-    /// Certainly something else, which was given the number after the postmaster died.
+    /// A different process, which got the id after the postmaster had ended.
     Stranger,
-    /// Nobody, or somebody else's process: PostgreSQL can tell by itself that neither is a postmaster.
+    /// No process, or one of another user. PostgreSQL itself recognizes that neither is a postmaster.
     Nobody,
 }
 
-/// PostgreSQL takes any process of its own user for a postmaster if it has the number: it would refuse to start, and
-/// `pg_ctl` would stop the wrong one. So look closer.
+/// Finds out which process has the id. PostgreSQL mistakes any process of its own user with that id for a postmaster:
+/// it would refuse to start, and `pg_ctl` would stop the wrong process.
 pub(super) fn holder(pid: u32, pgdata: &Path, account: &Account) -> Holder {
     let is_postmaster = if Path::new("/proc/self").exists() {
-        // A postmaster's working directory is its data directory. Asked as its user: in a container, root may not look.
+        // The working directory of a postmaster is its data directory. Its own user reads it, because root may not in a
+        // container.
         let mut readlink = account.command(Path::new("/bin/sh"));
         readlink.args(["-c", "readlink \"/proc/$1/cwd\"", "sh", &pid.to_string()]);
         let canonical = pgdata.canonicalize().unwrap_or_else(|_| pgdata.to_owned());
@@ -69,17 +70,17 @@ fn first_line(command: &mut Command) -> Option<String> {
     String::from_utf8_lossy(&output.stdout).lines().next().map(str::to_owned).filter(|line| !line.is_empty())
 }
 
-/// Why a postmaster gave up, where we can do something about it.
+/// The reason why a postmaster ended, if a retry can help.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Cause {
-    /// Children of a killed postmaster still hold its shared memory. They notice its death and go.
+    /// Children of a killed postmaster still use its shared memory. They notice its end and follow.
     Lingering,
     PortTaken,
     Other,
 }
 
 impl Cause {
-    /// Messages of PostgreSQL 14 to 18, untranslated since [`Account::command`] sets the locale.
+    /// Compares with messages of PostgreSQL 14 to 18, which are English because [`Account::command`] sets the locale.
     pub(super) fn of(log: &str) -> Self {
         if log.contains("pre-existing shared memory block") {
             Self::Lingering
@@ -91,8 +92,7 @@ impl Cause {
     }
 }
 
-/// What was written to the log after `from`, or the end of that. Not being able to read it is no reason to fail
-/// differently.
+/// The end of the log behind `from`. An unreadable log is treated as empty, so that the original error is reported.
 pub(super) fn log_tail(log: &Path, from: u64) -> String {
     let read = || -> std::io::Result<String> {
         let mut file = File::open(log)?;
@@ -129,7 +129,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let check = |pid, expected| assert_eq!(holder(pid, dir.path(), &Account::Ourselves), expected);
         check(std::process::id(), Holder::Stranger);
-        // Above the highest id that Linux can give.
+        // Above the highest id that Linux assigns.
         check(5_000_000, Holder::Nobody);
         let mut child = Command::new("sleep").arg("60").current_dir(dir.path()).spawn().unwrap();
         if cfg!(target_os = "linux") {

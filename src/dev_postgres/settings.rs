@@ -1,4 +1,4 @@
-//! The cluster's settings file, and its port.
+//! The settings file of the cluster, and the choice of its port.
 
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, TcpListener};
@@ -7,24 +7,25 @@ use std::path::Path;
 
 use super::Error;
 
-/// Below what Linux (32768) and macOS (49152) give to outgoing connections: a port from there might be somebody's local
-/// end at the moment when the cluster wants it back.
+/// Below the ports that Linux (from 32768) and macOS (from 49152) assign to outgoing connections, so that such a
+/// connection does not occupy the port when the cluster restarts.
 const PORTS: Range<u16> = 15_000..32_000;
 
-/// What tuplewatch needs, and what a developer's machine needs. A caller's settings come after these and may differ.
+/// Settings that tuplewatch needs, and settings for a developer's machine. A caller's settings follow and take
+/// precedence.
 const DEFAULTS: [(&str, &str); 5] = [
     ("wal_level", "logical"),
     ("track_commit_timestamp", "on"),
     ("max_replication_slots", "16"),
     ("max_wal_senders", "16"),
-    // A slot that nobody reads, of a trial long forgotten, must not fill the disk.
+    // An abandoned slot must not fill the disk.
     ("max_slot_wal_keep_size", "4GB"),
 ];
 
-/// The text of `settings.conf`. Later lines win, so what keeps the cluster private comes last.
+/// The text of `settings.conf`. Later lines win, so the settings that keep the cluster private come last.
 pub(super) fn render(port: u16, extra: &[(String, String)], requested_dir: &Path) -> Result<String, Error> {
-    let mut text = String::from("# Written by tuplewatch at every start: changes made here are lost.\n");
-    // Debug form: a path may hold a line break, which would end the comment.
+    let mut text = String::from("# Written by tuplewatch at every start: changes to this file are lost.\n");
+    // In debug form, because a line break in the path would end the comment.
     let _ = writeln!(text, "# The cluster of {requested_dir:?}.");
     for (name, value) in DEFAULTS {
         push(&mut text, name, value)?;
@@ -48,11 +49,10 @@ fn push(text: &mut String, name: &str, value: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// A port that nobody listens on now. Only PostgreSQL's own bind can make sure, so whoever uses it must be ready to ask
-/// again.
+/// A port that is free now. Only PostgreSQL's own bind can confirm it, so the caller must be ready to choose again.
 pub(super) fn free_port() -> u16 {
     let first = fastrand::u16(PORTS);
-    // Once around. If all of them are taken, any is as good: starting will say so.
+    // Once around the range. If all ports are in use, the start reports it.
     let mut ports = (first..PORTS.end).chain(PORTS.start..first);
     ports.find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok()).unwrap_or(first)
 }
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_quoted_and_ours_come_last() {
+    fn values_are_quoted_and_private_settings_come_last() {
         let extra = [("search_path".into(), r"a'b\c".into()), ("port".into(), "1".into())];
         let text = render(5433, &extra, Path::new("/a\nport = 2")).unwrap();
         assert!(text.contains("\nwal_level = 'logical'\n"), "{text}");

@@ -1,4 +1,4 @@
-//! Against real PostgreSQL: the one that [`Installation::find`] finds.
+//! Against real PostgreSQL, the one that [`Installation::find`] finds.
 
 use std::fs;
 use std::future::Future;
@@ -12,7 +12,7 @@ use super::account::Account;
 use super::directory::UNFINISHED;
 use super::*;
 
-/// A directory of its own, gone afterwards. Not created, so that PostgreSQL's user can reach it whatever our umask.
+/// A temporary directory. The test does not create it, so that PostgreSQL's user can access it whatever the umask.
 struct Place(PathBuf);
 
 impl Place {
@@ -69,12 +69,12 @@ async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// What a `kill -9` of our process does to a cluster: the lock is released, the postmaster lives on.
+/// The effect of `kill -9` on this process: the lock is released, and the postmaster lives on.
 fn abandon(mut cluster: Cluster) -> std::process::Child {
     cluster.take_postmaster().unwrap()
 }
 
-/// Polls once, which gets as far as the first wait.
+/// Polls the future once, up to its first wait.
 async fn begin<T>(future: impl Future<Output = T>) {
     let mut future = std::pin::pin!(future);
     std::future::poll_fn(|context| {
@@ -97,7 +97,7 @@ async fn creates_starts_and_continues() {
     assert_eq!(psql(&cluster, "SHOW fsync"), "off");
     assert_eq!(psql(&cluster, "SHOW port"), cluster.port().to_string());
     psql(&cluster, "CREATE TABLE kept (n int); INSERT INTO kept VALUES (1)");
-    // Starting what is started changes nothing.
+    // Starting a running cluster changes nothing.
     let pid = pid_in_file(&cluster);
     cluster.start().await.unwrap();
     assert_eq!(pid_in_file(&cluster), pid);
@@ -111,7 +111,7 @@ async fn creates_starts_and_continues() {
     cluster.stop(StopMode::Fast).await.unwrap();
     drop(cluster);
 
-    // Another run, with other settings: same data, same port.
+    // Another run with other settings: the same data and the same port.
     let mut options = options(place.data_dir());
     options.settings = vec![("work_mem".into(), "5MB".into())];
     let mut cluster = Cluster::create_or_open(Installation::find(None).unwrap(), options).await.unwrap();
@@ -132,7 +132,7 @@ async fn survives_kill_9_under_load() {
     psql(&cluster, "CREATE TABLE kept (n int)");
     for n in 1..=5 {
         psql(&cluster, &format!("INSERT INTO kept VALUES ({n})"));
-        // Backends that are busy notice the postmaster's death late.
+        // Busy backends notice the end of the postmaster late.
         let uri = cluster.uri("postgres");
         let mut busy: Vec<_> = (0..4)
             .map(|_| {
@@ -170,14 +170,14 @@ async fn takes_over_from_a_killed_run() {
 }
 
 #[tokio::test]
-async fn an_outdated_pid_file_is_no_obstacle() {
+async fn an_outdated_pid_file_is_ignored() {
     let place = Place::new();
     let mut cluster = started(&place).await;
     cluster.stop(StopMode::Fast).await.unwrap();
     let pid_file = cluster.data_dir().join("pgdata/postmaster.pid");
     let pgdata = cluster.data_dir().join("pgdata");
 
-    // The number now belongs to a process of the same user, which PostgreSQL would take for a postmaster.
+    // The id now belongs to a process of the same user, which PostgreSQL would mistake for a postmaster.
     let account = Account::unprivileged().unwrap().or_owner_of(&pgdata);
     let mut stranger = account.command(Path::new("/bin/sleep")).arg("600").spawn().unwrap();
     for pid in [stranger.id(), 4_999_999] {
@@ -204,7 +204,7 @@ async fn drop_leaves_nothing_behind() {
     assert!(is_gone());
     TcpListener::bind(("127.0.0.1", port)).unwrap();
 
-    // Also while it is only starting, too early for pg_ctl.
+    // A cluster that is only starting is too young for pg_ctl.
     let mut cluster = open(place.data_dir()).await.unwrap();
     begin(cluster.start()).await;
     let pid = cluster.postmaster_id().unwrap();
@@ -213,7 +213,7 @@ async fn drop_leaves_nothing_behind() {
     assert!(is_gone());
     let mut cluster = started(&place).await;
 
-    // And a start that was given up can be taken up again.
+    // A start that was dropped can be resumed.
     cluster.stop(StopMode::Fast).await.unwrap();
     begin(cluster.start()).await;
     cluster.start().await.unwrap();
@@ -221,7 +221,7 @@ async fn drop_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn an_interrupted_initdb_is_begun_again() {
+async fn an_interrupted_initdb_is_repeated() {
     let place = Place::new();
     begin(open(place.data_dir())).await;
     let unfinished = fs::read_dir(place.data_dir()).unwrap().map(|entry| entry.unwrap().path());
@@ -245,7 +245,7 @@ async fn only_one_at_a_time() {
 }
 
 #[tokio::test]
-async fn directories_of_others_are_left_alone() {
+async fn foreign_directories_are_left_alone() {
     let place = Place::new();
     for dir in [&place.0, &place.data_dir()] {
         fs::create_dir(dir).unwrap();
@@ -258,7 +258,7 @@ async fn directories_of_others_are_left_alone() {
 }
 
 #[tokio::test]
-async fn a_taken_port_is_named() {
+async fn a_port_in_use_is_named() {
     let place = Place::new();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
@@ -273,7 +273,7 @@ async fn a_taken_port_is_named() {
 }
 
 #[tokio::test]
-async fn a_port_that_nobody_knows_yet_is_chosen_again() {
+async fn an_unused_port_can_change() {
     let place = Place::new();
     let mut cluster = open(place.data_dir()).await.unwrap();
     let proposed = cluster.port();
@@ -303,7 +303,7 @@ async fn another_major_version_is_named() {
     assert!(message.contains("made by PostgreSQL 9") && message.contains("--pg-bin"), "{message}");
 }
 
-/// As an ordinary user there is no such case: PostgreSQL runs as that user.
+/// An ordinary user has no such case, because PostgreSQL runs as that user.
 #[tokio::test]
 async fn as_root_an_unreachable_directory_is_replaced() {
     if Account::unprivileged().unwrap() == Account::Ourselves {

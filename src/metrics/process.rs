@@ -1,35 +1,33 @@
-//! What the operating system says of this process, under the names that Prometheus' own libraries have for it.
+//! Readings about this process from the operating system, under the names that Prometheus' own libraries use.
 
 use rustix::process::{Resource, getrlimit};
 use rustix::time::{ClockId, clock_gettime};
 use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// What it uses. `None` where the operating system does not say.
+/// The resources of the process. `None` if the operating system does not report the value.
 #[derive(Clone, Debug, Default)]
-pub struct Process {
-    /// Time of processors, in user and system mode.
+pub(crate) struct Process {
+    /// Processor time, in user and system mode.
     pub cpu_seconds: f64,
-    /// Memory that is resident.
     pub resident_bytes: Option<u64>,
-    /// Descriptors that are open.
     pub open_fds: Option<u64>,
-    /// Descriptors that may be open.
+    /// The limit of open descriptors.
     pub max_fds: Option<u64>,
-    /// Since 1970.
+    /// The start of the process, in seconds since 1970.
     pub start_time_seconds: f64,
 }
 
 impl Process {
-    /// As it is now. The first call is taken for the start of the process.
-    pub fn read() -> Self {
+    /// Reads the current values. The first call counts as the start of the process.
+    pub(crate) fn read() -> Self {
         static STARTED: LazyLock<f64> =
             LazyLock::new(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64()));
         let cpu = clock_gettime(ClockId::ProcessCPUTime);
         Self {
             cpu_seconds: cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9,
             resident_bytes: resident_bytes(),
-            // One of them is that of the directory itself.
+            // One descriptor belongs to the directory that is being read.
             open_fds: std::fs::read_dir("/proc/self/fd").ok().map(|open| (open.count() as u64).saturating_sub(1)),
             max_fds: getrlimit(Resource::Nofile).current,
             start_time_seconds: *STARTED,

@@ -1,12 +1,12 @@
-//! What is read when somebody asks.
+//! Gauges that are read when metrics are requested.
 
 use super::process::Process;
 use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType};
 
-/// States of the session: the values of a label.
-pub const SESSION_STATES: [&str; 4] = ["connecting", "streaming", "retrying", "failed"];
-/// Why nothing is delivered: the values of a label.
-pub const NOT_READY_REASONS: [&str; 11] = [
+/// The states of the session: the values of a label.
+pub(crate) const SESSION_STATES: [&str; 4] = ["connecting", "streaming", "retrying", "failed"];
+/// The reasons for not being ready: the values of a label.
+pub(crate) const NOT_READY_REASONS: [&str; 11] = [
     "starting",
     "stopping",
     "log_gone",
@@ -19,141 +19,141 @@ pub const NOT_READY_REASONS: [&str; 11] = [
     "log_stuck",
     "window_full",
 ];
-/// What PostgreSQL says of a slot's WAL (`wal_status`): the values of a label.
-pub const WAL_STATUSES: [&str; 4] = ["reserved", "extended", "unreserved", "lost"];
-/// Of the lags of all streams: so many in a hundred have this or less. Gauges, because a summary's sum and count only grow.
+/// PostgreSQL's states of a slot's WAL (`wal_status`): the values of a label.
+pub(crate) const WAL_STATUSES: [&str; 4] = ["reserved", "extended", "unreserved", "lost"];
+/// The percentiles of the lags of all streams. They are gauges, because the sum and count of a summary may only grow.
 const RANKS: [(&str, usize); 4] = [("p50", 50), ("p90", 90), ("p99", 99), ("max", 100)];
 
-/// Everything that is read. What is not known has no series, instead of a wrong one. LSNs are the 64-bit numbers.
+/// All readings. An unknown value has no series, instead of a wrong one. LSNs are 64-bit numbers.
 #[derive(Clone, Debug, Default)]
-pub struct Readings {
-    /// One of [`NOT_READY_REASONS`]; `None` where changes are delivered.
+pub(crate) struct Readings {
+    /// One of [`NOT_READY_REASONS`]; `None` if changes are delivered.
     pub not_ready_reason: Option<&'static str>,
-    /// How long the oldest transaction has waited to be released; zero where none waits.
+    /// The time that the oldest transaction has waited to be released; zero if none waits.
     pub oldest_waiting_seconds: f64,
     /// One of [`SESSION_STATES`].
     pub session_state: &'static str,
-    /// How far the stream was read.
+    /// The end LSN up to which WAL was received.
     pub received_lsn: Option<u64>,
-    /// How far the log survives a crash.
+    /// The end LSN up to which the change log is durable.
     pub durable_lsn: Option<u64>,
-    /// How far subscribers are told.
+    /// The end LSN up to which changes are released to subscribers.
     pub released_lsn: Option<u64>,
-    /// When the server was looked at last, in seconds since 1970.
+    /// The time of the last look at the server, in seconds since 1970.
     pub looked_at_seconds: Option<f64>,
-    /// What that look found; `None` where it was long ago.
+    /// The result of the last look; `None` if it is outdated.
     pub server: Option<Server>,
-    /// The change log.
     pub log: Log,
-    /// The recent part in memory.
+    /// The recent messages in memory.
     pub window: Window,
-    /// How far each stream is behind what is released, in bytes of WAL.
+    /// The lag of each stream behind the released position, in bytes of WAL.
     pub stream_lag_bytes: Vec<u64>,
-    /// The process.
     pub process: Process,
 }
 
-/// Of PostgreSQL, and the slot there.
+/// PostgreSQL, and the slot there.
 #[derive(Clone, Debug, Default)]
-pub struct Server {
-    /// How far its WAL is written.
+pub(crate) struct Server {
+    /// The end of the server's WAL.
     pub lsn: u64,
-    /// How far what was received is behind it.
+    /// The received position's lag behind it.
     pub lag_bytes: Option<u64>,
-    /// How long ago the server was where what was received is.
+    /// The time since the server passed the received position.
     pub lag_seconds: Option<f64>,
     /// The slot, if it is there.
     pub slot: Option<Slot>,
 }
 
-/// The slot.
 #[derive(Clone, Debug, Default)]
-pub struct Slot {
-    /// Somebody reads it.
+pub(crate) struct Slot {
+    /// Whether a process reads it.
     pub is_active: bool,
     /// One of [`WAL_STATUSES`].
     pub wal_status: Option<String>,
-    /// Nothing can be read from it any more.
+    /// Whether it can no longer be read.
     pub is_lost: bool,
-    /// What it was told.
+    /// The acknowledged position.
     pub acknowledged_lsn: Option<u64>,
-    /// How far that is behind the server.
+    /// Its lag behind the server.
     pub lag_bytes: Option<u64>,
-    /// How long ago the server was there.
+    /// The time since the server passed it.
     pub lag_seconds: Option<f64>,
-    /// WAL that is kept for it.
+    /// WAL that the server keeps for it.
     pub retained_bytes: Option<u64>,
     /// WAL that may still be written before it is lost. `None`: there is no limit.
     pub safe_bytes: Option<u64>,
 }
 
-/// The change log.
 #[derive(Clone, Debug, Default)]
-pub struct Log {
-    /// What retention counts.
+pub(crate) struct Log {
+    /// The size that retention counts.
     pub bytes: u64,
-    /// Where retention drops the oldest.
+    /// The size above which retention drops the oldest changes.
     pub bytes_max: u64,
-    /// What is written to journals first, beside that.
+    /// The size of the journals, which is not counted in `bytes`.
     pub journal_bytes: u64,
-    /// Pieces that retention drops.
+    /// The number of segments, the units of retention.
     pub segments: u64,
-    /// How old the oldest change may be that is still kept.
+    /// The age of the oldest change that may still be read.
     pub horizon_age_seconds: f64,
-    /// Free on its disk.
+    /// Free space on the disk.
     pub disk_free_bytes: Option<u64>,
-    /// What retention keeps free there.
+    /// The free space that retention maintains.
     pub disk_reserve_bytes: u64,
-    /// Whether it takes more.
+    /// Whether the log accepts appends.
     pub has_room: bool,
 }
 
-/// The recent part of the stream, in memory.
+/// The recent messages in memory.
 #[derive(Clone, Debug, Default)]
-pub struct Window {
-    /// What it holds.
+pub(crate) struct Window {
+    /// The size of the messages.
     pub bytes: u64,
-    /// What it may hold.
+    /// The largest permitted size.
     pub bytes_max: u64,
-    /// Transactions that wait to be visible to a SELECT.
+    /// Transactions that are not visible to a SELECT yet.
     pub pending_transactions: u64,
 }
 
 impl Readings {
-    /// As the families of the text format.
+    /// The metric families of the text format.
     pub(super) fn families(&self) -> Vec<MetricFamily> {
         let mut to = Families::default();
         to.info("tuplewatch_build_info", "The version that runs; always 1.", "version", env!("CARGO_PKG_VERSION"));
         to.gauge(
             "tuplewatch_ready",
-            "Whether changes are delivered: the slot streams, what is received is released, and streams can start.",
+            "Whether changes are delivered: the slot streams, received changes are released, and streams can start.",
             self.not_ready_reason.is_none(),
         );
         to.states(
             "tuplewatch_not_ready",
-            "Why changes are not delivered: 1 for the reason that there is.",
+            "Why changes are not delivered: 1 for the present reason.",
             "reason",
             &NOT_READY_REASONS,
             self.not_ready_reason.unwrap_or_default(),
         );
         to.gauge(
             "tuplewatch_oldest_waiting_seconds",
-            "How long the oldest transaction has waited to be released to subscribers; 0 where none waits.",
+            "How long the oldest transaction has waited to be released to subscribers; 0 if none waits.",
             self.oldest_waiting_seconds,
         );
         to.states(
             "tuplewatch_session_state",
-            "What the replication session is doing: 1 for the state that it is in.",
+            "The state of the replication session: 1 for the present state.",
             "state",
             &SESSION_STATES,
             self.session_state,
         );
-        to.gauge("tuplewatch_received_lsn_bytes", "LSN up to which WAL was received.", self.received_lsn);
-        to.gauge("tuplewatch_durable_lsn_bytes", "LSN up to which the change log is on disk.", self.durable_lsn);
-        to.gauge("tuplewatch_released_lsn_bytes", "LSN up to which subscribers are told.", self.released_lsn);
+        to.gauge("tuplewatch_received_lsn_bytes", "End LSN up to which WAL was received.", self.received_lsn);
+        to.gauge("tuplewatch_durable_lsn_bytes", "End LSN up to which the change log is durable.", self.durable_lsn);
+        to.gauge(
+            "tuplewatch_released_lsn_bytes",
+            "End LSN up to which changes are released to subscribers.",
+            self.released_lsn,
+        );
         to.gauge(
             "tuplewatch_server_look_timestamp_seconds",
-            "When PostgreSQL and the slot were looked at last, in seconds since 1970.",
+            "The time of the last look at PostgreSQL and the slot, in seconds since 1970.",
             self.looked_at_seconds,
         );
         if let Some(server) = &self.server {
@@ -161,21 +161,25 @@ impl Readings {
         }
         self.log.write(&mut to);
         let window = &self.window;
-        to.gauge("tuplewatch_window_bytes", "Memory that recent messages take.", window.bytes);
-        to.gauge("tuplewatch_window_limit_bytes", "Memory that they may take.", window.bytes_max);
+        to.gauge("tuplewatch_window_bytes", "Memory used by recent messages.", window.bytes);
+        to.gauge(
+            "tuplewatch_window_limit_bytes",
+            "Memory that recent messages may use (changelog.memory_window).",
+            window.bytes_max,
+        );
         to.gauge(
             "tuplewatch_pending_transactions",
-            "Transactions that wait until a SELECT sees them.",
+            "Transactions that are not visible to a SELECT yet.",
             window.pending_transactions,
         );
         to.gauge(
             "tuplewatch_streams_behind",
-            "Open streams that have not taken all that is released for them.",
+            "Open streams that have not received all released changes yet.",
             self.stream_lag_bytes.iter().filter(|lag| **lag > 0).count() as u64,
         );
         to.ranks(
             "tuplewatch_stream_lag_bytes",
-            "How far open streams are behind what is released, in bytes of WAL: half of them by p50 at most, and so on.",
+            "How far open streams are behind the released position, in bytes of WAL: half of them at most by p50, and so on.",
             self.stream_lag_bytes.clone(),
         );
         self.process.write(&mut to);
@@ -185,21 +189,21 @@ impl Readings {
 
 impl Server {
     fn write(&self, to: &mut Families) {
-        to.gauge("tuplewatch_server_lsn_bytes", "LSN up to which PostgreSQL has written WAL.", self.lsn);
-        to.gauge("tuplewatch_lag_bytes", "WAL that is written and was not received yet.", self.lag_bytes);
+        to.gauge("tuplewatch_server_lsn_bytes", "End of the WAL that PostgreSQL has written.", self.lsn);
+        to.gauge("tuplewatch_lag_bytes", "WAL that was written and is not received yet.", self.lag_bytes);
         to.gauge(
             "tuplewatch_lag_seconds",
-            "How long ago PostgreSQL was where what was received is; 0 where all of it was received.",
+            "Age of the oldest WAL that is not received yet; 0 if there is none.",
             self.lag_seconds,
         );
-        to.gauge("tuplewatch_slot_exists", "Whether the replication slot is there.", self.slot.is_some());
+        to.gauge("tuplewatch_slot_exists", "Whether the replication slot exists.", self.slot.is_some());
         let Some(slot) = &self.slot else { return };
-        to.gauge("tuplewatch_slot_active", "Whether somebody reads the slot.", slot.is_active);
-        to.gauge("tuplewatch_slot_lost", "Whether nothing can be read from the slot any more.", slot.is_lost);
+        to.gauge("tuplewatch_slot_active", "Whether a process reads the slot.", slot.is_active);
+        to.gauge("tuplewatch_slot_lost", "Whether the slot can no longer be read.", slot.is_lost);
         if let Some(status) = &slot.wal_status {
             to.states(
                 "tuplewatch_slot_wal_status",
-                "What PostgreSQL says of the slot's WAL: 1 for the status that it has.",
+                "PostgreSQL's wal_status of the slot: 1 for the present status.",
                 "status",
                 &WAL_STATUSES,
                 status,
@@ -207,19 +211,19 @@ impl Server {
         }
         to.gauge(
             "tuplewatch_acknowledged_lsn_bytes",
-            "LSN up to which the slot was acknowledged, as PostgreSQL has it.",
+            "LSN up to which PostgreSQL has received acknowledgements for the slot (confirmed_flush_lsn).",
             slot.acknowledged_lsn,
         );
-        to.gauge("tuplewatch_slot_lag_bytes", "WAL that is written and not acknowledged.", slot.lag_bytes);
+        to.gauge("tuplewatch_slot_lag_bytes", "WAL that was written and is not acknowledged yet.", slot.lag_bytes);
         to.gauge(
             "tuplewatch_slot_lag_seconds",
-            "How long ago PostgreSQL was where the slot is; 0 where all of it is acknowledged.",
+            "Age of the oldest WAL that is not acknowledged yet; 0 if there is none.",
             slot.lag_seconds,
         );
         to.gauge("tuplewatch_slot_retained_wal_bytes", "WAL that PostgreSQL keeps for the slot.", slot.retained_bytes);
         to.gauge(
             "tuplewatch_slot_safe_wal_bytes",
-            "WAL that may be written before the slot is lost; not there without a limit (max_slot_wal_keep_size).",
+            "WAL that may be written before the slot is lost; absent without a limit (max_slot_wal_keep_size).",
             slot.safe_bytes,
         );
     }
@@ -227,28 +231,28 @@ impl Server {
 
 impl Log {
     fn write(&self, to: &mut Families) {
-        to.gauge("tuplewatch_log_bytes", "What the change log has on disk, without its journals.", self.bytes);
+        to.gauge("tuplewatch_log_bytes", "Size of the change log on disk, without its journals.", self.bytes);
         to.gauge(
             "tuplewatch_log_limit_bytes",
-            "Where the oldest of it is dropped (changelog.retention.size).",
+            "Size above which the oldest changes are dropped (changelog.retention.size).",
             self.bytes_max,
         );
-        to.gauge("tuplewatch_log_journal_bytes", "What the change log's journals have on disk.", self.journal_bytes);
-        to.gauge("tuplewatch_log_segments", "Pieces of the change log that are dropped as a whole.", self.segments);
+        to.gauge("tuplewatch_log_journal_bytes", "Size of the change log's journals on disk.", self.journal_bytes);
+        to.gauge("tuplewatch_log_segments", "Segments of the change log, which are dropped as a whole.", self.segments);
         to.gauge(
             "tuplewatch_log_horizon_age_seconds",
-            "How far back the change log goes, at least for what was changed.",
+            "Age of the oldest change that the change log still has.",
             self.horizon_age_seconds,
         );
-        to.gauge("tuplewatch_log_disk_free_bytes", "Free on the disk of the change log.", self.disk_free_bytes);
+        to.gauge("tuplewatch_log_disk_free_bytes", "Free space on the disk of the change log.", self.disk_free_bytes);
         to.gauge(
             "tuplewatch_log_disk_reserve_bytes",
-            "With less free the oldest is dropped early (changelog.disk_reserve).",
+            "Free space below which the oldest changes are dropped early (changelog.disk_reserve).",
             self.disk_reserve_bytes,
         );
         to.gauge(
             "tuplewatch_log_has_room",
-            "Whether the change log takes more: 0 while its disk is full and nothing is read from PostgreSQL.",
+            "Whether the change log accepts changes: 0 while its disk is full and nothing is read from PostgreSQL.",
             self.has_room,
         );
     }
@@ -256,23 +260,15 @@ impl Log {
 
 impl Process {
     fn write(&self, to: &mut Families) {
-        to.counter(
-            "process_cpu_seconds_total",
-            "Time of processors that the process used, in seconds.",
-            self.cpu_seconds,
-        );
-        to.gauge("process_resident_memory_bytes", "Memory of the process that is resident.", self.resident_bytes);
-        to.gauge("process_open_fds", "Descriptors that are open.", self.open_fds);
-        to.gauge("process_max_fds", "Descriptors that may be open.", self.max_fds);
-        to.gauge(
-            "process_start_time_seconds",
-            "When the process started, in seconds since 1970.",
-            self.start_time_seconds,
-        );
+        to.counter("process_cpu_seconds_total", "Processor time that the process used, in seconds.", self.cpu_seconds);
+        to.gauge("process_resident_memory_bytes", "Resident memory of the process.", self.resident_bytes);
+        to.gauge("process_open_fds", "Open descriptors.", self.open_fds);
+        to.gauge("process_max_fds", "Limit of open descriptors.", self.max_fds);
+        to.gauge("process_start_time_seconds", "Start of the process, in seconds since 1970.", self.start_time_seconds);
     }
 }
 
-/// What may be a value of a gauge, or be missing.
+/// The value of a gauge, which may be missing.
 trait Value {
     fn number(self) -> Option<f64>;
 }
@@ -333,7 +329,7 @@ impl Families {
         self.add(name, help, MetricType::GAUGE, vec![gauge(vec![pair(label, value)], 1.0)]);
     }
 
-    /// A series for each state, so that one that is left does not stay.
+    /// A series for each state, so that the series of a former state falls to zero.
     fn states(&mut self, name: &str, help: &str, label: &str, all: &[&str], present: &str) {
         let one = |state: &&str| gauge(vec![pair(label, state)], f64::from(*state == present));
         self.add(name, help, MetricType::GAUGE, all.iter().map(one).collect());

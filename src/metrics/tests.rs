@@ -1,11 +1,11 @@
-//! Everything that is written, and what speaks of it: the documentation, the alert rules, the dashboard.
+//! Compares the metrics with the documents that mention them: the documentation, the alert rules, the dashboard.
 
 use super::readings::{Log, Server, Slot, Window};
 use super::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// One series at least of every metric.
+/// The text with at least one series of every metric.
 fn everything() -> String {
     let metrics = Metrics::new();
     metrics.table("t").created.inc();
@@ -40,7 +40,7 @@ fn everything() -> String {
     })
 }
 
-/// Type and labels by name, from the text format.
+/// The type and the labels of each metric, from the text format.
 fn written() -> BTreeMap<String, (String, BTreeSet<String>)> {
     let mut found = BTreeMap::new();
     let mut name = String::new();
@@ -64,7 +64,7 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
 
-/// Cells of the rows of tables whose first cell is code.
+/// The cells of the table rows whose first cell is code.
 fn rows(markdown: &str) -> impl Iterator<Item = Vec<&str>> {
     markdown.lines().filter(|line| line.starts_with("| `")).map(|line| {
         let cells = line.trim_matches('|').split('|').map(|cell| cell.trim().trim_matches('`'));
@@ -73,7 +73,7 @@ fn rows(markdown: &str) -> impl Iterator<Item = Vec<&str>> {
 }
 
 #[test]
-fn every_metric_is_documented_as_it_is() {
+fn every_metric_is_documented() {
     let markdown = read("docs/metrics.md");
     let (metrics, _) = markdown.split_once("\n## Alerts").unwrap();
     let documented: BTreeMap<_, _> = rows(metrics)
@@ -86,7 +86,7 @@ fn every_metric_is_documented_as_it_is() {
 }
 
 #[test]
-fn every_alert_is_documented_and_tried() {
+fn every_alert_is_documented_and_tested() {
     let (rules, tried) = (read("docker/prometheus/alerts.yml"), read("docker/prometheus/alerts_test.yml"));
     let markdown = read("docs/metrics.md");
     let (_, alerts) = markdown.split_once("\n## Alerts").unwrap();
@@ -107,7 +107,7 @@ fn every_alert_is_documented_and_tried() {
 }
 
 #[test]
-fn what_rules_and_dashboard_ask_for_is_there() {
+fn rules_and_dashboard_use_existing_metrics() {
     let written = written();
     for path in ["docker/prometheus/alerts.yml", "docker/grafana/tuplewatch.json"] {
         let text = read(path);
@@ -124,7 +124,7 @@ fn what_rules_and_dashboard_ask_for_is_there() {
 }
 
 #[test]
-fn ranks_are_of_the_streams() {
+fn ranks_are_percentiles_of_the_streams() {
     let text = everything();
     for line in [
         "tuplewatch_stream_lag_bytes{rank=\"p50\"} 50",
@@ -137,7 +137,7 @@ fn ranks_are_of_the_streams() {
     ] {
         assert!(text.lines().any(|written| written == line), "{line}");
     }
-    // What is not known is not written.
+    // Unknown values are not written.
     let unknown = Metrics::new().text(&Readings::default());
     assert!(
         !unknown.contains("tuplewatch_lag_seconds") && unknown.contains("tuplewatch_stream_lag_bytes{rank=\"max\"} 0")

@@ -1,7 +1,7 @@
-//! Facts of a tenant, and how they change: relation tuples and attributes.
+//! Changes of facts: relation tuples and attributes of a tenant.
 //!
-//! A change is encoded once, when its row is decoded, and stays in these bytes in memory, in the log and on the wire: see [`encoding`].
-//! Whoever wants to know what is in them reads a [`ChangeView`].
+//! A change is encoded once, when its row is decoded. Memory, log and wire all hold these bytes: see [`encoding`]. To
+//! look into them, read a [`ChangeView`].
 
 mod encoding;
 
@@ -12,32 +12,32 @@ pub use encoding::{ChangeView, Changes, FactView, ValueView, encode, envelope_by
 use std::fmt;
 use std::sync::Arc;
 
-/// A tenant's id. Cheap to clone; the bytes are PostgreSQL's text, at most [`TenantId::BYTES_MAX`] of them.
+/// The id of a tenant: a PostgreSQL text of at most [`TenantId::BYTES_MAX`] bytes. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TenantId(Arc<str>);
 
-/// The text cannot be a tenant id.
+/// The reason why a text cannot be a tenant id.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TenantIdError {
-    /// Nothing in it.
+    /// The text is empty.
     #[error("the tenant id is empty")]
     Empty,
-    /// Longer than the limit.
+    /// The text is longer than the limit.
     #[error("the tenant id has {0} bytes; at most {max} are allowed", max = TenantId::BYTES_MAX)]
     TooLong(usize),
-    /// A NUL byte, which PostgreSQL text cannot hold.
+    /// The text has a NUL byte, which PostgreSQL's text type cannot contain.
     #[error("the tenant id contains a NUL character")]
     Nul,
 }
 
 impl TenantId {
-    /// Longest tenant id, in bytes.
+    /// The longest tenant id, in bytes.
     pub const BYTES_MAX: usize = 512;
 
-    /// Takes any text that a `text` column can hold.
+    /// Accepts any text that a `text` column can contain.
     ///
     /// # Errors
-    /// Where it is empty, too long, or has a NUL.
+    /// The text is empty, too long, or contains a NUL.
     pub fn new(text: &str) -> Result<Self, TenantIdError> {
         match text.len() {
             0 => Err(TenantIdError::Empty),
@@ -71,16 +71,16 @@ impl fmt::Display for TenantId {
     }
 }
 
-/// What happened to a fact.
+/// The kind of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// It holds from now on.
+    /// The fact begins to hold.
     Create,
-    /// It no longer holds.
+    /// The fact ceases to hold.
     Delete,
 }
 
-/// A relation tuple: the subject has the relation to the entity. In the order of the `tuples` preset's primary key.
+/// A relation tuple: the subject has the relation to the entity. Ordered as the primary key of the preset `tuples`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[expect(missing_docs, reason = "the fields are the words of the model")]
 pub struct Tuple<'a> {
@@ -117,11 +117,11 @@ pub enum AttributeValue {
     BooleanArray(Vec<bool>),
 }
 
-/// Type URLs of attribute values begin with this.
+/// The prefix of the type URLs of attribute values.
 pub const TYPE_URL_PREFIX: &str = "type.googleapis.com/base.v1.";
 
 impl AttributeValue {
-    /// Name of the `base.v1` message that carries it; in JSON, too, its `@type`.
+    /// The name of the `base.v1` message for the value, which is also its `@type` in JSON.
     pub const fn message_name(&self) -> &'static str {
         match self {
             Self::String(_) => "StringValue",
@@ -136,7 +136,7 @@ impl AttributeValue {
     }
 }
 
-/// What a change is about.
+/// The content of a change.
 #[derive(Clone, Debug, PartialEq)]
 #[expect(missing_docs, reason = "the variants are their contents")]
 pub enum Fact<'a> {

@@ -1,8 +1,8 @@
-//! What a check finds: how bad it is, what it means, and what repairs it.
+//! The results of checks: severity, meaning, and remedy.
 //!
-//! `serve` refuses to start where there is an error; `doctor` shows everything. A fix can be pasted as it is: a statement for
-//! psql or a command for the shell, and behind it, as a comment, what that alone does not do (a restart, a reload). A fix that no
-//! statement makes is a comment as a whole.
+//! `serve` refuses to start if there is an error; `doctor` shows all diagnostics. A fix can be pasted: a statement for
+//! psql or a command for the shell, followed by a comment with the steps that it does not do (a restart, a reload). A
+//! fix without a statement is a comment as a whole.
 
 mod command_line;
 
@@ -13,13 +13,13 @@ use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
 
-/// How bad it is.
+/// The severity of a diagnostic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Severity {
-    /// As it should be.
+    /// Everything is in order.
     Ok,
-    /// It works, and somebody should know.
+    /// It works, but an operator should know.
     Warning,
     /// It does not work.
     Error,
@@ -35,33 +35,33 @@ impl fmt::Display for Severity {
     }
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Diagnostic {
-    /// How bad it is.
+    /// The severity.
     pub severity: Severity,
-    /// A setting, a table, the slot …
+    /// The checked object: a setting, a table, the slot, …
     pub subject: String,
-    /// What was found. Continues the subject.
+    /// The finding. It continues the subject.
     pub what: String,
-    /// What follows from it, where `what` does not say that already.
+    /// The consequence, if `what` does not name it already.
     pub meaning: Option<&'static str>,
-    /// What to run, with the rest as a comment.
+    /// The statement or command to run, with further steps as a comment.
     pub fix: Option<String>,
 }
 
 impl Diagnostic {
-    /// Something as it should be.
+    /// A check that found everything in order.
     pub fn ok(subject: impl fmt::Display, what: impl Into<String>) -> Self {
         Self::new(Severity::Ok, subject, what)
     }
 
-    /// Something that somebody should know.
+    /// A problem that an operator should know.
     pub fn warning(subject: impl fmt::Display, what: impl Into<String>) -> Self {
         Self::new(Severity::Warning, subject, what)
     }
 
-    /// Something that does not work.
+    /// A problem that prevents operation.
     pub fn error(subject: impl fmt::Display, what: impl Into<String>) -> Self {
         Self::new(Severity::Error, subject, what)
     }
@@ -70,14 +70,14 @@ impl Diagnostic {
         Self { severity, subject: subject.to_string(), what: what.into(), meaning: None, fix: None }
     }
 
-    /// With what follows from it.
+    /// Adds the consequence.
     #[must_use]
     pub const fn means(mut self, meaning: &'static str) -> Self {
         self.meaning = Some(meaning);
         self
     }
 
-    /// With what repairs it.
+    /// Adds the remedy.
     #[must_use]
     pub fn fix(mut self, fix: impl Into<String>) -> Self {
         self.fix = Some(fix.into());
@@ -98,67 +98,67 @@ impl fmt::Display for Diagnostic {
     }
 }
 
-/// Collects diagnostics.
+/// A list of diagnostics under construction.
 #[derive(Debug, Default)]
 pub struct Report {
     diagnostics: Vec<Diagnostic>,
 }
 
 impl Report {
-    /// One more.
+    /// Adds a diagnostic.
     pub fn add(&mut self, diagnostic: Diagnostic) {
         self.diagnostics.push(diagnostic);
     }
 
-    /// Something as it should be.
+    /// Adds a check that found everything in order.
     pub fn ok(&mut self, subject: impl fmt::Display, what: impl Into<String>) {
         self.add(Diagnostic::ok(subject, what));
     }
 
-    /// Something that somebody should know, and how it is changed.
+    /// Adds a warning with its remedy.
     pub fn warning(&mut self, subject: impl fmt::Display, what: impl Into<String>, fix: impl Into<String>) {
         self.add(Diagnostic::warning(subject, what).fix(fix));
     }
 
-    /// Something that does not work, and what repairs it.
+    /// Adds an error with its remedy.
     pub fn error(&mut self, subject: impl fmt::Display, what: impl Into<String>, fix: impl Into<String>) {
         self.add(Diagnostic::error(subject, what).fix(fix));
     }
 
-    /// How many there are.
+    /// The number of diagnostics.
     pub const fn count(&self) -> usize {
         self.diagnostics.len()
     }
 
-    /// Whether nothing was wrong since there were so many diagnostics.
+    /// Whether all diagnostics after the first `count` are in order.
     pub fn is_fine_since(&self, count: usize) -> bool {
         self.diagnostics.iter().skip(count).all(|diagnostic| diagnostic.severity == Severity::Ok)
     }
 
-    /// Whether something does not work.
+    /// Whether any diagnostic is an error.
     pub fn has_errors(&self) -> bool {
         self.diagnostics.iter().any(|diagnostic| diagnostic.severity == Severity::Error)
     }
 
-    /// All of another one, too.
+    /// Adds all of these diagnostics.
     pub fn extend(&mut self, diagnostics: Vec<Diagnostic>) {
         self.diagnostics.extend(diagnostics);
     }
 
-    /// In the order in which they were found.
+    /// The diagnostics in the order in which they were added.
     pub fn into_diagnostics(self) -> Vec<Diagnostic> {
         self.diagnostics
     }
 }
 
-/// A number of bytes as people read it.
+/// A number of bytes, displayed for people.
 #[derive(Clone, Copy, Debug)]
 pub struct Bytes(pub u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const UNITS: [(u32, &str); 3] = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
-        // Two digits at least, so that what is said is not far off.
+        // At least two digits, so that rounding does not distort the number much.
         match UNITS.iter().find(|(shift, _)| self.0 >> shift >= 10) {
             Some((shift, unit)) => write!(f, "{} {unit}", self.0 >> shift),
             None => write!(f, "{} bytes", self.0),
@@ -166,7 +166,7 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// How long something takes or took, as people read it.
+/// A duration, displayed for people.
 #[derive(Clone, Copy, Debug)]
 pub struct Span(pub Duration);
 
@@ -182,7 +182,7 @@ impl fmt::Display for Span {
     }
 }
 
-/// A word as a shell reads it back.
+/// Quotes a word for a shell if needed.
 pub fn shell_word(word: &str) -> Cow<'_, str> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=+@%,".contains(c);
     if !word.is_empty() && word.chars().all(is_plain) {

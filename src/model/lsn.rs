@@ -1,9 +1,9 @@
-//! Where things are in the write-ahead log: LSNs, positions between changes, transaction ids and commit times.
+//! Positions in the write-ahead log: LSNs, positions between changes, transaction ids and commit times.
 //!
-//! Two facts about PostgreSQL shape everything here. A transaction has *two* LSNs: its **commit LSN**, where the commit
-//! record starts (`final_lsn` of Begin, `lsn` of Commit), and its **end LSN** just past it (`end_lsn` of Commit); the end
-//! LSN of one transaction can equal the commit LSN of the next. And only commits are ordered: LSNs of rows inside two
-//! transactions say nothing about which of them was first.
+//! Two facts about PostgreSQL shape this module. First, a transaction has *two* LSNs: its **commit LSN**, where the
+//! commit record starts (`final_lsn` of Begin, `lsn` of Commit), and its **end LSN** just past the record (`end_lsn` of
+//! Commit). The end LSN of one transaction can equal the commit LSN of the next. Second, only commits are ordered: the
+//! LSNs of rows in two transactions do not tell which transaction was first.
 
 use std::fmt;
 use std::str::FromStr;
@@ -25,12 +25,13 @@ impl fmt::Display for Lsn {
     }
 }
 
-/// Where the commit record of a transaction starts: `final_lsn` of pgoutput's Begin, `lsn` of Commit. Transactions are in the order of their
-/// commit LSNs.
+/// The LSN at which the commit record of a transaction starts: `final_lsn` of pgoutput's Begin, `lsn` of Commit.
+/// Transactions are ordered by their commit LSNs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CommitLsn(pub Lsn);
 
-/// Just past the commit record of a transaction: `end_lsn` of Commit. It can be the commit LSN of the next transaction.
+/// The LSN just past the commit record of a transaction: `end_lsn` of Commit. It can be the commit LSN of the next
+/// transaction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EndLsn(pub Lsn);
 
@@ -65,38 +66,38 @@ impl FromStr for Lsn {
     }
 }
 
-/// A place between two changes: every transaction with a commit LSN below `lsn`, and the first `steps` row steps of the
-/// transaction whose commit LSN *is* `lsn`.
+/// A position between two changes. It includes every transaction with a commit LSN below `lsn`, and the first `steps`
+/// row steps of the transaction whose commit LSN *is* `lsn`.
 ///
-/// "After this whole transaction" is its end LSN with zero steps. Row steps count pgoutput's row messages, two a message
-/// (an UPDATE can be a delete and then a create), before mapping, tenants or filters: the same on every node, whatever
-/// its configuration. The derived order is the order of the stream.
+/// The position after a whole transaction is its end LSN with zero steps. Row steps count pgoutput's row messages, two
+/// for each (an UPDATE can be a delete and then a create), before mapping, tenants or filters. So they are the same on
+/// every node, whatever its configuration. The derived order is the order of the stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position {
     /// A commit LSN (with `steps`) or an end LSN (without).
     pub lsn: Lsn,
-    /// Row steps of that transaction that are included.
+    /// The row steps of that transaction that the position includes.
     pub steps: u64,
 }
 
 impl Position {
     /// Before everything.
     pub const ZERO: Self = Self { lsn: Lsn::ZERO, steps: 0 };
-    /// Behind everything.
+    /// After everything.
     pub const MAX: Self = Self { lsn: Lsn(u64::MAX), steps: u64::MAX };
 
-    /// Everything that committed below `lsn`: with an end LSN, "after this whole transaction".
+    /// After every transaction that committed below `lsn`. With an end LSN: after this whole transaction.
     pub const fn at(lsn: Lsn) -> Self {
         Self { lsn, steps: 0 }
     }
 
-    /// How far the WAL must agree for the position to mean the same: inside a transaction its commit record counts too, which
-    /// starts at the LSN.
+    /// The LSN up to which two histories must agree for the position to have the same meaning. Inside a transaction
+    /// this includes the first byte of its commit record, which starts at the LSN.
     pub const fn extent(self) -> Lsn {
         if self.steps == 0 { self.lsn } else { Lsn(self.lsn.0.saturating_add(1)) }
     }
 
-    /// After the whole of the transaction that ends here.
+    /// After the whole transaction that ends here.
     pub const fn after(end: EndLsn) -> Self {
         Self::at(end.0)
     }
@@ -118,8 +119,8 @@ impl fmt::Display for Position {
 pub struct Xid8(pub u64);
 
 impl Xid8 {
-    /// The xid8 that `xid` stands for. pgoutput carries only the low 32 bits; every transaction in the stream is within
-    /// 2^31 of any recent one, so the nearest candidate to `self` is the right one.
+    /// The xid8 of `xid`. pgoutput carries only the low 32 bits. Every transaction in the stream is within 2^31 of any
+    /// recent one, so the candidate nearest to `self` is the right one.
     pub const fn widen(self, xid: u32) -> Self {
         let low = (self.0 & 0xFFFF_FFFF) as u32;
         let distance = xid.wrapping_sub(low) as i32;
@@ -133,14 +134,15 @@ impl fmt::Display for Xid8 {
     }
 }
 
-/// What a statement of PostgreSQL can see: the value of `pg_current_snapshot()`, as `xmin:xmax:xip,xip,…`.
+/// The transactions that a statement of PostgreSQL can see: the value of `pg_current_snapshot()`, as
+/// `xmin:xmax:xip,xip,…`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Every transaction below is over.
+    /// Every transaction below has ended.
     xmin: Xid8,
     /// Every transaction at or above had not begun.
     xmax: Xid8,
-    /// Those in between that were still running; sorted.
+    /// The transactions in between that were still running, sorted.
     running: Vec<Xid8>,
 }
 
@@ -155,12 +157,12 @@ impl Snapshot {
         xid < self.xmin || (xid < self.xmax && self.running.binary_search(&xid).is_err())
     }
 
-    /// The first transaction id that had not been handed out.
+    /// The first transaction id that was not assigned yet.
     pub const fn xmax(&self) -> Xid8 {
         self.xmax
     }
 
-    /// The transactions below [`Self::xmax`] that were running, in order.
+    /// The transactions below [`Self::xmax`] that were running, in ascending order.
     pub fn running(&self) -> &[Xid8] {
         &self.running
     }
@@ -197,7 +199,8 @@ impl FromStr for Snapshot {
 
 /// A commit timestamp: microseconds since 2000-01-01 00:00 UTC, PostgreSQL's own epoch.
 ///
-/// For people, for lag and for look-up only: commit timestamps tie and invert, so nothing is ever ordered by them.
+/// For people, for lag and for look-up only. Commit timestamps can be equal or out of order, so nothing is ever ordered
+/// by them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CommitTime(pub i64);
 
@@ -219,7 +222,7 @@ impl CommitTime {
 
 impl fmt::Display for CommitTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // humantime writes years up to 9999; a time beyond (only a forged token holds one) is shown as its number.
+        // humantime writes years up to 9999. A later time, which only a forged token has, is shown as a number.
         const LAST_MICROS: i64 = 253_402_300_799_000_000;
         if (0..=LAST_MICROS).contains(&self.unix_micros()) {
             humantime::format_rfc3339_micros(self.system_time()).fmt(f)

@@ -1,11 +1,11 @@
-//! Snap tokens: what a client hands back to go on where it was.
+//! Snap tokens: a client returns its last one to resume where it was.
 //!
-//! Opaque to clients. Our own are base64 in the URL-safe alphabet without padding (the standard alphabet and padding are
-//! read too), 60 characters or more; their numbers are big endian.
+//! Tokens are opaque to clients. tuplewatch's own are base64 in the URL-safe alphabet without padding, of 60 characters or more. The
+//! standard alphabet and padding are accepted too. Numbers are big endian.
 //!
-//! A **position token** is what a stream of one tenant has, and any stream between two transactions:
+//! A **position token** is a place in the stream of one tenant, or between two transactions of any stream:
 //!
-//! | bytes | what |
+//! | bytes | content |
 //! | --- | --- |
 //! | 0 | version, `0x01` |
 //! | 1..9 | source hash |
@@ -15,7 +15,7 @@
 //! | 33..41 | commit timestamp, µs since 2000-01-01, for people |
 //! | 41..45 | check: the first bytes of SHA-256 over 0..41 |
 //!
-//! A **token between tenants** is what a stream of all tenants has inside a transaction (see [`Place`]):
+//! A **token between tenants** is a place of a stream of all tenants inside a transaction (see [`Place`]):
 //!
 //! | bytes | what |
 //! | --- | --- |
@@ -25,10 +25,10 @@
 //! | 49..n | the tenant's id |
 //! | n..n+4 | check, as above |
 //!
-//! A **transaction token** is what `tuplewatch.snap_token()` returns inside a transaction, "the state right after this
-//! transaction":
+//! A **transaction token** is returned by `tuplewatch.snap_token()` inside a transaction. It means "the state right
+//! after this transaction":
 //!
-//! | bytes | what |
+//! | bytes | content |
 //! | --- | --- |
 //! | 0 | version, `0x02` |
 //! | 1..9 | source hash |
@@ -37,15 +37,15 @@
 //! | 33..41 | LSN floor: the transaction commits at or after it |
 //! | 41..45 | check, as above |
 //!
-//! The check is there to tell a damaged token from a good one; it is no signature. The first byte is never an ASCII digit
-//! and there are never 8 bytes, so that Permify's two forms of token stay distinct from these:
+//! The check distinguishes a damaged token from a valid one; it is not a signature. The first byte is never an ASCII
+//! digit and there are never 8 bytes, so Permify's two forms of token remain distinct from these:
 //!
-//! | bytes | what |
+//! | bytes | content |
 //! | --- | --- |
-//! | 8 | xid8, *little* endian: after that transaction. What Watch emits in the preset `permify`, in standard base64 |
+//! | 8 | xid8, *little* endian: after that transaction. Watch emits these in the preset `permify`, in standard base64 |
 //! | text | `XID:XMIN:XMAX:XIP,XIP…`: a transaction, and the snapshot that it took |
 //!
-//! Those name no database and no timeline: one of another database is not noticed.
+//! Permify's tokens name no database and no timeline, so a token of another database is not detected.
 
 use crate::model::change::TenantId;
 use crate::model::lsn::{CommitTime, Lsn, Position, Snapshot, Xid8};
@@ -66,7 +66,7 @@ const VERSION_BETWEEN_TENANTS: u8 = 0x03;
 const BODY_BYTES: usize = 41;
 const CHECK_BYTES: usize = 4;
 
-/// Longest text that is looked at. Far above our 60 characters, as Permify's text form lists running transactions.
+/// The longest accepted text. It is far above 60 characters, because Permify's text form lists running transactions.
 pub const TEXT_BYTES_MAX: usize = 64 << 10;
 
 const BASE64: GeneralPurpose = GeneralPurpose::new(
@@ -83,33 +83,34 @@ pub struct TokenId(pub [u8; 16]);
 pub enum SnapToken {
     /// A place in the stream.
     Position {
-        /// The source it belongs to.
+        /// The source that the token belongs to.
         source: SourceId,
-        /// The timeline that wrote it.
+        /// The timeline that wrote the place.
         timeline: TimelineId,
-        /// Everything up to here has been received.
+        /// The client has received everything up to this place.
         place: Place,
-        /// Of the last transaction received, for people.
+        /// The commit time of the last received transaction, for people.
         commit_time: CommitTime,
     },
     /// The state right after one transaction.
     Transaction {
-        /// The source it belongs to.
+        /// The source that the token belongs to.
         source: SourceId,
         /// The id in that transaction's logical message.
         id: TokenId,
-        /// The transaction's id. Not unique: after a crash an unflushed one is used again.
+        /// The id of the transaction. It is not unique: after a crash, the id of an unflushed transaction is used
+        /// again.
         xid: Xid8,
         /// The transaction's commit LSN is not below this.
         floor: Lsn,
     },
     /// Permify's 8 bytes: the state right after the transaction with this id.
     Xid(Xid8),
-    /// Permify's text: what a transaction saw, and its own changes.
+    /// Permify's text: a transaction together with its snapshot.
     Snapshot {
         /// The transaction.
         xid: Xid8,
-        /// What it saw of others.
+        /// The other transactions that it saw.
         snapshot: Snapshot,
     },
 }
@@ -119,26 +120,26 @@ pub enum SnapToken {
 pub enum Form {
     /// [`SnapToken::Position`].
     Native,
-    /// [`SnapToken::Xid`], which Permify takes too.
+    /// [`SnapToken::Xid`], which Permify accepts too.
     Permify,
 }
 
-/// Why a text is no snap token.
+/// The reason why a text is not a snap token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Longer than any token.
+    /// It is longer than any token.
     #[error("the snap token is longer than {TEXT_BYTES_MAX} bytes: it is none of ours")]
     TooLong,
-    /// Not base64.
+    /// It is not base64.
     #[error("the snap token is not base64: pass it back exactly as it was received")]
     NotBase64,
-    /// Another length, an unknown version or a wrong check.
+    /// It has another length, an unknown version or a wrong check.
     #[error("the snap token is damaged, cut short, or of an unknown version: pass it back exactly as it was received")]
     Damaged,
 }
 
 impl SnapToken {
-    /// The source that the token belongs to, where it names one.
+    /// The source that the token belongs to, if the token names one.
     pub const fn source(&self) -> Option<SourceId> {
         match self {
             Self::Position { source, .. } | Self::Transaction { source, .. } => Some(*source),
@@ -209,15 +210,15 @@ impl SnapToken {
         rest.is_empty().then_some(token)
     }
 
-    /// Permify's two forms, in exactly the base64 that Permify takes: eight bytes have no check that would tell them from a
-    /// part of something longer.
+    /// Decodes Permify's two forms, only in the base64 that Permify accepts: eight bytes have no check that would
+    /// distinguish them from a part of a longer token.
     fn of_permify(text: &str) -> Option<Self> {
         let bytes = STANDARD.decode(text).ok()?;
         let snapshot = || {
             let (xid, snapshot) = std::str::from_utf8(&bytes).ok()?.split_once(':')?;
             Some(Self::Snapshot { xid: Xid8(xid.parse().ok()?), snapshot: snapshot.parse().ok()? })
         };
-        // Eight characters of text would be an id beyond all that are ever handed out.
+        // As an id, eight characters of text would exceed all ids that are ever assigned.
         snapshot().or_else(|| Some(Self::Xid(Xid8(u64::from_le_bytes(bytes.as_slice().try_into().ok()?)))))
     }
 }
@@ -240,7 +241,7 @@ impl fmt::Display for SnapToken {
         let bytes = self.to_bytes();
         f.write_str(&match self {
             Self::Position { .. } | Self::Transaction { .. } => BASE64.encode(bytes),
-            // As Permify writes them.
+            // Permify writes standard base64.
             Self::Xid(_) | Self::Snapshot { .. } => STANDARD.encode(bytes),
         })
     }

@@ -1,8 +1,8 @@
-//! Which history a position belongs to: the source (one database of one cluster) and its timelines.
+//! The history that a position belongs to: the source (one database of one cluster) and its timelines.
 //!
-//! After a promotion or a point-in-time recovery PostgreSQL goes on along a new timeline that branches off at a *switch
-//! LSN*; what the old one wrote past that LSN is no longer part of the history. Two clones can both be on "timeline 2",
-//! so a timeline is identified by its id *and* the LSN at which it begins.
+//! After a promotion or a point-in-time recovery PostgreSQL continues on a new timeline, which branches off at a
+//! *switch LSN*. WAL that the old timeline wrote past that LSN is no longer part of the history. Two clones can both be
+//! on "timeline 2", so a timeline is identified by its id *and* the LSN at which it begins.
 
 use crate::model::lsn::Lsn;
 use sha2::{Digest, Sha256};
@@ -17,16 +17,16 @@ pub struct Source {
     pub database_oid: u32,
 }
 
-/// What tokens carry of a [`Source`]: the first bytes of a hash.
+/// The id of a [`Source`] in tokens: the first bytes of a hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SourceId(pub [u8; 8]);
 
-/// What tokens carry of a [`Timeline`]: the first bytes of a hash.
+/// The id of a [`Timeline`] in tokens: the first bytes of a hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TimelineId(pub [u8; 8]);
 
 impl Source {
-    /// What tokens carry of it. The same bytes are made in SQL by `tuplewatch.snap_token()`.
+    /// The id in tokens. `tuplewatch.snap_token()` computes the same bytes in SQL.
     pub fn id(self) -> SourceId {
         let mut hasher = Sha256::new();
         hasher.update(self.system_identifier.to_be_bytes());
@@ -51,7 +51,7 @@ pub struct Timeline {
 }
 
 impl Timeline {
-    /// What tokens carry of it.
+    /// The id in tokens.
     pub fn id(self) -> TimelineId {
         let mut hasher = Sha256::new();
         hasher.update(self.number.to_be_bytes());
@@ -66,14 +66,14 @@ fn prefix(hasher: Sha256) -> [u8; 8] {
     [a, b, c, d, e, f, g, h]
 }
 
-/// The timelines that lead to the server's present one, oldest first. Never empty.
+/// The timelines that lead to the server's current one, oldest first. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct History {
     ancestors: Vec<Timeline>,
     current: Timeline,
 }
 
-/// A timeline history file that does not read as one.
+/// The text is not a timeline history file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("timeline history of timeline {timeline} has a line that is not 'parent LSN reason': '{line}'")]
 pub struct ParseHistoryError {
@@ -82,16 +82,16 @@ pub struct ParseHistoryError {
 }
 
 impl History {
-    /// The history of a server that is on timeline 1: there is no history file for it.
+    /// The history of a server on timeline 1, which has no history file.
     pub const fn first() -> Self {
         Self { ancestors: Vec::new(), current: Timeline { number: 1, begin: Lsn::ZERO } }
     }
 
-    /// Reads a history file (`TIMELINE_HISTORY` of the replication protocol): a line a parent, `id TAB switch-LSN TAB
-    /// reason`, oldest first; blank lines and `#` comments are skipped.
+    /// Parses a history file (`TIMELINE_HISTORY` of the replication protocol): one line for each parent, `id TAB
+    /// switch-LSN TAB reason`, oldest first. Blank lines and `#` comments are ignored.
     ///
     /// # Errors
-    /// Where a line has another form.
+    /// A line has another form.
     pub fn parse(timeline: u32, content: &str) -> Result<Self, ParseHistoryError> {
         let mut ancestors = Vec::new();
         let mut begin = Lsn::ZERO;
@@ -114,7 +114,7 @@ impl History {
         Some(Self { ancestors: timelines, current })
     }
 
-    /// Oldest first, the present one last.
+    /// All timelines, oldest first, ending with the current one.
     pub fn timelines(&self) -> impl Iterator<Item = Timeline> + '_ {
         self.ancestors.iter().copied().chain(std::iter::once(self.current))
     }
@@ -124,7 +124,7 @@ impl History {
         self.current
     }
 
-    /// The timeline that wrote what lies *before* `lsn`; at a switch LSN that is the older one, on which the position is
+    /// The timeline that wrote the WAL *before* `lsn`. At a switch LSN this is the older one, on which the position is
     /// valid too.
     pub fn writer_of(&self, lsn: Lsn) -> Timeline {
         self.timelines()
@@ -133,7 +133,7 @@ impl History {
             .unwrap_or_else(|| self.ancestors.first().copied().unwrap_or(self.current))
     }
 
-    /// Whether a position that was written on the timeline with this id, at this LSN, lies on this history.
+    /// Whether this history includes a position at `lsn` that this timeline wrote.
     pub fn holds(&self, timeline: TimelineId, lsn: Lsn) -> bool {
         let mut timelines = self.timelines().peekable();
         while let Some(candidate) = timelines.next() {
@@ -144,15 +144,15 @@ impl History {
         false
     }
 
-    /// Whether the `recorded` history goes on where this one ends: whoever recorded it has followed a promotion, and a server
-    /// on this history was left behind by it.
+    /// Whether the `recorded` history continues where this one ends. Then the node that recorded it has followed a
+    /// promotion, and a server on this history was left behind.
     pub fn was_left_behind_by(&self, recorded: &Self) -> bool {
         let mut theirs = recorded.timelines();
         self.timelines().all(|our| theirs.next() == Some(our)) && theirs.next().is_some()
     }
 
-    /// Where the `recorded` history leaves this one: everything recorded past that LSN was abandoned. `None` where the
-    /// recorded history ends on the present timeline.
+    /// The LSN at which the `recorded` history leaves this one. Everything recorded past that LSN was abandoned. `None`
+    /// if the recorded history ends on the current timeline.
     pub fn divergence_from(&self, recorded: &Self) -> Option<Lsn> {
         let mut ours = self.timelines();
         let mut theirs = recorded.timelines();

@@ -18,26 +18,26 @@ use prost::encoding::{decode_varint, encode_varint};
 use std::fmt;
 use std::sync::Arc;
 
-/// What all parts of one transaction have in common, known from its first message on (pgoutput's Begin).
+/// The common properties of all parts of a transaction, known from its first message on (pgoutput's Begin).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Where its commit record starts.
+    /// The LSN at which its commit record starts.
     pub commit: CommitLsn,
     /// Its id.
     pub xid: Xid8,
-    /// When it committed, by the clock of the server.
+    /// The time of its commit, by the server's clock.
     pub commit_time: CommitTime,
 }
 
-/// Changes of one tenant from one transaction, in the order they were made: what becomes one message of a stream. The last one
-/// may have none, where the transaction itself is what is told.
+/// Changes of one tenant from one transaction, in the order they were made. They become one message of a stream. The
+/// last message of a transaction may have no changes: it then only reports the transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Message {
     /// The transaction.
     pub header: Header,
-    /// Its end LSN, on the tenant's last message of the transaction; `None` before that.
+    /// The end LSN of the transaction, set on the tenant's last message; `None` on earlier messages.
     pub end: Option<EndLsn>,
-    /// Row steps of the transaction up to and including the last change here.
+    /// The row steps of the transaction up to and including the last change here.
     pub last_step: u64,
     /// The row step of each change: a list of varints, each the distance to the one before (the first to zero).
     pub steps: Bytes,
@@ -46,16 +46,16 @@ pub struct Message {
 }
 
 impl Message {
-    /// Where this message stands in the stream. A reader at position `p` has had it exactly if `order() <= p`.
+    /// The place of the message in the stream. A reader at position `p` has received it exactly if `order() <= p`.
     pub fn order(&self) -> Position {
         match self.end {
-            // Behind all steps, also where there are none; in front of its end LSN, that of the next commit at the least.
+            // After all steps, even if there are none, and before its end LSN, which is at most the next commit LSN.
             Some(_) => Position::inside(self.header.commit, Place::WHOLE),
             None => Position::inside(self.header.commit, self.last_step),
         }
     }
 
-    /// Where a reader is that has had this message: the position in its token.
+    /// The position of a reader that has received this message, which is also the position in its token.
     pub fn reached(&self) -> Position {
         match self.end {
             Some(end) => Position::after(end),
@@ -63,24 +63,24 @@ impl Message {
         }
     }
 
-    /// Whether it lies before this position as a whole.
+    /// Whether the whole message lies before this position.
     pub fn is_before(&self, position: Position) -> bool {
-        // The last message of a transaction stands below its end, and the position may be that end.
+        // The last message of a transaction is ordered below its end LSN, and the position may be that end LSN.
         self.reached() <= position || (position.lsn == self.header.commit.0 && self.order() <= position)
     }
 
-    /// The row step of the first change; `None` where there are no changes.
+    /// The row step of the first change; `None` if there are no changes.
     pub fn first_step(&self) -> Option<u64> {
         decode_varint(&mut &self.steps[..]).ok()
     }
 
-    /// What of this message a reader at `position` has not had yet: all, a part (where another node cut its messages
-    /// elsewhere), or nothing.
+    /// The part of the message that a reader at `position` has not received yet: all, some changes (if another node cut
+    /// its messages elsewhere), or nothing.
     pub fn after(mut self, position: Position) -> Option<Self> {
         if self.order() <= position {
             return None;
         }
-        // One without changes tells of the end of the transaction.
+        // A message without changes reports the end of the transaction.
         if position.lsn != self.header.commit.0 || position.steps == 0 || self.changes.is_empty() {
             return Some(self);
         }
@@ -101,7 +101,7 @@ impl Message {
             return None;
         }
         if step > 0 {
-            // The first distance counts from zero again.
+            // The first distance must count from zero again.
             let mut rest = steps;
             let distance = decode_varint(&mut rest).unwrap_or(0);
             let mut from_zero = Vec::with_capacity(steps.len() + 9);
@@ -152,8 +152,8 @@ pub struct MessageBuilder {
 }
 
 impl MessageBuilder {
-    /// Adds an encoded change. `step` is not below that of the change before: what one half of a row gives has one step.
-    /// `envelope_bytes` is what it takes in the envelope that is largest, in bytes.
+    /// Adds an encoded change. `step` must not be below that of the change before; the changes of one half of a row
+    /// share a step. `envelope_bytes` is its size in the largest envelope.
     pub fn push(&mut self, step: u64, encoded: &[u8], envelope_bytes: usize) {
         assert!(step >= self.last_step, "row steps do not go back");
         encode_varint(step - self.last_step, &mut self.steps);
@@ -162,8 +162,8 @@ impl MessageBuilder {
         self.envelope_bytes += envelope_bytes;
     }
 
-    /// Whether another change would make it larger than this, in bytes of the largest envelope, and may as well begin the next
-    /// message. Changes of one row step stay together: a token says how many row steps a reader has had, and nothing smaller.
+    /// Whether another change would make the message larger than `bytes_max` in the largest envelope, and may begin the
+    /// next message. Changes of one row step stay together, because a token counts whole row steps.
     pub const fn is_full(&self, step: u64, envelope_bytes: usize, bytes_max: usize) -> bool {
         !self.steps.is_empty() && step > self.last_step && self.envelope_bytes + envelope_bytes > bytes_max
     }
@@ -173,16 +173,16 @@ impl MessageBuilder {
         self.steps.is_empty()
     }
 
-    /// The message; `end` where it is the tenant's last of the transaction.
+    /// Completes the message. `end` is set on the tenant's last message of the transaction.
     pub fn finish(self, header: Header, end: Option<EndLsn>) -> Message {
         Message { header, end, last_step: self.last_step, steps: self.steps.into(), changes: self.changes.into() }
     }
 }
 
-/// Why history is not continuous at a place.
+/// The reason of a gap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GapReason {
-    /// A watched table was truncated: the rows that went are not in the stream.
+    /// A watched table was truncated. The stream does not contain the removed rows.
     Truncate {
         /// The table, with its schema.
         table: String,
@@ -191,24 +191,24 @@ pub enum GapReason {
     Undecodable {
         /// The table, with its schema.
         table: String,
-        /// What was wrong with it; never the row's values.
+        /// The problem; never the row's values.
         detail: String,
     },
-    /// The replication slot had moved on without us, or was recreated.
+    /// The replication slot was advanced by another process, or recreated.
     SlotMoved,
-    /// Publication, tables or replica identities are not what they were when last checked.
+    /// Publication, tables or replica identities differ from the last check.
     SchemaChanged {
-        /// What is different.
+        /// The difference.
         detail: String,
     },
-    /// The mapping in the configuration is another one than the log was written with.
+    /// The configured mapping differs from the one that the log was written with.
     MappingChanged,
-    /// The server went on along another timeline, and what was read past the switch never happened there.
+    /// The server continued on another timeline, which does not contain changes that were read past the switch.
     TimelineDiverged,
 }
 
 impl GapReason {
-    /// Of all reasons that there are.
+    /// The codes of all reasons.
     pub const CODES: [&'static str; 6] =
         ["TRUNCATE", "UNDECODABLE_ROW", "SLOT_MOVED", "SCHEMA_CHANGED", "MAPPING_CHANGED", "TIMELINE_DIVERGED"];
 
@@ -266,56 +266,56 @@ impl fmt::Display for GapReason {
     }
 }
 
-/// History is not continuous: changes between `from` (exclusive) and `to` may be missing.
+/// An interval of history that may lack changes: after `from` (exclusive), up to `to` (inclusive).
 ///
-/// Whoever is before `from` gets everything up to it and then the gap; whoever is in between gets the gap at once; and
-/// `to` is where one goes on, after reading the state anew.
+/// A reader before `from` receives everything up to it and then the gap. A reader inside receives the gap at once.
+/// After reading its state anew, a reader continues at `to`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gap {
-    /// Only this tenant's, and then inside one transaction; or that of all.
+    /// The only affected tenant, and then inside one transaction; `None` affects all.
     pub tenant: Option<TenantId>,
-    /// Complete up to and including here.
+    /// History is complete up to and including this position.
     pub from: Position,
-    /// Complete again from here on, unless it is still open.
+    /// History is complete again after this position, unless the gap is still open.
     pub to: Position,
-    /// Why.
+    /// The reason.
     pub reason: GapReason,
-    /// Transactions that may have written inside the gap, and were still running when it was recorded. Where there are any, the
-    /// gap is *open*: what they wrote may be missing at their commit, behind `to`. Another gap, which covers this one, is
-    /// recorded when they have ended.
+    /// Transactions that may have written inside the gap and were still running when it was recorded. If there are any,
+    /// the gap is *open*: their changes may be missing at their commit, behind `to`. When they have ended, another gap
+    /// is recorded that covers this one.
     pub writers: Vec<Xid8>,
 }
 
 impl Gap {
-    /// Whether its end is not known yet.
+    /// Whether the end of the gap is not known yet.
     pub const fn is_open(&self) -> bool {
         !self.writers.is_empty()
     }
 
-    /// Whether `other` lies inside this one, for every tenant that it concerns.
+    /// Whether `other` lies inside this gap, for every tenant that it affects.
     pub fn covers(&self, other: &Self) -> bool {
         (self.tenant.is_none() || self.tenant == other.tenant) && self.from <= other.from && other.to <= self.to
     }
 
-    /// The open gap among these, which are in stream order, that no later one covers.
+    /// The open gap in this list, in stream order, that no later gap covers.
     pub fn last_open(gaps: &[Self]) -> Option<&Self> {
         let (at, open) = gaps.iter().enumerate().rfind(|(_, gap)| gap.is_open())?;
         let later = gaps.get(at + 1..).unwrap_or_default();
         (!later.iter().any(|gap| gap.covers(open))).then_some(open)
     }
 
-    /// What remains of it when everything past `at` is abandoned; `None` where it lay there altogether.
+    /// The part of the gap that remains when everything past `at` is abandoned; `None` if nothing remains.
     pub fn up_to(self, at: Lsn) -> Option<Self> {
         let to = self.to.min(Position::at(at));
         (self.from < to).then_some(Self { to, ..self })
     }
 
-    /// Whether streams of this scope have to report it.
+    /// Whether the gap affects streams of this scope.
     pub fn concerns(&self, scope: &Scope) -> bool {
         self.tenant.as_ref().is_none_or(|own| scope.includes(own))
     }
 
-    /// Where a stream stands that has had everything in front of the gap, and has to report the gap next. `place` is before that.
+    /// The place of a stream that has delivered everything before the gap and reports the gap next. `place` is an earlier place of it.
     pub fn begins(&self, scope: &Scope, place: &Place) -> Place {
         match (scope, &self.tenant) {
             (Scope::All, Some(tenant)) => {
@@ -323,22 +323,22 @@ impl Gap {
                     if place.position.lsn == self.from.lsn { place.position } else { Position::at(self.from.lsn) };
                 Place::inside(from, tenant.clone(), self.from.steps.max(from.steps))
             }
-            // Inside a transaction nobody has anything behind it, and it comes after all tenants.
+            // Inside a transaction the gap of all comes after all tenants, because no tenant has changes behind it.
             (Scope::All, None) if self.from.steps > 0 => Position { steps: Place::WHOLE, ..self.from }.into(),
             _ => self.from.into(),
         }
     }
 
-    /// Where a stream goes on that has reported the gap at `place`.
+    /// The place at which a stream continues after it has reported the gap at `place`.
     pub fn ends(&self, scope: &Scope, place: &Place) -> Place {
         match (scope, &self.tenant) {
-            // It ends with the transaction, of which the tenants above have had nothing yet.
+            // The gap ends with its transaction, but the changes of the tenants above are still to come.
             (Scope::All, Some(tenant)) => Place::inside(place.position, tenant.clone(), Place::WHOLE),
             _ => self.to.into(),
         }
     }
 
-    /// Whether a stream of this scope has it to report at `place`: everything in front of it was had, and it was not passed.
+    /// Whether a stream of this scope reports the gap at `place`: everything before the gap was delivered, and the gap was not reported.
     pub fn is_due(&self, scope: &Scope, place: &Place) -> bool {
         match (scope, &self.tenant, &place.within) {
             (Scope::All, Some(tenant), Some((within, steps))) => {
@@ -350,11 +350,11 @@ impl Gap {
         }
     }
 
-    /// Whether a stream of this scope stands behind it at `place`.
+    /// Whether `place` is behind the gap, for a stream of this scope.
     pub fn is_passed(&self, scope: &Scope, place: &Place) -> bool {
         let lsn = place.position.lsn;
         match &self.tenant {
-            // It ends with its transaction, also where the stream does not know the end LSN.
+            // The gap ends with its transaction, whose end LSN the place may not know.
             Some(tenant) if lsn == self.from.lsn => place.of(tenant).steps == Place::WHOLE,
             Some(_) if *scope == Scope::All => lsn > self.from.lsn,
             _ => self.to <= place.outer(),
@@ -362,61 +362,61 @@ impl Gap {
     }
 }
 
-/// A committed transaction, complete except for messages that were staged before its end.
+/// A committed transaction, complete except for messages that were staged earlier.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transaction {
     /// Commit LSN, id, time.
     pub header: Header,
     /// Its end LSN.
     pub end: EndLsn,
-    /// In order for each tenant. Those staged before are not here.
+    /// In order within each tenant, without the messages that were staged earlier.
     pub messages: Vec<(TenantId, Message)>,
-    /// Whether messages of it were staged before, of whichever tenants.
+    /// Whether messages of any tenant were staged earlier.
     pub staged: bool,
     /// Gaps inside it.
     pub gaps: Vec<Gap>,
-    /// Ids of transaction tokens that were handed out inside it.
+    /// The ids of transaction tokens that were created inside it.
     pub token_ids: Vec<TokenId>,
-    /// What its rows came to, those of staged messages included. Not kept in the change log.
+    /// The changes of its rows by table, including staged ones. The change log does not store them.
     pub tallies: Vec<Tally>,
 }
 
-/// How many changes the rows of one table came to.
+/// The number of changes from the rows of one table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tally {
     /// The table, with its schema.
     pub table: Arc<str>,
-    /// Facts that hold from then on.
+    /// Facts that began to hold.
     pub created: u64,
-    /// Facts that no longer hold.
+    /// Facts that ceased to hold.
     pub deleted: u64,
     /// Rows that could not be turned into changes.
     pub undecodable: u64,
 }
 
 impl Tally {
-    /// Of a table without any.
+    /// A tally without changes.
     pub const fn new(table: Arc<str>) -> Self {
         Self { table, created: 0, deleted: 0, undecodable: 0 }
     }
 }
 
 impl Transaction {
-    /// The position after the whole of it.
+    /// The position after the whole transaction.
     pub const fn reached(&self) -> Position {
         Position::after(self.end)
     }
 
-    /// Whether it has messages, handed on before or not.
+    /// Whether it has messages, staged or not.
     pub const fn has_changes(&self) -> bool {
         self.staged || !self.messages.is_empty()
     }
 
-    /// Memory it takes, roughly, in bytes.
+    /// Its approximate size in memory, in bytes.
     pub fn bytes(&self) -> usize {
-        /// Per message: the struct, the tenant's id, the bookkeeping of a window.
+        /// For each message: the struct, the tenant's id, and the bookkeeping of the window.
         const OVERHEAD: usize = 256;
-        // The changes as they are, and in the response that is made of them.
+        // The stored changes, and the response that is made from them.
         let bytes = |m: &Message| m.changes.len() + Changes::of(&m.changes).envelope_bytes() + m.steps.len() + OVERHEAD;
         let messages: usize = self.messages.iter().map(|(_, message)| bytes(message)).sum();
         messages + OVERHEAD * (1 + self.gaps.len() + self.token_ids.len())
@@ -462,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_of_one_row_step_are_had_together() {
+    fn changes_of_one_row_step_stay_together() {
         let rest = |position| message(&[2, 4, 4, 6], Some(200)).after(position);
         assert_eq!(rest(Position::inside(CommitLsn(Lsn(100)), 3)), Some(message(&[4, 4, 6], Some(200))));
         assert_eq!(rest(Position::inside(CommitLsn(Lsn(100)), 4)), Some(message(&[6], Some(200))));
@@ -470,7 +470,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_reader_has_not_had() {
+    fn a_reader_gets_the_rest_of_a_message() {
         let check = |position: Position, expected: &[u64]| {
             let rest = message(&[2, 3, 4, 300], Some(200)).after(position);
             let expected = (!expected.is_empty()).then(|| message(expected, Some(200)));

@@ -418,7 +418,7 @@ struct Primary {
 
 /// An SQL connection to a primary. Dropping it closes it.
 #[derive(Debug)]
-pub struct Connection {
+pub(crate) struct Connection {
     /// Runs statements, many at a time.
     pub(crate) client: Client,
     endpoint: Endpoint,

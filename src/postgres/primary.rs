@@ -14,7 +14,7 @@ const FIRST_SESSION_MAX: Duration = Duration::from_secs(5);
 
 /// Why there is no connection. The text may be sent to callers: only the source names hosts and roles.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The session has found no primary yet.
     #[error("no session with PostgreSQL was established yet: the log of tuplewatch says why")]
     NoSession,
@@ -88,7 +88,7 @@ impl Line {
 
 /// Follows the session. Each clone follows it independently.
 #[derive(Clone, Debug)]
-pub struct PrimaryConnector(watch::Receiver<Found>);
+pub(crate) struct PrimaryConnector(watch::Receiver<Found>);
 
 impl PrimaryConnector {
     /// `found` has each primary that the session reads from.

@@ -29,7 +29,7 @@ const MAJORS: std::ops::RangeInclusive<i32> = 14..=18;
 
 /// The objects that tuplewatch is going to use.
 #[derive(Clone, Copy, Debug)]
-pub struct Expectation<'a> {
+pub(crate) struct Expectation<'a> {
     pub(crate) mapping: &'a Mapping,
     /// The slot's name.
     pub(crate) slot: &'a str,

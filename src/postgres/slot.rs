@@ -133,7 +133,7 @@ impl SlotStatus {
 
 /// The wait of a slot that is being created.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Waiting {
+pub(crate) struct Waiting {
     pub(crate) elapsed: Duration,
     /// The transactions that it waits for, each in words. Empty if they have just ended.
     pub(crate) transactions: Vec<String>,
@@ -165,7 +165,7 @@ pub(crate) const FAILOVER_SLOTS: i32 = 170_000;
 /// # Errors
 /// Of PostgreSQL: 42710 if there is a slot of that name, 53400 if there are too many, 55000 if `wal_level` is wrong, 42501
 /// if the role has no REPLICATION.
-pub async fn create_slot(
+pub(crate) async fn create_slot(
     connection: &Connection,
     name: &str,
     failover: bool,

@@ -1,4 +1,5 @@
-//! A change log whose disk fails: a crash keeps what was synced and some of what was not; a sync may fail; and a disk may lie.
+//! A change log with a faulty disk. A crash keeps everything synced and some of the rest; a sync may fail; the disk may
+//! lie.
 
 use super::world::World;
 use crate::changelog::model::{Inner, ModelLog};
@@ -10,7 +11,7 @@ use crate::model::snap_token::TokenId;
 use crate::model::transaction::Gap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// What one process writes to, and the next one finds.
+/// The disk, which outlives the process.
 #[derive(Clone)]
 pub(super) struct Disk {
     world: World,
@@ -18,15 +19,15 @@ pub(super) struct Disk {
 }
 
 struct Contents {
-    /// As it would come back after the worst crash.
+    /// The state after the worst crash.
     synced: Inner,
-    /// Applied since the last sync.
+    /// The entries applied since the last sync.
     unsynced: Vec<Entry>,
-    /// All of it.
+    /// The state with all entries.
     applied: Inner,
-    /// What was synced, one state for each sync: a disk that lies goes back to an older one.
+    /// The states of all syncs. A disk that lies returns to an older one.
     older: Vec<Inner>,
-    /// A write or sync failed.
+    /// Whether a write or sync has failed.
     poisoned: bool,
 }
 
@@ -46,32 +47,33 @@ impl Disk {
         self.inner.lock().unwrap()
     }
 
-    /// The tail that a crash cannot take.
+    /// The tail that survives any crash.
     pub(super) fn synced_tail(&self) -> Lsn {
         self.contents().synced.tail()
     }
 
-    /// Whether a crash cannot take what the first check found.
+    /// Whether the result of the first check survives any crash.
     pub(super) fn is_verified(&self) -> bool {
         self.contents().synced.state().verified.is_some()
     }
 
-    /// What the next process finds: all that was synced and, of what was not, what happened to be written. `lies`: not even
-    /// that.
+    /// The process dies. The next one finds everything synced, and a random part of the rest. If the disk `lies`, even
+    /// synced entries are missing.
     pub(super) fn crash(&self, lies: bool) {
         let mut contents = self.contents();
-        let kept = usize::try_from(self.world.below(contents.unsynced.len() as u64 + 1)).unwrap();
+        let surviving = usize::try_from(self.world.below(contents.unsynced.len() as u64 + 1)).unwrap();
         let mut found = contents.synced.clone();
-        for entry in contents.unsynced.iter().take(kept) {
+        for entry in contents.unsynced.iter().take(surviving) {
             found.apply(entry);
         }
-        self.world.note(format!("the disk keeps {kept} of {} entries that were not synced", contents.unsynced.len()));
+        self.world
+            .note(format!("the disk keeps {surviving} of {} entries that were not synced", contents.unsynced.len()));
         if lies && !contents.older.is_empty() {
             let back = usize::try_from(self.world.below(contents.older.len() as u64)).unwrap();
             found = contents.older[back].clone();
             self.world.note(format!("the disk lied: it goes back to {}", found.tail()));
         }
-        // As opening does.
+        // Opening a log discards an open transaction.
         found.apply(&Entry::Discard);
         *contents = Contents {
             synced: found.clone(),
@@ -95,7 +97,7 @@ impl ChangeLog for Disk {
     fn append(&self, entries: &[Entry]) -> Result<(), Error> {
         let gone = || Error::Poisoned("the process is dead".into());
         for entry in entries {
-            // Before each: what came before it in the same batch may be on disk, and the rest not.
+            // A step before each entry, so that a crash can split a batch.
             if self.contents().poisoned || !self.world.step(|| format!("append {}", name(entry))) {
                 return Err(gone());
             }

@@ -1,6 +1,6 @@
-//! A subscriber that leaves and comes back, of one tenant or of all, and remembers what it received.
+//! A subscriber of one tenant or of all, which leaves and returns, and remembers what it received.
 
-use super::server::{Asked, Committed, LAST, Server, TENANTS};
+use super::server::{Committed, LAST, Queries, Server, TENANTS};
 use super::world::World;
 use crate::api::grpc::proto::{DataChange, DataChanges, data_change::Type};
 use crate::api::grpc::status::Tokens;
@@ -15,46 +15,46 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Where a reader begins.
+/// The start of a reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Start {
-    /// At the beginning of everything.
+    /// At the beginning of history.
     First,
-    /// Whenever its first stream starts.
+    /// At the time when its first stream starts.
     Now,
     /// After the first transaction that has a token.
     Transaction,
 }
 
-/// What it has had, across its own disconnects and the deaths of the process.
+/// The messages that a reader has received, across its own disconnects and the deaths of the process.
 pub(super) struct Reader {
     scope: Scope,
     start: Start,
     random: Rng,
-    /// What it would come back with, if it had no message yet.
+    /// The token to return with, until a message was received.
     first_token: Option<String>,
     base: Base,
-    kept: Vec<Kept>,
-    /// How often it came back with the token of a message.
+    received: Vec<Received>,
+    /// How often it returned with the token of a message.
     returns: u64,
-    /// What it was told is missing.
+    /// The gaps that it was notified of.
     gaps: Vec<(Position, Position)>,
     /// The id after which it has seen enough.
     last: String,
     pub(super) is_done: bool,
 }
 
-/// What is not expected of the stream, because it lies before its start.
+/// The part of history before the reader's start, which is not expected from the stream.
 #[derive(Clone, Debug)]
 enum Base {
     Nothing,
-    /// What a reader that starts now can read by itself.
+    /// The state that a reader that starts now reads by itself.
     Snapshot(Arc<Snapshot>),
     /// Everything up to here.
     Position(Position),
 }
 
-struct Kept {
+struct Received {
     token: String,
     reached: Position,
     /// Tenants and ids.
@@ -69,7 +69,7 @@ impl Reader {
             random: Rng::with_seed(seed),
             first_token: None,
             base: Base::Nothing,
-            kept: Vec::new(),
+            received: Vec::new(),
             returns: 0,
             gaps: Vec::new(),
             last,
@@ -78,52 +78,52 @@ impl Reader {
     }
 
     fn token(&self) -> Option<String> {
-        self.kept.last().map(|kept| kept.token.clone()).or_else(|| self.first_token.clone())
+        self.received.last().map(|received| received.token.clone()).or_else(|| self.first_token.clone())
     }
 
-    /// History is not known to be whole from `from` to `position`: the reader reads its state anew and goes on from there.
-    fn go_on_from(&mut self, from: Position, position: Position, origin: &Origin) {
-        // A gap can begin before what it has had: what it missed in between it finds in the state.
-        let reached = self.kept.last().map_or(Position::ZERO, |kept| kept.reached);
+    /// Handles a gap from `from` to `position`: the reader reads its state anew and continues there.
+    fn resume_at(&mut self, from: Position, position: Position, origin: &Origin) {
+        // The gap can begin before the reader's position. The state that it reads covers that part.
+        let reached = self.received.last().map_or(Position::ZERO, |received| received.reached);
         self.gaps.push((reached.min(from), position));
         let token = Tokens::new(origin).write(position, CommitTime(0));
-        self.kept.push(Kept { token, reached: position, changes: Vec::new() });
+        self.received.push(Received { token, reached: position, changes: Vec::new() });
     }
 
-    /// All of it was abandoned: the reader begins again, now.
-    fn begin_again(&mut self) {
-        self.kept.clear();
+    /// Everything it received was abandoned: the reader starts again from now.
+    fn start_again(&mut self) {
+        self.received.clear();
         self.gaps.clear();
         self.first_token = None;
         self.start = Start::Now;
     }
 
     /// Takes a message, after which the stream stands at `place`.
-    fn keep(&mut self, item: &Item, place: &Place, origin: &Origin) {
+    fn receive(&mut self, item: &Item, place: &Place, origin: &Origin) {
         let token = Tokens::new(origin).write(place.clone(), item.message.header.commit_time);
         let changes: Vec<_> =
             ids(&item.message.changes).into_iter().map(|id| (item.tenant.as_str().to_owned(), id)).collect();
-        // Or a later one; of all tenants, that of the last of them.
+        // This id, or a later one; in a stream of all tenants, that of the last tenant.
         self.is_done |= changes.iter().any(|(tenant, id)| {
             id.starts_with(LAST)
                 && *id >= self.last
                 && (self.scope != Scope::All || TENANTS.last() == Some(&tenant.as_str()))
         });
-        self.kept.push(Kept { token, reached: place.outer(), changes });
+        self.received.push(Received { token, reached: place.outer(), changes });
     }
 
-    /// Forgets its last messages, as one that crashed before it had dealt with them.
+    /// Drops its last messages, like a client that crashed before it had processed them.
     fn forget(&mut self) {
-        // What it was told of a gap it keeps: the state that it read then is of that time.
-        let floor = self.kept.iter().rposition(|kept| kept.changes.is_empty()).map_or(0, |n| n + 1);
-        let least = if self.first_token.is_none() { floor.max(1) } else { floor };
-        let keep = self.random.usize(least.min(self.kept.len())..=self.kept.len());
-        self.kept.truncate(keep);
+        // It keeps a gap, because the state that it read then belongs to that time.
+        let floor = self.received.iter().rposition(|received| received.changes.is_empty()).map_or(0, |n| n + 1);
+        let remaining_min = if self.first_token.is_none() { floor.max(1) } else { floor };
+        let remaining = self.random.usize(remaining_min.min(self.received.len())..=self.received.len());
+        self.received.truncate(remaining);
     }
 
-    /// Compares what it had with what was committed.
+    /// Compares the received changes with the committed ones.
     pub(super) fn check(&self, committed: &[Committed]) -> Result<usize, String> {
-        let mut had = self.kept.iter().flat_map(|kept| &kept.changes).peekable();
+        let mut delivered = self.received.iter().flat_map(|received| &received.changes).peekable();
         let mut missing = Vec::new();
         let mut count = 0;
         for transaction in committed {
@@ -132,26 +132,26 @@ impl Reader {
                 Base::Snapshot(snapshot) => snapshot.sees(transaction.xid),
                 Base::Position(position) => Position::at(transaction.end) <= *position,
             };
-            // Behind a gap it gets everything, whatever it read when it started.
+            // After a gap everything is expected, whatever the reader read at its start.
             let is_behind_gap = self.gaps.iter().any(|(_, to)| Position::at(transaction.end) > *to);
             let is_expected = !is_before || is_behind_gap;
-            // A token has no snapshot: who comes back may be sent what it could read when it started, if that committed after
-            // something that it could not.
+            // A token has no snapshot. So a reader that returns may receive a change again that its starting snapshot
+            // saw, if it committed after one that the snapshot did not see.
             let is_possible = is_expected || (matches!(self.base, Base::Snapshot(_)) && self.returns > 0);
             let is_own = |tenant: &str| self.scope.includes(&TenantId::new(tenant).unwrap());
             let mut changes: Vec<_> = transaction.changes.iter().filter(|(tenant, _)| is_own(tenant)).collect();
-            // Inside a transaction by tenant, each as executed.
+            // Inside a transaction the tenants come in order, each tenant's changes as executed.
             changes.sort_by_key(|(tenant, _)| *tenant);
             for (tenant, id) in changes {
-                if is_possible && had.next_if(|next| next.0 == *tenant && next.1 == *id).is_some() {
+                if is_possible && delivered.next_if(|next| next.0 == *tenant && next.1 == *id).is_some() {
                     count += 1;
-                } else if is_expected && had.peek().is_some() {
+                } else if is_expected && delivered.peek().is_some() {
                     missing.push((transaction, id));
                 }
             }
         }
-        if let Some(surplus) = had.next() {
-            return Err(format!("{self:?} was sent {surplus:?} out of order, twice, or for nothing"));
+        if let Some(surplus) = delivered.next() {
+            return Err(format!("{self:?} received {surplus:?} out of order, twice, or without a commit"));
         }
         for (transaction, id) in missing {
             let inside = |(from, to): &(Position, Position)| {
@@ -159,22 +159,23 @@ impl Reader {
             };
             if !self.gaps.iter().any(inside) {
                 let (commit, end) = (transaction.commit, transaction.end);
-                return Err(format!("{self:?} was not sent {id} of {commit}..{end}, nor told so"));
+                return Err(format!("{self:?} did not receive {id} of {commit}..{end}, and there is no gap for it"));
             }
         }
         Ok(count)
     }
 
-    pub(super) fn was_told_of_gaps(&self) -> bool {
+    pub(super) fn has_gaps(&self) -> bool {
         !self.gaps.is_empty()
     }
 }
 
 impl fmt::Debug for Reader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let had: Vec<String> = self.kept.iter().map(|kept| format!("{} {:?}", kept.reached, kept.changes)).collect();
+        let messages: Vec<String> =
+            self.received.iter().map(|received| format!("{} {:?}", received.reached, received.changes)).collect();
         let (scope, start, base, gaps) = (&self.scope, &self.start, &self.base, &self.gaps);
-        write!(f, "the reader of {scope} ({start:?} after {base:?}, gaps {gaps:?}, had {had:#?})")
+        write!(f, "the reader of {scope} ({start:?} after {base:?}, gaps {gaps:?}, received {messages:#?})")
     }
 }
 
@@ -188,7 +189,7 @@ fn ids(changes: &[u8]) -> Vec<String> {
     changes.into_iter().map(id).collect()
 }
 
-/// Reads until it has everything, or the process dies.
+/// Reads until the reader is finished, or the process dies.
 pub(super) async fn read(world: World, server: Server, hub: Hub, reader: Arc<Mutex<Reader>>) {
     while !reader.lock().unwrap().is_done {
         if !prepare(&server, &reader) {
@@ -198,7 +199,7 @@ pub(super) async fn read(world: World, server: Server, hub: Hub, reader: Arc<Mut
         if stream(&world, &server, &hub, &reader).await {
             let mut reader = reader.lock().unwrap();
             if reader.is_done {
-                world.tell_done();
+                world.report_done();
             } else {
                 reader.forget();
             }
@@ -208,7 +209,7 @@ pub(super) async fn read(world: World, server: Server, hub: Hub, reader: Arc<Mut
     }
 }
 
-/// Gives it the token that it starts with; whether it can start.
+/// Sets the token of the start. Returns whether the reader can start.
 fn prepare(server: &Server, reader: &Mutex<Reader>) -> bool {
     let mut reader = reader.lock().unwrap();
     if reader.token().is_some() {
@@ -227,24 +228,25 @@ fn prepare(server: &Server, reader: &Mutex<Reader>) -> bool {
     true
 }
 
-/// One stream; whether it was left of the reader's own accord.
+/// Runs one stream. Returns whether the reader left by its own choice.
 async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader>) -> bool {
     let (scope, token) = {
         let reader = reader.lock().unwrap();
         (reader.scope.clone(), reader.token())
     };
-    let asked = Asked { server, snapshot: Mutex::new(None) };
-    let started = hub.start(&asked, scope.clone(), token.as_deref().unwrap_or_default(), Duration::from_secs(10)).await;
+    let queries = Queries { server, snapshot: Mutex::new(None) };
+    let started =
+        hub.start(&queries, scope.clone(), token.as_deref().unwrap_or_default(), Duration::from_secs(10)).await;
     let mut subscription = match started {
         Ok(subscription) => subscription,
         Err(StartError::Unreachable(_)) => return false,
         Err(StartError::TooOld { earliest }) => {
             let origin = hub.origin().expect("a horizon has an origin");
-            reader.lock().unwrap().go_on_from(Position::MAX, earliest, &origin);
+            reader.lock().unwrap().resume_at(Position::MAX, earliest, &origin);
             return false;
         }
         Err(StartError::Abandoned) => {
-            reader.lock().unwrap().begin_again();
+            reader.lock().unwrap().start_again();
             return false;
         }
         Err(error) => {
@@ -253,10 +255,10 @@ async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader
         }
     };
     if token.is_none() {
-        let snapshot = asked.snapshot.lock().unwrap().take().expect("a start now looks");
+        let snapshot = queries.snapshot.lock().unwrap().take().expect("a start from now takes a snapshot");
         reader.lock().unwrap().base = Base::Snapshot(snapshot);
     }
-    if !reader.lock().unwrap().kept.is_empty() {
+    if !reader.lock().unwrap().received.is_empty() {
         reader.lock().unwrap().returns += 1;
     }
     let mut patience = reader.lock().unwrap().random.usize(1..12);
@@ -265,7 +267,7 @@ async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader
         let mut place = subscription.place().clone();
         let next = subscription.next(bytes_max).await;
         if world.is_dead() {
-            // It did not get that far.
+            // The process died before it delivered this.
             std::future::pending::<()>().await;
         }
         let mut reader = reader.lock().unwrap();
@@ -277,7 +279,7 @@ async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader
                         world.violate(format!("{} was sent before it was visible", item.message.header.commit));
                     }
                     place = item.reached(&scope, &place);
-                    reader.keep(&item, &place, &origin);
+                    reader.receive(&item, &place, &origin);
                 }
                 if reader.is_done {
                     return true;
@@ -286,16 +288,16 @@ async fn stream(world: &World, server: &Server, hub: &Hub, reader: &Mutex<Reader
             }
             Err(End::Gap(gap)) => {
                 let origin = hub.origin().expect("a gap has an origin");
-                reader.go_on_from(gap.from, gap.to, &origin);
+                reader.resume_at(gap.from, gap.to, &origin);
                 return false;
             }
             Err(End::TooOld { earliest }) => {
                 let origin = hub.origin().expect("a horizon has an origin");
-                reader.go_on_from(Position::MAX, earliest, &origin);
+                reader.resume_at(Position::MAX, earliest, &origin);
                 return false;
             }
             Err(End::Abandoned { .. }) => {
-                reader.begin_again();
+                reader.start_again();
                 return false;
             }
             Err(End::Log(error)) => {

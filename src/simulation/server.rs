@@ -1,7 +1,7 @@
-//! A scripted PostgreSQL: it commits transactions as time goes by, has one slot, and can fail.
+//! A scripted PostgreSQL, which commits transactions over time, has one slot, and can fail.
 //!
-//! What it sends is pgoutput; what it promises is what PostgreSQL promises. Commits reach the stream before they are
-//! visible. The slot forgets, in a crash, what was acknowledged since its last checkpoint.
+//! It sends pgoutput and keeps PostgreSQL's guarantees. Commits reach the stream before they are visible. In a crash,
+//! the slot forgets acknowledgements since its last checkpoint.
 
 use super::disk::Disk;
 use super::world::World;
@@ -28,27 +28,27 @@ use tokio::time::Instant;
 
 pub(super) const SOURCE: Source = Source { system_identifier: 7, database_oid: 5 };
 pub(super) const TENANTS: [&str; 2] = ["a", "b"];
-/// How ids begin after which a reader has seen enough.
+/// The prefix of the ids after which a reader has seen enough.
 pub(super) const LAST: &str = "last";
-/// Where everything begins.
+/// The LSN at which history begins.
 pub(super) const ORIGIN: Lsn = Lsn(1_000);
 
 const RELATION: u32 = 42;
 const FIRST_XID: u64 = (7 << 32) - 3;
 /// PostgreSQL pings at half of `wal_sender_timeout`.
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
-/// A walsender tells where it is as soon as it has nothing to send.
+/// A walsender reports its position as soon as it has nothing to send.
 const CAUGHT_UP_AFTER: Duration = Duration::from_millis(20);
 
-/// What goes wrong once in a run, besides crashes.
+/// A fault that happens once in a run, besides crashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
     Nothing,
-    /// Somebody else reads the slot, up to its end.
+    /// Another process reads the slot, up to its end.
     SlotMoved,
-    /// The disk of the change log says that it has synced, and has not.
+    /// The disk of the change log reports a sync that it has not done.
     LyingDisk,
-    /// A watched table is taken out of the publication and put in again.
+    /// A watched table is removed from the publication and added again.
     Unpublished,
     /// A standby that lacks the last commits is promoted.
     Failover,
@@ -60,10 +60,10 @@ pub(super) struct Committed {
     pub(super) commit: Lsn,
     pub(super) end: Lsn,
     pub(super) xid: Xid8,
-    /// Tenant and id of what it created, in order.
+    /// The tenant and the id of each created tuple, in order.
     pub(super) changes: Vec<Row>,
     token: Option<TokenId>,
-    /// Not sent: its table was not published.
+    /// Not sent, because its table was not published.
     hidden: bool,
     visible_at: Instant,
 }
@@ -74,37 +74,37 @@ impl Committed {
     }
 }
 
-/// Tenant, and an id that is written once.
+/// A tenant, and an id that is written only once.
 pub(super) type Row = (&'static str, String);
 
-/// Cheap to clone.
+/// The scripted server. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Server {
     world: World,
     disk: Disk,
     inner: Arc<Mutex<Inner>>,
-    /// Changed when there is something to send, or nobody to send it to any more.
+    /// Changes when there is something to send, or when a link has lost the slot.
     changed: watch::Sender<u64>,
 }
 
 struct Inner {
     history: History,
     committed: Vec<Committed>,
-    /// Lost in a failover, after they had been visible.
+    /// Transactions that a failover lost after they had been visible.
     abandoned: Vec<Xid8>,
-    /// Whether SQL gets an answer: it goes to the server that the session found.
+    /// Whether SQL gets an answer. SQL goes to the server that the session found.
     answers: bool,
     next_xid: u64,
     wal_end: Lsn,
-    /// The slot's confirmed flush.
+    /// The slot's acknowledged position.
     confirmed: Lsn,
-    /// What a crash of the server leaves of it.
+    /// The acknowledged position that survives a crash of the server.
     confirmed_on_disk: Lsn,
-    /// Which link has the slot; a later one takes it.
+    /// The number of the link that has the slot. A later link takes it over.
     holder: u64,
-    /// Transactions that have written and not committed, and what of it will not be sent.
+    /// Open transactions, with their changes, which will not be sent.
     writers: Vec<(Xid8, Vec<Row>)>,
-    /// Changed with what is published.
+    /// Changes whenever the published tables change.
     publication: u64,
     is_hidden: bool,
 }
@@ -132,7 +132,7 @@ impl Server {
         self.inner.lock().unwrap()
     }
 
-    fn tell(&self) {
+    fn notify(&self) {
         self.changed.send_modify(|changes| *changes += 1);
     }
 
@@ -140,12 +140,12 @@ impl Server {
         self.inner().confirmed
     }
 
-    /// What there is, in commit order.
+    /// All committed transactions, in commit order.
     pub(super) fn committed(&self) -> Vec<Committed> {
         self.inner().committed.clone()
     }
 
-    /// Whether a SELECT sees what this transaction wrote.
+    /// Whether a SELECT sees the changes of this transaction.
     pub(super) fn is_visible(&self, xid: Xid8) -> bool {
         let inner = self.inner();
         let is_committed = inner.committed.iter().any(|transaction| transaction.xid == xid && transaction.is_visible());
@@ -161,29 +161,29 @@ impl Server {
         self.commit_as(xid, changes, hidden)
     }
 
-    /// Begins a transaction that writes these changes, and stays open.
+    /// Begins a transaction that writes these changes and stays open.
     pub(super) fn write(&self, changes: Vec<Row>) {
         let mut inner = self.inner();
-        assert!(inner.is_hidden, "what is sent of a transaction is all of it or nothing, here");
+        assert!(inner.is_hidden, "a transaction is published as a whole or not at all here");
         let xid = Xid8(inner.next_xid);
         inner.next_xid += 1;
         inner.writers.push((xid, changes));
-        self.world.note(format!("xid {} writes what is not published, and stays open", xid.0));
+        self.world.note(format!("xid {} writes unpublished changes, and stays open", xid.0));
     }
 
-    /// Commits all that is open, however long ago it was written.
+    /// Commits all open transactions.
     pub(super) fn commit_writers(&self) {
         let writers = self.inner().writers.clone();
         for (xid, changes) in writers {
             self.commit_as(xid, changes, true);
-            // Only now, as PostgreSQL does.
+            // Removed only after the commit, as in PostgreSQL.
             self.inner().writers.retain(|(writer, _)| *writer != xid);
         }
     }
 
     fn commit_as(&self, xid: Xid8, changes: Vec<Row>, hidden: bool) -> Committed {
         let has_token = self.world.once_in(3) || self.inner().committed.is_empty();
-        // One transaction may end where the next one commits.
+        // The end LSN of one transaction may be the commit LSN of the next.
         let gap = self.world.below(2) * self.world.below(40);
         let visible_at = Instant::now() + Duration::from_millis(self.world.below(2) * self.world.below(40));
         let transaction = {
@@ -204,27 +204,27 @@ impl Server {
             transaction.changes.len(),
             if transaction.hidden { ", not published" } else { "" }
         ));
-        self.tell();
+        self.notify();
         transaction
     }
 
-    /// Everything else that is written to the WAL.
+    /// Writes other WAL.
     pub(super) fn write_wal(&self) {
         let length = self.world.below(100);
         let mut inner = self.inner();
         inner.wal_end = Lsn(inner.wal_end.0 + length);
     }
 
-    /// All connections end; the slot is as it was at the last checkpoint.
+    /// Crashes: all connections end, and the slot returns to its last checkpoint.
     pub(super) fn crash(&self) {
         self.world.note("the server crashes".into());
         let mut inner = self.inner();
         inner.confirmed = inner.confirmed_on_disk;
         inner.holder += 1;
-        // Rolled back.
+        // Open transactions are rolled back.
         inner.writers.clear();
         drop(inner);
-        self.tell();
+        self.notify();
     }
 
     pub(super) fn checkpoint(&self) {
@@ -232,18 +232,18 @@ impl Server {
         inner.confirmed_on_disk = inner.confirmed;
     }
 
-    /// Somebody else reads the slot up to its end.
+    /// Another process reads the slot up to its end.
     pub(super) fn move_slot(&self) {
         let mut inner = self.inner();
         inner.confirmed = inner.wal_end;
         inner.confirmed_on_disk = inner.wal_end;
         inner.holder += 1;
-        self.world.note(format!("somebody moves the slot to {}", inner.wal_end));
+        self.world.note(format!("another process moves the slot to {}", inner.wal_end));
         drop(inner);
-        self.tell();
+        self.notify();
     }
 
-    /// What is written from now on is not published, or is again.
+    /// Removes the table from the publication, or adds it again.
     pub(super) fn publish(&self, is_published: bool) {
         let mut inner = self.inner();
         inner.is_hidden = !is_published;
@@ -251,16 +251,16 @@ impl Server {
         self.world.note(format!("the table is published: {is_published}"));
     }
 
-    /// A standby that lacks the last commits takes over.
+    /// Promotes a standby that lacks the last commits.
     pub(super) fn fail_over(&self) {
         let lost = usize::try_from(self.world.below(4)).unwrap();
         let mut inner = self.inner();
-        let kept = inner.committed.len().saturating_sub(lost);
-        let switch = match inner.committed.get(kept) {
+        let surviving = inner.committed.len().saturating_sub(lost);
+        let switch = match inner.committed.get(surviving) {
             Some(first_lost) => first_lost.commit,
             None => inner.wal_end,
         };
-        let lost_now: Vec<Committed> = inner.committed.drain(kept..).collect();
+        let lost_now: Vec<Committed> = inner.committed.drain(surviving..).collect();
         inner.abandoned.extend(lost_now.iter().filter(|transaction| transaction.is_visible()).map(|t| t.xid));
         inner.answers = false;
         inner.wal_end = switch;
@@ -271,17 +271,17 @@ impl Server {
         inner.holder += 1;
         self.world.note(format!("a standby is promoted at {switch}; {lost} commits are lost"));
         drop(inner);
-        self.tell();
+        self.notify();
     }
 
-    /// The token of a transaction that asked for one.
+    /// The token of a transaction, if it created one.
     pub(super) fn transaction_token(&self, transaction: &Committed) -> Option<String> {
         let floor = Lsn(transaction.commit.0 - 1);
         let token = SnapToken::Transaction { source: SOURCE.id(), id: transaction.token?, xid: transaction.xid, floor };
         Some(token.to_string())
     }
 
-    /// The token of the place where everything begins.
+    /// The token of the beginning of history.
     pub(super) fn first_token(&self) -> String {
         let timeline = Timeline { number: 1, begin: Lsn::ZERO }.id();
         let (position, commit_time) = (Position::at(ORIGIN), CommitTime(0));
@@ -313,13 +313,13 @@ impl Snapshots for Server {
     }
 }
 
-/// What one reader asks at its start; keeps what it was told.
-pub(super) struct Asked<'a> {
+/// The queries of one reader at its start. Keeps the snapshot that they returned.
+pub(super) struct Queries<'a> {
     pub(super) server: &'a Server,
     pub(super) snapshot: Mutex<Option<Arc<Snapshot>>>,
 }
 
-impl Primary for Asked<'_> {
+impl Primary for Queries<'_> {
     async fn look(&self, _: &Scope) -> Result<PrimaryState, Unreachable> {
         if !self.server.inner().answers {
             return Err(Unreachable::NoSession);
@@ -359,7 +359,7 @@ impl Upstream for Server {
             sent: Lsn::ZERO,
             is_described: false,
             queue: VecDeque::new(),
-            told: Lsn::ZERO,
+            reported: Lsn::ZERO,
             sent_at: Instant::now(),
         })
     }
@@ -369,13 +369,13 @@ pub(super) struct ServerLink {
     server: Server,
     identity: Identity,
     number: u64,
-    /// Every transaction that commits before is sent, or not wanted.
+    /// Every transaction with a commit LSN below was sent, or is not wanted.
     sent: Lsn,
     is_described: bool,
     queue: VecDeque<Event>,
     /// The WAL end of the last keepalive.
-    told: Lsn,
-    /// When anything was sent last.
+    reported: Lsn,
+    /// The time of the last sent event.
     sent_at: Instant,
 }
 
@@ -387,7 +387,7 @@ impl ServerLink {
         Ok(())
     }
 
-    /// The events of the next transaction, if there is one.
+    /// Queues the events of the next transaction, if there is one.
     fn fill(&mut self) -> bool {
         let next = self.server.inner().committed.iter().find(|transaction| transaction.commit >= self.sent).cloned();
         let Some(transaction) = next else { return false };
@@ -402,7 +402,7 @@ impl ServerLink {
             }
             self.queue.push_back(Event::Change(insert(tenant, id)));
             if self.server.world.once_in(8) {
-                // In the middle of a transaction this says nothing about it.
+                // Inside a transaction a keepalive does not acknowledge anything.
                 self.queue.push_back(Event::KeepAlive { wal_end: transaction.end });
             }
         }
@@ -455,11 +455,11 @@ impl Link for ServerLink {
                 events.push(event);
                 return Ok(());
             }
-            // Nothing is left to send, so everything up to here was sent.
+            // Everything up to the end of the WAL was sent.
             let wal_end = self.server.inner().wal_end;
-            let silence = if self.told < wal_end { CAUGHT_UP_AFTER } else { KEEPALIVE_EVERY };
+            let silence = if self.reported < wal_end { CAUGHT_UP_AFTER } else { KEEPALIVE_EVERY };
             if self.sent_at.elapsed() >= silence {
-                self.told = wal_end;
+                self.reported = wal_end;
                 self.sent_at = Instant::now();
                 events.push(Event::KeepAlive { wal_end });
                 return Ok(());
@@ -476,7 +476,7 @@ impl Link for ServerLink {
         }
         if lsn > synced {
             drop(inner);
-            return self.server.world.violate(format!("acknowledged {lsn}, and only {synced} is on disk"));
+            return self.server.world.violate(format!("acknowledged {lsn}, but only {synced} is on disk"));
         }
         inner.confirmed = lsn;
         drop(inner);

@@ -1,31 +1,31 @@
-//! What all parts of a run share: the count of its steps, and whether the process is alive.
+//! The shared state of a run: its steps, and whether the process is alive.
 
 use fastrand::Rng;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 
-/// Steps after which more than this many others were taken are not told when a run fails.
+/// The most trailing steps that a failure prints.
 const TRACE_MAX: usize = 150;
 
-/// Shared by the scripted server, the disk, and the readers. Cheap to clone.
+/// The state that the scripted server, the disk and the readers share. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct World {
     inner: Arc<Mutex<Inner>>,
-    /// Whether the process of the present life is dead.
+    /// Whether the process is dead.
     dead: watch::Sender<bool>,
-    /// How many readers have everything.
+    /// The number of readers that are finished.
     done: watch::Sender<usize>,
 }
 
 struct Inner {
-    /// Chooses everything that is left to chance outside tuplewatch.
+    /// Makes all random choices outside of tuplewatch.
     random: Rng,
     steps: u64,
-    /// At which steps the process dies.
+    /// The steps at which the process dies.
     crashes: BTreeSet<u64>,
     trace: Vec<String>,
-    /// What must not have happened.
+    /// The first violated property.
     violation: Option<String>,
 }
 
@@ -35,7 +35,7 @@ impl World {
         Self { inner: Arc::new(Mutex::new(inner)), dead: watch::Sender::new(false), done: watch::Sender::new(0) }
     }
 
-    /// Counts a step of the process; it dies here if this is the one. Whether it lives.
+    /// Counts a step of the process, at which it may die. Returns whether it lives.
     pub(super) fn step(&self, what: impl FnOnce() -> String) -> bool {
         if self.is_dead() {
             return false;
@@ -51,12 +51,12 @@ impl World {
         !self.is_dead()
     }
 
-    /// Something outside the process happened.
+    /// Records an event outside of the process.
     pub(super) fn note(&self, what: String) {
         self.inner.lock().unwrap().trace.push(format!("  {what}"));
     }
 
-    /// Something that must not happen did.
+    /// Records a violated property, and ends the run.
     pub(super) fn violate(&self, what: String) {
         self.inner.lock().unwrap().violation.get_or_insert(what);
         self.dead.send_replace(true);
@@ -71,17 +71,17 @@ impl World {
         let _ = self.dead.subscribe().wait_for(|dead| *dead).await;
     }
 
-    /// A reader has everything.
-    pub(super) fn tell_done(&self) {
+    /// Reports that a reader is finished.
+    pub(super) fn report_done(&self) {
         self.done.send_modify(|done| *done += 1);
     }
 
-    /// Completes when so many have everything.
+    /// Completes when `count` readers are finished.
     pub(super) async fn all_done(&self, count: usize) {
         let _ = self.done.subscribe().wait_for(|done| *done >= count).await;
     }
 
-    /// Another process begins.
+    /// Starts the next life of the process.
     pub(super) fn revive(&self) {
         self.dead.send_replace(false);
     }
@@ -94,14 +94,14 @@ impl World {
         self.inner.lock().unwrap().violation.clone()
     }
 
-    /// The last steps, for whoever looks into a failure.
+    /// The last steps, for the message of a failure.
     pub(super) fn trace(&self) -> String {
         let inner = self.inner.lock().unwrap();
         let from = inner.trace.len().saturating_sub(TRACE_MAX);
         inner.trace[from..].join("\n")
     }
 
-    /// A digest of all steps, to compare runs.
+    /// All steps, to compare runs.
     pub(super) fn whole_trace(&self) -> Vec<String> {
         self.inner.lock().unwrap().trace.clone()
     }

@@ -1,4 +1,4 @@
-//! What one call writes.
+//! The facts that one call writes.
 
 use super::{Error, text};
 use crate::decode::mapping::write_attribute_value;
@@ -7,23 +7,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use tokio_postgres::Transaction;
 use tokio_postgres::types::{ToSql, Type};
 
-/// Tuples and attributes, each once, in the order of the primary keys. Of an attribute that comes twice the first value
-/// counts, as Permify has it.
+/// Tuples and attributes in the order of the primary keys, without duplicates. If an attribute comes twice, its first
+/// value counts, as in Permify.
 #[derive(Debug, Default)]
-pub struct Batch<'a> {
+pub(crate) struct Batch<'a> {
     tuples: BTreeSet<Tuple<'a>>,
-    /// By entity type, entity id and attribute.
+    /// Keyed by entity type, entity id and attribute.
     attributes: BTreeMap<[&'a str; 3], AttributeValue>,
 }
 
 impl<'a> Batch<'a> {
-    /// Takes a tuple.
-    pub fn put_tuple(&mut self, tuple: Tuple<'a>) {
+    pub(crate) fn put_tuple(&mut self, tuple: Tuple<'a>) {
         self.tuples.insert(tuple);
     }
 
-    /// Takes an attribute.
-    pub fn put_attribute(
+    /// Adds an attribute, unless the batch has a value for it.
+    pub(crate) fn put_attribute(
         &mut self,
         entity_type: &'a str,
         entity_id: &'a str,
@@ -33,14 +32,8 @@ impl<'a> Batch<'a> {
         self.attributes.entry([entity_type, entity_id, attribute]).or_insert(value);
     }
 
-    /// How many rows.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.tuples.len() + self.attributes.len()
-    }
-
-    /// Whether there is nothing in it.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     pub(super) async fn insert(&self, transaction: &Transaction<'_>, tenant: &TenantId) -> Result<(), Error> {
@@ -69,7 +62,8 @@ impl<'a> Batch<'a> {
         insert_columns(transaction, INSERT, tenant, &columns).await
     }
 
-    /// An attribute that has the value already is left alone: nothing has changed, and nobody is told.
+    /// Inserts or updates the attributes. One that already has the value stays untouched, so that no change is
+    /// streamed.
     async fn insert_attributes(&self, transaction: &Transaction<'_>, tenant: &TenantId) -> Result<(), Error> {
         const INSERT: &str = "
             INSERT INTO tuplewatch.attributes AS present (tenant_id, entity_type, entity_id, attribute, value)

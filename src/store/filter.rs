@@ -1,7 +1,7 @@
-//! Which rows: filters, and statements with conditions.
+//! Filters, and the statements with their conditions.
 //!
-//! A statement has just the conditions that are asked for, and its parameters are known when it is planned, so that a filter
-//! by entity uses the primary key.
+//! A statement contains only the requested conditions, and PostgreSQL plans it with its parameters. So a filter by
+//! entity uses the primary key.
 
 use tokio_postgres::types::{ToSql, Type};
 
@@ -12,35 +12,33 @@ pub(super) fn text<'a>(value: &'a &'a str) -> Parameter<'a> {
     (value, Type::TEXT)
 }
 
-/// Picks tuples: what is empty picks all.
+/// Selects tuples. An empty field selects all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the fields are the words of the model")]
-pub struct TupleFilter<'a> {
+pub(crate) struct TupleFilter<'a> {
     pub entity_type: &'a str,
     pub entity_ids: &'a [String],
     pub relation: &'a str,
     pub subject_type: &'a str,
     pub subject_ids: &'a [String],
-    /// With `Some("")` the direct subjects.
+    /// `Some("")` selects the direct subjects.
     pub subject_relation: Option<&'a str>,
 }
 
-/// Picks attributes: what is empty picks all.
+/// Selects attributes. An empty field selects all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the fields are the words of the model")]
-pub struct AttributeFilter<'a> {
+pub(crate) struct AttributeFilter<'a> {
     pub entity_type: &'a str,
     pub entity_ids: &'a [String],
     pub attributes: &'a [String],
 }
 
 impl TupleFilter<'_> {
-    /// Whether it picks all there is.
-    pub fn is_empty(&self) -> bool {
+    /// Whether the filter selects all tuples.
+    pub(crate) fn is_empty(&self) -> bool {
         *self == TupleFilter::default()
     }
 
-    /// `verb` with the conditions of the filter.
+    /// The statement that begins with `verb`, with the conditions of the filter.
     pub(super) fn query<'q>(&'q self, verb: &str, tenant: &'q &'q str) -> Query<'q> {
         let mut query = Query::of_tenant(verb, tenant);
         query.and_equal("entity_type", &self.entity_type);
@@ -57,12 +55,12 @@ impl TupleFilter<'_> {
 }
 
 impl AttributeFilter<'_> {
-    /// Whether it picks all there is.
-    pub fn is_empty(&self) -> bool {
+    /// Whether the filter selects all attributes.
+    pub(crate) fn is_empty(&self) -> bool {
         *self == AttributeFilter::default()
     }
 
-    /// `verb` with the conditions of the filter.
+    /// The statement that begins with `verb`, with the conditions of the filter.
     pub(super) fn query<'q>(&'q self, verb: &str, tenant: &'q &'q str) -> Query<'q> {
         let mut query = Query::of_tenant(verb, tenant);
         query.and_equal("entity_type", &self.entity_type);
@@ -72,7 +70,7 @@ impl AttributeFilter<'_> {
     }
 }
 
-/// A statement and its parameters.
+/// A statement with its parameters.
 pub(super) struct Query<'q> {
     sql: String,
     parameters: Vec<Parameter<'q>>,
@@ -90,7 +88,7 @@ impl<'q> Query<'q> {
         query
     }
 
-    /// Takes a parameter; `$1`, `$2`, …
+    /// Adds a parameter, and returns its placeholder: `$1`, `$2`, …
     pub(super) fn bind(&mut self, parameter: Parameter<'q>) -> String {
         self.parameters.push(parameter);
         format!("${}", self.parameters.len())
@@ -128,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_statement_has_the_conditions_that_are_asked_for() {
+    fn a_statement_has_the_requested_conditions() {
         let tenant = "t";
         let check = |query: Query<'_>, expected: &str| {
             assert_eq!(query.sql(), expected);

@@ -1,5 +1,5 @@
-//! Pages: keyset pagination over the primary key. What is written meanwhile moves nothing: a row that is there throughout
-//! comes exactly once.
+//! Keyset pagination over the primary key. Concurrent writes move no rows between pages: a row that exists throughout
+//! appears exactly once.
 
 use super::filter::{Query, text};
 use super::{Error, Unreadable};
@@ -10,27 +10,28 @@ use std::fmt;
 use std::str::FromStr;
 use tokio_postgres::Client;
 
-/// A page ends early rather than being larger than this, in bytes of its rows' texts. As protobuf they take up to 2.7 times as
-/// much (an array of zeros as doubles), and gRPC clients refuse messages above 4 MiB. A single larger row goes alone.
+/// The largest page, in bytes of the texts of its rows. A page ends early instead of exceeding it, but a single larger
+/// row gets a page of its own. As protobuf the rows take up to 2.7 times as much (an array of zeros as doubles), and
+/// gRPC clients refuse messages above 4 MiB.
 const PAGE_BYTES_MAX: usize = 1 << 20;
 
-/// The primary key of a row, without the tenant. As text it is opaque, and the token with which clients go on.
+/// The primary key of a row, without the tenant. Its text form is the opaque token with which clients request the next
+/// page.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Key<const COLUMNS: usize>([String; COLUMNS]);
+pub(crate) struct Key<const COLUMNS: usize>([String; COLUMNS]);
 
-/// Rows, and where the next page begins.
+/// One page of rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Page<T, const COLUMNS: usize> {
-    /// The rows.
+pub(crate) struct Page<T, const COLUMNS: usize> {
     pub items: Vec<T>,
-    /// The last of them, where others follow.
+    /// The key of the last row, if more rows follow.
     pub next: Option<Key<COLUMNS>>,
 }
 
-/// The text is no key.
+/// The text is not a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("it is not the continuous_token of an earlier page of the same method")]
-pub struct ParseKeyError;
+pub(crate) struct ParseKeyError;
 
 impl<const COLUMNS: usize> fmt::Display for Key<COLUMNS> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -45,7 +46,7 @@ impl<const COLUMNS: usize> FromStr for Key<COLUMNS> {
     fn from_str(token: &str) -> Result<Self, ParseKeyError> {
         let json = BASE64.decode(token).map_err(|_| ParseKeyError)?;
         let columns: Vec<String> = serde_json::from_slice(&json).map_err(|_| ParseKeyError)?;
-        // PostgreSQL's text cannot hold a NUL.
+        // PostgreSQL's text type cannot contain a NUL.
         let fits = columns.iter().all(|column| !column.contains('\0'));
         columns.try_into().ok().filter(|_| fits).map(Self).ok_or(ParseKeyError)
     }
@@ -62,12 +63,12 @@ impl<const COLUMNS: usize> Key<COLUMNS> {
     }
 }
 
-/// Of these key columns and others; without conditions yet.
+/// Selects the key columns and `others`, without conditions.
 pub(super) fn select<const COLUMNS: usize>(columns: [&str; COLUMNS], others: &str, table: &str) -> String {
     format!("SELECT {}{others} FROM {table}", columns.join(", "))
 }
 
-/// Adds to a query with conditions what makes it one page's.
+/// Restricts a query to one page.
 pub(super) fn narrow<'q, const COLUMNS: usize>(
     query: &mut Query<'q>,
     columns: [&str; COLUMNS],
@@ -79,11 +80,11 @@ pub(super) fn narrow<'q, const COLUMNS: usize>(
         let places: Vec<String> = key.iter().map(|column| query.bind(text(column))).collect();
         query.push(&format!(" AND ({columns}) > ({})", places.join(", ")));
     }
-    // One more, to know whether there is one.
+    // One row more, to know whether more rows follow.
     query.push(&format!(" ORDER BY {columns} LIMIT {}", page_size + 1));
 }
 
-/// Reads the page of a narrowed query. All its columns are text, and the first ones are the key.
+/// Reads the page of a narrowed query. All its columns must be text, and the first ones the key.
 pub(super) async fn read<T, const COLUMNS: usize>(
     client: &Client,
     query: &Query<'_>,
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn no_key_has_what_postgresql_cannot_hold() {
+    fn a_key_contains_no_nul() {
         let nul = Key(["a".to_owned(), "\0".to_owned(), String::new()]);
         assert_eq!(nul.to_string().parse::<Key<3>>(), Err(ParseKeyError));
     }

@@ -1,4 +1,4 @@
-//! The store's connections: a bounded number, to the primary that the session reads from.
+//! The store's connection pool: a bounded number of connections to the session's primary.
 
 use super::{Error, Unreachable};
 use crate::postgres::connection::Connection;
@@ -11,25 +11,25 @@ use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use tokio_postgres::Client;
 
-/// Longest wait for a connection that others use.
+/// The longest wait for a free connection.
 const WAIT_MAX: Duration = Duration::from_secs(10);
-/// A connection that is asked whether it is well has this long to answer.
+/// The longest wait for the answer of an idle connection that is checked.
 const WELL_MAX: Duration = Duration::from_secs(2);
-/// PostgreSQL ends a statement of ours that takes longer, waits for locks included.
+/// The statement timeout, which includes waits for locks.
 pub(super) const STATEMENT_MAX: Duration = Duration::from_secs(30);
-/// Longest wait for a lock that somebody else has: then the call gives its connection back, and tries again. Else a few calls
-/// for one tenant, which is being deleted, would hold all connections.
+/// The longest wait for a lock. After that the call returns its connection and tries again. Otherwise a few calls for
+/// one tenant, which is being deleted, would occupy all connections.
 const LOCK_MAX: Duration = Duration::from_secs(1);
 
-/// Cheap to clone.
+/// The pool. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct Pool(managed::Pool<Opener>);
 
 impl Pool {
-    /// Belongs to the runtime that this is called in.
-    pub(super) fn new(primaries: PrimaryConnector, connections_max: usize) -> Self {
-        let session = primaries.clone();
-        let opener = Opener { primaries, runtime: Handle::current(), is_told: AtomicBool::new(false) };
+    /// Creates the pool. Its connections belong to the current runtime.
+    pub(super) fn new(connector: PrimaryConnector, connections_max: usize) -> Self {
+        let session = connector.clone();
+        let opener = Opener { connector, runtime: Handle::current(), is_told: AtomicBool::new(false) };
         let builder = managed::Pool::builder(opener)
             .max_size(connections_max)
             .runtime(deadpool::Runtime::Tokio1)
@@ -53,7 +53,7 @@ impl Pool {
     }
 }
 
-/// Closes what is idle where PostgreSQL refuses the session a connection.
+/// Closes idle connections while PostgreSQL refuses the session a connection.
 async fn give_way(pool: managed::WeakPool<Opener>, mut session: PrimaryConnector) {
     loop {
         session.session_refused().await;
@@ -64,7 +64,7 @@ async fn give_way(pool: managed::WeakPool<Opener>, mut session: PrimaryConnector
     }
 }
 
-/// A connection for one call. Dropped, it goes back.
+/// A connection for one call. Dropping it returns it to the pool.
 pub(super) struct Lease(Object<Opener>);
 
 impl Deref for Lease {
@@ -83,8 +83,8 @@ impl DerefMut for Lease {
 
 #[derive(Debug)]
 struct Opener {
-    primaries: PrimaryConnector,
-    /// Connections live on it: that of whoever asks for one may end before those of others who use it later.
+    connector: PrimaryConnector,
+    /// The runtime of the connections. They outlive the runtime of the call that opens them.
     runtime: Handle,
     /// Whether the log has the reason why there are no connections.
     is_told: AtomicBool,
@@ -102,41 +102,41 @@ impl Opener {
 #[derive(Debug)]
 struct Open {
     connection: Connection,
-    /// As of when it was opened.
-    primaries: PrimaryConnector,
+    /// The connector's state when the connection was opened.
+    connector: PrimaryConnector,
 }
 
 impl managed::Manager for Opener {
     type Type = Open;
     type Error = Error;
 
-    /// Bounded by the connect timeout of the URI.
+    /// The connect timeout of the URI limits this.
     async fn create(&self) -> Result<Open, Error> {
-        let mut primaries = self.primaries.clone();
-        // Dropped with this call, where nobody waits for it any more.
+        let mut connector = self.connector.clone();
+        // Dropped together with this call if its caller gives up.
         let mut connecting = JoinSet::new();
-        connecting.spawn_on(async move { (primaries.connect().await, primaries) }, &self.runtime);
-        let Some(Ok((connection, primaries))) = connecting.join_next().await else {
+        connecting.spawn_on(async move { (connector.connect().await, connector) }, &self.runtime);
+        let Some(Ok((connection, connector))) = connecting.join_next().await else {
             return Err(Error::Unreachable(Unreachable::Stopping));
         };
         let connection = connection.inspect_err(|error| self.tell(error))?;
         self.is_told.store(false, Ordering::Relaxed);
-        // Triggers of these tables find what is in the schema public, as they do for other writers.
+        // Triggers of these tables use the schema public, as for other writers.
         let set = format!(
             "SET search_path = \"$user\", public; SET statement_timeout = '{}s'; SET lock_timeout = '{}s'",
             STATEMENT_MAX.as_secs(),
             LOCK_MAX.as_secs()
         );
         connection.client.batch_execute(&set).await?;
-        // What nobody waits for any more ends soon. Servers on some systems cannot do it.
+        // A statement of a caller that has gone away ends soon. Servers on some systems do not support this setting.
         let _ = connection.client.batch_execute("SET client_connection_check_interval = '1s'").await;
-        Ok(Open { connection, primaries })
+        Ok(Open { connection, connector })
     }
 
-    /// Costs a round trip, so that nobody is given a connection that has died silently, or on which the statement of somebody
-    /// who has gone away still runs.
+    /// Costs a round trip. So no call gets a connection that has died silently, or that still runs the statement of a
+    /// caller that has gone away.
     async fn recycle(&self, open: &mut Open, _: &Metrics) -> RecycleResult<Error> {
-        if open.primaries.has_moved() {
+        if open.connector.has_moved() {
             return Err(RecycleError::message("the session has found another primary"));
         }
         open.connection.client.batch_execute("").await.map_err(|error| RecycleError::Backend(error.into()))

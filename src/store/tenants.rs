@@ -1,4 +1,4 @@
-//! Tenants: the rows of `tenants`, and the lock between those who write for one and who deletes it.
+//! Tenants: the rows of `tenants`, and the lock between the writers of a tenant and its deletion.
 
 use super::filter::{Query, text};
 use super::page::{self, Key, Page};
@@ -7,16 +7,14 @@ use crate::model::change::TenantId;
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Transaction};
 
-/// Tells our advisory locks from those of others: "tuple" in ASCII, as the seed of the hash. Two tenants of the same hash
-/// would share a lock, which does no harm.
+/// The key of a tenant's advisory lock. The seed of the hash, "tuple" in ASCII, separates it from locks of other
+/// programs. Two tenants with equal hashes share a lock, which does no harm.
 const LOCK: &str = "hashtextextended($1, x'7475706c65'::bigint)";
 
-/// A tenant.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tenant {
-    /// Its id.
+pub(crate) struct Tenant {
     pub id: String,
-    /// For people.
+    /// A name for people.
     pub name: String,
     /// In microseconds since 1970; `None` for PostgreSQL's infinities.
     pub created_at_micros: Option<i64>,
@@ -27,7 +25,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::TenantExists`] and others.
-    pub async fn create_tenant(&self, id: &TenantId, name: &str) -> Result<Tenant, Error> {
+    pub(crate) async fn create_tenant(&self, id: &TenantId, name: &str) -> Result<Tenant, Error> {
         let insert = format!(
             "INSERT INTO tuplewatch.tenants (id, name) VALUES ($1, $2) ON CONFLICT DO NOTHING RETURNING {COLUMNS}"
         );
@@ -40,11 +38,11 @@ impl Store {
         .await
     }
 
-    /// Deletes a tenant's rows and then the tenant, in one transaction: watchers see deletes.
+    /// Deletes all facts of a tenant and then the tenant, in one transaction. Subscribers receive the deletions.
     ///
     /// # Errors
     /// [`Error::UnknownTenant`] and others.
-    pub async fn delete_tenant(&self, id: &TenantId) -> Result<(), Error> {
+    pub(crate) async fn delete_tenant(&self, id: &TenantId) -> Result<(), Error> {
         let patience =
             format!("SET LOCAL statement_timeout = '{}s'; SET LOCAL lock_timeout = 0", TENANT_DELETION_MAX.as_secs());
         persistently(TENANT_DELETION_MAX, || async {
@@ -66,11 +64,11 @@ impl Store {
         .await
     }
 
-    /// A page of the tenants, by id; only of these, if they are given.
+    /// Reads a page of the tenants, ordered by id. With `only`, a page of these.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn list_tenants(
+    pub(crate) async fn list_tenants(
         &self,
         only: Option<&[String]>,
         after: Option<&Key<1>>,
@@ -91,7 +89,7 @@ impl Store {
     }
 }
 
-/// Its columns as texts. The creation time of an infinity is an empty one.
+/// The columns of a tenant as texts. An infinite creation time becomes an empty text.
 const COLUMNS: &str = "id, name, CASE WHEN isfinite(created_at) \
                        THEN trunc(extract(epoch FROM created_at) * 1000000)::text ELSE '' END";
 
@@ -104,15 +102,15 @@ fn tenant(row: &[&str]) -> Result<Tenant, Unreadable> {
     }
 }
 
-/// Keeps the tenant from being deleted before the transaction ends; waits for a deletion that is under way.
+/// Prevents the deletion of the tenant until the transaction ends. Waits for a deletion that is in progress.
 pub(super) async fn share(transaction: &Transaction<'_>, id: &TenantId) -> Result<Tables, Error> {
     let lock = format!("SELECT pg_advisory_xact_lock_shared({LOCK})");
     transaction.execute_typed(&lock, &[text(&id.as_str())]).await?;
-    // A statement of its own, which sees what the wait was for.
+    // A separate statement, so that it sees the deletion that it waited for.
     require(transaction.client(), id).await
 }
 
-/// An error unless there is such a tenant. How to read its rows, asked along with it.
+/// Fails unless the tenant exists. The same query finds out how to read the tables of facts.
 pub(super) async fn require(client: &Client, id: &TenantId) -> Result<Tables, Error> {
     let statement = "SELECT EXISTS (SELECT FROM tuplewatch.tenants WHERE id = $1),
                             (SELECT relkind = 'p' FROM pg_catalog.pg_class
@@ -125,10 +123,10 @@ pub(super) async fn require(client: &Client, id: &TenantId) -> Result<Tables, Er
     Ok(Tables::new(row.try_get(1)?, row.try_get(2)?))
 }
 
-/// The tables of facts, as they stand behind FROM.
+/// The tables of facts as they are written behind FROM.
 ///
-/// An ordinary table is read alone: rows of tables that inherit from it are in its SELECT, but never in its stream. A partitioned
-/// one has its rows in its partitions.
+/// An ordinary table is read with ONLY, because its SELECT would include rows of tables that inherit from it, and its
+/// stream does not. A partitioned table has its rows in its partitions.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tables {
     pub(super) tuples: &'static str,

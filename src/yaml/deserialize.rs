@@ -1,4 +1,5 @@
-//! Values as a source for serde. An error gets the path to its value on the way out, a part at each level.
+//! A serde deserializer over [`Value`]. While an error passes up through the levels, each level adds its part of the
+//! path.
 
 use super::{Error, Section, Value};
 use serde::de::value::StrDeserializer;
@@ -37,7 +38,7 @@ impl Value {
         }
     }
 
-    /// Also the words that YAML 1.1 took for booleans.
+    /// Accepts the words that YAML 1.1 took for booleans, too.
     fn into_boolean(self) -> Result<bool, Error> {
         let word = match &self {
             Self::Boolean(value) => return Ok(*value),
@@ -116,7 +117,7 @@ impl<'de> SeqAccess<'de> for Items {
 
 struct Entries {
     entries: <Section as IntoIterator>::IntoIter,
-    /// What belongs to the key that was read last.
+    /// The key that was read last, with its value.
     value: Option<(String, Value)>,
 }
 
@@ -163,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn scalars_fit_where_nothing_is_lost() {
+    fn scalars_convert_without_loss() {
         for (yaml, expected) in [
             ("name: a", shop("a")),
             ("name: 7", shop("7")),

@@ -192,7 +192,7 @@ async fn an_issuer_rotates_its_keys_and_goes_away() {
     let [first_token, second_token, third_token] = [&first, &second, &third].map(bearer);
     let status = watch(&server, &first_token).await.err().expect("nobody can tell");
     assert_eq!(reason(&status), (Code::Unavailable, "ISSUER_UNREACHABLE".to_owned()));
-    server.says("without which no token is accepted").await;
+    server.says("so no token is accepted").await;
     refused(&server, "", MISSING, "nothing").await;
 
     issuer.start_again().await;
@@ -275,7 +275,7 @@ async fn the_command_line_presents_a_token() {
         command
     };
     run(watch(&[], None)).await.failed(&[MISSING, "`Authorization: Bearer ...`", "--token-file", "TUPLEWATCH_TOKEN"]);
-    run(watch(&[], Some("wrong"))).await.failed(&["ERROR_CODE_UNAUTHENTICATED: the key is none of this server's"]);
+    run(watch(&[], Some("wrong"))).await.failed(&["ERROR_CODE_UNAUTHENTICATED: the key is unknown to this server"]);
     run(watch(&["--token-file", "nowhere"], None)).await.failed(&["cannot read nowhere"]);
     let garbage = run(watch(&[], Some("hu\nsh"))).await;
     assert!(!garbage.err.contains("sh\n"), "{garbage:?}");

@@ -133,7 +133,8 @@ async fn certificates_that_psql_takes_are_taken_by_both_connections() {
     postgres.put_file("server.crt", &last.pem);
     postgres.put_file("server.key", &last.key);
     sql.run("SELECT pg_reload_conf()").await;
-    let refused = async || complaint(&uri("localhost", "verify-ca")).await.contains("is one of an authority (CA:TRUE)");
+    let refused =
+        async || complaint(&uri("localhost", "verify-ca")).await.contains("is marked as an authority (CA:TRUE)");
     eventually("a stranger is refused", refused).await;
     let complaint = complaint(&uri("localhost", "verify-ca")).await;
     assert!(complaint.contains("name a copy of exactly this certificate in sslrootcert"), "{complaint}");

@@ -311,7 +311,7 @@ async fn kills_lose_nothing_and_leave_no_orphan() {
     signal(postmaster, "KILL");
     let mut dev = terminal.dev.take().unwrap();
     assert_eq!(dev.ended().await.code(), Some(1));
-    dev.complains("PostgreSQL ended by itself").await;
+    dev.complains("PostgreSQL ended unexpectedly").await;
     dev.complains("postgres.log").await;
     // And the next one recovers it.
     terminal.dev().await;

@@ -110,7 +110,7 @@ async fn a_server_proves_who_it_is() {
     let (directory, server) = serve(&postgres, "server", false).await;
     gets_in(&postgres, watch(&directory, &server, "https", &["--ca-cert", "ours.pem"])).await;
     for (scheme, flags, says) in [
-        ("https", &["--ca-cert", "others.pem"][..], "no authority that is trusted has issued the server's certificate"),
+        ("https", &["--ca-cert", "others.pem"][..], "no trusted authority issued the server's certificate"),
         ("https", &[], "Name the file with the certificate of the authority that issued the server's in --ca-cert"),
         ("http", &[], "it does not speak gRPC without TLS: write https://"),
     ] {

@@ -1,4 +1,4 @@
-//! Around a router, as on HTTP.
+//! Admission around an axum router.
 
 use super::*;
 use crate::config::Config;
@@ -9,7 +9,7 @@ use axum::routing::get;
 use http::StatusCode;
 use tower::ServiceExt as _;
 
-/// As these keys are set, and with this limit.
+/// A router with these `authn` keys and this limit.
 async fn router(authn: &[(&str, &str)], rate_limit: u32) -> Router {
     let settings: Vec<_> = authn.iter().map(|(key, value)| (format!("authn.{key}"), (*value).to_owned())).collect();
     let config = Config::load(None, [], &settings).unwrap();
@@ -41,7 +41,7 @@ async fn ask(router: &Router, path: &str, authorization: &str) -> (u16, String) 
 }
 
 #[tokio::test]
-async fn keys_let_in_those_who_have_one() {
+async fn a_valid_key_is_admitted() {
     let keys = [("enabled", "true"), ("preshared.keys", "[everything, {key: only-t1, tenants: [t1]}]")];
     let router = router(&keys, 0).await;
     for (path, authorization, status, says) in [
@@ -63,7 +63,7 @@ async fn keys_let_in_those_who_have_one() {
 }
 
 #[tokio::test]
-async fn health_is_exempt_where_that_is_wanted() {
+async fn health_is_exempt_if_configured() {
     let keys = [("enabled", "true"), ("preshared.keys", "k"), ("exempt.health", "false")];
     let router = router(&keys, 0).await;
     assert_eq!(ask(&router, "/healthz", "").await.0, 401);
@@ -71,12 +71,12 @@ async fn health_is_exempt_where_that_is_wanted() {
 }
 
 #[tokio::test]
-async fn metrics_are_exempt_where_that_is_wanted() {
+async fn metrics_are_exempt_if_configured() {
     for (exempt, status) in [("false", 401), ("true", 200)] {
         let keys = [("enabled", "true"), ("preshared.keys", "k"), ("exempt.metrics", exempt)];
         let router = router(&keys, 1).await;
         for _ in 0..20 {
-            // However many there are.
+            // They are exempt from the limit, too.
             assert_eq!(ask(&router, "/metrics", "Bearer k").await.0, 200);
             assert_eq!(ask(&router, "/metrics", "").await.0, status);
         }
@@ -84,7 +84,7 @@ async fn metrics_are_exempt_where_that_is_wanted() {
 }
 
 #[tokio::test]
-async fn without_authentication_everybody_is_anyone() {
+async fn without_authentication_everybody_is_admitted() {
     let router = router(&[], 0).await;
     for authorization in ["", "Bearer whatever"] {
         assert_eq!(ask(&router, "/", authorization).await, (200, "t1 t2".to_owned()));
@@ -99,7 +99,7 @@ async fn the_limit_counts_callers_only() {
         assert_eq!(ask(&router, "/", "Bearer wrong").await.0, 401);
         assert_eq!(ask(&router, "/healthz", "").await.0, 200);
     }
-    // Nothing of it was used up.
+    // They did not count towards the limit.
     assert_eq!(ask(&router, "/", "Bearer k").await.0, 200);
     let says = loop {
         match ask(&router, "/", "Bearer k").await {
@@ -112,7 +112,7 @@ async fn the_limit_counts_callers_only() {
 }
 
 #[test]
-fn when_to_try_again_is_never_at_once() {
+fn the_wait_before_a_retry_is_never_zero() {
     let one = NonZeroU32::MIN;
     let limiter = RateLimiter::direct(Quota::per_second(one));
     let limit = Limit { per_second: one, limiter };

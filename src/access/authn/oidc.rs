@@ -5,15 +5,15 @@
 //!     └────────── notify: a key that is not known ──▶ ┘
 //! ```
 //!
-//! - Keys are fetched at start, then at intervals, and when a token names one that is not known: that is how a rotation is
-//!   noticed at once. Whoever sends unknown names by the thousand has the issuer asked as often as `UNKNOWN_KEYS_PER_MINUTE` allows.
-//! - An issuer that does not answer takes nothing away: the keys at hand go on being used. Where the token's is not among them,
-//!   the answer is "cannot be told", not "no".
-//! - The algorithm comes from the list here and must be one of the key's; what the token says of it chooses, and is not
-//!   believed. So neither `none` nor a public key taken for an HMAC secret gets anywhere.
-//! - Expiry is exact, as streams end with it; only `nbf` has a leeway, for clocks that are behind the issuer's.
+//! - Keys are fetched at start, at intervals, and when a token names an unknown key, so that a rotation is noticed at
+//!   once. `UNKNOWN_KEYS_PER_MINUTE` limits the fetches for unknown keys, whatever callers send.
+//! - If the issuer does not answer, the known keys stay in use. A token with an unknown key is then answered with
+//!   "cannot be checked", not with a refusal.
+//! - The algorithm must be in the list here, and must fit the key. The token's header only selects among these. So
+//!   neither `none` nor a public key that is used as an HMAC secret is accepted.
+//! - Expiry is exact, because streams end with it. Only `nbf` has a leeway, for clocks behind the issuer's.
 
-pub mod issuer;
+pub(crate) mod issuer;
 mod keys;
 mod signature;
 
@@ -31,29 +31,29 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::{Notify, watch};
 
-/// Algorithms of signatures that are accepted; all of them have a public key.
+/// The accepted signature algorithms. All of them use a public key.
 const ALGORITHMS: [Algorithm; 5] =
     [Algorithm::RS256, Algorithm::RS384, Algorithm::RS512, Algorithm::ES256, Algorithm::ES384];
-/// How far our clock may be behind the issuer's, so that a token just issued is good.
+/// How far this machine's clock may be behind the issuer's: a token that was just issued must be valid.
 const CLOCK_LEEWAY: Duration = Duration::from_secs(30);
-/// A key that the issuer withdrew is used for so long at most.
+/// The interval between two fetches, and so the longest use of a key that the issuer withdrew.
 const REFRESH_EVERY: Duration = Duration::from_secs(5 * 60);
 /// The first wait after a failure; it doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(60);
-/// Fetches for keys that are not known. A rotation needs one.
+/// The limit of fetches for unknown keys. A rotation needs one.
 const UNKNOWN_KEYS_PER_MINUTE: NonZeroU32 = NonZeroU32::MIN.saturating_add(5);
 
-/// What is known of the issuer's keys.
+/// The issuer's keys, as far as they are known.
 #[derive(Clone, Default)]
 struct Known {
-    /// `None` before the first fetch that succeeded.
+    /// `None` before the first successful fetch.
     keys: Option<Arc<Keys>>,
-    /// Whether the last fetch succeeded: whether a key that is not here does not exist.
+    /// Whether the last fetch succeeded, so that a key that is not here does not exist.
     is_complete: bool,
 }
 
-/// Both halves; the second one is to be run as long as the first is used.
+/// Creates both halves. The refresher must run as long as the verifier is used.
 pub(super) fn new(config: &config::Oidc) -> Result<(Verifier, Refresher), issuer::Error> {
     signature::install();
     let (publish, known) = watch::channel(Known::default());
@@ -63,18 +63,17 @@ pub(super) fn new(config: &config::Oidc) -> Result<(Verifier, Refresher), issuer
     Ok((verifier, Refresher { issuer, publish, wanted }))
 }
 
-/// Checks tokens.
-pub struct Verifier {
+pub(crate) struct Verifier {
     options: config::Oidc,
     known: watch::Receiver<Known>,
     wanted: Arc<Notify>,
 }
 
 impl Verifier {
-    /// Whose token it is.
+    /// Verifies a token, and returns its caller.
     pub(super) async fn verify(&self, token: &str) -> Result<Caller, Error> {
         let header = decode_header(token).map_err(|error| refusal(&error))?;
-        // RFC 7515, section 4.1.11: an extension that must be understood, and is not.
+        // RFC 7515, section 4.1.11: an unsupported critical extension must be refused.
         if !ALGORITHMS.contains(&header.alg) || header.crit.is_some() {
             return Err(Error::InvalidBearerToken);
         }
@@ -84,14 +83,15 @@ impl Verifier {
         self.caller(&claims.map_err(|error| refusal(&error))?.claims)
     }
 
-    /// The keys, after the issuer was asked where the token's is not among them.
+    /// The known keys. If the token's key is not among them, asks the issuer first.
     async fn keys_with(&self, header: &Header) -> Result<Arc<Keys>, Error> {
         let mut known = self.known.clone();
         if let Some(keys) = known.borrow_and_update().keys.clone().filter(|keys| keys.find(header).is_some()) {
             return Ok(keys);
         }
         self.wanted.notify_one();
-        // However the fetch ends, and also where there is none. An error: the process is ending.
+        // Every fetch wakes this up, whether it succeeded or was not permitted. An error means that the process is
+        // ending.
         known.changed().await.map_err(|_| Error::IssuerUnreachable)?;
         let known = known.borrow();
         match &known.keys {
@@ -110,15 +110,15 @@ impl Verifier {
         validation
     }
 
-    /// What the claims of a token with a good signature say.
+    /// Reads the claims of a token whose signature is valid.
     fn caller(&self, claims: &Map<String, Value>) -> Result<Caller, Error> {
-        // A list of issuers is no issuer (RFC 7519, section 4.1.1).
+        // RFC 7519, section 4.1.1: the issuer is a single string.
         if !claims.get("iss").is_some_and(Value::is_string) {
             return Err(Error::InvalidIssuer);
         }
         let expires_at =
             claims.get("exp").and_then(Value::as_f64).filter(|at| *at >= 0.0).ok_or(Error::InvalidClaims)?;
-        // As far away as a clock does not reach is as good as never.
+        // A time beyond the range of the clock means never.
         let expires_at =
             Duration::try_from_secs_f64(expires_at).ok().and_then(|at| SystemTime::UNIX_EPOCH.checked_add(at));
         if expires_at.is_some_and(|at| at <= SystemTime::now()) {
@@ -132,7 +132,7 @@ impl Verifier {
     }
 }
 
-/// One tenant, or a list of them. `None` for anything else.
+/// One tenant, or a list of tenants. `None` for any other value.
 fn tenants(claim: Option<&Value>) -> Option<HashSet<String>> {
     match claim? {
         Value::String(tenant) => Some(HashSet::from([tenant.clone()])),
@@ -150,16 +150,16 @@ fn refusal(error: &jsonwebtoken::errors::Error) -> Error {
     }
 }
 
-/// Keeps the keys fresh.
-pub struct Refresher {
+/// Fetches the keys regularly and on request.
+pub(crate) struct Refresher {
     issuer: Issuer,
     publish: watch::Sender<Known>,
     wanted: Arc<Notify>,
 }
 
 impl Refresher {
-    /// Runs until it is dropped.
-    pub async fn run(self) {
+    /// Runs until dropped.
+    pub(crate) async fn run(self) {
         let limit = RateLimiter::direct(Quota::per_minute(UNKNOWN_KEYS_PER_MINUTE));
         let mut retry = RETRY_MIN;
         loop {
@@ -173,8 +173,8 @@ impl Refresher {
         }
     }
 
-    /// Completes when a token names a key that is not known, and the issuer may be asked for it. Where it may not, whoever
-    /// waits is told that there is nothing new.
+    /// Completes when a token names an unknown key and the limit permits a fetch. Otherwise it wakes the waiting
+    /// requests without new keys.
     async fn unknown_key(&self, limit: &DefaultDirectRateLimiter) {
         loop {
             self.wanted.notified().await;
@@ -185,20 +185,20 @@ impl Refresher {
         }
     }
 
-    /// Fetches the keys once; whether that worked. It is said when that changes.
+    /// Fetches the keys once, and returns whether that succeeded. Logs only changes of the outcome.
     async fn fetch(&self) -> bool {
         let fetched = self.issuer.fetch().await;
         let before = self.publish.borrow().clone();
         match &fetched {
-            Ok(_) if !before.is_complete => tracing::info!("the keys of {} are here", self.issuer.url()),
+            Ok(_) if !before.is_complete => tracing::info!("the keys of {} were fetched", self.issuer.url()),
             Err(error) if before.is_complete => {
-                tracing::warn!("the keys of {} cannot be refreshed: {error}; those at hand stay", self.issuer.url());
-            }
-            Err(error) if before.keys.is_none() => {
                 tracing::warn!(
-                    "the keys of {} cannot be fetched, without which no token is accepted: {error}",
+                    "the keys of {} cannot be refreshed: {error}; the known keys stay in use",
                     self.issuer.url()
                 );
+            }
+            Err(error) if before.keys.is_none() => {
+                tracing::warn!("the keys of {} cannot be fetched, so no token is accepted: {error}", self.issuer.url());
             }
             _ => {}
         }

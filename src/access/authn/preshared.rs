@@ -1,12 +1,13 @@
-//! Keys that were agreed on beforehand.
+//! Preshared keys.
 
 use super::{Caller, Error};
 use crate::config::PresharedKey;
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 
-/// The keys, as their digests: of equal length, so that comparing them tells nothing of how long a key is.
-pub struct Keys(Vec<([u8; 32], Caller)>);
+/// The digests of the keys. Digests have equal lengths, so the time of a comparison reveals nothing about the length of
+/// a key.
+pub(crate) struct Keys(Vec<([u8; 32], Caller)>);
 
 fn digest(key: &str) -> [u8; 32] {
     Sha256::digest(key.as_bytes()).into()
@@ -21,7 +22,8 @@ impl Keys {
         Self(keys.iter().map(known).collect())
     }
 
-    /// Whose key it is. Takes as long for a key that is nearly right, and compares with all of them.
+    /// Finds the caller of a key. It compares with all keys in constant time, so the time reveals nothing about a
+    /// similar key.
     pub(super) fn find(&self, key: &str) -> Result<Caller, Error> {
         let digest = digest(key);
         let found = self.0.iter().fold(

@@ -1,11 +1,11 @@
-//! Whether the clocks of this machine and of the server agree.
+//! Compares the clock of the server with the clock of this machine.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio_postgres::Client;
 
 use crate::model::diagnostic::{Diagnostic, Report, Span};
 
-/// Clocks that are kept by NTP agree within some milliseconds.
+/// NTP keeps clocks within some milliseconds of each other.
 const SKEW_MAX: Duration = Duration::from_secs(1);
 
 pub(super) async fn check(client: &Client, report: &mut Report) -> Result<(), tokio_postgres::Error> {
@@ -17,18 +17,21 @@ pub(super) async fn check(client: &Client, report: &mut Report) -> Result<(), to
     Ok(())
 }
 
-/// The server looked at its clock between the two times. Only what is outside is skew.
+/// The server read its clock between `asked` and `answered`. Only a time outside of that interval is skew.
 fn compare(asked: SystemTime, server: SystemTime, answered: SystemTime) -> Diagnostic {
     let behind = asked.duration_since(server).unwrap_or_default();
     let ahead = server.duration_since(answered).unwrap_or_default();
     let skew = behind.max(ahead);
     if skew <= SKEW_MAX {
-        return Diagnostic::ok("clocks", "the server's and this machine's agree");
+        return Diagnostic::ok("clocks", "the server and this machine agree");
     }
     let direction = if ahead > behind { "ahead of" } else { "behind" };
-    Diagnostic::warning("clocks", format!("the server's is {} {direction} this machine's", Span(skew)))
-        .means("Commit times are the server's: what is computed from them here (lag, ages) is off by as much.")
-        .fix("-- have both machines keep time (chrony, systemd-timesyncd); this one: sudo timedatectl set-ntp true")
+    Diagnostic::warning("clocks", format!("the server is {} {direction} this machine", Span(skew)))
+        .means("Lag and ages are computed from the server's commit times, so they are wrong by as much.")
+        .fix(
+            "-- synchronize the clocks of both machines (chrony, systemd-timesyncd); on this one: sudo timedatectl \
+             set-ntp true",
+        )
 }
 
 #[cfg(test)]

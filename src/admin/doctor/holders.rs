@@ -1,6 +1,6 @@
-//! Transactions that have been open for long, and hold something back until they end: the WAL that is kept for the slot, whose
-//! `restart_lsn` does not pass the beginning of one that has written; a slot in the making, which waits for all of those; and
-//! the end of a gap of a table that they have locked.
+//! Reports long transactions, which delay three things until they end. The server keeps all WAL since the start of a
+//! transaction that has written, because the slot's `restart_lsn` does not pass it. The creation of a slot waits for
+//! all such transactions. The gap of a table ends only after the transactions that have locked it.
 
 use std::time::Duration;
 use tokio_postgres::Client;
@@ -10,9 +10,9 @@ use crate::model::diagnostic::{Diagnostic, Report, Span};
 use crate::postgres::catalog::{Catalog, identifier};
 use crate::postgres::transactions::{self, Locks, NAMED_MAX, Transaction, Watched};
 
-const KEEPS_WAL: &str = "The server keeps all WAL since its beginning for the slot, and a new slot waits for its end.";
-const KEEPS_TABLE: &str = "A gap of what it has locked does not end before it does, and setup cannot add such a table; the server keeps all WAL since \
-     its beginning.";
+const KEEPS_WAL: &str = "For the slot the server keeps all WAL since it began, and a new slot waits for its end.";
+const KEEPS_TABLE: &str = "A gap of a table that it has locked ends only after it, and setup cannot add such a table. The \
+     server keeps all WAL since it began.";
 
 pub(super) async fn check(
     client: &Client,
@@ -30,11 +30,11 @@ pub(super) async fn check(
     }
     let hidden = open.iter().filter(|transaction| transaction.open().is_none()).count();
     if hidden > 0 {
-        let what = format!("{hidden} are open, and since when is hidden from role {role}");
+        let what = format!("{hidden} are open, but role {role} may not see since when");
         let fix = format!("GRANT pg_read_all_stats TO {};  -- at once, no reload; by a superuser", identifier(&role));
         report.add(Diagnostic::ok("transactions", what).fix(fix));
     } else if report.is_fine_since(before) {
-        report.ok("transactions", format!("none that writes has been open for {}", Span(long)));
+        report.ok("transactions", format!("no writing transaction has been open for {}", Span(long)));
     }
     Ok(())
 }

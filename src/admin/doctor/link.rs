@@ -1,4 +1,5 @@
-//! Whether a replication connection can be made: what `serve` needs, and what a connection pooler in between does not give.
+//! Checks that a replication connection can be made. `serve` needs one, and a connection pooler in between does not
+//! provide it.
 
 use std::time::Duration;
 use tokio::time::timeout;
@@ -9,7 +10,7 @@ use crate::model::diagnostic::Report;
 use crate::postgres::connection::{ConnectError, Connection};
 
 const SUBJECT: &str = "replication connection";
-/// For all of it: a log-on and one command.
+/// The limit for the log-on and one command together.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
 pub(super) async fn check(connection: &Connection, report: &mut Report) {
@@ -23,7 +24,7 @@ pub(super) async fn check(connection: &Connection, report: &mut Report) {
     match timeout(ANSWER_MAX, identified).await {
         Ok(Ok(_)) => report.ok(SUBJECT, "can be made"),
         Ok(Err(error)) => {
-            // The requirements have named these already, with what is missing.
+            // The requirements already report these, with the remedy.
             let is_of_requirement =
                 matches!(error.sqlstate(), Some(&(SqlState::INSUFFICIENT_PRIVILEGE | SqlState::TOO_MANY_CONNECTIONS)));
             let is_known = is_of_requirement && report.has_errors();

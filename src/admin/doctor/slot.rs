@@ -1,4 +1,4 @@
-//! The slot: who has it, how far it is behind, and how much longer the server keeps WAL for it.
+//! Checks the slot: which process reads it, how far it is behind, and how much WAL the server keeps for it.
 
 use serde::Deserialize;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::model::diagnostic::{Bytes, CommandLine, Diagnostic, Report, Span};
 use crate::postgres::catalog::{Document, literal};
 use crate::postgres::slot::{self, OPEN_TRANSACTIONS, Slot};
 
-/// What there is to see of a slot: what its monitor sees, and what tells of times.
+/// The slot's status as the monitor reads it, with additional times.
 pub(super) struct SlotStatus {
     pub(super) slot: Slot,
     seen: slot::SlotStatus,
@@ -19,11 +19,12 @@ pub(super) struct SlotStatus {
 
 #[derive(Debug, Deserialize)]
 struct Times {
-    /// How long ago the server was where the slot is: at least, where this is known only from WAL files. None: hidden from us.
+    /// The time since the server passed the position of the slot; a lower bound if only the WAL files tell it. `None`:
+    /// hidden from this role.
     lag_seconds: Option<f64>,
     /// From version 17 on.
     inactive_seconds: Option<f64>,
-    /// From version 18 on, in the form in which it is set.
+    /// From version 18 on, with its unit, as it is set.
     idle_timeout: Option<String>,
     may_list_wal: bool,
 }
@@ -44,8 +45,8 @@ impl SlotStatus {
         let Some(row) = client.query_typed_opt(sql, &[(&name, Type::TEXT)]).await? else { return Ok(None) };
         let Document(mut times) = row.try_get::<_, Document<Times>>(0)?;
         if times.may_list_wal {
-            // The server has written that file's last page since it was where the slot is. What a walsender reports is more
-            // exact, and stands still with a subscriber that does.
+            // The server has written the last page of that file since it passed the slot's position. The lag that a
+            // walsender reports is more exact, but stops growing while its subscriber stands still.
             let sql = "SELECT extract(epoch FROM clock_timestamp() - wal.modification)::float8
                          FROM pg_replication_slots AS slot
                          JOIN pg_ls_waldir() AS wal ON wal.name = pg_walfile_name(slot.confirmed_flush_lsn)
@@ -61,18 +62,18 @@ impl SlotStatus {
         self.slot.active_pid.is_some()
     }
 
-    /// From what it was told. None: it was never told anything.
+    /// The bytes behind the acknowledged position. `None`: nothing was acknowledged yet.
     fn behind_bytes(&self) -> Option<u64> {
         self.seen.confirmed.map(|confirmed| self.seen.wal_end.0.saturating_sub(confirmed.0))
     }
 
-    /// How long ago the server was where the slot is.
+    /// The time since the server passed the position of the slot.
     fn lag(&self) -> Option<Duration> {
         if self.behind_bytes() == Some(0) { Some(Duration::ZERO) } else { self.times.lag_seconds.map(seconds) }
     }
 
-    /// `own_name` is that of the connections of this node.
-    /// `held_bytes` may be held back on purpose.
+    /// `own_name` is the name of this node's connections. `held_bytes` of WAL are kept on purpose, by the
+    /// acknowledgement delay.
     pub(super) fn check(
         &self,
         name: &str,
@@ -84,14 +85,15 @@ impl SlotStatus {
     ) {
         let subject = format!("replication slot {name}");
         self.check_holder(&subject, own_name, report);
-        // What is lost, or somebody else's, keeps nothing for us.
+        // A lost slot, or one of another kind, keeps nothing for tuplewatch.
         if self.slot.loss().is_none() && self.slot.slot_type == "logical" {
             self.check_position(name, &subject, thresholds, held_bytes, commands, report);
             self.check_safety(&subject, thresholds, report);
         }
         if let Some(timeout) = &self.times.idle_timeout {
-            let what = format!("is {timeout}: a slot that nobody has read for so long is lost");
-            let fix = "ALTER SYSTEM SET idle_replication_slot_timeout = 0;  -- or longer than tuplewatch is ever away; then a \
+            let what = format!("is {timeout}: a slot that is not read for that long is lost");
+            let fix = "ALTER SYSTEM SET idle_replication_slot_timeout = 0;  -- or longer than tuplewatch is ever \
+            stopped; then a \
                        reload: SELECT pg_reload_conf();";
             report.warning("idle_replication_slot_timeout", what, fix);
         }
@@ -104,13 +106,14 @@ impl SlotStatus {
             return;
         }
         let holder = if holder.is_empty() { "without a name" } else { holder };
-        let meaning = "Only one at a time can read a slot, and what that one acknowledges does not come again.";
+        let meaning = "Only one process at a time can read a slot, and the server does not send again the changes \
+                       that it acknowledges.";
         let fix = format!(
-            "SELECT pg_terminate_backend({pid});  -- after whatever starts it was stopped; or give this tuplewatch a slot of its \
-             own in replication.slot"
+            "SELECT pg_terminate_backend({pid});  -- stop the service that starts it first; or give this tuplewatch \
+             a slot of its own in replication.slot"
         );
         let what = format!("is in use by process {pid} ({holder}), which is not this tuplewatch");
-        // Another one may be meant to be there, and this one to take over from it.
+        // Another tuplewatch may run there on purpose, and this one is to take over from it.
         let diagnostic = if is_tuplewatch { Diagnostic::warning } else { Diagnostic::error };
         report.add(diagnostic(subject, what).means(meaning).fix(fix));
     }
@@ -129,14 +132,14 @@ impl SlotStatus {
         let inactive = self.times.inactive_seconds.map(seconds);
         let reader = match inactive {
             _ if self.is_in_use() => String::new(),
-            Some(inactive) => format!("; nobody has read it for {}", Span(inactive)),
-            None => "; nobody has read it".to_owned(),
+            Some(inactive) => format!("; not read for {}", Span(inactive)),
+            None => "; never read".to_owned(),
         };
         let ago = match lag {
             Some(lag) if lag.is_zero() => String::new(),
             Some(lag) => format!(", {} or more", Span(lag)),
             None if self.times.may_list_wal => String::new(),
-            None => ", since when is hidden from this role (GRANT pg_monitor)".to_owned(),
+            None => ", but this role may not see since when (GRANT pg_monitor)".to_owned(),
         };
         let left = self.slot.safe_bytes();
         let left = left.map(|left| format!("; it is lost after another {}", Bytes(left))).unwrap_or_default();
@@ -152,23 +155,29 @@ impl SlotStatus {
         }
         let diagnostic = Diagnostic::warning(subject, what);
         report.add(if !self.is_in_use() {
-            diagnostic.means("Subscribers get nothing meanwhile, and the server keeps all WAL since.").fix(commands.serve().fix(&format!(
-                "or, if nobody will read it again, in psql: SELECT pg_drop_replication_slot({});",
+            let drop = format!(
+                "or, if it will not be read again, in psql: SELECT pg_drop_replication_slot({});",
                 literal(name)
-            )))
+            );
+            diagnostic
+                .means("Until it is read, subscribers receive nothing, and the server keeps all WAL.")
+                .fix(commands.serve().fix(&drop))
         } else if is_behind || behind.saturating_sub(held_bytes) >= retained.saturating_sub(behind) {
             diagnostic
-                .means("Subscribers get changes late, and the server keeps all WAL since.")
-                .fix("-- tuplewatch does not keep up: its log says why (the disk of the change log, the network, a large transaction)")
+                .means("Subscribers receive changes late, and the server keeps all WAL that is not acknowledged.")
+                .fix(
+                    "-- tuplewatch does not keep up: its log says why (the disk of the change log, the network, a large \
+                     transaction)",
+                )
         } else {
             diagnostic
-                .means("It is kept for a transaction that is still open, or was until a moment ago.")
+                .means("The WAL is kept for a transaction that is open, or ended a moment ago.")
                 .fix(format!("{OPEN_TRANSACTIONS};"))
         });
     }
 
     fn check_safety(&self, subject: &str, thresholds: &Thresholds, report: &mut Report) {
-        // Of one that is unreserved the requirements speak.
+        // The requirements report a slot that is unreserved.
         let Some(left) = self.slot.safe_bytes().filter(|_| self.slot.wal_status.as_deref() != Some("unreserved"))
         else {
             return;
@@ -194,7 +203,7 @@ mod tests {
     const THRESHOLDS: Thresholds =
         Thresholds { retained_wal_bytes: 1000, safe_wal_bytes: 100, lag: Duration::from_secs(60) };
 
-    /// An active slot of ours with nothing wrong, but for `changes`.
+    /// An active slot of this node without problems, except for `changes`.
     fn diagnostics(slot: serde_json::Value, changes: serde_json::Value) -> Vec<String> {
         let mut slot_status = serde_json::json!({
             "slot": {"plugin": "pgoutput", "slot_type": "logical", "database": "d", "active_pid": 7,
@@ -216,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_worth_a_warning() {
+    fn conditions_that_are_warnings() {
         let none = || serde_json::json!({});
         let check = |slot, changes, expected: &[&str]| {
             let found = diagnostics(slot, changes);
@@ -233,11 +242,11 @@ mod tests {
         check(none(), serde_json::json!({"retained_bytes": 1000, "confirmed": "0/1D00"}), &["does not keep up"]);
         check(none(), serde_json::json!({"retained_bytes": 1000, "confirmed": "0/1E00"}), &["that is still open"]);
         check(none(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 60.0}), &["does not keep up"]);
-        // Where it is at the end, it does not matter how long ago that was written.
+        // At the end of the WAL, the age of that WAL does not matter.
         check(none(), serde_json::json!({"lag_seconds": 6000.0}), &[]);
         check(idle(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 59.0}), &[]);
         check(idle(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 60.0}), &["fix: tuplewatch serve"]);
-        check(idle(), serde_json::json!({"inactive_seconds": 7200.0}), &["nobody has read it for 120 min"]);
+        check(idle(), serde_json::json!({"inactive_seconds": 7200.0}), &["not read for 120 min"]);
         check(serde_json::json!({"safe_wal_size": 99}), none(), &["99 bytes of WAL are written"]);
         check(serde_json::json!({"safe_wal_size": null}), none(), &[]);
         check(serde_json::json!({"safe_wal_size": -5, "wal_status": "unreserved"}), none(), &[]);

@@ -1,5 +1,5 @@
-//! Whether the slot survives a promotion, and whether waiting for standbys holds it up. From version 17 on a slot can be copied
-//! to standbys (`failover`), and then waits for those that `synchronized_standby_slots` names.
+//! Checks that the slot survives a promotion, and that standbys do not block it. From version 17 on, standbys can keep
+//! a copy of a slot (`failover`). Such a slot waits for the standbys that `synchronized_standby_slots` names.
 
 use serde::Deserialize;
 use tokio_postgres::Client;
@@ -15,25 +15,25 @@ const SETTING: &str = "synchronized_standby_slots";
 #[derive(Debug, Deserialize)]
 struct Standbys {
     version_number: i32,
-    /// Connected ones; everything that streams WAL as it is.
+    /// The number of connected standbys, counting every receiver of physical WAL.
     count: i64,
-    /// Physical slots that are in use: by what a standby has its WAL kept.
+    /// The names of the active physical slots, each of which keeps WAL for a standby.
     physical: Vec<String>,
-    /// What the setting names.
+    /// The slots that the setting names.
     named: Vec<Named>,
 }
 
-/// A slot that is to be waited for.
+/// A slot that the setting names.
 #[derive(Debug, Deserialize)]
 struct Named {
     name: String,
-    /// None: there is no such slot.
+    /// `None`: there is no such slot.
     slot_type: Option<String>,
     active: Option<bool>,
 }
 
 impl Named {
-    /// Why it will never have got as far as it should.
+    /// The reason why the slot will never reach the position that others wait for.
     fn obstacle(&self) -> Option<&'static str> {
         match (self.slot_type.as_deref(), self.active) {
             (None, _) => Some("does not exist"),
@@ -46,7 +46,8 @@ impl Named {
 
 impl Standbys {
     async fn read(client: &Client) -> Result<Self, tokio_postgres::Error> {
-        // Where the state is hidden from us, whatever is no logical slot's walsender is taken for a standby's.
+        // If the state is hidden from this role, every walsender that does not serve a logical slot counts as a
+        // standby.
         let sql = "
             SELECT json_build_object(
                 'version_number', current_setting('server_version_num')::int,
@@ -71,7 +72,8 @@ impl Standbys {
         if self.version_number < FAILOVER_SLOTS {
             if self.count > 0 {
                 let what = format!(
-                    "{} connected. Before version 17 none gets a copy of the slot: a promotion leaves a gap, and takes a new slot: {}",
+                    "{} connected. Before version 17 standbys get no copy of the slot: a promotion causes a gap, \
+                     and needs a new slot: {}",
                     self.count,
                     commands.recreate_slot()
                 );
@@ -85,7 +87,7 @@ impl Standbys {
         let subject = format!("replication slot {slot}");
         if self.count > 0 && slot_status.slot.failover != Some(true) {
             let what = "is not copied to the standbys (failover is off)";
-            let meaning = "After a promotion it is not there: what changes until there is a new one is a gap.";
+            let meaning = "After a promotion the slot does not exist: changes until a new one is created are a gap.";
             let fix = format!(
                 "-- tuplewatch serve sets it by itself with replication.failover: auto. Or, while nobody reads the slot, in a \
                  replication connection (psql 'dbname=… replication=database'): ALTER_REPLICATION_SLOT {} (FAILOVER true)",
@@ -93,12 +95,12 @@ impl Standbys {
             );
             report.add(Diagnostic::warning(&subject, what).means(meaning).fix(fix));
         } else if self.count > 0 && self.named.is_empty() {
-            let meaning =
-                "Changes can reach subscribers before a standby has them: after a promotion those never happened.";
+            let meaning = "Subscribers can receive changes before a standby has them. A promotion of that standby undoes such \
+                 changes.";
             let fix = if self.physical.is_empty() {
                 format!("-- give each standby a slot (primary_slot_name), and name them in {SETTING}")
             } else {
-                setting(&self.physical.join(", "), "leave out those of backups, which are never promoted")
+                setting(&self.physical.join(", "), "leave out the slots of backups, which are never promoted")
             };
             report.add(Diagnostic::warning(SETTING, "is empty, and standbys are connected").means(meaning).fix(fix));
         }
@@ -120,16 +122,17 @@ impl Standbys {
         let what = format!("names {}", what.join(", and "));
         let good = self.named.iter().filter(|named| named.obstacle().is_none());
         let good: Vec<&str> = good.map(|named| named.name.as_str()).collect();
-        let until = "start the standby instead where it comes back soon: while it is not named, a promotion of it takes back what \
-                     was streamed";
+        let until = "if the standby returns soon, start it instead: while it is not named, its promotion can undo \
+                     streamed changes";
         let fix = setting(&good.join(", "), until);
         report.add(if fails_over {
             let meaning =
-                "The slot waits for it before it sends anything: nothing reaches tuplewatch until it is there.";
+                "The slot waits for it before it sends anything, so nothing reaches tuplewatch until then.";
             Diagnostic::error(SETTING, what).means(meaning).fix(fix)
         } else {
             let meaning =
-                "Slots with failover wait for it before they send anything; tuplewatch's has it off, and does not.";
+                "Slots with failover wait for it before they send anything. tuplewatch's slot has failover off, and \
+                 does not wait.";
             Diagnostic::warning(SETTING, what).means(meaning).fix(fix)
         });
     }
@@ -155,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_slot_would_wait_for() {
+    fn standbys_that_a_slot_waits_for() {
         let named =
             |slot_type: Option<&str>, active| Named { name: "n".into(), slot_type: slot_type.map(Into::into), active };
         for (slot_type, active, expected) in [

@@ -1,7 +1,7 @@
-//! What is in the way of `setup` and `teardown`: looked for before anything is changed, and said all at once.
+//! Looks for the obstacles of `setup` and `teardown` before anything is changed, and reports them together.
 //!
-//! Each obstacle is a diagnostic with its fix, as `doctor` has them. Two kinds are common to both: what `serve` could not use
-//! either ([`requirements`]), and what the role may not do, which only matters here.
+//! Each obstacle is a diagnostic with a fix, as in `doctor`. There are two kinds: obstacles that `serve` would have too
+//! ([`requirements`]), and missing rights of the role, which matter only here.
 
 use serde::Deserialize;
 use tokio_postgres::Client;
@@ -14,24 +14,24 @@ use crate::postgres::catalog::{Catalog, Document, Publication, Table, identifier
 use crate::postgres::requirements::{self, Version};
 use crate::postgres::slot::Slot;
 
-/// Of the preset `tuples`.
+/// The schema of the preset `tuples`.
 const PRESET_SCHEMA: &str = "tuplewatch";
-/// Its tables beside those that are mapped, and columns by which they are recognized.
+/// The tables of the preset that are not mapped, with the columns that identify them.
 const BESIDE: [(&str, [&str; 2]); 2] = [("tenants", ["id", "name"]), ("schema_version", ["version", "name"])];
 
 fn preset_table(name: &str) -> TableName {
     TableName { schema: PRESET_SCHEMA.to_owned(), name: name.to_owned() }
 }
 
-/// What the role may do in the database.
+/// The rights of the role in the database.
 #[derive(Debug, Deserialize)]
 pub(super) struct Rights {
     pub(super) database: String,
     role: String,
-    /// A publication, or a schema.
+    /// Whether the role may create publications and schemas.
     may_create: bool,
     publication: Option<Object>,
-    /// The tables and the schemas that were asked for, as far as they are there.
+    /// The existing ones among the requested tables and schemas.
     tables: Vec<Object>,
     schemas: Vec<Object>,
 }
@@ -43,10 +43,10 @@ struct Object {
     owner: String,
     /// Whether the role has the rights of the owner.
     is_owned: bool,
-    /// Of a schema: whether its objects can be named.
+    /// For a schema: whether the role has USAGE on it.
     #[serde(default)]
     usable: bool,
-    /// Of a table: whether it is one, and no view or the like.
+    /// For a table: whether it is a real table, and not a view, for example.
     #[serde(default)]
     is_table: bool,
     #[serde(default)]
@@ -107,7 +107,7 @@ impl Rights {
         }
     }
 
-    /// Only its owner may do `what` with it.
+    /// Reports if the role lacks the rights of the owner, which `what` needs.
     fn check_owner(&self, subject: &str, object: &Object, what: &str, report: &mut Report) {
         if !object.is_owned {
             let fix = format!(
@@ -151,17 +151,17 @@ impl Rights {
     }
 }
 
-/// Where a step of the plan would fail, and why.
-pub(super) struct Look<'a> {
+/// Looks for steps of the plan that would fail.
+pub(super) struct Obstacles<'a> {
     pub(super) setup: &'a Setup<'a>,
     pub(super) catalog: &'a Catalog,
     pub(super) slot: Option<&'a Slot>,
-    /// Whether the files of the preset are to be applied.
+    /// Whether the files of the preset will be applied.
     pub(super) applies_schema: bool,
 }
 
-impl Look<'_> {
-    /// Everything that is in the way.
+impl Obstacles<'_> {
+    /// Reports all obstacles.
     pub(super) async fn check(&self, client: &Client, report: &mut Report) -> Result<(), tokio_postgres::Error> {
         let mut names: Vec<TableName> = self.catalog.tables.iter().map(Table::name).collect();
         names.extend(BESIDE.iter().filter(|_| self.applies_schema).map(|(name, _)| preset_table(name)));
@@ -180,7 +180,7 @@ impl Look<'_> {
         self.check_slot(client, &rights.database, report).await
     }
 
-    /// The files make a schema, tables, functions and comments, and leave tables alone that are there.
+    /// The files create a schema, tables, functions and comments. They leave existing tables alone.
     fn check_schema(rights: &Rights, names: &[TableName], report: &mut Report) {
         if let Some(schema) = rights.schema() {
             rights.check_owner(&format!("schema {PRESET_SCHEMA}"), schema, "create tables in", report);
@@ -193,8 +193,8 @@ impl Look<'_> {
             let Some(table) = rights.table(&name) else { continue };
             let missing = columns.iter().find(|column| !table.columns.iter().any(|there| there == *column));
             let what = match missing {
-                _ if !table.is_table => "is not a table, and setup would make one of that name".to_owned(),
-                Some(column) => format!("has no column {column}: it is not the one that setup makes"),
+                _ if !table.is_table => "is not a table, but setup would create a table of that name".to_owned(),
+                Some(column) => format!("has no column {column}: it is not the table that setup creates"),
                 None => continue,
             };
             report.error(format!("table {name}"), what, "-- give it another name, or map tables of your own");
@@ -229,7 +229,7 @@ impl Look<'_> {
             let fix = format!("ALTER TABLE {sql} SET LOGGED;  -- rewrites it under an exclusive lock");
             report.error(format!("table {}", relation.name()), "is not logged: its changes are not in the WAL", fix);
         }
-        // Said already where the files are applied.
+        // If the files are applied, `check_schema` has already reported this.
         if !self.applies_schema && (is_added || table.unidentified().next().is_some()) {
             rights.check_table_owner(&name, "publish", report);
         }
@@ -239,7 +239,8 @@ impl Look<'_> {
         match &self.catalog.publication {
             None if self.slot.is_some() && !self.setup.recreate_slot => {
                 let what = format!(
-                    "does not exist, and replication slot {} is older than a new one would be: it could not be read with it",
+                    "does not exist, and replication slot {} is older than a new publication would be, so the slot \
+                     could not be read with it",
                     self.setup.slot
                 );
                 let subject = format!("publication {}", self.setup.publication);
@@ -278,13 +279,13 @@ impl Look<'_> {
     }
 }
 
-/// The version, without which nothing else can be asked.
+/// Checks the version, without which no other query can be relied on.
 pub(super) async fn check_version(client: &Client) -> Result<Option<Diagnostic>, tokio_postgres::Error> {
     let version = Version::read(client).await?;
     Ok((!version.is_supported()).then(|| version.diagnostic()))
 }
 
-/// A slot that somebody reads cannot be dropped.
+/// A slot cannot be dropped while a process reads it.
 pub(super) async fn check_unused(
     client: &Client,
     name: &str,
@@ -297,7 +298,7 @@ pub(super) async fn check_unused(
     let holder = client.query_typed_opt(sql, &[(&pid, Type::INT4)]).await?;
     let holder: String = holder.map(|row| row.try_get(0)).transpose()?.unwrap_or_else(|| "which is ending".to_owned());
     let what = format!("is in use by process {pid} ({holder})");
-    let fix = format!("SELECT pg_terminate_backend({pid});  -- after whatever starts it was stopped");
+    let fix = format!("SELECT pg_terminate_backend({pid});  -- stop the service that starts it first");
     report.error(format!("replication slot {name}"), what, fix);
     Ok(())
 }

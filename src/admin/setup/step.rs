@@ -1,4 +1,4 @@
-//! What there is to do, as SQL.
+//! The steps of `setup` and `teardown`, as SQL.
 
 use std::fmt;
 
@@ -7,30 +7,29 @@ use crate::postgres::publication::LOOK_AT_ONCE;
 use crate::postgres::slot;
 use crate::postgres::transactions::{Locks, Watched};
 
-/// For a table's lock. Ordinary transactions are over by then, and writers can bear to wait as long.
+/// The longest wait for the lock of a table. Ordinary transactions end sooner, and writers can tolerate the wait.
 pub(super) const LOCK_TIMEOUT_SECONDS: u64 = 5;
 
-/// Something to do, or done.
+/// A step to do, or a step that was done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
-    /// What it does, as an order: "create publication …".
+pub(crate) struct Step {
+    /// Its effect in the imperative: "create publication …".
     pub explanation: String,
-    /// How.
     pub sql: String,
     pub(super) kind: Kind,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Part of the one transaction, and waits for nobody.
+    /// Part of the transaction. Waits for no lock.
     Definition,
-    /// Part of it too, and waits for readers and writers of these tables.
+    /// Part of the transaction. Waits for readers and writers of these tables.
     Alteration(Watched),
-    /// Part of it too, and waits for writers of these tables.
+    /// Part of the transaction. Waits for writers of these tables.
     Addition(Watched),
-    /// By itself, once the transaction has committed.
+    /// Runs alone, after the transaction has committed.
     Alone,
-    /// The same; the slot is created.
+    /// Runs alone, and creates the slot.
     Slot { failover: bool },
 }
 
@@ -49,17 +48,17 @@ impl Step {
         Self::new(format!("create replication slot {slot}"), sql, Kind::Slot { failover })
     }
 
-    /// Not part of the transaction: whoever hears of that one must already see what it did.
+    /// Runs after the transaction, whose effects must be visible to the notified tuplewatch.
     pub(super) fn look_at_once() -> Self {
-        Self::new("have a running tuplewatch look at it", LOOK_AT_ONCE.to_owned(), Kind::Alone)
+        Self::new("notify a running tuplewatch", LOOK_AT_ONCE.to_owned(), Kind::Alone)
     }
 
-    /// Whether it is part of the transaction. Slots do not take part in any.
-    pub const fn is_transactional(&self) -> bool {
+    /// Whether the step is part of the transaction. Slots cannot be.
+    pub(crate) const fn is_transactional(&self) -> bool {
         !matches!(self.kind, Kind::Alone | Kind::Slot { .. })
     }
 
-    /// The tables that it locks, and the locks for which that waits.
+    /// The tables that the step locks, and the locks of other transactions that it waits for.
     pub(super) fn waits_for(&self) -> Option<(&Watched, Locks)> {
         match &self.kind {
             Kind::Alteration(tables) => Some((tables, Locks::All)),
@@ -69,14 +68,14 @@ impl Step {
     }
 }
 
-/// Begins the transaction, also where sessions are read only by default.
+/// Begins the transaction, also in sessions that are read only by default.
 pub(super) fn begin() -> String {
     format!("BEGIN READ WRITE;\nSET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s';")
 }
 
-/// Steps as SQL with comments, to be pasted into psql.
+/// The steps as SQL with comments, for pasting into psql.
 #[derive(Clone, Copy, Debug)]
-pub struct Script<'a>(pub &'a [Step]);
+pub(crate) struct Script<'a>(pub &'a [Step]);
 
 impl fmt::Display for Script<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -14,8 +14,8 @@ fn wanted<'a>(mapping: &'a Mapping, slot: &'a str) -> Setup<'a> {
     Setup { mapping, slot, publication: "Feed", apply_schema, recreate_slot, failover, commands: plain() }
 }
 
-/// The last step where a tuplewatch may be running.
-const LOOK: &str = "have a running tuplewatch look at it";
+/// The last step, for a tuplewatch that may be running.
+const LOOK: &str = "notify a running tuplewatch";
 
 fn explanations(steps: &[Step]) -> Vec<&str> {
     steps.iter().map(|step| step.explanation.as_str()).collect()
@@ -27,7 +27,7 @@ fn expectation<'a>(mapping: &'a Mapping, slot: &'a str) -> Expectation<'a> {
 }
 
 #[tokio::test]
-async fn everything_then_nothing_then_away() {
+async fn setup_then_nothing_to_do_then_teardown() {
     let database = Database::new().await;
     let client = &database.connection.client;
     let mapping = tuples();
@@ -39,12 +39,12 @@ async fn everything_then_nothing_then_away() {
     assert_eq!(planned.iter().map(Step::is_transactional).collect::<Vec<_>>(), [true, true, true, false]);
 
     let mut seen = Vec::new();
-    let mut told = |event: Event<'_>| {
+    let mut on_event = |event: Event<'_>| {
         if let Event::Step(step) = event {
             seen.push(step.explanation.clone());
         }
     };
-    let done = setup.apply(&database.connection, &mut told).await.unwrap();
+    let done = setup.apply(&database.connection, &mut on_event).await.unwrap();
     assert_eq!(explanations(&done), all);
     assert_eq!(seen, all);
     assert_eq!(setup.plan(client).await.unwrap(), []);
@@ -68,7 +68,7 @@ async fn the_plan_is_sql_that_can_be_run_by_hand() {
     let mapping = tuples();
     let setup = Setup { apply_schema: true, ..wanted(&mapping, &database.name) };
     let steps = setup.plan(&database.connection.client).await.unwrap();
-    // As psql would, which sends one statement after the other. Only the slot minds.
+    // psql sends one statement after the other, which matters for the slot.
     let (definitions, rest) = steps.split_at(steps.len() - 1);
     database.execute(&Script(definitions).to_string()).await;
     database.execute(&Script(rest).to_string()).await;
@@ -85,7 +85,7 @@ async fn only_what_is_missing() {
     let missing = setup.plan(client).await.unwrap_err().to_string();
     assert!(missing.contains("Odd \"Schema\".it's"), "{missing}");
 
-    // No key, a publication that has something else, and nothing of what it needs.
+    // A table without a key, and a publication of another table.
     let sql = r#"CREATE SCHEMA "Odd ""Schema"""; CREATE TABLE other (n int);
                  CREATE TABLE "Odd ""Schema"""."it's" (tenant text, id text, owner text) PARTITION BY LIST (tenant);
                  CREATE TABLE p1 PARTITION OF "Odd ""Schema"""."it's" FOR VALUES IN ('t1');
@@ -93,9 +93,9 @@ async fn only_what_is_missing() {
     database.execute(sql).await;
     let create_slot = format!("create replication slot {}", database.name);
     let expected = [
-        "let old rows of Odd \"Schema\".it's be complete",
-        "let old rows of public.p1 be complete",
-        "let publication Feed publish everything",
+        "make old rows of Odd \"Schema\".it's complete in the WAL",
+        "make old rows of public.p1 complete in the WAL",
+        "make publication Feed publish all operations",
         "add tables to publication Feed",
         create_slot.as_str(),
     ];
@@ -105,22 +105,22 @@ async fn only_what_is_missing() {
     let diagnostics = check(client, &expectation(&mapping, &database.name)).await.unwrap();
     assert!(diagnostics.iter().all(|diagnostic| diagnostic.severity != Severity::Error), "{diagnostics:#?}");
 
-    // A new partition begins with an identity of its own.
+    // A new partition has its own default identity.
     database.execute(r#"CREATE TABLE p2 PARTITION OF "Odd ""Schema"""."it's" FOR VALUES IN ('t2')"#).await;
     let steps = setup.plan(client).await.unwrap();
-    assert_eq!(explanations(&steps), ["let old rows of public.p2 be complete", LOOK]);
+    assert_eq!(explanations(&steps), ["make old rows of public.p2 complete in the WAL", LOOK]);
     setup.apply(&database.connection, &mut silent).await.unwrap();
 
-    // The slot is older than a publication that would be made now.
+    // The slot is older than a publication that would be created now.
     database.execute("DROP PUBLICATION \"Feed\"").await;
     let error = setup.plan(client).await.unwrap_err().to_string();
-    assert!(error.contains("is older than a new one would be") && error.contains("--recreate-slot"), "{error}");
+    assert!(error.contains("is older than a new publication would be") && error.contains("--recreate-slot"), "{error}");
     let again = Setup { recreate_slot: true, ..setup };
     let drop_slot = format!("drop replication slot {}", database.name);
     let done = again.apply(&database.connection, &mut silent).await.unwrap();
     assert_eq!(explanations(&done), ["create publication Feed", drop_slot.as_str(), create_slot.as_str()]);
 
-    // A table in use: given up, said so, and nothing half done.
+    // A table in use: the run gives up, names the transaction, and leaves nothing half done.
     database.execute("ALTER TABLE p1 REPLICA IDENTITY DEFAULT").await;
     let other = database.connect_as("postgres").await;
     other.client.batch_execute("BEGIN; LOCK TABLE p1 IN ROW EXCLUSIVE MODE").await.unwrap();
@@ -133,7 +133,7 @@ async fn only_what_is_missing() {
     Teardown { slot: &database.name, publication: "Feed" }.apply(&database.connection, &mut silent).await.unwrap();
 }
 
-/// Its old rows are not read; but without any identity a publication would have PostgreSQL refuse to delete them.
+/// Its old rows are not needed. But without an identity PostgreSQL would refuse to delete from a published table.
 #[tokio::test]
 async fn a_table_of_transactions_needs_some_identity() {
     let database = Database::new().await;
@@ -142,11 +142,11 @@ async fn a_table_of_transactions_needs_some_identity() {
     let setup = wanted(&mapping, &database.name);
     database.execute("CREATE TABLE t (id int, tenant text NOT NULL)").await;
     let first = setup.plan(client).await.unwrap().remove(0);
-    assert_eq!(first.explanation, "let old rows of public.t be complete");
+    assert_eq!(first.explanation, "make old rows of public.t complete in the WAL");
     database.execute("ALTER TABLE t ADD PRIMARY KEY (id); CREATE PUBLICATION \"Feed\" FOR TABLE t").await;
     let create_slot = format!("create replication slot {}", database.name);
     assert_eq!(explanations(&setup.plan(client).await.unwrap()), [create_slot.as_str()]);
-    // Another identity makes no difference to what is published.
+    // A different identity does not change the published columns.
     let published = async || fingerprint(client, "Feed", &mapping).await.unwrap().fingerprint;
     let before = published().await;
     database.execute("ALTER TABLE t REPLICA IDENTITY FULL").await;
@@ -194,14 +194,14 @@ async fn slots_of_others_and_slots_in_use_are_left_alone() {
 }
 
 #[tokio::test]
-async fn two_at_once_and_one_that_may_not() {
+async fn two_concurrent_runs_and_one_without_rights() {
     let database = Database::new().await;
     let mapping = tuples();
     let setup = Setup { apply_schema: true, ..wanted(&mapping, &database.name) };
     let second = database.connect_as("postgres").await;
-    let (mut first_told, mut second_told) = (silent, silent);
+    let (mut first_silent, mut second_silent) = (silent, silent);
     let (one, two) =
-        tokio::join!(setup.apply(&database.connection, &mut first_told), setup.apply(&second, &mut second_told));
+        tokio::join!(setup.apply(&database.connection, &mut first_silent), setup.apply(&second, &mut second_silent));
     assert_eq!(one.unwrap().len() + two.unwrap().len(), 4);
 
     let role = format!("r{}", database.name);
@@ -215,20 +215,20 @@ async fn two_at_once_and_one_that_may_not() {
 }
 
 #[tokio::test]
-async fn whoever_waits_for_old_transactions_is_told() {
+async fn a_wait_for_old_transactions_is_reported() {
     let database = Database::new().await;
     let old = database.connect_as("postgres").await;
     old.client.batch_execute("BEGIN; CREATE TABLE t (n int)").await.unwrap();
-    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let (sender, mut waits) = tokio::sync::mpsc::unbounded_channel();
     let name = database.name.clone();
     let sql = format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{name}'");
 
-    // Given up: soon there is nothing left of it.
+    // This run is dropped, and soon nothing is left of it.
     let connection = database.connect_as("postgres").await;
-    let mut hook = |waiting: &Waiting| tell.send(waiting.clone()).unwrap();
+    let mut hook = |waiting: &Waiting| sender.send(waiting.clone()).unwrap();
     tokio::select! {
         created = create_slot(&connection, &name, true, &mut hook) => panic!("{created:?} while a transaction is open"),
-        waiting = told.recv() => {
+        waiting = waits.recv() => {
             let message = waiting.unwrap().to_string();
             assert!(message.contains("older than") && message.contains(&format!("database {name}")), "{message}");
         }
@@ -238,9 +238,9 @@ async fn whoever_waits_for_old_transactions_is_told() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 
-    // Waited for.
+    // This run waits.
     let release = async {
-        told.recv().await.unwrap();
+        waits.recv().await.unwrap();
         old.client.batch_execute("COMMIT").await.unwrap();
     };
     let (created, ()) = tokio::join!(create_slot(&database.connection, &name, true, &mut hook), release);

@@ -34,7 +34,7 @@ pub struct DataService<P> {
 
 impl<P: Primary> DataService<P> {
     /// Writes and reads this store; snap tokens are this hub's, with `primary` asked where they depend on it.
-    pub const fn new(
+    pub(crate) const fn new(
         store: Option<Store>,
         hub: Hub,
         primary: P,

@@ -169,7 +169,7 @@ fn with_name(code: Code, reason: &str, says: impl Into<String>, violations: Vec<
 }
 
 /// Why the store did not do it.
-pub fn of_store(error: store::Error) -> Status {
+pub(crate) fn of_store(error: store::Error) -> Status {
     let says = error.to_string();
     let (code, reason) = match error {
         store::Error::UnknownTenant(_) => (Code::NotFound, "TENANT_NOT_FOUND"),
@@ -211,7 +211,7 @@ pub fn too_much_data(rows: usize, max: usize) -> Status {
 }
 
 /// No token of a page.
-pub fn bad_continuous_token(error: store::ParseKeyError) -> Status {
+pub(crate) fn bad_continuous_token(error: store::ParseKeyError) -> Status {
     let violation = FieldViolation::new("continuous_token", error.to_string());
     let says = "begin with an empty continuous_token";
     with_name(Code::InvalidArgument, "INVALID_CONTINUOUS_TOKEN", says, vec![violation])
@@ -232,7 +232,7 @@ pub fn no_bundles() -> Status {
 }
 
 /// Why a request did not get in.
-pub fn of_admission(error: &admission::Error) -> Status {
+pub(crate) fn of_admission(error: &admission::Error) -> Status {
     let message = error.to_string();
     match error {
         admission::Error::Credentials(error) => {

@@ -15,7 +15,7 @@ pub struct TenancyService {
 
 impl TenancyService {
     /// Over this store.
-    pub const fn new(store: Option<Store>) -> Self {
+    pub(crate) const fn new(store: Option<Store>) -> Self {
         Self { store }
     }
 

@@ -130,7 +130,7 @@ impl<P: Primary + 'static> WatchService<P> {
     ///
     /// # Errors
     /// See [`status`].
-    pub async fn watch(
+    pub(crate) async fn watch(
         &self,
         request: Request<proto::WatchRequest>,
         edge: &'static Edge,

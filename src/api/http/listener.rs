@@ -26,7 +26,7 @@ const BUFFER_BYTES_MAX: usize = 64 << 10;
 
 /// Why the gateway cannot listen.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The address is taken or not ours.
     #[error("cannot listen on {address} for HTTP: {source} (server.host, server.http.port)")]
     Bind {
@@ -41,7 +41,7 @@ pub enum Error {
 }
 
 /// A bound listener: bound before anything else starts, so that a taken port is said at once.
-pub struct Listener {
+pub(crate) struct Listener {
     listener: connections::Listener,
     tls: Option<tls::Acceptor>,
 }
@@ -51,7 +51,7 @@ impl Listener {
     ///
     /// # Errors
     /// Where that is not possible.
-    pub async fn bind(host: &str, config: &HttpConfig) -> Result<Self, Error> {
+    pub(crate) async fn bind(host: &str, config: &HttpConfig) -> Result<Self, Error> {
         let port = config.port;
         let tls = match &config.tls {
             Some(files) => Some(tls::Acceptor::read("server.http.tls", files, b"http/1.1").await?),
@@ -63,7 +63,7 @@ impl Listener {
     }
 
     /// Where it listens.
-    pub const fn address(&self) -> SocketAddr {
+    pub(crate) const fn address(&self) -> SocketAddr {
         self.listener.address()
     }
 }
@@ -71,7 +71,7 @@ impl Listener {
 /// Serves until `stop` turns true and all connections have ended.
 ///
 /// Dropped before, it cuts them.
-pub async fn serve(listener: Listener, gateway: Gateway, connections_max: usize, stop: Receiver<bool>) {
+pub(crate) async fn serve(listener: Listener, gateway: Gateway, connections_max: usize, stop: Receiver<bool>) {
     let router = gateway.into_router();
     let Listener { listener, tls } = listener;
     let spawn = |connections: &mut JoinSet<()>, stream, place| {

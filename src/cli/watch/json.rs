@@ -1,10 +1,10 @@
-//! A message as protobuf's JSON mapping has it, with the proto's field names.
+//! Messages in protobuf's JSON mapping, with the field names of the proto file.
 
 use crate::api::grpc::proto::data_change::Type;
 use crate::api::grpc::proto::{self, DataChange, DataChanges};
 use serde_json::{Value as Json, json};
 
-/// One line.
+/// One message as one line.
 pub(super) fn line(changes: &DataChanges) -> String {
     let list: Vec<Json> = changes.tuple_changes.iter().map(to_json).collect();
     format!("{}\n", json!({ "changes": { "snap_token": changes.snap_token, "tuple_changes": list } }))
@@ -51,7 +51,7 @@ pub(super) fn any_to_json(any: &prost_types::Any) -> Json {
     json!({ "@type": any.type_url, "data": data })
 }
 
-/// JSON has no numbers for these; protobuf's mapping writes their names.
+/// JSON has no numbers for infinities and NaN. Protobuf's mapping writes their names.
 fn double(value: f64) -> Json {
     if value.is_finite() {
         json!(value)

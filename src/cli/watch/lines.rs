@@ -1,8 +1,8 @@
 //! Changes as lines of text.
 //!
-//! Into a pipe or a file, a line says everything by itself, whatever stands around it: it is for `grep` and `cut`, and stays as it
-//! is. On a terminal lines are read together, so that what repeats is left out: the day is a line of its own where it changes, and
-//! of the changes of one message only the first has the time.
+//! In a pipe or a file every line is complete by itself, for `grep` and `cut`, and its format is stable. On a terminal
+//! a person reads the lines together, so repeated parts are left out: the day is a line of its own when it changes, and
+//! only the first change of a message shows the time.
 //!
 //! ```text
 //! 2026-03-01T12:31:07.123456Z + document:1#viewer@user:ada        2026-03-01 (UTC)
@@ -23,14 +23,14 @@ pub(super) struct Lines {
 }
 
 enum Layout {
-    /// Every line by itself.
+    /// Every line is complete.
     Whole,
-    /// For who reads along: the day that was said last, and where subjects begin.
+    /// For a terminal: the last printed day, and the column of the subjects.
     Terminal { day: String, column: usize },
 }
 
-/// Subjects begin at this column, or a later one from the first change on that needs it, but not beyond the last: what is longer
-/// stands out by itself.
+/// Subjects begin at this column. A longer entity moves the column to the right for all later lines, up to the maximum.
+/// An even longer one moves only its own line.
 const COLUMN_MIN: usize = 24;
 const COLUMN_MAX: usize = 48;
 /// The width of `12:31:07.123`.
@@ -85,7 +85,8 @@ impl Lines {
     }
 }
 
-/// What changed, and what it is now or was: `document:1#viewer` and `@user:ada`.
+/// The entity with its relation, and the subject: `document:1#viewer` and `@user:ada`. For an attribute, its name and
+/// its value.
 fn sides(change: &DataChange) -> (String, String) {
     let entity = |entity: Option<&proto::Entity>| {
         entity.map_or_else(String::new, |entity| format!("{}:{}", entity.r#type, entity.id))
@@ -103,7 +104,7 @@ fn sides(change: &DataChange) -> (String, String) {
             let left = format!("{}${}", entity(attribute.entity.as_ref()), attribute.attribute);
             (left, format!(" = {data}"))
         }
-        None => ("an empty change".to_owned(), String::new()),
+        None => ("empty change".to_owned(), String::new()),
     };
     (harmless(&left).into_owned(), harmless(&right).into_owned())
 }
@@ -157,7 +158,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_line_of_a_file_says_everything() {
+    fn a_line_in_a_file_is_complete() {
         let message = message(1, vec![viewer(), scores(), tuple(Operation::Delete, "1")]);
         let plain = "2000-01-01T00:00:00.000001Z + doc:1#viewer@team:a#member\n\
                      2000-01-01T00:00:00.000001Z + doc:1$scores = [1.5,\"Infinity\"]\n\
@@ -170,7 +171,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn on_a_terminal_what_repeats_is_left_out() {
+    fn repeated_parts_are_left_out_on_a_terminal() {
         let mut lines = Lines::new(Style::PLAIN, true);
         let first = lines.message(&message(1, vec![viewer(), scores()]));
         assert_eq!(

@@ -1,8 +1,8 @@
-//! `docs/configuration.md` says of every key what the program does with it.
+//! Compares `docs/configuration.md` with the program: keys, defaults, ranges and words.
 
 use super::*;
 
-/// A row of its tables.
+/// A row of a table of keys.
 struct Row {
     key: String,
     takes: String,
@@ -29,7 +29,7 @@ fn the_reference_has_every_key_with_its_default() {
     assert_eq!(written, actual, "each once, and in the order of the document");
 }
 
-/// What a key takes is what is said where it is given something else.
+/// The error for a wrong value lists the permitted ones, which the reference must list too.
 #[test]
 fn the_reference_has_every_range_and_word() {
     let mut checked = 0;

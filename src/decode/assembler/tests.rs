@@ -3,7 +3,7 @@ use crate::decode::mapping::{Spec, TUPLES_PRESET};
 use crate::model::change::Changes;
 use crate::model::lsn::{CommitTime, Lsn, Xid8};
 
-/// The tables of the preset, and one that tells whose a transaction is.
+/// The tables of the preset, and optionally one that marks a transaction as a tenant's.
 fn mapping(tells_transactions: bool) -> Arc<Mapping> {
     let transactions = "\n  - { table: tuplewatch.transactions, tenant: tenant_id, transaction: true }";
     let yaml = format!("{TUPLES_PRESET}{}", if tells_transactions { transactions } else { "" });
@@ -11,7 +11,7 @@ fn mapping(tells_transactions: bool) -> Arc<Mapping> {
     Arc::new(Mapping::new(spec).unwrap())
 }
 
-/// An assembler that knows `relation_tuples` as relation 1 and something unmapped as relation 2.
+/// An assembler that knows `relation_tuples` as relation 1 and an unmapped table as relation 2.
 fn assembler(limits: Limits, on_undecodable: OnUndecodable) -> Assembler {
     let mut assembler = Assembler::new(mapping(false), limits, on_undecodable);
     assembler.change(&relation(1, "relation_tuples")).unwrap();
@@ -42,7 +42,7 @@ fn header() -> Header {
     Header { commit: CommitLsn(Lsn(100)), xid: Xid8(9), commit_time: CommitTime(5) }
 }
 
-/// An INSERT; `-` as entity id is a NULL.
+/// An INSERT; `-` as entity id means NULL.
 fn insert(relation: u32, tenant: &str, entity_id: &str) -> Vec<u8> {
     let mut bytes = vec![b'I'];
     bytes.extend(relation.to_be_bytes());
@@ -113,7 +113,7 @@ fn large_transactions_are_staged() {
 }
 
 #[test]
-fn whose_a_transaction_is_told_gets_a_last_message() {
+fn the_tenant_of_a_marked_transaction_gets_a_last_message() {
     let limits = Limits { message_bytes: 100, stage_bytes: 150, ..LIMITS };
     let mut assembler = Assembler::new(mapping(true), limits, OnUndecodable::Gap);
     assembler.change(&relation(1, "relation_tuples")).unwrap();
@@ -123,22 +123,22 @@ fn whose_a_transaction_is_told_gets_a_last_message() {
         assert_eq!(summary(&transaction.messages), expected);
         assert_eq!(transaction.gaps.len(), gaps);
     };
-    let told = insert(2, "a", "");
-    check(std::slice::from_ref(&told), &["a 0 0/C8"], 0);
-    check(&[told.clone(), told.clone(), insert(1, "a", "1")], &["a 1 0/C8"], 0);
-    check(&[told.clone(), insert(1, "b", "1")], &["b 1 0/C8", "a 0 0/C8"], 0);
-    // All of it was staged before, of one who was not told of in a row, too.
+    let marked = insert(2, "a", "");
+    check(std::slice::from_ref(&marked), &["a 0 0/C8"], 0);
+    check(&[marked.clone(), marked.clone(), insert(1, "a", "1")], &["a 1 0/C8"], 0);
+    check(&[marked.clone(), insert(1, "b", "1")], &["b 1 0/C8", "a 0 0/C8"], 0);
+    // All its messages were staged before, also for a tenant without changes.
     let large: Vec<_> = (0..5).map(|n| insert(1, "b", &n.to_string())).collect();
     check(&large, &["b 0 0/C8"], 0);
-    // Where history gaps there is no end of the transaction to tell of.
-    check(&[told.clone(), insert(1, "a", "-")], &[], 1);
-    check(&[told.clone(), truncate(1)], &[], 1);
-    check(&[told.clone(), truncate(2)], &["a 0 0/C8"], 0);
+    // Behind a gap there is no last message.
+    check(&[marked.clone(), insert(1, "a", "-")], &[], 1);
+    check(&[marked.clone(), truncate(1)], &[], 1);
+    check(&[marked.clone(), truncate(2)], &["a 0 0/C8"], 0);
     check(&[insert(2, "-", "")], &[], 1);
 }
 
 #[test]
-fn a_bad_row_breaks_its_tenant_only() {
+fn an_undecodable_row_is_a_gap_for_its_tenant_only() {
     let rows =
         [insert(1, "a", "1"), insert(1, "b", "1"), insert(1, "a", "-"), insert(1, "a", "2"), insert(1, "b", "2")];
     let (_, transaction) = run(&mut assembler(LIMITS, OnUndecodable::Gap), &rows);
@@ -150,7 +150,7 @@ fn a_bad_row_breaks_its_tenant_only() {
 }
 
 #[test]
-fn truncate_and_unreadable_tenants_break_everybody() {
+fn truncate_and_unreadable_tenants_are_gaps_for_all() {
     for breaking in [truncate(1), insert(1, "-", "1")] {
         let rows = [insert(1, "a", "1"), breaking, insert(1, "b", "1")];
         let (_, transaction) = run(&mut assembler(LIMITS, OnUndecodable::Gap), &rows);
@@ -227,7 +227,7 @@ fn rows_of_a_mapped_table_under_another_name_are_a_gap_for_all() {
 }
 
 #[test]
-fn rows_are_tallied_by_table() {
+fn rows_are_counted_by_table() {
     let tallies = |rows: &[Vec<u8>], limits: Limits| {
         let mut assembler = assembler(limits, OnUndecodable::Gap);
         assembler.begin(header()).unwrap();
@@ -242,9 +242,9 @@ fn rows_are_tallied_by_table() {
     assert_eq!(tallies(&[insert(2, "a", "1")], LIMITS), []);
     let rows = [insert(1, "a", "1"), insert(2, "a", "1"), insert(1, "b", "2")];
     assert_eq!(tallies(&rows, LIMITS), [(tuples(), 2, 0, 0)]);
-    // What was staged before counts as well.
+    // Staged changes count as well.
     assert_eq!(tallies(&rows, Limits { stage_bytes: 1, ..LIMITS }), [(tuples(), 2, 0, 0)]);
-    // Nobody is told of what comes behind a gap.
+    // Changes behind a gap do not count.
     let rows = [insert(1, "a", "1"), insert(1, "a", "-"), insert(1, "a", "2"), insert(1, "b", "2")];
     assert_eq!(tallies(&rows, LIMITS), [(tuples(), 2, 0, 1)]);
 }

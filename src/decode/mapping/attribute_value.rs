@@ -1,4 +1,4 @@
-//! Attribute values: from and to Permify's JSON form,
+//! Converts attribute values from and to Permify's JSON form,
 //! `{"@type": "type.googleapis.com/base.v1.BooleanValue", "data": true}`.
 
 use crate::model::change::{AttributeValue, TYPE_URL_PREFIX};
@@ -10,7 +10,7 @@ use serde_json::Value as Json;
 struct Form<'a> {
     #[serde(rename = "@type", borrow)]
     kind: std::borrow::Cow<'a, str>,
-    /// Absent where it is the type's default, as protobuf's JSON mapping has it.
+    /// Absent if the value is the default of its type, as in protobuf's JSON mapping.
     data: Option<Json>,
 }
 
@@ -61,7 +61,7 @@ pub fn parse(json: &str) -> Result<AttributeValue, Error> {
     value.ok_or(Error::Data(name))
 }
 
-/// Writes one value.
+/// Writes a value.
 pub fn write(value: &AttributeValue) -> String {
     use AttributeValue as V;
     let data = match value {
@@ -77,7 +77,7 @@ pub fn write(value: &AttributeValue) -> String {
     serde_json::json!({ "@type": format!("{TYPE_URL_PREFIX}{}", value.message_name()), "data": data }).to_string()
 }
 
-/// JSON has no numbers for what is not finite; protobuf's JSON mapping writes names.
+/// JSON has no numbers for infinities and NaN. Protobuf's JSON mapping writes their names.
 fn from_double(number: f64) -> Json {
     match number {
         number if number.is_nan() => Json::from("NaN"),
@@ -107,7 +107,7 @@ fn boolean(data: Json) -> Option<bool> {
     data.as_bool()
 }
 
-/// A whole number, also where it is written with a fraction of zero (`jsonb` keeps `1.0` as it is).
+/// A whole number, also if it is written with a fraction of zero: `jsonb` keeps `1.0`.
 fn integer(data: Json) -> Option<i32> {
     if let Some(whole) = data.as_i64() {
         return i32::try_from(whole).ok();
@@ -161,7 +161,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_reads_back(
+        fn written_values_read_back(
             text in ".*", number in any::<i32>(), double in any::<f64>(), truth in any::<bool>(), n in 0usize..4
         ) {
             use AttributeValue as V;
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_reads_back() {
+    fn non_finite_numbers_read_back() {
         let numbers = vec![f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
         let read = parse(&write(&AttributeValue::DoubleArray(numbers)));
         let Ok(AttributeValue::DoubleArray(read)) = read else { panic!("{read:?}") };

@@ -1,4 +1,4 @@
-//! How to read the rows of one relation: column names resolved to places, once per Relation message.
+//! The plan for reading rows of one relation: column names are resolved to slots once for each Relation message.
 
 use super::attribute_value;
 use super::spec::{COLUMNS_MAX, Piece, SoftDelete, TableSpec, ValueSpec, pieces};
@@ -10,22 +10,22 @@ use std::sync::Arc;
 /// The mapped columns of a row, each in its slot.
 type Slots<'a> = [Value<'a>; COLUMNS_MAX];
 
-/// How to read rows of one relation.
+/// The plan for reading rows of one relation.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Schema and name, for messages.
     table: Arc<str>,
-    /// For each column of the relation: its slot, where it is mapped.
+    /// The slot of each column of the relation, if it is mapped.
     slot_of_column: Vec<Option<u8>>,
     /// The tenant, then the parts of the tuple or attribute in the order of [`TableSpec::values`].
     values: Vec<(&'static str, Source)>,
     kind: Kind,
     soft_delete: Option<(Source, SoftDelete)>,
-    /// A mapped column that the replica identity lacks: old rows cannot be told.
+    /// A mapped column that the replica identity lacks, so that old rows cannot be read.
     not_in_identity: Option<String>,
 }
 
-/// What rows say.
+/// The content of the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Tuple,
@@ -33,47 +33,47 @@ enum Kind {
     Transaction,
 }
 
-/// Where a text comes from.
+/// The origin of a text.
 #[derive(Clone, Debug)]
 enum Source {
     Slot(u8),
     Constant(String),
     Template(Vec<Source>),
-    /// The relation has no such column (any more).
+    /// The relation lacks this column.
     Missing(String),
 }
 
 /// A row that cannot be turned into changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Undecodable {
-    /// Whose it is, where that can be read.
+    /// The tenant, if it can be read.
     pub tenant: Option<String>,
-    /// What is wrong, without any of the row's values.
+    /// The problem, without values of the row.
     pub detail: String,
 }
 
-/// What one step of a row message is.
+/// The outcome of one step of a row message.
 #[derive(Debug, PartialEq)]
 pub enum Outcome<'a> {
     /// A change.
     Change {
-        /// Whose.
+        /// The tenant of the fact.
         tenant: &'a str,
-        /// What happened.
+        /// Whether the fact begins or ceases to hold.
         operation: Operation,
-        /// To what.
+        /// The fact.
         fact: Fact<'a>,
     },
-    /// The transaction is this tenant's, whether it changes anything or not.
+    /// The transaction belongs to this tenant, even if it changes nothing.
     Transaction {
-        /// Whose.
+        /// The tenant.
         tenant: &'a str,
     },
     /// A gap.
     Undecodable(Undecodable),
 }
 
-/// Steps of a row message: the first is where a delete has its place, the second a create.
+/// Each row message has two steps: a delete happens in the first, a create in the second.
 const DELETE_STEP: u64 = 1;
 const CREATE_STEP: u64 = 2;
 
@@ -131,12 +131,12 @@ impl Plan {
         &self.table
     }
 
-    /// Whether TRUNCATE of the table takes something from subscribers.
+    /// Whether a TRUNCATE of the table removes facts.
     pub fn has_facts(&self) -> bool {
         self.kind != Kind::Transaction
     }
 
-    /// What an INSERT says. `visit` gets the step within the row message.
+    /// Reads an INSERT. `visit` receives each outcome with its step in the row message.
     pub fn insert(&self, new: Row<'_>, visit: &mut dyn FnMut(u64, Outcome<'_>)) {
         let slots = self.load(new);
         if self.lives(&slots) {
@@ -144,7 +144,7 @@ impl Plan {
         }
     }
 
-    /// What a DELETE says.
+    /// Reads a DELETE.
     pub fn delete(&self, old: Row<'_>, visit: &mut dyn FnMut(u64, Outcome<'_>)) {
         if !self.has_facts() {
             return;
@@ -158,7 +158,7 @@ impl Plan {
         }
     }
 
-    /// What an UPDATE says.
+    /// Reads an UPDATE.
     pub fn update(&self, old: Option<Row<'_>>, new: Row<'_>, visit: &mut dyn FnMut(u64, Outcome<'_>)) {
         if !self.has_facts() {
             return;
@@ -167,7 +167,7 @@ impl Plan {
         if let Some(column) = &self.not_in_identity {
             return visit(DELETE_STEP, self.lacks_identity("UPDATE", column, &new));
         }
-        // All that is mapped is in the identity, and no old row means that none of the identity changed.
+        // The identity includes all mapped columns, so a missing old row means that none of them changed.
         let Some(old) = old.map(|row| self.load(row)) else { return };
         for (new, old) in new.iter_mut().zip(&old) {
             if *new == Value::Unchanged {
@@ -202,16 +202,16 @@ impl Plan {
             Source::Slot(slot) => match slots.get(usize::from(*slot)) {
                 Some(Value::Text(text)) => soft.live.iter().any(|live| live == text),
                 Some(Value::Null) => soft.null_is_live,
-                // Whatever it says, it is none of the mapping's words.
+                // Bytes that are not UTF-8 equal none of the mapping's words.
                 Some(Value::Bytes(_)) => false,
                 _ => true,
             },
-            // Whether it lives cannot be told; reading its values will say what is missing.
+            // The mark cannot be read. Reading the values will report the missing column.
             _ => true,
         }
     }
 
-    /// Whether everything but the soft-delete mark is equal.
+    /// Whether all values are equal, apart from the soft-delete mark.
     fn same(&self, old: &Slots<'_>, new: &Slots<'_>) -> bool {
         self.values.iter().all(|(_, source)| source.same(old, new))
     }
@@ -271,7 +271,7 @@ impl Plan {
     }
 }
 
-/// Why a text cannot be read.
+/// The reason why a text cannot be read.
 #[derive(Debug)]
 enum Unreadable<'a> {
     Null,
@@ -286,7 +286,7 @@ impl std::fmt::Display for Unreadable<'_> {
             Self::Null => f.write_str("is NULL"),
             Self::Unchanged => f.write_str("is a TOASTed value that was not sent (REPLICA IDENTITY FULL sends it)"),
             Self::NotUtf8 => {
-                f.write_str("is not UTF-8, and a database with the encoding SQL_ASCII does not say what it is")
+                f.write_str("is not UTF-8, and the database has no encoding to convert it from (SQL_ASCII)")
             }
             Self::Missing(column) => write!(f, "cannot be read: the table has no column {column}"),
         }

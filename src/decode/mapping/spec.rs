@@ -1,8 +1,8 @@
-//! The format of a mapping, as it stands in a file.
+//! The format of a mapping file.
 
 use serde::Deserialize;
 
-/// Most columns that one table's mapping may read.
+/// The most columns that the mapping of one table may read.
 pub(super) const COLUMNS_MAX: usize = 16;
 use std::fmt;
 
@@ -10,13 +10,13 @@ use std::fmt;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {
-    /// Where tenants are listed. Without it every tenant id is accepted.
+    /// The table that lists tenants. Without it every tenant id is accepted.
     pub tenants: Option<TenantsSpec>,
     /// The watched tables.
     pub tables: Vec<TableSpec>,
 }
 
-/// A table with a row per tenant.
+/// A table with one row for each tenant.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TenantsSpec {
@@ -26,7 +26,7 @@ pub struct TenantsSpec {
     pub id: String,
 }
 
-/// What rows of one table say: of tuples, of attributes, or of whole transactions.
+/// The mapping of one table, whose rows are tuples, attributes, or marks of transactions.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TableSpec {
@@ -34,19 +34,19 @@ pub struct TableSpec {
     pub table: TableName,
     /// The tenant of a row.
     pub tenant: ValueSpec,
-    /// Set where rows are tuples.
+    /// Set if rows are tuples.
     pub tuple: Option<TupleSpec>,
-    /// Set where rows are attributes.
+    /// Set if rows are attributes.
     pub attribute: Option<AttributeSpec>,
-    /// Set where a row is inserted by a transaction to say whose it is: its tenant gets a message of the transaction also
-    /// where that changed nothing. No other change of the rows means anything, and neither does TRUNCATE.
+    /// Set if a transaction inserts a row to mark itself as a tenant's. The tenant then receives a message of the
+    /// transaction even without changes. Other changes of such rows, and TRUNCATE, have no meaning.
     #[serde(default)]
     pub transaction: bool,
-    /// Set where rows are marked instead of deleted.
+    /// Set if rows are marked instead of deleted.
     pub soft_delete: Option<SoftDelete>,
 }
 
-/// Where the parts of a tuple are.
+/// The values of a tuple's parts.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "the fields are the words of the model")]
@@ -56,12 +56,12 @@ pub struct TupleSpec {
     pub relation: ValueSpec,
     pub subject_type: ValueSpec,
     pub subject_id: ValueSpec,
-    /// Without it subjects are direct. A NULL is an empty one.
+    /// Without it subjects are direct. NULL means empty.
     #[serde(default = "ValueSpec::empty")]
     pub subject_relation: ValueSpec,
 }
 
-/// Where the parts of an attribute are.
+/// The values of an attribute's parts.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "the fields are the words of the model")]
@@ -73,13 +73,13 @@ pub struct AttributeSpec {
     pub value: ValueSpec,
 }
 
-/// Rows that stay when what they say no longer holds.
+/// A mark on rows that stay when their facts cease to hold.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SoftDelete {
-    /// The column that is marked.
+    /// The column with the mark.
     pub column: String,
-    /// Its text in live rows; a NULL is live where `null_is_live`.
+    /// The texts of the column in live rows. `null_is_live` decides about NULL.
     #[serde(default)]
     pub live: Vec<String>,
     /// Whether rows with NULL are live.
@@ -91,25 +91,25 @@ pub struct SoftDelete {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct TableName {
-    /// The schema, as it is spelled in the catalog.
+    /// The schema, spelled as in the catalog.
     pub schema: String,
-    /// The name in it.
+    /// The name within the schema.
     pub name: String,
 }
 
 impl TableName {
-    /// Whether it is this one.
+    /// Whether this is the table with the given schema and name.
     pub fn is(&self, schema: &str, name: &str) -> bool {
         self.schema == schema && self.name == name
     }
 
-    /// Quoted for SQL.
+    /// The name quoted for SQL.
     pub fn to_sql(&self) -> String {
         format!("{}.{}", quote(&self.schema), quote(&self.name))
     }
 }
 
-/// A name as an SQL identifier.
+/// Quotes a name as an SQL identifier.
 fn quote(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
@@ -140,18 +140,18 @@ impl TryFrom<String> for TableName {
     }
 }
 
-/// Where a text comes from: a column (a plain string in the file), a constant, or a template.
+/// The origin of a text: a column (a plain string in the file), a constant, or a template.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(untagged, expecting = "expected a column, {constant: text} or {template: text}")]
 pub enum ValueSpec {
     /// The column of that name.
     Column(String),
-    /// Always the same text.
+    /// A constant text.
     Constant {
         /// The text.
         constant: String,
     },
-    /// Text with columns in braces: `user:{id}`.
+    /// A text with columns in braces: `user:{id}`.
     Template {
         /// The text.
         template: String,
@@ -171,7 +171,7 @@ pub(super) enum Piece<'a> {
     Column(&'a str),
 }
 
-/// The pieces of a template; `None` where braces do not match or a column is empty.
+/// Splits a template into pieces; `None` if its braces do not match or a column is empty.
 pub(super) fn pieces(template: &str) -> Option<Vec<Piece<'_>>> {
     let mut pieces = Vec::new();
     let mut rest = template;
@@ -191,19 +191,19 @@ pub(super) fn pieces(template: &str) -> Option<Vec<Piece<'_>>> {
     Some(pieces)
 }
 
-/// Why a mapping cannot be used.
+/// The reason why a mapping cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Nothing to watch.
+    /// It has no tables.
     #[error("the mapping names no table")]
     NoTables,
-    /// A table twice.
+    /// A table appears twice.
     #[error("the mapping names table {0} twice")]
     Duplicate(String),
-    /// None of them, or several.
+    /// A table has no kind, or several.
     #[error("table {0} of the mapping needs exactly one of 'tuple', 'attribute' and 'transaction: true'")]
     Kind(String),
-    /// Braces that do not match.
+    /// The braces of a template do not match.
     #[error(
         "table {table} of the mapping has a malformed template '{template}': columns stand in braces, as in user:{{id}}"
     )]
@@ -213,19 +213,19 @@ pub enum Error {
         /// The template.
         template: String,
     },
-    /// Too many different columns.
+    /// A table reads too many columns.
     #[error("table {0} of the mapping uses more than {max} columns", max = COLUMNS_MAX)]
     TooManyColumns(String),
-    /// A soft delete in which nothing lives.
+    /// No row would ever be live.
     #[error("table {0} of the mapping has a soft_delete with neither 'live' values nor 'null_is_live'")]
     NothingLives(String),
 }
 
-/// Names of columns.
+/// Column names.
 pub type Columns<'a> = Vec<&'a str>;
 
 impl TableSpec {
-    /// The texts that make up a change, the tenant first; with the words for messages.
+    /// The texts that make up a change, the tenant first, each with its name for messages.
     pub(super) fn values(&self) -> Vec<(&'static str, &ValueSpec)> {
         let mut values = vec![("tenant", &self.tenant)];
         if let Some(tuple) = &self.tuple {
@@ -249,12 +249,12 @@ impl TableSpec {
         values
     }
 
-    /// Whether it counts what rows were before they were changed or deleted.
+    /// Whether the mapping reads the old rows of UPDATE and DELETE.
     pub const fn reads_old_rows(&self) -> bool {
         !self.transaction
     }
 
-    /// Every column that the mapping reads, each once.
+    /// All columns that the mapping reads, without duplicates.
     pub fn columns(&self) -> Columns<'_> {
         let mut columns = Vec::new();
         for (_, value) in self.values() {
@@ -277,7 +277,7 @@ impl TableSpec {
 }
 
 impl Spec {
-    /// The same tables in another schema.
+    /// Moves all tables to another schema.
     #[must_use]
     pub fn in_schema(mut self, schema: &str) -> Self {
         let tenants = self.tenants.iter_mut().map(|tenants| &mut tenants.table);

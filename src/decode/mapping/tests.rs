@@ -2,7 +2,7 @@ use super::*;
 use crate::decode::pgoutput::{Column, Message, RelationId, ReplicaIdentity, decode};
 use crate::model::change::{AttributeValue, Fact, Operation};
 
-/// A table of this shape; columns with a `*` are in the replica identity.
+/// A table with these columns. Columns with a `*` are in the replica identity.
 fn relation(name: &str, columns: &[&str]) -> Relation {
     Relation {
         id: RelationId(1),
@@ -31,7 +31,7 @@ fn preset() -> Mapping {
     Mapping::new(spec(TUPLES_PRESET)).unwrap()
 }
 
-/// A row as words: `-` is NULL, `~` an unchanged TOASTed value, `?` and `??` bytes that are not UTF-8.
+/// A row as words: `-` means NULL, `~` an unchanged TOASTed value, `?` and `??` bytes that are not UTF-8.
 fn wire(rows: &[(u8, &str)], kind: u8) -> Vec<u8> {
     let mut bytes = vec![kind, 0, 0, 0, 1];
     for (tag, row) in rows {
@@ -59,7 +59,7 @@ fn wire(rows: &[(u8, &str)], kind: u8) -> Vec<u8> {
     bytes
 }
 
-/// What a row message says, a line a step.
+/// The outcomes of a row message, one line for each step.
 fn says(plan: &Plan, bytes: &[u8]) -> Vec<String> {
     let mut lines = Vec::new();
     let mut visit = |step: u64, outcome: Outcome<'_>| {
@@ -102,7 +102,7 @@ fn tuples() {
     check(&plan, b'U', &[(b'K', a), (b'N', b)], &["1- t1 doc:1#viewer@user:7#", "2+ t1 doc:1#viewer@user:8#member"]);
     check(&plan, b'U', &[(b'O', a), (b'N', a)], &[]);
     check(&plan, b'U', &[(b'N', a)], &[]);
-    // A row that moves to another tenant leaves the one and appears at the other.
+    // A row that moves to another tenant is deleted from one and created for the other.
     check(
         &plan,
         b'U',
@@ -141,7 +141,7 @@ fn attributes() {
     let expected = |sign: &str, value: bool| format!("{sign} t1 doc:1$public {:?}", AttributeValue::Boolean(value));
     check(&plan, b'I', &[(b'N', &on)], &[&expected("2+", true)]);
     check(&plan, b'U', &[(b'O', &on), (b'N', &off)], &[&expected("1-", true), &expected("2+", false)]);
-    // The value was TOASTed and only the entity's id changed: it comes from the old row.
+    // The value was TOASTed, and only the entity's id changed: the value comes from the old row.
     check(
         &plan,
         b'U',
@@ -166,7 +166,7 @@ fn attributes() {
 }
 
 #[test]
-fn what_cannot_be_decoded() {
+fn undecodable_rows() {
     let mapping = preset();
     let plan = mapping.plan(&relation("relation_tuples", &TUPLE_COLUMNS)).unwrap();
     check(&plan, b'I', &[(b'N', "t1 doc - viewer user 7 ''")], &["2! Some(\"t1\") entity_id is NULL"]);
@@ -174,7 +174,7 @@ fn what_cannot_be_decoded() {
     check(&plan, b'I', &[(b'N', "'' doc 1 viewer user 7 ''")], &["2! None the tenant is empty"]);
 
     let not_utf8 =
-        "Some(\"t1\") entity_id is not UTF-8, and a database with the encoding SQL_ASCII does not say what it is";
+        "Some(\"t1\") entity_id is not UTF-8, and the database has no encoding to convert it from (SQL_ASCII)";
     let (one, other) = ("t1 doc ? viewer user 7 ''", "t1 doc ?? viewer user 7 ''");
     check(&plan, b'I', &[(b'N', one)], &[&format!("2! {not_utf8}")]);
     check(&plan, b'U', &[(b'K', one), (b'N', one)], &[]);
@@ -195,7 +195,7 @@ fn what_cannot_be_decoded() {
     check(&plan, b'I', &[(b'N', row)], &["2! Some(\"t1\") relation cannot be read: the table has no column relation"]);
 }
 
-/// Permify's own tables: rows are inserted and marked, and columns are in whatever order they came to be there.
+/// Permify's own tables: rows are inserted and marked, and the order of the columns varies.
 #[test]
 fn permify() {
     let mapping = Mapping::new(spec(PERMIFY_PRESET).in_schema("Authz")).unwrap();

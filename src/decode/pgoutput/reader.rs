@@ -1,4 +1,4 @@
-//! A cursor over bytes that came from outside: every read is checked.
+//! A cursor over untrusted bytes that checks every read.
 
 use super::Error;
 
@@ -20,7 +20,7 @@ impl<'a> Reader<'a> {
         self.rest
     }
 
-    /// The next `length` bytes; `what` they are, for the error.
+    /// The next `length` bytes. `what` names them in the error.
     pub(super) fn bytes(&mut self, length: usize, what: &'static str) -> Result<&'a [u8], Error> {
         let (head, tail) = self.rest.split_at_checked(length).ok_or(Error::Truncated(what))?;
         self.rest = tail;
@@ -57,7 +57,7 @@ impl<'a> Reader<'a> {
         self.array(what).map(i64::from_be_bytes)
     }
 
-    /// A NUL-terminated string in whatever encoding, without its end.
+    /// A NUL-terminated string in any encoding, without the NUL.
     pub(super) fn c_string(&mut self, what: &'static str) -> Result<&'a [u8], Error> {
         let length = self.rest.iter().position(|byte| *byte == 0).ok_or(Error::Truncated(what))?;
         let text = self.bytes(length, what)?;

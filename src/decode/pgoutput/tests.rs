@@ -1,7 +1,7 @@
 use super::*;
 use proptest::prelude::*;
 
-/// Writes what a server would send; the decoder is checked against this and, in `tests/`, against real servers.
+/// Writes messages as a server would send them. `tests/` checks the decoder against real servers.
 #[derive(Default)]
 struct Wire(Vec<u8>);
 
@@ -55,7 +55,7 @@ fn boundaries() {
     let wire = Wire::of(b'C').u8(0).u32(1).u32(900).u32(1).u32(950).u32(0).u32(5);
     assert_eq!(boundary(&wire.0), Ok(Some(Boundary::Commit { commit: (1 << 32) + 900, end: (1 << 32) + 950 })));
     for is_transactional in [true, false] {
-        // A prefix in an encoding that is not UTF-8.
+        // The prefix is not UTF-8.
         let wire = Wire::of(b'M').u8(is_transactional.into()).u32(0).u32(900).u8(0xE9).u8(0).u32(2).u8(b'h').u8(0);
         let message = Boundary::Logical { is_transactional, prefix: b"\xE9", content: b"h\0" };
         assert_eq!(boundary(&wire.0), Ok(Some(message)));

@@ -8,10 +8,12 @@
 //! | `Attribute` | 1: entity, 2: attribute, 3: `Value` |
 //! | `Value` | 1 string, 2 boolean, 3 integer, 4 double, 5 strings, 6 booleans, 7 integers, 8 doubles (each list: 1, repeated) |
 //!
-//! **The change of a tuple is the same bytes in `base.v1.DataChanges`**, which has the same field numbers. An attribute has another number
-//! there, and a value that is packed otherwise. So an envelope of `base.v1` copies tuples and transcodes attributes.
+//! **The change of a tuple has the same bytes in `base.v1.DataChanges`**, which uses the same field numbers. An
+//! attribute has another field number there, and a differently packed value. So an envelope of `base.v1` copies tuples
+//! and transcodes attributes.
 //!
-//! Written by hand, because it is on the path of every row: strings are copied once, from the row to where they stay.
+//! The encoder is hand-written, because it runs for every row: each string is copied once, from the row to its final
+//! place.
 
 use super::{Attribute, AttributeValue, Fact, Operation, Tuple};
 use crate::model::protobuf::{field_len, put_head, put_text, text_len};
@@ -23,9 +25,9 @@ const OPERATION: u32 = 1;
 const TUPLE: u32 = 2;
 const ATTRIBUTE: u32 = 4;
 const ENTITY: u32 = 1;
-/// Of a tuple; and of an attribute, its name.
+/// The relation of a tuple, or the name of an attribute.
 const RELATION: u32 = 2;
-/// Of a tuple; and of an attribute, its value.
+/// The subject of a tuple, or the value of an attribute.
 const SUBJECT: u32 = 3;
 const TYPE: u32 = 1;
 const ID: u32 = 2;
@@ -46,10 +48,10 @@ pub fn encode(operation: Operation, fact: &Fact<'_>, out: &mut Vec<u8>) {
     }
 }
 
-/// `base.v1` names the type of a value beside it: a URL of up to 45 bytes, and what is around it.
+/// `base.v1` adds the type of a value: a URL of up to 45 bytes with its field keys and lengths.
 const ATTRIBUTE_EXTRA_BYTES: usize = 64;
 
-/// What an encoded change takes at most, in whichever version of the API, in bytes.
+/// The largest size of an encoded change in any version of the API, in bytes.
 pub const fn envelope_bytes(fact: &Fact<'_>, encoded: &[u8]) -> usize {
     match fact {
         Fact::Tuple(_) => encoded.len(),
@@ -57,9 +59,9 @@ pub const fn envelope_bytes(fact: &Fact<'_>, encoded: &[u8]) -> usize {
     }
 }
 
-/// Everything in front of the fact's own fields.
+/// Writes everything before the fact's own fields.
 fn put_change(operation: Operation, fact: u32, fact_bytes: usize, out: &mut Vec<u8>) {
-    /// Key and value.
+    /// The key and the value of the operation.
     const OPERATION_BYTES: usize = 2;
     put_head(CHANGES, OPERATION_BYTES + field_len(fact_bytes), out);
     encode_key(OPERATION, WireType::Varint, out);
@@ -91,7 +93,7 @@ fn put_attribute(operation: Operation, attribute: &Attribute<'_>, out: &mut Vec<
     out.put_slice(&value);
 }
 
-/// `Value`: a oneof, in which a default is written too.
+/// Encodes a `Value`. It is a oneof, in which default values are written too.
 fn encode_value(value: &AttributeValue) -> Vec<u8> {
     let (mut out, mut list) = (Vec::new(), Vec::new());
     let number = match value {
@@ -135,7 +137,7 @@ fn encode_value(value: &AttributeValue) -> Vec<u8> {
 }
 
 impl Operation {
-    /// As both schemas have it.
+    /// The number of the operation in both schemas.
     pub const fn number(self) -> u64 {
         match self {
             Self::Create => 1,
@@ -152,11 +154,11 @@ impl Operation {
     }
 }
 
-/// The contents of a field.
+/// The content of a field.
 #[derive(Clone, Copy, Debug)]
 enum Content<'a> {
     Varint(u64),
-    /// Of a double, its bits.
+    /// The bits of a double.
     Fixed(u64),
     Bytes(&'a [u8]),
 }
@@ -174,7 +176,7 @@ impl<'a> Content<'a> {
     }
 }
 
-/// Takes a field off the front.
+/// Splits a field off the front of a message.
 fn take_field<'a>(message: &mut &'a [u8]) -> Option<(u32, Content<'a>)> {
     let (number, wire_type) = decode_key(message).ok()?;
     let content = match wire_type {
@@ -195,7 +197,7 @@ fn take_field<'a>(message: &mut &'a [u8]) -> Option<(u32, Content<'a>)> {
     Some((number, content))
 }
 
-/// Hands out each field of a message. `None` where it is none, or `field` cannot use one.
+/// Calls `field` for each field of a message. `None` if the message is malformed, or if `field` refuses one.
 fn each_field<'a>(mut message: &'a [u8], mut field: impl FnMut(u32, Content<'a>) -> Option<()>) -> Option<()> {
     while !message.is_empty() {
         let (number, content) = take_field(&mut message)?;
@@ -204,8 +206,8 @@ fn each_field<'a>(mut message: &'a [u8], mut field: impl FnMut(u32, Content<'a>)
     Some(())
 }
 
-/// Splits the first element off encoded changes: its bytes with key and length. `None` at the end, or where the bytes are
-/// not what [`encode`] wrote.
+/// Splits the first element off encoded changes, with its key and length. `None` at the end, or if [`encode`] did not
+/// write the bytes.
 pub fn split_first(changes: &[u8]) -> Option<(&[u8], &[u8])> {
     let mut rest = changes;
     let (number, content) = take_field(&mut rest)?;
@@ -216,9 +218,9 @@ pub fn split_first(changes: &[u8]) -> Option<(&[u8], &[u8])> {
 /// An encoded change, read without copying.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChangeView<'a> {
-    /// What happened.
+    /// The kind of the change.
     pub operation: Operation,
-    /// To what.
+    /// The fact.
     pub fact: FactView<'a>,
 }
 
@@ -237,7 +239,7 @@ pub enum FactView<'a> {
 pub struct ValueView<'a>(&'a [u8]);
 
 impl<'a> ChangeView<'a> {
-    /// Reads an element that [`split_first`] or [`Changes`] gave. `None` where [`encode`] did not write it.
+    /// Reads an element from [`split_first`] or [`Changes`]. `None` if [`encode`] did not write it.
     pub fn read(element: &'a [u8]) -> Option<Self> {
         let (mut operation, mut fact) = (None, None);
         each_field(content(element)?, |number, content| {
@@ -253,7 +255,7 @@ impl<'a> ChangeView<'a> {
     }
 }
 
-/// What is behind key and length of an element.
+/// The content of an element, without its key and length.
 fn content(mut element: &[u8]) -> Option<&[u8]> {
     take_field(&mut element)?.1.bytes()
 }
@@ -310,7 +312,7 @@ fn read_attribute(encoded: &[u8]) -> Option<FactView<'_>> {
 }
 
 impl ValueView<'_> {
-    /// The value. `None` where [`encode`] did not write it.
+    /// The decoded value. `None` if [`encode`] did not write it.
     pub fn read(self) -> Option<AttributeValue> {
         let mut rest = self.0;
         Some(match take_field(&mut rest)? {
@@ -342,12 +344,12 @@ fn varint(bytes: &mut &[u8]) -> Option<u64> {
     decode_varint(bytes).ok()
 }
 
-/// As long as `base.v1` is served from the same log, integers are those of 32 bits.
+/// An integer of 32 bits, because the same log also serves `base.v1`.
 fn integer(varint: u64) -> Option<i32> {
     i32::try_from(varint.cast_signed()).ok()
 }
 
-/// The elements of a list that has one packed field, or none where it is empty.
+/// The elements of a list, which has one packed field, or none if it is empty.
 fn packed<T>(mut list: &[u8], take: impl Fn(&mut &[u8]) -> Option<T>) -> Option<Vec<T>> {
     let mut values = Vec::new();
     if !list.is_empty() {
@@ -360,28 +362,28 @@ fn packed<T>(mut list: &[u8], take: impl Fn(&mut &[u8]) -> Option<T>) -> Option<
     Some(values)
 }
 
-/// Encoded changes, one after the other: each as its bytes with key and length. Ends at what [`encode`] did not write.
+/// Iterates over encoded changes: each as its bytes with key and length. Ends at bytes that [`encode`] did not write.
 #[derive(Clone, Copy, Debug)]
 pub struct Changes<'a>(&'a [u8]);
 
 impl<'a> Changes<'a> {
-    /// Of a message.
+    /// The changes of a message.
     pub const fn of(changes: &'a [u8]) -> Self {
         Self(changes)
     }
 
-    /// Whether one of them is of an attribute.
+    /// Whether any change is of an attribute.
     pub fn have_attributes(self) -> bool {
         self.into_iter().any(is_attribute)
     }
 
-    /// What they take at most, in whichever version of the API, in bytes.
+    /// The largest size of the changes in any version of the API, in bytes.
     pub fn envelope_bytes(self) -> usize {
         self.0.len() + ATTRIBUTE_EXTRA_BYTES * self.into_iter().filter(|element| is_attribute(element)).count()
     }
 }
 
-/// Reads no more of the element than it must.
+/// Whether the element is an attribute. Reads only the first fields.
 fn is_attribute(element: &[u8]) -> bool {
     let fact = || {
         let mut fields = content(element)?;
@@ -419,7 +421,7 @@ pub(crate) mod tests {
         ]
     }
 
-    /// What `proto/tuplewatch/v1/watch.proto` says is in these bytes, as text.
+    /// The element as text, decoded with `proto/tuplewatch/v1/watch.proto`.
     fn by_descriptor(element: &[u8]) -> String {
         static POOL: std::sync::LazyLock<prost_reflect::DescriptorPool> = std::sync::LazyLock::new(|| {
             let files = protox::compile(["tuplewatch/v1/watch.proto"], [concat!(env!("CARGO_MANIFEST_DIR"), "/proto")]);

@@ -1,29 +1,29 @@
-//! Commands in messages: with the options that this process was given, so that they can be pasted as they are.
+//! Commands in messages, with the options of this process, so that they can be pasted.
 
 use super::shell_word;
 use std::fmt;
 
-/// The options of this process that others of its subcommands take too.
+/// The options of this process that its other subcommands take too.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CommandLine {
     /// Pairs of a flag and its value.
     options: Vec<(String, String)>,
-    /// Says how to give what was left out because it is secret.
+    /// How to pass a secret that was left out.
     left_out: Option<&'static str>,
 }
 
-/// What `setup` reads of the configuration.
+/// The options that `setup` reads.
 const FOR_SETUP: [&str; 4] = ["--config", "--database-", "--mapping-", "--replication-"];
-/// `serve` reads all of it.
+/// The options that `serve` reads: all.
 const FOR_SERVE: [&str; 1] = ["--"];
 
 impl CommandLine {
-    /// One more option.
+    /// Adds an option.
     pub fn push(&mut self, flag: impl Into<String>, value: impl Into<String>) {
         self.options.push((flag.into(), value.into()));
     }
 
-    /// A secret was left out; `instead` says how to give it.
+    /// Notes that a secret was left out. `instead` tells how to pass it.
     pub const fn leave_out(&mut self, instead: &'static str) {
         self.left_out = Some(instead);
     }
@@ -66,7 +66,7 @@ pub struct Command {
 }
 
 impl Command {
-    /// As a fix, with what is to be known of it as a comment of the shell.
+    /// The command as a fix, with a shell comment.
     pub fn fix(&self, comment: &str) -> String {
         match self.left_out {
             Some(left_out) => format!("{}  # {left_out}; {comment}", self.line),
@@ -76,7 +76,7 @@ impl Command {
 }
 
 impl fmt::Display for Command {
-    /// In a sentence.
+    /// The command within a sentence.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.line)?;
         self.left_out.map_or(Ok(()), |left_out| write!(f, " ({left_out})"))

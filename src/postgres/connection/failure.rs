@@ -23,7 +23,7 @@ use crate::decode::pgoutput;
 
 /// No connection could be made, or one ended.
 #[derive(Debug)]
-pub struct ConnectError {
+pub(crate) struct ConnectError {
     /// One for each address that was tried; never empty.
     attempts: Vec<Attempt>,
 }
@@ -244,7 +244,7 @@ impl fmt::Display for ConnectError {
 
 /// An error of a statement. Its text has what the server said, which the driver's own text leaves out.
 #[derive(Debug)]
-pub struct SqlError(tokio_postgres::Error);
+pub(crate) struct SqlError(tokio_postgres::Error);
 
 impl From<tokio_postgres::Error> for SqlError {
     fn from(error: tokio_postgres::Error) -> Self {

@@ -80,12 +80,12 @@ async fn mistakes_in_a_file() {
         ),
         (
             "server: {grpc: {tls: {enabled: true, key: k.pem}}}",
-            "`server.grpc.tls.enabled` in file server.yaml and `server.grpc.tls.cert` (not given): TLS needs this file when \
+            "`server.grpc.tls.enabled` in file server.yaml and `server.grpc.tls.cert` (not set): TLS needs this file when \
              it is enabled\n",
         ),
         (
             "mapping: {preset: tuples, file: m.yaml}",
-            "`mapping.preset` in file server.yaml and `mapping.file` in file server.yaml: give one of the two, not both\n",
+            "`mapping.preset` in file server.yaml and `mapping.file` in file server.yaml: set one of the two, not both\n",
         ),
         ("server: 5", "`server` in file server.yaml is a section: it takes keys below it, not a value\n"),
         (

@@ -34,7 +34,7 @@ async fn a_refusal_is_a_sign_of_life_and_silence_is_none() {
     let mut server = Server::prepare(&postgres, &guarded).await;
     server.start().await;
     assert_eq!(health(&server, &["--alive"]).await.succeeded(), "alive\n");
-    health(&server, &[]).await.failed(&["does not say how it is", "ERROR_CODE_MISSING_BEARER_TOKEN"]);
+    health(&server, &[]).await.failed(&["does not report its health", "ERROR_CODE_MISSING_BEARER_TOKEN"]);
 
     // Accepts, and says nothing.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -41,7 +41,7 @@ async fn the_error_at_the_end_is_json() {
         (&["serve", "--database-uri", "http://h/d"], 2, "database.uri cannot be used"),
         (&["config", "--server-grpc-port", "high"], 2, "must be a whole number"),
         (&["doctor"], 2, "`database.uri` is required"),
-        (&["dev", "--database-uri", "postgres://u@h/d"], 2, "dev starts a PostgreSQL of its own"),
+        (&["dev", "--database-uri", "postgres://u@h/d"], 2, "dev starts its own PostgreSQL"),
     ] {
         ends(&run(command(&[arguments, &json].concat())).await, code, says);
     }

@@ -234,7 +234,7 @@ async fn the_limit_of_open_files_is_raised() {
     shell.args(["-c", "ulimit -Sn 512 && ulimit -Hn 700 && exec \"$0\" \"$@\""]);
     shell.arg(serve.as_std().get_program()).args(serve.as_std().get_args());
     let mut process = Process::start(shell);
-    process.comes_to("the limit of open files is 700: no more than 222 connections of gRPC").await;
+    process.comes_to("the limit of open files is 700: at most 222 connections of gRPC").await;
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", process.id())).unwrap();
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     assert_eq!(files.split_whitespace().nth(3), Some("700"), "{files}");

@@ -11,7 +11,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 use tuplewatch::dev_postgres::Installation;
 
-const NOTHING_TO_DO: &str = "nothing to do: everything is there\n";
+const NOTHING_TO_DO: &str = "nothing to do: everything exists\n";
 
 /// The client of PostgreSQL: beside its programs, or in the PATH.
 pub(crate) fn psql() -> Command {
@@ -93,7 +93,7 @@ async fn setup_is_done_once_and_undone_once() {
     let said = tuplewatch(&teardown).await.succeeded();
     assert!(said.contains("drop replication slot tuplewatch") && said.ends_with("\ndone\n"), "{said}");
     assert_eq!(leftovers(&sql).await, "0 slots, 0 publications, 1 tuples");
-    let nothing = "nothing to do: neither slot nor publication is there\n";
+    let nothing = "nothing to do: neither slot nor publication exists\n";
     assert_eq!(tuplewatch(&teardown).await.succeeded(), nothing);
 
     // A trial that is taken up again.

@@ -82,7 +82,7 @@ async fn a_change_is_a_line() {
     for mut process in [resumed, text, lines] {
         process.signal("INT");
         assert_eq!(process.ended().await.code(), Some(0));
-        process.complains("what comes after this:").await;
+        process.complains("to resume from here:").await;
         assert_eq!(process.complained().len(), 3, "where it began, and how to go on");
     }
 }
@@ -279,7 +279,7 @@ async fn it_ends_where_watch_is_off_and_waits_where_a_place_is_to_be_had() {
     let address = url(&server);
     let stream = server.watch("t1", "").await;
     let waiting = watch(&address, &["--tenant", "t1"]);
-    waiting.complains("as many streams as it may (service.watch.subscribers_max); reconnecting in 1 s").await;
+    waiting.complains("its limit of open streams (service.watch.subscribers_max); reconnecting in 1 s").await;
     drop(stream);
     waiting.complains("watching tenant t1 on ").await;
 

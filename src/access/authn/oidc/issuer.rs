@@ -1,7 +1,6 @@
-//! The issuer, over HTTP: its metadata (OpenID Connect Discovery 1.0, section 4), then its keys.
+//! Fetches the issuer's metadata over HTTP (OpenID Connect Discovery 1.0, section 4), then its keys.
 //!
-//! Both are small documents of somebody else's, so that everything about them is bounded: their size, the time that they take,
-//! and where they come from. Redirects are not followed.
+//! Both are documents of a foreign server, so their size, duration and origin are limited. Redirects are not followed.
 
 use super::keys::Keys;
 use crate::config::SecureUrl;
@@ -14,62 +13,46 @@ use hyper_util::rt::TokioExecutor;
 use serde::Deserialize;
 use std::time::Duration;
 
-/// For both documents together.
+/// The limit for both documents together.
 const FETCH_MAX: Duration = Duration::from_secs(10);
-/// The metadata of large issuers has 5 KiB, their keys 10.
+/// The metadata of large issuers has 5 KiB, their key sets 10 KiB.
 const DOCUMENT_BYTES_MAX: usize = 1 << 20;
 const USER_AGENT: &str = concat!("tuplewatch/", env!("CARGO_PKG_VERSION"));
 
-/// Why there are no keys.
+/// The reason for a failed fetch.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Without authorities no https server can be trusted.
+pub(crate) enum Error {
+    /// The trusted authorities of this machine could not be loaded.
     #[error("the system's certificate authorities cannot be read: {0} (SSL_CERT_FILE names them)")]
     Authorities(std::io::Error),
-    /// Too slow.
+    /// The fetch took too long.
     #[error("no answer within {FETCH_MAX:?}")]
     TimedOut,
-    /// No connection, or one that was not trusted.
+    /// The connection failed, or its certificate was not trusted.
     #[error("{url}: {}", chain(.source.as_ref()))]
-    Unreachable {
-        /// What was asked for.
-        url: String,
-        /// Why.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// Another answer than 200.
+    Unreachable { url: String, source: Box<dyn std::error::Error + Send + Sync> },
+    /// The status was not 200.
     #[error("{url} answers {status}")]
-    Refused {
-        /// What was asked for.
-        url: String,
-        /// The answer.
-        status: http::StatusCode,
-    },
-    /// Something else than what it should be.
-    #[error("{url} is not what it should be: {source}")]
-    Malformed {
-        /// What was asked for.
-        url: String,
-        /// Why.
-        source: serde_json::Error,
-    },
-    /// Somebody else's metadata.
+    Refused { url: String, status: http::StatusCode },
+    /// The document is not valid.
+    #[error("{url} is not a valid document: {source}")]
+    Malformed { url: String, source: serde_json::Error },
+    /// The metadata belongs to another issuer.
     #[error("{url} is about the issuer '{found}': authn.oidc.issuer must be written the same way")]
     OtherIssuer {
-        /// What was asked for.
         url: String,
-        /// Who it is about.
+        /// The issuer that the metadata names.
         found: String,
     },
-    /// Keys that anybody on the way could replace.
-    #[error("its keys are at '{0}', which is no https URL")]
+    /// The key set has a URL without TLS, so an attacker on the way could replace the keys.
+    #[error("its keys are at '{0}', which is not an https URL")]
     Insecure(String),
-    /// None that we could use.
+    /// The key set has no usable key.
     #[error("{0} has no RSA or EC key for signatures")]
     NoKeys(String),
 }
 
-/// An error of hyper's hides what matters in its causes.
+/// The error with its causes. The outer errors of hyper say little.
 fn chain(error: &(dyn std::error::Error + Send + Sync)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -93,14 +76,14 @@ pub(super) struct Issuer {
 
 impl Issuer {
     pub(super) fn new(url: SecureUrl) -> Result<Self, Error> {
-        // Named here: a second implementation in the tree would leave rustls without a choice.
+        // Explicit, because rustls cannot choose a provider if a dependency adds a second one.
         let connector = HttpsConnectorBuilder::new()
             .with_provider_and_native_roots(rustls::crypto::ring::default_provider())
             .map_err(Error::Authorities)?
             .https_or_http()
             .enable_http1()
             .build();
-        // Nothing is kept open from one fetch to the next, minutes later.
+        // Fetches are minutes apart, so no connection is kept open.
         let client = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
         Ok(Self { url, client })
     }
@@ -109,7 +92,6 @@ impl Issuer {
         &self.url
     }
 
-    /// Its keys as they are now.
     pub(super) async fn fetch(&self) -> Result<Keys, Error> {
         tokio::time::timeout(FETCH_MAX, self.fetch_documents()).await.unwrap_or(Err(Error::TimedOut))
     }
@@ -153,7 +135,7 @@ mod tests {
     use axum::routing::get;
     use serde_json::{Value, json};
 
-    /// What is said of an issuer with this metadata and these keys; `ISSUER` stands for its URL.
+    /// Checks the error for this metadata and these keys. `ISSUER` stands for the issuer's URL.
     async fn check(metadata: (u16, Value), keys: (u16, Value), says: &str) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -172,22 +154,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_of_it_is_taken_for_granted() {
+    async fn foreign_documents_are_checked() {
         let metadata = || (200, json!({"issuer": "ISSUER", "jwks_uri": "ISSUER/keys", "more": [1]}));
         let key = json!({"kty": "RSA", "n": "AQAB", "e": "AQAB"});
         let keys = || (200, json!({"keys": [key]}));
         check(metadata(), keys(), "").await;
         check((404, json!({})), keys(), "ISSUER/.well-known/openid-configuration answers 404 Not Found").await;
         check((302, json!({})), keys(), "ISSUER/.well-known/openid-configuration answers 302 Found").await;
-        check((200, json!("html")), keys(), "openid-configuration is not what it should be: ").await;
+        check((200, json!("html")), keys(), "openid-configuration is not a valid document: ").await;
         check((200, json!({"issuer": "ISSUER"})), keys(), "missing field `jwks_uri`").await;
         let other = json!({"issuer": "ISSUER/", "jwks_uri": "ISSUER/keys"});
         check((200, other), keys(), "is about the issuer 'ISSUER/': authn.oidc.issuer must be written the same").await;
         let insecure = json!({"issuer": "ISSUER", "jwks_uri": "http://keys.example/"});
-        check((200, insecure), keys(), "its keys are at 'http://keys.example/', which is no https URL").await;
+        check((200, insecure), keys(), "its keys are at 'http://keys.example/', which is not an https URL").await;
         check(metadata(), (500, json!({})), "ISSUER/keys answers 500").await;
         check(metadata(), (200, json!({"keys": []})), "ISSUER/keys has no RSA or EC key for signatures").await;
-        check(metadata(), (200, json!({"keys": 1})), "ISSUER/keys is not what it should be: ").await;
+        check(metadata(), (200, json!({"keys": 1})), "ISSUER/keys is not a valid document: ").await;
         let huge = "x".repeat(DOCUMENT_BYTES_MAX);
         check(metadata(), (200, json!({"keys": [key], "more": huge})), "ISSUER/keys: length limit exceeded").await;
     }

@@ -4,22 +4,23 @@ use jsonwebtoken::jwk::{AlgorithmParameters, Jwk, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, Header};
 use serde::Deserialize;
 
-/// More keys than any issuer has at a time; the rest of a document is left out.
+/// More keys than any issuer has at a time. Further keys are ignored.
 const KEYS_MAX: usize = 256;
 
-/// Those keys of a set that can check signatures.
+/// The keys of a set that can verify signatures.
 pub(super) struct Keys(Vec<Key>);
 
 struct Key {
     id: Option<String>,
-    /// The only one that it is for, where that is said.
+    /// The only algorithm that the key may be used with, if the set says so.
     algorithm: Option<Algorithm>,
     decoding: DecodingKey,
 }
 
 #[derive(Deserialize)]
 struct Document {
-    /// Each by itself: one that we do not understand is nothing against the others (RFC 7517, section 5).
+    /// Each key is parsed by itself, because an unknown kind of key does not invalidate the others (RFC 7517, section
+    /// 5).
     keys: Vec<serde_json::Value>,
 }
 
@@ -34,8 +35,7 @@ impl Keys {
         self.0.is_empty()
     }
 
-    /// The key that a token with this header is signed with, by what the header says. Where it names none, there must be
-    /// only one that it can be.
+    /// The key that a token with this header is signed with. If the header names no key, exactly one key must fit.
     pub(super) fn find(&self, header: &Header) -> Option<&DecodingKey> {
         let mut fitting = self.0.iter().filter(|key| key.fits(header));
         let key = fitting.next()?;
@@ -102,7 +102,7 @@ mod tests {
             (Some("strange"), Algorithm::ES256, false),
             (Some("broken"), Algorithm::RS256, false),
             (None, Algorithm::RS256, true),
-            // Either of two.
+            // Both keys fit.
             (None, Algorithm::ES256, false),
             (None, Algorithm::ES384, true),
         ] {

@@ -1,9 +1,10 @@
-//! Checks the signatures of tokens with ring, the library that all TLS here uses.
+//! Verifies the signatures of tokens with ring, the library that all TLS here uses.
 //!
-//! jsonwebtoken brings two implementations of its own, aws-lc and RustCrypto. Either would be a second cryptography library in
-//! the program, and aws-lc alone costs a quarter of a cold build. It leaves room for another one: this.
+//! jsonwebtoken offers two implementations, aws-lc and RustCrypto. Either would be a second cryptography library in the
+//! program, and aws-lc alone takes a quarter of a cold build. jsonwebtoken also accepts a custom implementation, which
+//! this module provides.
 //!
-//! Only what [`ALGORITHMS`](super::ALGORITHMS) lists is implemented, and only checking: the program signs nothing.
+//! Only verification with [`ALGORITHMS`](super::ALGORITHMS) is implemented. The program signs nothing.
 
 use jsonwebtoken::crypto::{CryptoProvider, JwtVerifier, KeyUtils};
 use jsonwebtoken::errors::{ErrorKind, Result};
@@ -17,7 +18,7 @@ use ring::signature::{
 static PROVIDER: CryptoProvider = CryptoProvider {
     signer_factory: |_, _| Err(ErrorKind::UnsupportedAlgorithm.into()),
     verifier_factory: |algorithm, key| Ok(Box::new(Signatures::new(*algorithm, key)?)),
-    // For making JWKs from keys; reading JWKs needs none of these.
+    // These are needed to make JWKs from keys, but not to read JWKs.
     key_utils: KeyUtils {
         rsa_pub_components_from_private_key: |_| Err(ErrorKind::UnsupportedAlgorithm.into()),
         rsa_pub_components_from_public_key: |_| Err(ErrorKind::UnsupportedAlgorithm.into()),
@@ -27,13 +28,14 @@ static PROVIDER: CryptoProvider = CryptoProvider {
     },
 };
 
-/// Makes this the implementation that jsonwebtoken uses in the whole process. Must be called before the first token is checked.
+/// Makes this the implementation that jsonwebtoken uses in the whole process. It must be called before the first token
+/// is verified.
 pub(super) fn install() {
-    // An error means that it is installed already.
+    // An error means that it is already installed.
     let _ = PROVIDER.install_default();
 }
 
-/// Checks signatures of one algorithm with one key.
+/// Verifies signatures of one algorithm with one key.
 struct Signatures {
     algorithm: Algorithm,
     scheme: Scheme,
@@ -57,7 +59,7 @@ impl Signatures {
             Algorithm::ES384 => (AlgorithmFamily::Ec, Scheme::Ecdsa(&ECDSA_P384_SHA384_FIXED)),
             _ => return Err(ErrorKind::UnsupportedAlgorithm.into()),
         };
-        // A key of another kind must never be read as one of this kind.
+        // A key of another family must never be interpreted as one of this family.
         if key.family() != family {
             return Err(ErrorKind::InvalidKeyFormat.into());
         }
@@ -74,7 +76,7 @@ impl Verifier<Vec<u8>> for Signatures {
             (Scheme::Ecdsa(algorithm), DecodingKeyKind::SecretOrDer(point)) => {
                 UnparsedPublicKey::new(*algorithm, point).verify(message, signature)
             }
-            // Keys come from JWKs, which have no other forms.
+            // Keys are read from JWKs, which have no other forms.
             _ => return Err(Error::new()),
         };
         checked.map_err(|_| Error::new())
@@ -87,7 +89,7 @@ impl JwtVerifier for Signatures {
     }
 }
 
-/// Some issuers write a zero in front (RFC 7518, section 6.3.1.1, warns of them), which ring refuses.
+/// Removes leading zeros, which ring refuses. Some issuers write them (RFC 7518, section 6.3.1.1, warns of that).
 fn number(mut bytes: &[u8]) -> &[u8] {
     while let [0, rest @ ..] = bytes {
         bytes = rest;
@@ -124,7 +126,7 @@ mod tests {
         RsaKeyPair::from_pkcs8(include_bytes!("../../../../tests/support/keys/rsa.p8")).unwrap()
     }
 
-    /// The modulus with so many zeros in front of it.
+    /// The RSA modulus with this number of zeros in front.
     fn rsa_public(zeros: usize) -> DecodingKey {
         let public = RsaPublicKeyComponents::<Vec<u8>>::from(rsa().public());
         let n = [vec![0; zeros], public.n].concat();

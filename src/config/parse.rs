@@ -1,4 +1,5 @@
-//! What a key takes: the functions that turn one value, as a source gave it, into a valid one.
+//! Parsers for configuration values: each turns a raw value from a source into a valid one, or describes the values
+//! that its key takes.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -11,24 +12,24 @@ use super::host::Host;
 use super::quantity::{ByteSize, format_duration, parse_duration};
 use crate::yaml;
 
-/// One value as a source gave it.
-pub(super) enum Given<'a> {
-    /// Also everything from the environment and from flags.
+/// A value as a source wrote it, before validation.
+pub(super) enum RawValue<'a> {
+    /// A text. Every value from the environment and from flags is one.
     Text(&'a str),
     Integer(i64),
     Boolean(bool),
-    /// From a file only: elsewhere a list is a text with commas.
+    /// From a file only: other sources write a list as a text with commas.
     List(&'a [yaml::Value]),
     /// From a file only.
     Section(&'a yaml::Section),
-    /// Something that no key takes, in words.
+    /// A value that no key takes, described in words.
     Other(&'static str),
 }
 
-/// What a key takes, in words that go on from "must be".
+/// A description of the values that a key takes. It continues "must be".
 pub(super) type Allowed = String;
 
-impl<'a> From<&'a yaml::Value> for Given<'a> {
+impl<'a> From<&'a yaml::Value> for RawValue<'a> {
     fn from(value: &'a yaml::Value) -> Self {
         match value {
             yaml::Value::Text(text) => Self::Text(text),
@@ -42,9 +43,9 @@ impl<'a> From<&'a yaml::Value> for Given<'a> {
     }
 }
 
-impl fmt::Display for Given<'_> {
+impl fmt::Display for RawValue<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        /// As much as is needed to recognize a value in an error message.
+        /// Enough characters to recognize the value in an error message.
         const SHOWN_MAX: usize = 60;
         match self {
             Self::Text(text) => {
@@ -62,21 +63,21 @@ impl fmt::Display for Given<'_> {
 }
 
 /// `true` or `false`.
-pub(super) fn boolean(given: &Given<'_>) -> Result<bool, Allowed> {
-    match given {
-        Given::Boolean(value) => Some(*value),
-        Given::Text(text) => text.parse().ok(),
+pub(super) fn boolean(raw: &RawValue<'_>) -> Result<bool, Allowed> {
+    match raw {
+        RawValue::Boolean(value) => Some(*value),
+        RawValue::Text(text) => text.parse().ok(),
         _ => None,
     }
     .ok_or_else(|| "true or false".to_owned())
 }
 
 /// A whole number in `range`.
-pub(super) fn whole<T: TryFrom<u64>>(range: RangeInclusive<u64>) -> impl Fn(&Given<'_>) -> Result<T, Allowed> {
-    move |given| {
-        match given {
-            Given::Integer(number) => u64::try_from(*number).ok(),
-            Given::Text(text) => text.parse().ok(),
+pub(super) fn whole<T: TryFrom<u64>>(range: RangeInclusive<u64>) -> impl Fn(&RawValue<'_>) -> Result<T, Allowed> {
+    move |raw| {
+        match raw {
+            RawValue::Integer(number) => u64::try_from(*number).ok(),
+            RawValue::Text(text) => text.parse().ok(),
             _ => None,
         }
         .filter(|number| range.contains(number))
@@ -86,11 +87,11 @@ pub(super) fn whole<T: TryFrom<u64>>(range: RangeInclusive<u64>) -> impl Fn(&Giv
 }
 
 /// A number of bytes in `range`.
-pub(super) fn size(range: RangeInclusive<ByteSize>) -> impl Fn(&Given<'_>) -> Result<ByteSize, Allowed> {
-    move |given| {
-        match given {
-            Given::Integer(number) => u64::try_from(*number).ok().map(ByteSize::bytes),
-            Given::Text(text) => ByteSize::parse(text),
+pub(super) fn size(range: RangeInclusive<ByteSize>) -> impl Fn(&RawValue<'_>) -> Result<ByteSize, Allowed> {
+    move |raw| {
+        match raw {
+            RawValue::Integer(number) => u64::try_from(*number).ok().map(ByteSize::bytes),
+            RawValue::Text(text) => ByteSize::parse(text),
             _ => None,
         }
         .filter(|size| range.contains(size))
@@ -100,11 +101,11 @@ pub(super) fn size(range: RangeInclusive<ByteSize>) -> impl Fn(&Given<'_>) -> Re
     }
 }
 
-/// A length of time in `range`.
-pub(super) fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Given<'_>) -> Result<Duration, Allowed> {
-    move |given| {
-        match given {
-            Given::Text(text) => parse_duration(text),
+/// A duration in `range`.
+pub(super) fn duration(range: RangeInclusive<Duration>) -> impl Fn(&RawValue<'_>) -> Result<Duration, Allowed> {
+    move |raw| {
+        match raw {
+            RawValue::Text(text) => parse_duration(text),
             _ => None,
         }
         .filter(|duration| range.contains(duration))
@@ -119,9 +120,9 @@ pub(super) fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Given<'_>) -
 }
 
 /// One of the words of `T`.
-pub(super) fn choice<T: Choice>(given: &Given<'_>) -> Result<T, Allowed> {
-    let found = match given {
-        Given::Text(text) => T::ALL.iter().find(|choice| choice.to_string() == *text),
+pub(super) fn choice<T: Choice>(raw: &RawValue<'_>) -> Result<T, Allowed> {
+    let found = match raw {
+        RawValue::Text(text) => T::ALL.iter().find(|choice| choice.to_string() == *text),
         _ => None,
     };
     found.copied().ok_or_else(|| {
@@ -133,34 +134,34 @@ pub(super) fn choice<T: Choice>(given: &Given<'_>) -> Result<T, Allowed> {
     })
 }
 
-/// Any number of what `item` takes: a list in a file; in the environment and in flags a text with commas between them.
+/// A list of values that `item` parses. In the environment and in flags it is a text with commas.
 pub(super) fn list<T>(
-    item: impl Fn(&Given<'_>) -> Result<T, Allowed>,
-) -> impl Fn(&Given<'_>) -> Result<Vec<T>, Allowed> {
-    move |given| {
-        let items: Vec<Given<'_>> = match given {
-            Given::List(items) => items.iter().map(Given::from).collect(),
-            Given::Text(text) if text.trim().is_empty() => Vec::new(),
-            Given::Text(text) => text.split(',').map(|item| Given::Text(item.trim())).collect(),
-            Given::Integer(_) | Given::Boolean(_) | Given::Section(_) | Given::Other(_) => {
+    item: impl Fn(&RawValue<'_>) -> Result<T, Allowed>,
+) -> impl Fn(&RawValue<'_>) -> Result<Vec<T>, Allowed> {
+    move |raw| {
+        let items: Vec<RawValue<'_>> = match raw {
+            RawValue::List(items) => items.iter().map(RawValue::from).collect(),
+            RawValue::Text(text) if text.trim().is_empty() => Vec::new(),
+            RawValue::Text(text) => text.split(',').map(|item| RawValue::Text(item.trim())).collect(),
+            RawValue::Integer(_) | RawValue::Boolean(_) | RawValue::Section(_) | RawValue::Other(_) => {
                 return Err("a list, as in [a, b], or a text with commas between the items".to_owned());
             }
         };
-        let parsed = (1..).zip(&items).map(|(number, given)| {
-            item(given).map_err(|allowed| format!("a list of which each item is {allowed}, and item {number} is not"))
+        let parsed = (1..).zip(&items).map(|(number, raw)| {
+            item(raw).map_err(|allowed| format!("a list of which each item is {allowed}, and item {number} is not"))
         });
         parsed.collect()
     }
 }
 
 /// An address to listen on.
-pub(super) fn host(given: &Given<'_>) -> Result<Host, Allowed> {
-    text(given, "an IP address or a DNS name, without a port", Host::parse)
+pub(super) fn host(raw: &RawValue<'_>) -> Result<Host, Allowed> {
+    text(raw, "an IP address or a DNS name, without a port", Host::parse)
 }
 
-/// What a browser sends in `Origin` (RFC 6454, section 6.2), or `*`.
-pub(super) fn origin(given: &Given<'_>) -> Result<String, Allowed> {
-    text(given, "an origin such as https://app.example.com (scheme, host and port only), or *", |text| {
+/// An origin as browsers send it in `Origin` (RFC 6454, section 6.2), or `*`.
+pub(super) fn origin(raw: &RawValue<'_>) -> Result<String, Allowed> {
+    text(raw, "an origin such as https://app.example.com (scheme, host and port only), or *", |text| {
         let is_authority = |rest: &str| {
             let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-._:[]".contains(c);
             !rest.is_empty() && rest.chars().all(plain)
@@ -170,60 +171,60 @@ pub(super) fn origin(given: &Given<'_>) -> Result<String, Allowed> {
     })
 }
 
-/// A path; its file need not exist.
-pub(super) fn path(given: &Given<'_>) -> Result<PathBuf, Allowed> {
-    text(given, "a path", |text| (!text.is_empty() && !text.contains('\0')).then(|| PathBuf::from(text)))
+/// A path. The file need not exist.
+pub(super) fn path(raw: &RawValue<'_>) -> Result<PathBuf, Allowed> {
+    text(raw, "a path", |text| (!text.is_empty() && !text.contains('\0')).then(|| PathBuf::from(text)))
 }
 
-/// A path, or an empty text for none.
-pub(super) fn optional_path(given: &Given<'_>) -> Result<Option<PathBuf>, Allowed> {
-    match given {
-        Given::Text("") => Ok(None),
-        _ => path(given).map(Some),
+/// A path; an empty text means none.
+pub(super) fn optional_path(raw: &RawValue<'_>) -> Result<Option<PathBuf>, Allowed> {
+    match raw {
+        RawValue::Text("") => Ok(None),
+        _ => path(raw).map(Some),
     }
 }
 
-/// Anything but blanks, which stand for none: what a URI may hold is decided where it is used.
-pub(super) fn database_uri(given: &Given<'_>) -> Result<Option<DatabaseUri>, Allowed> {
-    text(given, "a PostgreSQL URI", |text| Some((!text.trim().is_empty()).then(|| DatabaseUri::new(text))))
+/// Any text; a blank one means none. The modules that connect check the URI.
+pub(super) fn database_uri(raw: &RawValue<'_>) -> Result<Option<DatabaseUri>, Allowed> {
+    text(raw, "a PostgreSQL URI", |text| Some((!text.trim().is_empty()).then(|| DatabaseUri::new(text))))
 }
 
-/// What PostgreSQL takes for the name of a slot (`ReplicationSlotValidateName`).
-pub(super) fn slot(given: &Given<'_>) -> Result<String, Allowed> {
-    text(given, "1 to 63 of the letters a-z, 0-9 and _", |text| {
+/// A name that PostgreSQL accepts for a slot (`ReplicationSlotValidateName`).
+pub(super) fn slot(raw: &RawValue<'_>) -> Result<String, Allowed> {
+    text(raw, "1 to 63 characters of a-z, 0-9 and _", |text| {
         let fits =
             (1..=63).contains(&text.len()) && text.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_'));
         fits.then(|| text.to_owned())
     })
 }
 
-/// A name that needs no escaping in the list of names that `START_REPLICATION` takes.
-pub(super) fn publication(given: &Given<'_>) -> Result<String, Allowed> {
+/// A name that needs no escaping in the list of publications that `START_REPLICATION` takes.
+pub(super) fn publication(raw: &RawValue<'_>) -> Result<String, Allowed> {
     let allowed = "1 to 63 bytes without commas, quotes or white space";
-    text(given, allowed, |text| {
+    text(raw, allowed, |text| {
         let fits = (1..=63).contains(&text.len())
             && !text.chars().any(|c| matches!(c, ',' | '"' | '\'') || c.is_whitespace() || c.is_control());
         fits.then(|| text.to_owned())
     })
 }
 
-/// The name of a schema, as it is spelled in the catalog.
-pub(super) fn schema(given: &Given<'_>) -> Result<String, Allowed> {
+/// The name of a schema, spelled as in the catalog.
+pub(super) fn schema(raw: &RawValue<'_>) -> Result<String, Allowed> {
     let allowed = "the name of a schema, 1 to 63 bytes, not quoted";
-    text(given, allowed, |text| {
+    text(raw, allowed, |text| {
         let fits = (1..=63).contains(&text.len()) && !text.chars().any(|c| c == '"' || c.is_control());
         fits.then(|| text.to_owned())
     })
 }
 
-fn text<T>(given: &Given<'_>, allowed: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, Allowed> {
-    match given {
-        Given::Text(text) => parse(text).ok_or_else(|| allowed.to_owned()),
-        // YAML takes `slot: 007` for the number 7: what was written is lost.
-        Given::Integer(_) | Given::Boolean(_) | Given::Other("a fraction") => {
+fn text<T>(raw: &RawValue<'_>, allowed: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, Allowed> {
+    match raw {
+        RawValue::Text(text) => parse(text).ok_or_else(|| allowed.to_owned()),
+        // YAML reads `slot: 007` as the number 7, and the original text is lost.
+        RawValue::Integer(_) | RawValue::Boolean(_) | RawValue::Other("a fraction") => {
             Err(format!("{allowed}; put it in quotes"))
         }
-        Given::List(_) | Given::Section(_) | Given::Other(_) => Err(allowed.to_owned()),
+        RawValue::List(_) | RawValue::Section(_) | RawValue::Other(_) => Err(allowed.to_owned()),
     }
 }
 
@@ -232,7 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_list_is_in_brackets_or_has_commas() {
+    fn lists_are_in_brackets_or_have_commas() {
         let numbers = list(whole::<u16>(0..=9));
         let wrong =
             |number| Err(format!("a list of which each item is a whole number from 0 to 9, and item {number} is not"));
@@ -249,7 +250,7 @@ mod tests {
             ("1", Err("a list, as in [a, b], or a text with commas between the items".to_owned())),
         ] {
             let table = yaml::parse(&format!("key: {yaml}")).unwrap();
-            assert_eq!(numbers(&Given::from(&table["key"])), expected, "{yaml}");
+            assert_eq!(numbers(&RawValue::from(&table["key"])), expected, "{yaml}");
         }
     }
 }
