@@ -21,6 +21,7 @@
 //! This module reads the log and never writes it; it knows nothing of replication.
 
 mod feeds;
+mod item;
 pub mod primary;
 pub mod releaser;
 pub mod start;
@@ -31,6 +32,7 @@ mod window;
 #[cfg(test)]
 mod tests;
 
+pub use item::{EnvelopeForm, Item};
 pub use subscription::{End, Filter, Subscription};
 pub use wake_batch::WakeBatch;
 
@@ -39,7 +41,7 @@ use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Xid8};
 use crate::model::timeline::{History, Source};
 use crate::model::transaction::{Gap, Message, Transaction};
 use bytes::Bytes;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use window::Window;
@@ -54,37 +56,6 @@ pub struct Options {
     pub window_bytes: usize,
     /// Release at once, without asking whether PostgreSQL's snapshots see it yet.
     pub before_visible: bool,
-}
-
-/// A message on its way to subscribers, with its frame on the wire: made once, by whoever asks first.
-#[derive(Debug)]
-pub struct Item {
-    /// The message.
-    pub message: Message,
-    frame: OnceLock<Bytes>,
-}
-
-impl Item {
-    fn new(message: Message) -> Arc<Self> {
-        Arc::new(Self { message, frame: OnceLock::new() })
-    }
-
-    /// The frame, if it was made.
-    pub fn framed(&self) -> Option<&Bytes> {
-        self.frame.get()
-    }
-
-    /// The frame; all callers give the same `make`.
-    ///
-    /// # Errors
-    /// Those of `make`, which the next caller then tries again.
-    pub fn frame<E>(&self, make: impl FnOnce(&Message) -> Result<Bytes, E>) -> Result<Bytes, E> {
-        if let Some(frame) = self.frame.get() {
-            return Ok(frame.clone());
-        }
-        let made = make(&self.message)?;
-        Ok(self.frame.get_or_init(|| made).clone())
-    }
 }
 
 /// What is in memory, and how its readers do.
@@ -238,6 +209,26 @@ impl Hub {
         self.window().begin_at((source, Arc::new(history)), lsn);
         self.inner.watermark.send_replace(lsn);
         self.inner.admitted.send_replace(lsn);
+    }
+
+    /// The envelope of a message in this form: made once, by whoever asks first, and shared by all that read the message from memory.
+    /// All callers give the same `make`.
+    ///
+    /// # Errors
+    /// Those of `make`, which the next caller then tries again.
+    pub fn envelope<E>(
+        &self,
+        item: &Item,
+        form: EnvelopeForm,
+        make: impl FnOnce(&Message) -> Result<Bytes, E>,
+    ) -> Result<Bytes, E> {
+        if let Some(made) = item.made(form) {
+            return Ok(made.clone());
+        }
+        item.make(form, make, |made| {
+            form.count_made();
+            form.is_counted_up_front() || self.window().reserve(item, made.len(), *self.inner.appended.borrow())
+        })
     }
 
     /// What positions belong to; `None` until it is known.

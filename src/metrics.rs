@@ -61,6 +61,10 @@ pub struct Metrics {
     pub replays: IntCounter,
     /// Streams that fell from memory back to the log.
     pub slow_subscribers: IntCounter,
+    /// Messages that were encoded as frames of gRPC.
+    pub frames_made: IntCounter,
+    /// Messages that were encoded as lines of JSON.
+    pub lines_made: IntCounter,
     /// Streams that may be open.
     pub subscribers_limit: IntGauge,
     /// Streams over gRPC.
@@ -112,6 +116,11 @@ impl Metrics {
             "Bytes of messages sent to subscribers, without HTTP's framing and TLS, by protocol.",
             &["protocol"],
         );
+        let envelopes_made = new.counters(
+            "tuplewatch_envelopes_made_total",
+            "Messages that were encoded to be sent, by form: once for all streams that read a message from memory.",
+            &["form"],
+        );
         let edge = |protocol| Edge {
             protocol,
             subscribers: subscribers.with_label_values(&[protocol]),
@@ -157,6 +166,8 @@ impl Metrics {
                 "tuplewatch_slow_subscribers_total",
                 "Streams that were read so slowly that they fell from memory back to the change log.",
             ),
+            frames_made: envelopes_made.with_label_values(&["base_v1_frame"]),
+            lines_made: envelopes_made.with_label_values(&["base_v1_json"]),
             subscribers_limit: new.gauge("tuplewatch_subscribers_limit", "Streams of changes that may be open."),
             grpc: edge("grpc"),
             http: edge("http"),

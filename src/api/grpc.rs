@@ -20,6 +20,8 @@ use crate::access::admission::Admission;
 use crate::access::authn::Caller;
 use crate::access::connections;
 use crate::access::tls;
+use crate::api::scope::{self, Forbidden};
+use crate::api::watch::WatchService;
 use crate::config::Grpc as GrpcConfig;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -27,8 +29,8 @@ use threads::Threads;
 use tokio::net::TcpStream;
 use tokio::sync::watch::Receiver;
 use tokio::task::JoinSet;
+use tonic::Request;
 use tonic::service::Routes;
-use tonic::{Request, Status};
 use tower_layer::Layer as _;
 
 /// The types, servers and clients of `proto/`. Everything in `src/api/grpc/proto/` is generated: `just generate` writes it, and
@@ -95,7 +97,7 @@ impl Listener {
 #[derive(Clone)]
 #[expect(missing_docs, reason = "the fields are the services' names")]
 pub struct Services<P> {
-    pub watch: watch::WatchService<P>,
+    pub watch: WatchService<P>,
     pub data: Arc<data::DataService<P>>,
     pub tenancy: Arc<tenancy::TenancyService>,
 }
@@ -130,7 +132,8 @@ pub async fn serve<P: crate::hub::primary::Primary + 'static>(
     let (threads, failed) = Threads::start(&services.watch).map_err(Error::Threads)?;
     let spawn = |connections: &mut JoinSet<()>, stream: TcpStream, place| {
         let Some((thread, held)) = threads.take_on(place) else { return };
-        let (tls, watch, others, stop) = (tls.clone(), guard.layer(thread.watch.clone()), others.clone(), stop.clone());
+        let (tls, watch, others, stop) =
+            (tls.clone(), guard.layer(watch::Watch(thread.watch.clone())), others.clone(), stop.clone());
         // The runtime that accepted it gives it up; that of the thread takes it on.
         let stream = stream.into_std();
         let serving = async move {
@@ -149,7 +152,6 @@ pub async fn serve<P: crate::hub::primary::Primary + 'static>(
 }
 
 /// An error unless who makes the request may use the tenant.
-pub(crate) fn authorize<T>(request: &Request<T>, tenant: &str) -> Result<(), Status> {
-    let caller = request.extensions().get::<Caller>();
-    if caller.is_none_or(|caller| caller.may_use(tenant)) { Ok(()) } else { Err(status::forbidden(tenant)) }
+fn authorize<T>(request: &Request<T>, tenant: &str) -> Result<(), Forbidden> {
+    scope::authorize(request.extensions().get::<Caller>(), tenant)
 }

@@ -22,6 +22,7 @@ mod listener;
 mod names;
 mod probes;
 mod refusal;
+mod stream;
 mod tenancy;
 mod watch;
 

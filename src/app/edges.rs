@@ -7,9 +7,9 @@ use crate::access::authn::{Authenticator, oidc};
 use crate::access::connections;
 use crate::api::grpc::data::DataService;
 use crate::api::grpc::tenancy::TenancyService;
-use crate::api::grpc::watch::WatchService;
 use crate::api::grpc::{self, Services};
 use crate::api::http::{self, Gateway, Probes};
+use crate::api::watch::{self, WatchService};
 use crate::config::{self, Config, MappingSource, Preset, SnapTokenFormat};
 use crate::hub::Hub;
 use crate::model::snap_token;
@@ -17,7 +17,7 @@ use crate::postgres::primary::PrimaryConnector;
 use crate::store::Store;
 use anyhow::Context as _;
 use std::sync::Arc;
-use tokio::sync::watch;
+use tokio::sync::watch::Receiver;
 
 /// Both ports, and who gets in.
 pub(super) struct Edges {
@@ -56,7 +56,7 @@ impl Edges {
         probes: impl Probes,
         health: grpc::health::Server<impl grpc::health::Reason>,
         streams_max: usize,
-        stop: watch::Receiver<bool>,
+        stop: Receiver<bool>,
     ) -> anyhow::Result<()> {
         let Self { grpc, http, admission, issuer_keys } = self;
         if let Some((listener, _)) = &http {
@@ -94,9 +94,9 @@ pub(super) fn services(
     hub: &Hub,
     primary: SqlPrimary,
     primaries: PrimaryConnector,
-    stop: watch::Receiver<bool>,
+    stop: Receiver<bool>,
 ) -> Services<SqlPrimary> {
-    let watch = grpc::watch::Options {
+    let watch = watch::Options {
         enabled: config.service.watch.enabled,
         subscribers_max: streams_max(config),
         resolve_timeout: config.service.watch.resolve_timeout,

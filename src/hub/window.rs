@@ -49,6 +49,7 @@ struct Entry {
     commit: CommitLsn,
     xid: Xid8,
     end: EndLsn,
+    /// Of the transaction, and of the envelopes that were made of it since.
     bytes: usize,
     /// Whose feeds have messages of it; a tenant once for each message.
     tenants: Vec<TenantId>,
@@ -174,7 +175,7 @@ impl Window {
         self.full_since = None;
         for (tenant, message) in &transaction.messages {
             let feed = self.feeds.get_or_add(tenant, self.floor);
-            feed.messages.push_back(Item::new(message.clone()));
+            feed.messages.push_back(Item::in_window(message.clone()));
         }
         let tenants: Vec<TenantId> = transaction.messages.iter().map(|(tenant, _)| tenant.clone()).collect();
         let everybody = transaction.staged || transaction.gaps.iter().any(|gap| gap.tenant.is_none());
@@ -217,6 +218,28 @@ impl Window {
         true
     }
 
+    /// Counts an envelope that was made of this message, and forgets what is older where that takes room. `false`: there is none, and
+    /// the envelope must not be kept. What is not in the window (any more) is its readers' to hold.
+    pub(super) fn reserve(&mut self, item: &Item, bytes: usize, appended: Lsn) -> bool {
+        if !item.is_in_window() {
+            return true;
+        }
+        let commit = item.message.header.commit;
+        let is_older = |entry: &Entry| entry.commit < commit;
+        while self.bytes + bytes > self.options.window_bytes
+            && self.entries.front().is_some_and(is_older)
+            && self.evict_oldest(appended)
+        {}
+        if self.bytes + bytes > self.options.window_bytes {
+            return false;
+        }
+        let at = self.entries.partition_point(is_older);
+        let Some(entry) = self.entries.get_mut(at) else { return false };
+        entry.bytes += bytes;
+        self.bytes += bytes;
+        true
+    }
+
     /// Takes idle progress, or a gap.
     pub(super) fn admit_mark(&mut self, lsn: Lsn, gap: Option<Gap>) {
         let wake = match &gap {
@@ -254,6 +277,7 @@ impl Window {
         for tenant in &entry.tenants {
             let Some(feed) = self.feeds.get_mut(tenant) else { continue };
             if let Some(item) = feed.messages.pop_front() {
+                item.leave_window();
                 assert!(item.message.header.commit == entry.commit, "feeds and entries are in the same order");
                 feed.floor = feed.floor.max(item.message.reached());
             }
@@ -343,8 +367,8 @@ impl Window {
         while let Some(entry) = self.entries.pop_back_if(|entry| entry.end.0 > at) {
             self.bytes -= entry.bytes;
             for tenant in &entry.tenants {
-                if let Some(feed) = self.feeds.get_mut(tenant) {
-                    feed.messages.pop_back();
+                if let Some(item) = self.feeds.get_mut(tenant).and_then(|feed| feed.messages.pop_back()) {
+                    item.leave_window();
                 }
             }
         }

@@ -156,7 +156,8 @@ async fn a_limit_of_connections_that_leaves_none_is_told_until_it_is_raised() {
     // too, and is in no view: so all of them are counted, and not only the node's.
     admin.run("CREATE ROLE crowd LOGIN").await;
     let uri = postgres.uri().replace("postgres@", "crowd@");
-    let for_ordinary_roles = "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int";
+    let for_ordinary_roles =
+        "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int";
     let for_ordinary_roles: usize = admin.value(for_ordinary_roles).await.parse().unwrap();
     let mut crowd = Crowd(Vec::new());
     eventually("the crowd and this test have every connection", async || {

@@ -4,8 +4,8 @@
 //! ([`crate::hub::WakeBatch`]), and it writes once. On a runtime of several threads it would run, and write, as soon as the first
 //! stream was woken.
 
-use super::watch::WatchService;
 use crate::access::connections::Place;
+use crate::api::watch::WatchService;
 use crate::hub::primary::Primary;
 use crate::thread;
 use std::convert::Infallible;

@@ -5,14 +5,13 @@
 //! lowerCamelCase forms, each known and set once (`names`). The library does all of it, from the descriptors of `proto/`.
 
 use super::names;
-use crate::api::grpc::proto::{DESCRIPTORS, WatchResponse};
+use crate::api::grpc::proto::DESCRIPTORS;
 use prost::bytes::Bytes;
 use prost::{Message, Name};
 use prost_reflect::{
     DescriptorPool, DeserializeOptions, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, ReflectMessage as _,
     SerializeOptions, Value,
 };
-use prost_types::FileDescriptorSet;
 use std::sync::LazyLock;
 use tonic::{Code, Status};
 
@@ -27,33 +26,10 @@ const COMPILED_IN: &str = "the descriptors are compiled in, and a test reads the
 #[expect(clippy::expect_used, reason = "compiled in")]
 static MESSAGES: LazyLock<DescriptorPool> = LazyLock::new(|| DescriptorPool::decode(DESCRIPTORS).expect(COMPILED_IN));
 
-/// As [`MESSAGES`], with the name that newer clients have for the list of changes. On the wire they are the same.
-#[expect(clippy::expect_used, reason = "compiled in")]
-static RENAMED: LazyLock<DescriptorPool> = LazyLock::new(|| {
-    let mut files = FileDescriptorSet::decode(DESCRIPTORS).expect(COMPILED_IN);
-    let messages = files.file.iter_mut().flat_map(|file| &mut file.message_type);
-    for field in messages.filter(|message| message.name() == "DataChanges").flat_map(|message| &mut message.field) {
-        if field.name() == "tuple_changes" {
-            field.name = Some("data_changes".to_owned());
-            field.json_name = Some("dataChanges".to_owned());
-        }
-    }
-    DescriptorPool::from_file_descriptor_set(files).expect(COMPILED_IN)
-});
-
 /// `google.rpc`, with the details that an error can have.
 #[expect(clippy::expect_used, reason = "compiled in")]
 static ERRORS: LazyLock<DescriptorPool> =
     LazyLock::new(|| DescriptorPool::decode(tonic_types::pb::FILE_DESCRIPTOR_SET).expect(COMPILED_IN));
-
-/// What the list of changes is called.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Changes {
-    /// In the first version of the API.
-    TupleChanges,
-    /// In later ones.
-    DataChanges,
-}
 
 /// A request that is being put together from its body, its path and its query.
 pub(super) struct Reading {
@@ -147,30 +123,6 @@ pub(super) fn write<T: Message + Name>(message: &T) -> Result<String, Status> {
     to_json(&decode(&descriptor(&MESSAGES, &T::full_name())?, Bytes::from(message.encode_to_vec()))?)
 }
 
-/// An encoded `WatchResponse`, in JSON.
-pub(super) struct Written {
-    /// The one that is in it.
-    pub(super) snap_token: String,
-    pub(super) json: String,
-}
-
-/// The JSON of an encoded `WatchResponse`.
-///
-/// # Errors
-/// As [`write()`].
-pub(super) fn write_watch_response(encoded: Bytes, changes: Changes) -> Result<Written, Status> {
-    let pool = match changes {
-        Changes::TupleChanges => &MESSAGES,
-        Changes::DataChanges => &RENAMED,
-    };
-    let response = decode(&descriptor(pool, &WatchResponse::full_name())?, encoded)?;
-    let token = response.get_field_by_name("changes").and_then(|changes| {
-        let token = changes.as_message()?.get_field_by_name("snap_token")?;
-        token.as_str().map(str::to_owned)
-    });
-    Ok(Written { snap_token: token.unwrap_or_default(), json: to_json(&response)? })
-}
-
 /// `{code, message, details}`: a `google.rpc.Status`.
 pub(super) fn write_status(status: &Status) -> String {
     let plain = tonic_types::pb::Status {
@@ -213,8 +165,8 @@ fn unwritable(descriptor: &MessageDescriptor, error: &dyn std::error::Error) -> 
 mod tests {
     use super::*;
     use crate::api::grpc::proto::{
-        Attribute, AttributeReadResponse, DataChange, DataChanges, DataWriteRequest, RelationshipReadRequest, Tenant,
-        TenantCreateResponse, WatchRequest, data_change,
+        Attribute, AttributeReadResponse, DataWriteRequest, RelationshipReadRequest, Tenant, TenantCreateResponse,
+        WatchRequest,
     };
     use serde_json::{Value as Json, json};
     use std::collections::HashMap;
@@ -228,14 +180,6 @@ mod tests {
 
     fn read<T: Message + Name + Default>(body: &[u8]) -> Result<T, Status> {
         Reading::body::<T>(body)?.finish()
-    }
-
-    fn tuple() -> Json {
-        json!({
-            "entity": {"type": "document", "id": "1"},
-            "relation": "viewer",
-            "subject": {"type": "user", "id": "2", "relation": ""},
-        })
     }
 
     /// An attribute goes in as JSON and comes out as the same.
@@ -366,27 +310,6 @@ mod tests {
             assert!(refused.message().starts_with("the body is no DataWriteRequest: "), "{refused}");
         }
         assert!(read::<DataWriteRequest>(b"{\"tenant_id\": \"\xff\"}").is_err());
-    }
-
-    #[test]
-    fn changes_are_called_as_the_client_calls_them() {
-        let tuple: DataWriteRequest = read(json!({"tuples": [tuple()]}).to_string().as_bytes()).unwrap();
-        let tuple = tuple.tuples.into_iter().next().map(data_change::Type::Tuple);
-        let change = DataChange { operation: data_change::Operation::Create as i32, r#type: tuple };
-        let changes = DataChanges { snap_token: "s".into(), tuple_changes: vec![change] };
-        let encoded = Bytes::from(WatchResponse { changes: Some(changes) }.encode_to_vec());
-        for (changes, name) in [(Changes::TupleChanges, "tuple_changes"), (Changes::DataChanges, "data_changes")] {
-            let json: Json = {
-                let written = write_watch_response(encoded.clone(), changes).unwrap();
-                assert_eq!(written.snap_token, "s");
-                serde_json::from_str(&written.json).unwrap()
-            };
-            let list = json!([{"operation": "OPERATION_CREATE", "tuple": self::tuple()}]);
-            assert_eq!(json, json!({"changes": {"snap_token": "s", (name): list}}));
-        }
-        let empty = Bytes::from(WatchResponse { changes: Some(DataChanges::default()) }.encode_to_vec());
-        let json = write_watch_response(empty, Changes::DataChanges).unwrap().json;
-        assert_eq!(json, r#"{"changes":{"snap_token":"","data_changes":[]}}"#);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! for it. What HTTP itself refuses has the form, too.
 
 use super::json;
+use crate::api::watch;
 use axum::http::header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{Method, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -57,6 +58,12 @@ impl Refusal {
 impl From<Status> for Refusal {
     fn from(status: Status) -> Self {
         Self::new(of(status.code()), status)
+    }
+}
+
+impl From<watch::Error> for Refusal {
+    fn from(error: watch::Error) -> Self {
+        Self::from(Status::from(error))
     }
 }
 
