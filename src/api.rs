@@ -8,4 +8,5 @@ mod forms;
 pub mod grpc;
 pub mod http;
 mod scope;
+mod threads;
 pub mod watch;

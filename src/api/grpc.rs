@@ -12,7 +12,6 @@ pub mod health;
 mod send_counters;
 pub mod status;
 pub mod tenancy;
-mod threads;
 mod validation;
 pub mod watch;
 
@@ -21,14 +20,13 @@ use crate::access::authn::Caller;
 use crate::access::connections;
 use crate::access::tls;
 use crate::api::scope::{self, Forbidden};
+use crate::api::threads;
 use crate::api::watch::WatchService;
 use crate::config::Grpc as GrpcConfig;
+use crate::hub::Hub;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use threads::Threads;
-use tokio::net::TcpStream;
 use tokio::sync::watch::Receiver;
-use tokio::task::JoinSet;
 use tonic::Request;
 use tonic::service::Routes;
 use tower_layer::Layer as _;
@@ -129,26 +127,13 @@ pub async fn serve<P: crate::hub::primary::Primary + 'static>(
     let guard = admission.layer(|error| status::of_admission(error).into_http());
 
     let Listener { listener, tls } = listener;
-    let (threads, failed) = Threads::start(&services.watch).map_err(Error::Threads)?;
-    let spawn = |connections: &mut JoinSet<()>, stream: TcpStream, place| {
-        let Some((thread, held)) = threads.take_on(place) else { return };
-        let (tls, watch, others, stop) =
-            (tls.clone(), guard.layer(watch::Watch(thread.watch.clone())), others.clone(), stop.clone());
-        // The runtime that accepted it gives it up; that of the thread takes it on.
-        let stream = stream.into_std();
-        let serving = async move {
-            let served = async { connection::serve(TcpStream::from_std(stream?)?, tls, watch, others, stop).await };
-            if let Err(error) = served.await {
-                tracing::debug!("a gRPC connection ended: {error}");
-            }
-            drop(held);
-        };
-        connections.spawn_on(serving, &thread.runtime);
+    let connector = |hub: Hub| {
+        let (tls, others, stop) = (tls.clone(), others.clone(), stop.clone());
+        let watch = guard.layer(watch::Watch(services.watch.with_hub(hub)));
+        move |stream| connection::serve(stream, tls.clone(), watch.clone(), others.clone(), stop.clone())
     };
-    tokio::select! {
-        () = listener.serve("gRPC", connections_max, stop.clone(), spawn) => Ok(()),
-        error = failed => Err(Error::Threads(error)),
-    }
+    let hub = services.watch.hub();
+    threads::serve(listener, "gRPC", connections_max, stop.clone(), hub, connector).await.map_err(Error::Threads)
 }
 
 /// An error unless who makes the request may use the tenant.

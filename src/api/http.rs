@@ -33,6 +33,7 @@ use crate::access::admission::Admission;
 use crate::api::grpc::proto::data_server::Data;
 use crate::api::grpc::proto::tenancy_server::Tenancy;
 use crate::api::grpc::{Services, status};
+use crate::api::watch::WatchService;
 use crate::config::Http as HttpConfig;
 use crate::hub::primary::Primary;
 use crate::metrics::metrics;
@@ -50,7 +51,8 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 /// How long a browser may remember what CORS allows.
 const CORS_MAX_AGE: Duration = Duration::from_secs(3600);
 
-/// The routes that are served.
+/// The routes that are served. Cheap to clone.
+#[derive(Clone)]
 pub struct Gateway {
     routes: Router,
     body_bytes_max: usize,
@@ -61,16 +63,22 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// To all services, and to what the process says of itself.
+    /// To all services but Watch, and to what the process says of itself.
     pub fn new<P: Primary + 'static>(
         config: &HttpConfig,
         services: &Services<P>,
         probes: impl Probes,
         admission: Admission,
     ) -> Self {
-        Self::over(config, watch::routes(services.watch.clone()).merge(probes::routes(probes)), admission)
+        Self::over(config, probes::routes(probes), admission)
             .with_data(services.data.clone())
             .with_tenancy(services.tenancy.clone())
+    }
+
+    /// To Watch as well: each thread has its own handle of the hub.
+    fn with_watch<P: Primary + 'static>(mut self, service: WatchService<P>) -> Self {
+        self.routes = self.routes.merge(watch::routes(service));
+        self
     }
 
     fn with_data(mut self, data: Arc<impl Data>) -> Self {

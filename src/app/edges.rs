@@ -64,12 +64,13 @@ impl Edges {
         }
         tracing::info!(address = %grpc.address(), "gRPC is listening");
         let connections_max = connections::limit(streams_max);
-        let gateway =
-            http.map(|(listener, config)| (listener, Gateway::new(&config, &services, probes, admission.clone())));
+        let http = http.map(|(listener, config)| {
+            (listener, Gateway::new(&config, &services, probes, admission.clone()), services.watch.clone())
+        });
         let over_http = async {
             // Where it is switched off there is nothing that could end.
-            if let Some((listener, gateway)) = gateway {
-                http::serve(listener, gateway, connections_max, stop.clone()).await;
+            if let Some((listener, gateway, watch)) = http {
+                http::serve(listener, gateway, watch, connections_max, stop.clone()).await?;
             }
             Ok(())
         };
