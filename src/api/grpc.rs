@@ -1,8 +1,8 @@
 //! The gRPC edge: `base.v1.Watch`, `base.v1.Data`, `base.v1.Tenancy`, health and reflection.
 //!
 //! Only the edges know the generated types. A message is encoded once ([`crate::model::change`]) and framed once, and every subscriber
-//! is sent the same frame: see [`watch`] for what is sent, and `connection` for how. Methods other than Watch are tonic's.
-//! [`status`] is the one place that turns errors into statuses.
+//! is sent the same frame: see [`crate::api::encode`] for its bytes, and `connection` for how they are sent. Methods other than Watch are
+//! tonic's. [`status`] is the one place that turns errors into statuses.
 
 mod calls;
 mod connection;

@@ -1,16 +1,17 @@
 //! The HTTP gateway: what gRPC serves, as JSON.
 //!
 //! ```text
-//!  HTTP ─▶ listener ─▶ Gateway ─▶ call: JSON, path and query → tonic::Request ─▶ the services of gRPC, in process
-//!                                                                                         │
-//!  HTTP ◀──────────── JSON · JSON lines · Server-Sent Events ◀── answer · refusal · watch ◀┘
+//!  HTTP ─▶ listener ─▶ Gateway ─▶ call: JSON, path and query → request ─▶ api::watch · Data and Tenancy of gRPC, in process
+//!                                                                              │
+//!  HTTP ◀──────── JSON · JSON lines · Server-Sent Events ◀── answer · refusal · stream
 //! ```
 //!
-//! Nothing is decided here that gRPC decides: validation, authorization and statuses are the services', and a request's headers
+//! Nothing is decided here that the services decide: validation, authorization and statuses are theirs, and a request's headers
 //! and extensions (with the caller, once known) go over to them. What is decided here is how it looks in HTTP: paths, the JSON
-//! form (`json`), the HTTP status of a gRPC status (`refusal`), and how a stream of changes is written (`watch`).
+//! form (`json`), the HTTP status of a gRPC status (`refusal`), and how a stream of changes is written (`watch`, `stream`).
 //!
 //! A stream's body is pulled from the service as fast as the client reads, so that a slow one costs here what it costs in gRPC.
+//! Connections are on threads of their own ([`crate::api::threads`]), and with them the probes, which come in on the same port.
 //!
 //! Left out on purpose: HTTP/2 (a browser that wants more than six streams comes through a proxy that speaks it) and
 //! compression, which would hold back small messages.

@@ -222,3 +222,199 @@ impl Output {
         Some(piece)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::watch::{Options, Started, Tokens, WatchService};
+    use crate::changelog::model::ModelLog;
+    use crate::changelog::{ChangeLog as _, Entry, Origin};
+    use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
+    use crate::hub::{self, Hub, releaser};
+    use crate::model::change::{Fact, Operation, TenantId, Tuple, encode};
+    use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn, Position, Snapshot, Xid8};
+    use crate::model::snap_token::Form as TokenForm;
+    use crate::model::timeline::{History, Source};
+    use crate::model::transaction::{Header, MessageBuilder, Transaction};
+    use serde_json::Value as Json;
+    use std::future::poll_fn;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Wake, Waker};
+
+    /// Who resumes within what the hub knows asks PostgreSQL nothing.
+    struct Unasked;
+
+    impl Primary for Unasked {
+        async fn look(&self, _: &TenantId) -> Result<PrimaryState, Unreachable> {
+            unreachable!()
+        }
+
+        async fn transaction_status(&self, _: Xid8) -> Result<TransactionStatus, Unreachable> {
+            unreachable!()
+        }
+
+        async fn mark(&self) -> Result<Lsn, Unreachable> {
+            unreachable!()
+        }
+    }
+
+    struct SeesAll;
+
+    impl releaser::Snapshots for SeesAll {
+        type Error = Infallible;
+
+        async fn take(&mut self) -> Result<Snapshot, Infallible> {
+            Ok("1000:1000:".parse().unwrap())
+        }
+    }
+
+    /// Over a hub whose tenant `t1` has these messages, with this many tuples each; and what keeps it open.
+    async fn watch(tuples: &[usize]) -> (WatchService<Unasked>, impl Sized) {
+        let log = Arc::new(ModelLog::default());
+        let source = Source { system_identifier: 1, database_oid: 2 };
+        log.append(&[Entry::Adopt(Origin { source, history: History::first(), lsn: Lsn(100), xid: Xid8(50) })])
+            .unwrap();
+        let (append, appended) = tokio::sync::watch::channel(Lsn(100));
+        let hub = Hub::new(log, appended, hub::Options { window_bytes: 64 << 20, before_visible: false }).unwrap();
+        tokio::spawn(releaser::run(hub.clone(), SeesAll));
+        for (count, commit) in tuples.iter().zip((200..).step_by(100)) {
+            let header = Header { commit: CommitLsn(Lsn(commit)), xid: Xid8(commit), commit_time: CommitTime(0) };
+            let end = EndLsn(Lsn(commit + 10));
+            let mut builder = MessageBuilder::default();
+            for step in 1..=*count as u64 {
+                let id = step.to_string();
+                let fact = Fact::Tuple(Tuple {
+                    entity_type: "doc",
+                    entity_id: &id,
+                    relation: "viewer",
+                    subject_type: "user",
+                    subject_id: "1",
+                    subject_relation: "",
+                });
+                let mut encoded = Vec::new();
+                encode(Operation::Create, &fact, &mut encoded);
+                builder.push(step, &encoded, encoded.len());
+            }
+            let messages = vec![(TenantId::new("t1").unwrap(), builder.finish(header, Some(end)))];
+            let (gaps, token_ids, tallies) = (vec![], vec![], vec![]);
+            let transaction = Transaction { header, end, messages, staged: false, gaps, token_ids, tallies };
+            hub.admit(Arc::new(transaction)).await;
+            hub.watch_watermark().wait_for(|lsn| *lsn >= end.0).await.unwrap();
+        }
+        let (stopping, stop) = tokio::sync::watch::channel(false);
+        let options = Options {
+            enabled: true,
+            subscribers_max: 100,
+            resolve_timeout: Duration::from_secs(1),
+            token_form: TokenForm::Native,
+            permify_tenants: true,
+        };
+        (WatchService::new(hub, Unasked, options, stop), (append, stopping))
+    }
+
+    /// From before all messages.
+    async fn start(service: &WatchService<Unasked>) -> Stream {
+        let token = Tokens::new(&service.hub().origin().unwrap()).write(Position::at(Lsn(100)), CommitTime(0));
+        let started = service.start(None, "t1", &token, &metrics().http).await;
+        let Started { stream, snap_token } = started.unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(snap_token, Some(token));
+        stream
+    }
+
+    /// Counts how often it was woken.
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The pieces of each turn, until the body waits for the hub.
+    fn turns(body: &mut Body) -> Vec<Vec<Bytes>> {
+        let (woken, mut turns) = (Arc::new(Woken::default()), Vec::new());
+        loop {
+            let (before, mut pieces) = (woken.0.load(Ordering::Relaxed), Vec::new());
+            let waker = Waker::from(woken.clone());
+            while let Poll::Ready(frame) = Pin::new(&mut *body).poll_frame(&mut Context::from_waker(&waker)) {
+                pieces.push(frame.expect("a body that goes on").unwrap().into_data().unwrap());
+            }
+            turns.push(pieces);
+            if woken.0.load(Ordering::Relaxed) == before {
+                return turns;
+            }
+        }
+    }
+
+    fn text(turns: &[Vec<Bytes>]) -> String {
+        String::from_utf8(turns.concat().concat()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_turn_is_bounded_whatever_a_message_is_and_nothing_is_lost_between_turns() {
+        let tuples = [1, 1, 10_000, 1, 500, 500, 500, 1, 1];
+        let (service, _open) = watch(&tuples).await;
+        let mut lines = Body::lines(start(&service).await, Changes::DataChanges);
+        let mut first = Body::lines(start(&service).await, Changes::TupleChanges);
+        let mut events = Body::events(start(&service).await, None);
+        let turns = [&mut lines, &mut first, &mut events].map(turns);
+        for turns in &turns {
+            assert!(turns.len() > 10, "{}", turns.len());
+            for pieces in turns {
+                assert!(pieces.iter().map(Bytes::len).sum::<usize>() < TURN_BYTES + 2 * PIECE_BYTES);
+                assert!(pieces.iter().all(|piece| piece.len() < 2 * PIECE_BYTES));
+            }
+        }
+        let [lines, first, events] = turns.each_ref().map(|turns| text(turns));
+        let json: Vec<Json> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let counts = json.iter().map(|line| line["result"]["changes"]["data_changes"].as_array().unwrap().len());
+        assert!(counts.eq(tuples));
+        assert_eq!(first, lines.replace("\"data_changes\":", "\"tuple_changes\":"));
+        let as_events = lines.lines().zip(&json).map(|(line, json)| {
+            let token = json["result"]["changes"]["snap_token"].as_str().unwrap();
+            let json = line.strip_prefix("{\"result\":").and_then(|line| line.strip_suffix('}')).unwrap();
+            format!("id: {token}\ndata: {json}\n\n")
+        });
+        assert_eq!(events, as_events.collect::<String>());
+
+        // All have slices of the same bytes.
+        let long = |turns: &[Vec<Bytes>]| -> Vec<*const u8> {
+            turns.iter().flatten().filter(|piece| piece.len() == PIECE_BYTES).map(|piece| piece.as_ptr()).collect()
+        };
+        let mut again = Body::lines(start(&service).await, Changes::DataChanges);
+        assert!(long(&turns[0]).len() > 50);
+        assert_eq!(long(&self::turns(&mut again)), long(&turns[0]));
+    }
+
+    async fn next(body: &mut Body) -> Option<Bytes> {
+        let frame = poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await;
+        frame.map(|frame| frame.unwrap().into_data().unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_event_source_has_comments_and_at_the_end_the_error() {
+        let (service, _open) = watch(&[1]).await;
+        let mut events = Body::events(start(&service).await, Some("start"));
+        assert_eq!(next(&mut events).await.unwrap(), "id: start\n\n");
+        assert!(next(&mut events).await.unwrap().starts_with(b"id: "));
+        let since = Instant::now();
+        for n in 1..=2 {
+            assert_eq!(next(&mut events).await.unwrap(), ":\n\n");
+            assert_eq!(since.elapsed().as_secs(), n * 15);
+        }
+        service.hub().close();
+        let error = next(&mut events).await.unwrap();
+        assert!(error.starts_with(b"event: error\ndata: {\"code\":14,") && error.ends_with(b"}\n\n"), "{error:?}");
+        assert_eq!(next(&mut events).await, None);
+
+        let mut lines = Body::lines(start(&service).await, Changes::DataChanges);
+        let error = next(&mut lines).await.unwrap();
+        assert!(error.starts_with(b"{\"error\":{\"code\":14,") && error.ends_with(b"}}\n"), "{error:?}");
+        assert_eq!(next(&mut lines).await, None);
+        let mut failed = Body::failed_events(Error::ShuttingDown);
+        assert!(next(&mut failed).await.unwrap().starts_with(b"event: error\n"));
+        assert_eq!(next(&mut failed).await, None);
+    }
+}
