@@ -93,12 +93,6 @@ pub(super) fn bad_request(error: &prost::DecodeError) -> Status {
     Status::invalid_argument(format!("the request is no WatchRequest: {error}"))
 }
 
-/// A stream of lines that is to resume as events do.
-pub fn last_event_id_of_lines() -> Status {
-    let message = "Last-Event-ID is for Server-Sent Events, with GET: JSON lines resume after `snap_token` in the body";
-    Status::invalid_argument(message)
-}
-
 /// The client did not want to wait any longer.
 pub(super) fn late(patience: Duration) -> Status {
     Status::deadline_exceeded(format!("no answer within the {patience:?} of grpc-timeout"))

@@ -13,13 +13,33 @@ use prost_reflect::{
     SerializeOptions, Value,
 };
 use std::sync::LazyLock;
-use tonic::{Code, Status};
+use tonic_types::pb;
 
 /// Of all JSON here but streams.
 pub(super) const CONTENT_TYPE: &str = "application/json";
 
 const READ: DeserializeOptions = DeserializeOptions::new().deny_unknown_fields(true);
 const WRITE: SerializeOptions = SerializeOptions::new().use_proto_field_name(true).skip_default_fields(false);
+
+/// Why a request is not read, or an answer not written.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Error {
+    /// The body is not the JSON of this message.
+    #[error("the body is no {name}: {reason}")]
+    Body { name: &'static str, reason: String },
+    /// A parameter of the query that no field of text has the name of, and what would have been one.
+    #[error("{0}")]
+    UnknownParameter(String),
+    #[error("query parameter `{0}` is there twice")]
+    RepeatedParameter(String),
+    #[error("`{0}` has one value in the path or the query, and another one elsewhere")]
+    Contradiction(String),
+    /// An answer that has no JSON form: why is in the log.
+    #[error("the answer cannot be written as JSON: see the server's log, or use gRPC")]
+    Unwritable,
+    #[error("{0} has no JSON form")]
+    NoForm(String),
+}
 
 const COMPILED_IN: &str = "the descriptors are compiled in, and a test reads them";
 
@@ -42,8 +62,8 @@ impl Reading {
     /// From the body.
     ///
     /// # Errors
-    /// INVALID_ARGUMENT with what is wrong, and where.
-    pub(super) fn body<T: Message + Name>(body: &[u8]) -> Result<Self, Status> {
+    /// With what is wrong, and where.
+    pub(super) fn body<T: Message + Name>(body: &[u8]) -> Result<Self, Error> {
         let descriptor = descriptor(&MESSAGES, &T::full_name())?;
         let parameters = Vec::new();
         if body.trim_ascii().is_empty() {
@@ -53,15 +73,15 @@ impl Reading {
         let mut json = serde_json::Deserializer::from_slice(body);
         let message = names::check(&descriptor, body)
             .and_then(|()| DynamicMessage::deserialize_with_options(descriptor, &mut json, &READ))
-            .map_err(|error| Status::invalid_argument(format!("the body is no {}: {error}", T::NAME)))?;
+            .map_err(|error| Error::Body { name: T::NAME, reason: error.to_string() })?;
         Ok(Self { message, parameters })
     }
 
     /// A part of the path, whose name is a field's.
     ///
     /// # Errors
-    /// INVALID_ARGUMENT where the body has another value for it.
-    pub(super) fn path(&mut self, name: &str, text: &str) -> Result<(), Status> {
+    /// Where the body has another value for it.
+    pub(super) fn path(&mut self, name: &str, text: &str) -> Result<(), Error> {
         match text_field(&self.message.descriptor(), name) {
             Some(field) => self.set(&field, text),
             None => Ok(()),
@@ -71,27 +91,25 @@ impl Reading {
     /// A parameter of the query.
     ///
     /// # Errors
-    /// INVALID_ARGUMENT where it is unknown, repeated, or has another value elsewhere.
-    pub(super) fn parameter(&mut self, name: &str, text: &str) -> Result<(), Status> {
+    /// Where it is unknown, repeated, or has another value elsewhere.
+    pub(super) fn parameter(&mut self, name: &str, text: &str) -> Result<(), Error> {
         let descriptor = self.message.descriptor();
         let Some(field) = text_field(&descriptor, name) else {
             let fields: Vec<FieldDescriptor> = descriptor.fields().filter(is_text).collect();
             let known: Vec<&str> = fields.iter().map(FieldDescriptor::name).collect();
-            return Err(Status::invalid_argument(names::unknown("query parameter", name, &known)));
+            return Err(Error::UnknownParameter(names::unknown("query parameter", name, &known)));
         };
         if self.parameters.contains(&field.number()) {
-            return Err(Status::invalid_argument(format!("query parameter `{}` is there twice", field.name())));
+            return Err(Error::RepeatedParameter(field.name().to_owned()));
         }
         self.parameters.push(field.number());
         self.set(&field, text)
     }
 
     /// Sets a field, unless that would hide what was said elsewhere.
-    fn set(&mut self, field: &FieldDescriptor, text: &str) -> Result<(), Status> {
+    fn set(&mut self, field: &FieldDescriptor, text: &str) -> Result<(), Error> {
         if self.message.has_field(field) && self.message.get_field(field).as_str() != Some(text) {
-            let message =
-                format!("`{}` has one value in the path or the query, and another one elsewhere", field.name());
-            return Err(Status::invalid_argument(message));
+            return Err(Error::Contradiction(field.name().to_owned()));
         }
         self.message.set_field(field, Value::String(text.to_owned()));
         Ok(())
@@ -100,10 +118,10 @@ impl Reading {
     /// The request.
     ///
     /// # Errors
-    /// INVALID_ARGUMENT where it is none.
-    pub(super) fn finish<T: Message + Name + Default>(self) -> Result<T, Status> {
+    /// Where it is none.
+    pub(super) fn finish<T: Message + Name + Default>(self) -> Result<T, Error> {
         let message = self.message.transcode_to();
-        message.map_err(|error| Status::invalid_argument(format!("the body is no {}: {error}", T::NAME)))
+        message.map_err(|error| Error::Body { name: T::NAME, reason: error.to_string() })
     }
 }
 
@@ -118,37 +136,30 @@ fn is_text(field: &FieldDescriptor) -> bool {
 /// The JSON of a message.
 ///
 /// # Errors
-/// INTERNAL, where it has an Any of a type that is not in `proto/`.
-pub(super) fn write<T: Message + Name>(message: &T) -> Result<String, Status> {
+/// Where it has an Any of a type that is not in `proto/`.
+pub(super) fn write<T: Message + Name>(message: &T) -> Result<String, Error> {
     to_json(&decode(&descriptor(&MESSAGES, &T::full_name())?, Bytes::from(message.encode_to_vec()))?)
 }
 
-/// `{code, message, details}`: a `google.rpc.Status`.
-pub(super) fn write_status(status: &Status) -> String {
-    let plain = tonic_types::pb::Status {
-        code: status.code() as i32,
-        message: status.message().to_owned(),
-        details: Vec::new(),
-    };
-    let rich = tonic_types::pb::Status::decode(status.details()).ok();
-    let rich = rich.map(|rich| tonic_types::pb::Status { details: rich.details, ..plain.clone() });
-    let json = |status: &tonic_types::pb::Status| {
+/// `{code, message, details}`: a `google.rpc.Status`. Without the details, where one of them is of a type that is not in `google.rpc`.
+pub(super) fn write_status(status: &pb::Status) -> String {
+    let json = |status: &pb::Status| {
         to_json(&decode(&descriptor(&ERRORS, "google.rpc.Status")?, Bytes::from(status.encode_to_vec()))?)
     };
-    // Without the details, where one of them is of a type that is not in `google.rpc`.
-    rich.and_then(|rich| json(&rich).ok()).or_else(|| json(&plain).ok()).unwrap_or_default()
+    let plain = || json(&pb::Status { details: Vec::new(), ..status.clone() });
+    json(status).or_else(|_| plain()).unwrap_or_default()
 }
 
-fn descriptor(pool: &DescriptorPool, name: &str) -> Result<MessageDescriptor, Status> {
-    let missing = || Status::new(Code::Internal, format!("{name} has no JSON form"));
+fn descriptor(pool: &DescriptorPool, name: &str) -> Result<MessageDescriptor, Error> {
+    let missing = || Error::NoForm(name.to_owned());
     pool.get_message_by_name(name).ok_or_else(missing)
 }
 
-fn decode(descriptor: &MessageDescriptor, encoded: Bytes) -> Result<DynamicMessage, Status> {
+fn decode(descriptor: &MessageDescriptor, encoded: Bytes) -> Result<DynamicMessage, Error> {
     DynamicMessage::decode(descriptor.clone(), encoded).map_err(|error| unwritable(descriptor, &error))
 }
 
-fn to_json(message: &DynamicMessage) -> Result<String, Status> {
+fn to_json(message: &DynamicMessage) -> Result<String, Error> {
     let mut json = Vec::new();
     message
         .serialize_with_options(&mut serde_json::Serializer::new(&mut json), &WRITE)
@@ -156,9 +167,9 @@ fn to_json(message: &DynamicMessage) -> Result<String, Status> {
     String::from_utf8(json).map_err(|error| unwritable(&message.descriptor(), &error))
 }
 
-fn unwritable(descriptor: &MessageDescriptor, error: &dyn std::error::Error) -> Status {
+fn unwritable(descriptor: &MessageDescriptor, error: &dyn std::error::Error) -> Error {
     tracing::error!("{} cannot be written as JSON: {error}", descriptor.full_name());
-    Status::internal("the answer cannot be written as JSON: see the server's log, or use gRPC")
+    Error::Unwritable
 }
 
 #[cfg(test)]
@@ -169,8 +180,6 @@ mod tests {
         WatchRequest,
     };
     use serde_json::{Value as Json, json};
-    use std::collections::HashMap;
-    use tonic_types::{ErrorDetails, StatusExt as _};
 
     const TYPE: &str = "type.googleapis.com/base.v1.";
 
@@ -178,12 +187,12 @@ mod tests {
         serde_json::from_str(&write(message).unwrap()).unwrap()
     }
 
-    fn read<T: Message + Name + Default>(body: &[u8]) -> Result<T, Status> {
+    fn read<T: Message + Name + Default>(body: &[u8]) -> Result<T, Error> {
         Reading::body::<T>(body)?.finish()
     }
 
     /// An attribute goes in as JSON and comes out as the same.
-    fn value(kind: &str, data: &Json) -> Result<Json, Status> {
+    fn value(kind: &str, data: &Json) -> Result<Json, Error> {
         let value = json!({"@type": format!("{TYPE}{kind}"), "data": data});
         let request = json!({"attributes": [{"entity": {"type": "a", "id": "1"}, "attribute": "x", "value": value}]});
         let request: DataWriteRequest = read(request.to_string().as_bytes())?;
@@ -232,7 +241,7 @@ mod tests {
             ("StringArrayValue", json!("a")),
             ("UnknownValue", json!("a")),
         ] {
-            assert_eq!(value(kind, &data).unwrap_err().code(), Code::InvalidArgument, "{kind} of {data}");
+            assert!(matches!(value(kind, &data), Err(Error::Body { .. })), "{kind} of {data}");
         }
     }
 
@@ -250,7 +259,7 @@ mod tests {
     }
 
     /// What path and query add to a body.
-    fn put_together(body: &str, path: &[(&str, &str)], query: &[(&str, &str)]) -> Result<WatchRequest, Status> {
+    fn put_together(body: &str, path: &[(&str, &str)], query: &[(&str, &str)]) -> Result<WatchRequest, Error> {
         let mut reading = Reading::body::<WatchRequest>(body.as_bytes())?;
         path.iter().try_for_each(|(name, text)| reading.path(name, text))?;
         query.iter().try_for_each(|(name, text)| reading.parameter(name, text))?;
@@ -280,8 +289,7 @@ mod tests {
             ("", &[("token", "s")], "unknown query parameter `token`: known here: tenant_id, snap_token"),
         ] {
             let refused = put_together(body, &tenant, query).unwrap_err();
-            assert_eq!(refused.code(), Code::InvalidArgument, "{body:?} {query:?}");
-            assert!(refused.message().contains(says), "{body:?} {query:?}: {refused}");
+            assert!(refused.to_string().contains(says), "{body:?} {query:?}: {refused}");
         }
     }
 
@@ -306,8 +314,7 @@ mod tests {
             &deep_any,
         ] {
             let refused = read::<DataWriteRequest>(body.as_bytes()).unwrap_err();
-            assert_eq!(refused.code(), Code::InvalidArgument);
-            assert!(refused.message().starts_with("the body is no DataWriteRequest: "), "{refused}");
+            assert!(matches!(refused, Error::Body { name: "DataWriteRequest", .. }), "{refused}");
         }
         assert!(read::<DataWriteRequest>(b"{\"tenant_id\": \"\xff\"}").is_err());
     }
@@ -321,33 +328,10 @@ mod tests {
     }
 
     #[test]
-    fn an_error_has_its_details() {
-        let status = Status::not_found("no tenant");
-        let json: Json = serde_json::from_str(&write_status(&status)).unwrap();
-        assert_eq!(json, json!({"code": 5, "message": "no tenant", "details": []}));
-
-        let metadata = [("next_snap_token".to_owned(), "s".to_owned())];
-        let details = ErrorDetails::with_error_info("BROKEN", "tuplewatch", HashMap::from(metadata));
-        let status = Status::with_error_details(Code::Aborted, "broken", details);
-        let json: Json = serde_json::from_str(&write_status(&status)).unwrap();
-        let info = json!({
-            "@type": "type.googleapis.com/google.rpc.ErrorInfo",
-            "reason": "BROKEN",
-            "domain": "tuplewatch",
-            "metadata": {"next_snap_token": "s"},
-        });
-        assert_eq!(json, json!({"code": 10, "message": "broken", "details": [info]}));
-
-        let status = Status::with_details(Code::Internal, "m", Bytes::from_static(b"\xff"));
-        let json: Json = serde_json::from_str(&write_status(&status)).unwrap();
-        assert_eq!(json, json!({"code": 13, "message": "m", "details": []}));
-    }
-
-    #[test]
     fn a_value_of_an_unknown_type_is_no_panic() {
         let value = Some(prost_types::Any { type_url: "example.com/x.Y".into(), value: vec![1] });
         let attributes = vec![Attribute { entity: None, attribute: "x".into(), value }];
         let response = AttributeReadResponse { attributes, continuous_token: String::new() };
-        assert_eq!(write(&response).unwrap_err().code(), Code::Internal);
+        assert_eq!(write(&response), Err(Error::Unwritable));
     }
 }

@@ -7,7 +7,7 @@
 //!   costs that, and the message that it has begun to read.
 //! - **Nobody waits long.** After [`TURN_BYTES`], or a message that is longer, a body lets the others of its thread run.
 
-use super::json;
+use super::refusal::Refusal;
 use crate::api::encode::base_v1::line::{LINE, Line};
 use crate::api::watch::{Error, Next, Stream};
 use crate::metrics::metrics;
@@ -20,7 +20,6 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::{Instant, Sleep};
-use tonic::Status;
 
 /// Of messages, taken from the hub at a time. From the log it is 16 KiB, about as much as fills the buffer of a connection as JSON, and
 /// little enough for many clients that do not read.
@@ -168,7 +167,7 @@ impl Form {
     /// Writes why there is no more.
     fn put_error(&self, error: Error, out: &mut Output) {
         let id = if error.recurs() { ["id: ", ENDED, "\n"] } else { [""; 3] };
-        let json = json::write_status(&Status::from(error));
+        let json = Refusal::from(error).json();
         match self {
             Self::Lines(_) => out.put_all(&["{\"error\":", &json, "}\n"]),
             Self::Events(_) => {
@@ -265,7 +264,7 @@ mod tests {
         type Error = Infallible;
 
         async fn take(&mut self) -> Result<Snapshot, Infallible> {
-            Ok("1000:1000:".parse().unwrap())
+            Ok("10000:10000:".parse().unwrap())
         }
     }
 

@@ -18,11 +18,10 @@
 //! sees, has the id of the start, so that also who has had no message yet resumes without a gap.
 
 use super::call::Call;
-use super::refusal::Refusal;
+use super::refusal::{Invalid, Refusal};
 use super::stream::{self, Changes, ENDED};
 use crate::access::authn::Caller;
 use crate::api::grpc::proto::WatchRequest;
-use crate::api::grpc::status;
 use crate::api::grpc::watch::START_SNAP_TOKEN;
 use crate::api::watch::{Error, Started, WatchService};
 use crate::hub::primary::Primary;
@@ -64,7 +63,9 @@ async fn lines<P: Primary + 'static>(
 ) -> Result<Response, Refusal> {
     if headers.get(LAST_EVENT_ID).is_some_and(|last| !last.is_empty()) {
         // Passed over, it would be a stream from now on for a client that wants to resume.
-        return Err(status::last_event_id_of_lines().into());
+        let message =
+            "Last-Event-ID is for Server-Sent Events, with GET: JSON lines resume after `snap_token` in the body";
+        return Err(Invalid(message.to_owned()).into());
     }
     let Started { stream, snap_token } = start(service, request).await?;
     Ok(response("application/x-ndjson", snap_token.as_deref(), stream::Body::lines(stream, changes)))
