@@ -21,6 +21,7 @@
 //! This module reads the log and never writes it; it knows nothing of replication.
 
 mod feeds;
+mod item;
 pub mod primary;
 pub mod releaser;
 pub mod start;
@@ -31,16 +32,16 @@ mod window;
 #[cfg(test)]
 mod tests;
 
+pub use item::{EnvelopeForm, Item};
 pub use subscription::{End, Filter, Subscription};
 pub use wake_batch::WakeBatch;
 
 use crate::changelog::ChangeLog;
 use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Xid8};
 use crate::model::timeline::{History, Source};
-use crate::model::transaction::{Gap, Message, TenantMessage, Transaction};
+use crate::model::transaction::{Gap, Message, Transaction};
 use bytes::Bytes;
-use std::ops::Deref;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use window::Window;
@@ -55,49 +56,6 @@ pub struct Options {
     pub window_bytes: usize,
     /// Release at once, without asking whether PostgreSQL's snapshots see it yet.
     pub before_visible: bool,
-}
-
-/// A message on its way to subscribers, with its frame on the wire: made once, by whoever asks first.
-#[derive(Debug)]
-pub struct Item {
-    of: TenantMessage,
-    frame: OnceLock<Bytes>,
-}
-
-impl Deref for Item {
-    type Target = TenantMessage;
-
-    fn deref(&self) -> &TenantMessage {
-        &self.of
-    }
-}
-
-impl Item {
-    fn new(of: TenantMessage) -> Arc<Self> {
-        Arc::new(Self { of, frame: OnceLock::new() })
-    }
-
-    /// The rest of it for a reader who has had a part.
-    fn cut(&self, rest: Message) -> Arc<Self> {
-        Self::new(TenantMessage { message: rest, ..self.of.clone() })
-    }
-
-    /// The frame, if it was made.
-    pub fn framed(&self) -> Option<&Bytes> {
-        self.frame.get()
-    }
-
-    /// The frame; all callers give the same `make`.
-    ///
-    /// # Errors
-    /// Those of `make`, which the next caller then tries again.
-    pub fn frame<E>(&self, make: impl FnOnce(&Message) -> Result<Bytes, E>) -> Result<Bytes, E> {
-        if let Some(frame) = self.frame.get() {
-            return Ok(frame.clone());
-        }
-        let made = make(&self.message)?;
-        Ok(self.frame.get_or_init(|| made).clone())
-    }
 }
 
 /// What is in memory, and how its readers do.
@@ -251,6 +209,26 @@ impl Hub {
         self.window().begin_at((source, Arc::new(history)), lsn);
         self.inner.watermark.send_replace(lsn);
         self.inner.admitted.send_replace(lsn);
+    }
+
+    /// The envelope of a message in this form: made once, by whoever asks first, and shared by all that read the message from memory.
+    /// All callers give the same `make`.
+    ///
+    /// # Errors
+    /// Those of `make`, which the next caller then tries again.
+    pub fn envelope<E>(
+        &self,
+        item: &Item,
+        form: EnvelopeForm,
+        make: impl FnOnce(&Message) -> Result<Bytes, E>,
+    ) -> Result<Bytes, E> {
+        if let Some(made) = item.made(form) {
+            return Ok(made.clone());
+        }
+        item.make(form, make, |made| {
+            form.count_made();
+            form.is_counted_up_front() || self.window().reserve(item, made.len(), *self.inner.appended.borrow())
+        })
     }
 
     /// What positions belong to; `None` until it is known.

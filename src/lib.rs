@@ -26,8 +26,9 @@
 //!                                               ▼
 //!                   hub::Subscription      one reader over both tiers, per subscriber
 //!                                               ▼
-//!                   api::grpc::watch       base.v1.Watch, behind access::admission
-//!                         └ api::http      the same over HTTP: JSON lines, Server-Sent Events
+//!                   api::watch             who may read it, limits, why it ends; behind access::admission
+//!                     ├ api::grpc            base.v1.Watch: frames, made by api::encode
+//!                     └ api::http            the same over HTTP: JSON lines, Server-Sent Events
 //!
 //!  api::grpc::{data, tenancy} ──▶ store ──SQL──▶ PostgreSQL     base.v1.Data, base.v1.Tenancy: one more writer
 //! ```

@@ -61,6 +61,10 @@ pub(crate) struct Metrics {
     pub replays: IntCounter,
     /// Streams that were so slow that they had to read the log again.
     pub slow_subscribers: IntCounter,
+    /// Messages that were encoded as frames of gRPC.
+    pub frames_made: IntCounter,
+    /// Messages that were encoded as lines of JSON.
+    pub lines_made: IntCounter,
     /// The most streams that may be open.
     pub subscribers_limit: IntGauge,
     pub grpc: Edge,
@@ -107,6 +111,11 @@ impl Metrics {
             "tuplewatch_sent_bytes_total",
             "Bytes of messages sent to subscribers, without the framing of HTTP and TLS, by protocol.",
             &["protocol"],
+        );
+        let envelopes_made = new.counters(
+            "tuplewatch_envelopes_made_total",
+            "Messages that were encoded to be sent, by form: once for all streams that read a message from memory.",
+            &["form"],
         );
         let edge = |protocol| Edge {
             protocol,
@@ -157,6 +166,8 @@ impl Metrics {
                 "tuplewatch_subscribers_limit",
                 "Limit of open streams of changes (service.watch.subscribers_max).",
             ),
+            frames_made: envelopes_made.with_label_values(&["base_v1_frame"]),
+            lines_made: envelopes_made.with_label_values(&["base_v1_json"]),
             grpc: edge("grpc"),
             http: edge("http"),
             streams_ended: new.counters(

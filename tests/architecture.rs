@@ -74,6 +74,22 @@ const CONFINED: [(&str, &[&str]); 20] = [
     ("libc", &["postgres/connection/low_water"]),
 ];
 
+/// What `api` may name only where a protocol is spoken.
+const PROTOCOL_CRATES: [&str; 11] = [
+    "axum",
+    "h2",
+    "http",
+    "http_body",
+    "hyper",
+    "hyper_util",
+    "prost",
+    "tonic",
+    "tonic_types",
+    "tower_layer",
+    "tower_service",
+];
+const PROTOCOLS: [&str; 3] = ["api/grpc", "api/http", "api/encode"];
+
 /// What pure rooms may not name.
 const IMPURE: [&str; 11] = [
     "tokio",
@@ -250,6 +266,11 @@ fn crates_stay_in_their_places() {
         for (confined, homes) in CONFINED {
             if names(&code, confined) && !homes.iter().any(|home| is_in(home)) {
                 wrong.push(format!("{own} names {confined}"));
+            }
+        }
+        for protocol in PROTOCOL_CRATES {
+            if is_in("api") && !PROTOCOLS.iter().any(|home| is_in(home)) && names(&code, protocol) {
+                wrong.push(format!("{own} is of no protocol and names {protocol}"));
             }
         }
         for impure in IMPURE {

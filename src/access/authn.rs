@@ -31,9 +31,20 @@ impl Caller {
         Self { tenants: tenants.map(Arc::new), expires_at }
     }
 
+    /// A caller whose credentials are restricted to these tenants.
+    #[cfg(test)]
+    pub(crate) fn of_tenants<const N: usize>(tenants: [&str; N]) -> Self {
+        Self::new(Some(tenants.map(str::to_owned).into()), None)
+    }
+
     /// Whether the caller may use the tenant.
     pub(crate) fn may_use(&self, tenant: &str) -> bool {
         self.tenants.as_ref().is_none_or(|tenants| tenants.contains(tenant))
+    }
+
+    /// Whether the caller may use all tenants, also those to come.
+    pub(crate) const fn may_use_all(&self) -> bool {
+        self.tenants.is_none()
     }
 
     /// The tenants that the caller may use; `None` means all.

@@ -1,8 +1,8 @@
 //! The gRPC edge: `base.v1.Watch`, `base.v1.Data`, `base.v1.Tenancy`, health and reflection.
 //!
 //! Only the edges know the generated types. A message is encoded once ([`crate::model::change`]) and framed once, and every subscriber
-//! is sent the same frame: see [`watch`] for what is sent, and `connection` for how. Methods other than Watch are tonic's.
-//! [`status`] is the one place that turns errors into statuses.
+//! is sent the same frame: see [`crate::api::encode`] for its bytes, and `connection` for how they are sent. Methods other than Watch are
+//! tonic's. [`status`] is the one place that turns errors into statuses.
 
 mod calls;
 mod connection;
@@ -12,7 +12,6 @@ pub mod health;
 mod send_counters;
 pub mod status;
 pub mod tenancy;
-mod threads;
 mod validation;
 pub mod watch;
 
@@ -20,15 +19,16 @@ use crate::access::admission::Admission;
 use crate::access::authn::Caller;
 use crate::access::connections;
 use crate::access::tls;
+use crate::api::scope::{self, Forbidden, Requested};
+use crate::api::threads;
+use crate::api::watch::WatchService;
 use crate::config::Grpc as GrpcConfig;
+use crate::hub::Hub;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use threads::Threads;
-use tokio::net::TcpStream;
 use tokio::sync::watch::Receiver;
-use tokio::task::JoinSet;
+use tonic::Request;
 use tonic::service::Routes;
-use tonic::{Request, Status};
 use tower_layer::Layer as _;
 
 /// The types, servers and clients of `proto/`. Everything in `src/api/grpc/proto/` is generated: `just generate` writes it, and
@@ -95,7 +95,7 @@ impl Listener {
 #[derive(Clone)]
 #[expect(missing_docs, reason = "the fields are the services' names")]
 pub struct Services<P> {
-    pub watch: watch::WatchService<P>,
+    pub watch: WatchService<P>,
     pub data: Arc<data::DataService<P>>,
     pub tenancy: Arc<tenancy::TenancyService>,
 }
@@ -127,29 +127,16 @@ pub(crate) async fn serve<P: crate::hub::primary::Primary + 'static>(
     let guard = admission.layer(|error| status::of_admission(error).into_http());
 
     let Listener { listener, tls } = listener;
-    let (threads, failed) = Threads::start(&services.watch).map_err(Error::Threads)?;
-    let spawn = |connections: &mut JoinSet<()>, stream: TcpStream, place| {
-        let Some((thread, held)) = threads.take_on(place) else { return };
-        let (tls, watch, others, stop) = (tls.clone(), guard.layer(thread.watch.clone()), others.clone(), stop.clone());
-        // The runtime that accepted it gives it up; that of the thread takes it on.
-        let stream = stream.into_std();
-        let serving = async move {
-            let served = async { connection::serve(TcpStream::from_std(stream?)?, tls, watch, others, stop).await };
-            if let Err(error) = served.await {
-                tracing::debug!("a gRPC connection ended: {error}");
-            }
-            drop(held);
-        };
-        connections.spawn_on(serving, &thread.runtime);
+    let connector = |hub: Hub| {
+        let (tls, others, stop) = (tls.clone(), others.clone(), stop.clone());
+        let watch = guard.layer(watch::Watch(services.watch.with_hub(hub)));
+        move |stream| connection::serve(stream, tls.clone(), watch.clone(), others.clone(), stop.clone())
     };
-    tokio::select! {
-        () = listener.serve("gRPC", connections_max, stop.clone(), spawn) => Ok(()),
-        error = failed => Err(Error::Threads(error)),
-    }
+    let hub = services.watch.hub();
+    threads::serve(listener, "gRPC", connections_max, stop.clone(), hub, connector).await.map_err(Error::Threads)
 }
 
 /// An error unless who makes the request may use the tenant.
-pub(crate) fn authorize<T>(request: &Request<T>, tenant: &str) -> Result<(), Status> {
-    let caller = request.extensions().get::<Caller>();
-    if caller.is_none_or(|caller| caller.may_use(tenant)) { Ok(()) } else { Err(status::forbidden(tenant)) }
+fn authorize<T>(request: &Request<T>, tenant: &str) -> Result<(), Forbidden> {
+    scope::authorize(request.extensions().get::<Caller>(), Requested::Tenant(tenant))
 }

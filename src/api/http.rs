@@ -1,16 +1,17 @@
 //! The HTTP gateway: what gRPC serves, as JSON.
 //!
 //! ```text
-//!  HTTP ─▶ listener ─▶ Gateway ─▶ call: JSON, path and query → tonic::Request ─▶ the services of gRPC, in process
-//!                                                                                         │
-//!  HTTP ◀──────────── JSON · JSON lines · Server-Sent Events ◀── answer · refusal · watch ◀┘
+//!  HTTP ─▶ listener ─▶ Gateway ─▶ call: JSON, path and query → request ─▶ api::watch · Data and Tenancy of gRPC, in process
+//!                                                                              │
+//!  HTTP ◀──────── JSON · JSON lines · Server-Sent Events ◀── answer · refusal · stream
 //! ```
 //!
-//! Nothing is decided here that gRPC decides: validation, authorization and statuses are the services', and a request's headers
+//! Nothing is decided here that the services decide: validation, authorization and statuses are theirs, and a request's headers
 //! and extensions (with the caller, once known) go over to them. What is decided here is how it looks in HTTP: paths, the JSON
-//! form (`json`), the HTTP status of a gRPC status (`refusal`), and how a stream of changes is written (`watch`).
+//! form (`json`), the HTTP status of a gRPC status (`refusal`), and how a stream of changes is written (`watch`, `stream`).
 //!
 //! A stream's body is pulled from the service as fast as the client reads, so that a slow one costs here what it costs in gRPC.
+//! Connections are on threads of their own ([`crate::api::threads`]), and with them the probes, which come in on the same port.
 //!
 //! Left out on purpose: HTTP/2 (a browser that wants more than six streams comes through a proxy that speaks it) and
 //! compression, which would hold back small messages.
@@ -22,6 +23,7 @@ mod listener;
 mod names;
 mod probes;
 mod refusal;
+mod stream;
 mod tenancy;
 mod watch;
 
@@ -32,6 +34,7 @@ use crate::access::admission::Admission;
 use crate::api::grpc::proto::data_server::Data;
 use crate::api::grpc::proto::tenancy_server::Tenancy;
 use crate::api::grpc::{Services, status};
+use crate::api::watch::WatchService;
 use crate::config::Http as HttpConfig;
 use crate::hub::primary::Primary;
 use crate::metrics::metrics;
@@ -49,7 +52,8 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 /// How long a browser may remember what CORS allows.
 const CORS_MAX_AGE: Duration = Duration::from_secs(3600);
 
-/// The routes that are served.
+/// The routes that are served. Cheap to clone.
+#[derive(Clone)]
 pub struct Gateway {
     routes: Router,
     body_bytes_max: usize,
@@ -60,16 +64,22 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// To all services, and to what the process says of itself.
+    /// To all services but Watch, and to what the process says of itself.
     pub(crate) fn new<P: Primary + 'static>(
         config: &HttpConfig,
         services: &Services<P>,
         probes: impl Probes,
         admission: Admission,
     ) -> Self {
-        Self::over(config, watch::routes(services.watch.clone()).merge(probes::routes(probes)), admission)
+        Self::over(config, probes::routes(probes), admission)
             .with_data(services.data.clone())
             .with_tenancy(services.tenancy.clone())
+    }
+
+    /// To Watch as well: each thread has its own handle of the hub.
+    fn with_watch<P: Primary + 'static>(mut self, service: WatchService<P>) -> Self {
+        self.routes = self.routes.merge(watch::routes(service));
+        self
     }
 
     fn with_data(mut self, data: Arc<impl Data>) -> Self {

@@ -7,9 +7,9 @@ use crate::access::authn::{Authenticator, oidc};
 use crate::access::connections;
 use crate::api::grpc::data::DataService;
 use crate::api::grpc::tenancy::TenancyService;
-use crate::api::grpc::watch::WatchService;
 use crate::api::grpc::{self, Services};
 use crate::api::http::{self, Gateway, Probes};
+use crate::api::watch::{self, WatchService};
 use crate::config::{self, Config, MappingSource, Preset, SnapTokenFormat};
 use crate::hub::Hub;
 use crate::model::snap_token;
@@ -17,7 +17,7 @@ use crate::postgres::primary::PrimaryConnector;
 use crate::store::Store;
 use anyhow::Context as _;
 use std::sync::Arc;
-use tokio::sync::watch;
+use tokio::sync::watch::Receiver;
 
 /// Both ports, and the admission to them.
 pub(super) struct Edges {
@@ -56,7 +56,7 @@ impl Edges {
         probes: impl Probes,
         health: grpc::health::Server<impl grpc::health::Reason>,
         streams_max: usize,
-        stop: watch::Receiver<bool>,
+        stop: Receiver<bool>,
     ) -> anyhow::Result<()> {
         let Self { grpc, http, admission, issuer_keys } = self;
         if let Some((listener, _)) = &http {
@@ -64,12 +64,13 @@ impl Edges {
         }
         tracing::info!(address = %grpc.address(), "gRPC is listening");
         let connections_max = connections::limit(streams_max);
-        let gateway =
-            http.map(|(listener, config)| (listener, Gateway::new(&config, &services, probes, admission.clone())));
+        let http = http.map(|(listener, config)| {
+            (listener, Gateway::new(&config, &services, probes, admission.clone()), services.watch.clone())
+        });
         let over_http = async {
             // Where it is switched off there is nothing that could end.
-            if let Some((listener, gateway)) = gateway {
-                http::serve(listener, gateway, connections_max, stop.clone()).await;
+            if let Some((listener, gateway, watch)) = http {
+                http::serve(listener, gateway, watch, connections_max, stop.clone()).await?;
             }
             Ok(())
         };
@@ -94,9 +95,9 @@ pub(super) fn services(
     hub: &Hub,
     primary: SqlPrimary,
     primaries: PrimaryConnector,
-    stop: watch::Receiver<bool>,
+    stop: Receiver<bool>,
 ) -> Services<SqlPrimary> {
-    let watch = grpc::watch::Options {
+    let watch = watch::Options {
         enabled: config.service.watch.enabled,
         subscribers_max: streams_max(config),
         resolve_timeout: config.service.watch.resolve_timeout,

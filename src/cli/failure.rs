@@ -256,6 +256,9 @@ mod tests {
         assert_eq!(busy(ErrorDetails::with_retry_info(Some(retry_delay))), pause(retry_delay));
         let proxy = Status::unavailable("grpc-status header missing, mapped from HTTP status code 503");
         assert!(Failure::of_status(&proxy).text().starts_with("the answer is not from tuplewatch (HTTP status 503)"));
-        assert_eq!(Failure::of_status(&status::shutting_down()), passing("the server is shutting down"));
+        assert_eq!(
+            Failure::of_status(&crate::api::watch::Error::ShuttingDown.into()),
+            passing("the server is shutting down")
+        );
     }
 }

@@ -16,7 +16,7 @@ use super::primary::{Primary, TransactionStatus, Unreachable};
 use super::window::Anchor;
 use super::{Filter, Hub, Origin, Subscription};
 use crate::changelog;
-use crate::model::change::{TenantId, TenantIdError};
+use crate::model::change::TenantId;
 use crate::model::lsn::{Lsn, Position, Xid8};
 use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::{self, SnapToken};
@@ -28,9 +28,6 @@ use tokio::time::Instant;
 /// Why a subscription cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No tenant id.
-    #[error(transparent)]
-    Tenant(#[from] TenantIdError),
     /// No snap token.
     #[error(transparent)]
     Token(#[from] snap_token::Error),

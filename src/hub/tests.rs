@@ -653,6 +653,105 @@ async fn what_waits_is_known_by_its_oldest() {
     assert_eq!(fixture.hub.waits().full_since, None);
 }
 
+/// A made envelope of this size, as somebody makes it who reads the first message after `position`.
+async fn make_json(fixture: &Fixture, position: u64, made: &AtomicUsize, bytes: usize) -> Arc<Item> {
+    let mut subscription = fixture.subscribe("t1", position);
+    let item = subscription.next(1).await.unwrap().pop_front().unwrap();
+    make_json_of(fixture, &item, made, bytes);
+    item
+}
+
+fn make_json_of(fixture: &Fixture, item: &Item, made: &AtomicUsize, bytes: usize) {
+    let json = fixture.hub.envelope(item, EnvelopeForm::BaseV1Json, |_| {
+        made.fetch_add(1, Ordering::Relaxed);
+        Ok::<_, ()>(vec![0; bytes].into())
+    });
+    assert_eq!(json.unwrap().len(), bytes);
+}
+
+#[tokio::test]
+async fn an_envelope_is_made_once_for_all_threads_and_again_after_an_error() {
+    const READERS: usize = 20;
+    let fixture = Fixture::new(1 << 20, true);
+    fixture.admit(transaction(200, &["t1"])).await;
+    fixture.release(1000, "");
+    let item = fixture.subscribe("t1", 100).next(1).await.unwrap().pop_front().unwrap();
+    let failed = fixture.hub.envelope(&item, EnvelopeForm::BaseV1Json, |_| Err("malformed"));
+    assert_eq!(failed, Err("malformed"));
+
+    let (made, together) = (AtomicUsize::new(0), std::sync::Barrier::new(READERS));
+    std::thread::scope(|scope| {
+        for _ in 0..READERS {
+            scope.spawn(|| {
+                together.wait();
+                make_json_of(&fixture, &item, &made, 1000);
+            });
+        }
+    });
+    assert_eq!(made.into_inner(), 1);
+    assert!(item.made(EnvelopeForm::BaseV1Frame).is_none());
+}
+
+#[tokio::test]
+async fn envelopes_are_counted_and_what_is_older_makes_room_for_them() {
+    let each = transaction(200, &["t1"]).bytes();
+    let fixture = Fixture::new(3 * each, true);
+    let (made, bytes) = (AtomicUsize::new(0), || fixture.hub.usage().bytes);
+    let made_so_far = || made.load(Ordering::Relaxed);
+    fixture.append(transaction(200, &["t1"]));
+    fixture.append(transaction(300, &["t1"]));
+    for commit in [200, 300] {
+        fixture.admit(transaction(commit, &["t1"])).await;
+    }
+    fixture.release(1000, "");
+
+    // There is room for one.
+    let first = make_json(&fixture, 100, &made, each).await;
+    assert_eq!((made_so_far(), bytes()), (1, 3 * each));
+    make_json_of(&fixture, &first, &made, each);
+    assert_eq!((made_so_far(), bytes()), (1, 3 * each), "it is kept, and counted once");
+
+    // The oldest goes for the envelope of one that is newer, with its own.
+    let second = make_json(&fixture, 210, &made, 2 * each).await;
+    assert_eq!((made_so_far(), bytes()), (2, 3 * each));
+    let again = make_json(&fixture, 100, &made, each).await;
+    assert!(!Arc::ptr_eq(&first, &again), "it was read from the log");
+    assert_eq!((made_so_far(), bytes()), (3, 3 * each), "what is not in the window is not counted");
+
+    // What is left after all has gone.
+    fixture.hub.diverge(Lsn(250), History::first());
+    assert_eq!(bytes(), 0);
+    drop(second);
+}
+
+#[tokio::test]
+async fn without_room_an_envelope_is_not_kept() {
+    let each = transaction(200, &["t1"]).bytes();
+    let fixture = Fixture::new(3 * each, true);
+    let made = AtomicUsize::new(0);
+    for commit in [200, 300] {
+        fixture.admit(transaction(commit, &["t1"])).await;
+    }
+    fixture.release(1000, "");
+    // The log has nothing yet, so nothing can be forgotten.
+    let item = make_json(&fixture, 210, &made, 2 * each).await;
+    make_json_of(&fixture, &item, &made, 2 * each);
+    assert_eq!((made.load(Ordering::Relaxed), fixture.hub.usage().bytes), (2, 2 * each));
+
+    // Nothing newer is forgotten for what is older, and an envelope that is larger than all memory is nobody's.
+    fixture.append(transaction(200, &["t1"]));
+    fixture.append(transaction(300, &["t1"]));
+    make_json(&fixture, 100, &made, 2 * each).await;
+    assert_eq!(fixture.hub.usage().bytes, 2 * each);
+    make_json_of(&fixture, &item, &made, 4 * each);
+    assert_eq!(fixture.hub.usage().bytes, each);
+    // Once its message has left, it is its readers'.
+    fixture.hub.diverge(Lsn(250), History::first());
+    make_json_of(&fixture, &item, &made, 4 * each);
+    make_json_of(&fixture, &item, &made, 4 * each);
+    assert_eq!((made.into_inner(), fixture.hub.usage().bytes), (5, 0));
+}
+
 /// A transaction with a change of each tenant, whose row of `broken` does not decode, after `steps`.
 fn with_gap(commit: u64, tenants: &[&str], broken: &[(Option<&str>, u64)]) -> Transaction {
     let mut transaction = transaction(commit, tenants);

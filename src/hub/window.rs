@@ -51,6 +51,7 @@ struct Entry {
     commit: CommitLsn,
     xid: Xid8,
     end: EndLsn,
+    /// Of the transaction, and of the envelopes that were made of it since.
     bytes: usize,
     /// Its messages, as in a stream of all tenants. Each is in its tenant's feed, too.
     items: Vec<Arc<Item>>,
@@ -218,6 +219,28 @@ impl Window {
         true
     }
 
+    /// Counts an envelope that was made of this message, and forgets what is older where that takes room. `false`: there is none, and
+    /// the envelope must not be kept. What is not in the window (any more) is its readers' to hold.
+    pub(super) fn reserve(&mut self, item: &Item, bytes: usize, appended: Lsn) -> bool {
+        if !item.is_in_window() {
+            return true;
+        }
+        let commit = item.message.header.commit;
+        let is_older = |entry: &Entry| entry.commit < commit;
+        while self.bytes + bytes > self.options.window_bytes
+            && self.entries.front().is_some_and(is_older)
+            && self.evict_oldest(appended)
+        {}
+        if self.bytes + bytes > self.options.window_bytes {
+            return false;
+        }
+        let at = self.entries.partition_point(is_older);
+        let Some(entry) = self.entries.get_mut(at) else { return false };
+        entry.bytes += bytes;
+        self.bytes += bytes;
+        true
+    }
+
     /// Takes idle progress, or a gap.
     pub(super) fn admit_mark(&mut self, lsn: Lsn, gap: Option<Gap>) {
         let wake = match &gap {
@@ -255,6 +278,7 @@ impl Window {
         for item in &entry.items {
             let Some(feed) = self.feeds.of_tenant(&item.tenant) else { continue };
             if let Some(item) = feed.messages.pop_front() {
+                item.leave_window();
                 assert!(item.message.header.commit == entry.commit, "feeds and entries are in the same order");
                 feed.floor = feed.floor.max(item.message.reached());
             }
@@ -347,6 +371,7 @@ impl Window {
         while let Some(entry) = self.entries.pop_back_if(|entry| entry.end.0 > at) {
             self.bytes -= entry.bytes;
             for item in &entry.items {
+                item.leave_window();
                 if let Some(feed) = self.feeds.of_tenant(&item.tenant) {
                     feed.messages.pop_back();
                 }
@@ -551,5 +576,5 @@ fn items_of(transaction: &Transaction) -> Vec<Arc<Item>> {
     {
         last.ends_transaction = Some(transaction.end);
     }
-    all.into_iter().map(Item::new).collect()
+    all.into_iter().map(Item::in_window).collect()
 }

@@ -3,7 +3,7 @@
 use super::server::{Committed, LAST, Queries, Server, TENANTS};
 use super::world::World;
 use crate::api::grpc::proto::{DataChange, DataChanges, data_change::Type};
-use crate::api::grpc::status::Tokens;
+use crate::api::watch::Tokens;
 use crate::hub::start::Error as StartError;
 use crate::hub::{End, Hub, Item, Origin};
 use crate::model::change::TenantId;

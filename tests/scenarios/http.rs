@@ -2,6 +2,7 @@
 
 mod names;
 mod python_client;
+mod sharing;
 
 use crate::support::http::{EventSource, Seen, reason};
 use crate::support::postgres::Postgres;

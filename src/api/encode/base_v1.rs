@@ -1,7 +1,12 @@
 //! `base.v1.WatchResponse`: one `DataChanges` with a snap token and the changes of a message (`proto/base/v1/base.proto`).
 //!
 //! The changes of tuples are copied as they are. Those of attributes are transcoded: field 3 instead of 4, and the value in an Any.
+//! It is sent as a [`frame`] of gRPC or as a [`line`] of JSON.
 
+pub mod frame;
+pub mod line;
+
+use super::Malformed;
 use crate::model::change::{AttributeValue, ChangeView, Changes, FactView, TYPE_URL_PREFIX};
 use crate::model::protobuf::{field_len, put_bytes, put_head, put_text, text_len};
 use bytes::BufMut as _;
@@ -20,11 +25,6 @@ const ENTITY_ID: u32 = 2;
 const ANY_TYPE_URL: u32 = 1;
 const ANY_VALUE: u32 = 2;
 const DATA: u32 = 1;
-
-/// A change is not what the assembler encodes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a change does not decode")]
-pub struct Malformed;
 
 /// The whole response.
 ///

@@ -20,6 +20,7 @@
 
 use super::calls::Call;
 use super::send_counters::SendCounters;
+use super::status;
 use super::watch::{self, Frames, Responses};
 use crate::access::tls;
 use bytes::Bytes;
@@ -41,7 +42,6 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, Sleep};
-use tonic::Status;
 use tonic::body::Body;
 use tower_service::Service;
 
@@ -240,9 +240,9 @@ async fn answered<B: Default>(
     let mut answer = pin!(async {
         match patience {
             None => answer.await,
-            Some(patience) => tokio::time::timeout(patience, answer).await.unwrap_or_else(|_| {
-                Ok(Status::deadline_exceeded(format!("no answer within the {patience:?} of grpc-timeout")).into_http())
-            }),
+            Some(patience) => {
+                tokio::time::timeout(patience, answer).await.unwrap_or_else(|_| Ok(status::late(patience).into_http()))
+            }
         }
     });
     poll_fn(|cx| match answer.as_mut().poll(cx) {

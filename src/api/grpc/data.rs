@@ -4,12 +4,13 @@
 
 use super::proto::data_server::Data;
 use super::{authorize, proto, status, validation};
+use crate::api::watch;
 use crate::hub::Hub;
 use crate::hub::primary::Primary;
 use crate::model::change::TenantId;
 use crate::store::{Key, Page, Store};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::watch::Receiver;
 use tonic::{Request, Response, Status};
 
 /// Bounds of the service.
@@ -29,7 +30,7 @@ pub struct DataService<P> {
     primary: P,
     options: Options,
     /// Turns true when whoever waits must be told to come back.
-    stop: watch::Receiver<bool>,
+    stop: Receiver<bool>,
 }
 
 impl<P: Primary> DataService<P> {
@@ -39,7 +40,7 @@ impl<P: Primary> DataService<P> {
         hub: Hub,
         primary: P,
         options: Options,
-        stop: watch::Receiver<bool>,
+        stop: Receiver<bool>,
     ) -> Self {
         Self { store, hub, primary, options, stop }
     }
@@ -56,9 +57,9 @@ impl<P: Primary> DataService<P> {
         let mut stop = self.stop.clone();
         let readable = tokio::select! {
             readable = self.hub.readable(&self.primary, tenant, token, self.options.resolve_timeout) => readable,
-            _ = stop.wait_for(|stop| *stop) => return Err(status::shutting_down()),
+            _ = stop.wait_for(|stop| *stop) => return Err(watch::Error::ShuttingDown.into()),
         };
-        readable.map_err(|error| status::of_start(error, None))
+        readable.map_err(|error| watch::Error::of_start(error, None).into())
     }
 }
 

@@ -9,69 +9,18 @@
 
 use crate::access::admission;
 use crate::access::authn;
+use crate::api::scope::Forbidden;
+use crate::api::watch;
+use crate::hub::End;
 use crate::hub::start::Error as StartError;
-use crate::hub::{End, Origin};
-use crate::model::lsn::{CommitTime, Position, Xid8};
-use crate::model::scope::{Place, Scope};
-use crate::model::snap_token::{Form, SnapToken};
-use crate::model::timeline::{History, SourceId};
-use crate::model::transaction::Message;
 use crate::store;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 /// Domain of `google.rpc.ErrorInfo`.
 pub const DOMAIN: &str = "tuplewatch";
-/// Where to go on after a gap. Absent while its end is not known: see [`crate::model::transaction::Gap::writers`].
-pub const NEXT_SNAP_TOKEN: &str = "next_snap_token";
-/// How the message of a gap ends: what its reader is to do.
-pub const AFTER_GAP: &str = ". Read the state anew, then go on from next_snap_token in the error details";
-/// The oldest token that can still be used.
-pub const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
-
-/// Reason of `google.rpc.ErrorInfo` where it takes new credentials to go on.
-pub const CREDENTIALS_EXPIRED: &str = "CREDENTIALS_EXPIRED";
-
-/// Reason of `google.rpc.ErrorInfo` where a tenant id cannot be one.
-const INVALID_TENANT: &str = "INVALID_TENANT";
-
-/// Reason of `google.rpc.ErrorInfo` where the changes that come next are no longer kept.
-pub const SNAP_TOKEN_TOO_OLD: &str = "SNAP_TOKEN_TOO_OLD";
-
-/// Writes positions as tokens.
-#[derive(Clone)]
-pub struct Tokens {
-    source: SourceId,
-    history: Arc<History>,
-}
-
-impl Tokens {
-    /// For positions of this source and history.
-    pub fn new((source, history): &Origin) -> Self {
-        Self { source: source.id(), history: history.clone() }
-    }
-
-    /// The token of a message. An id alone cannot say "inside a transaction": all messages of it but the last have the one of
-    /// the transaction before, and whoever comes back with that gets them once more. Where the log has none before, the
-    /// position it is.
-    pub fn of_message(&self, message: &Message, form: Form, before: Option<Xid8>) -> String {
-        let xid = if message.end.is_some() { Some(message.header.xid) } else { before };
-        match (form, xid) {
-            (Form::Permify, Some(xid)) => SnapToken::Xid(xid).to_string(),
-            _ => self.write(message.reached(), message.header.commit_time),
-        }
-    }
-
-    /// The token of a place, which is taken whatever form messages have.
-    pub fn write(&self, place: impl Into<Place>, commit_time: CommitTime) -> String {
-        let place = place.into();
-        let timeline = self.history.writer_of(place.extent()).id();
-        SnapToken::Position { source: self.source, timeline, place, commit_time }.to_string()
-    }
-}
-
 fn with_reason(code: Code, message: String, reason: &str, metadata: Vec<(&str, String)>) -> Status {
     let metadata: HashMap<String, String> = metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
     Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, metadata))
@@ -82,80 +31,77 @@ pub fn reason(status: &Status) -> Option<String> {
     status.get_details_error_info().map(|info| info.reason)
 }
 
-/// A tenant id that is none; `form` says what it must be.
-pub fn invalid_tenant(form: &str) -> Status {
-    with_reason(Code::InvalidArgument, format!("the tenant id {form}"), INVALID_TENANT, vec![])
+impl From<watch::Error> for Status {
+    fn from(error: watch::Error) -> Self {
+        let (code, message) = (code_of(&error), error.to_string());
+        match error.reason() {
+            Some(reason) => with_reason(code, message, reason, error.snap_token().into_iter().collect()),
+            None => Self::new(code, message),
+        }
+    }
 }
 
-/// Why a stream did not start.
-pub fn of_start(error: StartError, tokens: Option<&Tokens>) -> Status {
-    let message = error.to_string();
+fn code_of(error: &watch::Error) -> Code {
+    use watch::Error;
     match error {
-        StartError::Tenant(_) => with_reason(Code::InvalidArgument, message, INVALID_TENANT, vec![]),
-        StartError::Token(_) => with_reason(Code::InvalidArgument, message, "INVALID_SNAP_TOKEN", vec![]),
-        StartError::UnknownTenant(_) => with_reason(Code::NotFound, message, "TENANT_NOT_FOUND", vec![]),
-        StartError::Foreign => with_reason(Code::FailedPrecondition, message, "FOREIGN_SNAP_TOKEN", vec![]),
-        StartError::Abandoned => with_reason(Code::FailedPrecondition, message, "ABANDONED_SNAP_TOKEN", vec![]),
-        StartError::BeyondHistory => {
-            with_reason(Code::FailedPrecondition, message, "SNAP_TOKEN_BEYOND_HISTORY", vec![])
-        }
-        StartError::TooOld { earliest } => too_old(&message, earliest, tokens),
-        StartError::UnknownTransaction { earliest, .. } => {
-            let earliest = earliest_of(earliest, tokens);
-            with_reason(Code::OutOfRange, message, "TRANSACTION_UNKNOWN", earliest)
-        }
-        StartError::StillRunning(_) => with_reason(Code::Unavailable, message, "TRANSACTION_STILL_RUNNING", vec![]),
-        StartError::Unreachable(_) => with_reason(Code::Unavailable, message, "POSTGRES_UNREACHABLE", vec![]),
-        StartError::Log(_) => {
-            tracing::error!("a stream could not start: {message}");
-            with_reason(Code::Internal, "the change log cannot be read: see the server's log".into(), "LOG", vec![])
-        }
+        Error::Forbidden(_) => Code::PermissionDenied,
+        Error::Disabled => Code::Unimplemented,
+        Error::TenantForm(_) | Error::TenantId(_) => Code::InvalidArgument,
+        Error::ShuttingDown => Code::Unavailable,
+        Error::TooMany { .. } => Code::ResourceExhausted,
+        Error::Expired => Code::Unauthenticated,
+        Error::Start { error, .. } => match error {
+            StartError::Token(_) => Code::InvalidArgument,
+            StartError::UnknownTenant(_) => Code::NotFound,
+            StartError::Foreign | StartError::Abandoned | StartError::BeyondHistory => Code::FailedPrecondition,
+            StartError::TooOld { .. } | StartError::UnknownTransaction { .. } => Code::OutOfRange,
+            StartError::StillRunning(_) | StartError::Unreachable(_) => Code::Unavailable,
+            StartError::Log(_) => Code::Internal,
+        },
+        Error::Ended(ended) => match &ended.end {
+            End::Gap(_) | End::Abandoned { .. } => Code::Aborted,
+            End::TooOld { .. } => Code::OutOfRange,
+            End::Closed => Code::Unavailable,
+            End::Log(_) => Code::Internal,
+        },
+        Error::Unsendable(_) | Error::NoSource => Code::Internal,
     }
 }
 
-/// Why a stream ended.
-pub fn of_end(end: End, scope: &Scope, tokens: &Tokens) -> Status {
-    match end {
-        End::Gap(gap) if gap.is_open() => {
-            let message = format!(
-                "the history of {scope} is not continuous: {}; and transactions that began before are still running, whose \
-                 changes may be missing when they commit. Read the state anew and watch without a token; the gap is told \
-                 again, with {NEXT_SNAP_TOKEN} in the error details, when they have ended",
-                gap.reason
-            );
-            with_reason(Code::Aborted, message, gap.reason.code(), vec![])
-        }
-        End::Gap(gap) => {
-            let message = format!("the history of {scope} is not continuous: {}{AFTER_GAP}", gap.reason);
-            let next = tokens.write(gap.to, CommitTime::default());
-            with_reason(Code::Aborted, message, gap.reason.code(), vec![(NEXT_SNAP_TOKEN, next)])
-        }
-        End::Abandoned { at } => {
-            let reason = crate::model::transaction::GapReason::TimelineDiverged;
-            let message = format!("{reason}{AFTER_GAP}");
-            let next = tokens.write(Position::at(at), CommitTime::default());
-            with_reason(Code::Aborted, message, reason.code(), vec![(NEXT_SNAP_TOKEN, next)])
-        }
-        End::TooOld { earliest } => {
-            let message = "this stream was read so slowly that the changes that come next are no longer kept: \
-                           start without a token and read the state anew";
-            too_old(message, earliest, Some(tokens))
-        }
-        End::Closed => shutting_down(),
-        End::Log(error) => {
-            tracing::error!("a stream of {scope} ended: {error}");
-            with_reason(Code::Internal, "the change log cannot be read: see the server's log".into(), "LOG", vec![])
-        }
+/// Not the method of Watch.
+pub(super) fn no_method() -> Status {
+    Status::unimplemented("base.v1.Watch has one method, Watch")
+}
+
+/// A request of Watch in an encoding.
+pub(super) fn compressed_request() -> Status {
+    Status::unimplemented("requests of Watch are not compressed")
+}
+
+/// A request of Watch that is far too long.
+pub(super) fn large_request() -> Status {
+    Status::invalid_argument("the request is larger than any WatchRequest")
+}
+
+/// The end where the message of a request should be.
+pub(super) fn no_request() -> Status {
+    Status::internal("a request without a message")
+}
+
+/// No request of Watch.
+pub(super) fn bad_request(error: &prost::DecodeError) -> Status {
+    Status::invalid_argument(format!("the request is no WatchRequest: {error}"))
+}
+
+/// The client did not want to wait any longer.
+pub(super) fn late(patience: Duration) -> Status {
+    Status::deadline_exceeded(format!("no answer within the {patience:?} of grpc-timeout"))
+}
+
+impl From<Forbidden> for Status {
+    fn from(forbidden: Forbidden) -> Self {
+        watch::Error::from(forbidden).into()
     }
-}
-
-fn too_old(message: &str, earliest: Position, tokens: Option<&Tokens>) -> Status {
-    with_reason(Code::OutOfRange, message.to_owned(), SNAP_TOKEN_TOO_OLD, earliest_of(earliest, tokens))
-}
-
-fn earliest_of(earliest: Position, tokens: Option<&Tokens>) -> Vec<(&'static str, String)> {
-    let token = tokens.map(|tokens| (EARLIEST_SNAP_TOKEN, tokens.write(earliest, CommitTime::default())));
-    token.into_iter().collect()
 }
 
 /// A status whose message is `ERROR_CODE_` and the reason.
@@ -250,48 +196,8 @@ pub(crate) fn of_admission(error: &admission::Error) -> Status {
     }
 }
 
-/// What a stream was opened with is no longer good.
-pub fn expired() -> Status {
-    let message =
-        "the credentials that this stream was opened with have expired: reconnect with new ones and the last \
-                   snap token"
-            .to_owned();
-    with_reason(Code::Unauthenticated, message, CREDENTIALS_EXPIRED, vec![])
-}
-
-/// Somebody else's tenant.
-pub fn forbidden(tenant: &str) -> Status {
-    // Nobody has checked it yet, and headers have bounds.
-    const SHOWN_MAX: usize = 128;
-    let message = if tenant.len() <= SHOWN_MAX {
-        format!("these credentials are not for tenant '{tenant}'")
-    } else {
-        "these credentials are not for this tenant".to_owned()
-    };
-    with_reason(Code::PermissionDenied, message, "TENANT_FORBIDDEN", vec![])
-}
-
 /// A browser's page that may not write here.
 pub fn other_origin(origin: &str) -> Status {
     let message = format!("pages of {origin} may not do this: see server.http.cors_allowed_origins");
     with_reason(Code::PermissionDenied, message, "ORIGIN_FORBIDDEN", vec![])
-}
-
-/// The process is ending.
-pub fn shutting_down() -> Status {
-    let message = "the server is shutting down: reconnect with the last snap token".to_owned();
-    with_reason(Code::Unavailable, message, "SHUTTING_DOWN", vec![])
-}
-
-/// Watch is off.
-pub fn disabled() -> Status {
-    let message = "Watch is disabled in this server's configuration (service.watch.enabled)".to_owned();
-    with_reason(Code::Unimplemented, message, "WATCH_DISABLED", vec![])
-}
-
-/// No more streams.
-pub fn too_many(max: usize) -> Status {
-    let message =
-        format!("{max} streams are open, which is the limit (service.watch.subscribers_max): try again later");
-    with_reason(Code::ResourceExhausted, message, "TOO_MANY_SUBSCRIBERS", vec![])
 }

@@ -1,10 +1,5 @@
-//! What a request of Data or Tenancy must be like: Permify's forms, which the tables' constraints demand as well.
-//!
-//! | what | form |
-//! | --- | --- |
-//! | ids | 1 to 128 of `a-z A-Z 0-9 _ - @ . : +`, or a single `*` |
-//! | types, relations, names of attributes | 1 to 64 of `a-z A-Z _` |
-//! | a subject's relation | the same, or empty, or `...`, which means the same as empty |
+//! What a request of Data or Tenancy must be like: ids and names have Permify's forms ([`crate::api::forms`]), and a subject's relation
+//! may also be empty, or `...`, which means the same.
 //!
 //! What is wrong is said of all fields at once, and never with their contents. Filters may hold any text: what does not
 //! fit the forms picks nothing.
@@ -12,6 +7,7 @@
 use super::proto;
 use super::{fact, status};
 use crate::api::encode::base_v1;
+use crate::api::forms::{ID, NAME, is_id, is_name};
 use crate::model::change::{AttributeValue, TenantId, Tuple};
 use crate::store::{AttributeFilter, Batch, Key, TupleFilter};
 use std::fmt::Arguments;
@@ -29,22 +25,11 @@ const PAGE_SIZE_DEFAULT: usize = 50;
 /// Rows of a page at most. Permify refuses larger pages in some versions and not in others; here they end early.
 const PAGE_SIZE_MAX: usize = 1_000;
 
-const ID: &str = "must be 1 to 128 of a-z, A-Z, 0-9, _, -, @, ., :, + or a single *";
-const NAME: &str = "must be 1 to 64 of a-z, A-Z and _";
 const REQUIRED: &str = "is required";
 const NO_NUL: &str = "must not contain a NUL character";
 
 /// Permify's word for a subject without a relation.
 const NO_RELATION: &str = "...";
-
-fn is_id(text: &str) -> bool {
-    let letter = |byte: u8| byte.is_ascii_alphanumeric() || b"_-@.:+".contains(&byte);
-    text == "*" || (1..=128).contains(&text.len()) && text.bytes().all(letter)
-}
-
-fn is_name(text: &str) -> bool {
-    (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphabetic() || byte == b'_')
-}
 
 fn without_dots(relation: &str) -> &str {
     if relation == NO_RELATION { "" } else { relation }
@@ -76,11 +61,6 @@ fn check(holds: bool, field: &str, description: &str) -> Result<(), Status> {
 pub(super) fn tenant(field: &str, id: &str) -> Result<TenantId, Status> {
     check(is_id(id), field, ID)?;
     TenantId::new(id).map_err(|error| status::invalid(vec![FieldViolation::new(field, error.to_string())]))
-}
-
-/// The tenant whose changes to watch, where the tables are those of a preset. What is a tenant nowhere is for the start to refuse.
-pub(super) fn watched_tenant(id: &str) -> Result<(), Status> {
-    if is_id(id) || TenantId::new(id).is_err() { Ok(()) } else { Err(status::invalid_tenant(ID)) }
 }
 
 /// The name of a new tenant.
@@ -248,23 +228,6 @@ pub(super) fn continuous_token<const COLUMNS: usize>(token: &str) -> Result<Opti
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn forms() {
-        let long = |n| "a".repeat(n);
-        for id in ["1", "*", "a-b_c@d.e:f+g", &long(128)] {
-            assert!(is_id(id), "{id}");
-        }
-        for id in ["", "**", "a*", "a b", "é", "a\0", "a/b", "a\n", &long(129)] {
-            assert!(!is_id(id), "{id}");
-        }
-        for name in ["a", "A_b", &long(64)] {
-            assert!(is_name(name), "{name}");
-        }
-        for name in ["", "a1", "a-b", "*", "...", "a\n", &long(65)] {
-            assert!(!is_name(name), "{name}");
-        }
-    }
 
     #[test]
     fn everything_wrong_is_said_at_once_and_bounded() {

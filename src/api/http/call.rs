@@ -1,7 +1,7 @@
 //! An HTTP request → the request of a service, and back.
 
 use super::json::{self, Reading};
-use super::refusal::Refusal;
+use super::refusal::{Invalid, Refusal};
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
 use axum::http::Method;
@@ -27,9 +27,9 @@ impl<T: Message + Name + Default, S: Send + Sync> FromRequest<S> for Call<T> {
     async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
         let (mut parts, body) = request.into_parts();
         let path = RawPathParams::from_request_parts(&mut parts, state).await;
-        let path = path.map_err(|error| Status::invalid_argument(error.body_text()))?;
+        let path = path.map_err(|error| Invalid(error.body_text()))?;
         let query = Query::<Vec<(String, String)>>::from_request_parts(&mut parts, state).await;
-        let Query(query) = query.map_err(|error| Status::invalid_argument(error.body_text()))?;
+        let Query(query) = query.map_err(|error| Invalid(error.body_text()))?;
         if let Some((name, _)) = query.first().filter(|_| !matches!(parts.method, Method::GET | Method::HEAD)) {
             return Err(Refusal::not_in_query(&parts.method, name));
         }

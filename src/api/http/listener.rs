@@ -7,17 +7,21 @@
 use super::Gateway;
 use crate::access::connections;
 use crate::access::tls;
+use crate::api::threads;
+use crate::api::watch::WatchService;
 use crate::config::Http as HttpConfig;
+use crate::hub::Hub;
+use crate::hub::primary::Primary;
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::watch::Receiver;
-use tokio::task::JoinSet;
 
 /// Longest time for the headers of a request to come, counted from when the connection is ready for one.
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(30);
@@ -33,11 +37,14 @@ pub(crate) enum Error {
         /// The address.
         address: String,
         /// Why.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The certificate or the key is not usable.
     #[error(transparent)]
     Tls(#[from] tls::Error),
+    /// A thread to serve on cannot be had, or is gone.
+    #[error("the threads of the HTTP server failed: {0}")]
+    Threads(io::Error),
 }
 
 /// A bound listener: bound before anything else starts, so that a taken port is said at once.
@@ -68,38 +75,47 @@ impl Listener {
     }
 }
 
-/// Serves until `stop` turns true and all connections have ended.
+/// Serves until `stop` turns true and all connections have ended. Dropped before, it cuts them.
 ///
-/// Dropped before, it cuts them.
-pub(crate) async fn serve(listener: Listener, gateway: Gateway, connections_max: usize, stop: Receiver<bool>) {
-    let router = gateway.into_router();
+/// # Errors
+/// Where there are no threads to serve on.
+pub(crate) async fn serve<P: Primary + 'static>(
+    listener: Listener,
+    gateway: Gateway,
+    watch: WatchService<P>,
+    connections_max: usize,
+    stop: Receiver<bool>,
+) -> Result<(), Error> {
     let Listener { listener, tls } = listener;
-    let spawn = |connections: &mut JoinSet<()>, stream, place| {
-        let connection = connect(stream, tls.clone(), router.clone(), stop.clone());
-        connections.spawn(async move {
-            connection.await;
-            drop(place);
-        });
+    let connector = |hub: Hub| {
+        let (tls, stop) = (tls.clone(), stop.clone());
+        let router = gateway.clone().with_watch(watch.with_hub(hub)).into_router();
+        move |stream| connect(stream, tls.clone(), router.clone(), stop.clone())
     };
-    listener.serve("HTTP", connections_max, stop.clone(), spawn).await;
+    threads::serve(listener, "HTTP", connections_max, stop.clone(), watch.hub(), connector)
+        .await
+        .map_err(Error::Threads)
 }
 
-async fn connect(stream: TcpStream, tls: Option<tls::Acceptor>, router: Router, mut stop: Receiver<bool>) {
+/// Serves a connection until it is closed, or until `stop` turns true and its last answer has ended.
+pub(super) async fn connect(
+    stream: TcpStream,
+    tls: Option<tls::Acceptor>,
+    router: Router,
+    mut stop: Receiver<bool>,
+) -> io::Result<()> {
     let Some(acceptor) = tls else {
         return talk(stream, router, stop).await;
     };
-    let handshake = tokio::select! {
-        handshake = acceptor.accept(stream) => handshake,
-        _ = stop.wait_for(|stop| *stop) => return,
+    let stream = tokio::select! {
+        stream = acceptor.accept(stream) => stream?,
+        _ = stop.wait_for(|stop| *stop) => return Ok(()),
     };
-    match handshake {
-        Ok(stream) => talk(stream, router, stop).await,
-        Err(error) => tracing::debug!("a TLS handshake for HTTP failed: {error}"),
-    }
+    talk(stream, router, stop).await
 }
 
 /// Requests and responses, one after the other.
-async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, mut stop: Receiver<bool>) {
+async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, mut stop: Receiver<bool>) -> io::Result<()> {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADERS_TIMEOUT)
@@ -117,7 +133,5 @@ async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, mut s
             connection.await
         }
     };
-    if let Err(error) = ended {
-        tracing::debug!("an HTTP connection ended: {error}");
-    }
+    ended.map_err(io::Error::other)
 }

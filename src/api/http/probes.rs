@@ -14,7 +14,6 @@ use axum::routing::get;
 use std::fmt;
 use std::sync::Arc;
 use tokio::sync::Mutex;
-use tonic::Status;
 
 /// What is asked for here.
 pub trait Probes: Send + Sync + 'static {
@@ -63,6 +62,6 @@ async fn scrape<P: Probes>(State(alone): State<Alone<P>>) -> Response {
     let probes = alone.lock_owned().await;
     match tokio::task::spawn_blocking(move || probes.metrics()).await {
         Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
-        Err(error) => super::refusal::Refusal::from(Status::internal(error.to_string())).into_response(),
+        Err(error) => super::refusal::Refusal::internal(error.to_string()).into_response(),
     }
 }

@@ -1,67 +1,114 @@
-//! gRPC statuses → HTTP errors: the one place.
+//! Errors → HTTP statuses: the one place.
 //!
-//! The body is `{code, message, details}` with the gRPC code, and the HTTP status is the one that gRPC's own gateway has
-//! for it. What HTTP itself refuses has the form, too.
+//! The body is `{code, message, details}`, a `google.rpc.Status` with the gRPC code, and the HTTP status is the one that gRPC's own
+//! gateway has for it. What HTTP itself refuses has the form, too.
 
 use super::json;
+use crate::api::watch;
 use axum::http::header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{Method, StatusCode};
 use axum::response::{IntoResponse, Response};
+use prost::Message as _;
 use std::time::Duration;
 use tonic::{Code, Status};
-use tonic_types::StatusExt as _;
+use tonic_types::{StatusExt as _, pb};
 
-/// A request that is not answered.
+/// A request that is not answered, or a stream that ends.
 #[derive(Debug)]
 pub(super) struct Refusal {
     http: StatusCode,
-    status: Box<Status>,
+    status: Box<pb::Status>,
+    /// When it is worth trying again.
+    retry_after: Option<Duration>,
 }
 
+/// A request that cannot be understood.
+pub(super) struct Invalid(pub(super) String);
+
 impl Refusal {
-    fn new(http: StatusCode, status: Status) -> Self {
-        Self { http, status: Box::new(status) }
+    fn new(http: StatusCode, code: Code, message: String) -> Self {
+        let status = pb::Status { code: code as i32, message, details: Vec::new() };
+        Self { http, status: Box::new(status), retry_after: None }
+    }
+
+    fn of_code(code: Code, message: String) -> Self {
+        Self::new(http_status(code), code, message)
     }
 
     /// Nothing is served at this path.
     pub(super) fn no_route(path: &str) -> Self {
-        Self::from(Status::not_found(format!("nothing is served at {path}")))
+        Self::of_code(Code::NotFound, format!("nothing is served at {path}"))
     }
 
     /// Something is served at this path, by other methods.
     pub(super) fn method_not_allowed(method: &Method) -> Self {
-        let status = Status::unimplemented(format!("this path is not served by {method}: see Allow"));
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, status)
+        let message = format!("this path is not served by {method}: see Allow");
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, Code::Unimplemented, message)
     }
 
     /// A parameter where there are none.
     pub(super) fn not_in_query(method: &Method, name: &str) -> Self {
         let message =
             format!("{method} takes no query parameters, and there is `{name}`: put it into the JSON of the body");
-        Self::from(Status::invalid_argument(message))
+        Invalid(message).into()
     }
 
     /// The body cannot be read to its end: it is too large, or the connection broke.
     pub(super) fn unreadable(http: StatusCode, message: String) -> Self {
         let code = if http == StatusCode::PAYLOAD_TOO_LARGE { Code::ResourceExhausted } else { Code::InvalidArgument };
-        Self::new(http, Status::new(code, message))
+        Self::new(http, code, message)
     }
 
     /// The body did not come in time.
     pub(super) fn too_slow(limit: Duration) -> Self {
-        let status = Status::deadline_exceeded(format!("the body of the request did not come within {limit:?}"));
-        Self::new(StatusCode::REQUEST_TIMEOUT, status)
+        let message = format!("the body of the request did not come within {limit:?}");
+        Self::new(StatusCode::REQUEST_TIMEOUT, Code::DeadlineExceeded, message)
+    }
+
+    /// It is our fault.
+    pub(super) fn internal(message: String) -> Self {
+        Self::of_code(Code::Internal, message)
+    }
+
+    /// The body of an answer, or the end of a stream.
+    pub(super) fn json(&self) -> String {
+        json::write_status(&self.status)
     }
 }
 
+impl From<Invalid> for Refusal {
+    fn from(Invalid(message): Invalid) -> Self {
+        Self::of_code(Code::InvalidArgument, message)
+    }
+}
+
+impl From<json::Error> for Refusal {
+    fn from(error: json::Error) -> Self {
+        match error {
+            json::Error::Unwritable | json::Error::NoForm(_) => Self::internal(error.to_string()),
+            _ => Invalid(error.to_string()).into(),
+        }
+    }
+}
+
+impl From<watch::Error> for Refusal {
+    fn from(error: watch::Error) -> Self {
+        Self::from(Status::from(error))
+    }
+}
+
+/// Of the services that speak gRPC.
 impl From<Status> for Refusal {
     fn from(status: Status) -> Self {
-        Self::new(of(status.code()), status)
+        let mut refusal = Self::of_code(status.code(), status.message().to_owned());
+        refusal.status.details = pb::Status::decode(status.details()).map(|rich| rich.details).unwrap_or_default();
+        refusal.retry_after = status.get_details_retry_info().and_then(|info| info.retry_delay);
+        refusal
     }
 }
 
 /// As gRPC's own gateway has it.
-fn of(code: Code) -> StatusCode {
+fn http_status(code: Code) -> StatusCode {
     match code {
         Code::Ok => StatusCode::OK,
         // "Client closed request": it has no name.
@@ -87,19 +134,21 @@ impl IntoResponse for Refusal {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         // In whole seconds, and never before the time.
-        if let Some(delay) = self.status.get_details_retry_info().and_then(|info| info.retry_delay) {
+        if let Some(delay) = self.retry_after {
             headers.insert(
                 RETRY_AFTER,
                 HeaderValue::from(delay.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)),
             );
         }
-        (self.http, headers, json::write_status(&self.status)).into_response()
+        (self.http, headers, self.json()).into_response()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::{Value as Json, json};
+    use std::collections::HashMap;
     use tonic_types::ErrorDetails;
 
     #[test]
@@ -135,5 +184,34 @@ mod tests {
             let status = Status::with_error_details(Code::ResourceExhausted, "slower", details);
             assert_eq!(Refusal::from(status).into_response().headers()[RETRY_AFTER], seconds);
         }
+    }
+
+    #[test]
+    fn an_error_has_its_details() {
+        let json = |status: Status| -> Json { serde_json::from_str(&Refusal::from(status).json()).unwrap() };
+        let plain = json(Status::not_found("no tenant"));
+        assert_eq!(plain, json!({"code": 5, "message": "no tenant", "details": []}));
+
+        let metadata = [("next_snap_token".to_owned(), "s".to_owned())];
+        let details = ErrorDetails::with_error_info("BROKEN", "tuplewatch", HashMap::from(metadata));
+        let info = json!({
+            "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+            "reason": "BROKEN",
+            "domain": "tuplewatch",
+            "metadata": {"next_snap_token": "s"},
+        });
+        let rich = json(Status::with_error_details(Code::Aborted, "broken", details));
+        assert_eq!(rich, json!({"code": 10, "message": "broken", "details": [info]}));
+
+        // What does not decode, or has no JSON form, is left out.
+        let details = pb::Status { code: 13, message: "m".into(), details: vec![unknown()] }.encode_to_vec();
+        for details in [b"\xff".to_vec(), details] {
+            let status = Status::with_details(Code::Internal, "m", details.into());
+            assert_eq!(json(status), json!({"code": 13, "message": "m", "details": []}));
+        }
+    }
+
+    fn unknown() -> prost_types::Any {
+        prost_types::Any { type_url: "type.googleapis.com/a.B".into(), value: Vec::new() }
     }
 }

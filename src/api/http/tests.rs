@@ -11,7 +11,7 @@ use axum::http::{Request, StatusCode};
 use proptest::prelude::*;
 use serde_json::{Value as Json, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tonic::{Response as Answer, Status};
 use tower::ServiceExt as _;
 
@@ -285,20 +285,17 @@ fn open() -> Admission {
     Admission::new(Authenticator::Open, Exempt { health: true, reflection: true, metrics: true }, None)
 }
 
-/// The gateway on a port, with what it says to these bytes until it closes the connection. The clock is paused: it goes to
-/// the next timeout as soon as there is nothing else to do.
+/// A connection to the gateway, with what it says to these bytes until it closes it. The clock is paused: it goes to the next timeout as
+/// soon as there is nothing else to do.
 async fn says(sent: &[u8]) -> String {
-    let config = Config::load(None, [], &[("server.http.port".into(), "0".into())]).unwrap().server.http.unwrap();
-    let listener = Listener::bind("127.0.0.1", &config).await.unwrap();
-    let mut client = TcpStream::connect(listener.address()).await.unwrap();
-    let (stop, stopped) = tokio::sync::watch::channel(false);
-    let gateway = Gateway::over(&config, probes::routes(Stalled), open()).with_data(Arc::new(Echo));
-    let server = tokio::spawn(serve(listener, gateway, 1, stopped));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (_stop, stopped) = tokio::sync::watch::channel(false);
+    let server = tokio::spawn(listener::connect(listener.accept().await.unwrap().0, None, router(&[]), stopped));
     client.write_all(sent).await.unwrap();
     let mut said = String::new();
     client.read_to_string(&mut said).await.unwrap();
-    stop.send_replace(true);
-    server.await.unwrap();
+    let _ = server.await.unwrap();
     said
 }
 

@@ -18,10 +18,13 @@
 //! sees, has the id of the start, so that also who has had no message yet resumes without a gap.
 
 use super::call::Call;
-use super::json::{self, Changes, Written};
-use super::refusal::Refusal;
+use super::refusal::{Invalid, Refusal};
+use super::stream::{self, Changes, ENDED};
+use crate::access::authn::Caller;
 use crate::api::grpc::proto::WatchRequest;
-use crate::api::grpc::watch::{Responses, START_SNAP_TOKEN, WatchService};
+use crate::api::grpc::watch::START_SNAP_TOKEN;
+use crate::api::scope::Requested;
+use crate::api::watch::{Error, Started, WatchService};
 use crate::hub::primary::Primary;
 use crate::metrics::metrics;
 use axum::Router;
@@ -29,74 +32,44 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
-use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use futures_util::stream::{self, Stream, StreamExt as _};
-use std::convert::Infallible;
-use std::time::Duration;
-use tonic::{Code, Status};
 
 /// The id of the last event that an EventSource had.
 pub(super) const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
-/// In place of a snap token: there is no going on from here.
-const ENDED: &str = "ended";
-/// Proxies forget a quiet connection after a minute, some after half of it.
-const COMMENT_EVERY: Duration = Duration::from_secs(15);
 /// Tells nginx not to gather the lines of a stream.
-const UNBUFFERED: [(HeaderName, HeaderValue); 1] =
-    [(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"))];
+const UNBUFFERED: (HeaderName, HeaderValue) =
+    (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
 const START: HeaderName = HeaderName::from_static(START_SNAP_TOKEN);
 
 pub(super) fn routes<P: Primary + 'static>(service: WatchService<P>) -> Router {
     type Service<P> = State<WatchService<P>>;
-    let lines_of =
-        async |State(service): Service<P>, Call(request)| lines(&service, request, Changes::DataChanges).await;
-    let first_version =
-        async |State(service): Service<P>, Call(request)| lines(&service, request, Changes::TupleChanges).await;
+    let lines_of = async |State(service): Service<P>, headers: HeaderMap, Call(request)| {
+        lines(&service, &headers, request, Changes::DataChanges).await
+    };
+    let first_version = async |State(service): Service<P>, headers: HeaderMap, Call(request)| {
+        lines(&service, &headers, request, Changes::TupleChanges).await
+    };
     Router::new()
         .route("/v1/tenants/{tenant_id}/watch", post(lines_of).get(events::<P>))
         .route("/v1/watch/watch", post(first_version))
         .with_state(service)
 }
 
-/// Messages in JSON, and at most one error, which is the last.
-fn messages(responses: Responses, changes: Changes) -> impl Stream<Item = Result<Written, Status>> + Send {
-    responses.scan(false, move |ended, next| {
-        if *ended {
-            return std::future::ready(None);
-        }
-        let message = next.and_then(|encoded| json::write_watch_response(encoded, changes));
-        if let Ok(Written { json, .. }) = &message {
-            metrics().http.messages_sent.inc();
-            metrics().http.bytes_sent.inc_by(json.len() as u64);
-        }
-        *ended = message.is_err();
-        std::future::ready(Some(message))
-    })
-}
-
 async fn lines<P: Primary + 'static>(
     service: &WatchService<P>,
+    headers: &HeaderMap,
     request: tonic::Request<WatchRequest>,
     changes: Changes,
 ) -> Result<Response, Refusal> {
-    if request.metadata().get(LAST_EVENT_ID.as_str()).is_some_and(|last| !last.is_empty()) {
+    if headers.get(LAST_EVENT_ID).is_some_and(|last| !last.is_empty()) {
         // Passed over, it would be a stream from now on for a client that wants to resume.
         let message =
             "Last-Event-ID is for Server-Sent Events, with GET: JSON lines resume after `snap_token` in the body";
-        return Err(Status::invalid_argument(message).into());
+        return Err(Invalid(message.to_owned()).into());
     }
-    let started = service.watch(request, &metrics().http).await?;
-    let start = start_of(&started);
-    let lines = messages(started.into_inner(), changes).map(|message| {
-        Ok::<_, Infallible>(match message {
-            Ok(Written { json, .. }) => format!("{{\"result\":{json}}}\n"),
-            Err(status) => format!("{{\"error\":{}}}\n", json::write_status(&status)),
-        })
-    });
-    let kind = [(CONTENT_TYPE, "application/x-ndjson"), (CACHE_CONTROL, "no-cache")];
-    Ok((kind, UNBUFFERED, start.map(|token| [(START, token)]), Body::from_stream(lines)).into_response())
+    let Started { stream, snap_token } = start(service, request).await?;
+    Ok(response("application/x-ndjson", snap_token.as_deref(), stream::Body::lines(stream, changes)))
 }
 
 async fn events<P: Primary + 'static>(
@@ -112,37 +85,28 @@ async fn events<P: Primary + 'static>(
         // Bytes that are no text are no token either.
         request.get_mut().snap_token = String::from_utf8_lossy(last.as_bytes()).into_owned();
     }
-    let (start, messages) = match service.watch(request, &metrics().http).await {
-        Ok(started) => (start_of(&started), messages(started.into_inner(), Changes::DataChanges).left_stream()),
-        Err(status) if heals(status.code()) => (None, stream::iter([Err(status)]).right_stream()),
-        Err(status) => return Err(status.into()),
-    };
-    let begin = start.as_ref().and_then(|token| token.to_str().ok()).map(|token| Event::default().id(token));
-    let events = stream::iter(begin).chain(messages.map(event)).map(Ok::<_, Infallible>);
-    let events = Sse::new(events).keep_alive(KeepAlive::new().interval(COMMENT_EVERY));
-    Ok((UNBUFFERED, start.map(|token| [(START, token)]), events).into_response())
-}
-
-fn event(message: Result<Written, Status>) -> Event {
-    match message {
-        Ok(Written { snap_token, json }) => Event::default().id(snap_token).data(json),
-        Err(status) => {
-            let event = Event::default().event("error").data(json::write_status(&status));
-            let recurs = matches!(status.code(), Code::Aborted | Code::OutOfRange);
-            if recurs { event.id(ENDED) } else { event }
+    let (start, body) = match start(&service, request).await {
+        Ok(Started { stream, snap_token }) => {
+            let body = stream::Body::events(stream, snap_token.as_deref());
+            (snap_token, body)
         }
-    }
+        Err(error) if error.passes() => (None, stream::Body::failed_events(error)),
+        Err(error) => return Err(error.into()),
+    };
+    Ok(response("text/event-stream", start.as_deref(), body))
 }
 
-/// Whether the same request may well be answered otherwise in a moment.
-fn heals(code: Code) -> bool {
-    matches!(
-        code,
-        Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded | Code::Internal | Code::Unknown
-    )
+async fn start<P: Primary + 'static>(
+    service: &WatchService<P>,
+    request: tonic::Request<WatchRequest>,
+) -> Result<Started, Error> {
+    let (_, extensions, WatchRequest { tenant_id, snap_token }) = request.into_parts();
+    service.start(extensions.get::<Caller>(), Requested::Tenant(&tenant_id), &snap_token, &metrics().http).await
 }
 
-/// The token that resumes from the start of the stream.
-fn start_of(started: &tonic::Response<Responses>) -> Option<HeaderValue> {
-    HeaderValue::from_bytes(started.metadata().get(START_SNAP_TOKEN)?.as_bytes()).ok()
+/// `start` resumes from the start of the stream.
+fn response(content_type: &'static str, start: Option<&str>, body: stream::Body) -> Response {
+    let kind = [(CONTENT_TYPE, content_type), (CACHE_CONTROL, "no-cache")];
+    let start = start.and_then(|token| HeaderValue::from_str(token).ok());
+    (kind, [UNBUFFERED], start.map(|token| [(START, token)]), Body::new(body)).into_response()
 }

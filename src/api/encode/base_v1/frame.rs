@@ -1,0 +1,74 @@
+//! A `WatchResponse` as a message of gRPC: "Length-Prefixed-Message" of gRPC over HTTP/2.
+//!
+//! | bytes | content |
+//! | --- | --- |
+//! | 1 | 0: not compressed |
+//! | 4 | length of the rest, big-endian |
+//! | | the response |
+//! | | field 15, which fills it up |
+//!
+//! Messages are never short, and so DATA frames are not. A client of h2 charges a connection 256 bytes, less its length, for every short
+//! frame that is not read yet, and closes the connection when these charges come to half of its window. Frames of more than 170 bytes
+//! fill the window first, and then the stream waits, as it should.
+
+use super::response;
+use crate::api::encode::{Encoder, Malformed};
+use crate::hub::EnvelopeForm;
+use crate::model::transaction::Message;
+use bytes::{BufMut as _, Bytes};
+use prost::encoding::{WireType, encode_key, encode_varint};
+
+/// Makes frames.
+pub const FRAME: Encoder = Encoder { form: EnvelopeForm::BaseV1Frame, encode };
+
+/// No frame is shorter. See the module; below the 256 at which h2 begins to write each frame by itself.
+pub const BYTES_MIN: usize = 192;
+const PREFIX_BYTES: usize = 5;
+/// The field of `WatchResponse` that fills up short ones. Nobody knows it, and so everybody passes it over.
+const PADDING: u32 = 15;
+
+fn encode(message: &Message, snap_token: &str) -> Result<Bytes, Malformed> {
+    let response = response(snap_token, &message.changes)?;
+    let missing = BYTES_MIN.saturating_sub(PREFIX_BYTES + response.len());
+    let mut padding = Vec::new();
+    if missing > 0 {
+        encode_key(PADDING, WireType::LengthDelimited, &mut padding);
+        encode_varint(missing as u64, &mut padding);
+        padding.resize(padding.len() + missing, 0);
+    }
+    let mut frame = Vec::with_capacity(PREFIX_BYTES + response.len() + padding.len());
+    frame.put_u8(0);
+    // Bounded by the largest change, far below 4 GiB.
+    frame.put_u32(u32::try_from(response.len() + padding.len()).unwrap_or(u32::MAX));
+    frame.put_slice(&response);
+    frame.put_slice(&padding);
+    Ok(frame.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::grpc::proto;
+    use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn, Xid8};
+    use crate::model::transaction::{Header, MessageBuilder};
+    use prost::Message as _;
+
+    #[test]
+    fn no_frame_is_short() {
+        let header = Header { commit: CommitLsn(Lsn(1)), xid: Xid8(1), commit_time: CommitTime(0) };
+        for change_bytes in 0..300 {
+            let mut builder = MessageBuilder::default();
+            // An unknown field of DataChanges, of any length.
+            let mut change = Vec::new();
+            prost::encoding::bytes::encode(9, &vec![1; change_bytes], &mut change);
+            builder.push(1, &change, change.len());
+            let message = builder.finish(header, Some(EndLsn(Lsn(2))));
+            let frame = encode(&message, "token").unwrap();
+            assert!(frame.len() >= BYTES_MIN, "{}", frame.len());
+            let (prefix, response) = frame.split_at(PREFIX_BYTES);
+            assert_eq!(prefix, [&[0][..], &u32::try_from(response.len()).unwrap().to_be_bytes()].concat());
+            let decoded = proto::WatchResponse::decode(response).unwrap();
+            assert_eq!(decoded.changes.unwrap().snap_token, "token");
+        }
+    }
+}

@@ -1,0 +1,421 @@
+//! The body of a stream: pulled as fast as the client reads, and fair to the others of its thread.
+//!
+//! - **Made once.** A message is a line that all streams share, of whichever thread ([`LINE`]). Short ones are copied together, and of long
+//!   ones the body has slices.
+//! - **Little is ready.** What is taken from the hub at a time comes to about [`READY_BYTES`], or sixteen times as much where it is read from
+//!   the log; it is encoded only when hyper has room for it, and hyper has room for 64 KiB of a connection. So a client that does not read
+//!   costs that, and the message that it has begun to read.
+//! - **Nobody waits long.** After [`TURN_BYTES`], or a message that is longer, a body lets the others of its thread run.
+
+use super::refusal::Refusal;
+use crate::api::encode::base_v1::line::{LINE, Line};
+use crate::api::watch::{Error, Next, Stream};
+use crate::metrics::metrics;
+use axum::body::{Bytes, HttpBody};
+use bytes::{BufMut as _, BytesMut};
+use http_body::Frame;
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::time::{Instant, Sleep};
+
+/// Of messages, taken from the hub at a time. From the log it is 16 KiB, about as much as fills the buffer of a connection as JSON, and
+/// little enough for many clients that do not read.
+const READY_BYTES: usize = 1 << 10;
+/// What is ready is joined up to this, and what is longer is sent in pieces of it.
+const PIECE_BYTES: usize = 16 << 10;
+/// Given to hyper at a time, before the other streams of the thread have their turn: what it buffers.
+const TURN_BYTES: usize = 64 << 10;
+/// In place of a snap token: there is no going on from here.
+pub(super) const ENDED: &str = "ended";
+/// Proxies forget a quiet connection after a minute, some after half of it.
+const COMMENT_EVERY: Duration = Duration::from_secs(15);
+
+/// What the list of changes is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Changes {
+    /// In the first version of the API.
+    TupleChanges,
+    /// In later ones.
+    DataChanges,
+}
+
+/// How messages, and an error at the end, are written.
+enum Form {
+    Lines(Changes),
+    /// Server-Sent Events, with the time of the next comment.
+    Events(Pin<Box<Sleep>>),
+}
+
+/// See the module.
+pub(super) struct Body {
+    form: Form,
+    /// `None`: it has ended.
+    stream: Option<Box<Stream>>,
+    out: Output,
+    /// Given to hyper since the others had their turn.
+    turn_bytes: usize,
+}
+
+impl Body {
+    /// JSON lines.
+    pub(super) fn lines(stream: Stream, changes: Changes) -> Self {
+        Self { form: Form::Lines(changes), stream: Some(Box::new(stream)), out: Output::default(), turn_bytes: 0 }
+    }
+
+    /// Server-Sent Events. They begin with the id of the start, which no page sees.
+    pub(super) fn events(stream: Stream, start: Option<&str>) -> Self {
+        let mut out = Output::default();
+        if let Some(start) = start {
+            out.put_all(&["id: ", start, "\n\n"]);
+        }
+        Self { form: events(), stream: Some(Box::new(stream)), out, turn_bytes: 0 }
+    }
+
+    /// Server-Sent Events that end at once.
+    pub(super) fn failed_events(error: Error) -> Self {
+        let (form, mut out) = (events(), Output::default());
+        form.put_error(error, &mut out);
+        Self { form, stream: None, out, turn_bytes: 0 }
+    }
+
+    /// Takes what is ready, up to a piece. `Pending` where nothing is, and nothing is to be said.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Self { form, stream, out, .. } = self;
+        let (mut messages, mut bytes) = (0, 0);
+        while let Some(open) = stream
+            && out.len() < PIECE_BYTES
+        {
+            match open.poll_next(cx, LINE, READY_BYTES) {
+                Poll::Ready(Ok(Next { envelope, .. })) => {
+                    messages += 1;
+                    bytes += form.put(Line::new(envelope), out) as u64;
+                }
+                Poll::Ready(Err(error)) => {
+                    form.put_error(error, out);
+                    *stream = None;
+                }
+                Poll::Pending => break,
+            }
+        }
+        if messages > 0 {
+            metrics().http.messages_sent.inc_by(messages);
+            metrics().http.bytes_sent.inc_by(bytes);
+        }
+        if let Form::Events(comment) = form {
+            if out.len() == 0 && stream.is_some() && comment.as_mut().poll(cx).is_ready() {
+                out.put_all(&[":\n\n"]);
+            }
+            if out.len() > 0 {
+                comment.as_mut().reset(Instant::now() + COMMENT_EVERY);
+            }
+        }
+        if out.len() > 0 || stream.is_none() { Poll::Ready(()) } else { Poll::Pending }
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        if self.turn_bytes >= TURN_BYTES {
+            self.turn_bytes = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        if self.out.len() == 0 && self.poll_fill(cx).is_pending() {
+            self.turn_bytes = 0;
+            return Poll::Pending;
+        }
+        let piece = self.out.take();
+        self.turn_bytes += piece.as_ref().map_or(0, Bytes::len);
+        Poll::Ready(piece.map(|piece| Ok(Frame::data(piece))))
+    }
+}
+
+fn events() -> Form {
+    Form::Events(Box::pin(tokio::time::sleep(COMMENT_EVERY)))
+}
+
+impl Form {
+    /// Writes a message. Returns how long its JSON is.
+    fn put(&self, line: Line, out: &mut Output) -> usize {
+        let json = line.json();
+        let length = json.len();
+        match self {
+            Self::Lines(Changes::DataChanges) => out.put(line.whole()),
+            Self::Lines(Changes::TupleChanges) => {
+                let (before, behind) = line.around_name();
+                out.put(before);
+                out.put_all(&["tuple_changes"]);
+                out.put(behind);
+            }
+            Self::Events(_) => {
+                out.put_all(&["id: "]);
+                out.put(line.snap_token());
+                out.put_all(&["\ndata: "]);
+                out.put(json);
+                out.put_all(&["\n\n"]);
+            }
+        }
+        length
+    }
+
+    /// Writes why there is no more.
+    fn put_error(&self, error: Error, out: &mut Output) {
+        let id = if error.recurs() { ["id: ", ENDED, "\n"] } else { [""; 3] };
+        let json = Refusal::from(error).json();
+        match self {
+            Self::Lines(_) => out.put_all(&["{\"error\":", &json, "}\n"]),
+            Self::Events(_) => {
+                out.put_all(&["event: error\ndata: ", &json, "\n"]);
+                out.put_all(&id);
+                out.put_all(&["\n"]);
+            }
+        }
+    }
+}
+
+/// What is written and not yet given to hyper.
+#[derive(Default)]
+struct Output {
+    /// Slices of long lines, with what is between them, in front of what is joined.
+    pieces: VecDeque<Bytes>,
+    pieces_bytes: usize,
+    joined: BytesMut,
+}
+
+impl Output {
+    fn len(&self) -> usize {
+        self.pieces_bytes + self.joined.len()
+    }
+
+    fn put_all(&mut self, texts: &[&str]) {
+        texts.iter().for_each(|text| self.joined.put_slice(text.as_bytes()));
+    }
+
+    /// Copies what is short, and shares what is long.
+    fn put(&mut self, bytes: Bytes) {
+        if bytes.len() < PIECE_BYTES {
+            return self.joined.put(bytes);
+        }
+        let joined = self.joined.split().freeze();
+        self.pieces_bytes += joined.len() + bytes.len();
+        self.pieces.extend([joined, bytes].into_iter().filter(|piece| !piece.is_empty()));
+    }
+
+    /// The next piece.
+    fn take(&mut self) -> Option<Bytes> {
+        let Some(first) = self.pieces.front_mut() else {
+            // With its memory: an idle stream has none.
+            return Some(std::mem::take(&mut self.joined).freeze()).filter(|joined| !joined.is_empty());
+        };
+        let piece = first.split_to(first.len().min(PIECE_BYTES));
+        self.pieces_bytes -= piece.len();
+        if first.is_empty() {
+            self.pieces.pop_front();
+        }
+        Some(piece)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::scope::Requested;
+    use crate::api::watch::{Options, Started, Tokens, WatchService};
+    use crate::changelog::model::ModelLog;
+    use crate::changelog::{ChangeLog as _, Entry, Origin};
+    use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
+    use crate::hub::{self, Hub, releaser};
+    use crate::model::change::{Fact, Operation, TenantId, Tuple, encode};
+    use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn, Position, Snapshot, Xid8};
+    use crate::model::scope::Scope;
+    use crate::model::snap_token::Form as TokenForm;
+    use crate::model::timeline::{History, Source};
+    use crate::model::transaction::{Header, MessageBuilder, Transaction};
+    use serde_json::Value as Json;
+    use std::future::poll_fn;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Wake, Waker};
+
+    /// Who resumes within what the hub knows asks PostgreSQL nothing.
+    struct Unasked;
+
+    impl Primary for Unasked {
+        async fn look(&self, _: &Scope) -> Result<PrimaryState, Unreachable> {
+            unreachable!()
+        }
+
+        async fn transaction_status(&self, _: Xid8) -> Result<TransactionStatus, Unreachable> {
+            unreachable!()
+        }
+
+        async fn mark(&self) -> Result<Lsn, Unreachable> {
+            unreachable!()
+        }
+    }
+
+    struct SeesAll;
+
+    impl releaser::Snapshots for SeesAll {
+        type Error = Infallible;
+
+        async fn take(&mut self) -> Result<Snapshot, Infallible> {
+            Ok("10000:10000:".parse().unwrap())
+        }
+    }
+
+    /// Over a hub whose tenant `t1` has these messages, with this many tuples each; and what keeps it open.
+    async fn watch(tuples: &[usize]) -> (WatchService<Unasked>, impl Sized) {
+        let log = Arc::new(ModelLog::default());
+        let source = Source { system_identifier: 1, database_oid: 2 };
+        log.append(&[Entry::Adopt(Origin { source, history: History::first(), lsn: Lsn(100), xid: Xid8(50) })])
+            .unwrap();
+        let (append, appended) = tokio::sync::watch::channel(Lsn(100));
+        let hub = Hub::new(log, appended, hub::Options { window_bytes: 64 << 20, before_visible: false }).unwrap();
+        tokio::spawn(releaser::run(hub.clone(), SeesAll));
+        for (count, commit) in tuples.iter().zip((200..).step_by(100)) {
+            let header = Header { commit: CommitLsn(Lsn(commit)), xid: Xid8(commit), commit_time: CommitTime(0) };
+            let end = EndLsn(Lsn(commit + 10));
+            let mut builder = MessageBuilder::default();
+            for step in 1..=*count as u64 {
+                let id = step.to_string();
+                let fact = Fact::Tuple(Tuple {
+                    entity_type: "doc",
+                    entity_id: &id,
+                    relation: "viewer",
+                    subject_type: "user",
+                    subject_id: "1",
+                    subject_relation: "",
+                });
+                let mut encoded = Vec::new();
+                encode(Operation::Create, &fact, &mut encoded);
+                builder.push(step, &encoded, encoded.len());
+            }
+            let messages = vec![(TenantId::new("t1").unwrap(), builder.finish(header, Some(end)))];
+            let (gaps, token_ids, tallies) = (vec![], vec![], vec![]);
+            let transaction = Transaction { header, end, messages, staged: false, gaps, token_ids, tallies };
+            hub.admit(Arc::new(transaction)).await;
+            hub.watch_watermark().wait_for(|lsn| *lsn >= end.0).await.unwrap();
+        }
+        let (stopping, stop) = tokio::sync::watch::channel(false);
+        let options = Options {
+            enabled: true,
+            subscribers_max: 100,
+            resolve_timeout: Duration::from_secs(1),
+            token_form: TokenForm::Native,
+            permify_tenants: true,
+        };
+        (WatchService::new(hub, Unasked, options, stop), (append, stopping))
+    }
+
+    /// From before all messages.
+    async fn start(service: &WatchService<Unasked>) -> Stream {
+        let token = Tokens::new(&service.hub().origin().unwrap()).write(Position::at(Lsn(100)), CommitTime(0));
+        let started = service.start(None, Requested::Tenant("t1"), &token, &metrics().http).await;
+        let Started { stream, snap_token } = started.unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(snap_token, Some(token));
+        stream
+    }
+
+    /// Counts how often it was woken.
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The pieces of each turn, until the body waits for the hub.
+    fn turns(body: &mut Body) -> Vec<Vec<Bytes>> {
+        let (woken, mut turns) = (Arc::new(Woken::default()), Vec::new());
+        loop {
+            let (before, mut pieces) = (woken.0.load(Ordering::Relaxed), Vec::new());
+            let waker = Waker::from(woken.clone());
+            while let Poll::Ready(frame) = Pin::new(&mut *body).poll_frame(&mut Context::from_waker(&waker)) {
+                pieces.push(frame.expect("a body that goes on").unwrap().into_data().unwrap());
+            }
+            turns.push(pieces);
+            if woken.0.load(Ordering::Relaxed) == before {
+                return turns;
+            }
+        }
+    }
+
+    fn text(turns: &[Vec<Bytes>]) -> String {
+        String::from_utf8(turns.concat().concat()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_turn_is_bounded_whatever_a_message_is_and_nothing_is_lost_between_turns() {
+        let tuples = [1, 1, 10_000, 1, 500, 500, 500, 1, 1];
+        let (service, _open) = watch(&tuples).await;
+        let mut lines = Body::lines(start(&service).await, Changes::DataChanges);
+        let mut first = Body::lines(start(&service).await, Changes::TupleChanges);
+        let mut events = Body::events(start(&service).await, None);
+        let turns = [&mut lines, &mut first, &mut events].map(turns);
+        for turns in &turns {
+            assert!(turns.len() > 10, "{}", turns.len());
+            for pieces in turns {
+                assert!(pieces.iter().map(Bytes::len).sum::<usize>() < TURN_BYTES + 2 * PIECE_BYTES);
+                assert!(pieces.iter().all(|piece| piece.len() < 2 * PIECE_BYTES));
+            }
+        }
+        let [lines, first, events] = turns.each_ref().map(|turns| text(turns));
+        let json: Vec<Json> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let counts = json.iter().map(|line| line["result"]["changes"]["data_changes"].as_array().unwrap().len());
+        assert!(counts.eq(tuples));
+        assert_eq!(first, lines.replace("\"data_changes\":", "\"tuple_changes\":"));
+        let as_events = lines.lines().zip(&json).map(|(line, json)| {
+            let token = json["result"]["changes"]["snap_token"].as_str().unwrap();
+            let json = line.strip_prefix("{\"result\":").and_then(|line| line.strip_suffix('}')).unwrap();
+            format!("id: {token}\ndata: {json}\n\n")
+        });
+        assert_eq!(events, as_events.collect::<String>());
+
+        // All have slices of the same bytes.
+        let long = |turns: &[Vec<Bytes>]| -> Vec<*const u8> {
+            turns.iter().flatten().filter(|piece| piece.len() == PIECE_BYTES).map(|piece| piece.as_ptr()).collect()
+        };
+        let mut again = Body::lines(start(&service).await, Changes::DataChanges);
+        assert!(long(&turns[0]).len() > 50);
+        assert_eq!(long(&self::turns(&mut again)), long(&turns[0]));
+    }
+
+    async fn next(body: &mut Body) -> Option<Bytes> {
+        let frame = poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await;
+        frame.map(|frame| frame.unwrap().into_data().unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_event_source_has_comments_and_at_the_end_the_error() {
+        let (service, _open) = watch(&[1]).await;
+        let mut events = Body::events(start(&service).await, Some("start"));
+        assert_eq!(next(&mut events).await.unwrap(), "id: start\n\n");
+        assert!(next(&mut events).await.unwrap().starts_with(b"id: "));
+        let since = Instant::now();
+        for n in 1..=2 {
+            assert_eq!(next(&mut events).await.unwrap(), ":\n\n");
+            assert_eq!(since.elapsed().as_secs(), n * 15);
+        }
+        service.hub().close();
+        let error = next(&mut events).await.unwrap();
+        assert!(error.starts_with(b"event: error\ndata: {\"code\":14,") && error.ends_with(b"}\n\n"), "{error:?}");
+        assert_eq!(next(&mut events).await, None);
+
+        let mut lines = Body::lines(start(&service).await, Changes::DataChanges);
+        let error = next(&mut lines).await.unwrap();
+        assert!(error.starts_with(b"{\"error\":{\"code\":14,") && error.ends_with(b"}}\n"), "{error:?}");
+        assert_eq!(next(&mut lines).await, None);
+        let mut failed = Body::failed_events(Error::ShuttingDown);
+        assert!(next(&mut failed).await.unwrap().starts_with(b"event: error\n"));
+        assert_eq!(next(&mut failed).await, None);
+    }
+}

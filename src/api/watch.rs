@@ -1,0 +1,148 @@
+//! Watch: who may read whose changes, where a stream starts, how many there are, and why one ends.
+//!
+//! There is no protocol in here: [`WatchService::start`] gives a [`Stream`] or an [`Error`], and each protocol makes frames and
+//! statuses of them.
+
+mod error;
+mod stream;
+mod tokens;
+
+pub use error::{
+    AFTER_GAP, CREDENTIALS_EXPIRED, EARLIEST_SNAP_TOKEN, Ended, Error, NEXT_SNAP_TOKEN, SNAP_TOKEN_TOO_OLD,
+};
+pub use stream::{Next, Stream};
+pub use tokens::Tokens;
+
+use super::scope::Requested;
+use super::{forms, scope};
+use crate::access::authn::Caller;
+use crate::hub::Hub;
+use crate::hub::primary::Primary;
+use crate::metrics::{Edge, metrics};
+use crate::model::change::TenantId;
+use crate::model::lsn::CommitTime;
+use crate::model::scope::Scope;
+use crate::model::snap_token::Form;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Semaphore, watch};
+
+/// How streams behave.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Whether Watch is on.
+    pub enabled: bool,
+    /// Streams at a time.
+    pub subscribers_max: usize,
+    /// Longest wait for a transaction token to resolve.
+    pub resolve_timeout: Duration,
+    /// The form of the tokens of messages.
+    pub token_form: Form,
+    /// Whether tenant ids have Permify's form, as in the presets. A mapping of one's own may have any.
+    pub permify_tenants: bool,
+}
+
+/// The service. Cheap to clone.
+pub struct WatchService<P> {
+    hub: Hub,
+    inner: Arc<Inner<P>>,
+}
+
+struct Inner<P> {
+    primary: P,
+    options: Options,
+    /// One permit a stream.
+    streams: Arc<Semaphore>,
+    /// Turns true when streams must end.
+    stop: watch::Receiver<bool>,
+}
+
+impl<P> Clone for WatchService<P> {
+    fn clone(&self) -> Self {
+        Self { hub: self.hub.clone(), inner: self.inner.clone() }
+    }
+}
+
+/// A stream whose start is fixed: what commits later will be in it.
+pub struct Started {
+    /// The stream.
+    pub stream: Stream,
+    /// Resumes from the start, for who has had no message yet.
+    pub snap_token: Option<String>,
+}
+
+impl<P: Primary> WatchService<P> {
+    /// Streams from this hub; `primary` is asked where a start depends on it. `stop` turns true when none may start any more;
+    /// those that are open end with the hub.
+    pub fn new(hub: Hub, primary: P, options: Options, stop: watch::Receiver<bool>) -> Self {
+        let streams = Arc::new(Semaphore::new(options.subscribers_max));
+        metrics().subscribers_limit.set(i64::try_from(options.subscribers_max).unwrap_or(i64::MAX));
+        // Initialized at zero, so that `rate()` sees the first increment.
+        for edge in [&metrics().grpc, &metrics().http] {
+            metrics().streams_ended(edge.protocol, SNAP_TOKEN_TOO_OLD);
+        }
+        Self { hub, inner: Arc::new(Inner { primary, options, streams, stop }) }
+    }
+
+    /// The same service, for a thread that has its own handle of the hub.
+    #[must_use]
+    pub fn with_hub(&self, hub: Hub) -> Self {
+        Self { hub, inner: self.inner.clone() }
+    }
+
+    /// The hub that it streams from.
+    pub const fn hub(&self) -> &Hub {
+        &self.hub
+    }
+
+    /// Starts a stream of the changes after the token, or from now on if the token is empty. The edge counts it.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub(crate) async fn start(
+        &self,
+        caller: Option<&Caller>,
+        requested: Requested<'_>,
+        snap_token: &str,
+        edge: &'static Edge,
+    ) -> Result<Started, Error> {
+        scope::authorize(caller, requested)?;
+        let Inner { primary, options, streams, stop } = &*self.inner;
+        if !options.enabled {
+            return Err(Error::Disabled);
+        }
+        let scope = match requested {
+            Requested::Tenant(tenant) => {
+                if options.permify_tenants {
+                    check_form(tenant)?;
+                }
+                Scope::Tenant(TenantId::new(tenant)?)
+            }
+            Requested::All => Scope::All,
+        };
+        if *stop.borrow() {
+            return Err(Error::ShuttingDown);
+        }
+        let permit = streams.clone().try_acquire_owned();
+        let permit = permit.map_err(|_| Error::TooMany { max: options.subscribers_max })?;
+        let mut stop = stop.clone();
+        let started = tokio::select! {
+            started = self.hub.start(primary, scope, snap_token, options.resolve_timeout) => started,
+            _ = stop.wait_for(|stop| *stop) => return Err(Error::ShuttingDown),
+        };
+        let tokens = self.hub.origin().map(|origin| Tokens::new(&origin));
+        let subscription = match started {
+            Ok(subscription) => subscription,
+            Err(error) => return Err(Error::of_start(error, tokens)),
+        };
+        let snap_token = tokens.map(|tokens| tokens.write(subscription.place().clone(), CommitTime::default()));
+        let expires_at = caller.and_then(Caller::expires_at);
+        let stream = Stream::new(self.hub.clone(), options.token_form, subscription, expires_at, edge, permit);
+        Ok(Started { stream, snap_token })
+    }
+}
+
+/// Where the tables are those of a preset. What is a tenant nowhere is for the start to refuse.
+fn check_form(tenant: &str) -> Result<(), Error> {
+    if forms::is_id(tenant) || TenantId::new(tenant).is_err() { Ok(()) } else { Err(Error::TenantForm(forms::ID)) }
+}

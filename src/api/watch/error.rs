@@ -1,0 +1,204 @@
+//! Why a stream did not start, or ended. Displayed as what the subscriber is told, with what to do next.
+
+use super::Tokens;
+use crate::api::encode::Malformed;
+use crate::api::scope::Forbidden;
+use crate::hub::End;
+use crate::hub::start::Error as StartError;
+use crate::model::change::TenantIdError;
+use crate::model::lsn::{CommitTime, Position};
+use crate::model::scope::Scope;
+use crate::model::transaction::GapReason;
+
+/// Where to go on after a gap. Absent while its end is not known: see [`crate::model::transaction::Gap::writers`].
+pub const NEXT_SNAP_TOKEN: &str = "next_snap_token";
+/// The oldest token that can still be used.
+pub const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
+/// How the message of a gap ends: what its reader is to do.
+pub const AFTER_GAP: &str = ". Read the state anew, then go on from next_snap_token in the error details";
+
+/// Reason where it takes new credentials to go on.
+pub const CREDENTIALS_EXPIRED: &str = "CREDENTIALS_EXPIRED";
+/// Reason where a tenant id cannot be one.
+const INVALID_TENANT: &str = "INVALID_TENANT";
+/// Reason where the changes that come next are no longer kept.
+pub const SNAP_TOKEN_TOO_OLD: &str = "SNAP_TOKEN_TOO_OLD";
+
+const LOG_UNREADABLE: &str = "the change log cannot be read: see the server's log";
+const TOO_SLOW: &str = "this stream was read so slowly that the changes that come next are no longer kept: start without a token and \
+                        read the state anew";
+
+/// See the module.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Somebody else's tenant.
+    #[error(transparent)]
+    Forbidden(#[from] Forbidden),
+    /// Watch is off.
+    #[error("Watch is disabled in this server's configuration (service.watch.enabled)")]
+    Disabled,
+    /// No tenant of these tables; with the form that its id must have.
+    #[error("the tenant id {0}")]
+    TenantForm(&'static str),
+    /// No tenant id at all.
+    #[error(transparent)]
+    TenantId(#[from] TenantIdError),
+    /// The process is ending.
+    #[error("the server is shutting down: reconnect with the last snap token")]
+    ShuttingDown,
+    /// No more streams.
+    #[error("{max} streams are open, which is the limit (service.watch.subscribers_max): try again later")]
+    TooMany {
+        /// The limit.
+        max: usize,
+    },
+    /// There is no start.
+    #[error("{}", told_of_start(.error))]
+    Start {
+        /// Why.
+        error: StartError,
+        /// `None` where it is not known yet what positions belong to.
+        tokens: Option<Tokens>,
+    },
+    /// The credentials that the stream was opened with are no longer good.
+    #[error(
+        "the credentials that this stream was opened with have expired: reconnect with new ones and the last snap token"
+    )]
+    Expired,
+    /// The stream cannot go on.
+    #[error(transparent)]
+    Ended(Box<Ended>),
+    /// What comes next has no envelope.
+    #[error("a message cannot be sent: {0}")]
+    Unsendable(#[from] Malformed),
+    /// What comes next has no token.
+    #[error("a message without a source")]
+    NoSource,
+}
+
+/// Why a stream ended.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", told_of_end(.end, .scope))]
+pub struct Ended {
+    /// Why.
+    pub end: End,
+    /// Whose changes it had.
+    scope: Scope,
+    /// Of the positions in it.
+    tokens: Tokens,
+}
+
+impl Error {
+    /// There is no start.
+    pub fn of_start(error: StartError, tokens: Option<Tokens>) -> Self {
+        if let StartError::Log(error) = &error {
+            tracing::error!("a stream could not start: {error}");
+        }
+        Self::Start { error, tokens }
+    }
+
+    /// A stream of this scope cannot go on.
+    pub(super) fn of_end(end: End, scope: &Scope, tokens: Tokens) -> Self {
+        if let End::Log(error) = &end {
+            tracing::error!("a stream of {scope} ended: {error}");
+        }
+        Self::Ended(Box::new(Ended { end, scope: scope.clone(), tokens }))
+    }
+
+    /// A stable name for machines. `None`: it should not happen, and a client can do nothing about it.
+    pub fn reason(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Forbidden(_) => "TENANT_FORBIDDEN",
+            Self::Disabled => "WATCH_DISABLED",
+            Self::TenantForm(_) | Self::TenantId(_) => INVALID_TENANT,
+            Self::ShuttingDown => SHUTTING_DOWN,
+            Self::TooMany { .. } => "TOO_MANY_SUBSCRIBERS",
+            Self::Expired => CREDENTIALS_EXPIRED,
+            Self::Start { error, .. } => match error {
+                StartError::Token(_) => "INVALID_SNAP_TOKEN",
+                StartError::UnknownTenant(_) => "TENANT_NOT_FOUND",
+                StartError::Foreign => "FOREIGN_SNAP_TOKEN",
+                StartError::Abandoned => "ABANDONED_SNAP_TOKEN",
+                StartError::BeyondHistory => "SNAP_TOKEN_BEYOND_HISTORY",
+                StartError::TooOld { .. } => SNAP_TOKEN_TOO_OLD,
+                StartError::UnknownTransaction { .. } => "TRANSACTION_UNKNOWN",
+                StartError::StillRunning(_) => "TRANSACTION_STILL_RUNNING",
+                StartError::Unreachable(_) => "POSTGRES_UNREACHABLE",
+                StartError::Log(_) => LOG,
+            },
+            Self::Ended(ended) => match &ended.end {
+                End::Gap(gap) => gap.reason.code(),
+                End::Abandoned { .. } => GapReason::TimelineDiverged.code(),
+                End::TooOld { .. } => SNAP_TOKEN_TOO_OLD,
+                End::Closed => SHUTTING_DOWN,
+                End::Log(_) => LOG,
+            },
+            Self::Unsendable(_) | Self::NoSource => return None,
+        })
+    }
+
+    /// The token that helps the client, with its name.
+    pub fn snap_token(&self) -> Option<(&'static str, String)> {
+        let write = |tokens: &Tokens, position| tokens.write(position, CommitTime::default());
+        match self {
+            Self::Start {
+                error: StartError::TooOld { earliest } | StartError::UnknownTransaction { earliest, .. },
+                tokens,
+            } => tokens.as_ref().map(|tokens| (EARLIEST_SNAP_TOKEN, write(tokens, *earliest))),
+            Self::Ended(ended) => match &ended.end {
+                End::Gap(gap) if gap.is_open() => None,
+                End::Gap(gap) => Some((NEXT_SNAP_TOKEN, write(&ended.tokens, gap.to))),
+                End::Abandoned { at } => Some((NEXT_SNAP_TOKEN, write(&ended.tokens, Position::at(*at)))),
+                End::TooOld { earliest } => Some((EARLIEST_SNAP_TOKEN, write(&ended.tokens, *earliest))),
+                End::Closed | End::Log(_) => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// Whether the same request may well be answered otherwise in a moment.
+    pub fn passes(&self) -> bool {
+        match self {
+            Self::ShuttingDown | Self::TooMany { .. } | Self::Unsendable(_) | Self::NoSource => true,
+            Self::Start { error, .. } => {
+                matches!(error, StartError::StillRunning(_) | StartError::Unreachable(_) | StartError::Log(_))
+            }
+            Self::Ended(ended) => matches!(ended.end, End::Closed | End::Log(_)),
+            Self::Forbidden(_) | Self::Disabled | Self::TenantForm(_) | Self::TenantId(_) | Self::Expired => false,
+        }
+    }
+
+    /// Whether a stream that goes on after the last message ends here again.
+    pub fn recurs(&self) -> bool {
+        match self {
+            Self::Ended(ended) => matches!(ended.end, End::Gap(_) | End::Abandoned { .. } | End::TooOld { .. }),
+            _ => false,
+        }
+    }
+}
+
+const SHUTTING_DOWN: &str = "SHUTTING_DOWN";
+const LOG: &str = "LOG";
+
+fn told_of_start(error: &StartError) -> String {
+    match error {
+        StartError::Log(_) => LOG_UNREADABLE.to_owned(),
+        error => error.to_string(),
+    }
+}
+
+fn told_of_end(end: &End, scope: &Scope) -> String {
+    match end {
+        End::Gap(gap) if gap.is_open() => format!(
+            "the history of {scope} is not continuous: {}; and transactions that began before are still running, whose \
+             changes may be missing when they commit. Read the state anew and watch without a token; the gap is told \
+             again, with {NEXT_SNAP_TOKEN} in the error details, when they have ended",
+            gap.reason
+        ),
+        End::Gap(gap) => format!("the history of {scope} is not continuous: {}{AFTER_GAP}", gap.reason),
+        End::Abandoned { .. } => format!("{}{AFTER_GAP}", GapReason::TimelineDiverged),
+        End::TooOld { .. } => TOO_SLOW.to_owned(),
+        End::Closed => Error::ShuttingDown.to_string(),
+        End::Log(_) => LOG_UNREADABLE.to_owned(),
+    }
+}
