@@ -346,7 +346,7 @@ fn try_seed(seed: u64) -> (u64, usize) {
 }
 
 #[test]
-fn dying_at_any_step_loses_nothing_and_doubles_nothing() {
+fn a_death_at_any_step_loses_and_repeats_nothing() {
     let seeds: Vec<u64> = match env("TUPLEWATCH_SEED") {
         Some(seed) => vec![seed],
         None => {

@@ -183,7 +183,7 @@ mod tests {
         }
     }
     #[test]
-    fn a_refusal_is_its_name_and_a_sentence() {
+    fn a_refusal_has_a_name_and_a_sentence() {
         for error in [
             Error::MissingBearerToken,
             Error::InvalidBearerToken,

@@ -144,7 +144,7 @@ mod tests {
     use std::path::PathBuf;
 
     #[tokio::test]
-    async fn what_cannot_serve_is_named() {
+    async fn unusable_files_are_named() {
         let directory = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| -> PathBuf {
             let path = directory.path().join(name);

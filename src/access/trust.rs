@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_that_is_its_own_authority_is_trusted_where_it_is_named() {
+    fn a_named_self_signed_certificate_is_trusted() {
         let own = self_signed(&authority(params(&["db"], "db")));
         let other = self_signed(&authority(params(&["db"], "db")));
         assert_eq!(verify(&[&own], &own, true, "db"), Ok(()));
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn the_common_name_counts_where_there_is_no_other() {
+    fn the_common_name_counts_without_alternative_names() {
         let check = |params: CertificateParams, name: &str, trusted: bool| {
             let own = self_signed(&params);
             assert_eq!(verify(&[&own], &own, true, name).is_ok(), trusted, "{name}");
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_said_as_they_are_written() {
+    fn names_are_printed_as_written() {
         let own = self_signed(&params(&["db", "10.0.0.1"], "ignored"));
         let refused = verify(&[&own], &own, true, "elsewhere").unwrap_err();
         assert_eq!(refused.to_string(), "the server's certificate is not valid for elsewhere: it is for db, 10.0.0.1");

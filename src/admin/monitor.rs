@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn thresholds_are_said_once_and_over_once() {
+    fn each_threshold_is_logged_once_when_crossed_and_once_when_over() {
         let mut watch = Watch::default();
         let now = Instant::now();
         let check = |watch: &mut Watch, slot_status: &SlotStatus, seconds: u64, expected: &[&str]| {
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn lag_is_how_long_ago_the_server_was_where_the_slot_is() {
+    fn lag_is_the_time_since_the_server_passed_the_slots_position() {
         let mut watch = Watch::default();
         let now = Instant::now();
         let at = |seconds: u64| now + Duration::from_secs(seconds);
@@ -474,7 +474,7 @@ mod tests {
     }
 
     #[test]
-    fn how_old_a_lag_is_that_was_there_before_the_first_look_is_unknown() {
+    fn the_age_of_a_lag_from_before_the_first_sample_is_unknown() {
         let now = Instant::now();
         let mut samples = Samples::default();
         let mut is_older = |mib: u64, received_mib: u64, seconds: u64| {
@@ -491,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_received_has_a_lag_of_its_own() {
+    fn the_received_position_has_its_own_lag() {
         let now = Instant::now();
         let at = |seconds: u64| now + Duration::from_secs(seconds);
         let mut samples = Samples::default();
@@ -516,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_that_is_gone_lost_or_in_other_hands() {
+    fn a_missing_lost_or_foreign_slot_is_logged() {
         let mut watch = Watch::default();
         let now = Instant::now();
         let none = || SlotStatus { slot: None, ..slot_status(0, 1000, 10, 10) };

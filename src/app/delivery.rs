@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_the_way_and_from_when_on() {
+    fn each_obstacle_counts_from_its_own_delay_on() {
         let retrying = || Status::Retrying("db1.example refused ada".into());
         let failed = || Status::Failed("db1.example lacks a slot".into());
         let cases = [
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_was_not_ready_becomes_so_with_an_answer_only() {
+    fn an_unready_node_becomes_ready_only_with_an_answer() {
         for (what, silence, now, expected) in [
             (
                 "it could not be asked before there was a session",
@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_is_stuck_from_when_it_stopped_to_move() {
+    fn a_log_is_stuck_since_its_last_progress() {
         let mut syncing = Syncing::default();
         let mut since = |received, durable, now| syncing.since(Lsn(received), Lsn(durable), at(now));
         assert_eq!(since(0, 10, 0), None, "a log from before");

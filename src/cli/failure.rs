@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn causes_are_found_and_told_without_the_libraries_words() {
+    fn causes_are_named_in_our_own_words() {
         let tls = |error| io::Error::new(ErrorKind::InvalidData, error);
         for (error, is_lasting, says) in [
             (io::Error::from(ErrorKind::ConnectionRefused), false, "Connection refused"),
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn statuses_heal_or_last() {
+    fn a_status_is_either_transient_or_lasting() {
         for code in [Code::Unavailable, Code::Unknown, Code::Cancelled, Code::Internal, Code::DeadlineExceeded] {
             assert_eq!(Failure::of_status(&Status::new(code, "text")), passing("text"), "{code:?}");
         }

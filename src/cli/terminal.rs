@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_from_elsewhere_is_harmless() {
+    fn foreign_text_cannot_control_the_terminal() {
         assert_eq!(harmless("größer"), "größer");
         assert_eq!(harmless("a\x1b[2J\nb"), r"a\u{1b}[2J\nb");
     }

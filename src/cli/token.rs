@@ -64,7 +64,7 @@ mod tests {
     use crate::model::lsn::{CommitTime, Lsn, Position};
 
     #[test]
-    fn explains() {
+    fn tokens_of_every_kind_are_explained() {
         let position = Position::inside(CommitLsn(Lsn(0x16_0000_0000)), 4);
         let token = SnapToken::Position { source: [1; 8], timeline: [2; 8], position, commit_time: CommitTime(1) };
         let text = explain(&token.to_string().parse().unwrap());

@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_command_has_what_was_given_but_for_secrets() {
+    fn a_command_repeats_the_given_options_without_secrets() {
         let given = |key: &str, value: &str| {
             of(Some(Path::new("t.yaml")), &[(key.to_owned(), value.to_owned())]).serve().to_string()
         };

@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_come_flat() {
+    fn nested_keys_are_flattened() {
         for (text, expected) in [
             ("", &[][..]),
             ("\u{feff}", &[]),
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_configuration_is_refused_with_its_line() {
+    fn a_malformed_document_is_refused_with_its_line() {
         for (text, expected) in [
             ("a: 1\nb: c: 2\n", "line 2"),
             ("a: 1\nb: 2\na: 3\n", "duplicated key in mapping at byte 13 line 3"),

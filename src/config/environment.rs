@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_unicode_is_an_error_if_it_is_ours() {
+    fn a_variable_of_ours_that_is_not_unicode_is_an_error() {
         let variable = |name: &[u8], value: &[u8]| (OsString::from_vec(name.into()), OsString::from_vec(value.into()));
         let fine =
             [variable(b"OTHER", b"\xff"), variable(b"OTHER_\xff", b""), variable(b"TUPLEWATCH_LOGGER__LEVEL", b"info")];

@@ -51,7 +51,7 @@ mod tests {
     use super::Host;
 
     #[test]
-    fn addresses_and_names_are_told_from_mistakes() {
+    fn addresses_and_names_are_accepted_and_mistakes_refused() {
         for (text, expected) in [
             ("0.0.0.0", Some("0.0.0.0")),
             ("::", Some("::")),

@@ -443,7 +443,7 @@ fn mistakes_in_authn_are_named_without_secrets() {
 }
 
 #[test]
-fn what_is_printed_loads_again() {
+fn a_printed_configuration_loads_again() {
     let yaml = r#"
 server:
   host: "::1"

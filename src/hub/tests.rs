@@ -119,7 +119,7 @@ async fn ended(subscription: &mut Subscription) -> End {
 }
 
 #[tokio::test(start_paused = true)]
-async fn only_what_is_visible_is_released_and_in_order() {
+async fn only_visible_transactions_are_released_in_order() {
     let fixture = Fixture::new(1 << 20, false);
     let mut subscription = fixture.subscribe("a", 100);
     fixture.admit(transaction(200, &["a"])).await;
@@ -172,7 +172,7 @@ impl Wake for Bells {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_has_all_there_is_is_woken_without_polling_again() {
+async fn a_reader_that_has_everything_is_woken_without_another_poll() {
     let fixture = Fixture::new(1 << 20, false);
     let mut subscription = fixture.subscribe("a", 100);
     let woken = Arc::new(Bells::default());
@@ -203,7 +203,7 @@ async fn who_has_all_there_is_is_woken_without_polling_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_closed_hub_ends_those_that_wait_and_those_to_come() {
+async fn a_closed_hub_ends_present_and_future_readers() {
     let fixture = Fixture::new(1 << 20, false);
     let mut waiting = fixture.subscribe("a", 100);
     let ending = tokio::spawn(async move { ended(&mut waiting).await });
@@ -214,7 +214,7 @@ async fn a_closed_hub_ends_those_that_wait_and_those_to_come() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_memory_forgot_comes_from_the_log() {
+async fn forgotten_messages_come_from_the_log() {
     let fixture = Fixture::new(1000, false);
     let mut slow = fixture.subscribe("a", 100);
     let mut idle = fixture.subscribe("b", 100);
@@ -234,7 +234,7 @@ async fn what_memory_forgot_comes_from_the_log() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_window_full_of_what_the_log_lacks_takes_no_more() {
+async fn a_window_full_of_unlogged_messages_takes_no_more() {
     let fixture = Fixture::new(1000, false);
     let admitting = async {
         for n in 0..20 {
@@ -276,7 +276,7 @@ async fn a_staged_transaction_is_read_from_the_log_in_its_place() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn gaps_stop_everybody_they_concern() {
+async fn a_gap_ends_every_stream_that_it_concerns() {
     let fixture = Fixture::new(1 << 20, false);
     let mut before = fixture.subscribe("a", 100);
     let mut other = fixture.subscribe("b", 100);
@@ -372,7 +372,7 @@ async fn start(fixture: &Fixture, primary: &Scripted, name: &str, token: &str) -
 }
 
 #[tokio::test(start_paused = true)]
-async fn now_is_what_the_snapshot_does_not_see() {
+async fn a_start_now_delivers_everything_outside_its_snapshot() {
     let fixture = Fixture::new(1 << 20, false);
     let primary = Scripted { look: Ok(PrimaryState { flush_lsn: Lsn(230), ..look("200:230:200") }), ..primary(true) };
     let mut subscription = start(&fixture, &primary, "a", "").await.unwrap();
@@ -385,7 +385,7 @@ async fn now_is_what_the_snapshot_does_not_see() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_the_log_has_and_nobody_sees_yet_waits_after_a_restart() {
+async fn logged_but_invisible_transactions_wait_after_a_restart() {
     let before = Fixture::new(1 << 20, false);
     for commit in [200, 210, 230] {
         before.append(transaction(commit, &["a"]));
@@ -412,7 +412,7 @@ async fn what_the_log_has_and_nobody_sees_yet_waits_after_a_restart() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_start_that_a_divergence_overtakes_ends() {
+async fn a_divergence_ends_a_pending_start() {
     let fixture = Fixture::new(1 << 20, false);
     fixture.admit(transaction(200, &["a"])).await;
     fixture.release(1000, "");
@@ -425,7 +425,7 @@ async fn a_start_that_a_divergence_overtakes_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn starts_that_are_refused() {
+async fn invalid_starts_are_refused() {
     let fixture = Fixture::new(1 << 20, false);
     fixture.append(transaction(200, &["a"]));
     let check = async |primary: Scripted, name: &str, token: String, expected: &str| {
@@ -451,7 +451,7 @@ async fn starts_that_are_refused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn transaction_tokens() {
+async fn transaction_tokens_resolve_to_their_transaction() {
     let fixture = Fixture::new(1 << 20, false);
     fixture.append(transaction(200, &["a"]));
     let token = |id: u8, floor: u64| {
@@ -472,7 +472,7 @@ async fn transaction_tokens() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn permifys_tokens() {
+async fn permifys_tokens_resolve_to_their_transaction() {
     let fixture = Fixture::new(1 << 20, false);
     for commit in [200, 210, 220] {
         fixture.append(transaction(commit, &["a"]));
@@ -497,7 +497,7 @@ async fn permifys_tokens() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_snapshot_is_everything_that_it_does_not_see() {
+async fn a_snapshot_token_starts_at_everything_outside_its_snapshot() {
     let fixture = Fixture::new(1 << 20, false);
     let mut transactions = Vec::new();
     // The ids are not in the order of the commits.
@@ -543,7 +543,7 @@ impl releaser::Snapshots for Counted {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_idle_releaser_finds_out_now_and_then_whether_it_could() {
+async fn an_idle_releaser_probes_visibility_now_and_then() {
     let fixture = Fixture::new(10_000, false);
     let taken = Arc::new(AtomicUsize::new(0));
     let releasing = tokio::spawn(releaser::run(fixture.hub.clone(), Counted(taken.clone())));
@@ -558,7 +558,7 @@ async fn an_idle_releaser_finds_out_now_and_then_whether_it_could() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_waits_is_known_by_its_oldest() {
+async fn the_oldest_waiting_transaction_is_reported() {
     let fixture = Fixture::new(10_000, false);
     assert_eq!(fixture.hub.waits(), Waits::default());
     let began = tokio::time::Instant::now();

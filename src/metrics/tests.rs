@@ -73,7 +73,7 @@ fn rows(markdown: &str) -> impl Iterator<Item = Vec<&str>> {
 }
 
 #[test]
-fn every_metric_is_documented_as_it_is() {
+fn every_metric_is_documented() {
     let markdown = read("docs/metrics.md");
     let (metrics, _) = markdown.split_once("\n## Alerts").unwrap();
     let documented: BTreeMap<_, _> = rows(metrics)
@@ -86,7 +86,7 @@ fn every_metric_is_documented_as_it_is() {
 }
 
 #[test]
-fn every_alert_is_documented_and_tried() {
+fn every_alert_is_documented_and_tested() {
     let (rules, tried) = (read("docker/prometheus/alerts.yml"), read("docker/prometheus/alerts_test.yml"));
     let markdown = read("docs/metrics.md");
     let (_, alerts) = markdown.split_once("\n## Alerts").unwrap();
@@ -107,7 +107,7 @@ fn every_alert_is_documented_and_tried() {
 }
 
 #[test]
-fn what_rules_and_dashboard_ask_for_is_there() {
+fn rules_and_dashboard_use_existing_metrics() {
     let written = written();
     for path in ["docker/prometheus/alerts.yml", "docker/grafana/tuplewatch.json"] {
         let text = read(path);
@@ -124,7 +124,7 @@ fn what_rules_and_dashboard_ask_for_is_there() {
 }
 
 #[test]
-fn ranks_are_of_the_streams() {
+fn ranks_are_computed_over_the_streams() {
     let text = everything();
     for line in [
         "tuplewatch_stream_lag_bytes{rank=\"p50\"} 50",

@@ -268,7 +268,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn round_trip(token in tokens()) {
+        fn native_tokens_round_trip(token in tokens()) {
             let text = token.to_string();
             prop_assert_eq!(text.len(), 60);
             prop_assert_eq!(text.parse(), Ok(token.clone()));
@@ -277,7 +277,7 @@ mod tests {
         }
 
         #[test]
-        fn permifys_round_trip(
+        fn permifys_tokens_round_trip(
             xid in 0..1u64 << 56,
             (xmin, xmax) in any::<(u64, u64)>(),
             running in proptest::collection::vec(any::<u64>(), 0..100),
@@ -304,7 +304,7 @@ mod tests {
         }
 
         #[test]
-        fn every_flipped_bit_is_noticed(token in tokens(), bit in 0usize..TOKEN_BYTES * 8) {
+        fn every_flipped_bit_is_detected(token in tokens(), bit in 0usize..TOKEN_BYTES * 8) {
             let mut bytes = token.to_bytes();
             bytes[bit / 8] ^= 1 << (bit % 8);
             prop_assert_eq!(BASE64.encode(bytes).parse::<SnapToken>(), Err(Error::Damaged));
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn stays_clear_of_permify() {
+    fn native_tokens_differ_from_permifys() {
         for version in [VERSION_POSITION, VERSION_TRANSACTION] {
             assert!(!version.is_ascii_digit());
         }
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn permifys_tokens() {
+    fn permifys_tokens_are_read_as_permify_writes_them() {
         assert_eq!(SnapToken::Xid(Xid8(818)).to_string(), "MgMAAAAAAAA=");
         assert_eq!("MgMAAAAAAAA=".parse(), Ok(SnapToken::Xid(Xid8(818))));
         assert_eq!("MgMAAAAAAAA".parse::<SnapToken>(), Err(Error::Damaged));
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn long_text_is_refused_unread() {
+    fn long_text_is_refused_without_decoding() {
         assert_eq!("A".repeat(1 << 20).parse::<SnapToken>(), Err(Error::TooLong));
         assert_eq!("".parse::<SnapToken>(), Err(Error::Damaged));
     }

@@ -381,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_of_one_row_step_are_had_together() {
+    fn changes_of_one_row_step_are_delivered_together() {
         let rest = |position| message(&[2, 4, 4, 6], Some(200)).after(position);
         assert_eq!(rest(Position::inside(CommitLsn(Lsn(100)), 3)), Some(message(&[4, 4, 6], Some(200))));
         assert_eq!(rest(Position::inside(CommitLsn(Lsn(100)), 4)), Some(message(&[6], Some(200))));
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_reader_has_not_had() {
+    fn a_reader_gets_the_changes_after_its_position() {
         let check = |position: Position, expected: &[u64]| {
             let rest = message(&[2, 3, 4, 300], Some(200)).after(position);
             let expected = (!expected.is_empty()).then(|| message(expected, Some(200)));

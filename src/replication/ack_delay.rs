@@ -81,7 +81,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn the_slot_is_told_what_is_old_enough_or_too_much() {
+    fn positions_are_acknowledged_by_age_or_by_size() {
         let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
         let start = Instant::now();
         let mut held = AckTracker::new(AckDelay { age: minutes(5), size_bytes: 1000 });
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn the_next_process_holds_back_what_this_one_did() {
+    fn a_new_process_continues_the_delay() {
         let now = Instant::now();
         let mut held = AckTracker::new(AckDelay { age: Duration::from_secs(60), size_bytes: 1000 });
         held.resume(Lsn(100), (1..=90).map(|n| Lsn(100 + 10 * n)), now);
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn bounded_never_more_than_is_durable_and_never_back() {
+    fn acknowledgement_is_bounded_durable_and_monotonic() {
         let mut held = AckTracker::new(AckDelay { age: Duration::from_secs(60), size_bytes: 10_000 });
         let mut now = Instant::now();
         let (mut durable, mut told) = (Lsn(0), Lsn(0));
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_held_back_by_default() {
+    fn acknowledgement_is_not_delayed_by_default() {
         let mut held = AckTracker::new(AckDelay::default());
         assert_eq!(held.release(Lsn(7), Instant::now()), Lsn(7));
     }

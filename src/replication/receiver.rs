@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_received_is_dropped() {
+    fn received_transactions_are_dropped_the_second_time() {
         let mut receiver = receiver(300);
         transaction(&mut receiver, 280);
         assert!(out(&mut receiver).is_empty());
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_log_has_must_come_again() {
+    fn logged_transactions_must_be_sent_again() {
         let check = |recorded: &[(u64, u64)], commits: &[u64], expected: Option<u64>| {
             let mut receiver = receiver(300);
             receiver.expect(recorded.iter().map(|(end, xid)| (EndLsn(Lsn(*end)), Xid8(*xid))).collect());
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn idle_progress_only_outside_transactions_and_forward() {
+    fn idle_progress_is_made_only_forward_and_outside_transactions() {
         let mut receiver = receiver(300);
         receiver.take(Event::Begin { commit: CommitLsn(Lsn(400)), xid: 1, commit_time: CommitTime(0) }).unwrap();
         receiver.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();

@@ -128,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_statement_has_the_conditions_that_are_asked_for() {
+    fn a_statement_has_exactly_the_requested_conditions() {
         let tenant = "t";
         let check = |query: Query<'_>, expected: &str| {
             assert_eq!(query.sql(), expected);

@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn no_key_has_what_postgresql_cannot_hold() {
+    fn no_key_has_a_value_that_postgresql_cannot_hold() {
         let nul = Key(["a".to_owned(), "\0".to_owned(), String::new()]);
         assert_eq!(nul.to_string().parse::<Key<3>>(), Err(ParseKeyError));
     }

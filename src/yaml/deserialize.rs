@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn scalars_fit_where_nothing_is_lost() {
+    fn scalars_convert_if_nothing_is_lost() {
         for (yaml, expected) in [
             ("name: a", shop("a")),
             ("name: 7", shop("7")),

@@ -21,7 +21,7 @@ async fn write_mib(sql: &Sql, mib: usize) {
 }
 
 #[tokio::test]
-async fn a_node_that_lost_its_log_comes_back_with_what_was_held_back() {
+async fn a_node_that_lost_its_log_gets_unacknowledged_changes_again() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &FLAGS).await;
     let (sql, mut stream, early) = server.first_delivered(&postgres, "early").await;
@@ -64,7 +64,7 @@ async fn a_node_that_lost_its_log_comes_back_with_what_was_held_back() {
 
 /// Stopped in good order as well: otherwise an upgrade that goes wrong would be the one moment without it.
 #[tokio::test]
-async fn what_is_held_back_is_not_told_at_the_end_and_what_is_old_is_told_without_traffic() {
+async fn a_stop_keeps_the_delay_and_age_ends_it_without_traffic() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &FLAGS).await;
     let (sql, _, token) = server.first_delivered(&postgres, "early").await;
@@ -85,7 +85,7 @@ async fn what_is_held_back_is_not_told_at_the_end_and_what_is_old_is_told_withou
 
 /// A server that shuts down waits until everything is acknowledged, and what is held back is not.
 #[tokio::test]
-async fn what_is_held_back_holds_up_no_shutdown() {
+async fn the_delay_does_not_hold_up_a_shutdown_of_postgresql() {
     let mut postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &FLAGS).await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;

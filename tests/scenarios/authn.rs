@@ -65,7 +65,7 @@ async fn serve(postgres: &Postgres, issuer: &Issuer, further: &[(&str, &str)]) -
 }
 
 #[tokio::test]
-async fn keys_open_their_tenants() {
+async fn a_key_gives_access_to_its_tenants_only() {
     let postgres = Postgres::start().await;
     let keys = "[hush-all, {key: hush-t1, tenants: [t1]}, {key: hush-t2, tenants: [t2, t3]}]";
     let flags = [("--authn-enabled", "true"), ("--authn-preshared-keys", keys)];
@@ -102,7 +102,7 @@ async fn keys_open_their_tenants() {
 }
 
 #[tokio::test]
-async fn exemptions_are_as_configured() {
+async fn exemptions_follow_the_configuration() {
     let postgres = Postgres::start().await;
     let flags = [
         ("--authn-enabled", "true"),
@@ -119,7 +119,7 @@ async fn exemptions_are_as_configured() {
 }
 
 #[tokio::test]
-async fn tokens_are_checked() {
+async fn valid_jwts_are_accepted_and_others_refused() {
     let postgres = Postgres::start().await;
     let (ec, rsa) = (Key::ec("ec"), Key::rsa("rsa"));
     let issuer = Issuer::start(&[&ec, &rsa]).await;
@@ -181,7 +181,7 @@ async fn tokens_are_checked() {
 }
 
 #[tokio::test]
-async fn an_issuer_rotates_its_keys_and_goes_away() {
+async fn keys_rotate_and_survive_an_outage_of_the_issuer() {
     let postgres = Postgres::start().await;
     let (first, second, third) = (Key::ec("first"), Key::ec("second"), Key::ec("third"));
     let mut issuer = Issuer::start(&[&first]).await;
@@ -224,7 +224,7 @@ async fn an_issuer_rotates_its_keys_and_goes_away() {
 }
 
 #[tokio::test]
-async fn streams_end_with_their_token() {
+async fn a_stream_ends_when_its_token_expires() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;
@@ -298,7 +298,7 @@ async fn the_command_line_presents_a_token() {
 }
 
 #[tokio::test]
-async fn the_command_line_goes_on_with_a_renewed_token() {
+async fn the_command_line_resumes_with_a_renewed_token() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;

@@ -17,7 +17,7 @@ const SMALL: usize = 2_000;
 const LARGE: usize = 10_000;
 
 #[tokio::test]
-async fn what_ends_a_backlog_is_not_late() {
+async fn the_last_change_of_a_backlog_is_not_delayed() {
     let mut postgres = Postgres::start().await;
     let directory = postgres.pgdata().display().to_string();
     postgres.stop_and_set(&[("unix_socket_directories", &directory)]).await;

@@ -96,7 +96,7 @@ async fn complaint(uri: &str) -> String {
 }
 
 #[tokio::test]
-async fn certificates_that_psql_takes_are_taken_by_both_connections() {
+async fn both_connections_accept_the_certificates_that_psql_accepts() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     let directory = tempfile::tempdir().unwrap();

@@ -51,7 +51,7 @@ fn all_eight() -> Vec<Attribute> {
 }
 
 #[tokio::test]
-async fn what_is_written_is_watched_and_its_token_starts_right_after_it() {
+async fn a_write_is_streamed_and_its_token_starts_right_after_it() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -112,7 +112,7 @@ async fn what_is_written_is_watched_and_its_token_starts_right_after_it() {
 }
 
 #[tokio::test]
-async fn all_eight_kinds_of_attributes_come_back_as_they_were_written() {
+async fn all_types_of_attributes_are_read_as_written() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -130,7 +130,7 @@ async fn all_eight_kinds_of_attributes_come_back_as_they_were_written() {
 }
 
 #[tokio::test]
-async fn filters_pick_what_they_say_in_reads_and_in_deletes() {
+async fn filters_select_the_same_rows_in_reads_and_deletes() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -194,7 +194,7 @@ async fn filters_pick_what_they_say_in_reads_and_in_deletes() {
 }
 
 #[tokio::test]
-async fn pages_go_on_where_the_one_before_ended() {
+async fn each_page_continues_after_the_previous_one() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -253,7 +253,7 @@ async fn pages_go_on_where_the_one_before_ended() {
 }
 
 #[tokio::test]
-async fn what_does_not_fit_is_refused_with_the_names_of_its_fields() {
+async fn invalid_requests_are_refused_with_their_field_names() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--database-max-data-per-write", "3")]).await;
     let mut api = Api::of(&server).await;
@@ -329,7 +329,7 @@ async fn what_does_not_fit_is_refused_with_the_names_of_its_fields() {
 }
 
 #[tokio::test]
-async fn tables_of_others_are_neither_written_nor_read() {
+async fn custom_tables_are_neither_written_nor_read() {
     let postgres = Postgres::start().await;
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("mapping.yaml");
@@ -360,7 +360,7 @@ tables:
 }
 
 #[tokio::test]
-async fn the_services_are_told_by_health_and_reflection() {
+async fn health_and_reflection_list_the_services() {
     use tonic_health::pb::health_check_response::ServingStatus;
     use tonic_reflection::pb::v1::ServerReflectionRequest;
     use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
@@ -383,7 +383,7 @@ async fn the_services_are_told_by_health_and_reflection() {
 }
 
 #[tokio::test]
-async fn reflection_is_also_for_clients_that_know_only_v1alpha() {
+async fn reflection_serves_v1alpha_clients() {
     use tonic_reflection::pb::v1alpha::ServerReflectionRequest;
     use tonic_reflection::pb::v1alpha::server_reflection_client::ServerReflectionClient;
     use tonic_reflection::pb::v1alpha::server_reflection_request::MessageRequest;
@@ -406,7 +406,7 @@ async fn reflection_is_also_for_clients_that_know_only_v1alpha() {
 }
 
 #[tokio::test]
-async fn without_postgresql_it_says_so_and_afterwards_it_goes_on() {
+async fn calls_fail_without_postgresql_and_work_again_afterwards() {
     let mut postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;

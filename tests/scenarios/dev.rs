@@ -187,7 +187,7 @@ async fn warm_up(sql: &Sql, watches: &[&Process]) {
 }
 
 #[tokio::test]
-async fn the_first_minute_and_the_next_day() {
+async fn dev_continues_the_next_day_with_the_same_data() {
     let mut terminal = Terminal::new();
     let first_run = terminal.dev().await.printed();
     assert!(first_run[0].starts_with("PostgreSQL "), "{first_run:?}");
@@ -247,7 +247,7 @@ async fn the_first_minute_and_the_next_day() {
 
 /// As a person runs it: everything that it prints goes to a terminal, and Ctrl-C is typed there.
 #[tokio::test]
-async fn on_a_terminal_it_runs_until_ctrl_c_is_typed() {
+async fn dev_runs_on_a_terminal_until_ctrl_c_is_typed() {
     let mut terminal = Terminal::new();
     let dev = terminal.dev.insert(Process::start(on_terminal(&terminal.command(&[]))));
     dev.comes_to_print("streaming").await;
@@ -266,7 +266,7 @@ async fn on_a_terminal_it_runs_until_ctrl_c_is_typed() {
 
 /// Whatever is typed while tuplewatch is gone is printed when it is back; everything once.
 #[tokio::test]
-async fn kills_lose_nothing_and_leave_no_orphan() {
+async fn killing_dev_loses_nothing_and_leaves_no_orphan() {
     let mut terminal = Terminal::new();
     terminal.dev().await;
     let sql = terminal.sql().await;
@@ -321,7 +321,7 @@ async fn kills_lose_nothing_and_leave_no_orphan() {
 }
 
 #[tokio::test]
-async fn two_at_once_are_one() {
+async fn a_second_dev_is_refused() {
     let mut terminal = Terminal::new();
     terminal.dev().await;
     let sql = terminal.sql().await;
@@ -352,7 +352,7 @@ async fn two_at_once_are_one() {
 }
 
 #[tokio::test]
-async fn it_can_be_stopped_at_any_moment() {
+async fn dev_can_be_stopped_at_any_moment() {
     let mut terminal = Terminal::new();
     // From the very beginning, over initdb and the start of PostgreSQL, to the first stream.
     for (delay_ms, name) in [(30, "INT"), (150, "TERM"), (400, "KILL"), (700, "INT"), (1100, "TERM"), (1600, "INT")] {
@@ -384,7 +384,7 @@ async fn it_can_be_stopped_at_any_moment() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_started_is_said_once() {
+async fn a_failed_start_is_reported_once() {
     let terminal = Terminal::new();
     let empty = tempfile::tempdir().unwrap();
     let empty = empty.path().to_str().unwrap();

@@ -34,7 +34,7 @@ fn segments(server: &Server) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_oldest_history_goes_before_the_reserve_does() {
+async fn the_oldest_history_is_dropped_to_keep_the_reserve() {
     let postgres = Postgres::start().await;
     let mut disk = Disk::new().await;
     // Pieces of 8 MiB; the window is small, so that what was dropped is not in memory either.
@@ -106,7 +106,7 @@ async fn numbered(stream: &mut Stream, last: u64) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_disk_lets_go_of_the_slot_and_loses_nothing() {
+async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     let mut postgres = Postgres::start().await;
     let mut disk = Disk::new().await;
     let mut server = disk.serve(&postgres, &[]).await;

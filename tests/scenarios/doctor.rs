@@ -212,7 +212,7 @@ async fn stops(mut process: Process) {
 }
 
 #[tokio::test]
-async fn a_healthy_node_is_well_also_while_it_serves() {
+async fn a_healthy_node_has_no_errors_even_while_it_serves() {
     let patient = Patient::used(Postgres::start().await).await;
     let diagnosis = patient.doctor(&[]).await;
     assert!(diagnosis.of_severity("error").is_empty(), "{diagnosis:#?}");
@@ -237,7 +237,7 @@ async fn a_healthy_node_is_well_also_while_it_serves() {
 
 /// The options that doctor had go with the commands that it names; but no password does.
 #[tokio::test]
-async fn a_fix_can_be_pasted_as_it_is() {
+async fn a_fix_works_when_it_is_pasted() {
     let patient = Patient::ready(Postgres::start().await).await;
     let sql = patient.sql().await;
     sql.run("DROP PUBLICATION tuplewatch").await;
@@ -264,7 +264,7 @@ async fn a_fix_can_be_pasted_as_it_is() {
 }
 
 #[tokio::test]
-async fn for_people_it_is_text() {
+async fn the_diagnosis_for_people_is_text() {
     let patient = Patient::ready(Postgres::start().await).await;
     let said = patient.run("doctor", &[]).await.succeeded();
     assert!(said.contains("\nok       wal_level ") && !said.contains('\u{1b}'), "{said}");

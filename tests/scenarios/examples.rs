@@ -168,13 +168,13 @@ async fn server() -> (Postgres, Server, Sql) {
 }
 
 #[tokio::test]
-async fn python_loses_nothing() {
+async fn the_python_example_loses_nothing() {
     let (_postgres, mut server, sql) = server().await;
     follows(Example::python(&server).await, &mut server, &sql).await;
 }
 
 #[tokio::test]
-async fn node_loses_nothing() {
+async fn the_node_example_loses_nothing() {
     let (_postgres, mut server, sql) = server().await;
     follows(Example::node(&server).await, &mut server, &sql).await;
 }

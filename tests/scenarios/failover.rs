@@ -41,7 +41,7 @@ async fn some_time(load: &Load<'_>) {
 
 /// A commit that the standby does not have yet is streamed by PostgreSQL, and published to nobody.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_synchronous_standby_lacks_nothing_that_was_published() {
+async fn a_synchronous_standby_has_every_delivered_change() {
     let mut pair = Pair::start().await;
     let sql = pair.primary.sql().await;
     // Not '*': a logical walsender counts as a standby too, and ours would be the first.
@@ -53,7 +53,7 @@ async fn a_synchronous_standby_lacks_nothing_that_was_published() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_an_asynchronous_standby_lacks_is_taken_back_and_nothing_else() {
+async fn only_changes_that_an_asynchronous_standby_lacks_are_abandoned() {
     let mut pair = Pair::start().await;
     let round = round(&mut pair, async |pair, load| {
         pair.separate().await;
@@ -71,7 +71,7 @@ async fn what_an_asynchronous_standby_lacks_is_taken_back_and_nothing_else() {
 
 /// The slot is there after the promotion, and `synchronized_standby_slots` keeps tuplewatch behind the standby.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_failover_slot_goes_on_at_the_promoted_standby() {
+async fn a_failover_slot_continues_on_the_promoted_standby() {
     let mut pair = Pair::start_with_failover_slots().await;
     let round = round(&mut pair, async |pair, _| drop(pair.fail_over(StopMode::Immediate).await)).await;
     assert_eq!(round.abandoned, 0);
@@ -80,7 +80,7 @@ async fn a_failover_slot_goes_on_at_the_promoted_standby() {
 }
 
 #[tokio::test]
-async fn a_slot_that_could_not_fail_over_can_from_the_next_connection_on() {
+async fn failover_is_enabled_on_an_existing_slot_at_the_next_connection() {
     let postgres = Postgres::since(17, &[]).await;
     let sql = postgres.sql().await;
     let fails_over =
@@ -94,7 +94,7 @@ async fn a_slot_that_could_not_fail_over_can_from_the_next_connection_on() {
 
 /// PostgreSQL would have whoever alters a slot wait until it is free, and would not notice when they have gone.
 #[tokio::test]
-async fn a_slot_that_another_node_reads_is_not_altered() {
+async fn a_slot_held_by_another_node_is_not_altered() {
     let postgres = Postgres::since(17, &[]).await;
     let sql = postgres.sql().await;
     let mut first = Server::serve(&postgres, &[("--replication-failover", "off")]).await;
@@ -113,9 +113,9 @@ async fn a_slot_that_another_node_reads_is_not_altered() {
     assert!(sql.is_true("(SELECT failover FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await);
 }
 
-/// The connection outlives the process, as in `slot::a_walsender_that_our_own_process_left_behind_is_ended`.
+/// The connection outlives the process, as in `slot::a_walsender_left_by_a_dead_process_is_ended`.
 #[tokio::test]
-async fn a_slot_that_our_own_process_left_in_use_is_altered() {
+async fn a_slot_left_in_use_by_a_dead_process_is_altered() {
     let postgres = Postgres::since(17, &[]).await;
     let sql = postgres.sql().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;

@@ -48,7 +48,7 @@ async fn hold() {
 
 /// A session that waits for something else, here for an answer on its other connection, and does not come to read.
 #[tokio::test]
-async fn a_session_that_does_not_read_keeps_its_walsender() {
+async fn a_stalled_session_keeps_its_walsender() {
     let mut postgres = Postgres::start().await;
     let (_proxy, server) = impatient(&postgres).await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
@@ -112,7 +112,7 @@ async fn a_big_transaction_on_a_slow_link_arrives_in_one_session() {
 /// table that is rewritten, which are for nobody. Right after, it looks when it last heard from us: whoever speaks only when
 /// spoken to is given up then, and has to begin anew, for ever.
 #[tokio::test]
-async fn a_transaction_that_takes_long_to_decode_is_got_over_in_one_session() {
+async fn a_transaction_that_decodes_slowly_arrives_in_one_session() {
     let postgres = Postgres::start().await;
     let (_proxy, mut server) = impatient(&postgres).await;
     // It is not to see the attempts.
@@ -162,7 +162,7 @@ async fn rows_to_decode_for(least: Duration, sql: &Sql) -> usize {
 
 /// A machine that was asleep, or a process that was stopped.
 #[tokio::test]
-async fn a_process_that_was_suspended_goes_on_and_holds_up_no_shutdown() {
+async fn a_suspended_process_recovers_and_delays_no_shutdown() {
     let mut postgres = Postgres::start().await;
     let (_proxy, server) = impatient(&postgres).await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
@@ -195,7 +195,7 @@ async fn a_process_that_was_suspended_goes_on_and_holds_up_no_shutdown() {
 const NOTICED_WITHIN: Duration = Duration::from_secs(30);
 
 #[tokio::test]
-async fn connections_that_die_without_a_word_are_noticed() {
+async fn silently_lost_connections_are_detected() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let server = Server::serve_through(&proxy, &postgres).await;
@@ -219,7 +219,7 @@ async fn connections_that_die_without_a_word_are_noticed() {
 
 /// A firewall forgets the connections; the server keeps its end, and with it the slot, until it notices too.
 #[tokio::test]
-async fn connections_that_were_forgotten_on_the_way_are_replaced() {
+async fn connections_forgotten_by_a_firewall_are_replaced() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let server = Server::serve_through(&proxy, &postgres).await;

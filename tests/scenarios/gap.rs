@@ -198,7 +198,7 @@ async fn a_gap_ends_after_every_transaction_that_wrote_inside_it() {
 
 /// A mapping that names one more table, at a restart, while somebody writes to that table.
 #[tokio::test]
-async fn a_table_that_a_new_mapping_adds_is_complete_only_after_its_writers() {
+async fn a_table_added_by_a_mapping_is_complete_after_its_writers_end() {
     let postgres = Postgres::start().await;
     let (sql, writer) = (postgres.sql().await, postgres.sql().await);
     sql.run(
@@ -248,7 +248,7 @@ async fn a_table_that_a_new_mapping_adds_is_complete_only_after_its_writers() {
 
 /// A repair does not wait for the next check in turn.
 #[tokio::test]
-async fn what_is_published_is_checked_at_once_when_somebody_asks() {
+async fn the_publication_is_checked_at_once_on_request() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -272,7 +272,7 @@ async fn what_is_published_is_checked_at_once_when_somebody_asks() {
 
 /// Whoever reads the server's log, and does not subscribe.
 #[tokio::test]
-async fn each_gap_is_a_line_in_the_log_but_not_each_row() {
+async fn repeated_gaps_of_a_table_are_logged_once_a_minute() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "first").await;

@@ -91,7 +91,7 @@ async fn one_connection_is_enough_to_deliver() {
 
 /// Else those that came first would keep the session out for ever.
 #[tokio::test]
-async fn what_else_is_connected_gives_way_to_the_session() {
+async fn other_connections_give_way_to_the_session() {
     let postgres = Postgres::start().await;
     let mut server = prepare(&postgres).await;
     let admin = postgres.sql().await;
@@ -133,7 +133,7 @@ impl Crowd {
 }
 
 #[tokio::test]
-async fn a_limit_of_connections_that_leaves_none_is_told_until_it_is_raised() {
+async fn an_exhausted_connection_limit_is_reported_until_it_is_raised() {
     let postgres = Postgres::with(&[("max_connections", "30")]).await;
     let server = serve(&postgres).await;
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
@@ -205,7 +205,7 @@ const SNAPSHOTS: &str =
     "SELECT pid FROM pg_stat_activity WHERE usename = 'feeder' AND query = 'SELECT pg_current_snapshot()::text'";
 
 #[tokio::test]
-async fn a_visibility_statement_without_an_answer_is_told_also_of_an_idle_node() {
+async fn an_unanswered_visibility_query_makes_even_an_idle_node_unready() {
     let postgres = Postgres::start().await;
     let server = serve(&postgres).await;
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
@@ -228,7 +228,7 @@ async fn a_visibility_statement_without_an_answer_is_told_also_of_an_idle_node()
 
 /// A restart of a backend, or an answer that takes a moment, changes nothing.
 #[tokio::test]
-async fn a_statement_that_fails_once_does_not_make_a_node_unready() {
+async fn one_failed_statement_does_not_make_a_node_unready() {
     let postgres = Postgres::start().await;
     let mut server = serve(&postgres).await;
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
@@ -249,7 +249,7 @@ async fn a_statement_that_fails_once_does_not_make_a_node_unready() {
 }
 
 #[tokio::test]
-async fn a_table_of_tenants_that_cannot_be_read_is_told() {
+async fn an_unreadable_table_of_tenants_makes_a_node_unready() {
     let postgres = Postgres::start().await;
     let server = serve(&postgres).await;
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
@@ -275,7 +275,7 @@ async fn a_table_of_tenants_that_cannot_be_read_is_told() {
 }
 
 #[tokio::test]
-async fn a_commit_that_waits_for_a_standby_is_told_as_what_it_is() {
+async fn a_commit_that_waits_for_a_standby_makes_a_node_unready() {
     let postgres = Postgres::with(&MISSING_STANDBY).await;
     let server = Server::serve(&postgres, &[]).await;
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
@@ -302,7 +302,7 @@ enum Instead {
 }
 
 #[tokio::test]
-async fn a_change_log_that_was_moved_away_is_acknowledged_no_further_and_goes_on_when_it_is_back() {
+async fn a_moved_change_log_stops_acknowledgement_until_it_is_back() {
     let postgres = Postgres::start().await;
     let mut server = serve(&postgres).await;
     let (admin, mut stream, token) = server.first_delivered(&postgres, "first").await;
@@ -341,7 +341,7 @@ async fn a_change_log_that_was_moved_away_is_acknowledged_no_further_and_goes_on
 }
 
 #[tokio::test]
-async fn a_change_log_that_was_deleted_is_acknowledged_no_further_and_holds_up_no_shutdown() {
+async fn a_deleted_change_log_stops_acknowledgement_and_delays_no_shutdown() {
     let postgres = Postgres::start().await;
     let mut server = serve(&postgres).await;
     let (admin, mut stream, token) = server.first_delivered(&postgres, "first").await;

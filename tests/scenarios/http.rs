@@ -28,7 +28,7 @@ fn document(data: &Json) -> &str {
 }
 
 #[tokio::test]
-async fn changes_come_as_lines() {
+async fn changes_arrive_as_json_lines() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -142,7 +142,7 @@ async fn an_event_source_stops_at_a_gap() {
 }
 
 #[tokio::test]
-async fn what_is_refused_says_why() {
+async fn refusals_have_a_status_and_a_reason() {
     let postgres = Postgres::start().await;
     let flags = [("--server-http-body-size-max", "1KiB"), ("--server-http-cors-allowed-origins", "https://a.example")];
     let mut server = Server::serve(&postgres, &flags).await;
@@ -179,7 +179,7 @@ async fn what_is_refused_says_why() {
 
 /// Whatever is asked: no 500, and the server goes on.
 #[tokio::test]
-async fn no_request_is_an_internal_error() {
+async fn no_request_causes_an_internal_error() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut random = fastrand::Rng::with_seed(seed());
@@ -251,7 +251,7 @@ async fn streams_end_in_order_at_a_shutdown() {
 
 /// One that does not read costs the server a bounded amount of memory, and the others nothing.
 #[tokio::test]
-async fn a_client_that_does_not_read_holds_nobody_up() {
+async fn a_client_that_does_not_read_delays_nobody() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--changelog-memory-window", "4MiB")]).await;
     let sql = postgres.sql().await;

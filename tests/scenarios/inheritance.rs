@@ -11,7 +11,7 @@ const INHERIT: &str = "CREATE TABLE tuplewatch.archive () INHERITS (tuplewatch.r
                        INSERT INTO tuplewatch.archive VALUES ('t1', 'document', 'old', 'viewer', 'user', 'u')";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_table_that_inherits_is_an_error_and_then_a_gap() {
+async fn an_inheriting_table_is_an_error_and_then_a_gap() {
     each_on_a_cluster(
         [
             ("detached", Remedy::Sql(&["ALTER TABLE tuplewatch.archive NO INHERIT tuplewatch.relation_tuples"])),
@@ -35,7 +35,7 @@ async fn a_table_that_inherits_is_an_error_and_then_a_gap() {
 }
 
 #[tokio::test]
-async fn the_store_reads_and_deletes_what_is_streamed_and_nothing_else() {
+async fn reads_and_deletes_leave_inheriting_tables_alone() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (sql, _stream, _) = server.first_delivered(&postgres, "own").await;
@@ -49,7 +49,7 @@ async fn the_store_reads_and_deletes_what_is_streamed_and_nothing_else() {
 
 /// Each comes under its own name.
 #[tokio::test]
-async fn a_table_that_inherits_and_is_mapped_itself_is_streamed() {
+async fn a_mapped_inheriting_table_is_streamed() {
     let postgres = Postgres::start().await;
     let columns = "company text, id text, person text";
     postgres

@@ -18,7 +18,7 @@ use tuplewatch::dev_postgres::StopMode;
 use tuplewatch::model::snap_token::SnapToken;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sigterm_ends_streams_and_acknowledges_what_was_delivered() {
+async fn sigterm_ends_streams_and_acknowledges_delivered_changes() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -88,7 +88,7 @@ async fn health_follows_the_slot() {
 }
 
 #[tokio::test]
-async fn reflection_lists_what_is_served() {
+async fn reflection_lists_the_services() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let request = ServerReflectionRequest {

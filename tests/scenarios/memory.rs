@@ -42,7 +42,7 @@ async fn read_from(stream: &mut Stream, first: u64) -> Vec<(u64, Message)> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_million_tuples_pass_two_thousand_idle_streams_and_one_that_is_not_read() {
+async fn memory_stays_bounded_with_a_million_tuples_and_unread_streams() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;

@@ -37,7 +37,7 @@ fn changed(scrape: &Scrape, table: &str, operation: &str) -> f64 {
 }
 
 #[tokio::test]
-async fn what_happens_is_counted() {
+async fn changes_streams_and_requests_are_counted() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--service-watch-subscribers-max", "77")]).await;
     let sql = postgres.sql().await;
@@ -130,7 +130,7 @@ async fn what_happens_is_counted() {
 }
 
 #[tokio::test]
-async fn reconnects_gaps_and_rows_that_do_not_decode_are_counted_once() {
+async fn reconnects_gaps_and_decode_errors_are_counted_once() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
@@ -178,7 +178,7 @@ async fn reconnects_gaps_and_rows_that_do_not_decode_are_counted_once() {
 
 /// A subscriber that comes back from far behind, and one that does not read.
 #[tokio::test]
-async fn replays_and_slow_subscribers_are_told_apart() {
+async fn replays_and_slow_subscribers_are_counted_separately() {
     const LAST: u64 = 6_000;
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--changelog-memory-window", "1MiB")]).await;
@@ -239,7 +239,7 @@ async fn until_unready(server: &Server, says: &str) {
 }
 
 #[tokio::test]
-async fn ready_is_who_streams_and_is_not_far_behind() {
+async fn a_node_is_ready_while_it_streams_and_is_not_far_behind() {
     let mut postgres = Postgres::start().await;
     let mut server = Server::prepare(&postgres, &[("--server-http-ready-lag-max", "1s")]).await;
     postgres.stop(StopMode::Fast).await;
@@ -266,7 +266,7 @@ async fn ready_is_who_streams_and_is_not_far_behind() {
 
 /// With hours of WAL to catch up with, the lag in seconds would begin at none all the same.
 #[tokio::test]
-async fn who_has_to_catch_up_after_the_start_is_not_ready() {
+async fn a_node_that_catches_up_after_its_start_is_not_ready() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, &postgres).await;
@@ -283,7 +283,7 @@ async fn who_has_to_catch_up_after_the_start_is_not_ready() {
 }
 
 #[tokio::test]
-async fn probes_need_no_credentials_and_metrics_do_unless_told_otherwise() {
+async fn metrics_need_credentials_by_default_and_probes_do_not() {
     let postgres = Postgres::start().await;
     let flags = [("--authn-enabled", "true"), ("--authn-preshared-keys", "hush"), ("--server-rate-limit", "1")];
     let mut server = Server::serve(&postgres, &flags).await;
@@ -318,7 +318,7 @@ async fn check_metrics(text: &str) {
 }
 
 #[tokio::test]
-async fn rules_and_configuration_are_what_prometheus_reads() {
+async fn prometheus_accepts_the_rules_and_the_configuration() {
     promtool(&["check", "rules", "alerts.yml"], "").await;
     promtool(&["check", "config", "prometheus.yml"], "").await;
     promtool(&["test", "rules", "alerts_test.yml"], "").await;
@@ -326,7 +326,7 @@ async fn rules_and_configuration_are_what_prometheus_reads() {
 
 /// Every query of the dashboard, as a rule, so that Prometheus parses it.
 #[tokio::test]
-async fn the_dashboard_asks_what_prometheus_understands() {
+async fn prometheus_accepts_every_query_of_the_dashboard() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docker/grafana/tuplewatch.json");
     let dashboard: Json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();

@@ -17,7 +17,7 @@ async fn insert(sql: &Sql, kind: &str, id: &str) -> Change {
 }
 
 #[tokio::test]
-async fn a_rotation_is_no_gap() {
+async fn a_rotation_of_partitions_is_no_gap() {
     let postgres = Postgres::start().await;
     create_partitioned(&postgres.sql().await).await;
     let mut server = Server::serve(&postgres, &[]).await;

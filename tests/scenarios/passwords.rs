@@ -75,7 +75,7 @@ fn works((sql, stream): &(String, String)) -> bool {
 }
 
 #[tokio::test]
-async fn both_connections_log_on_with_every_password_that_postgresql_takes() {
+async fn both_connections_log_on_with_every_password_of_postgresql() {
     let postgres = guarded().await;
     for (why, password) in PASSWORDS {
         for method in METHODS {

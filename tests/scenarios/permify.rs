@@ -37,7 +37,7 @@ async fn expect(stream: &mut Stream, written: &Written, changes: &[Change]) {
 }
 
 #[tokio::test]
-async fn everything_that_permify_does() {
+async fn every_write_of_permify_is_streamed() {
     for (schema, tables) in [("public", Tables::New), ("Authz 'n more", Tables::Grown)] {
         let postgres = Postgres::start().await;
         let permify = Permify::create(&postgres, schema, tables).await;
@@ -163,7 +163,7 @@ async fn read_up_to(server: &Server, tenant: &str, token: &str, last: u64, recei
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn concurrent_writers_lose_nothing_whatever_the_timestamps() {
+async fn concurrent_writes_are_complete_whatever_their_timestamps() {
     const WRITERS: usize = 16;
     const ROUND: usize = 200;
     const ROUNDS_MAX: usize = 10;
@@ -229,7 +229,7 @@ async fn ties_and_inversions(sql: &Sql, received: &[(u64, Vec<Change>)]) -> (usi
 }
 
 #[tokio::test]
-async fn tokens_of_every_form() {
+async fn tokens_of_every_form_resume() {
     let postgres = Postgres::start().await;
     let permify = Permify::create(&postgres, "public", Tables::New).await;
     let sql = permify.sql().await;
@@ -296,7 +296,7 @@ async fn tokens_of_every_form() {
 }
 
 #[tokio::test]
-async fn native_tokens_where_they_are_asked_for_and_transactions_in_any_preset() {
+async fn native_tokens_can_be_chosen_and_xids_work_in_any_preset() {
     let postgres = Postgres::start().await;
     let permify = Permify::create(&postgres, "public", Tables::New).await;
     let server = permify.serve(&postgres, &[("--snap-token-format", "native")]).await;
@@ -342,7 +342,7 @@ fn ids(messages: &[Message]) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_large_transaction_resumes_by_the_one_before_it() {
+async fn a_large_transaction_resumes_at_its_beginning() {
     let many = |tenant: &str, name: &str, count: usize| {
         format!(
             "INSERT INTO relation_tuples (tenant_id, entity_type, entity_id, relation, subject_type, subject_id, \
@@ -404,7 +404,7 @@ async fn a_large_transaction_resumes_by_the_one_before_it() {
 }
 
 #[tokio::test]
-async fn truncate_of_facts_is_a_gap_and_of_transactions_is_not() {
+async fn truncating_facts_is_a_gap_and_truncating_transactions_is_not() {
     let postgres = Postgres::start().await;
     let permify = Permify::create(&postgres, "public", Tables::New).await;
     let server = permify.serve(&postgres, &[]).await;

@@ -45,7 +45,7 @@ async fn roll_back(postgres: &mut Postgres, server: &Server) -> String {
 const ROLLED_BACK: &str = "storage was rolled back";
 
 #[tokio::test]
-async fn a_storage_that_was_rolled_back_is_an_error_until_the_log_is_begun_anew() {
+async fn rolled_back_storage_is_an_error_until_the_log_is_reset() {
     let mut postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let token = roll_back(&mut postgres, &server).await;
@@ -88,7 +88,7 @@ async fn a_storage_that_was_rolled_back_is_an_error_until_the_log_is_begun_anew(
 
 /// Then its end is no sign any more, and whoever starts there leaves out what was written below it.
 #[tokio::test]
-async fn a_storage_that_was_rolled_back_and_has_grown_past_the_log_is_no_silent_gap() {
+async fn rolled_back_storage_that_outgrew_the_log_is_no_silent_gap() {
     let mut postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let token = roll_back(&mut postgres, &server).await;
@@ -112,7 +112,7 @@ async fn a_storage_that_was_rolled_back_and_has_grown_past_the_log_is_no_silent_
 const ROWS: usize = 60_000;
 
 #[tokio::test]
-async fn a_transaction_is_not_acknowledged_before_it_is_whole() {
+async fn a_transaction_is_not_acknowledged_before_it_is_complete() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, &postgres).await;
@@ -161,7 +161,7 @@ async fn a_transaction_is_not_acknowledged_before_it_is_whole() {
 }
 
 #[tokio::test]
-async fn what_a_crashed_server_sends_again_reaches_nobody() {
+async fn changes_sent_again_after_a_crash_reach_nobody() {
     let mut postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, &postgres).await;

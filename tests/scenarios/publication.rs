@@ -20,7 +20,7 @@ async fn on_one_cluster(cases: &[Interruption]) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_not_published_for_a_while_is_a_gap() {
+async fn a_temporary_change_of_the_publication_is_a_gap() {
     let mut cases = vec![
         Interruption {
             name: "recreated",
@@ -73,7 +73,7 @@ async fn what_was_not_published_for_a_while_is_a_gap() {
 
 /// A restart of tuplewatch would refuse all of these; so does the process that runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_not_published_is_an_error_until_it_is_again() {
+async fn an_incomplete_publication_is_an_error_until_it_is_repaired() {
     const AFRESH: Remedy = Remedy::Sql(&["BEGIN; ALTER PUBLICATION $NAME DROP TABLE tuplewatch.relation_tuples; \
                                           ALTER PUBLICATION $NAME ADD TABLE tuplewatch.relation_tuples; COMMIT"]);
     const WRITTEN: &str =
@@ -173,7 +173,7 @@ async fn what_is_not_published_is_an_error_until_it_is_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_replica_identity_that_lacks_mapped_columns_is_an_error_until_it_has_them() {
+async fn a_replica_identity_without_mapped_columns_is_an_error() {
     let detail = "the replica identity of table tuplewatch.relation_tuples changed";
     on_one_cluster(&[Interruption {
         name: "narrowed",
@@ -207,7 +207,7 @@ pub(super) async fn create_partitioned(sql: &Sql) {
 
 /// PostgreSQL sends the truncation of a partitioned table, and keeps that of its partitions to itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rows_that_go_with_their_partition_are_a_gap() {
+async fn rows_removed_with_their_partition_are_a_gap() {
     let postgres = Postgres::start().await;
     create_partitioned(&postgres.sql().await).await;
     const FOLDER: &str =

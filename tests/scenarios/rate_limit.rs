@@ -10,7 +10,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_types::StatusExt as _;
 
 #[tokio::test]
-async fn too_many_requests_are_told_when_to_come_back() {
+async fn excess_requests_are_refused_with_a_retry_delay() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--server-rate-limit", "1")]).await;
     let sql = postgres.sql().await;
@@ -39,7 +39,7 @@ async fn too_many_requests_are_told_when_to_come_back() {
 }
 
 #[tokio::test]
-async fn zero_is_no_limit() {
+async fn a_limit_of_zero_is_no_limit() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--server-rate-limit", "0")]).await;
     let channel = server.channel().await;

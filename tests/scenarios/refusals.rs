@@ -101,7 +101,7 @@ async fn a_connection_pooler_in_between_is_recognized() {
 }
 
 #[tokio::test]
-async fn a_uri_of_another_library_or_with_a_raw_password_is_refused_by_its_form() {
+async fn a_uri_in_another_form_is_refused_with_its_correction() {
     for (uri, says) in [
         ("jdbc:postgresql://h:5432/db?user=u&password=secret", "without 'jdbc:'"),
         ("postgresql+psycopg2://u:secret@h/db", "write postgres:// in its place"),
@@ -118,7 +118,7 @@ async fn a_uri_of_another_library_or_with_a_raw_password_is_refused_by_its_form(
 
 /// Whatever language the server speaks: the causes are told apart without its text.
 #[tokio::test]
-async fn each_refusal_of_the_server_says_what_to_do() {
+async fn each_refusal_of_the_server_names_a_remedy() {
     let settings = [("max_connections", "12"), ("superuser_reserved_connections", "2"), ("max_wal_senders", "1")];
     let postgres = Postgres::with(&settings).await;
     let sql = postgres.sql().await;
@@ -161,7 +161,7 @@ async fn each_refusal_of_the_server_says_what_to_do() {
 
 /// Told as what it is, and not as a shutdown.
 #[tokio::test]
-async fn the_end_of_a_session_is_told_with_its_cause() {
+async fn the_end_of_a_session_is_logged_with_its_cause() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();

@@ -133,7 +133,7 @@ fn path(pattern: &str, message: &DynamicMessage) -> String {
 }
 
 #[tokio::test]
-async fn whatever_is_in_a_request_it_is_answered_or_refused() {
+async fn every_random_request_is_answered_or_refused() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut random = Rng::with_seed(seed());

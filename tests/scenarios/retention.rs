@@ -85,7 +85,7 @@ async fn from_earliest(server: &Server, too_old: &str, last: u64) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_size_only_the_busy_are_too_old() {
+async fn retention_by_size_expires_only_tokens_of_busy_tenants() {
     let flags = [("--changelog-retention-size", "64MiB"), ("--changelog-memory-window", "1MiB")];
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &flags).await;
@@ -134,7 +134,7 @@ async fn by_size_only_the_busy_are_too_old() {
 
 /// Nothing goes before its time, and everything goes soon after.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_age_only_the_busy_are_too_old() {
+async fn retention_by_age_expires_only_tokens_of_busy_tenants() {
     const AGE: Duration = Duration::from_secs(60);
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--changelog-retention-age", "60s")]).await;

@@ -24,7 +24,7 @@ async fn with_a_poor_role(postgres: &Postgres) -> Server {
 }
 
 #[tokio::test]
-async fn policies_that_apply_to_our_role_are_an_error_until_they_do_not() {
+async fn policies_that_apply_to_our_role_are_an_error() {
     let postgres = Postgres::start().await;
     let mut server = with_a_poor_role(&postgres).await;
     server.start().await;
@@ -55,7 +55,7 @@ async fn policies_that_apply_to_our_role_are_an_error_until_they_do_not() {
 }
 
 #[tokio::test]
-async fn a_write_that_policies_refuse_says_so() {
+async fn a_write_refused_by_a_policy_names_row_level_security() {
     let postgres = Postgres::start().await;
     let mut server = with_a_poor_role(&postgres).await;
     server.start().await;

@@ -67,7 +67,7 @@ tables:
 
 /// PostgreSQL sends a value that is stored out of line only where it changed; with REPLICA IDENTITY FULL the old row has it.
 #[tokio::test]
-async fn a_toasted_value_that_did_not_change_is_reported_with_its_value() {
+async fn an_unchanged_toasted_value_is_reported_in_full() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     sql.run(
@@ -120,7 +120,7 @@ async fn a_toasted_value_that_did_not_change_is_reported_with_its_value() {
 
 /// The same in the tables of the preset, where every column is mapped.
 #[tokio::test]
-async fn an_update_is_a_delete_and_a_create_of_what_it_changes() {
+async fn an_update_deletes_the_old_fact_and_creates_the_new_one() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -254,7 +254,7 @@ CREATE TABLE shop.odd (company text, kind text, id text, role text, who_kind tex
 
 /// Tables of one's own may hold whatever PostgreSQL calls text, also as a tenant.
 #[tokio::test]
-async fn texts_arrive_as_they_are() {
+async fn texts_arrive_unchanged() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     sql.run(ODD_TABLE).await;
@@ -320,7 +320,7 @@ async fn texts_arrive_as_they_are() {
 
 /// What the preset's own constraints allow, at its limits.
 #[tokio::test]
-async fn the_presets_longest_and_emptiest_values_arrive_as_they_are() {
+async fn the_presets_longest_and_empty_values_arrive_unchanged() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -386,7 +386,7 @@ async fn values_of_a_latin1_database_arrive_in_unicode() {
 /// A database with the encoding SQL_ASCII takes any bytes, and PostgreSQL refuses to send a client what is not in its encoding:
 /// asked for UTF-8, the walsender itself would fail, and again each time that it came to the row.
 #[tokio::test]
-async fn bytes_that_are_not_utf_8_are_a_gap_for_their_tenant_alone() {
+async fn invalid_utf_8_is_a_gap_for_its_tenant_alone() {
     let postgres = Postgres::start().await;
     let uri = database(&postgres, "ascii", "SQL_ASCII").await;
     let mut server = Server::prepare_slot(&uri, "tuplewatch", &[]).await;
@@ -433,7 +433,7 @@ async fn bytes_that_are_not_utf_8_are_a_gap_for_their_tenant_alone() {
 }
 
 #[tokio::test]
-async fn a_row_that_does_not_decode_is_a_gap_for_its_tenant_alone() {
+async fn an_undecodable_row_is_a_gap_for_its_tenant_alone() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -476,7 +476,7 @@ async fn a_row_that_does_not_decode_is_a_gap_for_its_tenant_alone() {
 
 /// Whatever the form of the value, and whatever is done with the row.
 #[tokio::test]
-async fn every_kind_of_bad_value_is_a_gap() {
+async fn every_kind_of_invalid_value_is_a_gap() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -520,7 +520,7 @@ async fn every_kind_of_bad_value_is_a_gap() {
 
 /// `mapping.on_undecodable: halt`: nothing is told of the transaction until somebody has looked.
 #[tokio::test]
-async fn halt_stops_at_a_row_that_does_not_decode_until_told_to_go_on() {
+async fn halt_stops_at_an_undecodable_row_until_it_is_reconfigured() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[("--mapping-on-undecodable", "halt")]).await;
     let sql = postgres.sql().await;
@@ -590,7 +590,7 @@ async fn halt_stops_at_a_row_that_does_not_decode_until_told_to_go_on() {
 }
 
 #[tokio::test]
-async fn truncate_is_a_gap_for_everybody() {
+async fn a_truncate_is_a_gap_for_every_tenant() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -633,7 +633,7 @@ async fn truncate_is_a_gap_for_everybody() {
 
 /// Of several tables, of which the statement names one that is not even watched.
 #[tokio::test]
-async fn truncate_with_cascade_is_one_gap_where_it_was_executed() {
+async fn a_truncate_with_cascade_is_one_gap_at_its_place() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;

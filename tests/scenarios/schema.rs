@@ -17,7 +17,7 @@ const SCHEMA_CHANGED: &[&str] = &["SCHEMA_CHANGED"];
 const UNDECODABLE_ROW: &[&str] = &["UNDECODABLE_ROW"];
 
 #[tokio::test]
-async fn columns_that_are_not_mapped_come_and_go() {
+async fn unmapped_columns_change_without_a_gap() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, token) = server.first_delivered(&postgres, "first").await;
@@ -73,7 +73,7 @@ pub(super) async fn verified_again(postgres: &Postgres) {
 
 /// Each on a cluster of its own: they share the table.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn mapped_columns_and_tables_that_change_are_gaps_and_errors_where_nothing_can_flow() {
+async fn changed_mapped_columns_and_tables_are_gaps_or_errors() {
     let cases = [
         // Its values went with it, and no row event tells.
         Interruption {
@@ -134,7 +134,7 @@ async fn mapped_columns_and_tables_that_change_are_gaps_and_errors_where_nothing
 
 /// What is written meanwhile comes under a name that nobody watches.
 #[tokio::test]
-async fn a_table_that_is_renamed_and_gets_its_name_back_between_two_checks_is_a_gap() {
+async fn a_table_renamed_and_back_between_two_checks_is_a_gap() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let (sql, _stream, token) = server.first_delivered(&postgres, "before").await;
@@ -204,7 +204,7 @@ impl Shares {
 }
 
 #[tokio::test]
-async fn deletes_and_updates_are_whole_under_each_replica_identity_that_covers_the_mapping() {
+async fn changes_are_complete_under_each_sufficient_replica_identity() {
     for identity in [
         "ALTER TABLE shop.shares ADD PRIMARY KEY (company, document, person, role)",
         "ALTER TABLE shop.shares REPLICA IDENTITY FULL",
@@ -253,7 +253,7 @@ async fn deletes_and_updates_are_whole_under_each_replica_identity_that_covers_t
 
 /// Before the next check notices: what the old row lacks is a gap, and never made up.
 #[tokio::test]
-async fn a_change_whose_old_row_is_incomplete_is_a_gap_at_once() {
+async fn a_change_with_an_incomplete_old_row_is_a_gap_at_once() {
     let shares = Shares::with("ALTER TABLE shop.shares ADD PRIMARY KEY (company, document, person, role)").await;
     let sql = shares.postgres.sql().await;
     let mut streams: Vec<Stream> = vec![
@@ -283,7 +283,7 @@ async fn a_change_whose_old_row_is_incomplete_is_a_gap_at_once() {
 }
 
 #[tokio::test]
-async fn without_a_replica_identity_postgresql_refuses_and_health_tells() {
+async fn a_missing_replica_identity_makes_a_node_unready() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
@@ -304,7 +304,7 @@ async fn without_a_replica_identity_postgresql_refuses_and_health_tells() {
 }
 
 #[tokio::test]
-async fn changes_of_partitions_come_under_their_root() {
+async fn changes_of_partitions_are_streamed_under_their_root() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     create_partitioned(&sql).await;

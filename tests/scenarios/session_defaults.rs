@@ -93,7 +93,7 @@ async fn all_arrive(sql: &Sql, stream: &mut Stream, id: &str) {
 }
 
 #[tokio::test]
-async fn values_are_streamed_as_under_postgresqls_own_defaults() {
+async fn values_are_streamed_in_postgresqls_default_format() {
     let postgres = Postgres::with(&[("lc_monetary", "C")]).await;
     let sql = postgres.sql().await;
     let mapping = prepare(&sql).await;
@@ -145,7 +145,7 @@ async fn values_are_streamed_as_under_postgresqls_own_defaults() {
 
 /// With the role's own rights, and those alone: `SET role` gives none and takes none.
 #[tokio::test]
-async fn a_role_that_becomes_another_at_log_on_acts_as_itself() {
+async fn a_role_that_sets_another_role_keeps_its_own_rights() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
@@ -164,7 +164,7 @@ async fn a_role_that_becomes_another_at_log_on_acts_as_itself() {
 
 /// What clients send is written, whatever the defaults of the role are.
 #[tokio::test]
-async fn data_is_written_under_hostile_defaults() {
+async fn writes_succeed_under_hostile_defaults() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     let mut server = Server::prepare(&postgres, &[]).await;

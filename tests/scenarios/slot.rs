@@ -64,7 +64,7 @@ async fn is_not_serving(server: &Server) -> bool {
 
 /// Somebody advances it, or drops it and makes another one of that name.
 #[tokio::test]
-async fn a_slot_that_moved_on_while_we_were_down_is_a_gap_for_everybody() {
+async fn a_slot_moved_during_downtime_is_a_gap_for_every_tenant() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -115,7 +115,7 @@ async fn a_slot_that_moved_on_while_we_were_down_is_a_gap_for_everybody() {
 }
 
 #[tokio::test]
-async fn a_slot_that_was_recreated_while_we_were_cut_off_is_a_gap_for_open_streams() {
+async fn a_slot_recreated_during_a_disconnect_is_a_gap_for_open_streams() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let server = Server::serve_through(&proxy, &postgres).await;
@@ -138,13 +138,13 @@ async fn a_slot_that_was_recreated_while_we_were_cut_off_is_a_gap_for_open_strea
 
 /// Why the server gave up the slot, or that there is none any more: to be repaired by recreating it.
 #[tokio::test]
-async fn a_lost_slot_is_an_error_that_lasts() {
+async fn a_lost_slot_is_a_lasting_error() {
     let postgres = Postgres::with(&[("max_slot_wal_keep_size", "1MB")]).await;
     check_lost(&postgres, lose, "is lost").await;
 }
 
 #[tokio::test]
-async fn a_slot_that_idled_too_long_is_an_error_that_lasts() {
+async fn a_slot_past_its_idle_timeout_is_a_lasting_error() {
     let postgres = Postgres::start().await;
     if postgres.major() < 18 {
         // There is no such timeout: the slot stays as it is, however long it idles.
@@ -156,7 +156,7 @@ async fn a_slot_that_idled_too_long_is_an_error_that_lasts() {
 }
 
 #[tokio::test]
-async fn a_missing_slot_is_an_error_that_lasts() {
+async fn a_missing_slot_is_a_lasting_error() {
     let postgres = Postgres::start().await;
     check_lost(&postgres, async |sql: &Sql| sql.run(DROP).await, "does not exist").await;
 }
@@ -240,7 +240,7 @@ async fn waits_for(server: &Server, proxy: &Proxy, sql: &Sql) {
 const TAKEN_OVER_WITHIN: Duration = Duration::from_secs(14);
 
 #[tokio::test]
-async fn a_slot_that_another_node_holds_is_taken_over_when_it_is_free() {
+async fn a_slot_held_by_another_node_is_taken_over_when_free() {
     let postgres = Postgres::start().await;
     let mut first = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -275,7 +275,7 @@ async fn a_slot_that_another_node_holds_is_taken_over_when_it_is_free() {
 
 /// Any client that reads it, whatever it calls itself.
 #[tokio::test]
-async fn a_slot_that_a_stranger_reads_is_taken_over_when_it_is_free() {
+async fn a_slot_held_by_another_program_is_taken_over_when_free() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let server = Server::serve_through(&proxy, &postgres).await;
@@ -304,7 +304,7 @@ async fn a_slot_that_a_stranger_reads_is_taken_over_when_it_is_free() {
 /// The connection outlives the process: a machine that vanished, or a firewall in between. The server would wait for
 /// `wal_sender_timeout`.
 #[tokio::test]
-async fn a_walsender_that_our_own_process_left_behind_is_ended() {
+async fn a_walsender_left_by_a_dead_process_is_ended() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, &postgres).await;
@@ -325,7 +325,7 @@ async fn a_walsender_that_our_own_process_left_behind_is_ended() {
 
 /// What an operator wants to know before the slot is lost, or the disk of the primary is full.
 #[tokio::test]
-async fn what_threatens_the_slot_is_said() {
+async fn threats_to_the_slot_are_logged() {
     const WITHIN: Duration = Duration::from_secs(10);
     let postgres = Postgres::with(&[("max_slot_wal_keep_size", "512MB")]).await;
     let flags = [("--replication-warn-retained-wal", "32MiB"), ("--replication-warn-safe-wal-size", "1GiB")];

@@ -40,7 +40,7 @@ impl Read {
 }
 
 #[tokio::test]
-async fn unread_streams_leave_their_connection_alive() {
+async fn unread_streams_do_not_end_their_connection() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;

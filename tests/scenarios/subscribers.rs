@@ -105,7 +105,7 @@ impl Forger {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_token_has_its_status() {
+async fn every_forged_token_gets_its_status() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--service-watch-message-size-max", "1KiB")]).await;
     let sql = postgres.sql().await;
@@ -194,7 +194,7 @@ async fn refusal(channel: &tonic::transport::Channel, token: &str) -> Status {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn subscribers_that_never_read_cost_the_others_nothing() {
+async fn subscribers_that_never_read_delay_nobody() {
     const UNREAD: usize = 10;
     const BATCH: u64 = 5_000;
     const LAST: u64 = 6 * BATCH;
@@ -241,7 +241,7 @@ async fn subscribers_that_never_read_cost_the_others_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_thousand_come_back_at_once() {
+async fn a_thousand_subscribers_resume_at_once() {
     const SUBSCRIBERS: usize = 1_000;
     const CONNECTIONS: usize = 20;
     let postgres = Postgres::start().await;
@@ -299,7 +299,7 @@ async fn open_and_fill(proxy: &Proxy, postgres: &Postgres) -> Stream {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_client_that_vanished_is_reclaimed() {
+async fn the_place_of_a_vanished_client_is_freed() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--service-watch-subscribers-max", "2")]).await;
     let (quiet, stuck) = (Proxy::to(server.address()).await, Proxy::to(server.address()).await);
@@ -328,7 +328,7 @@ async fn a_client_that_vanished_is_reclaimed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sigterm_waits_for_nobody_who_does_not_answer() {
+async fn sigterm_does_not_wait_for_unresponsive_clients() {
     const GRACE: Duration = Duration::from_secs(3);
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[("--shutdown-grace-period", "3s")]).await;
@@ -365,7 +365,7 @@ async fn sigterm_waits_for_nobody_who_does_not_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn pings_keep_an_idle_connection_known() {
+async fn pings_keep_an_idle_connection_open() {
     /// A frame's header and its payload.
     const PING_BYTES: u64 = 9 + 8;
     let postgres = Postgres::start().await;

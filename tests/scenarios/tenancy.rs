@@ -53,7 +53,7 @@ async fn tenants_are_created_listed_and_deleted() {
 }
 
 #[tokio::test]
-async fn watchers_see_the_deletes_of_a_deleted_tenant_and_others_nothing() {
+async fn only_its_watchers_see_the_deletes_of_a_deleted_tenant() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -94,7 +94,7 @@ async fn watchers_see_the_deletes_of_a_deleted_tenant_and_others_nothing() {
 
 /// Whoever is first: a deleted tenant leaves nothing that would come back to life with the next of its name.
 #[tokio::test]
-async fn nothing_is_written_for_a_tenant_that_is_being_deleted() {
+async fn no_write_survives_the_deletion_of_its_tenant() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;

@@ -40,7 +40,7 @@ async fn gaps(pair: &Pair) -> f64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_promoted_standby_that_has_everything_goes_on() {
+async fn a_promotion_without_loss_continues_every_stream() {
     let mut pair = Pair::start().await;
     let sql = pair.primary.sql().await;
     let mut stream = pair.server.watch("t1", "").await;
@@ -75,7 +75,7 @@ async fn a_promoted_standby_that_has_everything_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_promoted_standby_lacks_is_abandoned() {
+async fn changes_that_a_promoted_standby_lacks_are_abandoned() {
     let mut pair = Pair::start().await;
     let sql = pair.primary.sql().await;
     let mut stream = pair.server.watch("t1", "").await;
@@ -174,7 +174,7 @@ async fn recover(copy: &mut Postgres, primary: &Postgres, restore_point: &str) -
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_point_in_time_recovery_abandons_what_came_after_it() {
+async fn a_point_in_time_recovery_abandons_later_changes() {
     let mut primary = Postgres::start().await;
     let mut server = Server::prepare(&primary, &[]).await;
     primary.stop(StopMode::Fast).await;

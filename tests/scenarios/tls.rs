@@ -105,7 +105,7 @@ async fn gets_in(postgres: &Postgres, process: Process) {
 }
 
 #[tokio::test]
-async fn a_server_proves_who_it_is() {
+async fn watch_verifies_the_certificate_of_the_server() {
     let postgres = Postgres::start().await;
     let (directory, server) = serve(&postgres, "server", false).await;
     gets_in(&postgres, watch(&directory, &server, "https", &["--ca-cert", "ours.pem"])).await;
@@ -122,7 +122,7 @@ async fn a_server_proves_who_it_is() {
 }
 
 #[tokio::test]
-async fn a_certificate_that_expired_is_said() {
+async fn an_expired_certificate_is_named() {
     let postgres = Postgres::start().await;
     let (directory, server) = serve(&postgres, "expired", false).await;
     let mut process = watch(&directory, &server, "https", &["--ca-cert", "ours.pem"]);
@@ -131,7 +131,7 @@ async fn a_certificate_that_expired_is_said() {
 }
 
 #[tokio::test]
-async fn clients_prove_who_they_are_where_an_authority_is_set() {
+async fn a_client_ca_makes_client_certificates_mandatory() {
     let postgres = Postgres::start().await;
     let (directory, server) = serve(&postgres, "server", true).await;
     let with = |name: &str| {
@@ -153,7 +153,7 @@ async fn clients_prove_who_they_are_where_an_authority_is_set() {
 }
 
 #[tokio::test]
-async fn files_that_cannot_be_used_are_named_at_start() {
+async fn unusable_tls_files_are_named_at_the_start() {
     let postgres = Postgres::start().await;
     let (directory, mut server) = serve(&postgres, "server", true).await;
     server.terminate().await;

@@ -66,7 +66,7 @@ async fn a_transaction_token_starts_right_after_its_transaction() {
 }
 
 #[tokio::test]
-async fn a_transaction_token_that_names_nothing_starts_at_its_floor() {
+async fn an_unknown_transaction_token_starts_at_its_floor() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -118,7 +118,7 @@ async fn a_transaction_token_waits_for_its_transaction() {
 }
 
 #[tokio::test]
-async fn a_transaction_token_does_not_wait_for_ever() {
+async fn a_transaction_token_waits_until_a_timeout() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--service-watch-resolve-timeout", "100ms")]).await;
     let sql = postgres.sql().await;
@@ -133,7 +133,7 @@ async fn a_transaction_token_does_not_wait_for_ever() {
 }
 
 #[tokio::test]
-async fn refused_tokens_and_tenants() {
+async fn invalid_tokens_and_tenants_are_refused() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -239,7 +239,7 @@ async fn refused_tokens_and_tenants() {
 }
 
 #[tokio::test]
-async fn a_token_from_before_a_nodes_log_is_too_old_there() {
+async fn a_token_from_before_a_nodes_log_is_too_old() {
     let postgres = Postgres::start().await;
     let first = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;

@@ -39,7 +39,7 @@ fn delete(id: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_transaction_is_told_as_it_was_executed() {
+async fn a_transaction_is_streamed_as_it_was_executed() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -162,7 +162,7 @@ async fn a_transaction_is_told_as_it_was_executed() {
 
 /// A prepared transaction has no session, survives restarts, and commits when somebody says so.
 #[tokio::test]
-async fn a_prepared_transaction_comes_when_it_is_committed() {
+async fn a_prepared_transaction_is_delivered_once_committed() {
     let flags = [("--service-watch-resolve-timeout", "100ms")];
     let mut postgres = Postgres::with(&[("max_prepared_transactions", "4")]).await;
     let mut server = Server::serve(&postgres, &flags).await;
@@ -235,7 +235,7 @@ async fn a_prepared_transaction_comes_when_it_is_committed() {
 }
 
 #[tokio::test]
-async fn a_transaction_over_500_tenants_gives_each_its_part() {
+async fn each_of_500_tenants_gets_its_part_of_a_transaction() {
     const TENANT_COUNT: usize = 500;
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
@@ -290,7 +290,7 @@ async fn a_transaction_over_500_tenants_gives_each_its_part() {
 
 /// All of them prepared at the same time, their rows interleaved in the WAL, and committed in an order of its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ten_thousand_open_transactions_come_in_the_order_of_their_commits() {
+async fn ten_thousand_open_transactions_arrive_in_commit_order() {
     const OPEN: usize = 10_000;
     const CONNECTIONS: usize = 20;
     let open = OPEN.to_string();

@@ -90,7 +90,7 @@ async fn a_value_that_changes_without_a_row_event_is_a_gap() {
 
 /// Each seen by a check of its own, and by a process that was not there.
 #[tokio::test]
-async fn what_changes_no_value_ends_no_stream() {
+async fn a_schema_change_that_keeps_all_values_ends_no_stream() {
     let mut papers = Papers::new().await;
     let sql = papers.postgres.sql().await;
     let mut stream = papers.server.watch("acme", "").await;
@@ -126,7 +126,7 @@ async fn what_changes_no_value_ends_no_stream() {
 
 /// Each on a cluster of its own: they share the table.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_presets_values_change_without_a_row_event() {
+async fn a_rewrite_of_a_preset_table_is_a_gap_or_an_error() {
     let cases = [
         Interruption {
             name: "rewritten",

@@ -21,7 +21,7 @@ pub(super) const MISSING_STANDBY: [(&str, &str); 2] =
     [("synchronous_standby_names", "missing"), ("synchronous_commit", "local")];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_change_can_be_read() {
+async fn every_delivered_change_can_be_read() {
     const CASES: u64 = 20_000;
     /// Changes under way: enough to keep the writers busy, and few enough that every check is made at once.
     const UNDER_WAY: usize = 16;
@@ -157,7 +157,7 @@ async fn a_commit_that_waits_for_a_standby_is_not_delivered() {
 
 /// What is in the change log need not be visible either.
 #[tokio::test]
-async fn a_server_that_comes_back_does_not_deliver_a_commit_that_waits() {
+async fn a_restarted_node_does_not_deliver_a_commit_that_waits() {
     let postgres = Postgres::with(&MISSING_STANDBY).await;
     let mut server = Server::serve(&postgres, &[]).await;
     let admin = postgres.sql().await;
@@ -178,7 +178,7 @@ async fn a_server_that_comes_back_does_not_deliver_a_commit_that_waits() {
 
 /// Who subscribes then, and reads the state, has not read what waits.
 #[tokio::test]
-async fn a_server_that_comes_back_delivers_a_commit_that_waited_to_who_started_meanwhile() {
+async fn a_stream_started_after_a_restart_gets_a_commit_that_waited() {
     let postgres = Postgres::with(&MISSING_STANDBY).await;
     let mut server = Server::serve(&postgres, &[]).await;
     let admin = postgres.sql().await;
@@ -201,7 +201,7 @@ async fn come_back(server: &mut Server, admin: &Sql) {
 }
 
 #[tokio::test]
-async fn before_visible_does_not_wait() {
+async fn before_visible_delivers_a_commit_that_waits() {
     let postgres = Postgres::with(&MISSING_STANDBY).await;
     let server = Server::serve(&postgres, &[("--service-watch-before-visible", "true")]).await;
     let admin = postgres.sql().await;
@@ -218,7 +218,7 @@ async fn before_visible_does_not_wait() {
 
 /// Subscribe, read the state, apply the stream: what comes out is the state of the table.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn subscribe_then_read_then_apply() {
+async fn a_read_after_subscribing_plus_the_stream_is_the_table() {
     const PHASES: usize = 5;
     const OBSERVERS: usize = 30;
 

@@ -41,7 +41,7 @@ async fn ask(router: &Router, path: &str, authorization: &str) -> (u16, String) 
 }
 
 #[tokio::test]
-async fn keys_let_in_those_who_have_one() {
+async fn a_valid_key_is_admitted() {
     let keys = [("enabled", "true"), ("preshared.keys", "[everything, {key: only-t1, tenants: [t1]}]")];
     let router = router(&keys, 0).await;
     for (path, authorization, status, says) in [
@@ -63,7 +63,7 @@ async fn keys_let_in_those_who_have_one() {
 }
 
 #[tokio::test]
-async fn health_is_exempt_where_that_is_wanted() {
+async fn health_is_exempt_if_configured() {
     let keys = [("enabled", "true"), ("preshared.keys", "k"), ("exempt.health", "false")];
     let router = router(&keys, 0).await;
     assert_eq!(ask(&router, "/healthz", "").await.0, 401);
@@ -71,7 +71,7 @@ async fn health_is_exempt_where_that_is_wanted() {
 }
 
 #[tokio::test]
-async fn metrics_are_exempt_where_that_is_wanted() {
+async fn metrics_are_exempt_if_configured() {
     for (exempt, status) in [("false", 401), ("true", 200)] {
         let keys = [("enabled", "true"), ("preshared.keys", "k"), ("exempt.metrics", exempt)];
         let router = router(&keys, 1).await;
@@ -84,7 +84,7 @@ async fn metrics_are_exempt_where_that_is_wanted() {
 }
 
 #[tokio::test]
-async fn without_authentication_everybody_is_anyone() {
+async fn every_caller_is_admitted_without_authentication() {
     let router = router(&[], 0).await;
     for authorization in ["", "Bearer whatever"] {
         assert_eq!(ask(&router, "/", authorization).await, (200, "t1 t2".to_owned()));
@@ -112,7 +112,7 @@ async fn the_limit_counts_callers_only() {
 }
 
 #[test]
-fn when_to_try_again_is_never_at_once() {
+fn the_retry_delay_is_never_zero() {
     let one = NonZeroU32::MIN;
     let limiter = RateLimiter::direct(Quota::per_second(one));
     let limit = Limit { per_second: one, limiter };

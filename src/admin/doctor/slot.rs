@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_worth_a_warning() {
+    fn dangerous_states_of_the_slot_are_warnings() {
         let none = || serde_json::json!({});
         let check = |slot, changes, expected: &[&str]| {
             let found = diagnostics(slot, changes);

@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_slot_would_wait_for() {
+    fn a_missing_or_idle_standby_slot_is_reported() {
         let named =
             |slot_type: Option<&str>, active| Named { name: "n".into(), slot_type: slot_type.map(Into::into), active };
         for (slot_type, active, expected) in [

@@ -27,7 +27,7 @@ fn expectation<'a>(mapping: &'a Mapping, slot: &'a str) -> Expectation<'a> {
 }
 
 #[tokio::test]
-async fn everything_then_nothing_then_away() {
+async fn setup_creates_everything_once_and_teardown_removes_it() {
     let database = Database::new().await;
     let client = &database.connection.client;
     let mapping = tuples();
@@ -77,7 +77,7 @@ async fn the_plan_is_sql_that_can_be_run_by_hand() {
 }
 
 #[tokio::test]
-async fn only_what_is_missing() {
+async fn setup_creates_only_missing_parts() {
     let database = Database::new().await;
     let client = &database.connection.client;
     let mapping = one_table("Odd \"Schema\".it's");
@@ -154,7 +154,7 @@ async fn a_table_of_transactions_needs_some_identity() {
 }
 
 #[tokio::test]
-async fn slots_of_others_and_slots_in_use_are_left_alone() {
+async fn foreign_slots_and_slots_in_use_are_left_alone() {
     let database = Database::new().await;
     let other = Database::new().await;
     let client = &database.connection.client;
@@ -194,7 +194,7 @@ async fn slots_of_others_and_slots_in_use_are_left_alone() {
 }
 
 #[tokio::test]
-async fn two_at_once_and_one_that_may_not() {
+async fn concurrent_setups_succeed_and_an_unprivileged_one_fails() {
     let database = Database::new().await;
     let mapping = tuples();
     let setup = Setup { apply_schema: true, ..wanted(&mapping, &database.name) };
@@ -215,7 +215,7 @@ async fn two_at_once_and_one_that_may_not() {
 }
 
 #[tokio::test]
-async fn whoever_waits_for_old_transactions_is_told() {
+async fn a_wait_for_old_transactions_is_reported() {
     let database = Database::new().await;
     let old = database.connect_as("postgres").await;
     old.client.batch_execute("BEGIN; CREATE TABLE t (n int)").await.unwrap();

@@ -464,7 +464,7 @@ mod tests {
     use crate::model::transaction::{Header, MessageBuilder};
 
     #[test]
-    fn no_frame_is_short() {
+    fn no_frame_is_below_the_minimum_size() {
         let header = Header { commit: CommitLsn(Lsn(1)), xid: Xid8(1), commit_time: CommitTime(0) };
         for change_bytes in 0..300 {
             let mut builder = MessageBuilder::default();

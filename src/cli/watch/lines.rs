@@ -155,7 +155,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_line_of_a_file_says_everything() {
+    fn a_line_in_a_file_is_complete() {
         let message = message(1, vec![viewer(), scores(), tuple(Operation::Delete, "1")]);
         let plain = "2000-01-01T00:00:00.000001Z + doc:1#viewer@team:a#member\n\
                      2000-01-01T00:00:00.000001Z + doc:1$scores = [1.5,\"Infinity\"]\n\
@@ -168,7 +168,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn on_a_terminal_what_repeats_is_left_out() {
+    fn repeated_columns_are_left_out_on_a_terminal() {
         let mut lines = Lines::new(Style::PLAIN, true);
         let first = lines.message(&message(1, vec![viewer(), scores()]));
         assert_eq!(

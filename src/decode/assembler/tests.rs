@@ -82,7 +82,7 @@ fn run(assembler: &mut Assembler, rows: &[Vec<u8>]) -> (Vec<Staged>, Transaction
 }
 
 #[test]
-fn a_message_per_tenant() {
+fn each_tenant_gets_its_own_message() {
     let mut assembler = assembler(LIMITS, OnUndecodable::Gap);
     let rows = [insert(1, "b", "1"), insert(2, "b", "x"), insert(1, "a", "2"), insert(1, "b", "3")];
     let (staged, transaction) = run(&mut assembler, &rows);
@@ -113,7 +113,7 @@ fn large_transactions_are_staged() {
 }
 
 #[test]
-fn whose_a_transaction_is_told_gets_a_last_message() {
+fn the_named_tenant_of_a_transaction_gets_a_last_message() {
     let limits = Limits { message_bytes: 100, stage_bytes: 150, ..LIMITS };
     let mut assembler = Assembler::new(mapping(true), limits, OnUndecodable::Gap);
     assembler.change(&relation(1, "relation_tuples")).unwrap();
@@ -138,7 +138,7 @@ fn whose_a_transaction_is_told_gets_a_last_message() {
 }
 
 #[test]
-fn a_bad_row_breaks_its_tenant_only() {
+fn a_bad_row_is_a_gap_for_its_tenant_only() {
     let rows =
         [insert(1, "a", "1"), insert(1, "b", "1"), insert(1, "a", "-"), insert(1, "a", "2"), insert(1, "b", "2")];
     let (_, transaction) = run(&mut assembler(LIMITS, OnUndecodable::Gap), &rows);
@@ -150,7 +150,7 @@ fn a_bad_row_breaks_its_tenant_only() {
 }
 
 #[test]
-fn truncate_and_unreadable_tenants_break_everybody() {
+fn a_truncate_or_an_unreadable_tenant_is_a_gap_for_all() {
     for breaking in [truncate(1), insert(1, "-", "1")] {
         let rows = [insert(1, "a", "1"), breaking, insert(1, "b", "1")];
         let (_, transaction) = run(&mut assembler(LIMITS, OnUndecodable::Gap), &rows);
@@ -172,14 +172,14 @@ fn a_change_too_large_to_send_is_a_gap() {
 }
 
 #[test]
-fn halting() {
+fn a_bad_row_halts_if_configured() {
     let mut assembler = assembler(LIMITS, OnUndecodable::Halt);
     assembler.begin(header()).unwrap();
     assert!(matches!(assembler.change(&insert(1, "a", "-")), Err(Error::Halted { .. })));
 }
 
 #[test]
-fn tokens() {
+fn token_ids_are_taken_from_our_logical_messages() {
     let mut assembler = assembler(LIMITS, OnUndecodable::Gap);
     assembler.logical_message(MESSAGE_PREFIX, &[1; 16]);
     assembler.begin(header()).unwrap();
@@ -192,7 +192,7 @@ fn tokens() {
 }
 
 #[test]
-fn out_of_order() {
+fn events_out_of_order_are_errors() {
     let mut assembler = assembler(LIMITS, OnUndecodable::Gap);
     assert!(assembler.change(&insert(1, "a", "1")).is_err());
     assert!(assembler.commit(CommitLsn(Lsn(100)), EndLsn(Lsn(200))).is_err());

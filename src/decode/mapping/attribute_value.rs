@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn all_eight() {
+    fn all_types_of_values_are_parsed() {
         use AttributeValue as V;
         let check = |kind: &str, data: &str, expected: V| assert_eq!(of(kind, data), Ok(expected));
         check("StringValue", r#""é""#, V::String("é".into()));
@@ -140,7 +140,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_reads_back(
+        fn a_written_value_reads_back(
             text in ".*", number in any::<i32>(), double in any::<f64>(), truth in any::<bool>(), n in 0usize..4
         ) {
             use AttributeValue as V;
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_reads_back() {
+    fn numbers_that_are_not_finite_read_back() {
         let numbers = vec![f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
         let read = parse(&write(&AttributeValue::DoubleArray(numbers)));
         let Ok(AttributeValue::DoubleArray(read)) = read else { panic!("{read:?}") };
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn refused() {
+    fn malformed_values_are_refused() {
         for (kind, data) in [
             ("IntegerValue", "1.5"),
             ("IntegerValue", "2147483648"),

@@ -53,7 +53,7 @@ impl Watched {
 }
 
 #[tokio::test]
-async fn what_does_not_matter() {
+async fn harmless_changes_keep_the_fingerprint() {
     let mut watched = Watched::new(one_table("public.t"), TABLE).await;
     for sql in [
         "",
@@ -82,7 +82,7 @@ async fn what_does_not_matter() {
 }
 
 #[tokio::test]
-async fn what_matters() {
+async fn harmful_changes_change_the_fingerprint() {
     let mut watched = Watched::new(one_table("public.t"), TABLE).await;
     let again = "table public.t was taken out of the publication and added again, or is in it in another way";
     let altered = "the publication publishes other operations";
@@ -127,7 +127,7 @@ async fn what_matters() {
 
 /// Types under a column: of elements, attributes, and what a domain or range is of.
 #[tokio::test]
-async fn values() {
+async fn changed_types_under_a_column_are_found() {
     let sql = "CREATE TYPE role AS ENUM ('viewer', 'editor');
                CREATE DOMAIN roles AS role[];
                CREATE TYPE pair AS (a int, b roles);
@@ -181,7 +181,7 @@ async fn values() {
 
 /// No rewrite: what is stored stays, and so does the text.
 #[tokio::test]
-async fn modifiers() {
+async fn wider_type_modifiers_keep_the_fingerprint() {
     let sql =
         "CREATE TABLE t (tenant varchar(10), id numeric(10, 2), owner text COLLATE \"C\", PRIMARY KEY (tenant, id));
                CREATE PUBLICATION feed FOR TABLE t";
@@ -203,7 +203,7 @@ async fn modifiers() {
 }
 
 #[tokio::test]
-async fn inheritance() {
+async fn inheriting_tables_are_found() {
     let mut watched = Watched::new(one_table("public.t"), TABLE).await;
     let inherits = "the set of tables that inherit of table public.t changed";
     watched.changed_by("CREATE TABLE child () INHERITS (t)", inherits).await;
@@ -217,7 +217,7 @@ async fn inheritance() {
 }
 
 #[tokio::test]
-async fn partitions() {
+async fn changed_partitions_are_found() {
     let sql = "CREATE TABLE root (tenant text, id text, owner text, PRIMARY KEY (tenant, id, owner)) PARTITION BY LIST (tenant);
                CREATE TABLE middle PARTITION OF root FOR VALUES IN ('t1', 't2', 't3') PARTITION BY LIST (tenant);
                CREATE TABLE leaf PARTITION OF middle FOR VALUES IN ('t1');
@@ -252,7 +252,7 @@ async fn partitions() {
 
 /// A table that was created as a partition never had rows that came under another name.
 #[tokio::test]
-async fn new_partitions() {
+async fn partitions_that_were_created_as_such_are_recognized() {
     // With and without toast tables, indexes and defaults: each takes commands of its own.
     for columns in [
         "tenant text, id text DEFAULT 'x', owner text NOT NULL, PRIMARY KEY (tenant, id, owner)",
@@ -323,7 +323,7 @@ async fn new_partitions() {
 
 /// Every 10 s is cheap: some 10 ms, with the preset's tables.
 #[tokio::test]
-async fn is_cheap_and_complete() {
+async fn a_check_is_cheap_and_complete() {
     let database = Database::new().await;
     let client = &database.connection.client;
     let mapping = tuples();

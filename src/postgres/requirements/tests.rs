@@ -82,7 +82,7 @@ impl Ready {
 }
 
 #[tokio::test]
-async fn nothing_there_yet() {
+async fn an_empty_database_lacks_everything() {
     let database = Database::new().await;
     let mapping = tuples();
     let found = errors(&database.connection.client, &expectation(&mapping, &database.name)).await;
@@ -102,7 +102,7 @@ async fn nothing_there_yet() {
 }
 
 #[tokio::test]
-async fn the_preset() {
+async fn each_damage_to_the_preset_is_found() {
     let ready = Ready::new(tuples(), "").await;
     let tuples = "table tuplewatch.relation_tuples";
     let attributes = "table tuplewatch.attributes";
@@ -183,7 +183,7 @@ async fn the_preset() {
 }
 
 #[tokio::test]
-async fn partitions_indexes_and_generated_columns() {
+async fn partitions_indexes_and_generated_columns_are_checked() {
     let sql = "CREATE TABLE root (tenant text, id text, owner text, more text, PRIMARY KEY (tenant, id, owner)) PARTITION BY LIST (tenant);
                CREATE TABLE leaf PARTITION OF root FOR VALUES IN ('t1')";
     let root = Ready::new(one_table("public.root"), sql).await;
@@ -241,7 +241,7 @@ async fn partitions_indexes_and_generated_columns() {
 
 /// An owner is subject to policies only where they are forced on it.
 #[tokio::test]
-async fn row_level_security_of_an_owner() {
+async fn row_level_security_of_an_owner_is_found() {
     let sql = "CREATE TABLE t (tenant text, id text, owner text, PRIMARY KEY (tenant, id, owner))";
     let ready = Ready::new(one_table("public.t"), sql).await;
     ready.database.execute(&format!("ALTER TABLE t OWNER TO r{}", ready.database.name)).await;
@@ -255,7 +255,7 @@ async fn row_level_security_of_an_owner() {
 }
 
 #[tokio::test]
-async fn tables_that_inherit() {
+async fn inheriting_tables_are_found() {
     let sql = "CREATE TABLE parent (id text); \
                CREATE TABLE t (tenant text, owner text, PRIMARY KEY (tenant, id, owner)) INHERITS (parent)";
     // What it inherits from matters to nobody.
@@ -284,7 +284,7 @@ async fn tables_that_inherit() {
 
 /// Types that store an oid and are written as a name, wherever they are in a column.
 #[tokio::test]
-async fn values_that_follow_names() {
+async fn types_written_as_names_are_refused() {
     let sql = "CREATE TABLE t (tenant text, id text, owner text, other regclass);
                CREATE DOMAIN named AS regclass; CREATE TYPE pair AS (a int, b named[]); CREATE TYPE oids AS RANGE (SUBTYPE = oid)";
     let ready = Ready::new(one_table("public.t"), sql).await;
@@ -307,7 +307,7 @@ async fn values_that_follow_names() {
 }
 
 #[tokio::test]
-async fn foreign_partitions() {
+async fn foreign_partitions_are_refused() {
     let sql = "CREATE TABLE root (tenant text, id text, owner text) PARTITION BY LIST (tenant);
                CREATE FOREIGN DATA WRAPPER nothing; CREATE SERVER elsewhere FOREIGN DATA WRAPPER nothing";
     let ready = Ready::new(one_table("public.root"), sql).await;
@@ -323,7 +323,7 @@ async fn foreign_partitions() {
 }
 
 #[tokio::test]
-async fn slots() {
+async fn unusable_slots_are_found() {
     let sql = "CREATE TABLE t (tenant text, id text, owner text, PRIMARY KEY (tenant, id, owner))";
     let ready = Ready::new(one_table("public.t"), sql).await;
     let other = Database::new().await;
@@ -350,7 +350,7 @@ async fn slots() {
 }
 
 #[tokio::test]
-async fn settings() {
+async fn unsuitable_settings_are_found() {
     let place = Place::new();
     let settings = [
         ("wal_level", "replica"),
@@ -405,7 +405,7 @@ async fn settings() {
 }
 
 #[tokio::test]
-async fn lost_slots_and_taken_walsenders() {
+async fn lost_slots_and_taken_walsenders_are_found() {
     let place = Place::new();
     let settings = [("max_slot_wal_keep_size", "1MB"), ("max_wal_senders", "1"), ("max_replication_slots", "1")];
     let mut cluster = cluster(place.0.clone(), &settings).await;

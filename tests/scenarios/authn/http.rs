@@ -54,7 +54,7 @@ async fn unauthenticated(server: &Server, authorization: &str, name: &str, what:
 }
 
 #[tokio::test]
-async fn keys_open_their_tenants() {
+async fn a_key_gives_access_to_its_tenants_only() {
     let postgres = Postgres::start().await;
     let keys = "[hush-all, {key: hush-t1, tenants: [t1]}, {key: hush-t2, tenants: [t2]}]";
     let flags = [("--authn-enabled", "true"), ("--authn-preshared-keys", keys)];
@@ -82,7 +82,7 @@ async fn keys_open_their_tenants() {
 }
 
 #[tokio::test]
-async fn a_browser_asks_first_without_credentials() {
+async fn a_cors_preflight_needs_no_credentials() {
     const ORIGIN: &str = "https://a.example";
     let postgres = Postgres::start().await;
     let flags = [
@@ -109,7 +109,7 @@ async fn a_browser_asks_first_without_credentials() {
 }
 
 #[tokio::test]
-async fn tokens_are_checked() {
+async fn valid_jwts_are_accepted_and_others_refused() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;
@@ -128,7 +128,7 @@ async fn tokens_are_checked() {
 }
 
 #[tokio::test]
-async fn streams_end_with_their_token() {
+async fn a_stream_ends_when_its_token_expires() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;

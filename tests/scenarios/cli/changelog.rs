@@ -59,7 +59,7 @@ impl Node {
 }
 
 #[tokio::test]
-async fn a_directory_that_is_not_its_log_is_left_alone() {
+async fn a_directory_without_its_own_log_is_refused_and_unchanged() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     sql.run("CREATE DATABASE another").await;

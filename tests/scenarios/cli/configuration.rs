@@ -41,7 +41,7 @@ async fn check_file(contents: impl AsRef<[u8]>, says: &str) {
 }
 
 #[tokio::test]
-async fn mistakes_in_a_file() {
+async fn each_mistake_in_a_file_is_named() {
     for (contents, says) in [
         ("server: {hosts: localhost}", "`server.hosts` in file server.yaml: unknown; did you mean `server.host`?\n"),
         ("sever: {host: localhost}", "`sever` in file server.yaml: unknown; did you mean `server`?\n"),
@@ -113,7 +113,7 @@ async fn mistakes_in_a_file() {
 }
 
 #[tokio::test]
-async fn mistakes_in_the_environment() {
+async fn each_mistake_in_the_environment_is_named() {
     for (name, value, says) in [
         ("TUPLEWATCH_SERVER__GRPC__PROT", "1", ": unknown; did you mean TUPLEWATCH_SERVER__GRPC__PORT?\n"),
         ("TUPLEWATCH_DATABASE_URI", "postgres://u@h/d", ": unknown; did you mean TUPLEWATCH_DATABASE__URI?\n"),
@@ -139,7 +139,7 @@ async fn mistakes_in_the_environment() {
 }
 
 #[tokio::test]
-async fn mistakes_in_flags() {
+async fn each_mistake_in_a_flag_is_named() {
     for (flags, says) in [
         (&["--server-grpc-prot", "1"][..], "a similar argument exists: '--server-grpc-port'"),
         (&["--server-grpc-port"], "a value is required for '--server-grpc-port <VALUE>'"),
@@ -176,7 +176,7 @@ async fn mistakes_in_flags() {
 }
 
 #[tokio::test]
-async fn what_needs_a_database_says_where_to_name_it() {
+async fn a_missing_database_uri_is_reported_with_every_way_to_set_it() {
     for subcommand in ["serve", "setup", "teardown"] {
         let says = "`database.uri` is required: set it in the configuration file, with the environment variable \
                     TUPLEWATCH_DATABASE__URI, or with the flag --database-uri\n";
@@ -186,7 +186,7 @@ async fn what_needs_a_database_says_where_to_name_it() {
 
 /// What is wrong with it is said; what is secret in it is not.
 #[tokio::test]
-async fn a_uri_that_does_not_read_is_a_mistake_too() {
+async fn an_invalid_uri_is_a_usage_error_without_secrets() {
     for (uri, says) in [
         ("mysql://u:hush@h/d", "it is neither a URI (postgres://user:password@host:5432/database) nor"),
         ("hush", "it is neither a URI (postgres://user:password@host:5432/database) nor"),
@@ -207,7 +207,7 @@ async fn a_uri_that_does_not_read_is_a_mistake_too() {
 
 /// Every key there is, by each way to give it, and all of them reported at once.
 #[tokio::test]
-async fn every_key_refuses_what_it_cannot_be() {
+async fn every_key_refuses_an_invalid_value() {
     let printed = tuplewatch(&["config"]).await.succeeded();
     let keys: Vec<String> = settings(&printed).into_iter().map(|(key, _)| key).collect();
     assert!(keys.len() > 20, "{keys:?}");
@@ -255,7 +255,7 @@ async fn refused_all(given: &Given<'_>, named: &[String]) {
 }
 
 #[tokio::test]
-async fn the_configuration_in_force_loads_again_and_keeps_its_secrets() {
+async fn the_printed_configuration_loads_again_without_secrets() {
     let directory = tempfile::tempdir().unwrap();
     let yaml = "server: {grpc: {port: 1}}\nchangelog: {path: 'a b: #', retention: {age: 90m}}\nlogger: {level: warn}\n";
     std::fs::write(directory.path().join("first.yaml"), yaml).unwrap();

@@ -32,7 +32,7 @@ fn commands() -> BTreeMap<String, BTreeSet<String>> {
 }
 
 #[tokio::test]
-async fn commands_in_the_documents_are_taken() {
+async fn commands_in_the_documents_are_valid() {
     let commands = commands();
     assert!(commands.len() > 5, "{commands:?}");
     for (subcommand, flags) in commands {

@@ -28,7 +28,7 @@ async fn a_server_without_postgresql_is_alive_and_not_serving() {
 }
 
 #[tokio::test]
-async fn a_refusal_is_a_sign_of_life_and_silence_is_none() {
+async fn a_refusal_counts_as_alive_and_silence_does_not() {
     let postgres = Postgres::start().await;
     let guarded = [("--authn-enabled", "true"), ("--authn-preshared-keys", "k"), ("--authn-exempt-health", "false")];
     let mut server = Server::prepare(&postgres, &guarded).await;

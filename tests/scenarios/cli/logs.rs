@@ -26,7 +26,7 @@ fn command(arguments: &[&str]) -> Command {
 }
 
 #[tokio::test]
-async fn the_error_at_the_end_is_json() {
+async fn the_final_error_is_json() {
     let json = ["--logger-format", "json"];
     let nowhere = ["--database-uri", "postgres://u@127.0.0.1:1/d"];
     for (arguments, code, says) in [
@@ -51,7 +51,7 @@ async fn the_error_at_the_end_is_json() {
 }
 
 #[tokio::test]
-async fn the_format_is_found_in_each_source_whatever_else_is_wrong() {
+async fn the_log_format_is_honoured_despite_other_mistakes() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("server.yaml");
     std::fs::write(&file, "logger: {format: json}\nsever: {port: 1}\n").unwrap();
@@ -70,7 +70,7 @@ async fn the_format_is_found_in_each_source_whatever_else_is_wrong() {
 
 /// Before anything else: there are not even descriptors for a runtime.
 #[tokio::test]
-async fn a_process_that_cannot_begin_says_so_in_json() {
+async fn a_failure_before_the_runtime_is_json() {
     for (format, begins) in [("json", "{"), ("text", "tuplewatch: cannot start: ")] {
         let mut shell = Command::new("sh");
         shell.args(["-c", "ulimit -n 4; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_tuplewatch"), "serve"]);
@@ -89,7 +89,7 @@ async fn a_process_that_cannot_begin_says_so_in_json() {
 
 /// A port that is taken, and a change log that cannot be made: after the log has begun.
 #[tokio::test]
-async fn a_start_that_fails_ends_in_json() {
+async fn a_failed_start_ends_with_json() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (uri, port) = (postgres.uri(), server.address().port().to_string());

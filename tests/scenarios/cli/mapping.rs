@@ -20,7 +20,7 @@ tables:
 ";
 
 #[tokio::test]
-async fn a_mapping_that_cannot_be_used_is_a_mistake() {
+async fn an_invalid_mapping_is_a_usage_error() {
     let tuple = "{entity_type: x, entity_id: x, relation: x, subject_type: x, subject_id: x}";
     for (contents, says) in [
         ("", "tables"),
@@ -69,7 +69,7 @@ async fn a_mapping_that_cannot_be_used_is_a_mistake() {
 }
 
 #[tokio::test]
-async fn a_table_of_ones_own_is_watched() {
+async fn a_custom_table_is_watched() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let directory = tempfile::tempdir().unwrap();

@@ -36,7 +36,7 @@ fn mapping(tables: &[&str]) -> String {
 const COLUMNS: &str = "tenant text, id text, owner text, PRIMARY KEY (tenant, id, owner)";
 
 #[tokio::test]
-async fn what_the_server_and_the_role_lack_is_said_at_once() {
+async fn all_missing_settings_and_privileges_are_reported_at_once() {
     let postgres = Postgres::with(&[("wal_level", "replica"), ("max_replication_slots", "0")]).await;
     let sql = postgres.sql().await;
     sql.run("CREATE ROLE powerless LOGIN").await;
@@ -66,7 +66,7 @@ async fn what_the_server_and_the_role_lack_is_said_at_once() {
 }
 
 #[tokio::test]
-async fn what_is_wrong_with_tables_is_said_at_once() {
+async fn all_problems_of_tables_are_reported_at_once() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     let script = format!(
@@ -106,7 +106,7 @@ async fn what_is_wrong_with_tables_is_said_at_once() {
 
 /// Tables with the names of the preset's, which `CREATE TABLE IF NOT EXISTS` would pass over.
 #[tokio::test]
-async fn tables_of_another_shape_are_not_taken_for_ours() {
+async fn tables_of_another_shape_are_refused() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let script = "CREATE SCHEMA tuplewatch; CREATE TABLE tuplewatch.relation_tuples (id int);
@@ -134,7 +134,7 @@ async fn tables_of_another_shape_are_not_taken_for_ours() {
 
 /// A slot that is there and is no good, a publication that is somebody else's.
 #[tokio::test]
-async fn slots_and_publications_that_cannot_be_used_are_said_at_once() {
+async fn unusable_slots_and_publications_are_refused() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     sql.run("CREATE DATABASE elsewhere").await;
@@ -168,7 +168,7 @@ async fn slots_and_publications_that_cannot_be_used_are_said_at_once() {
 
 /// What could not be seen before undoes all of it.
 #[tokio::test]
-async fn a_definition_that_fails_undoes_those_before_it() {
+async fn a_failed_definition_rolls_back_the_earlier_ones() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let script = "CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS

@@ -54,7 +54,7 @@ async fn slots(sql: &Sql) -> String {
 }
 
 #[tokio::test]
-async fn every_refusal_names_what_repairs_it() {
+async fn every_refusal_names_its_remedy() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
 
@@ -116,7 +116,7 @@ async fn every_refusal_names_what_repairs_it() {
 
 /// The slot is older than a publication that was dropped and made again, and reads from before it.
 #[tokio::test]
-async fn a_publication_that_was_dropped_is_repaired_by_what_is_said() {
+async fn the_printed_remedy_repairs_a_dropped_publication() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
@@ -148,7 +148,7 @@ async fn a_publication_that_was_dropped_is_repaired_by_what_is_said() {
 }
 
 #[tokio::test]
-async fn wal_level_takes_a_restart() {
+async fn a_changed_wal_level_needs_a_restart() {
     let mut postgres = Postgres::with(&[("wal_level", "replica")]).await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()])
@@ -178,7 +178,7 @@ async fn wal_level_takes_a_restart() {
 }
 
 #[tokio::test]
-async fn what_is_in_the_way_on_our_own_side() {
+async fn local_obstacles_are_named_and_leave_the_slot_free() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();

@@ -91,7 +91,7 @@ impl Neighbour {
 }
 
 #[tokio::test]
-async fn malformed_requests_have_their_status() {
+async fn malformed_requests_get_a_precise_status() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let (sql, channel) = (postgres.sql().await, server.channel().await);
@@ -160,7 +160,7 @@ async fn malformed_requests_have_their_status() {
 
 /// It would hold one of a bounded number of places.
 #[tokio::test]
-async fn a_connection_that_says_nothing_is_closed() {
+async fn a_silent_connection_is_closed() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut silent = TcpStream::connect(server.address()).await.unwrap();

@@ -49,7 +49,7 @@ async fn leftovers(sql: &Sql) -> String {
 }
 
 #[tokio::test]
-async fn what_setup_prints_is_what_it_does() {
+async fn setup_does_exactly_what_its_dry_run_prints() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let dry_run = ["setup", "--dry-run", "--database-uri", &uri];
@@ -69,7 +69,7 @@ async fn what_setup_prints_is_what_it_does() {
 }
 
 #[tokio::test]
-async fn setup_is_done_once_and_undone_once() {
+async fn setup_and_teardown_are_idempotent() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let (setup, teardown) = (["setup", "--database-uri", &uri], ["teardown", "--database-uri", &uri]);
@@ -102,7 +102,7 @@ async fn setup_is_done_once_and_undone_once() {
 }
 
 #[tokio::test]
-async fn what_setup_cannot_do_it_says() {
+async fn setup_and_teardown_explain_their_failures() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     for subcommand in ["setup", "teardown"] {
@@ -157,7 +157,7 @@ const ATTRIBUTE: &str = "INSERT INTO tuplewatch.attributes VALUES ('t1', 'docume
 /// PostgreSQL sends of a transaction what it wrote after the table was added, and not what it wrote before. So none may have
 /// both.
 #[tokio::test]
-async fn a_table_is_added_to_a_running_publication_while_nobody_writes_it() {
+async fn setup_waits_for_writers_before_it_publishes_their_table() {
     let postgres = Postgres::with(&[("max_prepared_transactions", "5")]).await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let setup = ["setup", "--database-uri", &uri];

@@ -47,7 +47,7 @@ async fn bash_completes_the_command_line() {
 }
 
 #[tokio::test]
-async fn other_shells_have_scripts_too() {
+async fn other_shells_have_completion_scripts() {
     for (shell, starts) in [("zsh", "#compdef tuplewatch"), ("fish", "#"), ("elvish", ""), ("powershell", "")] {
         let script = tuplewatch(&["completions", shell]).await.succeeded();
         assert!(script.starts_with(starts), "{shell}");
@@ -59,7 +59,7 @@ async fn other_shells_have_scripts_too() {
 }
 
 #[tokio::test]
-async fn help_is_short_or_whole() {
+async fn help_has_a_short_and_a_long_form() {
     let root = tuplewatch(&["--help"]).await.succeeded();
     for subcommand in SUBCOMMANDS {
         assert!(root.contains(&format!("\n  {subcommand} ")), "{subcommand} is not listed");

@@ -27,7 +27,7 @@ fn watch(server: &Server, flags: &[&str]) -> Command {
 const GREEN: &str = "\x1b[32m";
 
 #[tokio::test]
-async fn colours_are_for_terminals() {
+async fn only_terminals_get_colours() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;

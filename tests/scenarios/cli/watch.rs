@@ -22,7 +22,7 @@ fn url(server: &Server) -> String {
 }
 
 #[tokio::test]
-async fn a_change_is_a_line() {
+async fn each_change_is_printed_on_a_line() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -89,7 +89,7 @@ async fn a_change_is_a_line() {
 
 /// The last words of a watch, pasted.
 #[tokio::test]
-async fn it_ends_with_the_command_that_resumes() {
+async fn watch_ends_with_the_command_that_resumes_it() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -126,7 +126,7 @@ async fn it_ends_with_the_command_that_resumes() {
 
 /// `watch | head`: it ends when nobody reads any more.
 #[tokio::test]
-async fn it_ends_with_its_reader() {
+async fn watch_ends_when_its_output_is_closed() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -146,7 +146,7 @@ async fn it_ends_with_its_reader() {
 
 /// A reader that has stopped holds up nobody who wants it to end, and one that goes on gets whole lines.
 #[tokio::test]
-async fn it_ends_when_told_to_also_while_nobody_reads() {
+async fn watch_ends_on_a_signal_while_nobody_reads_its_output() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -177,7 +177,7 @@ async fn it_ends_when_told_to_also_while_nobody_reads() {
 }
 
 #[tokio::test]
-async fn refusals_are_final_and_absence_is_not() {
+async fn watch_ends_on_a_refusal_and_waits_for_an_absent_server() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let address = url(&server);
@@ -243,7 +243,7 @@ fn is_plain(said: &str) -> bool {
 }
 
 #[tokio::test]
-async fn it_ends_on_what_waiting_does_not_heal() {
+async fn watch_ends_on_a_lasting_connection_error() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let tls_to_plain = format!("https://{}", server.address());
@@ -273,7 +273,7 @@ async fn it_ends_on_what_waiting_does_not_heal() {
 }
 
 #[tokio::test]
-async fn it_ends_where_watch_is_off_and_waits_where_a_place_is_to_be_had() {
+async fn watch_ends_if_disabled_and_waits_for_a_free_place() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[("--service-watch-subscribers-max", "1")]).await;
     let address = url(&server);
@@ -295,7 +295,7 @@ async fn it_ends_where_watch_is_off_and_waits_where_a_place_is_to_be_had() {
 }
 
 #[tokio::test]
-async fn tokens_are_explained() {
+async fn the_token_command_explains_tokens() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;

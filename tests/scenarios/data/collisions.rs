@@ -22,7 +22,7 @@ async fn on_insert(sql: &Sql, entity: &str, does: &str) {
 }
 
 #[tokio::test]
-async fn the_victim_of_a_deadlock_tries_again() {
+async fn the_victim_of_a_deadlock_is_retried() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -57,7 +57,7 @@ async fn the_victim_of_a_deadlock_tries_again() {
 }
 
 #[tokio::test]
-async fn serialization_failures_are_tried_again_a_bounded_number_of_times() {
+async fn serialization_failures_are_retried_a_bounded_number_of_times() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -82,7 +82,7 @@ async fn serialization_failures_are_tried_again_a_bounded_number_of_times() {
 }
 
 #[tokio::test]
-async fn what_postgresql_refuses_is_not_tried_again_and_tells_no_values() {
+async fn refused_statements_are_not_retried_and_reveal_no_values() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -103,7 +103,7 @@ async fn what_postgresql_refuses_is_not_tried_again_and_tells_no_values() {
 }
 
 #[tokio::test]
-async fn when_all_connections_are_busy_it_says_so() {
+async fn a_call_without_a_free_connection_is_refused() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--database-max-connections", "5")]).await;
     let mut api = Api::of(&server).await;
@@ -129,7 +129,7 @@ async fn when_all_connections_are_busy_it_says_so() {
 
 /// There is one connection for all of them.
 #[tokio::test]
-async fn a_write_that_waits_for_a_lock_holds_no_other_up() {
+async fn a_write_that_waits_for_a_lock_delays_no_other() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--database-max-connections", "5")]).await;
     let mut api = Api::of(&server).await;
@@ -147,7 +147,7 @@ async fn a_write_that_waits_for_a_lock_holds_no_other_up() {
 
 /// Writers through the API and in SQL, in every order, over few rows. What the stream adds up to is what is there.
 #[tokio::test]
-async fn many_writers_over_few_rows_leave_what_the_stream_says() {
+async fn the_stream_adds_up_to_the_table_under_contention() {
     const WRITERS: u64 = 8;
     const WRITES: u32 = 30;
     let postgres = Postgres::start().await;

@@ -17,7 +17,7 @@ fn texts(read: Result<RelationshipReadResponse, Status>) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_read_sees_ones_own_write_while_replication_is_held_up() {
+async fn a_read_sees_the_callers_write_while_replication_is_stalled() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -46,7 +46,7 @@ async fn a_read_sees_ones_own_write_while_replication_is_held_up() {
 }
 
 #[tokio::test]
-async fn a_read_waits_for_the_transaction_of_its_token_but_not_for_ever() {
+async fn a_read_waits_for_the_transaction_of_its_token_until_a_timeout() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--service-watch-resolve-timeout", "1s")]).await;
     let mut api = Api::of(&server).await;
@@ -90,7 +90,7 @@ async fn a_read_waits_for_the_transaction_of_its_token_but_not_for_ever() {
 
 /// Two nodes: the slow one has not received what the fast one has delivered.
 #[tokio::test]
-async fn a_read_waits_until_its_position_is_visible_here() {
+async fn a_read_waits_until_its_position_is_visible() {
     let postgres = Postgres::start().await;
     let fast = Server::serve(&postgres, &[]).await;
     let mut slow = Server::prepare_slot(&postgres.uri(), "slow", &[("--service-watch-resolve-timeout", "1s")]).await;
@@ -115,7 +115,7 @@ async fn a_read_waits_until_its_position_is_visible_here() {
 }
 
 #[tokio::test]
-async fn tokens_that_mean_nothing_here_are_refused_as_watch_refuses_them() {
+async fn reads_and_watch_refuse_the_same_tokens() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;

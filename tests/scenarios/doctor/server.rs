@@ -5,7 +5,7 @@ use crate::support::postgres::Postgres;
 use crate::support::wait::eventually;
 
 #[tokio::test]
-async fn wal_level_is_replica() {
+async fn a_wal_level_of_replica_is_an_error() {
     let mut patient = Patient::new(Postgres::with(&[("wal_level", "replica")]).await);
     // All or nothing.
     let fix = "ALTER SYSTEM SET wal_level = logical";
@@ -26,7 +26,7 @@ async fn wal_level_is_replica() {
 }
 
 #[tokio::test]
-async fn no_replication_slot_is_free() {
+async fn exhausted_replication_slots_are_an_error() {
     let mut patient = Patient::ready(Postgres::with(&[("max_replication_slots", "1")]).await).await;
     patient.sql().await.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
     patient.sql().await.run("SELECT pg_create_physical_replication_slot('theirs')").await;
@@ -35,7 +35,7 @@ async fn no_replication_slot_is_free() {
 }
 
 #[tokio::test]
-async fn no_walsender_is_free() {
+async fn exhausted_walsenders_are_an_error() {
     let mut patient = Patient::ready(Postgres::with(&[("max_wal_senders", "1")]).await).await;
     let other = [("--replication-slot", "theirs"), ("--changelog-path", "their-log")];
     let theirs = patient.serve(&other, &[]).await;
@@ -55,14 +55,14 @@ const MAY_READ: &str = "GRANT USAGE ON SCHEMA tuplewatch TO \"a reader\"; \
                         GRANT SELECT ON ALL TABLES IN SCHEMA tuplewatch TO \"a reader\";";
 
 #[tokio::test]
-async fn the_role_may_not_replicate() {
+async fn a_role_without_replication_is_an_error() {
     let mut patient = with_role(MAY_READ).await;
     patient.heals("role a reader", "has no REPLICATION").await;
 }
 
 /// Limits below what `serve` opens. It works all the same, until there is none at all.
 #[tokio::test]
-async fn there_are_fewer_connections_than_serve_uses() {
+async fn connection_limits_below_the_needs_of_serve_are_warnings() {
     let mut patient = with_role(&format!("ALTER ROLE \"a reader\" REPLICATION; {MAY_READ}")).await;
     let sql = patient.sql().await;
     sql.run("ALTER ROLE \"a reader\" CONNECTION LIMIT 5; ALTER DATABASE postgres CONNECTION LIMIT 9").await;
@@ -84,14 +84,14 @@ async fn there_are_fewer_connections_than_serve_uses() {
 }
 
 #[tokio::test]
-async fn the_role_may_not_read_a_table() {
+async fn a_table_without_select_is_an_error() {
     let revoke = "REVOKE SELECT ON tuplewatch.attributes FROM \"a reader\"";
     let mut patient = with_role(&format!("ALTER ROLE \"a reader\" REPLICATION; {MAY_READ}; {revoke}")).await;
     patient.heals("table tuplewatch.attributes", "has no SELECT").await;
 }
 
 #[tokio::test]
-async fn the_role_may_not_use_the_schema() {
+async fn a_schema_without_usage_is_an_error() {
     let revoke = "REVOKE USAGE ON SCHEMA tuplewatch FROM PUBLIC, \"a reader\"";
     let mut patient = with_role(&format!("ALTER ROLE \"a reader\" REPLICATION; {MAY_READ}; {revoke}")).await;
     let errors = patient.doctor(&[]).await.of_severity("error");
@@ -106,7 +106,7 @@ async fn the_role_may_not_use_the_schema() {
 
 /// Settings with which it works until the day when it does not.
 #[tokio::test]
-async fn a_limit_that_is_missing_is_a_warning() {
+async fn a_missing_limit_is_a_warning() {
     let mut patient = Patient::ready(Postgres::with(&[("track_commit_timestamp", "off")]).await).await;
     for setting in ["max_slot_wal_keep_size", "track_commit_timestamp"] {
         let found = patient.doctor(&[]).await.about("warning", setting);
@@ -120,7 +120,7 @@ async fn a_limit_that_is_missing_is_a_warning() {
 const HOLD_BACK: (&str, &str) = ("--replication-acknowledgement-delay-age", "1m");
 
 #[tokio::test]
-async fn the_server_keeps_less_than_is_held_back() {
+async fn a_wal_limit_below_the_acknowledgement_delay_is_an_error() {
     let patient = Patient::ready(Postgres::with(&[("max_slot_wal_keep_size", "512MB")]).await).await;
     let mut patient = patient.with(HOLD_BACK.0, HOLD_BACK.1);
     patient.heals("max_slot_wal_keep_size", "lets 1024 MiB be held back of it").await;
@@ -128,7 +128,7 @@ async fn the_server_keeps_less_than_is_held_back() {
 
 /// PostgreSQL takes a logical walsender for a standby, too.
 #[tokio::test]
-async fn commits_would_wait_for_what_is_held_back() {
+async fn commits_that_would_wait_for_tuplewatch_are_reported() {
     const SETTING: &str = "synchronous_standby_names";
     let patient = Patient::ready(Postgres::start().await).await;
     patient.sql().await.run(&format!("ALTER SYSTEM SET {SETTING} = '*'")).await;

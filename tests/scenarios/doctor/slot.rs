@@ -20,7 +20,7 @@ async fn write_until(sql: &Sql, what: &str, condition: &str) {
 }
 
 #[tokio::test]
-async fn it_is_lost() {
+async fn a_lost_slot_is_an_error() {
     let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "1MB")]).await).await;
     write_until(&patient.sql().await, "the slot is lost", "wal_status = 'lost'").await;
     patient.run("setup", &[]).await.failed(&["nothing was changed", "is lost", "tuplewatch setup --recreate-slot"]);
@@ -28,14 +28,14 @@ async fn it_is_lost() {
 }
 
 #[tokio::test]
-async fn it_was_dropped() {
+async fn a_dropped_slot_is_an_error() {
     let mut patient = Patient::used(Postgres::start().await).await;
     patient.sql().await.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
     patient.heals(SLOT, "does not exist").await;
 }
 
 #[tokio::test]
-async fn it_is_somebody_elses() {
+async fn a_physical_slot_is_an_error() {
     let patient = Patient::ready(Postgres::start().await).await;
     patient.sql().await.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
     patient.sql().await.run("SELECT pg_create_physical_replication_slot('tuplewatch')").await;
@@ -48,7 +48,7 @@ async fn it_is_somebody_elses() {
 
 /// Nobody reads, and the server keeps WAL: serving is what helps.
 #[tokio::test]
-async fn nobody_reads_it() {
+async fn an_unread_slot_is_a_warning() {
     let patient = Patient::used(Postgres::start().await).await.with("--replication-warn-retained-wal", "32MiB");
     let kept = "pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > 48 * 1024 * 1024";
     write_until(&patient.sql().await, "much is kept", kept).await;
@@ -70,7 +70,7 @@ async fn nobody_reads_it() {
 }
 
 #[tokio::test]
-async fn it_is_about_to_be_lost() {
+async fn a_slot_close_to_its_wal_limit_is_a_warning() {
     let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "64MB")]).await).await;
     let warnings = patient.doctor(&[]).await.about("warning", SLOT);
     let [diagnostic] = warnings.as_slice() else { panic!("{warnings:#?}") };
@@ -81,7 +81,7 @@ async fn it_is_about_to_be_lost() {
 
 /// Past the limit, and not yet given up: that takes a checkpoint.
 #[tokio::test]
-async fn it_is_as_good_as_lost() {
+async fn an_unreserved_slot_is_a_warning() {
     let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "1MB")]).await).await;
     let sql = patient.sql().await;
     let is_unreserved = "(SELECT wal_status = 'unreserved' FROM pg_replication_slots WHERE slot_name = 'tuplewatch')";
@@ -101,7 +101,7 @@ async fn it_is_as_good_as_lost() {
 }
 
 #[tokio::test]
-async fn another_node_has_it() {
+async fn a_slot_held_by_another_node_is_a_warning() {
     let mut patient = Patient::used(Postgres::start().await).await;
     let mut thief = patient.serve(&[("--changelog-path", "their-log")], &[]).await;
     let diagnosis = patient.doctor(&[]).await;
@@ -117,7 +117,7 @@ async fn another_node_has_it() {
 
 /// Whatever it is, it does not give way.
 #[tokio::test]
-async fn a_stranger_has_it() {
+async fn a_slot_held_by_another_program_is_an_error() {
     let patient = Patient::used(Postgres::start().await).await;
     let mut stranger = patient.postgres.stranger("cdc").await;
     patient.sql().await.insert("t1", "theirs").await;
@@ -129,7 +129,7 @@ async fn a_stranger_has_it() {
 
 /// `serve` has stopped where it was, and the role that it has sees of its own walsender only that there is one.
 #[tokio::test]
-async fn it_is_read_too_slowly() {
+async fn a_slot_that_is_read_too_slowly_is_a_warning() {
     let postgres = Postgres::start().await;
     let admin = postgres.uri();
     let patient = Patient::used(postgres).await.with("--replication-warn-retained-wal", "32MiB");
@@ -151,7 +151,7 @@ async fn it_is_read_too_slowly() {
 
 /// A forgotten `BEGIN`.
 #[tokio::test]
-async fn a_transaction_holds_it_back() {
+async fn a_long_transaction_is_a_warning() {
     let mut patient = Patient::used(Postgres::start().await).await;
     let forgotten = patient.sql().await;
     forgotten.run("BEGIN; SELECT pg_current_xact_id()").await;
@@ -186,7 +186,7 @@ async fn a_transaction_holds_it_back() {
 
 /// A gap does not end before it, and nothing tells of it but its lock: it has written nothing.
 #[tokio::test]
-async fn a_transaction_has_locked_a_watched_table() {
+async fn a_transaction_that_locks_a_watched_table_is_a_warning() {
     let mut patient = Patient::used(Postgres::with(&[("max_prepared_transactions", "5")]).await).await;
     let writer = patient.sql().await;
     let reader = patient.sql().await;
@@ -216,7 +216,7 @@ async fn a_transaction_has_locked_a_watched_table() {
 }
 
 #[tokio::test]
-async fn a_prepared_transaction_holds_it_back() {
+async fn a_prepared_transaction_is_a_warning() {
     let mut patient = Patient::used(Postgres::with(&[("max_prepared_transactions", "5")]).await).await;
     patient.sql().await.run("BEGIN; CREATE TABLE forgotten (); PREPARE TRANSACTION E'it''s\\nforgotten'").await;
     let warnings = patient.doctor(&["--long-transaction", "0s"]).await.of_severity("warning");
@@ -229,7 +229,7 @@ async fn a_prepared_transaction_holds_it_back() {
 
 /// From version 18 on there is a limit to how long a slot may go unread.
 #[tokio::test]
-async fn it_must_not_idle() {
+async fn an_idle_timeout_of_slots_is_a_warning() {
     let mut patient = Patient::used(Postgres::since(18, &[("idle_replication_slot_timeout", "1d")]).await).await;
     let setting = "idle_replication_slot_timeout";
     let found = patient.doctor(&[]).await.about("warning", setting);

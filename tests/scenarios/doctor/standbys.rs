@@ -9,7 +9,7 @@ use tuplewatch::dev_postgres::StopMode;
 const SETTING: &str = "synchronized_standby_slots";
 
 #[tokio::test]
-async fn it_waits_for_a_slot_that_is_not_there() {
+async fn a_missing_synchronized_standby_slot_is_an_error() {
     let patient = Patient::new(Postgres::since(17, &[(SETTING, "gone")]).await);
     let mut patient = patient.with("--replication-failover", "off");
     patient.run("setup", &[]).await.succeeded();
@@ -28,7 +28,7 @@ async fn it_waits_for_a_slot_that_is_not_there() {
 
 /// A standby that nobody told of the slot.
 #[tokio::test]
-async fn a_promotion_would_lose_it() {
+async fn a_slot_that_a_promotion_would_lose_is_a_warning() {
     let patient = Patient::new(Postgres::since(17, &[]).await);
     let mut patient = patient.with("--replication-failover", "off");
     patient.run("setup", &[]).await.succeeded();
@@ -78,7 +78,7 @@ async fn a_promotion_would_lose_it() {
 
 /// A standby itself is no place to read from.
 #[tokio::test]
-async fn it_was_pointed_to_a_standby() {
+async fn a_uri_that_leads_to_a_standby_is_an_error() {
     let mut patient = Patient::ready(Postgres::start().await).await;
     patient.postgres.stop(StopMode::Fast).await;
     patient.postgres.put_signal("standby.signal");

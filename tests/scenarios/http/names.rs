@@ -85,7 +85,7 @@ async fn an_unknown_name_is_refused_with_the_nearest_known_one() {
 }
 
 #[tokio::test]
-async fn a_body_that_says_two_things_or_none_is_refused() {
+async fn an_ambiguous_or_malformed_body_is_refused() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let write = "/v1/tenants/t1/data/write";
@@ -145,7 +145,7 @@ async fn first_after(server: &Server, token: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_plus_in_the_query_is_a_plus() {
+async fn a_plus_in_the_query_is_not_a_space() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -173,7 +173,7 @@ async fn insert(sql: &Sql, id: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_plus_in_permifys_token_is_a_plus() {
+async fn a_plus_in_permifys_token_is_not_a_space() {
     let postgres = Postgres::start().await;
     let permify = Permify::create(&postgres, "public", Tables::New).await;
     let server = permify.serve(&postgres, &[]).await;
@@ -194,7 +194,7 @@ async fn a_plus_in_permifys_token_is_a_plus() {
 }
 
 #[tokio::test]
-async fn the_last_event_wins_over_the_query_and_is_not_for_lines() {
+async fn last_event_id_overrides_the_query_of_an_event_source_only() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, first) = server.first_delivered(&postgres, "first").await;
@@ -226,7 +226,7 @@ tables:
 ";
 
 #[tokio::test]
-async fn tenants_have_permifys_form_in_the_presets_and_any_in_a_mapping_of_ones_own() {
+async fn presets_restrict_tenant_ids_and_custom_mappings_do_not() {
     let postgres = Postgres::start().await;
     let permify = Permify::create(&postgres, "public", Tables::New).await;
     let long = "x".repeat(129);

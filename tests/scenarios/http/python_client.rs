@@ -36,7 +36,7 @@ impl Client {
 }
 
 #[tokio::test]
-async fn it_watches() {
+async fn permifys_python_client_watches() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -59,7 +59,7 @@ async fn it_watches() {
 }
 
 #[tokio::test]
-async fn it_writes_reads_and_deletes() {
+async fn permifys_python_client_writes_reads_and_deletes() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut watch = server.lines("/v1/tenants/t1/watch", json!({})).await;

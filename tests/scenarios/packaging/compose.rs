@@ -75,7 +75,7 @@ fn interpolated(text: &str, variables: &Environment) -> String {
 }
 
 #[tokio::test]
-async fn a_tuple_comes_through_what_compose_starts() {
+async fn the_compose_file_delivers_a_tuple() {
     let compose = Compose::read();
     assert_eq!(compose.waits("setup", "postgres"), "service_healthy");
     assert_eq!(compose.waits("tuplewatch", "setup"), "service_completed_successfully");
@@ -113,7 +113,7 @@ async fn may_only_read(database: &Database, recipe: &Recipe) {
 }
 
 #[test]
-fn ports_are_of_this_machine_and_files_are_there() {
+fn compose_ports_are_local_and_mounted_files_exist() {
     let compose = Compose::read();
     for (name, service) in compose.services.as_object().unwrap() {
         for port in service.get("ports").map(texts).unwrap_or_default() {

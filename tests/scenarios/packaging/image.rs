@@ -80,7 +80,7 @@ impl Image {
 }
 
 #[test]
-fn the_image_is_what_its_files_say() {
+fn the_image_matches_its_files() {
     let image = Image::read();
     let [built, ran] = image.all("FROM").collect::<Vec<_>>()[..] else { panic!("two stages") };
     let manifest = read("Cargo.toml");
@@ -104,7 +104,7 @@ fn the_image_is_what_its_files_say() {
 
 /// What the image has besides the program is collected as the file says; and the program runs with these libraries and no others.
 #[test]
-fn the_image_has_all_that_the_program_needs() {
+fn the_image_has_every_library_that_the_program_needs() {
     let image = Image::read();
     let root = tempfile::tempdir().unwrap();
     let program = format!("{}{}", root.path().display(), image.program());
@@ -146,7 +146,7 @@ fn find(directory: &Path, name: &str, found: &mut BTreeSet<PathBuf>) {
 
 /// Cargo takes what is copied for the whole project, and the sources find all that they include.
 #[test]
-fn what_is_copied_is_enough_to_build() {
+fn the_copied_files_are_enough_to_build() {
     let image = Image::read();
     let copied: BTreeSet<&str> = image
         .all("COPY")

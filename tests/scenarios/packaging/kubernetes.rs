@@ -61,7 +61,7 @@ impl Manifests {
 }
 
 #[tokio::test]
-async fn a_token_of_one_pod_is_good_at_the_other() {
+async fn a_token_of_one_pod_resumes_on_the_other() {
     let manifests = Manifests::read();
     let job = manifests.object("Job", "tuplewatch-setup");
     let set = manifests.object("StatefulSet", "tuplewatch");
@@ -99,7 +99,7 @@ async fn a_token_of_one_pod_is_good_at_the_other() {
 }
 
 #[test]
-fn names_in_the_manifests_are_those_of_the_image() {
+fn names_in_the_manifests_match_the_image() {
     let manifests = Manifests::read();
     let set = manifests.object("StatefulSet", "tuplewatch");
     let container = &set["spec"]["template"]["spec"]["containers"][0];

@@ -35,7 +35,7 @@ impl Unit {
 }
 
 #[tokio::test]
-async fn a_tuple_comes_through_what_systemd_starts() {
+async fn the_systemd_unit_delivers_a_tuple() {
     let unit = Unit::read();
     assert!(unit.one("EnvironmentFile").ends_with("/tuplewatch.env"));
     let (database, passwords) = database_that_is_set_up().await;

@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_of_it_is_taken_for_granted() {
+    async fn malformed_metadata_and_keys_are_refused() {
         let metadata = || (200, json!({"issuer": "ISSUER", "jwks_uri": "ISSUER/keys", "more": [1]}));
         let key = json!({"kty": "RSA", "n": "AQAB", "e": "AQAB"});
         let keys = || (200, json!({"keys": [key]}));
