@@ -232,7 +232,7 @@ async fn a_stream_ends_when_its_token_expires() {
     let sql = postgres.sql().await;
     let bearer = |other| format!("Bearer {}", key.sign(&issuer.claims(&other)));
     let lasting = bearer(json!({"tenants": ["t1", "t2"]}));
-    let exp = get_current_timestamp() + 3;
+    let exp = get_current_timestamp() + 5;
     let mut short = watch(&server, &bearer(json!({"tenants": "t1", "exp": exp}))).await.unwrap();
     let mut long = watch(&server, &lasting).await.unwrap();
     sql.insert("t1", "before").await;

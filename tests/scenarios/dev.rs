@@ -3,6 +3,7 @@
 use super::cli::process::{CTRL_C, PG_BIN, Process, on_terminal, program, run, signal};
 use super::cli::setup::psql;
 use super::cli::watch::watch;
+use crate::support::port::free_address;
 use crate::support::sql::Sql;
 use crate::support::wait::{eventually, within};
 use serde_json::Value as Json;
@@ -23,17 +24,10 @@ struct Terminal {
     cluster: Option<PathBuf>,
 }
 
-/// Below those that systems give to outgoing connections, so that it is free again after a restart.
-fn free_port() -> u16 {
-    // Where no PostgreSQL of a test is.
-    let mut ports = std::iter::repeat_with(|| fastrand::u16(10_000..15_000));
-    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).unwrap()
-}
-
 impl Terminal {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        Self { directory, port: free_port(), environment: Vec::new(), dev: None, cluster: None }
+        Self { directory, port: free_address().port(), environment: Vec::new(), dev: None, cluster: None }
     }
 
     /// `dev` at our port.
@@ -330,7 +324,7 @@ async fn a_second_dev_is_refused() {
     let warm = watch.printed().len();
     // The other port is free: it is the cluster that is taken.
     let mut second = program(terminal.directory.path());
-    second.args(["dev", "--server-grpc-port", &free_port().to_string(), "--server-http-port", "0"]);
+    second.args(["dev", "--server-grpc-port", &free_address().port().to_string(), "--server-http-port", "0"]);
     run(second).await.failed(&["another tuplewatch is using ", "Stop it, or name another directory."]);
     sql.run(&tuple("unimpressed")).await;
     assert!(watch.prints(warm + 1).await[warm].contains("unimpressed"));

@@ -162,6 +162,7 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
         !is_read(&sql).await
     })
     .await;
+    eventually("the log says so again", async || server.times_said(FULL) == 2).await;
     drain(&mut stream, &mut received).await;
     server.kill_9().await;
     for said in [3, 4] {

@@ -142,7 +142,7 @@ const REWRITE: &str = "ALTER TABLE unwatched ALTER COLUMN n TYPE bigint USING n 
 /// Fills a table that is not watched with so many rows that a rewrite of it takes this long to decode, on this machine.
 async fn rows_to_decode_for(least: Duration, sql: &Sql) -> usize {
     sql.run("CREATE TABLE unwatched (n bigint)").await;
-    let mut rows = 250_000;
+    let mut rows = 100_000;
     loop {
         sql.run(&format!("INSERT INTO unwatched SELECT generate_series(1, {rows})")).await;
         sql.run("SELECT pg_create_logical_replication_slot('probe', 'pgoutput')").await;
@@ -152,11 +152,13 @@ async fn rows_to_decode_for(least: Duration, sql: &Sql) -> usize {
                       'proto_version', '1', 'publication_names', 'tuplewatch')";
         sql.value(decode).await;
         sql.run("SELECT pg_drop_replication_slot('probe')").await;
-        if began.elapsed() > least {
+        let took = began.elapsed();
+        if took > least {
             return rows;
         }
         sql.run("TRUNCATE unwatched").await;
-        rows *= 2;
+        // By what it took, and a third more, so that the next attempt is mostly the last.
+        rows = (rows as f64 * 4.0 / 3.0 * least.div_duration_f64(took)) as usize;
     }
 }
 

@@ -6,6 +6,7 @@ mod probes;
 use super::visibility::{MISSING_STANDBY, Waiting};
 use crate::support::api::Api;
 use crate::support::change::Change;
+use crate::support::crowd::Crowd;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use crate::support::sql::Sql;
@@ -41,12 +42,10 @@ async fn serve(postgres: &Postgres) -> Server {
     server
 }
 
-/// SQL connections that have logged on.
-const CONNECTIONS: &str = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'";
-
-/// SQL connections of the node.
+/// SQL connections of the node that have logged on.
 async fn connections(admin: &Sql) -> usize {
-    admin.value(&format!("{CONNECTIONS} AND usename = 'feeder'")).await.parse().unwrap()
+    let count = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND usename = 'feeder'";
+    admin.value(count).await.parse().unwrap()
 }
 
 #[tokio::test]
@@ -120,18 +119,6 @@ async fn other_connections_give_way_to_the_session() {
     stream.up_to(&Change::created("last")).await;
 }
 
-/// Connections of somebody else.
-struct Crowd(Vec<Sql>);
-
-impl Crowd {
-    /// Takes every connection that is free.
-    async fn grow(&mut self, uri: &str) {
-        while let Ok(sql) = Sql::try_connect(uri).await {
-            self.0.push(sql);
-        }
-    }
-}
-
 #[tokio::test]
 async fn an_exhausted_connection_limit_is_reported_until_it_is_raised() {
     let postgres = Postgres::with(&[("max_connections", "30")]).await;
@@ -152,23 +139,22 @@ async fn an_exhausted_connection_limit_is_reported_until_it_is_raised() {
         assert_eq!(watching.next().await, ServingStatus::Serving);
     }
 
-    // Another role has every connection that the server has for ordinary roles. A connection of the node that still logs on takes one
-    // too, and is in no view: so all of them are counted, and not only the node's.
+    // Another role and this test have every connection that the server has for ordinary roles. The crowd counts its own: what the
+    // server counts includes connections of the node that are about to end, and lacks those that still log on.
     admin.run("CREATE ROLE crowd LOGIN").await;
     let uri = postgres.uri().replace("postgres@", "crowd@");
-    let for_ordinary_roles = "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int";
+    let for_ordinary_roles =
+        "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int";
     let for_ordinary_roles: usize = admin.value(for_ordinary_roles).await.parse().unwrap();
-    let mut crowd = Crowd(Vec::new());
+    let mut crowd = Crowd::default();
     eventually("the crowd and this test have every connection", async || {
         admin.run(END_THEIRS).await;
-        crowd.grow(&uri).await;
-        let all: usize = admin.value(CONNECTIONS).await.parse().unwrap();
-        connections(&admin).await == 0 && all == for_ordinary_roles
+        crowd.grow(&uri).await == for_ordinary_roles - 1
     })
     .await;
     server.not_ready("connection_limit", "PostgreSQL takes no more connections").await;
     admin.insert("t1", "crowded").await;
-    crowd.0.clear();
+    crowd.leave();
     stream.expect(Change::created("crowded")).await;
     server.ready().await;
 }
@@ -200,9 +186,18 @@ fn postmaster(postgres: &Postgres) -> u32 {
     file.lines().next().unwrap().parse().unwrap()
 }
 
-/// The backend that says what is visible.
-const SNAPSHOTS: &str =
-    "SELECT pid FROM pg_stat_activity WHERE usename = 'feeder' AND query = 'SELECT pg_current_snapshot()::text'";
+/// Waits until one backend other than this says what is visible; its process. One that was terminated can be seen for a moment longer.
+async fn snapshot_backend(admin: &Sql, other_than: &str) -> String {
+    let backends =
+        "SELECT pid FROM pg_stat_activity WHERE usename = 'feeder' AND query = 'SELECT pg_current_snapshot()::text'";
+    let mut found = Vec::new();
+    eventually("one backend says what is visible", async || {
+        found = admin.rows(backends).await.concat();
+        found.len() == 1 && found[0] != other_than
+    })
+    .await;
+    found.remove(0)
+}
 
 #[tokio::test]
 async fn an_unanswered_visibility_query_makes_even_an_idle_node_unready() {
@@ -210,7 +205,7 @@ async fn an_unanswered_visibility_query_makes_even_an_idle_node_unready() {
     let server = serve(&postgres).await;
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
     for waits_with_something in [false, true] {
-        let backend: u32 = admin.value(SNAPSHOTS).await.parse().unwrap();
+        let backend = snapshot_backend(&admin, "").await.parse().unwrap();
         // And nobody gets another connection in its place.
         let suspended = [Suspended::new(postmaster(&postgres)), Suspended::new(backend)];
         if waits_with_something {
@@ -234,8 +229,9 @@ async fn one_failed_statement_does_not_make_a_node_unready() {
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
     let mut watching = server.health_changes().await;
     assert_eq!(watching.next().await, ServingStatus::Serving);
+    let mut backend = String::new();
     for n in 0..3 {
-        let backend = admin.value(SNAPSHOTS).await;
+        backend = snapshot_backend(&admin, &backend).await;
         admin.run(&format!("SELECT pg_terminate_backend({backend})")).await;
         let id = format!("after{n}");
         admin.insert("t1", &id).await;

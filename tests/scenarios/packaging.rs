@@ -163,14 +163,8 @@ impl Recipe {
         let mut process = Process::start(command);
         process.comes_to("streaming").await;
         assert!(volume.path().join("log").is_dir(), "the change log is in the volume");
-        let address = |protocol: &str| -> SocketAddr {
-            let lines = process.complained();
-            let line = lines.iter().find(|line| line.contains(&format!("{protocol} is listening"))).unwrap();
-            let (_, from) = line.split_once("127.0.0.1:").unwrap();
-            let port: String = from.chars().take_while(char::is_ascii_digit).collect();
-            SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()))
-        };
-        Node { grpc: address("gRPC"), http: address("HTTP"), process, _volume: volume }
+        let (grpc, http) = (process.listens("gRPC").await, process.listens("HTTP").await);
+        Node { grpc, http, process, _volume: volume }
     }
 }
 

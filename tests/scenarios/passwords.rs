@@ -5,6 +5,8 @@
 
 use super::cli::process::{Process, program, run};
 use crate::support::postgres::Postgres;
+use crate::support::sql::Sql;
+use crate::support::wait::eventually;
 use std::os::unix::fs::PermissionsExt as _;
 
 /// Each with the reason why it may go wrong.
@@ -42,6 +44,8 @@ async fn guarded() -> Postgres {
     let lines: String = METHODS.iter().map(|method| format!("host all {method} all {method}\n")).collect();
     postgres.put_file("pg_hba.conf", &(lines + &before));
     sql.run("SELECT pg_reload_conf()").await;
+    let without_password = postgres.uri().replace("postgres@", "password@");
+    eventually("passwords are asked for", async || Sql::try_connect(&without_password).await.is_err()).await;
     postgres
 }
 

@@ -2,6 +2,7 @@
 
 use super::cli::prerequisites::serve;
 use super::cli::process::{Process, run, tuplewatch};
+use crate::support::crowd::Crowd;
 use crate::support::postgres::Postgres;
 use crate::support::wait::eventually;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -148,14 +149,12 @@ async fn each_refusal_of_the_server_names_a_remedy() {
     let options = format!("{}?options=-c%20lc_messages=C", uri("app", "postgres"));
     is_refused(&options, &["SQLSTATE 42501", "Check the options in database.uri"]).await;
 
-    let mut others = Vec::new();
-    while let Ok(other) = crate::support::sql::Sql::try_connect(&uri("app", "postgres")).await {
-        others.push(other);
-    }
+    let mut crowd = Crowd::default();
+    // The test itself has one connection more.
+    let app = uri("app", "postgres");
+    eventually("the ordinary connections are taken", async || crowd.grow(&app).await == 12 - 2 - 1).await;
     is_put_off(&uri("app", "postgres"), &["SQLSTATE 53300", "reserved for superusers", "raise max_connections"]).await;
-    while let Ok(other) = crate::support::sql::Sql::try_connect(&postgres.uri()).await {
-        others.push(other);
-    }
+    eventually("the reserved connections are taken", async || crowd.grow(&postgres.uri()).await == 12 - 1).await;
     is_put_off(&postgres.uri(), &["SQLSTATE 53300", "Close other sessions, or raise max_connections"]).await;
 }
 

@@ -1,5 +1,6 @@
 //! A small OpenID Connect issuer on loopback, and the tokens that it signs.
 
+use super::port::free_address;
 use axum::Json;
 use axum::routing::get;
 use base64::Engine as _;
@@ -135,8 +136,8 @@ pub(crate) struct Issuer {
 impl Issuer {
     pub(crate) async fn start(keys: &[&Key]) -> Self {
         let state = Arc::new(State { keys: Mutex::default(), fetches: AtomicU64::new(0) });
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        let address = free_address();
+        let listener = TcpListener::bind(address).await.unwrap();
         let issuer = Self { address, serving: serve(listener, state.clone()), state };
         issuer.publish(keys);
         issuer

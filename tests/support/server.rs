@@ -1,6 +1,7 @@
 //! tuplewatch itself, as a process.
 
 use super::change::Change;
+use super::port::free_address;
 use super::postgres::Postgres;
 use super::proxy::Proxy;
 use super::sql::Sql;
@@ -14,6 +15,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::HealthCheckRequest;
@@ -28,10 +30,16 @@ const LOG_TAIL: usize = 500;
 pub(crate) struct Server {
     flags: Vec<String>,
     directory: TempDir,
-    process: Option<Child>,
-    /// Chosen by the first process, and kept by the later ones.
-    address: Option<SocketAddr>,
+    process: Option<Process>,
+    /// Of gRPC and of HTTP, the same for each process.
+    addresses: [SocketAddr; 2],
     log: Arc<Mutex<Vec<String>>>,
+}
+
+struct Process {
+    child: Child,
+    /// Ends with the process, when the log has its last line.
+    log_reader: JoinHandle<()>,
 }
 
 /// The machine that runs the tests may have a disk with less room than the default wants.
@@ -61,7 +69,8 @@ impl Server {
         let flags: Vec<String> =
             all.iter().flat_map(|(flag, value)| [(*flag).to_owned(), (*value).to_owned()]).collect();
         let directory = tempfile::tempdir().unwrap();
-        let server = Self { flags, directory, process: None, address: None, log: Arc::default() };
+        let addresses = [free_address(), free_address()];
+        let server = Self { flags, directory, process: None, addresses, log: Arc::default() };
         server.setup(&[]).await;
         server
     }
@@ -90,7 +99,7 @@ impl Server {
 
     /// Has its change log on another disk, to be called before it is started.
     pub(crate) fn keep_log_in(&mut self, directory: TempDir) {
-        assert!(self.address.is_none(), "the log stays where it is");
+        assert!(self.log.lock().unwrap().is_empty(), "a process has its change log elsewhere");
         self.directory = directory;
     }
 
@@ -109,44 +118,43 @@ impl Server {
 
     /// [`Server::start`] with further arguments.
     pub(crate) async fn start_with(&mut self, arguments: &[&str]) {
-        let mut address = self.spawn(arguments);
-        let address = within("the server listens", address.wait_for(Option::is_some)).await;
-        let address = address.map(|address| *address).unwrap_or_else(|_| panic!("the server ended before it listened"));
-        self.address = address;
+        let mut listens = self.spawn(arguments);
+        let listening = within("the server listens", listens.wait_for(|listens| *listens)).await;
+        assert!(listening.is_ok(), "the server ended before it listened");
     }
 
     /// Starts a process that ends by itself with exit code 1, having said this.
     pub(crate) async fn refuses_to_start(&mut self, says: &str) {
-        let mut address = self.spawn(&[]);
+        let listens = self.spawn(&[]);
         assert_eq!(self.ended().await.code(), Some(1));
-        // The pipe ends with the process, and its reader with the pipe.
-        let listened = within("the last line", address.wait_for(Option::is_some)).await.is_ok();
-        assert!(!listened && self.has_said(says), "it should have ended with: {says}");
+        assert!(!*listens.borrow() && self.has_said(says), "it should have ended with: {says}");
     }
 
-    fn spawn(&mut self, arguments: &[&str]) -> watch::Receiver<Option<SocketAddr>> {
+    /// Whether the process listens.
+    fn spawn(&mut self, arguments: &[&str]) -> watch::Receiver<bool> {
         assert!(self.process.is_none(), "one process at a time");
-        let mut process = self.command().args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = self.command().args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
 
-        let (found, address) = watch::channel(None);
-        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
+        let (found, listens) = watch::channel(false);
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let log = self.log.clone();
-        log.lock().unwrap().push(format!("--- process {:?}", process.id()));
-        tokio::spawn(async move {
+        log.lock().unwrap().push(format!("--- process {:?}", child.id()));
+        let log_reader = tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
-                if let Some(address) = listening("gRPC", &line) {
-                    found.send_replace(Some(address));
-                }
+                // HTTP listens before.
+                let is_last = line.contains("gRPC is listening");
                 log.lock().unwrap().push(line);
+                if is_last {
+                    found.send_replace(true);
+                }
             }
         });
-        self.process = Some(process);
-        address
+        self.process = Some(Process { child, log_reader });
+        listens
     }
 
     fn command(&self) -> Command {
-        let port = self.address.map_or(0, |address| address.port()).to_string();
-        let http_port = self.last_http_address().map_or(0, |address| address.port()).to_string();
+        let [port, http_port] = self.addresses.map(|address| address.port().to_string());
         let mut command = program();
         command.arg("serve").args(&self.flags);
         command.args(["--server-host", "127.0.0.1", "--server-grpc-port", &port, "--logger-format", "json"]);
@@ -181,7 +189,8 @@ impl Server {
     /// SIGKILL.
     pub(crate) async fn kill_9(&mut self) {
         let mut process = self.process.take().expect("a process to kill");
-        process.kill().await.unwrap();
+        process.child.kill().await.unwrap();
+        within("the log ends", process.log_reader).await.unwrap();
     }
 
     /// SIGKILL, and up again.
@@ -216,10 +225,12 @@ impl Server {
         assert!(status.success());
     }
 
-    /// Waits until the process has ended by itself.
+    /// Waits until the process has ended by itself; its log is complete then.
     pub(crate) async fn ended(&mut self) -> ExitStatus {
         let mut process = self.process.take().expect("a process that ends");
-        within("the server ends", process.wait()).await.unwrap()
+        let status = within("the server ends", process.child.wait()).await.unwrap();
+        within("the log ends", process.log_reader).await.unwrap();
+        status
     }
 
     pub(crate) fn endpoint(&self) -> Endpoint {
@@ -294,7 +305,7 @@ impl Server {
 
     /// Of the process that runs.
     pub(crate) fn pid(&self) -> u32 {
-        self.process.as_ref().and_then(Child::id).expect("a process that runs")
+        self.process.as_ref().and_then(|process| process.child.id()).expect("a process that runs")
     }
 
     /// A line of /proc/PID/status, in KiB: `VmRSS` is what is resident, `VmHWM` the most that was.
@@ -305,17 +316,12 @@ impl Server {
     }
 
     pub(crate) const fn address(&self) -> SocketAddr {
-        self.address.expect("a server that was started")
+        self.addresses[0]
     }
 
     /// Of the HTTP gateway.
-    pub(crate) fn http_address(&self) -> SocketAddr {
-        self.last_http_address().expect("a server that was started")
-    }
-
-    /// Told before that of gRPC, and kept by later processes like that one.
-    fn last_http_address(&self) -> Option<SocketAddr> {
-        self.log.lock().unwrap().iter().rev().find_map(|line| listening("HTTP", line))
+    pub(crate) const fn http_address(&self) -> SocketAddr {
+        self.addresses[1]
     }
 }
 
@@ -332,13 +338,6 @@ fn gap(line: &str) -> Option<Gap> {
     let says = line.get("message")?.as_str()?.starts_with("a gap in the stream");
     let lsn = |name: &str| line.get(name)?.as_str()?.parse().ok();
     says.then(|| Some(Gap { from: lsn("from")?, to: lsn("to")?, is_open: line.get("is_open")?.as_bool()? }))?
-}
-
-/// The address in the line that tells it.
-fn listening(protocol: &str, line: &str) -> Option<SocketAddr> {
-    let line: serde_json::Value = serde_json::from_str(line).ok()?;
-    let says = line.get("message")?.as_str()? == format!("{protocol} is listening");
-    says.then(|| line.get("address")?.as_str()?.parse().ok())?
 }
 
 impl Drop for Server {

@@ -41,10 +41,7 @@ impl Node {
         command.args(flags);
         let mut process = Process::start(command);
         process.comes_to("streaming").await;
-        process.complains("gRPC is listening").await;
-        let lines = process.complained();
-        let address = lines.iter().find_map(|line| line.split_once("gRPC is listening address=")).unwrap().1;
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+        let endpoint = Endpoint::from_shared(format!("http://{}", process.listens("gRPC").await)).unwrap();
         Self { process, endpoint }
     }
 
@@ -216,10 +213,7 @@ async fn check_damaged(uri: &str, directory: &Path, token: &str, what: &str) {
         assert!(!said(&process, "panicked"), "{what}");
         return;
     }
-    process.complains("gRPC is listening").await;
-    let lines = process.complained();
-    let address = lines.iter().find_map(|line| line.split_once("gRPC is listening address=")).unwrap().1;
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    let endpoint = Endpoint::from_shared(format!("http://{}", process.listens("gRPC").await)).unwrap();
     match within("the stream starts or is refused", Stream::open(&endpoint, "t1", token)).await {
         Ok(mut stream) => match within("a change or the end", stream.try_next()).await {
             Ok(message) => assert_eq!(message.changes, [created("second")], "{what}"),

@@ -1,8 +1,10 @@
 //! `tuplewatch health`: what containers and scripts ask.
 
 use super::process::{Ran, tuplewatch};
+use crate::support::port::free_address;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
+use crate::support::wait::eventually;
 use tokio::net::TcpListener;
 use tuplewatch::dev_postgres::StopMode;
 
@@ -22,8 +24,9 @@ async fn a_server_without_postgresql_is_alive_and_not_serving() {
     health(&server, &["--service", "x", "--alive"]).await.misused(&["cannot be used with"]);
 
     postgres.stop(StopMode::Fast).await;
-    crate::support::wait::eventually("it says so", async || health(&server, &[]).await.code == Some(1)).await;
-    health(&server, &[]).await.failed(&["is NOT_SERVING: the slot does not stream, and is tried again"]);
+    let says = "is NOT_SERVING: the slot does not stream, and is tried again";
+    eventually("the state and its reason are printed", async || health(&server, &[]).await.err.contains(says)).await;
+    health(&server, &[]).await.failed(&[says]);
     assert_eq!(health(&server, &["--alive"]).await.succeeded(), "alive\n");
 }
 
@@ -37,7 +40,7 @@ async fn a_refusal_counts_as_alive_and_silence_does_not() {
     health(&server, &[]).await.failed(&["does not say how it is", "ERROR_CODE_MISSING_BEARER_TOKEN"]);
 
     // Accepts, and says nothing.
-    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let silent = TcpListener::bind(free_address()).await.unwrap();
     let url = format!("http://{}", silent.local_addr().unwrap());
     for flags in [&[][..], &["--alive"]] {
         let ran = tuplewatch(&[&["health", "--server", &url], flags].concat()).await;

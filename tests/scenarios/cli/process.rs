@@ -1,11 +1,13 @@
 //! The program, run to its end or in the background.
 
 use crate::support::wait::{eventually, within};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
 
 /// What chooses the PostgreSQL of `dev`: of all our environment, the one variable that it gets.
 pub(crate) const PG_BIN: &str = "TUPLEWATCH_PG_BIN";
@@ -117,25 +119,34 @@ pub(crate) struct Process {
     err: Lines,
 }
 
-/// What was said so far, line by line.
-#[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<String>>>);
+/// The lines of one output so far.
+struct Lines {
+    kept: Arc<Mutex<Vec<String>>>,
+    reader: JoinHandle<()>,
+}
 
 impl Lines {
     fn read(from: impl AsyncRead + Send + Unpin + 'static) -> Self {
-        let lines = Self::default();
-        let kept = lines.clone();
-        tokio::spawn(async move {
-            let mut lines = BufReader::new(from).lines();
-            while let Ok(Some(line)) = lines.next_line().await {
-                kept.0.lock().unwrap().push(line);
+        let kept = Arc::<Mutex<Vec<String>>>::default();
+        let lines = kept.clone();
+        let reader = tokio::spawn(async move {
+            let mut from = BufReader::new(from).lines();
+            while let Ok(Some(line)) = from.next_line().await {
+                lines.lock().unwrap().push(line);
             }
         });
-        lines
+        Self { kept, reader }
     }
 
     fn all(&self) -> Vec<String> {
-        self.0.lock().unwrap().clone()
+        self.kept.lock().unwrap().clone()
+    }
+
+    /// Waits until nobody can write to it any more.
+    async fn end(&mut self) {
+        if !self.reader.is_finished() {
+            within("the output ends", &mut self.reader).await.unwrap();
+        }
     }
 }
 
@@ -209,9 +220,20 @@ impl Process {
         self.child.kill().await.unwrap();
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until it ends by itself; its output is complete then.
     pub(crate) async fn ended(&mut self) -> ExitStatus {
-        within("the process ends", self.child.wait()).await.unwrap()
+        let status = within("the process ends", self.child.wait()).await.unwrap();
+        self.out.end().await;
+        self.err.end().await;
+        status
+    }
+
+    /// Waits until it listens for a protocol, gRPC or HTTP; where.
+    pub(crate) async fn listens(&self, protocol: &str) -> SocketAddr {
+        let listening = format!("{protocol} is listening");
+        self.complains(&listening).await;
+        let line = self.complained().into_iter().find(|line| line.contains(&listening)).unwrap();
+        address_in(&line)
     }
 }
 
@@ -222,6 +244,13 @@ impl Drop for Process {
             eprintln!("process {:?} printed:\n{out}\nand complained:\n{err}", self.child.id());
         }
     }
+}
+
+/// The address of this machine in a line of the log, whose format may be text or JSON.
+pub(crate) fn address_in(line: &str) -> SocketAddr {
+    let (_, from) = line.split_once("127.0.0.1:").unwrap_or_else(|| panic!("no address: {line}"));
+    let port: String = from.chars().take_while(char::is_ascii_digit).collect();
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port.parse().unwrap()))
 }
 
 /// Sends a signal to a process that may be gone.

@@ -1,7 +1,7 @@
 //! What is different on a terminal: colours and layout, and that Ctrl-C ends a program.
 
 use super::prerequisites::serve;
-use super::process::{CTRL_C, Process, on_terminal, program};
+use super::process::{CTRL_C, Process, address_in, on_terminal, program};
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
@@ -85,7 +85,7 @@ async fn serve_runs_on_a_terminal_until_ctrl_c_is_typed() {
     process.comes_to_print("streaming").await;
     process.comes_to_print("gRPC is listening").await;
     let printed = process.printed();
-    let address = printed.iter().find_map(|line| line.split_once("gRPC is listening address=")).unwrap().1;
+    let address = address_in(printed.iter().find(|line| line.contains("gRPC is listening")).unwrap());
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
 
     let sql = postgres.sql().await;

@@ -108,16 +108,19 @@ async fn a_call_without_a_free_connection_is_refused() {
     let server = Server::serve(&postgres, &[("--database-max-connections", "5")]).await;
     let mut api = Api::of(&server).await;
     let sql = postgres.sql().await;
-    // Longer than anybody waits for a connection.
-    on_insert(&sql, "a", "PERFORM pg_sleep(14);").await;
+    on_insert(&sql, "a", "PERFORM pg_advisory_xact_lock(1);").await;
+    let gate = postgres.sql().await;
+    gate.run("SELECT pg_advisory_lock(1)").await;
     let mut first = api.clone();
     let write = tokio::spawn(async move { first.try_write("t1", &["document:a#viewer@user:u"]).await });
-    let sleeps = "EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep')";
-    eventually("the write has the connection", async || sql.is_true(sleeps).await).await;
+    // It has the one connection of Data until the gate opens.
+    sql.until_waiting(1).await;
     let busy = (Code::ResourceExhausted, "ERROR_CODE_DATASTORE".to_owned());
     assert_eq!(refusal(api.try_write("t1", &["document:b#viewer@user:u"]).await), busy);
     // Watch has its own.
     server.watch("t1", "").await;
+    assert!(!write.is_finished());
+    gate.run("SELECT pg_advisory_unlock(1)").await;
     within("the write", write).await.unwrap().unwrap();
     api.write("t1", &["document:b#viewer@user:u"]).await;
     let ours = sql.value(
