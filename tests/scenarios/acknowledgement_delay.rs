@@ -44,7 +44,7 @@ async fn a_node_that_lost_its_log_gets_unacknowledged_changes_again() {
     sql.insert("t1", "four").await;
     server.start().await;
     server.serving().await;
-    server.says("the change log begins where the slot is").await;
+    server.until_logged("the change log begins where the slot is").await;
 
     // Whoever has a token from what was held back goes on, as if nothing had happened.
     for (token, rest) in [(&one, &["two", "three", "four"][..]), (&written, &["three", "four"]), (&three, &["four"])] {

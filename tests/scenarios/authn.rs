@@ -98,7 +98,7 @@ async fn a_key_gives_access_to_its_tenants_only() {
 
     assert_eq!(reflect(&server, "").await.unwrap_err().code(), Code::Unauthenticated);
     reflect(&server, "Bearer hush-t1").await.unwrap();
-    assert!(!server.has_said("hush"));
+    assert!(!server.has_logged("hush"));
 }
 
 #[tokio::test]
@@ -177,7 +177,7 @@ async fn valid_jwts_are_accepted_and_others_refused() {
     }
     refused(&server, "", MISSING, "nothing").await;
     let token = rsa.sign(&good);
-    assert!(!server.has_said(&token) && !server.has_said(token.rsplit_once('.').unwrap().1));
+    assert!(!server.has_logged(&token) && !server.has_logged(token.rsplit_once('.').unwrap().1));
 }
 
 #[tokio::test]
@@ -192,7 +192,7 @@ async fn keys_rotate_and_survive_an_outage_of_the_issuer() {
     let [first_token, second_token, third_token] = [&first, &second, &third].map(bearer);
     let status = watch(&server, &first_token).await.err().expect("nobody can tell");
     assert_eq!(reason(&status), (Code::Unavailable, "ISSUER_UNREACHABLE".to_owned()));
-    server.says("without which no token is accepted").await;
+    server.until_logged("without which no token is accepted").await;
     refused(&server, "", MISSING, "nothing").await;
 
     issuer.start_again().await;
@@ -292,7 +292,7 @@ async fn the_command_line_presents_a_token() {
             !process.printed().is_empty()
         };
         eventually("it prints", prints).await;
-        let [begun] = &process.complained()[..] else { panic!("{:?}", process.complained()) };
+        let [begun] = &process.logged()[..] else { panic!("{:?}", process.logged()) };
         assert!(begun.starts_with("watching tenant t1 on "), "{begun}");
     }
 }
@@ -314,7 +314,7 @@ async fn the_command_line_resumes_with_a_renewed_token() {
     };
     // Not renewed in time.
     let mut abandoned = start();
-    abandoned.complains("the credentials that this stream was opened with have expired").await;
+    abandoned.until_logged("the credentials that this stream was opened with have expired").await;
     assert_eq!(abandoned.ended().await.code(), Some(1));
 
     keep(json!({"exp": get_current_timestamp() + 5}));
@@ -328,7 +328,7 @@ async fn the_command_line_resumes_with_a_renewed_token() {
     };
     eventually("it prints", prints).await;
     keep(json!({}));
-    renewed.complains("connected again, resuming after token …").await;
+    renewed.until_logged("connected again, resuming after token …").await;
     sql.insert("t1", "after").await;
     let is_there = async || renewed.printed().iter().any(|line| line.contains("document:after#"));
     eventually("it prints what came after", is_there).await;

@@ -43,7 +43,7 @@ impl Terminal {
     /// Runs `dev` until it streams.
     async fn dev(&mut self) -> &Process {
         let dev = self.dev.insert(Process::start(self.command(&[])));
-        dev.comes_to("streaming").await;
+        dev.reaches("streaming").await;
         self.cluster = Some(self.find_cluster());
         self.dev.as_ref().unwrap()
     }
@@ -81,7 +81,7 @@ impl Terminal {
     async fn interrupt(&mut self, name: &str) {
         let mut dev = self.dev.take().unwrap();
         dev.signal(name);
-        assert_eq!(dev.ended().await.code(), Some(0), "{:?}", dev.complained());
+        assert_eq!(dev.ended().await.code(), Some(0), "{:?}", dev.logged());
     }
 
     async fn kill_9(&mut self) {
@@ -172,7 +172,7 @@ fn documents(printed: &[String]) -> (Vec<String>, String) {
 /// Waits until the watches have begun, and have printed a first tuple. What they print from there on is complete.
 async fn warm_up(sql: &Sql, watches: &[&Process]) {
     for watch in watches {
-        watch.complains("watching tenant t1 on ").await;
+        watch.until_logged("watching tenant t1 on ").await;
     }
     sql.run(&tuple("warm")).await;
     for watch in watches {
@@ -220,7 +220,7 @@ async fn dev_continues_the_next_day_with_the_same_data() {
     eventually("nobody is left", async || processes().iter().all(|process| !family.contains(&process.0))).await;
     assert_eq!(terminal.postmasters(), [0; 0]);
     assert!(Sql::try_connect(&uri).await.is_err());
-    json.complains("reconnecting").await;
+    json.until_logged("reconnecting").await;
 
     // The next day: the same data, and the watch goes on by itself.
     let second_run = terminal.dev().await.printed();
@@ -244,7 +244,7 @@ async fn dev_continues_the_next_day_with_the_same_data() {
 async fn dev_runs_on_a_terminal_until_ctrl_c_is_typed() {
     let mut terminal = Terminal::new();
     let dev = terminal.dev.insert(Process::start(on_terminal(&terminal.command(&[]))));
-    dev.comes_to_print("streaming").await;
+    dev.reaches_on_terminal("streaming").await;
     terminal.cluster = Some(terminal.find_cluster());
     assert_eq!(terminal.postmasters().len(), 1);
     let sql = terminal.sql().await;
@@ -296,7 +296,7 @@ async fn killing_dev_loses_nothing_and_leaves_no_orphan() {
     eventually("the last is printed", async || watch.printed().iter().any(|line| line.contains("\"last\""))).await;
     assert_eq!(documents(&watch.printed()).0[warm..], expected);
     // Two kills in a row may be one to it.
-    let said = watch.complained();
+    let said = watch.logged();
     let resumed = said.iter().filter(|line| line.contains("resuming after token")).count();
     assert!((1..=3).contains(&resumed), "{said:?}");
 
@@ -305,8 +305,8 @@ async fn killing_dev_loses_nothing_and_leaves_no_orphan() {
     signal(postmaster, "KILL");
     let mut dev = terminal.dev.take().unwrap();
     assert_eq!(dev.ended().await.code(), Some(1));
-    dev.complains("PostgreSQL ended by itself").await;
-    dev.complains("postgres.log").await;
+    dev.until_logged("PostgreSQL ended by itself").await;
+    dev.until_logged("postgres.log").await;
     // And the next one recovers it.
     terminal.dev().await;
     terminal.sql().await.run(&tuple("recovered")).await;
@@ -335,7 +335,7 @@ async fn a_second_dev_is_refused() {
     neighbour.port = terminal.port;
     let mut process = Process::start(neighbour.command(&[]));
     assert_eq!(process.ended().await.code(), Some(1));
-    process.complains(&format!("cannot listen on 127.0.0.1:{} for gRPC", terminal.port)).await;
+    process.until_logged(&format!("cannot listen on 127.0.0.1:{} for gRPC", terminal.port)).await;
     neighbour.dev = Some(process);
     neighbour.cluster = Some(neighbour.find_cluster());
     assert_eq!(neighbour.postmasters(), [0; 0]);
@@ -361,7 +361,7 @@ async fn dev_can_be_stopped_at_any_moment() {
         dev.signal(name);
         let ended = dev.ended().await;
         if name != "KILL" {
-            let what = format!("{name} after {delay_ms} ms: {ended:?} {:?}", dev.complained());
+            let what = format!("{name} after {delay_ms} ms: {ended:?} {:?}", dev.logged());
             // Before it listens for signals, one simply ends it.
             assert!(matches!(ended.code(), Some(0) | None), "{what}");
             let ours = |(_, _, command): &(u32, u32, String)| command.contains(cluster.to_str().unwrap());
@@ -371,7 +371,7 @@ async fn dev_can_be_stopped_at_any_moment() {
     // What the environment says holds here too.
     terminal.environment = vec![("TUPLEWATCH_SERVER__HOST", "0.0.0.0")];
     let listening = format!("address=0.0.0.0:{}", terminal.port);
-    terminal.dev().await.complains(&listening).await;
+    terminal.dev().await.until_logged(&listening).await;
     assert_eq!(terminal.postmasters().len(), 1);
     terminal.interrupt("INT").await;
     assert_eq!(terminal.postmasters(), [0; 0]);

@@ -76,12 +76,12 @@ async fn the_oldest_history_is_dropped_to_keep_the_reserve() {
         assert!(first <= BATCH + 1, "from {first}");
         assert!(rest.into_iter().eq(first..=3 * BATCH), "whole after the earliest token");
         // And nobody notices.
-        assert!(!server.has_said("is full"));
+        assert!(!server.has_logged("is full"));
         assert!(is_read(&sql).await);
         sql.insert("t2", if is_same_process { "still" } else { "again" }).await;
         if is_same_process {
             live.expect(Change::created("still")).await;
-            server.die_and_return().await;
+            server.kill_and_restart().await;
         }
     }
 }
@@ -128,7 +128,7 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     })
     .await;
     server.not_ready("disk_full", "the disk of the change log is full").await;
-    server.says(FULL).await;
+    server.until_logged(FULL).await;
     let before = writers.committed();
     eventually("more is written", async || writers.committed() > before + 50).await;
     // Those that had come are delivered; the stream is open, and a new one is too.
@@ -143,13 +143,13 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     let sql = postgres.sql().await;
     assert!(!is_read(&sql).await);
     drain(&mut stream, &mut received).await;
-    assert_eq!(server.times_said(FULL), 1, "said once");
+    assert_eq!(server.times_logged(FULL), 1, "said once");
     assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
 
     disk.give_room();
     server.serving().await;
     assert!(is_read(&sql).await);
-    server.says("has room again").await;
+    server.until_logged("has room again").await;
     let more = received.len() + 100;
     while received.len() < more {
         received.push(stream.next().await);
@@ -162,12 +162,12 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
         !is_read(&sql).await
     })
     .await;
-    eventually("the log says so again", async || server.times_said(FULL) == 2).await;
+    eventually("the log says so again", async || server.times_logged(FULL) == 2).await;
     drain(&mut stream, &mut received).await;
     server.kill_9().await;
     for said in [3, 4] {
         server.start().await;
-        eventually("it says that the disk is full", async || server.times_said(FULL) == said).await;
+        eventually("it says that the disk is full", async || server.times_logged(FULL) == said).await;
         assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
         assert!(!is_read(&sql).await);
         // It resumes at once; or later, where it had got further than the log and PostgreSQL has to be asked.
@@ -191,7 +191,7 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     let transactions = reference::read(&sql).await;
     let expected = reference::of_tenant(&transactions, "t1");
     assert!(changes(&received) == expected, "everything once: {} of {}", changes(&received).len(), expected.len());
-    assert!(!server.has_said("panicked"));
+    assert!(!server.has_logged("panicked"));
 }
 
 /// What is there of messages.

@@ -119,7 +119,7 @@ impl Patient {
             .args(["--server-host", "127.0.0.1", "--server-grpc-port", "0", "--server-http-port", "0"])
             .args(further);
         let mut process = Process::start(command);
-        process.comes_to("streaming").await;
+        process.reaches("streaming").await;
         process
     }
 
@@ -230,7 +230,7 @@ async fn a_healthy_node_has_no_errors_even_while_it_serves() {
     let slot = diagnosis.about("ok", "replication slot tuplewatch");
     assert!(slot.iter().any(|diagnostic| diagnostic.what.contains("in use by process")), "{slot:?}");
     assert!(process.is_running());
-    let said = process.complained();
+    let said = process.logged();
     assert!(!said.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{said:#?}");
     stops(process).await;
 }

@@ -115,17 +115,17 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     // It is killed, and so is the server: what was written meanwhile comes, once, and nothing else does.
     process.kill_9().await;
     sql.insert("t1", "d").await;
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     sql.insert("t1", "e").await;
     let mut process = example.start();
     process.prints(2).await;
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     sql.insert("t1", "f").await;
     process.prints(3).await;
     // An orderly end, too.
     server.terminate().await;
     server.ended().await;
-    process.complains("UNAVAILABLE").await;
+    process.until_logged("UNAVAILABLE").await;
     sql.insert("t1", "g").await;
     server.start().await;
     server.serving().await;
@@ -136,7 +136,7 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     // A gap.
     sql.run("TRUNCATE tuplewatch.relation_tuples").await;
     sql.insert("t1", "i").await;
-    process.complains("ABORTED").await;
+    process.until_logged("ABORTED").await;
     example.catches_up(sql).await;
     let printed = process.prints(6).await;
     assert!(printed[5].starts_with("read anew: "), "{printed:?}");
@@ -146,13 +146,13 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     // Its file is of another database.
     process.kill_9().await;
     example.save_token("AQ".to_owned());
-    example.start().complains("INVALID_ARGUMENT").await;
+    example.start().until_logged("INVALID_ARGUMENT").await;
     let position = Position::at(Lsn(1));
     let foreign = SnapToken::Position { source: [1; 8], timeline: [1; 8], position, commit_time: CommitTime(1) };
     example.save_token(foreign.to_string());
     sql.run("DELETE FROM tuplewatch.relation_tuples WHERE entity_id = 'i'").await;
     let process = example.start();
-    process.complains("FAILED_PRECONDITION").await;
+    process.until_logged("FAILED_PRECONDITION").await;
     example.catches_up(sql).await;
     process.prints(1).await;
     assert_eq!(lines(&process), ["read anew: 1 tuples"]);

@@ -29,13 +29,13 @@ async fn round(pair: &mut Pair, disturb: impl AsyncFnOnce(&mut Pair, &Load<'_>))
         })
         .await;
     assert!(round.transactions > 100, "too little was written to show anything: {}", round.transactions);
-    assert!(!pair.server.has_said("SLOT_MOVED") && !pair.server.has_said("slot had moved on"));
+    assert!(!pair.server.has_logged("SLOT_MOVED") && !pair.server.has_logged("slot had moved on"));
     round
 }
 
 async fn some_time(load: &Load<'_>) {
     for _ in 0..50 {
-        load.goes_on().await;
+        load.progresses().await;
     }
 }
 
@@ -88,7 +88,7 @@ async fn failover_is_enabled_on_an_existing_slot_at_the_next_connection() {
     let mut server = Server::serve(&postgres, &[("--replication-failover", "off")]).await;
     assert!(!fails_over().await, "it was told not to");
     server.set("--replication-failover", "auto");
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     assert!(fails_over().await);
 }
 
@@ -102,7 +102,7 @@ async fn a_slot_held_by_another_node_is_not_altered() {
     let mut second = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
     let before = proxy.accepted();
     second.start().await;
-    eventually("it waits for the slot", async || second.has_said("is active for PID")).await;
+    eventually("it waits for the slot", async || second.has_logged("is active for PID")).await;
     // Two connections an attempt, and nobody is left behind.
     eventually("it tries again", async || proxy.accepted() >= before + 12).await;
     let walsenders = "(SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender') <= 2";

@@ -180,7 +180,7 @@ async fn a_suspended_process_recovers_and_delays_no_shutdown() {
     sql.insert("t1", "after").await;
     stream.expect(created("after")).await;
     server.serving().await;
-    assert_eq!(server.times_said("reconnecting"), 1, "one new session");
+    assert_eq!(server.times_logged("reconnecting"), 1, "one new session");
 
     server.suspend().await;
     sql.insert("t1", "last").await;

@@ -104,7 +104,7 @@ impl Case {
         format!("INSERT INTO tuplewatch.relation_tuples VALUES ('{tenant}', 'document', '{id}', 'viewer', 'user', 'u')")
     }
 
-    async fn happens(&self, postgres: &Postgres) {
+    async fn check(&self, postgres: &Postgres) {
         let (name, sql, writer) = (self.name, postgres.sql().await, postgres.sql().await);
         let flags = [("--replication-publication", name)];
         let mut server = Server::prepare_slot(&postgres.uri(), name, &flags).await;
@@ -128,7 +128,7 @@ impl Case {
         // A session that saw less than it needs has gone, and comes back in its time.
         assert!(began.elapsed() < Duration::from_secs(30), "{name}: told after {:?}", began.elapsed());
         assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: its end is not known");
-        server.says("the gap stays open until these transactions have ended, as they may commit").await;
+        server.until_logged("the gap stays open until these transactions have ended, as they may commit").await;
         server.serving().await;
 
         // Everybody else's changes go on, those of the same table too, across a restart.
@@ -139,7 +139,7 @@ impl Case {
         assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: it is still open");
         // A gap that is not on disk yet would be found again, and end this stream before it has its end.
         sql.until_recorded(name).await;
-        server.die_and_return().await;
+        server.kill_and_restart().await;
         let mut stream = server.watch(name, &meanwhile).await;
         sql.insert(name, "later").await;
         stream.expect(Change::created("later")).await;
@@ -191,7 +191,7 @@ async fn a_gap_ends_after_every_transaction_that_wrote_inside_it() {
     let runs = cases.map(async |case| {
         // Each on a cluster of its own: all of them write to one table, and would wait for each other's.
         let postgres = Postgres::with(&[("max_prepared_transactions", "4")]).await;
-        case.happens(&postgres).await;
+        case.check(&postgres).await;
     });
     futures_util::future::join_all(runs).await;
 }
@@ -285,7 +285,7 @@ async fn repeated_gaps_of_a_table_are_logged_once_a_minute() {
     let flushed = sql.flushed().await;
     eventually("all of it is read", async || sql.confirmed_reaches(&flushed).await).await;
     let said = "a gap in the stream: table tuplewatch.relation_tuples was truncated";
-    server.says("To remove rows without a gap, DELETE them").await;
-    assert_eq!(server.times_said(said), 1, "a line a minute for each table");
-    assert!(!server.has_said("t1"), "a tenant is nothing for the log");
+    server.until_logged("To remove rows without a gap, DELETE them").await;
+    assert_eq!(server.times_logged(said), 1, "a line a minute for each table");
+    assert!(!server.has_logged("t1"), "a tenant is nothing for the log");
 }

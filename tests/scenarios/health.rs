@@ -57,8 +57,8 @@ async fn one_connection_is_enough_to_deliver() {
     server.start().await;
     server.ready().await;
     // The start names the limit, and the statement that raises it.
-    server.says("connections of role feeder: may have 1 at a time").await;
-    server.says("ALTER ROLE \\\"feeder\\\" CONNECTION LIMIT 12").await;
+    server.until_logged("connections of role feeder: may have 1 at a time").await;
+    server.until_logged("ALTER ROLE \\\"feeder\\\" CONNECTION LIMIT 12").await;
 
     let (_, mut stream, _) = server.first_delivered(&postgres, "first").await;
     assert_eq!(connections(&admin).await, 1);
@@ -240,7 +240,7 @@ async fn one_failed_statement_does_not_make_a_node_unready() {
     // The next thing that happens to its health, and nothing before.
     server.terminate().await;
     assert_eq!(watching.next().await, ServingStatus::NotServing);
-    assert!(!server.has_said("not ready"));
+    assert!(!server.has_logged("not ready"));
     assert_eq!(server.ended().await.code(), Some(0), "whoever watches the health holds up nothing");
 }
 
@@ -329,7 +329,7 @@ async fn a_moved_change_log_stops_acknowledgement_until_it_is_back() {
         eventually("it is acknowledged", async || admin.confirmed_reaches(&lsn).await).await;
     }
     // And all of it is there for the next process.
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     let mut resumed = server.watch("t1", &token).await;
     for instead in [Instead::Nothing, Instead::AnEmptyDirectory, Instead::ACopy] {
         resumed.expect(Change::created(&format!("{instead:?}"))).await;

@@ -36,7 +36,7 @@ async fn an_open_transaction_delays_nothing() {
         stream.expect(Change::create(Change::viewer("own"))).await;
         token
     };
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     let mut after_own = server.watch("t1", &token).await;
     let mut now = server.watch("t1", "").await;
     sql.insert("t1", "later").await;

@@ -91,7 +91,7 @@ async fn memory_stays_bounded_with_a_million_tuples_and_unread_streams() {
     eprintln!("read again from its middle and from its begin: VmHWM {} MiB", most >> 10);
     assert!(most < MEMORY_MAX_KIB, "{most} KiB");
 
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     let (last, message) = middle(3);
     read_from(&mut server.watch("t1", &message.token).await, last + 1).await;
     let most = server.memory_kib("VmHWM");

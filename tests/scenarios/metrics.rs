@@ -148,8 +148,8 @@ async fn reconnects_gaps_and_decode_errors_are_counted_once() {
     assert_eq!(scrape.get("tuplewatch_session_failures_total", &[("kind", "definite")]), 0.0);
     assert_eq!(changed(&scrape, TUPLES, "create"), 2.0, "none twice");
     // A line for each change of state. The reader of the log may be behind.
-    eventually("both sessions are in the log", async || server.times_said("\"streaming\"") == 2).await;
-    let said = server.times_said("the replication session ended, reconnecting");
+    eventually("both sessions are in the log", async || server.times_logged("\"streaming\"") == 2).await;
+    let said = server.times_logged("the replication session ended, reconnecting");
     assert!((1..=failures as usize).contains(&said), "{said} times, of {failures} failures");
 
     sql.run(r#"INSERT INTO tuplewatch.attributes VALUES ('t1', 'document', 'd', 'x', '{"@type": "other.Value"}')"#)
@@ -295,7 +295,7 @@ async fn metrics_need_credentials_by_default_and_probes_do_not() {
         assert_eq!(ready(&server).await.0, 200);
     }
     server.set("--authn-exempt-metrics", "true");
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     server.scrape().await;
 }
 

@@ -62,7 +62,7 @@ async fn run(flags: &[(&str, &str)], message_bytes: usize, faults: &'static [Fau
         .round(faults, async |load| {
             let tally = world.disturb(faults, load, Duration::from_secs(12), 3).await;
             eprintln!("faults: {tally}");
-            load.has_returned(RETURNS_MIN).await;
+            load.until_returned(RETURNS_MIN).await;
         })
         .await;
     assert!(round.transactions > 300, "too little was written to show anything: {}", round.transactions);

@@ -161,7 +161,7 @@ impl Recipe {
         // This machine may have less room than that one.
         command.args(["--changelog-disk-reserve", "16MiB"]);
         let mut process = Process::start(command);
-        process.comes_to("streaming").await;
+        process.reaches("streaming").await;
         assert!(volume.path().join("log").is_dir(), "the change log is in the volume");
         let (grpc, http) = (process.listens("gRPC").await, process.listens("HTTP").await);
         Node { grpc, http, process, _volume: volume }

@@ -104,6 +104,6 @@ async fn a_partition_that_may_have_brought_rows_is_a_gap() {
         },
     ] {
         let server = case.prepare(&postgres).await;
-        case.happens(postgres.sql().await, server).await;
+        case.check(postgres.sql().await, server).await;
     }
 }

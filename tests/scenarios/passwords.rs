@@ -100,7 +100,7 @@ async fn both_connections_log_on_with_every_password_of_postgresql() {
     run(command).await.succeeded();
     let directory = tempfile::tempdir().unwrap();
     let mut process = Process::start(super::cli::prerequisites::serve(&uri, directory.path()));
-    process.comes_to("streaming").await;
+    process.reaches("streaming").await;
 }
 
 /// Bytes that are no text can only be in a file. What another line has does not matter to ours.

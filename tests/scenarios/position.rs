@@ -53,14 +53,14 @@ async fn rolled_back_storage_is_an_error_until_the_log_is_reset() {
     postgres.start_again().await;
     let sql = postgres.sql().await;
     let noticed = Instant::now();
-    server.says(ROLLED_BACK).await;
+    server.until_logged(ROLLED_BACK).await;
     // The longest backoff, and a little.
     assert!(noticed.elapsed() < Duration::from_secs(15), "{:?}", noticed.elapsed());
-    assert!(server.has_said("--reset-log"), "and what to do");
+    assert!(server.has_logged("--reset-log"), "and what to do");
 
     sql.insert("t1", "after").await;
     for process in 1..=2 {
-        eventually("it says so", async || server.times_said(ROLLED_BACK) == process).await;
+        eventually("it says so", async || server.times_logged(ROLLED_BACK) == process).await;
         assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
         assert!(sql.walsender().await.is_none());
         // Neither on streams that are open or resumed, nor to who starts now, if anybody can.
@@ -101,7 +101,7 @@ async fn rolled_back_storage_that_outgrew_the_log_is_no_silent_gap() {
     // The stream is open before anything is noticed, or not; either way nothing of the new history comes.
     let mut streams = Vec::from_iter(server.try_watch("t1", &token).await);
     sql.insert("t1", "after").await;
-    server.says(ROLLED_BACK).await;
+    server.until_logged(ROLLED_BACK).await;
     streams.extend(server.try_watch("t1", &token).await);
     for stream in &mut streams {
         stream.expect_silence().await;
@@ -220,5 +220,5 @@ async fn changes_sent_again_after_a_crash_reach_nobody() {
         }
         assert!(has_gone_back, "{round}: the slot's position was never older, so nothing was shown");
     }
-    assert!(!server.has_said("moved on without"), "no gap");
+    assert!(!server.has_logged("moved on without"), "no gap");
 }

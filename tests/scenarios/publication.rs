@@ -240,6 +240,6 @@ async fn rows_removed_with_their_partition_are_a_gap() {
         },
     ] {
         let server = case.prepare(&postgres).await;
-        case.happens(postgres.sql().await, server).await;
+        case.check(postgres.sql().await, server).await;
     }
 }

@@ -23,7 +23,7 @@ async fn is_put_off(uri: &str, says: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let process = Process::start(serve(uri, directory.path()));
     for text in says {
-        process.complains(text).await;
+        process.until_logged(text).await;
     }
 }
 
@@ -166,14 +166,14 @@ async fn the_end_of_a_session_is_logged_with_its_cause() {
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
     let directory = tempfile::tempdir().unwrap();
     let mut process = Process::start(serve(&postgres.uri(), directory.path()));
-    process.comes_to("streaming").await;
+    process.reaches("streaming").await;
     let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
                WHERE application_name LIKE 'tuplewatch %' AND backend_type = 'client backend'";
     // Where a statement was under way, that one has the cause. So until it happens to a session that was idle.
     let says = "it shuts down, or somebody ended the session (pg_terminate_backend): ";
     let is_said = async || {
         sql.run(end).await;
-        process.complained().iter().any(|line| line.contains(says) && line.contains("SQLSTATE 57P01"))
+        process.logged().iter().any(|line| line.contains(says) && line.contains("SQLSTATE 57P01"))
     };
     eventually("the cause is said", is_said).await;
 }

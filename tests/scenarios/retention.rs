@@ -127,7 +127,7 @@ async fn retention_by_size_expires_only_tokens_of_busy_tenants() {
         if is_same_process {
             // The change that it names is gone; but the same token had nothing after it for the others.
             assert_too_old(&server.try_watch("t2", &quiet.before_change).await.err().unwrap());
-            server.die_and_return().await;
+            server.kill_and_restart().await;
         }
     }
 }

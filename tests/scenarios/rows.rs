@@ -310,7 +310,7 @@ async fn texts_arrive_unchanged() {
             assert_eq!(message.changes, [Change::delete(was), Change::create(is)], "{text:?}");
             *stream = server.watch(text, token).await;
         }
-        server.die_and_return().await;
+        server.kill_and_restart().await;
         streams.clear();
         for (text, token) in texts.iter().zip(&tokens) {
             streams.push(server.watch(text, token).await);
@@ -425,7 +425,7 @@ async fn invalid_utf_8_is_a_gap_for_its_tenant_alone() {
         assert_eq!((changes(&messages), reason(&status)), (vec![], (Code::Aborted, "UNDECODABLE_ROW".into())));
         let next = metadata(&status, "next_snap_token");
         server.watch("t1", &next).await.expect(Change::created("after")).await;
-        server.die_and_return().await;
+        server.kill_and_restart().await;
         harmed = server.watch("t1", &token).await;
     }
     let lsn = sql.flushed().await;
@@ -466,7 +466,7 @@ async fn an_undecodable_row_is_a_gap_for_its_tenant_alone() {
         if process == 0 {
             other.expect(Change::created("inside")).await;
             other.expect(Change::created("after")).await;
-            server.die_and_return().await;
+            server.kill_and_restart().await;
             harmed = server.watch("t1", &token).await;
         }
     }
@@ -548,8 +548,8 @@ async fn halt_stops_at_an_undecodable_row_until_it_is_reconfigured() {
         let stopped = async || server.health("").await == Ok(ServingStatus::NotServing);
         eventually("health is NOT_SERVING", stopped).await;
         let says = ["tuplewatch.attributes", "mapping.on_undecodable is 'halt'", "start once with 'gap'"];
-        eventually("it says what to do", async || says.iter().all(|text| server.has_said(text))).await;
-        assert!(!server.has_said("secret"), "no values in logs");
+        eventually("it says what to do", async || says.iter().all(|text| server.has_logged(text))).await;
+        assert!(!server.has_logged("secret"), "no values in logs");
         assert!(!sql.confirmed_reaches(&bad).await, "{process}: it is not acknowledged");
         for stream in &mut streams {
             stream.expect_silence().await;
@@ -625,7 +625,7 @@ async fn a_truncate_is_a_gap_for_every_tenant() {
             assert_eq!((changes(&messages), status.code()), (vec![], Code::Aborted));
         }
         if how == "resumed" {
-            server.die_and_return().await;
+            server.kill_and_restart().await;
         }
         streams = [server.watch("t1", &tokens[0]).await, server.watch("t2", &tokens[1]).await];
     }
@@ -680,7 +680,7 @@ async fn a_truncate_with_cascade_is_one_gap_at_its_place() {
             server.watch(tenant, &next).await.expect(Change::created("after")).await;
         }
         if how == "resumed" {
-            server.die_and_return().await;
+            server.kill_and_restart().await;
         }
         streams = [server.watch("t1", &tokens[0]).await, server.watch("t2", &tokens[1]).await];
     }

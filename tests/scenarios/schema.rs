@@ -58,7 +58,7 @@ async fn unmapped_columns_change_without_a_gap() {
     // Several checks have found nothing either, and the slot can be read again from before all of it.
     verified_again(&postgres).await;
     stream.expect_silence().await;
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     assert_eq!(changes(&server.watch("t1", &token).await.up_to(last).await), expected);
 }
 
@@ -141,7 +141,7 @@ async fn a_table_renamed_and_back_between_two_checks_is_a_gap() {
     let token = check_renamed_and_back(&server, &sql, &token, "described").await;
 
     // A session to which the table was not described yet.
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     check_renamed_and_back(&server, &sql, &token, "undescribed").await;
 }
 
@@ -296,7 +296,7 @@ async fn a_missing_replica_identity_makes_a_node_unready() {
     }
     let not_serving = Ok(ServingStatus::NotServing);
     eventually("health is NOT_SERVING", async || server.health("").await == not_serving).await;
-    server.says("old rows lack column entity_id: the replica identity does not cover it").await;
+    server.until_logged("old rows lack column entity_id: the replica identity does not cover it").await;
     sql.run("ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY DEFAULT").await;
     sql.run("DELETE FROM tuplewatch.relation_tuples").await;
     // Nothing was lost, so nothing is broken.

@@ -103,10 +103,10 @@ async fn a_slot_moved_during_downtime_is_a_gap_for_every_tenant() {
             gaps(&mut server.watch("quiet", &early).await, &[]).await;
             stream = server.watch("t1", &next).await;
             stream.expect(created(&after)).await;
-            server.die_and_return().await;
+            server.kill_and_restart().await;
         }
         assert_eq!(
-            server.times_said("a gap in the stream: the replication slot had moved on"),
+            server.times_logged("a gap in the stream: the replication slot had moved on"),
             n + 1,
             "said once each"
         );
@@ -188,15 +188,15 @@ async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     lose(&sql).await;
     proxy.cut();
     let noticed = Instant::now();
-    server.says(says).await;
+    server.until_logged(says).await;
     assert!(noticed.elapsed() < Duration::from_secs(10), "{:?}", noticed.elapsed());
-    server.says(REMEDY).await;
+    server.until_logged(REMEDY).await;
     assert!(is_not_serving(&server).await);
     // No storm of attempts: every 15 s or so, whereas what may pass would be tried a dozen times by now.
     let before = proxy.accepted();
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert!(proxy.accepted() - before <= 4, "{} connections", proxy.accepted() - before);
-    assert_eq!(server.times_said("until this is repaired"), 1, "said once");
+    assert_eq!(server.times_logged("until this is repaired"), 1, "said once");
     assert!(is_not_serving(&server).await);
 
     // The way out; the process finds it by itself.
@@ -227,11 +227,11 @@ async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
 async fn waits_for(server: &Server, proxy: &Proxy, sql: &Sql) {
     let holder = sql.walsender().await.expect("somebody who holds the slot");
     let pid = format!(" {}", holder.0);
-    eventually("it says who holds the slot", async || server.times_said(&pid) > 0).await;
+    eventually("it says who holds the slot", async || server.times_logged(&pid) > 0).await;
     // Two connections each.
     let before = proxy.accepted();
     eventually("it tries several times more", async || proxy.accepted() >= before + 6).await;
-    assert!(server.times_said(&pid) <= 2, "said once by the session, and once by the slot's monitor");
+    assert!(server.times_logged(&pid) <= 2, "said once by the session, and once by the slot's monitor");
     assert!(is_not_serving(server).await);
     assert_eq!(sql.walsender().await, Some(holder), "the holder is left alone");
 }
@@ -332,23 +332,23 @@ async fn threats_to_the_slot_are_logged() {
     let flags = [("--replication-warn-retained-wal", "32MiB"), ("--replication-warn-safe-wal-size", "1GiB")];
     let server = Server::serve(&postgres, &flags).await;
     let began = Instant::now();
-    server.says("replication.warn.safe_wal_size").await;
+    server.until_logged("replication.warn.safe_wal_size").await;
     assert!(began.elapsed() < WITHIN, "{:?}", began.elapsed());
 
     // A transaction that stays open holds the slot's restart LSN back, however far it is acknowledged.
     let (open, sql) = (postgres.sql().await, postgres.sql().await);
     open.run("BEGIN; SELECT pg_current_xact_id()").await;
-    assert!(!server.has_said("replication.warn.retained_wal"));
+    assert!(!server.has_logged("replication.warn.retained_wal"));
     sql.run("CREATE TABLE busy AS SELECT n, repeat('x', 500) FROM generate_series(1, 100000) n").await;
     let written = Instant::now();
-    server.says("replication.warn.retained_wal").await;
+    server.until_logged("replication.warn.retained_wal").await;
     assert!(written.elapsed() < WITHIN, "{:?}", written.elapsed());
     open.run("COMMIT").await;
     eventually("it is over", async || {
         sql.run("CHECKPOINT").await;
-        server.has_said("keeps less WAL again")
+        server.has_logged("keeps less WAL again")
     })
     .await;
-    assert_eq!(server.times_said("replication.warn.retained_wal"), 1, "said once");
+    assert_eq!(server.times_logged("replication.warn.retained_wal"), 1, "said once");
     server.serving().await;
 }

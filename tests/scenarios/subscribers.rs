@@ -177,7 +177,7 @@ async fn every_forged_token_gets_its_status() {
     assert!(followed > 50, "too few were accepted to show anything: {followed}");
     sql.insert("t1", "after").await;
     stream.expect(Change::created("after")).await;
-    assert!(!server.has_said("panicked") && !server.has_said("ERROR"));
+    assert!(!server.has_logged("panicked") && !server.has_logged("ERROR"));
 }
 
 /// A position before everything.
@@ -361,7 +361,7 @@ async fn sigterm_does_not_wait_for_unresponsive_clients() {
     assert_eq!(exit.code(), Some(0));
     // The last acknowledgement has a moment of its own, and this machine is busy.
     assert!(took < GRACE + Duration::from_secs(3), "{took:?}");
-    assert!(server.has_said("streams were still open at the end of shutdown.grace_period"));
+    assert!(server.has_logged("streams were still open at the end of shutdown.grace_period"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

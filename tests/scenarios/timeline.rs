@@ -147,10 +147,10 @@ async fn an_old_primary_that_comes_back_is_not_followed() {
     sql.insert("t1", "after").await;
     stream.expect(Change::created("after")).await;
     let tells = "was left behind";
-    assert!(!pair.server.has_said(tells));
+    assert!(!pair.server.has_logged(tells));
 
     pair.standby.stop(StopMode::Fast).await;
-    eventually("the log tells of the old primary", async || pair.server.has_said(tells)).await;
+    eventually("the log tells of the old primary", async || pair.server.has_logged(tells)).await;
     pair.standby.start_again().await;
     pair.standby.sql().await.insert("t1", "end").await;
     stream.expect(Change::created("end")).await;

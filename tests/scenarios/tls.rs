@@ -116,7 +116,7 @@ async fn watch_verifies_the_certificate_of_the_server() {
     ] {
         let mut process = watch(&directory, &server, scheme, flags);
         assert_eq!(process.ended().await.code(), Some(1), "it does not heal");
-        process.complains(says).await;
+        process.until_logged(says).await;
         assert_eq!(process.printed(), [""; 0]);
     }
 }
@@ -127,7 +127,7 @@ async fn an_expired_certificate_is_named() {
     let (directory, server) = serve(&postgres, "expired", false).await;
     let mut process = watch(&directory, &server, "https", &["--ca-cert", "ours.pem"]);
     assert_eq!(process.ended().await.code(), Some(1));
-    process.complains("the server's certificate has expired").await;
+    process.until_logged("the server's certificate has expired").await;
 }
 
 #[tokio::test]
@@ -145,7 +145,7 @@ async fn a_client_ca_makes_client_certificates_mandatory() {
     {
         postgres.sql().await.insert("t1", &process.id().to_string()).await;
         assert_eq!(process.ended().await.code(), Some(1));
-        process.complains("it asks for a certificate that it trusts: see --client-cert").await;
+        process.until_logged("it asks for a certificate that it trusts: see --client-cert").await;
         assert_eq!(process.printed(), [""; 0]);
     }
     // Nobody else is held up by them.

@@ -61,7 +61,7 @@ async fn a_transaction_token_starts_right_after_its_transaction() {
         check(&read_only, &["c", "own3", "d"]).await;
         check(&first, &["d"]).await;
         check(&second, &["d"]).await;
-        server.die_and_return().await;
+        server.kill_and_restart().await;
     }
 }
 
@@ -335,7 +335,7 @@ async fn every_token_inside_a_transaction_gives_the_rest() {
             }
         }
         for node in [&mut server, &mut other, &mut coarse] {
-            node.die_and_return().await;
+            node.kill_and_restart().await;
         }
     }
 }
@@ -366,7 +366,7 @@ async fn tokens_inside_a_staged_transaction_give_the_rest() {
             let rest = server.watch("t1", &whole[n].token).await.up_to(&created("end")).await;
             assert!(changes(&rest) == changes(&whole[n + 1..]), "after message {n}");
         }
-        server.die_and_return().await;
+        server.kill_and_restart().await;
     }
 }
 

@@ -282,7 +282,7 @@ async fn each_of_500_tenants_gets_its_part_of_a_transaction() {
             server.watch(tenant, &tokens[0]).await.expect(created("after")).await;
         }
     }
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     for tenant in tenants.iter().filter(|tenant| tenant.ends_with("00")) {
         server.watch(tenant, &tokens[0]).await.expect(created("after")).await;
     }
@@ -402,10 +402,10 @@ async fn logical_messages_of_others_are_ignored() {
     sql.insert("t1", "own").await;
     let own = sql.value("SELECT tuplewatch.snap_token()").await;
     sql.insert("t1", "last").await;
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     server.watch("t1", &own).await.expect(created("last")).await;
     let all = changes(&server.watch("t1", &token).await.up_to(&created("last")).await);
     expected.push(vec![created("own"), created("last")]);
     assert_eq!(all, expected.concat());
-    assert!(!server.has_said("panicked"));
+    assert!(!server.has_logged("panicked"));
 }

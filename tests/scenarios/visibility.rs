@@ -197,7 +197,7 @@ async fn a_stream_started_after_a_restart_gets_a_commit_that_waited() {
 /// Killed and started again, with everything so far in the change log.
 async fn come_back(server: &mut Server, admin: &Sql) {
     received_everything(admin).await;
-    server.die_and_return().await;
+    server.kill_and_restart().await;
 }
 
 #[tokio::test]

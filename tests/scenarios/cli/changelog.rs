@@ -40,7 +40,7 @@ impl Node {
         let mut command = serve(uri, directory);
         command.args(flags);
         let mut process = Process::start(command);
-        process.comes_to("streaming").await;
+        process.reaches("streaming").await;
         let endpoint = Endpoint::from_shared(format!("http://{}", process.listens("gRPC").await)).unwrap();
         Self { process, endpoint }
     }
@@ -205,7 +205,7 @@ async fn a_damaged_log_is_refused_or_repaired() {
 /// It is refused, or it starts and then either still has everything or says that it has not.
 async fn check_damaged(uri: &str, directory: &Path, token: &str, what: &str) {
     let mut process = Process::start(serve(uri, directory));
-    let said = |process: &Process, text: &str| process.complained().iter().any(|line| line.contains(text));
+    let said = |process: &Process, text: &str| process.logged().iter().any(|line| line.contains(text));
     eventually("it starts or ends", async || said(&process, "streaming") || !process.is_running()).await;
     if !process.is_running() {
         assert_eq!(process.ended().await.code(), Some(1), "{what}");

@@ -33,7 +33,7 @@ async fn works(uri: &str) {
 
 async fn starts(uri: &str, directory: &TempDir) {
     let mut process = Process::start(serve(uri, directory.path()));
-    process.comes_to("streaming").await;
+    process.reaches("streaming").await;
     process.signal("TERM");
     assert_eq!(process.ended().await.code(), Some(0));
 }
@@ -132,12 +132,12 @@ async fn the_printed_remedy_repairs_a_dropped_publication() {
     sql.run("CREATE PUBLICATION tuplewatch FOR TABLE tuplewatch.relation_tuples, tuplewatch.attributes").await;
     let mut process = Process::start(serve(&postgres.uri(), directory.path()));
     if postgres.major() < 18 {
-        process.comes_to("nothing is read from PostgreSQL until this is repaired").await;
-        process.complains("tuplewatch setup --recreate-slot").await;
+        process.reaches("nothing is read from PostgreSQL until this is repaired").await;
+        process.until_logged("tuplewatch setup --recreate-slot").await;
     } else {
         // There the slot goes on, and passes over what was written without a publication.
-        process.complains("subscribers have to read their state anew").await;
-        process.comes_to("streaming").await;
+        process.until_logged("subscribers have to read their state anew").await;
+        process.reaches("streaming").await;
     }
     process.signal("TERM");
     process.ended().await;
@@ -234,7 +234,7 @@ async fn the_limit_of_open_files_is_raised() {
     shell.args(["-c", "ulimit -Sn 512 && ulimit -Hn 700 && exec \"$0\" \"$@\""]);
     shell.arg(serve.as_std().get_program()).args(serve.as_std().get_args());
     let mut process = Process::start(shell);
-    process.comes_to("the limit of open files is 700: no more than 222 connections of gRPC").await;
+    process.reaches("the limit of open files is 700: no more than 222 connections of gRPC").await;
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", process.id())).unwrap();
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     assert_eq!(files.split_whitespace().nth(3), Some("700"), "{files}");

@@ -163,8 +163,8 @@ impl Process {
         self.out.all()
     }
 
-    /// The lines that it logged, or complained with.
-    pub(crate) fn complained(&self) -> Vec<String> {
+    /// The lines of its standard error: the log, or an error.
+    pub(crate) fn logged(&self) -> Vec<String> {
         self.err.all()
     }
 
@@ -174,23 +174,23 @@ impl Process {
         self.printed()
     }
 
-    /// Waits for a complaint with this text.
-    pub(crate) async fn complains(&self, text: &str) {
-        let is_there = async || self.complained().iter().any(|line| line.contains(text));
+    /// Waits until a line of its log contains this text.
+    pub(crate) async fn until_logged(&self, text: &str) {
+        let is_there = async || self.logged().iter().any(|line| line.contains(text));
         eventually(&format!("'{text}' is said"), is_there).await;
     }
 
-    /// Waits for a complaint with this text, unless the process ends before.
-    pub(crate) async fn comes_to(&mut self, text: &str) {
-        self.comes_to_say(text, Self::complained).await;
+    /// Waits until a line of its log contains this text. unless the process ends before.
+    pub(crate) async fn reaches(&mut self, text: &str) {
+        self.reaches_in(text, Self::logged).await;
     }
 
-    /// [`Process::comes_to`] for one on a terminal, where complaints are printed.
-    pub(crate) async fn comes_to_print(&mut self, text: &str) {
-        self.comes_to_say(text, Self::printed).await;
+    /// [`Process::reaches`] on a terminal, where the log is printed.
+    pub(crate) async fn reaches_on_terminal(&mut self, text: &str) {
+        self.reaches_in(text, Self::printed).await;
     }
 
-    async fn comes_to_say(&mut self, text: &str, lines: impl Fn(&Self) -> Vec<String>) {
+    async fn reaches_in(&mut self, text: &str, lines: impl Fn(&Self) -> Vec<String>) {
         let what = format!("'{text}' is said, or the process ends");
         let is_there = |process: &Self| lines(process).iter().any(|line| line.contains(text));
         eventually(&what, async || is_there(self) || !self.is_running()).await;
@@ -231,8 +231,8 @@ impl Process {
     /// Waits until it listens for a protocol, gRPC or HTTP; where.
     pub(crate) async fn listens(&self, protocol: &str) -> SocketAddr {
         let listening = format!("{protocol} is listening");
-        self.complains(&listening).await;
-        let line = self.complained().into_iter().find(|line| line.contains(&listening)).unwrap();
+        self.until_logged(&listening).await;
+        let line = self.logged().into_iter().find(|line| line.contains(&listening)).unwrap();
         address_in(&line)
     }
 }
@@ -240,8 +240,8 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let (out, err) = (self.printed().join("\n"), self.complained().join("\n"));
-            eprintln!("process {:?} printed:\n{out}\nand complained:\n{err}", self.child.id());
+            let (out, err) = (self.printed().join("\n"), self.logged().join("\n"));
+            eprintln!("process {:?} printed:\n{out}\nand logged:\n{err}", self.child.id());
         }
     }
 }

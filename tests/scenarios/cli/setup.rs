@@ -129,7 +129,7 @@ async fn setup_and_teardown_explain_their_failures() {
     command.args(["setup", "--database-uri", &uri]);
     let mut setup = Process::start(command);
     let pid = holder.value("SELECT pg_backend_pid()").await;
-    setup.complains(&pid).await;
+    setup.until_logged(&pid).await;
     // Not INT, which a shell has ignored by what it starts in the background.
     setup.signal("TERM");
     setup.ended().await;

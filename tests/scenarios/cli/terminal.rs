@@ -48,7 +48,7 @@ async fn only_terminals_get_colours() {
         runs.map(|(what, command, is_colored, is_terminal)| (what, Process::start(command), is_colored, is_terminal));
     for (what, process, ..) in &runs {
         // On a terminal both streams are one.
-        let said = || [process.printed(), process.complained()].concat();
+        let said = || [process.printed(), process.logged()].concat();
         let has_begun = async || said().iter().any(|line| line.contains("watching tenant t1 on "));
         eventually(&format!("the watch into {what} has begun"), has_begun).await;
     }
@@ -82,8 +82,8 @@ async fn serve_runs_on_a_terminal_until_ctrl_c_is_typed() {
     let mut command = serve(&postgres.uri(), directory.path());
     command.args(["--color", "never"]);
     let mut process = Process::start(on_terminal(&command));
-    process.comes_to_print("streaming").await;
-    process.comes_to_print("gRPC is listening").await;
+    process.reaches_on_terminal("streaming").await;
+    process.reaches_on_terminal("gRPC is listening").await;
     let printed = process.printed();
     let address = address_in(printed.iter().find(|line| line.contains("gRPC is listening")).unwrap());
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();

@@ -30,7 +30,7 @@ async fn each_change_is_printed_on_a_line() {
     let (text, lines) =
         (watch(&url(&server), &["--tenant", "t1"]), watch(&url(&server), &["--tenant", "t1", "--output", "json"]));
     for process in [&text, &lines] {
-        process.complains(&format!("watching tenant t1 on {} from now; Ctrl-C ends", url(&server))).await;
+        process.until_logged(&format!("watching tenant t1 on {} from now; Ctrl-C ends", url(&server))).await;
     }
     sql.run(
         "BEGIN; INSERT INTO tuplewatch.relation_tuples VALUES ('t1', 'doc', '1', 'viewer', 'team', 'a', 'member');
@@ -78,12 +78,12 @@ async fn each_change_is_printed_on_a_line() {
     let token = transaction["changes"]["snap_token"].as_str().unwrap();
     let resumed = watch(&url(&server), &["--tenant", "t1", "--snap-token", token]);
     assert!(resumed.prints(1).await[0].ends_with(" + document:last#viewer@user:u"));
-    resumed.complains(&format!(" from token …{}; Ctrl-C ends", &token[token.len() - 10..])).await;
+    resumed.until_logged(&format!(" from token …{}; Ctrl-C ends", &token[token.len() - 10..])).await;
     for mut process in [resumed, text, lines] {
         process.signal("INT");
         assert_eq!(process.ended().await.code(), Some(0));
-        process.complains("what comes after this:").await;
-        assert_eq!(process.complained().len(), 3, "where it began, and how to go on");
+        process.until_logged("what comes after this:").await;
+        assert_eq!(process.logged().len(), 3, "where it began, and how to go on");
     }
 }
 
@@ -102,15 +102,15 @@ async fn watch_ends_with_the_command_that_resumes_it() {
     let last_words = async |mut process: Process| {
         process.signal("INT");
         process.ended().await;
-        process.complains("--snap-token").await;
-        process.complained().last().unwrap().trim().to_owned()
+        process.until_logged("--snap-token").await;
+        process.logged().last().unwrap().trim().to_owned()
     };
     let watch = start();
-    watch.complains("watching tenant t1").await;
+    watch.until_logged("watching tenant t1").await;
     // Nothing has come yet: the command resumes from where it began.
     let before_all = last_words(watch).await;
     let watch = start();
-    watch.complains("watching tenant t1").await;
+    watch.until_logged("watching tenant t1").await;
     sql.insert("t1", "a").await;
     watch.prints(1).await;
     let after_a = last_words(watch).await;
@@ -194,24 +194,24 @@ async fn watch_ends_on_a_refusal_and_waits_for_an_absent_server() {
     // A server that comes and goes.
     server.kill_9().await;
     let mut patient = watch(&address, &["--tenant", "t1"]);
-    patient.complains(": Connection refused; reconnecting in 0.1 s, then at least every 5 s").await;
-    patient.complains(&address.trim_end_matches('/')["http://".len()..]).await;
+    patient.until_logged(": Connection refused; reconnecting in 0.1 s, then at least every 5 s").await;
+    patient.until_logged(&address.trim_end_matches('/')["http://".len()..]).await;
     server.start().await;
-    patient.complains("watching tenant t1 on ").await;
-    assert_eq!(patient.complained().len(), 2, "once, however often it was tried");
+    patient.until_logged("watching tenant t1 on ").await;
+    assert_eq!(patient.logged().len(), 2, "once, however often it was tried");
 
     // From here on nothing is lost, although nothing has come yet.
     let sql = postgres.sql().await;
     server.kill_9().await;
-    patient.complains("; reconnecting").await;
+    patient.until_logged("; reconnecting").await;
     sql.insert("t1", "a").await;
     server.start().await;
-    patient.complains("connected again, resuming after token …").await;
+    patient.until_logged("connected again, resuming after token …").await;
     assert!(patient.prints(1).await[0].ends_with("+ document:a#viewer@user:u"));
     sql.run("TRUNCATE tuplewatch.relation_tuples").await;
-    patient.complains("GAP: the history of tenant t1 is not continuous").await;
-    patient.complains(". Changes are missing here; resuming after token …").await;
-    assert!(!patient.complained().iter().any(|line| line.contains("next_snap_token")), "that is for programs");
+    patient.until_logged("GAP: the history of tenant t1 is not continuous").await;
+    patient.until_logged(". Changes are missing here; resuming after token …").await;
+    assert!(!patient.logged().iter().any(|line| line.contains("next_snap_token")), "that is for programs");
     sql.insert("t1", "b").await;
     assert!(patient.prints(2).await[1].ends_with("+ document:b#viewer@user:u"));
     patient.signal("INT");
@@ -279,19 +279,19 @@ async fn watch_ends_if_disabled_and_waits_for_a_free_place() {
     let address = url(&server);
     let stream = server.watch("t1", "").await;
     let waiting = watch(&address, &["--tenant", "t1"]);
-    waiting.complains("as many streams as it may (service.watch.subscribers_max); reconnecting in 1 s").await;
+    waiting.until_logged("as many streams as it may (service.watch.subscribers_max); reconnecting in 1 s").await;
     drop(stream);
-    waiting.complains("watching tenant t1 on ").await;
+    waiting.until_logged("watching tenant t1 on ").await;
 
     server.terminate().await;
     server.ended().await;
-    waiting.complains("; reconnecting in ").await;
+    waiting.until_logged("; reconnecting in ").await;
     server.set("--service-watch-enabled", "false");
     server.start().await;
     let mut waiting = waiting;
     assert_eq!(waiting.ended().await.code(), Some(1));
-    waiting.complains("the server refused: Watch is disabled in this server's configuration").await;
-    assert!(waiting.complained().iter().all(|line| is_plain(line)));
+    waiting.until_logged("the server refused: Watch is disabled in this server's configuration").await;
+    assert!(waiting.logged().iter().all(|line| is_plain(line)));
 }
 
 #[tokio::test]

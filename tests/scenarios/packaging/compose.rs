@@ -90,7 +90,7 @@ async fn the_compose_file_delivers_a_tuple() {
     node.delivers(&database, "d1").await;
     assert_eq!(node.check_health(&compose.image.healthcheck()).await.succeeded(), "alive\n");
     // Nothing was wrong with the server, nor worth a warning.
-    let complaints = node.process.complained();
+    let complaints = node.process.logged();
     assert!(!complaints.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{complaints:?}");
     may_only_read(&database, &compose.recipe("tuplewatch")).await;
 
