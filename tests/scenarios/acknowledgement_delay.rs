@@ -1,4 +1,4 @@
-//! A node that lost its disk: what its slot was not told of comes again, and whoever has a token from that time goes on.
+//! A node that lost its disk gets the unacknowledged changes again, and tokens from that time resume.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

@@ -1,4 +1,4 @@
-//! Who gets in: keys, JWTs of an issuer that comes and goes, and what needs neither.
+//! Authentication: keys, JWTs of an issuer that comes and goes, and exemptions.
 
 mod http;
 

@@ -1,7 +1,7 @@
-//! Being behind and catching up, again and again, over each kind of connection.
+//! Repeated backlogs over each kind of connection.
 //!
-//! While it is behind, tuplewatch lets bytes gather in the socket before it is woken. What ends a backlog does not fill the socket: it
-//! must come all the same, and not with whatever is written next.
+//! During a backlog, tuplewatch lets data gather in the socket before it wakes up. The last data of a backlog does not fill the socket. It
+//! must still arrive immediately, not with the next write.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

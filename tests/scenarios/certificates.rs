@@ -1,5 +1,5 @@
-//! Certificates that people make for themselves: what psql and curl take, both connections to PostgreSQL and the clients of
-//! the command line take; and what they do not take, they say how to make instead.
+//! Self-made certificates. Both connections to PostgreSQL and the clients of the command line accept those that psql and curl accept. A
+//! refusal says how to make a valid one.
 
 use super::cli::process::{program, run, tuplewatch};
 use crate::support::postgres::Postgres;

@@ -1,4 +1,4 @@
-//! `base.v1.Data`: writes, deletes, reads, and what they refuse.
+//! `base.v1.Data`: writes, deletes, reads, and refusals.
 
 mod collisions;
 mod freshness;

@@ -1,4 +1,4 @@
-//! `dev` and `watch` as a new user meets them: two terminals, Ctrl-C, and whatever goes wrong on a laptop.
+//! `dev` and `watch` as a new user runs them, in two terminals, with Ctrl-C and common accidents.
 
 use super::cli::process::{CTRL_C, PG_BIN, Process, on_terminal, program, run, signal};
 use super::cli::setup::psql;

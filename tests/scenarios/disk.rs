@@ -1,8 +1,8 @@
 //! The disk of the change log fills up (hazard 20).
 //!
-//! The log is a copy, and the disk is often somebody else's too. So history is given up before the disk is full, the oldest
-//! first; and where none is left to give up, the slot is let go of: a walsender that waits for an acknowledgement which
-//! cannot come would hold up every shutdown of PostgreSQL. The WAL that PostgreSQL keeps meanwhile is what nothing is lost by.
+//! The log is a copy, and others often use the same disk. So the oldest history is dropped before the disk is full. If none is left to
+//! drop, the session releases the slot, because a walsender that waits for an impossible acknowledgement would delay every shutdown of
+//! PostgreSQL. Nothing is lost, because PostgreSQL keeps the WAL meanwhile.
 
 use crate::support::change::Change;
 use crate::support::disk::Disk;

@@ -1,5 +1,4 @@
-//! `doctor` against servers that are broken on purpose: it names the cause and nothing else, and its fix, applied as it is
-//! given, works.
+//! `doctor` against servers that are broken on purpose. It names the cause and nothing else, and its fix works unchanged.
 
 mod change_log;
 mod connection;

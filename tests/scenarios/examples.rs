@@ -1,4 +1,4 @@
-//! The clients of `examples/`: whoever starts from one of them loses nothing.
+//! The clients of `examples/` lose nothing.
 
 use super::cli::process::Process;
 use crate::support::foreign;

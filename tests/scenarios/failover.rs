@@ -1,7 +1,7 @@
-//! Hazards 14 and 16, under load: a standby is promoted while everybody writes and reads. What is on the new history goes on, with
-//! nothing lost and nothing twice; what is not was never so, and whoever had it is told exactly that.
+//! Hazards 14 and 16 under load: a standby is promoted during writes and reads. Changes on the new history are delivered, none lost and
+//! none repeated. Changes that are not on it never happened, and exactly the subscribers that got them are informed.
 //!
-//! [`crate::support::oracle`] compares; `timeline` has each case by itself.
+//! [`crate::support::oracle`] compares. `timeline` has each case by itself.
 
 use crate::support::faults::Fault;
 use crate::support::oracle::{Load, Oracle, Round};

@@ -1,9 +1,8 @@
-//! The two ends must know of each other that they live, also while one of them has nothing to say or no time to listen.
+//! PostgreSQL and tuplewatch must know that the other one lives, even while one of them has nothing to send or no time to read.
 //!
-//! PostgreSQL ends a session that it has not heard from for `wal_sender_timeout`, and sends everything unacknowledged again
-//! to the next one: a consumer that is merely slow would never get any further. The other way round a connection that dies
-//! without a word looks like one on which nothing happens. tuplewatch asks for 20 s; here a proxy makes 2 s of it, so that
-//! what takes long need not take minutes.
+//! PostgreSQL ends a session after `wal_sender_timeout` without a message, and sends everything unacknowledged again to the next one. So
+//! a slow consumer could never make progress. In the other direction, a silently lost connection looks like an idle one. tuplewatch sets
+//! the timeout to 20 s. Here a proxy changes it to 2 s, so that the tests do not take minutes.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

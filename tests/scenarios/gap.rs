@@ -1,6 +1,6 @@
-//! A gap ends when it is over. PostgreSQL decides row by row what it sends, and sends a transaction when it commits: one that wrote
-//! while a table was not published, and commits long after the table is published again, comes without these rows. So a gap that ended
-//! at once would hide them for ever.
+//! The end of a gap. PostgreSQL decides for each row whether to send it, and sends a transaction when it commits. A transaction that
+//! wrote while a table was not published, and commits long after the table is published again, arrives without these rows. So a gap that
+//! ended with the repair would hide them for ever.
 
 use crate::support::change::Change;
 use crate::support::postgres::{Postgres, major};

@@ -1,5 +1,5 @@
-//! Health is delivery (hazard 50): a node that cannot release what it has, or start a stream, says so everywhere, and why; and is ready
-//! again by itself when it can.
+//! Health means delivery (hazard 50). A node that cannot release changes or start streams reports that everywhere, with the reason, and
+//! becomes ready by itself when it can.
 
 mod probes;
 

@@ -1,4 +1,4 @@
-//! Watch over HTTP: JSON lines, and a browser's EventSource.
+//! Watch over HTTP: JSON lines, and the `EventSource` of a browser.
 
 mod names;
 mod python_client;

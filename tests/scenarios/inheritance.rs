@@ -1,4 +1,4 @@
-//! Rows of a table that inherits from a watched one are in its SELECT, and never in its stream.
+//! Rows of a table that inherits from a watched table: SELECT returns them, and the stream never does.
 
 use crate::support::api::Api;
 use crate::support::change::Change;

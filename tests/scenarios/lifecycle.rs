@@ -1,4 +1,4 @@
-//! Starting, stopping, and what the other side does meanwhile: restarts.
+//! Starts, stops, and restarts of PostgreSQL.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

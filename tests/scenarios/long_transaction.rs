@@ -1,4 +1,4 @@
-//! An open write transaction, of this database or another one, delays nobody.
+//! An open write transaction, of this database or another one, delays no delivery.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

@@ -1,6 +1,6 @@
-//! Memory stays bounded (hazards 28, 29 and 36 at once), and the largest transaction is resumable in its middle.
+//! Memory stays bounded (hazards 28, 29 and 36 together), and the largest transaction can be resumed in its middle.
 //!
-//! The server is a process of its own, so what the kernel says of it is about nothing else.
+//! The server is a separate process, so the kernel's figures are about it alone.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

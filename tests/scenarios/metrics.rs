@@ -1,4 +1,4 @@
-//! What is measured, what is called ready, and what an alert is about.
+//! Metrics, readiness, and alerts.
 
 use crate::support::api::{Api, tuple};
 use crate::support::change::Change;

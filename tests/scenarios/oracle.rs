@@ -1,4 +1,4 @@
-//! [`crate::support::oracle`], with a fault of each kind in turn. `benches/soak.rs` has all of them at once, for hours.
+//! [`crate::support::oracle`] with each kind of fault. `benches/soak.rs` has all of them together, for hours.
 
 use crate::support::faults::Fault::{self, Crash, CrashBoth, Kill, KillOneOfTwo, Unpublish};
 use crate::support::faults::World;

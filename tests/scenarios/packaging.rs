@@ -1,8 +1,8 @@
-//! What `docker/` says, without an engine: the commands and environments in its files are taken out of them and run against a
-//! PostgreSQL with the settings and roles that stand there, too.
+//! The files in `docker/`, without a container engine. Their commands and environments run against a PostgreSQL with the settings and
+//! roles of the same files.
 //!
-//! What is other than there: addresses (a free port of this machine), directories (a temporary one), and the program, which is
-//! the one under test. A flag, a key or a variable that the program does not know fails the test of the file that names it.
+//! Only addresses (a free port), directories (temporary ones), and the program (the one under test) differ. A flag, a key or a variable
+//! that the program does not know fails the test of the file that contains it.
 
 mod compose;
 mod image;

@@ -1,5 +1,5 @@
-//! Partitions come and go. A new one that was created as a partition is an everyday rotation, and ends no stream; one that may
-//! have brought rows along is a gap.
+//! Partitions come and go. A table that was created as a partition is a normal rotation, and ends no stream. A partition that may have
+//! brought rows with it is a gap.
 
 use super::publication::create_partitioned;
 use super::schema::verified_again;

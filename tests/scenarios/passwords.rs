@@ -1,7 +1,7 @@
-//! Passwords that are more than ASCII: both connections log on wherever psql does.
+//! Passwords beyond ASCII: both connections log on whenever psql does.
 //!
-//! For SCRAM, PostgreSQL and libpq bring text into a prepared form and take the bytes as they are where that is not possible; for
-//! md5 and password they always take the bytes. The role is given its password as psql's `\password` or `ALTER ROLE` gives it.
+//! For SCRAM, PostgreSQL and libpq normalize a password, and use its bytes unchanged if that is not possible. For md5 and password they
+//! always use the bytes. The role gets its password as `ALTER ROLE` or psql's `\password` sets it.
 
 use super::cli::process::{Process, program, run};
 use crate::support::postgres::Postgres;

@@ -1,4 +1,4 @@
-//! Over Permify's own tables, written with what Permify itself runs: everything comes, including what Permify's Watch misses.
+//! Permify's own tables, written with Permify's own statements. Every change is delivered, including those that Permify's Watch misses.
 
 use crate::support::change::Change;
 use crate::support::permify::{

@@ -1,8 +1,8 @@
-//! Who knows how far we are: the slot, the change log and the WAL do not always agree.
+//! The slot, the change log and the WAL do not always agree on the position.
 //!
-//! The slot may lag behind what it was told (PostgreSQL writes its position down at checkpoints only), and must lag behind
-//! what is not whole yet. The WAL may end before what the log has, on the same timeline, when a storage is rolled back; then
-//! PostgreSQL accepts a start past its end and silently leaves out what is written next.
+//! The slot may be behind its acknowledgements, because PostgreSQL saves its position only at checkpoints, and must be behind incomplete
+//! transactions. When storage is rolled back, the WAL may end before the log on the same timeline. PostgreSQL then accepts a start past
+//! its end, and silently skips the changes that are written next.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

@@ -1,6 +1,6 @@
-//! What is published changes at run time, and nothing in the stream says so: a table is taken out and put in again, a row
-//! filter hides rows, a partition goes. PostgreSQL then sends less than there is, and whoever trusts the stream is wrong
-//! for ever. So each of these is noticed, is a gap for every subscriber, and an error for as long as something is hidden.
+//! The publication changes at run time, and the stream does not show it: a table is removed and added again, a row filter hides rows, a
+//! partition goes. PostgreSQL then sends less than is written. So each of these is noticed, is a gap for every subscriber, and is an error
+//! for as long as rows are hidden.
 
 use crate::support::interruption::{Interruption, Lasting, Remedy, side_by_side};
 use crate::support::postgres::{Postgres, major};

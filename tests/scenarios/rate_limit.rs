@@ -1,4 +1,4 @@
-//! More requests than the process takes.
+//! More requests than `server.rate_limit` allows.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

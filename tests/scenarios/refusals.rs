@@ -1,4 +1,4 @@
-//! A server, or something in between, that does not take us: what is said names the cause and what to do.
+//! Refusals of a server, or of a pooler in front of it. The message names the cause and the remedy.
 
 use super::cli::prerequisites::serve;
 use super::cli::process::{Process, run, tuplewatch};

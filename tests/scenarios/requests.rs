@@ -1,5 +1,5 @@
-//! Requests with anything in any of their fields, through gRPC and HTTP: each is answered, or refused for what is wrong with it.
-//! None is an internal error, and none ends the server.
+//! Random values in every field of a request, over gRPC and HTTP. Each request is answered, or refused with its mistake. None is an
+//! internal error, and none ends the server.
 
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;

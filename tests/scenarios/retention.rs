@@ -1,7 +1,7 @@
-//! What retention drops, and for whom (hazard 41).
+//! Retention, for busy and quiet tenants (hazard 41).
 //!
-//! A log for many tenants is filled by the busy ones. A tenant whose last change was long ago has missed nothing, and resumes
-//! however much of the others' history has gone; "too old" is said only of changes that there were.
+//! Busy tenants fill the log. A tenant without recent changes has missed nothing, and resumes however much history of the others is
+//! dropped. A token is too old only if changes of its tenant were dropped.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

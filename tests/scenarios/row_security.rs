@@ -1,5 +1,5 @@
-//! Row level security filters what is asked by SQL, and not what is streamed: tenants would not be found, reads be short, and
-//! deletions leave rows.
+//! Row level security applies to SQL and not to the stream. Tenants would not be found, reads would be incomplete, and deletions would
+//! leave rows.
 
 use crate::support::api::Api;
 use crate::support::change::Change;

@@ -1,9 +1,9 @@
-//! Rows: large values that PostgreSQL does not send again, updates of every kind, odd texts, texts of other encodings, rows
-//! that cannot be read, and TRUNCATE.
+//! Rows: large values that PostgreSQL does not send again, all kinds of updates, unusual texts and encodings, undecodable rows, and
+//! TRUNCATE.
 //!
-//! What pgoutput says of a row depends on the replica identity, on TOAST and on the encoding of the database. Whatever it
-//! leaves out must come from elsewhere or be a gap: a subscriber that is told an empty value, a wrong one or nothing
-//! caches a permission that nobody gave. And one bad row must not cost anybody but its tenant.
+//! The contents of a row in pgoutput depend on the replica identity, on TOAST and on the encoding of the database. A value that is not
+//! sent must come from elsewhere or be a gap: a subscriber with an empty or wrong value would cache a permission that does not exist. And
+//! one bad row must affect only its tenant.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

@@ -1,6 +1,6 @@
-//! Watched tables change their shape while tuplewatch runs: columns come, go, move and get other names and types, tables are
-//! renamed, dropped, partitioned. Columns are found by name, so most of it changes nothing; what makes rows unreadable or sends
-//! them elsewhere is told. No value ever ends up in the place of another.
+//! Watched tables change while tuplewatch runs: columns are added, dropped, moved, renamed and retyped, tables are renamed, dropped,
+//! partitioned. Columns are found by name, so most of this changes nothing. A change that makes rows unreadable, or moves them
+//! elsewhere, is reported. No value ever takes the place of another.
 
 use super::publication::create_partitioned;
 use crate::support::change::Change;

@@ -1,8 +1,8 @@
-//! Defaults of a role, a database or the server that are not PostgreSQL's own: values are streamed as an ordinary session
-//! shows them, sessions are not ended, and nobody else is acted for.
+//! Defaults of a role, a database or the server that differ from PostgreSQL's own. Values are still streamed in the usual format, no
+//! session ends, and no other role is assumed.
 //!
-//! PostgreSQL writes values in the form that the settings of the session ask for, in the walsender too, and takes a new default
-//! of the server over while it streams.
+//! PostgreSQL formats values by the settings of the session, in the walsender too, and applies a new default of the server while it
+//! streams.
 
 use super::cli::process::{program, run, tuplewatch};
 use crate::support::api::Api;

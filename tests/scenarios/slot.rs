@@ -1,10 +1,9 @@
-//! The slot is not as it was left: moved on, recreated, invalidated, dropped, or in somebody else's hands.
+//! The slot has changed: it was moved, recreated, invalidated or dropped, or another program holds it.
 //!
-//! PostgreSQL says nothing of the first two. START_REPLICATION from before the slot's position starts at that position,
-//! silently, and what was committed in between is never sent: caches that were fed from it stay wrong for ever. So they must
-//! become gaps, for everybody, whenever they come back. A slot that is lost is an error that somebody has to repair; asking
-//! for it again and again does not help. And only one may read it: who waits for it must neither push away another, nor wait
-//! for what an earlier process of its own has left behind.
+//! PostgreSQL does not report the first two. START_REPLICATION from before the slot's position silently starts at that position, and
+//! skips the transactions in between. So they must become gaps for every tenant. A lost slot is an error that somebody has to repair, and
+//! retries do not help. Only one program may read a slot: a node that waits for it must not push another one away, and must not wait for
+//! a walsender of its own dead process.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

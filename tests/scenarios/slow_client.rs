@@ -1,8 +1,7 @@
-//! A client that leaves streams unread beside one that it reads, on one connection.
+//! A client that reads one stream of a connection, and leaves others unread.
 //!
-//! Clients built on h2 (tonic's among them) charge every unread DATA frame of under 256 bytes against a budget of half the
-//! connection's window, and give up the whole connection where it is spent. So what a stream that nobody reads is sent must
-//! come in few, larger frames.
+//! Clients built on h2 (tonic's among them) charge every unread DATA frame of less than 256 bytes against a budget of half the
+//! connection's window, and close the connection when it is used up. So an unread stream must be sent few, larger frames.
 
 use crate::support::postgres::Postgres;
 use crate::support::raw_watch::{Connection, RawStream, Windows, changes, decimal, entity_id, is_too_many_frames};

@@ -1,7 +1,6 @@
-//! Subscribers that are slow, many, gone, or have strange tokens (hazards 35 to 40).
+//! Subscribers that are slow, many, gone, or have unusual tokens (hazards 35 to 40).
 //!
-//! A subscriber is somebody else's program. Whatever one of them does, the others get their changes, the slot is read on, and
-//! what it held is given back.
+//! A subscriber is a foreign program. Whatever it does, the others get their changes, the slot is read, and its resources are freed.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

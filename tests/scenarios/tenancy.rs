@@ -1,4 +1,4 @@
-//! `base.v1.Tenancy`: tenants come and go, and what is theirs with them.
+//! `base.v1.Tenancy`: the creation and deletion of tenants and their data.
 
 use crate::support::api::{Api, fields, fresh, refusal};
 use crate::support::change::Change;

@@ -1,10 +1,9 @@
-//! Hazard 16: the server goes on along another timeline: a standby was promoted, or a backup was recovered to a point in time. What
-//! the old timeline wrote past the switch never happened on the new one. So it is cut from the log, streams that passed it
-//! end, and its tokens are refused for ever, also when the new timeline has written further than they point; and everything
-//! from before goes on.
+//! Hazard 16: the server continues on another timeline, because a standby was promoted or a backup was recovered to a point in time.
+//! Changes of the old timeline after the switch never happened on the new one. They are cut from the log, streams that passed the switch
+//! end, and tokens from after it are refused for ever, even when the new timeline is longer. Everything from before the switch continues.
 //!
-//! Standbys are copies of a stopped primary, with its replication slots; a base backup has none, and neither have the copies
-//! that are recovered here.
+//! Standbys are copies of a stopped primary with its replication slots. A base backup has no slots, and neither have the copies that are
+//! recovered here.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

@@ -1,4 +1,4 @@
-//! Commit timestamps tie, and run against the order of commits. Nothing is lost for it.
+//! Commit timestamps can be equal, or contradict the commit order. No change is lost because of that.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

@@ -1,4 +1,4 @@
-//! Certificates of the server and of its clients, good ones and others, as `watch` and clients of HTTP meet them.
+//! Certificates of the server and of its clients, valid and invalid ones, with `watch` and with clients of HTTP.
 
 use super::cli::process::{Process, program};
 use crate::support::http::Lines;

@@ -1,4 +1,4 @@
-//! Snap tokens: from SQL, from streams, from elsewhere, and broken ones.
+//! Snap tokens from SQL, from streams, and from elsewhere, and invalid ones.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

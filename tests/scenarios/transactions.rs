@@ -1,8 +1,8 @@
-//! Transactions of every kind: what is rolled back is never told, what commits is told whole, in the order in which it was
-//! executed, and transactions come in the order of their commits, however many of them were open at the same time.
+//! Transactions of every kind. A rolled-back one is never delivered. A committed one is delivered completely, in the order of execution,
+//! and transactions arrive in commit order, however many of them were open at the same time.
 //!
-//! A subscriber who applies one change too many, or two in the wrong order, keeps a permission that was taken away. What a
-//! transaction says beside its rows (logical messages, its own or of other programs) must not get in the way either.
+//! A subscriber that applies one change too many, or two in the wrong order, keeps a permission that was revoked. Logical messages of any
+//! program must not disturb the order either.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

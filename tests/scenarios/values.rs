@@ -1,6 +1,5 @@
-//! Values change, and no row event says so: a table is rewritten, an enum label gets another name, a composite type another
-//! attribute. Whoever was told the old values would keep them for ever, so each is a gap. What looks alike and changes no
-//! value ends no stream.
+//! Values change without a row event: a table is rewritten, an enum label is renamed, a composite type gets another attribute. Subscribers
+//! would keep the old values for ever, so each of these is a gap. A similar change that keeps all values ends no stream.
 
 use super::schema::verified_again;
 use crate::support::change::Change;

@@ -1,7 +1,6 @@
-//! Seen means readable: a change that a subscriber gets is there for the SELECT that it then makes.
+//! A delivered change is already visible to SELECT.
 //!
-//! PostgreSQL streams a commit before it is visible: a moment before, or, where it waits for a synchronous standby, for as long
-//! as that takes.
+//! PostgreSQL streams a commit before it is visible: for a moment, or for as long as it waits for a synchronous standby.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

@@ -1,8 +1,8 @@
-//! Transaction ids and LSNs at the ends of their ranges, and ids that are used twice.
+//! Transaction ids and LSNs at the ends of their ranges, and reused ids.
 //!
-//! pgoutput carries 32 bits of a transaction id of 64. What is visible, and what became of the transaction of a token, is
-//! asked of PostgreSQL by the whole id: one that was widened wrongly would never be visible, and hold up everything behind
-//! it. And not even the whole id is unique: a transaction that a crash took from the WAL leaves its id to another.
+//! pgoutput carries 32 of the 64 bits of a transaction id. PostgreSQL is asked about visible transactions, and about the transaction of a
+//! token, by the full id. A wrongly widened id would never be visible, and would block all later transactions. Not even the full id is
+//! unique: a transaction that is lost in a crash leaves its id to another one.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

@@ -86,9 +86,9 @@ pub(crate) struct Round {
     /// Summed over the subscribers.
     pub(crate) changes_compared: usize,
     pub(crate) returns: u64,
-    /// Returns that were refused because the change log got dropped the next changes.
+    /// Returns that were refused because the change log had dropped the next changes.
     pub(crate) refusals: u64,
-    /// Messages that subscribers got to take back.
+    /// Messages that subscribers had to take back.
     pub(crate) abandoned: u64,
     /// Changes that subscribers did not get because they lie in a reported gap.
     pub(crate) missed: usize,

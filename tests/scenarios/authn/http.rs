@@ -1,4 +1,4 @@
-//! The same credentials on HTTP: who gets in, what the others are told, and when a stream ends.
+//! Authentication over HTTP: access, refusals, and the end of a stream.
 
 use super::{CLAIMS, INVALID, MISSING, is_sentence, serve};
 use crate::support::http::{EventSource, Lines, Seen, reason};

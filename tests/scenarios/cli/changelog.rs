@@ -1,4 +1,4 @@
-//! Directories that are no log of ours: refused, untouched, and the log that was meant goes on.
+//! Directories without the log of this node are refused and left unchanged, and the right log continues.
 
 use super::prerequisites::serve;
 use super::process::{Process, run, tuplewatch};

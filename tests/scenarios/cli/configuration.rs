@@ -1,4 +1,4 @@
-//! Flags, environment and file: every mistake ends with 2, and names what to correct.
+//! Flags, environment and file: every mistake ends with 2, and names the correction.
 
 use super::process::{program, run, tuplewatch};
 use std::ffi::OsStr;

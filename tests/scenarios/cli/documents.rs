@@ -1,4 +1,4 @@
-//! What the documents have people type is what the program takes.
+//! The program accepts the commands in the documents.
 
 use super::process::tuplewatch;
 use std::collections::{BTreeMap, BTreeSet};

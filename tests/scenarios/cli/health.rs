@@ -1,4 +1,4 @@
-//! `tuplewatch health`: what containers and scripts ask.
+//! `tuplewatch health`, for containers and scripts.
 
 use super::process::{Ran, tuplewatch};
 use crate::support::port::free_address;

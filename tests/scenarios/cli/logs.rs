@@ -1,4 +1,4 @@
-//! `logger.format: json`: every line of the standard error is JSON, to the last one.
+//! `logger.format: json`: every line of the standard error is JSON, up to the last one.
 
 use super::process::{Ran, program, run};
 use crate::support::postgres::Postgres;

@@ -1,4 +1,4 @@
-//! `mapping.file`: somebody's own tables.
+//! `mapping.file`: custom tables.
 
 use super::process::{program, run, tuplewatch};
 use crate::support::change::Change;

@@ -1,4 +1,4 @@
-//! What is in the way of `setup`: all of it is said at once, with what repairs it, and nothing is changed.
+//! Obstacles to `setup` are reported all at once, with their remedies, and nothing is changed.
 
 use super::process::{Ran, program, run, tuplewatch};
 use super::setup::things;

@@ -1,4 +1,4 @@
-//! What `serve` refuses to start without, and that what it says repairs it.
+//! `serve` refuses to start without its prerequisites, and the remedies that it prints work.
 
 use super::process::{Process, Ran, program, run, tuplewatch};
 use crate::support::postgres::Postgres;

@@ -1,4 +1,4 @@
-//! The program, run to its end or in the background.
+//! Runs the program to its end or in the background.
 
 use crate::support::wait::{eventually, within};
 use std::net::{Ipv4Addr, SocketAddr};

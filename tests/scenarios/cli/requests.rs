@@ -1,4 +1,4 @@
-//! Requests that no client library would send. Each has its status, and the neighbours notice nothing.
+//! Requests that no client library would send. Each gets its status, and other streams are not affected.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;

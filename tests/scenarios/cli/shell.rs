@@ -1,4 +1,4 @@
-//! What a shell gets: completions; and what a person asks for: help.
+//! Shell completions and help.
 
 use super::process::{Ran, run, tuplewatch};
 use std::path::Path;

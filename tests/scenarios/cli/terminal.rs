@@ -1,4 +1,4 @@
-//! What is different on a terminal: colours and layout, and that Ctrl-C ends a program.
+//! Behaviour on a terminal: colours, layout, and Ctrl-C.
 
 use super::prerequisites::serve;
 use super::process::{CTRL_C, Process, address_in, on_terminal, program};

@@ -1,4 +1,4 @@
-//! Writers that meet: deadlocks, serialization failures, locks, and many at once.
+//! Concurrent writers: deadlocks, serialization failures, locks, and contention.
 
 use super::{Api, refusal, subjects};
 use crate::support::change::Change;

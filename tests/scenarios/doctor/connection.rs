@@ -1,4 +1,4 @@
-//! Servers that cannot be asked: one diagnostic, and the change log is looked at all the same.
+//! Servers that cannot be queried give one diagnostic, and the change log is still examined.
 
 use super::Patient;
 use crate::support::postgres::Postgres;

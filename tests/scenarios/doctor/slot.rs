@@ -1,4 +1,4 @@
-//! The slot: lost, taken, behind, and held back.
+//! The slot: lost, held by others, behind, or delayed by a transaction.
 
 use super::{Diagnostic, Patient, stops};
 use crate::support::postgres::Postgres;

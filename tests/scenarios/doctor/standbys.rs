@@ -1,4 +1,4 @@
-//! Slots that survive a promotion, from version 17 on: and what they wait for.
+//! Failover slots (from version 17 on), and the standbys that they wait for.
 
 use super::Patient;
 use crate::scenarios::cli::setup::psql;

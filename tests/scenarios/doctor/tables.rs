@@ -1,4 +1,4 @@
-//! The publication, and the tables that are mapped.
+//! The publication and the mapped tables.
 
 use super::Patient;
 use crate::support::postgres::Postgres;

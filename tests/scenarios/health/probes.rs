@@ -1,4 +1,4 @@
-//! Whether a node says that it delivers: everywhere where it can be asked, in the same words.
+//! Asks a node on every interface whether it delivers, and checks that all give the same answer.
 
 use crate::scenarios::cli::process::{Ran, tuplewatch};
 use crate::support::server::Server;

@@ -1,4 +1,4 @@
-//! What is not understood is refused, and changes nothing.
+//! Unknown names and ambiguous requests are refused, and change nothing.
 
 use super::{created, document};
 use crate::support::http::{EventSource, Seen, reason};

@@ -1,4 +1,4 @@
-//! Permify's own client for Python, from its registry, as it is.
+//! Permify's own client for Python, unchanged, from its registry.
 
 use crate::support::foreign;
 use crate::support::postgres::Postgres;
