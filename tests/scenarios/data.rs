@@ -33,7 +33,7 @@ fn number(id: &str, name: &str, data: i32) -> Attribute {
     attribute(id, name, "IntegerValue", &IntegerValue { data })
 }
 
-/// One of each of the eight types, with what JSON finds hard.
+/// Attributes of all eight types, with values that are difficult in JSON.
 fn all_eight() -> Vec<Attribute> {
     let text = "é\"\\\n\u{7f}\u{1F600}".to_owned();
     vec![
@@ -57,13 +57,13 @@ async fn a_write_is_streamed_and_its_token_starts_right_after_it() {
     let mut api = Api::of(&server).await;
     let mut stream = server.watch("t1", "").await;
 
-    // Twice in a request it is written once, and `...` is no relation.
+    // A repeated tuple is written once, and `...` means no relation.
     let texts =
         ["d:1#viewer@user:ada", "d:1#viewer@group:ops#member", "d:1#viewer@user:ada", "d:1#viewer@user:ada#..."];
     let first = api.write("t1", &texts).await;
     assert_eq!(stream.next().await.changes, created(&["d:1#viewer@group:ops#member", "d:1#viewer@user:ada"]));
 
-    // What is there already is no change; the token is a token all the same.
+    // An existing tuple is no change, and the token is still valid.
     let nothing = api.write("t1", &["d:1#viewer@user:ada"]).await;
     let empty = api.write("t1", &[]).await;
     let second = api.write("t1", &["d:1#viewer@user:ada", "d:2#viewer@user:ada"]).await;
@@ -73,7 +73,7 @@ async fn a_write_is_streamed_and_its_token_starts_right_after_it() {
         assert_eq!(server.watch("t1", &token).await.next().await.changes, expected);
     }
 
-    // The first of two values counts, and an equal one is no change.
+    // The first of two values counts, and an equal value is no change.
     let token = api.write_attributes("t1", vec![number("1", "size", 1), number("1", "size", 2)]).await;
     stream.expect(Change::create("document:1$size=IntegerValue:1")).await;
     api.write_attributes("t1", vec![number("1", "size", 1)]).await;
@@ -210,7 +210,7 @@ async fn each_page_continues_after_the_previous_one() {
         assert!(api.read("t1", TupleFilter::default(), page_size).await.iter().eq(&texts), "{page_size}");
     }
 
-    // What comes and goes in between moves nothing.
+    // Writes in between do not shift the pages.
     let mut request = read_request("t1", TupleFilter::default());
     request.page_size = 60;
     let first = api.try_read(request.clone()).await.unwrap();
@@ -228,7 +228,7 @@ async fn each_page_continues_after_the_previous_one() {
         request.continuous_token = token.into();
         assert_eq!(refusal(api.try_read(request.clone()).await), invalid, "{token}");
     }
-    // One of another method.
+    // A token of another method.
     let mut attributes = attribute_read("t1", AttributeFilter::default(), "");
     attributes.continuous_token = first.continuous_token;
     assert_eq!(refusal(api.try_read_attributes(attributes).await), invalid);
@@ -324,7 +324,7 @@ async fn invalid_requests_are_refused_with_their_field_names() {
     let bundle = BundleRunRequest { tenant_id: "t1".into(), ..Default::default() };
     let status = api.data.run_bundle(bundle).await.unwrap_err();
     assert_eq!(reason(&status), (Code::Unimplemented, "NOT_IMPLEMENTED".into()));
-    // Of all this nothing is there but what was accepted.
+    // Only the accepted requests have written.
     assert_eq!(sql.facts("t1").await.len(), 6);
 }
 
@@ -391,7 +391,7 @@ async fn reflection_serves_v1alpha_clients() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut client = ServerReflectionClient::new(server.channel().await);
-    // As grpcurl does: what services are there, and the file of one.
+    // The requests of grpcurl: the list of services, and the file of one.
     let asks = [MessageRequest::ListServices("*".into()), MessageRequest::FileContainingSymbol("base.v1.Watch".into())];
     let asks = asks.map(|ask| ServerReflectionRequest { host: String::new(), message_request: Some(ask) });
     let mut responses = client.server_reflection_info(tokio_stream::iter(asks)).await.unwrap().into_inner();

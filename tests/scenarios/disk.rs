@@ -20,15 +20,15 @@ use tuplewatch::dev_postgres::StopMode;
 
 const MIB: u64 = 1 << 20;
 
-/// Said when there is nothing left to drop.
+/// Logged when there is no history left to drop.
 const FULL: &str = "the disk of the change log is full up to changelog.disk_reserve";
 
-/// Whether somebody reads the slot.
+/// Whether the slot is active.
 async fn is_read(sql: &Sql) -> bool {
     sql.is_true("(SELECT active FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await
 }
 
-/// Pieces that the log can drop.
+/// The number of segments of the log.
 fn segments(server: &Server) -> usize {
     std::fs::read_dir(server.changelog().join("data/keyspaces")).unwrap().count()
 }
@@ -37,7 +37,7 @@ fn segments(server: &Server) -> usize {
 async fn the_oldest_history_is_dropped_to_keep_the_reserve() {
     let postgres = Postgres::start().await;
     let mut disk = Disk::new().await;
-    // Pieces of 8 MiB; the window is small, so that what was dropped is not in memory either.
+    // Segments of 8 MiB. The window is small, so that dropped history is not in memory either.
     let flags = [("--changelog-retention-size", "128MiB"), ("--changelog-memory-window", "1MiB")];
     let mut server = disk.serve(&postgres, &flags).await;
     let sql = postgres.sql().await;
@@ -46,7 +46,7 @@ async fn the_oldest_history_is_dropped_to_keep_the_reserve() {
     let mut reader = server.watch("t1", "").await;
     sql.insert("t1", "first").await;
     let mut tokens = vec![reader.expect(Change::created("first")).await.token];
-    // More than a write buffer each, so that some of it is on disk.
+    // More than a write buffer each, so that some data is on disk.
     const BATCH: u64 = 12_000;
     for n in 0..3 {
         let before = segments(&server);
@@ -56,7 +56,7 @@ async fn the_oldest_history_is_dropped_to_keep_the_reserve() {
     }
     drop(reader);
 
-    // The journals go first, which costs nobody anything; then the oldest piece does, and no other.
+    // The journals are removed first, which loses nothing, then only the oldest segment.
     eventually("the oldest is gone", async || {
         disk.leave_below_reserve(4 * MIB);
         server.try_watch("t1", &tokens[0]).await.is_err()
@@ -66,7 +66,7 @@ async fn the_oldest_history_is_dropped_to_keep_the_reserve() {
     assert_eq!(reason(&status), (Code::OutOfRange, "SNAP_TOKEN_TOO_OLD".into()));
     let earliest = metadata(&status, "earliest_snap_token");
     for is_same_process in [true, false] {
-        // What need not go is there, and all of it.
+        // All other history is there.
         for (after, token) in [(1, &tokens[1]), (2, &tokens[2])] {
             let messages = numbered(&mut server.watch("t1", token).await, 3 * BATCH).await;
             assert!(messages.into_iter().eq(after * BATCH + 1..=3 * BATCH), "whole after batch {after}");
@@ -75,7 +75,7 @@ async fn the_oldest_history_is_dropped_to_keep_the_reserve() {
         let first = rest[0];
         assert!(first <= BATCH + 1, "from {first}");
         assert!(rest.into_iter().eq(first..=3 * BATCH), "whole after the earliest token");
-        // And nobody notices.
+        // Delivery continues.
         assert!(!server.has_logged("is full"));
         assert!(is_read(&sql).await);
         sql.insert("t2", if is_same_process { "still" } else { "again" }).await;
@@ -131,11 +131,11 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     server.until_logged(FULL).await;
     let before = writers.committed();
     eventually("more is written", async || writers.committed() > before + 50).await;
-    // Those that had come are delivered; the stream is open, and a new one is too.
+    // Received changes are delivered. The stream stays open, and a new one opens.
     drain(&mut stream, &mut received).await;
     let mut now = server.watch("t1", "").await;
     now.expect_silence().await;
-    // Nothing holds up PostgreSQL, and that it was away changes nothing.
+    // A shutdown of PostgreSQL is not delayed, and a restart changes nothing.
     drop(sql);
     let took = postgres.stop(StopMode::Fast).await;
     assert!(took < Duration::from_secs(5), "a fast shutdown took {took:?}");
@@ -156,7 +156,7 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     }
     now.next().await;
 
-    // Once more, and now the process ends while it is full, one way and the other.
+    // Once more, and now the process ends while the disk is full: first killed, then terminated.
     eventually("the slot is let go of", async || {
         disk.leave_below_reserve(200 * MIB);
         !is_read(&sql).await
@@ -170,7 +170,7 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
         eventually("it says that the disk is full", async || server.times_logged(FULL) == said).await;
         assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
         assert!(!is_read(&sql).await);
-        // It resumes at once; or later, where it had got further than the log and PostgreSQL has to be asked.
+        // It resumes at once, or later if the stream was ahead of the log, which needs PostgreSQL.
         match server.try_watch("t1", &received.last().unwrap().token).await {
             Ok(mut stream) => drain(&mut stream, &mut received).await,
             Err(status) => assert_eq!(reason(&status), (Code::Unavailable, "POSTGRES_UNREACHABLE".into())),
@@ -194,7 +194,7 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     assert!(!server.has_logged("panicked"));
 }
 
-/// What is there of messages.
+/// Reads the messages that have arrived.
 async fn drain(stream: &mut Stream, received: &mut Vec<Message>) {
     while let Ok(next) = tokio::time::timeout(Duration::from_millis(200), stream.try_next()).await {
         received.push(next.expect("the stream stays open"));

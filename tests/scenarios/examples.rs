@@ -14,7 +14,7 @@ use tokio::process::Command;
 use tuplewatch::model::lsn::{CommitTime, Lsn, Position};
 use tuplewatch::model::snap_token::SnapToken;
 
-/// An example that follows t1, run again and again.
+/// An example that follows t1, and runs several times.
 struct Example {
     interpreter: PathBuf,
     program: PathBuf,
@@ -51,7 +51,7 @@ impl Example {
         Process::start(command)
     }
 
-    /// What it has saved, without entries that nobody is left in.
+    /// Its saved index, without empty entries.
     fn saved(&self) -> BTreeMap<String, Vec<String>> {
         let Ok(text) = std::fs::read(self.file()) else { return BTreeMap::new() };
         let saved: Json = serde_json::from_slice(&text).expect("never half of a file");
@@ -67,7 +67,7 @@ impl Example {
         std::fs::write(self.file(), saved.to_string()).unwrap();
     }
 
-    /// Waits until it has saved what the table has.
+    /// Waits until its saved index equals the table.
     async fn catches_up(&self, sql: &Sql) {
         let rows = sql
             .rows(
@@ -93,7 +93,7 @@ fn lines(process: &Process) -> Vec<String> {
 }
 
 async fn follows(example: Example, server: &mut Server, sql: &Sql) {
-    // It begins with what is there, and goes on with what comes.
+    // It begins with the present state, and continues with changes.
     let mut process = example.start();
     process.prints(1).await;
     sql.insert("t1", "c").await;
@@ -112,7 +112,7 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     assert_eq!(lines(&process), expected);
     example.catches_up(sql).await;
 
-    // It is killed, and so is the server: what was written meanwhile comes, once, and nothing else does.
+    // It is killed, and so is the server: the changes from that time arrive once, and nothing else does.
     process.kill_9().await;
     sql.insert("t1", "d").await;
     server.kill_and_restart().await;
@@ -122,7 +122,7 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     server.kill_and_restart().await;
     sql.insert("t1", "f").await;
     process.prints(3).await;
-    // An orderly end, too.
+    // An orderly stop of the server.
     server.terminate().await;
     server.ended().await;
     process.until_logged("UNAVAILABLE").await;

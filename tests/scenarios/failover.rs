@@ -15,7 +15,7 @@ use tuplewatch::dev_postgres::StopMode;
 
 const MESSAGE_BYTES: usize = 1 << 20;
 
-/// A round in which `disturb` has the standby promoted.
+/// A round in which `disturb` promotes the standby.
 async fn round(pair: &mut Pair, disturb: impl AsyncFnOnce(&mut Pair, &Load<'_>)) -> Round {
     let seed = seed();
     let mut oracle =
@@ -39,12 +39,12 @@ async fn some_time(load: &Load<'_>) {
     }
 }
 
-/// A commit that the standby does not have yet is streamed by PostgreSQL, and published to nobody.
+/// PostgreSQL streams a commit that the standby does not have yet, and tuplewatch does not deliver it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_synchronous_standby_has_every_delivered_change() {
     let mut pair = Pair::start().await;
     let sql = pair.primary.sql().await;
-    // Not '*': a logical walsender counts as a standby too, and ours would be the first.
+    // Not '*', because a logical walsender counts as a standby too, and ours would be the first.
     sql.run("ALTER SYSTEM SET synchronous_standby_names = 'walreceiver'").await;
     sql.run("SELECT pg_reload_conf()").await;
     drop(sql);
@@ -57,7 +57,7 @@ async fn only_changes_that_an_asynchronous_standby_lacks_are_abandoned() {
     let mut pair = Pair::start().await;
     let round = round(&mut pair, async |pair, load| {
         pair.separate().await;
-        // A big transaction may be on its way to us that the standby has.
+        // A big transaction that the standby has may still be on its way to us.
         let sql = pair.primary.sql().await;
         let lsn = sql.flushed().await;
         eventually("we are past what the standby has", async || sql.confirmed_reaches(&lsn).await).await;
@@ -69,7 +69,7 @@ async fn only_changes_that_an_asynchronous_standby_lacks_are_abandoned() {
     assert!(round.abandoned > 0, "nothing was lost");
 }
 
-/// The slot is there after the promotion, and `synchronized_standby_slots` keeps tuplewatch behind the standby.
+/// The slot exists after the promotion, and `synchronized_standby_slots` keeps tuplewatch behind the standby.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_slot_continues_on_the_promoted_standby() {
     let mut pair = Pair::start_with_failover_slots().await;
@@ -92,7 +92,7 @@ async fn failover_is_enabled_on_an_existing_slot_at_the_next_connection() {
     assert!(fails_over().await);
 }
 
-/// PostgreSQL would have whoever alters a slot wait until it is free, and would not notice when they have gone.
+/// PostgreSQL would let ALTER wait until the slot is free, and would not notice when its client is gone.
 #[tokio::test]
 async fn a_slot_held_by_another_node_is_not_altered() {
     let postgres = Postgres::since(17, &[]).await;
@@ -103,7 +103,7 @@ async fn a_slot_held_by_another_node_is_not_altered() {
     let before = proxy.accepted();
     second.start().await;
     eventually("it waits for the slot", async || second.has_logged("is active for PID")).await;
-    // Two connections an attempt, and nobody is left behind.
+    // Each attempt makes two connections, and leaves none behind.
     eventually("it tries again", async || proxy.accepted() >= before + 12).await;
     let walsenders = "(SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender') <= 2";
     eventually("there is the one that streams, and one that tries", async || sql.is_true(walsenders).await).await;
@@ -120,7 +120,7 @@ async fn a_slot_left_in_use_by_a_dead_process_is_altered() {
     let sql = postgres.sql().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let off = [("--replication-failover", "off")];
-    // Whatever the URI says of names, walsenders have that of the node.
+    // Walsenders have the application name of the node, whatever the URI sets.
     let uri = format!("{}?application_name=mine", proxy.uri(&postgres.uri()));
     let mut server = Server::prepare_slot(&uri, "tuplewatch", &off).await;
     server.start().await;

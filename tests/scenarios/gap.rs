@@ -11,12 +11,12 @@ use crate::support::wait::{eventually, within};
 use std::time::{Duration, Instant};
 use tonic::{Code, Status};
 
-/// What is published goes, and comes back, while a transaction writes to it and stays open.
+/// The publication is reduced and restored while a transaction writes and stays open.
 struct Case {
     name: &'static str,
-    /// Since which major version.
+    /// The first major version that has it.
     since: u32,
-    /// What is published before.
+    /// Prepares the publication.
     made: &'static str,
     away: &'static str,
     back: &'static str,
@@ -30,7 +30,7 @@ enum Ends {
     /// Prepared while the gap is open, and committed by another session.
     CommitPrepared,
     Rollback,
-    /// Its session goes.
+    /// Its session is terminated.
     Terminate,
 }
 
@@ -118,26 +118,26 @@ impl Case {
 
         writer.run(&format!("BEGIN; {}", self.insert("early"))).await;
         self.run(&sql, self.away).await;
-        // In a savepoint, so that the row has another transaction id than its transaction.
+        // In a savepoint, so that the row has the id of a subtransaction.
         writer.run(&format!("SAVEPOINT s; {}; RELEASE s", self.insert("late"))).await;
         self.run(&sql, self.back).await;
 
         let began = Instant::now();
         let (_, status) = within(&format!("{name}: the gap is told"), stream.ending()).await;
         assert_eq!(reason(&status), (Code::Aborted, "SCHEMA_CHANGED".to_owned()), "{name}");
-        // A session that saw less than it needs has gone, and comes back in its time.
+        // A session that found the publication incomplete has ended, and returns after its backoff.
         assert!(began.elapsed() < Duration::from_secs(30), "{name}: told after {:?}", began.elapsed());
         assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: its end is not known");
         server.until_logged("the gap stays open until these transactions have ended, as they may commit").await;
         server.serving().await;
 
-        // Everybody else's changes go on, those of the same table too, across a restart.
+        // Changes of other transactions are still delivered, those of the same table too, also after a restart.
         let mut stream = server.watch(name, "").await;
         sql.insert(name, "meanwhile").await;
         let meanwhile = stream.expect(Change::created("meanwhile")).await.token;
         let (_, status) = server.watch(name, &before).await.ending().await;
         assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: it is still open");
-        // A gap that is not on disk yet would be found again, and end this stream before it has its end.
+        // A gap that is not on disk yet would be found again, and would end this stream too early.
         sql.until_recorded(name).await;
         server.kill_and_restart().await;
         let mut stream = server.watch(name, &meanwhile).await;
@@ -147,7 +147,7 @@ impl Case {
         self.end(&sql, &writer).await;
         let (_, status) = within(&format!("{name}: it is told again"), stream.ending()).await;
         let next = self.is_over(&server, &status).await;
-        // Whatever token one comes back with.
+        // Every token leads to the same end of the gap.
         for token in [&before, &meanwhile] {
             let (_, status) = server.watch(name, token).await.ending().await;
             assert_eq!(metadata(&status, "next_snap_token"), next, "{name}");
@@ -173,7 +173,7 @@ impl Case {
         }
     }
 
-    /// The gap has ended, and what is written now comes. The token behind it.
+    /// The gap has ended. Returns the token after it.
     async fn is_over(&self, server: &Server, status: &Status) -> String {
         let name = self.name;
         assert_eq!(reason(status), (Code::Aborted, "SCHEMA_CHANGED".to_owned()), "{name}");
@@ -189,14 +189,14 @@ async fn a_gap_ends_after_every_transaction_that_wrote_inside_it() {
     let major = major();
     let cases = CASES.iter().filter(|case| case.since <= major);
     let runs = cases.map(async |case| {
-        // Each on a cluster of its own: all of them write to one table, and would wait for each other's.
+        // Each on its own cluster, because they would wait for each other's transactions.
         let postgres = Postgres::with(&[("max_prepared_transactions", "4")]).await;
         case.check(&postgres).await;
     });
     futures_util::future::join_all(runs).await;
 }
 
-/// A mapping that names one more table, at a restart, while somebody writes to that table.
+/// A restart with a mapping of one more table, during a write to that table.
 #[tokio::test]
 async fn a_table_added_by_a_mapping_is_complete_after_its_writers_end() {
     let postgres = Postgres::start().await;
@@ -232,7 +232,7 @@ async fn a_table_added_by_a_mapping_is_complete_after_its_writers_end() {
     server.serving().await;
     let (_, status) = server.watch("t1", &token).await.ending().await;
     assert_eq!(reason(&status), (Code::Aborted, "MAPPING_CHANGED".to_owned()));
-    // Nothing of the schema has changed.
+    // The schema has not changed.
     assert!(!status.message().contains("created, dropped"), "{}", status.message());
     assert_eq!(optional_metadata(&status, "next_snap_token"), None, "its end is not known");
     writer.run("COMMIT").await;
@@ -246,7 +246,7 @@ async fn a_table_added_by_a_mapping_is_complete_after_its_writers_end() {
     stream.expect(Change::created("after")).await;
 }
 
-/// A repair does not wait for the next check in turn.
+/// A repair does not wait for the next regular check.
 #[tokio::test]
 async fn the_publication_is_checked_at_once_on_request() {
     let postgres = Postgres::start().await;
@@ -266,11 +266,11 @@ async fn the_publication_is_checked_at_once_on_request() {
         }
         stream.ending().await;
     }
-    // In turn it is every five seconds.
+    // Regular checks happen every five seconds.
     assert!(began.elapsed() < Duration::from_secs(20), "six checks took {:?}", began.elapsed());
 }
 
-/// Whoever reads the server's log, and does not subscribe.
+/// For operators who read the log of the server.
 #[tokio::test]
 async fn repeated_gaps_of_a_table_are_logged_once_a_minute() {
     let postgres = Postgres::start().await;

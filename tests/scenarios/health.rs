@@ -17,7 +17,7 @@ use tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tuplewatch::dev_postgres::StopMode;
 
-/// A role that limits apply to, with all that `serve` needs.
+/// A role with the privileges that `serve` needs, to which limits apply.
 const FEEDER: &str = "CREATE ROLE feeder LOGIN REPLICATION;
     GRANT USAGE ON SCHEMA tuplewatch TO feeder;
     GRANT SELECT ON ALL TABLES IN SCHEMA tuplewatch TO feeder;
@@ -66,7 +66,7 @@ async fn one_connection_is_enough_to_deliver() {
         server.scrape().await.find("tuplewatch_server_lsn_bytes", &[]).is_some()
     })
     .await;
-    // Whoever was first has it, and the session gets it all the same.
+    // Another part may take the connection first, and the session still gets it.
     drop(admin);
     postgres.stop(StopMode::Fast).await;
     postgres.start_again().await;
@@ -76,7 +76,7 @@ async fn one_connection_is_enough_to_deliver() {
     stream.expect(Change::created("second")).await;
     let mut late = server.watch("t1", "").await;
 
-    // A lock that starts of streams wait for holds up nothing else that shares the connection.
+    // A lock that delays starts of streams delays nothing else on the shared connection.
     let holder = postgres.sql().await;
     holder.run("BEGIN; LOCK TABLE tuplewatch.tenants IN ACCESS EXCLUSIVE MODE").await;
     server.not_ready("no_starts", "the table of tenants is locked").await;
@@ -88,7 +88,7 @@ async fn one_connection_is_enough_to_deliver() {
     assert_eq!(connections(&admin).await, 1);
 }
 
-/// Else those that came first would keep the session out for ever.
+/// Otherwise earlier connections would keep the session out for ever.
 #[tokio::test]
 async fn other_connections_give_way_to_the_session() {
     let postgres = Postgres::start().await;
@@ -99,7 +99,7 @@ async fn other_connections_give_way_to_the_session() {
     server.start().await;
     server.ready().await;
     let mut stream = server.watch("t1", "").await;
-    // Snapshots or starts have the second one, until they are told to share; then Data has it, and keeps it.
+    // Snapshots or starts use the second connection until they have to share. Then Data takes it and keeps it.
     let mut api = Api::of(&server).await;
     let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'feeder' \
                   AND (backend_type = 'walsender' OR query NOT LIKE 'COMMIT%')";
@@ -159,7 +159,7 @@ async fn an_exhausted_connection_limit_is_reported_until_it_is_raised() {
     server.ready().await;
 }
 
-/// A process that does not run for as long as this lives.
+/// Suspends a process until it is dropped.
 struct Suspended(u32);
 
 impl Suspended {
@@ -180,13 +180,14 @@ impl Drop for Suspended {
     }
 }
 
-/// The process that accepts connections.
+/// The process id of the postmaster, which accepts connections.
 fn postmaster(postgres: &Postgres) -> u32 {
     let file = std::fs::read_to_string(postgres.pgdata().join("postmaster.pid")).unwrap();
     file.lines().next().unwrap().parse().unwrap()
 }
 
-/// Waits until one backend other than this says what is visible; its process. One that was terminated can be seen for a moment longer.
+/// Waits until exactly one backend, other than this one, answers visibility queries. Returns its process id. A terminated backend is still
+/// shown for a moment.
 async fn snapshot_backend(admin: &Sql, other_than: &str) -> String {
     let backends =
         "SELECT pid FROM pg_stat_activity WHERE usename = 'feeder' AND query = 'SELECT pg_current_snapshot()::text'";
@@ -206,7 +207,7 @@ async fn an_unanswered_visibility_query_makes_even_an_idle_node_unready() {
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
     for waits_with_something in [false, true] {
         let backend = snapshot_backend(&admin, "").await.parse().unwrap();
-        // And nobody gets another connection in its place.
+        // The suspended postmaster prevents a new connection in its place.
         let suspended = [Suspended::new(postmaster(&postgres)), Suspended::new(backend)];
         if waits_with_something {
             admin.insert("t1", "second").await;
@@ -221,7 +222,7 @@ async fn an_unanswered_visibility_query_makes_even_an_idle_node_unready() {
     stream.expect(Change::created("second")).await;
 }
 
-/// A restart of a backend, or an answer that takes a moment, changes nothing.
+/// A restarted backend, or a slow answer, changes nothing.
 #[tokio::test]
 async fn one_failed_statement_does_not_make_a_node_unready() {
     let postgres = Postgres::start().await;
@@ -237,7 +238,7 @@ async fn one_failed_statement_does_not_make_a_node_unready() {
         admin.insert("t1", &id).await;
         stream.expect(Change::created(&id)).await;
     }
-    // The next thing that happens to its health, and nothing before.
+    // This is the next change of its health.
     server.terminate().await;
     assert_eq!(watching.next().await, ServingStatus::NotServing);
     assert!(!server.has_logged("not ready"));
@@ -259,7 +260,7 @@ async fn an_unreadable_table_of_tenants_makes_a_node_unready() {
     admin.run("GRANT SELECT ON tuplewatch.tenants TO feeder").await;
     server.ready().await;
 
-    // A migration, say, that holds a lock.
+    // A lock, for example of a migration.
     let holder = postgres.sql().await;
     holder.run("BEGIN; LOCK TABLE tuplewatch.tenants IN ACCESS EXCLUSIVE MODE").await;
     server.not_ready("no_starts", "look for an overload, and for locks").await;
@@ -284,12 +285,12 @@ async fn a_commit_that_waits_for_a_standby_makes_a_node_unready() {
     assert_eq!(server.scrape().await.get("tuplewatch_oldest_waiting_seconds", &[]), 0.0);
 }
 
-/// What a log's directory is moved to.
+/// The path to which the directory of a log is moved.
 fn aside(server: &Server) -> PathBuf {
     server.changelog().with_extension("aside")
 }
 
-/// What can stand in its place.
+/// The contents of the old path afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Instead {
     Nothing,
@@ -328,7 +329,7 @@ async fn a_moved_change_log_stops_acknowledgement_until_it_is_back() {
         server.ready().await;
         eventually("it is acknowledged", async || admin.confirmed_reaches(&lsn).await).await;
     }
-    // And all of it is there for the next process.
+    // The next process has everything.
     server.kill_and_restart().await;
     let mut resumed = server.watch("t1", &token).await;
     for instead in [Instead::Nothing, Instead::AnEmptyDirectory, Instead::ACopy] {
@@ -354,7 +355,7 @@ async fn a_deleted_change_log_stops_acknowledgement_and_delays_no_shutdown() {
     within("the stream ends", stream.try_next()).await.unwrap_err();
     assert_eq!(server.ended().await.code(), Some(0));
 
-    // A new one begins where the slot is, and nothing is missing behind it.
+    // A new log begins at the slot's position, and is complete from there on.
     std::fs::remove_dir_all(server.changelog()).unwrap();
     server.start().await;
     server.ready().await;

@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tuplewatch::dev_postgres::StopMode;
 
-/// What [`crate::support::sql::Sql::insert`] leads to.
+/// The change that [`crate::support::sql::Sql::insert`] causes.
 fn created(id: &str) -> Json {
     let subject = json!({"type": "user", "id": "u", "relation": ""});
     let tuple = json!({"entity": {"type": "document", "id": id}, "relation": "viewer", "subject": subject});
@@ -65,7 +65,7 @@ async fn changes_arrive_as_json_lines() {
     }
 }
 
-/// It comes back by itself, whatever becomes of the server, and the page sees everything once and in order.
+/// It reconnects by itself after every fault, and the page sees everything once and in order.
 #[tokio::test]
 async fn an_event_source_misses_nothing() {
     const CHANGES: usize = 60;
@@ -78,7 +78,7 @@ async fn an_event_source_misses_nothing() {
     let Seen::Message { data, .. } = source.next().await else { panic!("a message") };
     assert_eq!(document(&data), "0");
 
-    // Before it has had any message: what comes while nobody listens is not lost.
+    // Changes before its first message are not lost either.
     let mut late = EventSource::new(server.url("/v1/tenants/t1/watch?snap_token="));
     assert_eq!(late.next().await, Seen::Open);
     late.has_id().await;
@@ -108,7 +108,7 @@ async fn an_event_source_misses_nothing() {
                     (expected, last_id) = (expected + 1, id);
                 }
                 Seen::Open => {}
-                // PostgreSQL was not there yet: it comes back.
+                // PostgreSQL is not available yet, and it reconnects.
                 Seen::Error(error) => assert_eq!(error["code"], 14, "{error}"),
                 Seen::Closed(status) => panic!("it gave up after {status}"),
             }
@@ -116,7 +116,7 @@ async fn an_event_source_misses_nothing() {
     }
 }
 
-/// Going on after a gap is for the page to decide: until it does, it is not asked again and again.
+/// The page decides whether to continue after a gap, so the source must not reconnect by itself.
 #[tokio::test]
 async fn an_event_source_stops_at_a_gap() {
     let postgres = Postgres::start().await;
@@ -177,7 +177,7 @@ async fn refusals_have_a_status_and_a_reason() {
     assert_eq!((status, reason(&error)), (501, (12, "WATCH_DISABLED")));
 }
 
-/// Whatever is asked: no 500, and the server goes on.
+/// No request causes a status of 500 or ends the server.
 #[tokio::test]
 async fn no_request_causes_an_internal_error() {
     let postgres = Postgres::start().await;
@@ -224,7 +224,7 @@ async fn streams_end_in_order_at_a_shutdown() {
     let mut lines = server.lines("/v1/tenants/t1/watch", json!({})).await;
     let mut source = EventSource::new(server.url("/v1/tenants/t1/watch"));
     assert_eq!(source.next().await, Seen::Open);
-    // A connection that is kept alive, and one that never says anything, must not hold up the others.
+    // An idle connection, and a silent one, must not delay the shutdown.
     let idle = reqwest::Client::new();
     assert!(idle.get(server.url("/healthz")).send().await.unwrap().bytes().await.is_ok());
     let _mute = TcpStream::connect(server.http_address()).await.unwrap();
@@ -240,7 +240,7 @@ async fn streams_end_in_order_at_a_shutdown() {
     assert_eq!(reason(&error), (14, "SHUTTING_DOWN"));
     assert_eq!(server.ended().await.code(), Some(0));
     assert!(began.elapsed().as_secs() < 9, "it should not wait for the grace period: {:?}", began.elapsed());
-    // And back it is, with the next process.
+    // It reconnects to the next process.
     server.start().await;
     server.serving().await;
     sql.insert("t1", "next").await;
@@ -249,7 +249,7 @@ async fn streams_end_in_order_at_a_shutdown() {
     assert_eq!(document(&data), "next");
 }
 
-/// One that does not read costs the server a bounded amount of memory, and the others nothing.
+/// It costs a bounded amount of memory, and delays no other client.
 #[tokio::test]
 async fn a_client_that_does_not_read_delays_nobody() {
     let postgres = Postgres::start().await;
@@ -267,7 +267,7 @@ async fn a_client_that_does_not_read_delays_nobody() {
     }
     sql.insert("t1", "end").await;
     while lines.next().await.unwrap()["result"]["changes"]["data_changes"] != created("end") {}
-    // 40 MB went by; a debug build and the log's own buffers take some.
+    // 40 MB were sent. A debug build and the buffers of the log need some memory too.
     let after_kib = server.memory_kib("VmRSS");
     assert!(after_kib < before_kib + (96 << 10), "{before_kib} KiB became {after_kib} KiB");
     drop(stuck);

@@ -47,7 +47,7 @@ async fn reads_and_deletes_leave_inheriting_tables_alone() {
     assert_eq!(sql.value("SELECT count(*) FROM tuplewatch.archive").await, "1");
 }
 
-/// Each comes under its own name.
+/// Each table is streamed under its own name.
 #[tokio::test]
 async fn a_mapped_inheriting_table_is_streamed() {
     let postgres = Postgres::start().await;
@@ -78,7 +78,7 @@ async fn a_mapped_inheriting_table_is_streamed() {
     stream.expect(Change::created("1")).await;
     sql.run("INSERT INTO shop.old_shares VALUES ('', 'acme', '2', 'u')").await;
     stream.expect(Change::created("2")).await;
-    // Through the parent: the rows of both.
+    // A statement on the parent affects the rows of both.
     sql.run("DELETE FROM shop.shares WHERE id = '2'").await;
     stream.expect(Change::delete(Change::viewer("2"))).await;
 }

@@ -83,7 +83,7 @@ async fn changes_streams_and_requests_are_counted() {
     assert!(scrape.get("tuplewatch_log_disk_free_bytes", &[]) > 0.0);
     assert!(scrape.get("process_resident_memory_bytes", &[]) > 1e6 && scrape.get("process_open_fds", &[]) > 3.0);
 
-    // Of the slot PostgreSQL is asked, every few seconds.
+    // The slot is queried every few seconds.
     let last_lsn: f64 = sql.value(&format!("SELECT '{last}'::pg_lsn - '0/0'")).await.parse().unwrap();
     eventually("the slot was looked at once all is acknowledged", async || {
         let scrape = server.scrape().await;
@@ -160,7 +160,7 @@ async fn reconnects_gaps_and_decode_errors_are_counted_once() {
     sql.run("TRUNCATE tuplewatch.relation_tuples").await;
     let (messages, status) = stream.ending().await;
     assert_eq!((changes(&messages), reason(&status).0), (vec![], Code::Aborted));
-    // Counted when the server is through with a stream, which is when its client may be already.
+    // A stream is counted when the server has finished it, which may be after its client has.
     eventually("both are counted", async || {
         let scrape = server.scrape().await;
         watches(&scrape, "ABORTED") == 2.0 && ended(&scrape) == 2.0
@@ -176,7 +176,7 @@ async fn reconnects_gaps_and_decode_errors_are_counted_once() {
     assert_eq!(watches(&scrape, "ABORTED"), 2.0);
 }
 
-/// A subscriber that comes back from far behind, and one that does not read.
+/// A subscriber that resumes from far behind, and one that does not read.
 #[tokio::test]
 async fn replays_and_slow_subscribers_are_counted_separately() {
     const LAST: u64 = 6_000;
@@ -234,7 +234,7 @@ async fn until_unready(server: &Server, says: &str) {
         status == 503 && reason.contains(says)
     };
     eventually(&format!("not ready: {says}"), async || says_so(ready(server).await)).await;
-    // It is not dead for that.
+    // It is still alive.
     assert_eq!(server.ask(Method::GET, "/healthz", "").await.0, 200);
 }
 
@@ -248,7 +248,7 @@ async fn a_node_is_ready_while_it_streams_and_is_not_far_behind() {
     postgres.start_again().await;
     until_ready(&server).await;
 
-    // The session waits for a lock, and has not lost its connection: only the lag tells.
+    // The session waits for a lock, and keeps its connection, so only the lag shows it.
     let (sql, holder) = (postgres.sql().await, postgres.sql().await);
     holder.run("BEGIN; LOCK TABLE pg_catalog.pg_publication IN ACCESS EXCLUSIVE MODE").await;
     sql.until_waiting(1).await;
@@ -264,7 +264,7 @@ async fn a_node_is_ready_while_it_streams_and_is_not_far_behind() {
     until_unready(&server, "the slot does not stream").await;
 }
 
-/// With hours of WAL to catch up with, the lag in seconds would begin at none all the same.
+/// Even with hours of WAL to read, the lag in seconds begins at zero.
 #[tokio::test]
 async fn a_node_that_catches_up_after_its_start_is_not_ready() {
     let postgres = Postgres::start().await;
@@ -299,7 +299,7 @@ async fn metrics_need_credentials_by_default_and_probes_do_not() {
     server.scrape().await;
 }
 
-/// Runs `promtool` in the directory of the rules; fails with what it says.
+/// Runs `promtool` in the directory of the rules. Fails with its output.
 async fn promtool(arguments: &[&str], input: &str) {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("docker/prometheus");
     let mut command = Command::new("promtool");
@@ -312,7 +312,7 @@ async fn promtool(arguments: &[&str], input: &str) {
     assert!(output.status.success(), "promtool {arguments:?}: {said}\n{input}");
 }
 
-/// That they read, and that names and units are as Prometheus wants them.
+/// Checks that Prometheus accepts the metrics, with their names and units.
 async fn check_metrics(text: &str) {
     promtool(&["check", "metrics"], text).await;
 }

@@ -9,7 +9,7 @@ use crate::support::sql::Sql;
 use crate::support::wait::eventually;
 use std::os::unix::fs::PermissionsExt as _;
 
-/// Each with the reason why it may go wrong.
+/// Each with its difficulty.
 const PASSWORDS: [(&str, &str); 13] = [
     ("ASCII", "it's \\ :secret"),
     ("becomes a", "pa\u{aa}s"),
@@ -55,7 +55,7 @@ async fn set(postgres: &Postgres, method: &str, literal: &str) {
     postgres.sql().await.run(&set).await;
 }
 
-/// What doctor finds about the two connections.
+/// The diagnostics of doctor about the two connections.
 async fn finds(uri: &str, passfile: Option<&std::path::Path>) -> (String, String) {
     let directory = tempfile::tempdir().unwrap();
     let mut command = program(directory.path());
@@ -91,7 +91,7 @@ async fn both_connections_log_on_with_every_password_of_postgresql() {
             assert!(found.0.contains("SQLSTATE 28P01"), "{method}, {why}: {found:?}");
         }
     }
-    // Written in one way, and given in another.
+    // Set in one normalization form, and given in another.
     set(&postgres, "scram-sha-256", "'cafe\u{301}'").await;
     let uri = postgres.uri().replace("postgres@", &format!("scram-sha-256:{}@", encoded("caf\u{e9}")));
     assert!(works(&finds(&uri, None).await));
@@ -103,7 +103,7 @@ async fn both_connections_log_on_with_every_password_of_postgresql() {
     process.reaches("streaming").await;
 }
 
-/// Bytes that are no text can only be in a file. What another line has does not matter to ours.
+/// Only a file can contain bytes that are not text. Such bytes in another line do not matter.
 #[tokio::test]
 async fn a_password_file_may_hold_any_bytes() {
     let postgres = guarded().await;

@@ -71,7 +71,7 @@ async fn a_temporary_change_of_the_publication_is_a_gap() {
     on_one_cluster(&cases).await;
 }
 
-/// A restart of tuplewatch would refuse all of these; so does the process that runs.
+/// A new process would refuse all of these, and so does the running one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_incomplete_publication_is_an_error_until_it_is_repaired() {
     const AFRESH: Remedy = Remedy::Sql(&["BEGIN; ALTER PUBLICATION $NAME DROP TABLE tuplewatch.relation_tuples; \
@@ -126,7 +126,7 @@ async fn an_incomplete_publication_is_an_error_until_it_is_repaired() {
                 remedy: Remedy::Sql(&["ALTER PUBLICATION $NAME SET (publish = 'insert, update, delete, truncate')"]),
             }),
         },
-        // Up to 17 the slot cannot be read past the row that was written; 18 passes over it in silence.
+        // Up to 17 the slot cannot be read past the row. 18 skips it silently.
         match major() {
             18.. => recreated,
             _ => Interruption {
@@ -157,7 +157,7 @@ async fn an_incomplete_publication_is_an_error_until_it_is_repaired() {
     if major() < 15 {
         return others.await;
     }
-    // For itself: PostgreSQL refuses UPDATE and DELETE to everybody then.
+    // On its own cluster, because PostgreSQL then refuses every UPDATE and DELETE.
     let hidden = [Interruption {
         name: "columns_hidden",
         fault: &["ALTER PUBLICATION $NAME SET TABLE tuplewatch.attributes, tuplewatch.relation_tuples \
@@ -205,7 +205,7 @@ pub(super) async fn create_partitioned(sql: &Sql) {
     .await;
 }
 
-/// PostgreSQL sends the truncation of a partitioned table, and keeps that of its partitions to itself.
+/// PostgreSQL sends the truncation of a partitioned table, and not that of its partitions.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_removed_with_their_partition_are_a_gap() {
     let postgres = Postgres::start().await;

@@ -27,13 +27,13 @@ async fn excess_requests_are_refused_with_a_retry_delay() {
     let wait = status.get_details_retry_info().and_then(|info| info.retry_delay).expect("a time to come back at");
     assert!((1..=1000).contains(&wait.as_millis()), "{wait:?}");
 
-    // Health is not counted, and a stream counts once: what comes in it is free.
+    // Health checks are not counted, and a stream counts once, without its messages.
     for n in 0..20 {
         assert_eq!(server.health("").await, Ok(ServingStatus::Serving));
         sql.insert("t1", &n.to_string()).await;
         stream.expect(Change::create(Change::viewer(&n.to_string()))).await;
     }
-    // Nobody else asks: so what it said holds.
+    // There are no other requests, so the delay is enough.
     tokio::time::sleep(wait).await;
     server.watch("t1", "").await;
 }

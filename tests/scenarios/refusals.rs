@@ -8,7 +8,7 @@ use crate::support::wait::eventually;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
-/// What `serve` says where it is refused at once.
+/// `serve` ends with these messages.
 async fn is_refused(uri: &str, says: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let ran = run(serve(uri, directory.path())).await;
@@ -18,7 +18,7 @@ async fn is_refused(uri: &str, says: &[&str]) {
     ran.failed(says);
 }
 
-/// What `serve` says where it goes on trying.
+/// `serve` logs these messages and keeps trying.
 async fn is_put_off(uri: &str, says: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let process = Process::start(serve(uri, directory.path()));
@@ -88,7 +88,7 @@ async fn a_connection_pooler_in_between_is_recognized() {
     .await;
     let ran = tuplewatch(&["setup", "--database-uri", &uri]).await;
     ran.failed(&["most likely a connection pooler", "needs a direct connection"]);
-    // Something else that listens.
+    // Another program that listens.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
@@ -117,14 +117,14 @@ async fn a_uri_in_another_form_is_refused_with_its_correction() {
     }
 }
 
-/// Whatever language the server speaks: the causes are told apart without its text.
+/// The causes are recognized without the texts of the server, whatever its language.
 #[tokio::test]
 async fn each_refusal_of_the_server_names_a_remedy() {
     let settings = [("max_connections", "12"), ("superuser_reserved_connections", "2"), ("max_wal_senders", "1")];
     let postgres = Postgres::with(&settings).await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
-    // Each by itself: a database is not created inside a transaction.
+    // Each by itself, because a database cannot be created inside a transaction.
     for statement in [
         "CREATE DATABASE closed ALLOW_CONNECTIONS false",
         "CREATE DATABASE filled CONNECTION LIMIT 0",
@@ -158,7 +158,7 @@ async fn each_refusal_of_the_server_names_a_remedy() {
     is_put_off(&postgres.uri(), &["SQLSTATE 53300", "Close other sessions, or raise max_connections"]).await;
 }
 
-/// Told as what it is, and not as a shutdown.
+/// The cause is logged exactly, and not as a shutdown.
 #[tokio::test]
 async fn the_end_of_a_session_is_logged_with_its_cause() {
     let postgres = Postgres::start().await;
@@ -169,7 +169,7 @@ async fn the_end_of_a_session_is_logged_with_its_cause() {
     process.reaches("streaming").await;
     let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
                WHERE application_name LIKE 'tuplewatch %' AND backend_type = 'client backend'";
-    // Where a statement was under way, that one has the cause. So until it happens to a session that was idle.
+    // A statement that was running gets the cause instead. So this is repeated until an idle session is ended.
     let says = "it shuts down, or somebody ended the session (pg_terminate_backend): ";
     let is_said = async || {
         sql.run(end).await;

@@ -38,10 +38,10 @@ async fn policies_that_apply_to_our_role_are_an_error() {
     sql.insert("t1", "meanwhile").await;
     sql.run("ALTER ROLE poor BYPASSRLS").await;
     server.serving().await;
-    // Nothing is missing of what is streamed: nobody is interrupted.
+    // The stream is complete, so no stream ends.
     stream.expect(Change::created("meanwhile")).await;
 
-    // The other way round; and of the table that lists tenants, which is only read.
+    // The other way round, for the table of tenants, which is only read.
     sql.run("ALTER TABLE tuplewatch.tenants ENABLE ROW LEVEL SECURITY").await;
     sql.run("ALTER ROLE poor NOBYPASSRLS").await;
     eventually("health is NOT_SERVING", async || server.health("").await == not_serving).await;

@@ -18,14 +18,14 @@ use tonic_health::pb::health_check_response::ServingStatus;
 
 const CREATE: &str = "SELECT pg_create_logical_replication_slot('tuplewatch', 'pgoutput')";
 const DROP: &str = "SELECT pg_drop_replication_slot('tuplewatch')";
-/// What an operator is told to run.
+/// The printed remedy.
 const REMEDY: &str = "tuplewatch setup --recreate-slot";
 
 fn created(id: &str) -> Change {
     Change::created(id)
 }
 
-/// A stream that ends with this gap, after these changes and no others; the token to go on from.
+/// The stream must end with this gap, after exactly these changes. Returns the token after the gap.
 async fn gaps(stream: &mut Stream, before: &[&str]) -> String {
     let (messages, status) = stream.ending().await;
     let before: Vec<Change> = before.iter().map(|id| created(id)).collect();
@@ -34,18 +34,18 @@ async fn gaps(stream: &mut Stream, before: &[&str]) -> String {
     metadata(&status, "next_snap_token")
 }
 
-/// Waits until nobody reads the slot.
+/// Waits until the slot is not active.
 async fn is_free(sql: &Sql) {
     eventually("the slot is free", async || sql.walsender().await.is_none()).await;
 }
 
-/// Ends the session from the server's side, while its client does not hear of it.
+/// Ends the session on the server's side, while its client does not notice.
 async fn disconnect(sql: &Sql) {
     sql.rows("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'tuplewatch%'").await;
     is_free(sql).await;
 }
 
-/// Writes until the slot, which nobody must be reading, is invalidated.
+/// Writes until the slot is invalidated. The slot must not be active.
 async fn lose(sql: &Sql) {
     let is_lost = "EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'tuplewatch' AND wal_status = 'lost')";
     eventually("the slot is lost", async || {
@@ -61,7 +61,7 @@ async fn is_not_serving(server: &Server) -> bool {
     server.health("").await == Ok(ServingStatus::NotServing)
 }
 
-/// Somebody advances it, or drops it and makes another one of that name.
+/// The slot is advanced, or dropped and created again.
 #[tokio::test]
 async fn a_slot_moved_during_downtime_is_a_gap_for_every_tenant() {
     let postgres = Postgres::start().await;
@@ -69,7 +69,7 @@ async fn a_slot_moved_during_downtime_is_a_gap_for_every_tenant() {
     let sql = postgres.sql().await;
     sql.run("INSERT INTO tuplewatch.tenants (id, name) VALUES ('quiet', '')").await;
     let mut stream = server.watch("t1", "").await;
-    // Of each tenant, a token of before everything.
+    // A token from before everything.
     let start = async || {
         sql.run("BEGIN").await;
         let token = sql.value("SELECT tuplewatch.snap_token()").await;
@@ -82,7 +82,7 @@ async fn a_slot_moved_during_downtime_is_a_gap_for_every_tenant() {
         let before = format!("before{n}");
         sql.insert("t1", &before).await;
         let token = stream.expect(created(&before)).await.token;
-        // Else it would be in the gap: the slot does not send it again.
+        // Otherwise it would lie in the gap, because the slot does not send it again.
         sql.until_recorded("tuplewatch").await;
         server.kill_9().await;
         is_free(&sql).await;
@@ -95,7 +95,7 @@ async fn a_slot_moved_during_downtime_is_a_gap_for_every_tenant() {
         server.start().await;
         server.serving().await;
 
-        // Whoever was there before it, at whatever position, and however often it asks.
+        // Every earlier token gets the gap, at every attempt.
         for _ in ["in this process", "in the next"] {
             let next = gaps(&mut server.watch("t1", &token).await, &[]).await;
             gaps(&mut server.watch("t1", &early).await, &[&before]).await;
@@ -135,7 +135,7 @@ async fn a_slot_recreated_during_a_disconnect_is_a_gap_for_open_streams() {
     eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
 }
 
-/// Why the server gave up the slot, or that there is none any more: to be repaired by recreating it.
+/// The server has invalidated the slot, or the slot is missing. The remedy is to recreate it.
 #[tokio::test]
 async fn a_lost_slot_is_a_lasting_error() {
     let postgres = Postgres::with(&[("max_slot_wal_keep_size", "1MB")]).await;
@@ -146,7 +146,7 @@ async fn a_lost_slot_is_a_lasting_error() {
 async fn a_slot_past_its_idle_timeout_is_a_lasting_error() {
     let postgres = Postgres::start().await;
     if postgres.major() < 18 {
-        // There is no such timeout: the slot stays as it is, however long it idles.
+        // Without this timeout the slot stays valid.
         let sql = postgres.sql().await;
         assert!(sql.simple_query("SHOW idle_replication_slot_timeout").await.is_err());
         return;
@@ -160,9 +160,9 @@ async fn a_missing_slot_is_a_lasting_error() {
     check_lost(&postgres, async |sql: &Sql| sql.run(DROP).await, "does not exist").await;
 }
 
-/// Waits until the slot, which nobody must be reading, is invalidated because of that.
+/// Waits until the slot is invalidated by its idle timeout. The slot must not be active.
 async fn idle(sql: &Sql) {
-    // Minutes in the betas of version 18; then this would be rounded to none.
+    // The unit was minutes in the betas of version 18, which would round this to zero.
     sql.run("ALTER SYSTEM SET idle_replication_slot_timeout = '1s'").await;
     sql.run("SELECT pg_reload_conf()").await;
     let reason = "COALESCE((SELECT invalidation_reason FROM pg_replication_slots WHERE slot_name = 'tuplewatch'), '')";
@@ -175,7 +175,7 @@ async fn idle(sql: &Sql) {
     sql.run("SELECT pg_reload_conf()").await;
 }
 
-/// `lose` is called while nobody reads the slot: once while tuplewatch is cut off, and once while it is down.
+/// Calls `lose` while the slot is not active: once while tuplewatch is disconnected, and once while it is down.
 async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, postgres).await;
@@ -191,14 +191,14 @@ async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     assert!(noticed.elapsed() < Duration::from_secs(10), "{:?}", noticed.elapsed());
     server.until_logged(REMEDY).await;
     assert!(is_not_serving(&server).await);
-    // No storm of attempts: every 15 s or so, whereas what may pass would be tried a dozen times by now.
+    // Lasting errors are retried every 15 s or so. A transient one would be retried a dozen times in this time.
     let before = proxy.accepted();
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert!(proxy.accepted() - before <= 4, "{} connections", proxy.accepted() - before);
     assert_eq!(server.times_logged("until this is repaired"), 1, "said once");
     assert!(is_not_serving(&server).await);
 
-    // The way out; the process finds it by itself.
+    // The remedy. The process notices it by itself.
     server.setup(&["--recreate-slot"]).await;
     sql.insert("t1", "after").await;
     let next = gaps(&mut stream, &[]).await;
@@ -207,7 +207,7 @@ async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     let last = stream.expect(created("after")).await.token;
     gaps(&mut server.watch("t1", &token).await, &[]).await;
 
-    // A process that starts then is refused, with the same words.
+    // A new process is refused with the same words.
     server.terminate().await;
     assert!(server.ended().await.success());
     is_free(&sql).await;
@@ -222,12 +222,12 @@ async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     server.watch("t1", &next).await.expect(created("after2")).await;
 }
 
-/// Whoever holds the slot is left alone, and said once.
+/// The holder of the slot is left alone, and logged once.
 async fn waits_for(server: &Server, proxy: &Proxy, sql: &Sql) {
     let holder = sql.walsender().await.expect("somebody who holds the slot");
     let pid = format!(" {}", holder.0);
     eventually("it says who holds the slot", async || server.times_logged(&pid) > 0).await;
-    // Two connections each.
+    // Each attempt makes two connections.
     let before = proxy.accepted();
     eventually("it tries several times more", async || proxy.accepted() >= before + 6).await;
     assert!(server.times_logged(&pid) <= 2, "said once by the session, and once by the slot's monitor");
@@ -259,7 +259,7 @@ async fn a_slot_held_by_another_node_is_taken_over_when_free() {
     second.serving().await;
     assert!(since.elapsed() < TAKEN_OVER_WITHIN, "{:?}", since.elapsed());
 
-    // Each has a log of its own: what the second reads is missing in that of the first.
+    // Each node has its own log, so the changes that the second reads are missing in the log of the first.
     let mut taken_over = second.watch("t1", "").await;
     sql.insert("t1", "elsewhere").await;
     taken_over.expect(created("elsewhere")).await;
@@ -272,7 +272,7 @@ async fn a_slot_held_by_another_node_is_taken_over_when_free() {
     first.watch("t1", &next).await.expect(created("after")).await;
 }
 
-/// Any client that reads it, whatever it calls itself.
+/// Any other client, whatever its application name.
 #[tokio::test]
 async fn a_slot_held_by_another_program_is_taken_over_when_free() {
     let postgres = Postgres::start().await;
@@ -300,8 +300,7 @@ async fn a_slot_held_by_another_program_is_taken_over_when_free() {
     server.watch("t1", &token).await.expect(created("meanwhile")).await;
 }
 
-/// The connection outlives the process: a machine that vanished, or a firewall in between. The server would wait for
-/// `wal_sender_timeout`.
+/// The connection outlives the process, for example because a machine vanished. The server would wait for `wal_sender_timeout`.
 #[tokio::test]
 async fn a_walsender_left_by_a_dead_process_is_ended() {
     let postgres = Postgres::start().await;
@@ -323,7 +322,7 @@ async fn a_walsender_left_by_a_dead_process_is_ended() {
     server.watch("t1", &token).await.expect(created("meanwhile")).await;
 }
 
-/// What an operator wants to know before the slot is lost, or the disk of the primary is full.
+/// Warnings before the slot is lost, or the disk of the primary is full.
 #[tokio::test]
 async fn threats_to_the_slot_are_logged() {
     const WITHIN: Duration = Duration::from_secs(10);
@@ -334,7 +333,7 @@ async fn threats_to_the_slot_are_logged() {
     server.until_logged("replication.warn.safe_wal_size").await;
     assert!(began.elapsed() < WITHIN, "{:?}", began.elapsed());
 
-    // A transaction that stays open holds the slot's restart LSN back, however far it is acknowledged.
+    // An open transaction keeps the restart LSN of the slot, whatever is acknowledged.
     let (open, sql) = (postgres.sql().await, postgres.sql().await);
     open.run("BEGIN; SELECT pg_current_xact_id()").await;
     assert!(!server.has_logged("replication.warn.retained_wal"));

@@ -83,7 +83,7 @@ async fn serve(postgres: &Postgres, certificate: &str, client_ca: bool) -> (Temp
     (directory, server)
 }
 
-/// `watch`, with files of the directory.
+/// `watch`, with certificates of the directory.
 fn watch(directory: &TempDir, server: &Server, scheme: &str, flags: &[&str]) -> Process {
     let mut command = program(directory.path());
     let url = format!("{scheme}://localhost:{}", server.address().port());
@@ -91,11 +91,11 @@ fn watch(directory: &TempDir, server: &Server, scheme: &str, flags: &[&str]) -> 
     Process::start(command)
 }
 
-/// It gets changes.
+/// The watch receives changes.
 async fn gets_in(postgres: &Postgres, process: Process) {
     let sql = postgres.sql().await;
     let mut n = 0;
-    // Nothing tells when it has started but what it prints: so until it does.
+    // Only its output shows that it has started, so rows are inserted until it prints one.
     let prints = async || {
         n += 1;
         sql.insert("t1", &format!("{}-{n}", process.id())).await;
@@ -139,7 +139,7 @@ async fn a_client_ca_makes_client_certificates_mandatory() {
         watch(&directory, &server, "https", &["--ca-cert", "ours.pem", "--client-cert", &cert, "--client-key", &key])
     };
     gets_in(&postgres, with("client")).await;
-    // Whether the alert arrives before the connection ends is a matter of luck: until it does, it is tried again.
+    // The alert may arrive after the end of the connection. The watch retries until it arrives.
     for mut process in
         [watch(&directory, &server, "https", &["--ca-cert", "ours.pem"]), with("stranger"), with("expired")]
     {
@@ -181,7 +181,7 @@ fn https(directory: &TempDir, authority: &str) -> Client<HttpsConnector<HttpConn
     let mut roots = RootCertStore::empty();
     let pem = std::fs::read(directory.path().join(authority)).unwrap();
     roots.add(CertificateDer::from_pem_slice(&pem).unwrap()).unwrap();
-    // Named here: a second implementation in the tree would leave rustls without a choice.
+    // Named explicitly, because rustls cannot choose between two implementations.
     let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -202,7 +202,7 @@ async fn http_has_a_certificate_of_its_own() {
         ("--server-http-tls-cert", cert.as_str()),
         ("--server-http-tls-key", key.as_str()),
     ];
-    // That it is serving is told by gRPC, which has none.
+    // gRPC, which has no certificate, reports that it serves.
     let mut server = Server::serve(&postgres, &flags).await;
     let sql = postgres.sql().await;
     let url = |path: &str| format!("https://{}{path}", server.http_address());

@@ -87,7 +87,7 @@ async fn a_value_that_changes_without_a_row_event_is_a_gap() {
     }
 }
 
-/// Each seen by a check of its own, and by a process that was not there.
+/// Each seen by a separate check, and by a process that was not running.
 #[tokio::test]
 async fn a_schema_change_that_keeps_all_values_ends_no_stream() {
     let mut papers = Papers::new().await;
@@ -123,7 +123,7 @@ async fn a_schema_change_that_keeps_all_values_ends_no_stream() {
     assert_eq!(changes(&papers.server.watch("acme", &token).await.up_to(&change).await), expected);
 }
 
-/// Each on a cluster of its own: they share the table.
+/// Each on its own cluster, because they change the same table.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rewrite_of_a_preset_table_is_a_gap_or_an_error() {
     let cases = [

@@ -69,7 +69,7 @@ async fn a_directory_without_its_own_log_is_refused_and_unchanged() {
     sql.insert("t1", "first").await;
     let token = stream.expect(created("first")).await.token;
 
-    // In use, whatever is asked for.
+    // The log is in use.
     for flags in [&[][..], &["--reset-log"]] {
         let mut command = serve(&uri, directory.path());
         command.args(flags);
@@ -83,7 +83,7 @@ async fn a_directory_without_its_own_log_is_refused_and_unchanged() {
     }
     node.stop().await;
 
-    // Another database's.
+    // The log of another database.
     let before = files(directory.path());
     let mut command = serve(&another, directory.path());
     command.args(["--replication-slot", "another"]);
@@ -91,7 +91,7 @@ async fn a_directory_without_its_own_log_is_refused_and_unchanged() {
         "the change log belongs to another database",
         "point database.uri at the right one, set changelog.path to another directory, or start the log anew with --reset-log",
     ]);
-    // Opening it may tidy up, but takes nothing away.
+    // Opening it may tidy up, but removes no data.
     assert!(before.keys().all(|path| path.exists() || path.to_string_lossy().contains("/data/")), "{before:?}");
     sql.insert("t1", "second").await;
     let node = Node::start(&uri, directory.path(), &[]).await;
@@ -99,7 +99,7 @@ async fn a_directory_without_its_own_log_is_refused_and_unchanged() {
     assert_eq!(messages.len(), 5, "twice 'still' and its end, and the second");
     node.stop().await;
 
-    // Somebody's photographs.
+    // A directory with other files.
     let photographs = tempfile::tempdir().unwrap();
     std::fs::create_dir(photographs.path().join("log")).unwrap();
     std::fs::write(photographs.path().join("log/cat.jpeg"), "miaow").unwrap();
@@ -159,7 +159,7 @@ async fn a_damaged_log_is_refused_or_repaired() {
     std::fs::remove_file(&marker).unwrap();
     run(serve(&uri, directory.path())).await.failed(&["is not empty and holds no change log of tuplewatch"]);
 
-    // Every file of the database beneath: deleted, emptied, or with a part of it overwritten.
+    // Every file of the embedded database: deleted, emptied, or partly overwritten.
     for path in whole.keys().filter(|path| **path != marker) {
         for what in ["deleted", "emptied", "overwritten"] {
             restore();
@@ -181,7 +181,7 @@ async fn a_damaged_log_is_refused_or_repaired() {
         }
     }
 
-    // Directories of it: gone with all that was in them.
+    // Every directory of it: deleted with its contents.
     let directories: BTreeSet<&Path> =
         whole.keys().filter_map(|path| path.parent()).filter(|path| **path != log).collect();
     for path in directories {
@@ -190,7 +190,7 @@ async fn a_damaged_log_is_refused_or_repaired() {
         check_damaged(&uri, directory.path(), &token, &format!("{} deleted", path.display())).await;
     }
 
-    // And what it says is what helps.
+    // The printed remedy works.
     restore();
     std::fs::write(&marker, "").unwrap();
     let node = Node::start(&uri, directory.path(), &["--reset-log"]).await;
@@ -202,7 +202,7 @@ async fn a_damaged_log_is_refused_or_repaired() {
     node.stop().await;
 }
 
-/// It is refused, or it starts and then either still has everything or says that it has not.
+/// The log is refused; or it starts, and either has everything or reports that it has not.
 async fn check_damaged(uri: &str, directory: &Path, token: &str, what: &str) {
     let mut process = Process::start(serve(uri, directory));
     let said = |process: &Process, text: &str| process.logged().iter().any(|line| line.contains(text));

@@ -27,13 +27,13 @@ impl Given<'_> {
         })
         .await
         .misused(says);
-        // Not even a directory was made.
+        // Not even a directory was created.
         let left = std::fs::read_dir(directory.path()).unwrap().count();
         assert_eq!(left, usize::from(self.file.is_some()), "nothing is begun");
     }
 }
 
-/// Each alone, with all that is said. `serve` would start if it did not mind.
+/// Checks one mistake with its complete message. `serve` would start without it.
 async fn check_file(contents: impl AsRef<[u8]>, says: &str) {
     let file = Some(contents.as_ref());
     let said = format!("tuplewatch: the configuration has an error:\n  - {says}");
@@ -94,7 +94,7 @@ async fn each_mistake_in_a_file_is_named() {
              parent\n",
         ),
         ("- server", "file server.yaml: must hold sections such as `server:` at its top level\n"),
-        // What a parser says is the parser's; that it says where is what matters.
+        // The messages of the parser are not ours, but they must name the place.
         ("server: {host: localhost", "file server.yaml: "),
         ("server:\n\thost: localhost\n", "file server.yaml: "),
         ("logger: {level: info}\nlogger: {level: info}\n", "file server.yaml: "),
@@ -184,7 +184,7 @@ async fn a_missing_database_uri_is_reported_with_every_way_to_set_it() {
     }
 }
 
-/// What is wrong with it is said; what is secret in it is not.
+/// The message names the mistake and no secret.
 #[tokio::test]
 async fn an_invalid_uri_is_a_usage_error_without_secrets() {
     for (uri, says) in [
@@ -205,7 +205,7 @@ async fn an_invalid_uri_is_a_usage_error_without_secrets() {
     }
 }
 
-/// Every key there is, by each way to give it, and all of them reported at once.
+/// Every key, from each source, with all mistakes reported at once.
 #[tokio::test]
 async fn every_key_refuses_an_invalid_value() {
     let printed = tuplewatch(&["config"]).await.succeeded();
@@ -220,7 +220,7 @@ async fn every_key_refuses_an_invalid_value() {
         keys.iter().map(|key| format!("`{key}` in file server.yaml is a list: must be ")).collect();
     refused_all(&Given { file: Some(yaml.as_bytes()), ..Given::default() }, &named).await;
 
-    // No path is wrong as such, and no text or schema either; and what a URI may hold is looked at by those who use it.
+    // Any path, text or schema is valid as such, and a URI is checked only when it is used.
     let free = [
         "database.uri",
         "mapping.schema",
@@ -285,7 +285,7 @@ async fn the_printed_configuration_loads_again_without_secrets() {
     assert!(!again.contains("# default") && !again.contains("# flag"), "{again}");
 }
 
-/// Dotted keys and their values, of what `config` printed.
+/// Dotted keys and their values, from the output of `config`.
 fn settings(printed: &str) -> Vec<(String, String)> {
     let mut sections: Vec<&str> = Vec::new();
     let mut settings = Vec::new();

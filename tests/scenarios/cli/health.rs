@@ -39,7 +39,7 @@ async fn a_refusal_counts_as_alive_and_silence_does_not() {
     assert_eq!(health(&server, &["--alive"]).await.succeeded(), "alive\n");
     health(&server, &[]).await.failed(&["does not say how it is", "ERROR_CODE_MISSING_BEARER_TOKEN"]);
 
-    // Accepts, and says nothing.
+    // A server that accepts and does not answer.
     let silent = TcpListener::bind(free_address()).await.unwrap();
     let url = format!("http://{}", silent.local_addr().unwrap());
     for flags in [&[][..], &["--alive"]] {

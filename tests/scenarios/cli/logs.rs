@@ -6,7 +6,7 @@ use crate::support::server::Server;
 use serde_json::Value as Json;
 use tokio::process::Command;
 
-/// Ends with this code; the last line of what it logged is an error with this text, and all lines are JSON.
+/// The run ended with this code, all its lines are JSON, and the last one is an error with this text.
 fn ends(ran: &Ran, code: i32, says: &str) {
     assert_eq!(ran.code, Some(code), "{ran:?}");
     let lines: Vec<Json> = ran
@@ -61,14 +61,14 @@ async fn the_log_format_is_honoured_despite_other_mistakes() {
     from_environment.env("TUPLEWATCH_LOGGER__FORMAT", "json").env("TUPLEWATCH_SEVER__PORT", "1");
     ends(&run(from_environment).await, 2, "the configuration has 2 errors");
 
-    // Text stays text, and so does what concerns no format.
+    // The text format stays text, and so do errors of the command line.
     let text = run(command(&["serve", "--logger-format", "text"])).await;
     assert!(text.err.starts_with("tuplewatch: the configuration has an error"), "{text:?}");
     let usage = run(command(&["serve", "--logger-format", "json", "--no-such-flag"])).await;
     assert!(usage.err.starts_with("error: unexpected argument"), "{usage:?}");
 }
 
-/// Before anything else: there are not even descriptors for a runtime.
+/// There are not enough descriptors for a runtime, so this fails before everything else.
 #[tokio::test]
 async fn a_failure_before_the_runtime_is_json() {
     for (format, begins) in [("json", "{"), ("text", "tuplewatch: cannot start: ")] {
@@ -87,7 +87,7 @@ async fn a_failure_before_the_runtime_is_json() {
     }
 }
 
-/// A port that is taken, and a change log that cannot be made: after the log has begun.
+/// A used port, and a change log that cannot be created: these fail after logging has begun.
 #[tokio::test]
 async fn a_failed_start_ends_with_json() {
     let postgres = Postgres::start().await;

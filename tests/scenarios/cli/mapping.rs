@@ -104,7 +104,7 @@ async fn a_custom_table_is_watched() {
 
     let mut server = Server::serve(&postgres, &[("--mapping-file", file)]).await;
     assert_eq!(sql.value("SELECT to_regnamespace('tuplewatch') IS NULL").await, "t", "tables of ours are not needed");
-    // Without a table of tenants every id is accepted.
+    // Without a table of tenants every tenant id is valid.
     let (mut acme, mut other) = (server.watch("acme", "").await, server.watch("other", "").await);
     let share = |document: &str, role: &str, person: &str| {
         Change::tuple("document", document, role, "user", &format!("staff-{person}"), "")
@@ -116,7 +116,7 @@ async fn a_custom_table_is_watched() {
     let first = acme.next().await;
     assert_eq!(first.changes, [Change::create(share("1", "viewer", "7")), Change::create(share("2", "viewer", "7"))]);
     other.expect(Change::create(share("1", "owner", "9"))).await;
-    // A column that the mapping does not name; a value; a mark; a row that was marked already.
+    // An unmapped column, a value, a soft deletion, and a row that was already deleted softly.
     sql.run("UPDATE shop.shares SET note = 'x'").await;
     sql.run("UPDATE shop.shares SET role = 'editor' WHERE company = 'acme' AND document_id = 1").await;
     sql.run("UPDATE shop.shares SET revoked_at = now() WHERE company = 'acme' AND document_id = 2").await;
@@ -129,7 +129,7 @@ async fn a_custom_table_is_watched() {
     ];
     assert_eq!(changes(&acme.up_to(&expected[3]).await), expected);
 
-    // Another process with the same file goes on.
+    // Another process with the same file resumes.
     server.kill_9().await;
     server.start().await;
     assert_eq!(changes(&server.watch("acme", &first.token).await.up_to(&expected[3]).await), expected);

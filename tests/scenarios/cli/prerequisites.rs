@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use tokio::process::Command;
 use tuplewatch::dev_postgres::StopMode;
 
-/// `serve` at any port, with its log in the directory.
+/// `serve` on any port, with its log in the directory.
 pub(crate) fn serve(uri: &str, directory: &Path) -> Command {
     let mut command = program(directory);
     command.args(["serve", "--database-uri", uri, "--changelog-path", "log", "--changelog-disk-reserve", "16MiB"]);
@@ -17,7 +17,7 @@ pub(crate) fn serve(uri: &str, directory: &Path) -> Command {
     command
 }
 
-/// A node that is refused, and so never gets as far as a log.
+/// Runs a node that is refused, before it opens a log.
 async fn refused(uri: &str, flags: &[&str]) -> Ran {
     let directory = tempfile::tempdir().unwrap();
     let mut command = serve(uri, directory.path());
@@ -25,7 +25,7 @@ async fn refused(uri: &str, flags: &[&str]) -> Ran {
     run(command).await
 }
 
-/// Starts, and comes to stream; with a new log.
+/// A node starts and streams, with a new log.
 async fn works(uri: &str) {
     let directory = tempfile::tempdir().unwrap();
     starts(uri, &directory).await;
@@ -38,7 +38,7 @@ async fn starts(uri: &str, directory: &TempDir) {
     assert_eq!(process.ended().await.code(), Some(0));
 }
 
-/// The statements that were offered.
+/// The printed statements.
 fn fixes(ran: &Ran) -> Vec<String> {
     ran.err.lines().filter_map(|line| line.trim().strip_prefix("fix: ").map(str::to_owned)).collect()
 }
@@ -114,7 +114,7 @@ async fn every_refusal_names_its_remedy() {
     refused(&reader, &[]).await.failed(&["is a physical slot", "choose another name in replication.slot"]);
 }
 
-/// The slot is older than a publication that was dropped and made again, and reads from before it.
+/// The slot is older than the publication, which was dropped and created again, and reads from before it.
 #[tokio::test]
 async fn the_printed_remedy_repairs_a_dropped_publication() {
     let postgres = Postgres::start().await;
@@ -128,21 +128,21 @@ async fn the_printed_remedy_repairs_a_dropped_publication() {
     let ran = run(serve(&postgres.uri(), directory.path())).await;
     let fix = only_fix(&ran);
     ran.failed(&["publication tuplewatch: does not exist"]);
-    // Whoever does the obvious instead is told what is missing now.
+    // The obvious repair instead is followed by another remedy.
     sql.run("CREATE PUBLICATION tuplewatch FOR TABLE tuplewatch.relation_tuples, tuplewatch.attributes").await;
     let mut process = Process::start(serve(&postgres.uri(), directory.path()));
     if postgres.major() < 18 {
         process.reaches("nothing is read from PostgreSQL until this is repaired").await;
         process.until_logged("tuplewatch setup --recreate-slot").await;
     } else {
-        // There the slot goes on, and passes over what was written without a publication.
+        // From 18 on the slot continues, and skips the rows that were written without a publication.
         process.until_logged("subscribers have to read their state anew").await;
         process.reaches("streaming").await;
     }
     process.signal("TERM");
     process.ended().await;
     let (program, _) = fix.split_once("  # ").unwrap_or((&fix, ""));
-    // With the options that serve had.
+    // The remedy has the options of serve.
     tuplewatch(&program.split(' ').skip(1).collect::<Vec<_>>()).await.succeeded();
     starts(&postgres.uri(), &directory).await;
 }
@@ -210,7 +210,7 @@ async fn local_obstacles_are_named_and_leave_the_slot_free() {
         let unreadable = format!("cannot read nowhere.pem ({section}");
         for (cert, says) in [("nowhere.pem", unreadable.as_str()), (pem.to_str().unwrap(), section.as_str())] {
             let tls = [enabled.as_str(), "true", &flag("cert"), cert, &key, cert];
-            // Also where nobody has used TLS before: to no server at all.
+            // Also without a server, before anything else uses TLS.
             for uri in [&postgres.uri(), "postgres://u@127.0.0.1:1/d"] {
                 refused(uri, &tls).await.failed(&[says]);
             }
@@ -221,7 +221,7 @@ async fn local_obstacles_are_named_and_leave_the_slot_free() {
     works(&postgres.uri()).await;
 }
 
-/// What it starts with is often 1024, and what it may ask for much more.
+/// The soft limit at the start is often 1024, and the hard limit much larger.
 #[tokio::test]
 async fn the_limit_of_open_files_is_raised() {
     let postgres = Postgres::start().await;

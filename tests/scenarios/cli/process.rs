@@ -9,10 +9,10 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
-/// What chooses the PostgreSQL of `dev`: of all our environment, the one variable that it gets.
+/// Chooses the PostgreSQL of `dev`. The only variable of ours that the program gets from our environment.
 pub(crate) const PG_BIN: &str = "TUPLEWATCH_PG_BIN";
 
-/// The program in a directory of the caller's, with nothing of our environment that configures it.
+/// The program in this directory, without the variables of our environment that configure it.
 pub(crate) fn program(directory: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tuplewatch"));
     for (name, _) in std::env::vars_os() {
@@ -21,24 +21,24 @@ pub(crate) fn program(directory: &Path) -> Command {
             command.env_remove(name);
         }
     }
-    // A URI that names no user would mean us.
+    // Otherwise a URI without a user would mean our user.
     command.env_remove("USER").env_remove("LOGNAME");
     command.current_dir(directory).kill_on_drop(true).stdin(Stdio::null());
     command
 }
 
-/// What a terminal makes the signal INT of, for the program in its foreground.
+/// A terminal turns this into the signal INT for its foreground program.
 pub(crate) const CTRL_C: &str = "\x03";
 
-/// The same command on a terminal, which `script` makes. Both of its streams are what is printed there; what is typed comes through
-/// the standard input of `script`.
+/// The same command on a terminal that `script` creates. Both of its outputs are printed there. The standard input of `script` is the
+/// keyboard.
 pub(crate) fn on_terminal(command: &Command) -> Command {
     let command = command.as_std();
     let words: Vec<&str> =
         std::iter::once(command.get_program()).chain(command.get_args()).map(|word| word.to_str().unwrap()).collect();
     let mut script = Command::new("script");
     if cfg!(target_os = "linux") {
-        // A shell that stayed in between would get the Ctrl-C too, and some then end by it whatever the program made of it.
+        // Without exec, a shell in between would get the Ctrl-C too, and some shells then end by the signal whatever the program does.
         script.args(["-q", "-e", "-c", &format!("exec {}", words.join(" ")), "/dev/null"]);
     } else {
         script.args(["-q", "/dev/null"]).args(words);
@@ -56,7 +56,7 @@ pub(crate) fn on_terminal(command: &Command) -> Command {
     script
 }
 
-/// How a run ended, and what it said.
+/// The exit code and the output of a run.
 #[derive(Debug)]
 pub(crate) struct Ran {
     pub(crate) code: Option<i32>,
@@ -64,7 +64,7 @@ pub(crate) struct Ran {
     pub(crate) err: String,
 }
 
-/// Runs it to its end.
+/// Runs a command to its end.
 pub(crate) async fn run(mut command: Command) -> Ran {
     let what = format!("{:?} ends", command.as_std());
     let output = within(&what, command.output()).await.unwrap();
@@ -74,7 +74,7 @@ pub(crate) async fn run(mut command: Command) -> Ran {
     ran
 }
 
-/// Runs the program with these arguments; where does not matter.
+/// Runs the program with these arguments, in a temporary directory.
 pub(crate) async fn tuplewatch(arguments: &[&str]) -> Ran {
     let directory = tempfile::tempdir().unwrap();
     let mut command = program(directory.path());
@@ -83,20 +83,20 @@ pub(crate) async fn tuplewatch(arguments: &[&str]) -> Ran {
 }
 
 impl Ran {
-    /// Ended well; what it printed.
+    /// The run must have succeeded. Returns its output.
     #[track_caller]
     pub(crate) fn succeeded(self) -> String {
         assert_eq!(self.code, Some(0), "{self:?}");
         self.out
     }
 
-    /// Failed, having said all of these.
+    /// The run must have failed with all of these messages.
     #[track_caller]
     pub(crate) fn failed(self, says: &[&str]) {
         self.ended(1, says);
     }
 
-    /// Refused what it was told, having said all of these and printed nothing.
+    /// The run must have failed as misused, with all of these messages and no output.
     #[track_caller]
     pub(crate) fn misused(self, says: &[&str]) {
         assert_eq!(self.out, "", "{self:?}");
@@ -142,7 +142,7 @@ impl Lines {
         self.kept.lock().unwrap().clone()
     }
 
-    /// Waits until nobody can write to it any more.
+    /// Waits for the end of the output.
     async fn end(&mut self) {
         if !self.reader.is_finished() {
             within("the output ends", &mut self.reader).await.unwrap();
@@ -158,7 +158,7 @@ impl Process {
         Self { child, out, err }
     }
 
-    /// The lines that it printed.
+    /// The lines of its standard output.
     pub(crate) fn printed(&self) -> Vec<String> {
         self.out.all()
     }
@@ -168,7 +168,7 @@ impl Process {
         self.err.all()
     }
 
-    /// Waits until it has printed so many lines; all of them.
+    /// Waits until it has printed this many lines. Returns all lines.
     pub(crate) async fn prints(&self, count: usize) -> Vec<String> {
         eventually(&format!("{count} lines are printed"), async || self.printed().len() >= count).await;
         self.printed()
@@ -180,7 +180,7 @@ impl Process {
         eventually(&format!("'{text}' is said"), is_there).await;
     }
 
-    /// Waits until a line of its log contains this text. unless the process ends before.
+    /// Waits until a line of its log contains this text. Fails if the process ends before.
     pub(crate) async fn reaches(&mut self, text: &str) {
         self.reaches_in(text, Self::logged).await;
     }
@@ -211,7 +211,7 @@ impl Process {
         self.child.id().expect("a process that runs")
     }
 
-    /// By its name, such as INT.
+    /// Sends a signal by its name, such as INT.
     pub(crate) fn signal(&self, name: &str) {
         signal(self.id(), name);
     }
@@ -228,7 +228,7 @@ impl Process {
         status
     }
 
-    /// Waits until it listens for a protocol, gRPC or HTTP; where.
+    /// Waits until it listens for gRPC or HTTP. Returns the address.
     pub(crate) async fn listens(&self, protocol: &str) -> SocketAddr {
         let listening = format!("{protocol} is listening");
         self.until_logged(&listening).await;

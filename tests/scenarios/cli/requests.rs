@@ -40,7 +40,7 @@ fn request(path: &str, body: impl Into<Bytes>) -> http::Request<Body> {
     request.body(Body::new(Whole(Some(body.into())))).unwrap()
 }
 
-/// The status of a call that is refused, from the headers or the trailers.
+/// The status of a refused call, from the headers or the trailers.
 async fn refusal(channel: &Channel, request: http::Request<Body>) -> Status {
     let mut channel = channel.clone();
     let refused = async {
@@ -74,7 +74,7 @@ fn watch(tenant: &str, token: &str) -> Vec<u8> {
     WatchRequest { tenant_id: tenant.to_owned(), snap_token: token.to_owned() }.encode_to_vec()
 }
 
-/// A well-behaved subscriber, and whoever writes for it.
+/// A well-behaved subscriber, and a writer for it.
 struct Neighbour {
     sql: Sql,
     stream: Stream,
@@ -158,19 +158,19 @@ async fn malformed_requests_get_a_precise_status() {
     assert!(server.ended().await.success());
 }
 
-/// It would hold one of a bounded number of places.
+/// It would use one of a bounded number of connections.
 #[tokio::test]
 async fn a_silent_connection_is_closed() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut silent = TcpStream::connect(server.address()).await.unwrap();
     let mut settings = Vec::new();
-    // However it ends.
+    // The way it ends does not matter.
     let _ = within("it is closed", silent.read_to_end(&mut settings)).await;
     server.serving().await;
 }
 
-/// What is not HTTP/2, or breaks its rules, costs its own connection.
+/// Data that is not HTTP/2, or breaks its rules, ends its own connection only.
 #[tokio::test]
 async fn garbage_on_the_wire_ends_its_own_connection() {
     let postgres = Postgres::start().await;
@@ -200,7 +200,7 @@ async fn garbage_on_the_wire_ends_its_own_connection() {
         let _ = within(&format!("{what}: the connection is closed"), connection.read_to_end(&mut answer)).await;
         neighbour.is_fine().await;
     }
-    // Nobody is refused for those who only connected.
+    // Idle connections cause no refusals.
     let idle: Vec<TcpStream> = futures_util::future::join_all((0..200).map(|_| TcpStream::connect(&address)))
         .await
         .into_iter()
@@ -210,7 +210,7 @@ async fn garbage_on_the_wire_ends_its_own_connection() {
     neighbour.is_fine().await;
     server.watch("t1", "").await;
 
-    // A request with headers beyond the limit, on a connection that goes on.
+    // A request with too large headers, on a connection that stays usable.
     let channel = server.channel().await;
     let mut long = request(WATCH, framed(&watch("t1", "")));
     long.headers_mut().insert("x-long", "x".repeat(40 << 10).parse().unwrap());

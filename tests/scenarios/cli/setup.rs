@@ -21,7 +21,7 @@ pub(crate) fn psql() -> Command {
     command
 }
 
-/// Has psql run a script, which stops at the first error.
+/// Runs a script with psql, which stops at the first error.
 async fn psql_runs(uri: &str, script: &str) {
     let mut psql = psql();
     psql.args(["--no-psqlrc", "--quiet", "--set", "ON_ERROR_STOP=1", uri]).stdin(Stdio::piped());
@@ -31,7 +31,7 @@ async fn psql_runs(uri: &str, script: &str) {
     assert!(output.status.success(), "{output:?}\n{script}");
 }
 
-/// What setup would make.
+/// The objects that setup creates.
 pub(super) async fn things(sql: &Sql) -> String {
     sql.value(
         "SELECT format('%s slots, %s publications, %s schemas', (SELECT count(*) FROM pg_replication_slots), \
@@ -60,7 +60,7 @@ async fn setup_does_exactly_what_its_dry_run_prints() {
     assert_eq!(tuplewatch(&["setup", "--database-uri", &uri]).await.succeeded(), NOTHING_TO_DO);
     assert_eq!(tuplewatch(&dry_run).await.succeeded(), format!("-- {NOTHING_TO_DO}"));
 
-    // What is missing, and no more.
+    // Only missing parts are created.
     sql.run("ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes").await;
     let script = tuplewatch(&dry_run).await.succeeded();
     assert!(script.contains("ADD TABLE \"tuplewatch\".\"attributes\"") && !script.contains("CREATE"), "{script}");
@@ -73,7 +73,7 @@ async fn setup_and_teardown_are_idempotent() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let (setup, teardown) = (["setup", "--database-uri", &uri], ["teardown", "--database-uri", &uri]);
-    // Two at once: one of them does it.
+    // Two at once: one of them does the work.
     let (one, other) = tokio::join!(tuplewatch(&setup), tuplewatch(&setup));
     let (one, other) = (one.succeeded(), other.succeeded());
     assert!([&one, &other].into_iter().any(|said| said == NOTHING_TO_DO), "{one}{other}");
@@ -96,7 +96,7 @@ async fn setup_and_teardown_are_idempotent() {
     let nothing = "nothing to do: neither slot nor publication is there\n";
     assert_eq!(tuplewatch(&teardown).await.succeeded(), nothing);
 
-    // A trial that is taken up again.
+    // Setup works again after a teardown.
     tuplewatch(&setup).await.succeeded();
     assert_eq!(leftovers(&sql).await, "1 slots, 1 publications, 1 tuples");
 }
@@ -121,7 +121,7 @@ async fn setup_and_teardown_explain_their_failures() {
     }
     assert_eq!(things(&sql).await, "1 slots, 0 publications, 0 schemas", "theirs is left alone");
 
-    // A slot waits for the transactions that are open; who holds it up is said, and it can be given up.
+    // The creation of a slot waits for open transactions. Setup names them, and can be interrupted.
     let holder = Sql::connect(&uri).await;
     holder.run("BEGIN; SELECT txid_current()").await;
     let directory = tempfile::tempdir().unwrap();
@@ -130,7 +130,7 @@ async fn setup_and_teardown_explain_their_failures() {
     let mut setup = Process::start(command);
     let pid = holder.value("SELECT pg_backend_pid()").await;
     setup.until_logged(&pid).await;
-    // Not INT, which a shell has ignored by what it starts in the background.
+    // Not INT, which background processes of a shell may ignore.
     setup.signal("TERM");
     setup.ended().await;
     let mine = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'tuplewatch setup%'";
@@ -140,7 +140,7 @@ async fn setup_and_teardown_explain_their_failures() {
     assert_eq!(sql.value("SELECT count(*) FROM pg_replication_slots").await, "2");
 }
 
-/// Inserts and messages for tuplewatch that come out of the slot.
+/// Counts the inserts and the messages for tuplewatch in the slot.
 async fn sent(sql: &Sql) -> String {
     sql.value(
         "SELECT format('%s rows, %s looks', count(*) FILTER (WHERE get_byte(data, 0) = ascii('I')), \
@@ -154,8 +154,7 @@ async fn sent(sql: &Sql) -> String {
 const ATTRIBUTE: &str = "INSERT INTO tuplewatch.attributes VALUES ('t1', 'document', '1', 'public', \
                          '{\"@type\": \"type.googleapis.com/base.v1.BooleanValue\"}')";
 
-/// PostgreSQL sends of a transaction what it wrote after the table was added, and not what it wrote before. So none may have
-/// both.
+/// PostgreSQL sends the rows of a transaction from after the table was added, and not those from before. So no transaction may have both.
 #[tokio::test]
 async fn setup_waits_for_writers_before_it_publishes_their_table() {
     let postgres = Postgres::with(&[("max_prepared_transactions", "5")]).await;
@@ -166,7 +165,7 @@ async fn setup_waits_for_writers_before_it_publishes_their_table() {
     sql.run(take_out).await;
     let published = "SELECT count(*) FROM pg_publication_rel";
 
-    // Who writes a table that is published already is in nobody's way.
+    // A writer of a table that is already published does not matter.
     let other = Sql::connect(&uri).await;
     other.run("BEGIN").await;
     other.insert("t1", "published").await;
@@ -178,13 +177,13 @@ async fn setup_waits_for_writers_before_it_publishes_their_table() {
     tuplewatch(&setup).await.failed(&blocked);
     assert_eq!(sql.value(published).await, "1");
 
-    // A prepared one has locks and no session.
+    // A prepared transaction has locks and no session.
     writer.run("PREPARE TRANSACTION 'theirs'").await;
     tuplewatch(&setup).await.failed(&["nothing was changed", "prepared transaction 'theirs'", "ROLLBACK PREPARED"]);
     assert_eq!(sql.value(published).await, "1");
     writer.run("ROLLBACK PREPARED 'theirs'").await;
 
-    // One that ends in time is waited for.
+    // Setup waits for a transaction that ends in time.
     writer.run(&format!("BEGIN; {ATTRIBUTE}")).await;
     let directory = tempfile::tempdir().unwrap();
     let mut command = super::process::program(directory.path());
@@ -196,14 +195,14 @@ async fn setup_waits_for_writers_before_it_publishes_their_table() {
     assert_eq!(sql.value(published).await, "2");
     assert_eq!(tuplewatch(&setup).await.succeeded(), NOTHING_TO_DO);
 
-    // What was written before is not sent, and all that is written now is, of a transaction that is older.
+    // Earlier rows are not sent, and later rows are, even of an older transaction.
     assert_eq!(sent(&sql).await, "0 rows, 1 looks");
     other.run("DELETE FROM tuplewatch.attributes").await;
     other.run(&format!("{ATTRIBUTE}; COMMIT")).await;
     assert_eq!(sent(&sql).await, "2 rows, 1 looks");
 }
 
-/// Sessions that are read only by default write where they say so.
+/// Sessions that are read-only by default write if they ask for it.
 #[tokio::test]
 async fn a_role_that_is_read_only_by_default_can_set_up() {
     let postgres = Postgres::start().await;

@@ -11,7 +11,7 @@ use tokio::process::Command;
 use tonic::Code;
 use tonic::transport::Endpoint;
 
-/// `watch` of t1, with nothing in the environment that says something of colours.
+/// `watch` of t1, without variables about colours in its environment.
 fn watch(server: &Server, flags: &[&str]) -> Command {
     let mut command = program(&std::env::temp_dir());
     for name in ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "CI"] {
@@ -36,7 +36,7 @@ async fn only_terminals_get_colours() {
     plain_terminal.env("NO_COLOR", "1");
     let mut forced = watch(&server, &["--color", "always"]);
     forced.env("NO_COLOR", "1");
-    // What has colours, and what is laid out for a person.
+    // Each with whether it has colours, and whether it has the layout for people.
     let runs = [
         ("a pipe", watch(&server, &[]), false, false),
         ("a pipe, --color always", forced, true, false),
@@ -47,7 +47,7 @@ async fn only_terminals_get_colours() {
     let runs =
         runs.map(|(what, command, is_colored, is_terminal)| (what, Process::start(command), is_colored, is_terminal));
     for (what, process, ..) in &runs {
-        // On a terminal both streams are one.
+        // On a terminal both outputs are one.
         let said = || [process.printed(), process.logged()].concat();
         let has_begun = async || said().iter().any(|line| line.contains("watching tenant t1 on "));
         eventually(&format!("the watch into {what} has begun"), has_begun).await;
@@ -73,7 +73,7 @@ async fn only_terminals_get_colours() {
     }
 }
 
-/// The end of a part is the end of the process, so no part may end because a terminal is attached. `dev` has a scenario of its own.
+/// The process ends when any part of it ends, so no part may end because of a terminal. `dev` has its own scenario.
 #[tokio::test]
 async fn serve_runs_on_a_terminal_until_ctrl_c_is_typed() {
     let postgres = Postgres::start().await;

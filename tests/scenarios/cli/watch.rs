@@ -74,7 +74,7 @@ async fn each_change_is_printed_on_a_line() {
     );
     assert_eq!(last["changes"]["tuple_changes"].as_array().unwrap().len(), 1);
 
-    // From a token that was printed, the rest.
+    // A printed token resumes with the rest.
     let token = transaction["changes"]["snap_token"].as_str().unwrap();
     let resumed = watch(&url(&server), &["--tenant", "t1", "--snap-token", token]);
     assert!(resumed.prints(1).await[0].ends_with(" + document:last#viewer@user:u"));
@@ -87,7 +87,7 @@ async fn each_change_is_printed_on_a_line() {
     }
 }
 
-/// The last words of a watch, pasted.
+/// The last line of a watch is a command that works.
 #[tokio::test]
 async fn watch_ends_with_the_command_that_resumes_it() {
     let postgres = Postgres::start().await;
@@ -95,7 +95,7 @@ async fn watch_ends_with_the_command_that_resumes_it() {
     let sql = postgres.sql().await;
     let start = || {
         let mut command = program(&std::env::temp_dir());
-        // Set where cargo runs a program, and then it would be called through cargo.
+        // Cargo sets this variable, and the printed command would then call cargo.
         command.env_remove("CARGO_PKG_NAME").args(["watch", "--tenant", "t1", "--server", &url(&server)]);
         Process::start(command)
     };
@@ -107,7 +107,7 @@ async fn watch_ends_with_the_command_that_resumes_it() {
     };
     let watch = start();
     watch.until_logged("watching tenant t1").await;
-    // Nothing has come yet: the command resumes from where it began.
+    // Nothing was delivered yet, so the command resumes from the start.
     let before_all = last_words(watch).await;
     let watch = start();
     watch.until_logged("watching tenant t1").await;
@@ -124,7 +124,7 @@ async fn watch_ends_with_the_command_that_resumes_it() {
     }
 }
 
-/// `watch | head`: it ends when nobody reads any more.
+/// `watch | head`: it ends when its reader ends.
 #[tokio::test]
 async fn watch_ends_when_its_output_is_closed() {
     let postgres = Postgres::start().await;
@@ -144,7 +144,7 @@ async fn watch_ends_when_its_output_is_closed() {
     assert_eq!(watch.wait().await.unwrap().code(), Some(0));
 }
 
-/// A reader that has stopped holds up nobody who wants it to end, and one that goes on gets whole lines.
+/// A reader that has stopped does not delay the end of a watch, and a reader that continues gets complete lines.
 #[tokio::test]
 async fn watch_ends_on_a_signal_while_nobody_reads_its_output() {
     let postgres = Postgres::start().await;
@@ -154,14 +154,14 @@ async fn watch_ends_on_a_signal_while_nobody_reads_its_output() {
         let mut command = program(&std::env::temp_dir());
         command.args(["watch", "--tenant", "t1", "--output", "json", "--server", &url(&server)]);
         let (out, writer) = std::io::pipe().unwrap();
-        // Where it is not read again both go the same way, so that its last words have no reader either.
+        // If it is not read again, both outputs share a pipe, so that its last line has no reader either.
         let same = || (out.try_clone().unwrap(), writer.try_clone().unwrap());
         let (err, err_writer) = if is_read_again { std::io::pipe().unwrap() } else { same() };
         let mut watch = command.stdout(writer).stderr(err_writer).spawn().unwrap();
         drop(command);
         let holds = |out: &std::io::PipeReader| rustix::io::ioctl_fionread(out).unwrap();
         eventually("it begins", async || holds(&err) > 0).await;
-        // One message, and more than a pipe holds.
+        // One message, larger than a pipe.
         sql.insert_large("t1", 1..=200).await;
         sql.run("DELETE FROM tuplewatch.attributes").await;
         eventually("the pipe fills up", async || holds(&out) > 1 << 15).await;
@@ -191,7 +191,7 @@ async fn watch_ends_on_a_refusal_and_waits_for_an_absent_server() {
         tuplewatch(&[&refused[..], flags].concat()).await.failed(&["tuplewatch: the server refused", says]);
     }
 
-    // A server that comes and goes.
+    // A server that is away for a while.
     server.kill_9().await;
     let mut patient = watch(&address, &["--tenant", "t1"]);
     patient.until_logged(": Connection refused; reconnecting in 0.1 s, then at least every 5 s").await;
@@ -200,7 +200,7 @@ async fn watch_ends_on_a_refusal_and_waits_for_an_absent_server() {
     patient.until_logged("watching tenant t1 on ").await;
     assert_eq!(patient.logged().len(), 2, "once, however often it was tried");
 
-    // From here on nothing is lost, although nothing has come yet.
+    // From here on nothing is lost, although nothing was delivered yet.
     let sql = postgres.sql().await;
     server.kill_9().await;
     patient.until_logged("; reconnecting").await;
@@ -218,7 +218,7 @@ async fn watch_ends_on_a_refusal_and_waits_for_an_absent_server() {
     assert_eq!(patient.ended().await.code(), Some(0));
 }
 
-/// What a listener answers that is no tuplewatch.
+/// A listener of another program, with this answer.
 async fn foreign(answer: &'static [u8]) -> u16 {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -228,14 +228,14 @@ async fn foreign(answer: &'static [u8]) -> u16 {
             let mut request = [0; 4096];
             let _ = connection.read(&mut request).await;
             let _ = connection.write_all(answer).await;
-            // Until the other end has read it.
+            // Stay open until the other end has read it.
             while connection.read(&mut request).await.is_ok_and(|read| read > 0) {}
         }
     });
     port
 }
 
-/// Nothing is said in the words of a library.
+/// Whether the text contains no phrase of a library.
 fn is_plain(said: &str) -> bool {
     let raw =
         ["transport error", "h2 protocol error", "status:", "http2 error", "os error", "tcp connect error", "rustls"];
@@ -248,7 +248,7 @@ async fn watch_ends_on_a_lasting_connection_error() {
     let server = Server::serve(&postgres, &[]).await;
     let tls_to_plain = format!("https://{}", server.address());
     let http1 = format!("http://127.0.0.1:{}", foreign(b"HTTP/1.1 400 Bad Request\r\n\r\n").await);
-    // A fatal alert, as a server with TLS answers what is none.
+    // A fatal alert, as a TLS server sends it after plain text.
     let tls = format!("http://127.0.0.1:{}", foreign(b"\x15\x03\x03\x00\x02\x02\x0a").await);
     for (address, says) in [
         (&http1, "it does not speak gRPC without TLS: write https://"),
@@ -258,7 +258,7 @@ async fn watch_ends_on_a_lasting_connection_error() {
         let ran = tuplewatch(&["watch", "--tenant", "t1", "--server", address]).await;
         assert!(is_plain(&ran.err), "{ran:?}");
         ran.failed(&[&format!("tuplewatch: cannot watch {address}: {says}")]);
-        // Who tries once may find the connection closed before the answer that tells why.
+        // With a single attempt, the connection may be closed before the answer with the cause.
         let ran = tuplewatch(&["health", "--server", address]).await;
         assert!(is_plain(&ran.err), "{ran:?}");
         ran.failed(&[&format!("tuplewatch: cannot reach {address}: ")]);

@@ -5,14 +5,14 @@ use crate::support::postgres::Postgres;
 
 const SUBJECT: &str = "connection";
 
-/// Puts lines in front of pg_hba.conf.
+/// Inserts lines at the beginning of pg_hba.conf.
 async fn allow(patient: &Patient, lines: &str) {
     let before = std::fs::read_to_string(patient.postgres.pgdata().join("pg_hba.conf")).unwrap();
     patient.postgres.put_file("pg_hba.conf", &format!("{lines}\n{before}"));
     patient.reload().await;
 }
 
-/// What is looked at without a server.
+/// The server is refused, and the change log is still examined.
 async fn is_refused(patient: &Patient, what: &str, fix: &str) {
     let diagnostic = patient.has(SUBJECT, what).await;
     assert!(diagnostic.fix.as_deref().unwrap().contains(fix), "{diagnostic:?}");

@@ -7,7 +7,7 @@ use crate::support::wait::eventually;
 #[tokio::test]
 async fn a_wal_level_of_replica_is_an_error() {
     let mut patient = Patient::new(Postgres::with(&[("wal_level", "replica")]).await);
-    // All or nothing.
+    // Setup does all or nothing.
     let fix = "ALTER SYSTEM SET wal_level = logical";
     patient.run("setup", &[]).await.failed(&["nothing was changed", "wal_level: is replica", fix, "restart"]);
     assert!(patient.sql().await.is_true("to_regnamespace('tuplewatch') IS NULL").await);
@@ -17,7 +17,7 @@ async fn a_wal_level_of_replica_is_an_error() {
     let diagnostic = patient.has("wal_level", "is replica").await;
     assert!(!diagnostic.what.contains("waits for a restart"), "{diagnostic:?}");
 
-    // Half of the fix: somebody has set it, and did not restart.
+    // Half of the fix: the setting is changed, and the restart is missing.
     patient.sql().await.run("ALTER SYSTEM SET wal_level = logical").await;
     patient.reload().await;
     let is_pending = "(SELECT pending_restart FROM pg_settings WHERE name = 'wal_level')";
@@ -43,7 +43,7 @@ async fn exhausted_walsenders_are_an_error() {
     stops(theirs).await;
 }
 
-/// A role that may log on, and connects.
+/// A node with a role that may log on.
 async fn with_role(rights: &str) -> Patient {
     let patient = Patient::ready(Postgres::start().await).await;
     patient.sql().await.run(&format!("CREATE ROLE \"a reader\" LOGIN; {rights}")).await;
@@ -60,7 +60,7 @@ async fn a_role_without_replication_is_an_error() {
     patient.heals("role a reader", "has no REPLICATION").await;
 }
 
-/// Limits below what `serve` opens. It works all the same, until there is none at all.
+/// Limits below the connections of `serve`, which works with fewer, as long as it has one.
 #[tokio::test]
 async fn connection_limits_below_the_needs_of_serve_are_warnings() {
     let mut patient = with_role(&format!("ALTER ROLE \"a reader\" REPLICATION; {MAY_READ}")).await;
@@ -104,7 +104,7 @@ async fn a_schema_without_usage_is_an_error() {
     patient.streams().await;
 }
 
-/// Settings with which it works until the day when it does not.
+/// Settings that are dangerous only later.
 #[tokio::test]
 async fn a_missing_limit_is_a_warning() {
     let mut patient = Patient::ready(Postgres::with(&[("track_commit_timestamp", "off")]).await).await;
@@ -126,7 +126,7 @@ async fn a_wal_limit_below_the_acknowledgement_delay_is_an_error() {
     patient.heals("max_slot_wal_keep_size", "lets 1024 MiB be held back of it").await;
 }
 
-/// PostgreSQL takes a logical walsender for a standby, too.
+/// PostgreSQL counts a logical walsender as a standby too.
 #[tokio::test]
 async fn commits_that_would_wait_for_tuplewatch_are_reported() {
     const SETTING: &str = "synchronous_standby_names";
@@ -142,7 +142,7 @@ async fn commits_that_would_wait_for_tuplewatch_are_reported() {
     let diagnostic = patient.has(SETTING, "tuplewatch matches too").await;
     patient.apply(&diagnostic).await;
     patient.is_well().await;
-    // Of that name there is none here, and a commit would wait for it.
+    // There is no standby of that name, and a commit would wait for it.
     patient.sql().await.run(&format!("ALTER SYSTEM RESET {SETTING}")).await;
     patient.reload().await;
     patient.streams().await;

@@ -7,7 +7,7 @@ use crate::support::wait::{eventually, within};
 
 const SLOT: &str = "replication slot tuplewatch";
 
-/// Writes WAL, a segment at a time, until this holds of the slot.
+/// Writes WAL segments until this condition holds for the slot.
 async fn write_until(sql: &Sql, what: &str, condition: &str) {
     let condition = format!("(SELECT {condition} FROM pg_replication_slots WHERE slot_name = 'tuplewatch')");
     eventually(what, async || {
@@ -46,7 +46,7 @@ async fn a_physical_slot_is_an_error() {
     patient.streams().await;
 }
 
-/// Nobody reads, and the server keeps WAL: serving is what helps.
+/// The server keeps WAL for a slot that is not read, and serving is the remedy.
 #[tokio::test]
 async fn an_unread_slot_is_a_warning() {
     let patient = Patient::used(Postgres::start().await).await.with("--replication-warn-retained-wal", "32MiB");
@@ -59,7 +59,7 @@ async fn an_unread_slot_is_a_warning() {
 
     let process = patient.serve(&[], &[]).await;
     let sql = patient.sql().await;
-    // The server moves on what it keeps when it next notes what runs, with something to note it for.
+    // The server releases WAL after it next logs the running transactions, which needs activity.
     eventually("it catches up, and nothing is kept", async || {
         sql.insert("t1", &fastrand::u64(..).to_string()).await;
         sql.run("CHECKPOINT").await;
@@ -79,7 +79,7 @@ async fn a_slot_close_to_its_wal_limit_is_a_warning() {
     assert!(patient.doctor(&[]).await.about("warning", SLOT).is_empty());
 }
 
-/// Past the limit, and not yet given up: that takes a checkpoint.
+/// Past the limit, but not invalidated before the next checkpoint.
 #[tokio::test]
 async fn an_unreserved_slot_is_a_warning() {
     let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "1MB")]).await).await;
@@ -108,14 +108,14 @@ async fn a_slot_held_by_another_node_is_a_warning() {
     let warnings = diagnosis.about("warning", SLOT);
     let [diagnostic] = warnings.as_slice() else { panic!("{diagnosis:#?}") };
     assert!(diagnostic.what.contains("which is not this tuplewatch"), "{diagnostic:?}");
-    // Whatever starts it is stopped first, as it says.
+    // The other node is stopped first, as the fix says.
     thief.kill_9().await;
     patient.apply(diagnostic).await;
     eventually("the slot is free", async || patient.doctor(&[]).await.about("warning", SLOT).is_empty()).await;
     patient.streams().await;
 }
 
-/// Whatever it is, it does not give way.
+/// Another program does not give way.
 #[tokio::test]
 async fn a_slot_held_by_another_program_is_an_error() {
     let patient = Patient::used(Postgres::start().await).await;
@@ -127,7 +127,7 @@ async fn a_slot_held_by_another_program_is_an_error() {
     eventually("the slot is free", async || patient.doctor(&[]).await.summary.error == 0).await;
 }
 
-/// `serve` has stopped where it was, and the role that it has sees of its own walsender only that there is one.
+/// `serve` is suspended, and its role sees nothing of its walsender but its existence.
 #[tokio::test]
 async fn a_slot_that_is_read_too_slowly_is_a_warning() {
     let postgres = Postgres::start().await;
@@ -157,7 +157,7 @@ async fn a_long_transaction_is_a_warning() {
     forgotten.run("BEGIN; SELECT pg_current_xact_id()").await;
     let pid = forgotten.value("SELECT pg_backend_pid()").await;
     let subject = format!("transaction of process {pid}");
-    // Not for so long.
+    // It is not old enough for the default.
     assert!(patient.doctor(&[]).await.about("warning", &subject).is_empty());
     let warnings = patient.doctor(&["--long-transaction", "0s"]).await.about("warning", &subject);
     let [diagnostic] = warnings.as_slice() else { panic!("{warnings:#?}") };
@@ -171,7 +171,7 @@ async fn a_long_transaction_is_a_warning() {
     })
     .await;
 
-    // A role that must not see since when is told so, and how it may.
+    // A role that may not see its age gets a diagnostic with the remedy.
     let other = patient.sql().await;
     other.run("CREATE ROLE reader LOGIN REPLICATION; GRANT USAGE ON SCHEMA tuplewatch TO reader").await;
     other.run("GRANT SELECT ON ALL TABLES IN SCHEMA tuplewatch TO reader; BEGIN; SELECT pg_current_xact_id()").await;
@@ -184,7 +184,7 @@ async fn a_long_transaction_is_a_warning() {
     assert!(diagnosis.of_severity("warning").iter().any(|diagnostic| diagnostic.subject.starts_with("transaction of")));
 }
 
-/// A gap does not end before it, and nothing tells of it but its lock: it has written nothing.
+/// A gap cannot end before it does, and only its lock shows it, because it has written nothing.
 #[tokio::test]
 async fn a_transaction_that_locks_a_watched_table_is_a_warning() {
     let mut patient = Patient::used(Postgres::with(&[("max_prepared_transactions", "5")]).await).await;
@@ -227,7 +227,7 @@ async fn a_prepared_transaction_is_a_warning() {
     assert_eq!(diagnosis.about("ok", "transactions").len(), 1, "{diagnosis:#?}");
 }
 
-/// From version 18 on there is a limit to how long a slot may go unread.
+/// From version 18 on there can be a limit to the time that a slot is not read.
 #[tokio::test]
 async fn an_idle_timeout_of_slots_is_a_warning() {
     let mut patient = Patient::used(Postgres::since(18, &[("idle_replication_slot_timeout", "1d")]).await).await;

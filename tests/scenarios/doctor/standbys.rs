@@ -13,7 +13,7 @@ async fn a_missing_synchronized_standby_slot_is_an_error() {
     let patient = Patient::new(Postgres::since(17, &[(SETTING, "gone")]).await);
     let mut patient = patient.with("--replication-failover", "off");
     patient.run("setup", &[]).await.succeeded();
-    // Without failover it does not wait.
+    // Without failover the slot does not wait.
     let diagnosis = patient.doctor(&[]).await;
     assert_eq!(diagnosis.about("warning", SETTING).len(), 1, "{diagnosis:#?}");
     patient.is_well().await;
@@ -26,7 +26,7 @@ async fn a_missing_synchronized_standby_slot_is_an_error() {
     patient.streams().await;
 }
 
-/// A standby that nobody told of the slot.
+/// A standby without a copy of the slot.
 #[tokio::test]
 async fn a_slot_that_a_promotion_would_lose_is_a_warning() {
     let patient = Patient::new(Postgres::since(17, &[]).await);
@@ -65,7 +65,7 @@ async fn a_slot_that_a_promotion_would_lose_is_a_warning() {
     );
     patient.streams().await;
 
-    // The standby goes, and what is to wait for it waits for ever.
+    // The standby stops, and the slot would wait for it for ever.
     standby.stop(StopMode::Fast).await;
     eventually("the slot has nobody", async || {
         sql.is_true("EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'standby1' AND NOT active)").await
@@ -76,7 +76,7 @@ async fn a_slot_that_a_promotion_would_lose_is_a_warning() {
     patient.is_well().await;
 }
 
-/// A standby itself is no place to read from.
+/// tuplewatch cannot read from a standby.
 #[tokio::test]
 async fn a_uri_that_leads_to_a_standby_is_an_error() {
     let mut patient = Patient::ready(Postgres::start().await).await;

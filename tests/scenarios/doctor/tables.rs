@@ -38,14 +38,14 @@ async fn unpublished_deletes_are_an_error() {
 async fn a_table_outside_the_publication_is_an_error() {
     let mut patient = Patient::used(Postgres::start().await).await;
     patient.sql().await.run("ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes").await;
-    // A running tuplewatch looks at once.
+    // A running tuplewatch checks at once.
     let diagnostic = patient.has("table tuplewatch.attributes", "is not in publication tuplewatch").await;
     let fix = diagnostic.fix.unwrap();
     assert!(fix.contains("SELECT pg_logical_emit_message(true, 'tuplewatch', 'check');"), "{fix}");
     patient.heals("table tuplewatch.attributes", "is not in publication tuplewatch").await;
 }
 
-/// Rows or columns that are held back: from version 15 on.
+/// Filtered rows or columns, from version 15 on.
 #[tokio::test]
 async fn row_filters_and_column_lists_are_errors() {
     let mut patient = Patient::used(Postgres::since(15, &[]).await).await;
@@ -71,7 +71,7 @@ async fn incomplete_old_rows_are_an_error() {
 const SHARES: &str = "tables: [{table: shop.shares, tenant: company, tuple: {
     entity_type: {constant: document}, entity_id: id, relation: role, subject_type: {constant: user}, subject_id: person}}]";
 
-/// With a table of somebody's own.
+/// A node with a custom table.
 async fn with_shares(sql: &str) -> Patient {
     let patient = Patient::new(Postgres::start().await).with("--mapping-file", "m.yaml");
     std::fs::write(patient.path().join("m.yaml"), SHARES).unwrap();
@@ -114,7 +114,7 @@ async fn a_missing_mapped_column_is_an_error() {
     patient.streams().await;
 }
 
-/// What has the name of a table, and what it is.
+/// Other objects with the name of a mapped table.
 #[tokio::test]
 async fn a_mapped_name_of_another_object_is_an_error() {
     let foreign = "CREATE FOREIGN DATA WRAPPER nowhere; CREATE SERVER elsewhere FOREIGN DATA WRAPPER nowhere;

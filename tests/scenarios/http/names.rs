@@ -12,7 +12,7 @@ use serde_json::{Value as Json, json};
 
 const WATCH: &str = "/v1/tenants/t1/watch";
 
-/// Is refused as invalid, with this in its message.
+/// The request is refused as invalid, with this text in the message.
 async fn refused(server: &Server, method: Method, path: &str, body: &str, says: &str) {
     let (status, error) = server.ask(method.clone(), path, body.to_owned()).await;
     assert_eq!((status, reason(&error).0), (400, 3), "{method} {path} {body}: {error}");
@@ -113,14 +113,14 @@ async fn an_ambiguous_or_malformed_body_is_refused() {
     }
     assert!(postgres.sql().await.facts("t1").await.is_empty());
 
-    // Null is a field that is not there, and the content type is not looked at: as in Permify's gateway.
+    // As in Permify's gateway, null means an absent field, and the content type is ignored.
     let body = format!(r#"{{"tuples": [{one}], "attributes": null, "metadata": null}}"#);
     let request =
         reqwest::Client::new().post(server.url(write)).header("content-type", "application/x-www-form-urlencoded");
     assert_eq!(within("an answer", request.body(body).send()).await.unwrap().status(), 200);
     assert_eq!(postgres.sql().await.facts("t1").await.len(), 1);
 
-    // What is not there is said in JSON, and by what methods the rest is.
+    // Unknown paths are refused in JSON, and wrong methods with the allowed ones.
     for path in ["/v1/tenants/t1/watches", "/v1/tenants/t1/watch/", "/v2/tenants/t1/watch", "/v1/tenants/t1/data"] {
         let (status, error) = server.ask(Method::POST, path, "{}").await;
         assert_eq!((status, reason(&error).0), (404, 5), "{path}");
@@ -136,7 +136,7 @@ async fn an_ambiguous_or_malformed_body_is_refused() {
     }
 }
 
-/// The first change after this token, which is in the query as it is.
+/// The first change after this token, which is put into the query unchanged.
 async fn first_after(server: &Server, token: &str) -> String {
     let mut source = EventSource::new(server.url(&format!("{WATCH}?snap_token={token}")));
     assert_eq!(source.next().await, Seen::Open, "{token}");
@@ -150,7 +150,7 @@ async fn a_plus_in_the_query_is_not_a_space() {
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
     let mut stream = server.watch("t1", "").await;
-    // In the standard alphabet of base64, which is taken, too, some tokens have one.
+    // In the standard alphabet of base64, which is accepted too, some tokens contain a plus.
     let mut n = 0;
     let token = loop {
         sql.insert("t1", &n.to_string()).await;

@@ -49,7 +49,7 @@ async fn permifys_python_client_watches() {
     assert_eq!(client.says().await["changes"], super::created("b"));
     client.ends().await;
 
-    // Comes back with its token, and stays until the end.
+    // It resumes with its token, and stays until the end.
     let mut client = Client::start(&server, &["watch", "t1", first["snap_token"].as_str().unwrap(), "2"]).await;
     assert_eq!(client.says().await, json!({"status": 200}));
     assert_eq!(client.says().await["changes"], super::created("b"));

@@ -24,7 +24,7 @@ impl Compose {
         self.services.get(name).unwrap_or_else(|| panic!("no service {name}"))
     }
 
-    /// What a service of our image runs.
+    /// The command of a service of our image.
     fn recipe(&self, name: &str) -> Recipe {
         let service = self.service(name);
         assert_eq!(service["image"], concat!("tuplewatch:", env!("CARGO_PKG_VERSION")));
@@ -52,7 +52,7 @@ impl Compose {
         command[1..].chunks(2).map(setting).collect()
     }
 
-    /// What depends on `of` waits for this.
+    /// The condition that `service` waits for before it starts after `of`.
     fn waits(&self, service: &str, of: &str) -> String {
         text(&self.service(service)["depends_on"][of]["condition"])
     }
@@ -89,7 +89,7 @@ async fn the_compose_file_delivers_a_tuple() {
     let node = compose.recipe("tuplewatch").serves(&database).await;
     node.delivers(&database, "d1").await;
     assert_eq!(node.check_health(&compose.image.healthcheck()).await.succeeded(), "alive\n");
-    // Nothing was wrong with the server, nor worth a warning.
+    // The log has neither warnings nor errors.
     let complaints = node.process.logged();
     assert!(!complaints.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{complaints:?}");
     may_only_read(&database, &compose.recipe("tuplewatch")).await;
