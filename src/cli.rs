@@ -259,7 +259,7 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    /// The commands of a help text: its lines that begin with two spaces and the program's name, without what a shell does.
+    /// The commands of a help text: the lines that begin with two spaces and the program's name, without shell syntax.
     fn commands(help: &str) -> impl Iterator<Item = Vec<&str>> {
         help.lines().filter(|line| line.starts_with("  tuplewatch ")).map(|line| {
             let words = line.split_whitespace().take_while(|word| !["#", "|", ">", ">>"].contains(word));

@@ -1,5 +1,5 @@
-//! The engine between a scripted server and a faulty disk, on a paused clock: it dies at every step in turn, comes back, and
-//! what its subscribers had must be what was committed.
+//! The engine between a scripted server and a faulty disk, on a paused clock. It dies at every step in turn and restarts, and its
+//! subscribers must have received the committed changes.
 //!
 //! ```text
 //!  server (script) ─▶ Session ─▶ LogAndHub ─┬─▶ recorder ─▶ disk (torn, lost, lying)
@@ -7,14 +7,14 @@
 //!                                                └─▶ readers ◀───────┘
 //! ```
 //!
-//! Everything between server and disk is the real thing. All of it runs as one task whose parts are polled in an order that
-//! the seed chooses, so that a run depends on its seed alone, and a failing seed fails again:
-//! `TUPLEWATCH_SEED=<seed> cargo test --lib simulation`. `TUPLEWATCH_SEEDS=<count>` tries that many.
+//! Everything between server and disk is production code. It runs as one task whose parts are polled in an order that the seed chooses.
+//! So a run depends on its seed alone, and a failing seed fails again: `TUPLEWATCH_SEED=<seed> cargo test --lib simulation`.
+//! `TUPLEWATCH_SEEDS=<count>` tries that many.
 //!
-//! A step is whatever one can die at: an event received, an entry appended, a sync begun or done, a snapshot taken, an
-//! acknowledgement told, a connection made. Checked at once: acknowledged ≤ synced; nothing is delivered before it is visible. Checked in
-//! the end: every reader had its tenant's changes in commit order, once, from its start to the last, but for gaps that it was
-//! told of; and there are none of those where nothing but crashes went wrong.
+//! A step is a point at which the process can die: a received event, an appended entry, the beginning or the end of a sync, a snapshot, an
+//! acknowledgement, a connection. Checked at every step: acknowledged ≤ synced, and nothing is delivered before it is visible. Checked at
+//! the end: every reader has its tenant's changes in commit order, once, from its start to the last, except for reported gaps; and there
+//! are no gaps if only crashes happened.
 
 mod disk;
 mod reader;
@@ -42,7 +42,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use world::World;
 
-/// By the paused clock. Nothing takes so long unless it hangs.
+/// By the paused clock. Only a run that hangs takes this long.
 const RUN_MAX: Duration = Duration::from_secs(600);
 /// Lives of the process in one run. After the last planned crash there are no more.
 const LIVES_MAX: usize = 60;
@@ -67,7 +67,7 @@ fn options(ack_delay: AckDelay) -> Options {
     }
 }
 
-/// Polls all its parts whenever one of them is woken, in an order that the seed chooses. What is slow is left out for a while.
+/// Polls all its parts whenever one of them is woken, in an order that the seed chooses. Slow parts are left out for a while.
 struct Parts<'a> {
     parts: Vec<Pin<Box<dyn Future<Output = ()> + 'a>>>,
     order: Rng,
@@ -106,7 +106,7 @@ async fn slowly(work: impl Future<Output = ()>, mut random: Rng) {
 struct Run {
     seed: u64,
     fault: Fault,
-    /// What the slot is not told of comes again, after each loss of a connection.
+    /// Unacknowledged transactions are sent again after each loss of a connection.
     ack_delay: AckDelay,
     world: World,
     disk: Disk,
@@ -131,11 +131,11 @@ impl Run {
         let server = Server::new(world.clone(), disk.clone());
         let starts = [Start::First, Start::Now, Start::Transaction];
         let readers = starts.into_iter().enumerate().map(|(n, start)| {
-            // The token of a transaction that a failover takes away says no more than its floor.
+            // The token of a transaction that a failover loses resolves to its floor.
             let start = if fault == Fault::Failover && start == Start::Transaction { Start::First } else { start };
             let tenant = TENANTS[random.usize(..TENANTS.len())];
-            // What is not published is noticed by a check, some seconds later; and where connections break, and what was held
-            // back comes again first, later still.
+            // A check notices an incomplete publication some seconds later. After a lost connection, unacknowledged transactions are sent
+            // again first, which takes longer.
             let last = format!("{LAST}{:03}", if fault == Fault::Unpublished { 8 } else { 0 });
             Arc::new(Mutex::new(Reader::new(tenant, start, last, seed.wrapping_add(n as u64))))
         });
@@ -148,7 +148,7 @@ impl Run {
         Self { seed, fault, ack_delay, world, disk, server, readers, may_lie }
     }
 
-    /// Steps taken; or what went wrong.
+    /// The number of steps, or the failure.
     fn run(mut self) -> Result<Ran, String> {
         fastrand::seed(self.seed);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
@@ -176,7 +176,7 @@ impl Run {
             let lies = std::mem::take(&mut self.may_lie) && !self.world.once_in(3);
             self.disk.crash(lies);
             self.world.note(format!("--- life {} ends", life + 1));
-            // Life goes on without it.
+            // The rest continues without it.
             tokio::select! {
                 biased;
                 _ = &mut writing => {}
@@ -187,7 +187,7 @@ impl Run {
         Err("too many lives".into())
     }
 
-    /// From the start of the process to its death; whether everybody had everything before.
+    /// Runs from the start of the process to its death. Returns whether every reader was complete before.
     async fn live(&self, life: usize, writing: &mut Pin<Box<impl Future<Output = Infallible>>>) -> bool {
         let log = Arc::new(self.disk.clone());
         let (recorder, handle) = recorder::new(log.clone());
@@ -255,7 +255,7 @@ struct Ran {
     trace: Vec<String>,
 }
 
-/// What happens outside: transactions, other WAL, crashes of the server, and the fault of the run.
+/// External events: transactions, other WAL, crashes of the server, and the fault of the run.
 async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Infallible {
     let pause = |random: &mut Rng| tokio::time::sleep(Duration::from_millis(random.u64(0..60)));
     let count = random.usize(3..8);
@@ -263,14 +263,14 @@ async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Inf
     let mut writers_end_after = None;
     for n in 0..count {
         pause(&mut random).await;
-        // At once, while the gap waits for them, or when it was told long ago.
+        // Immediately, while the gap waits for them, or long after it was reported.
         if writers_end_after == Some(0) {
             tokio::time::sleep(Duration::from_millis(random.u64(0..12_000))).await;
             server.commit_writers();
         }
         writers_end_after = writers_end_after.and_then(|count: usize| count.checked_sub(1));
         if n == fault_at {
-            // What goes wrong before a log has begun, and was checked once, cannot be told.
+            // A fault before the first check of a new log cannot be detected.
             while fault != Fault::Nothing && !disk.is_verified() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
@@ -312,7 +312,7 @@ async fn write(server: Server, disk: Disk, fault: Fault, mut random: Rng) -> Inf
         tokio::time::sleep(Duration::from_millis(1_500)).await;
     }
     server.commit_writers();
-    // More than one, for who starts after one.
+    // More than one, for readers that start after one.
     for n in 0.. {
         server.commit(TENANTS.map(|tenant| (tenant, format!("{LAST}{n:03}"))).into());
         tokio::time::sleep(Duration::from_secs(5)).await;

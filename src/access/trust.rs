@@ -306,7 +306,7 @@ mod tests {
         params.self_signed(&KeyPair::generate().unwrap()).unwrap().der().clone()
     }
 
-    /// Whether a server with this certificate is taken for `name`, where those in `own` are trusted.
+    /// Whether a server with this certificate is accepted as `name` if the certificates in `own` are trusted.
     fn verify(
         own: &[&CertificateDer<'static>],
         presented: &CertificateDer<'static>,
@@ -373,7 +373,7 @@ mod tests {
         check(params(&[], "db"), "db2", false);
         check(params(&["other"], "db"), "db", false);
         check(params(&["10.0.0.1"], "db"), "db", false);
-        // libpq compares addresses with a common name too; nobody else does.
+        // Only libpq compares addresses with a common name too.
         check(params(&[], "10.0.0.1"), "10.0.0.1", false);
         check(authority(params(&[], "db")), "db", true);
         let mut with_uri = params(&[], "db");

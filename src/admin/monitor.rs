@@ -423,7 +423,7 @@ mod tests {
         }
     }
 
-    /// What is said, in short.
+    /// The log messages, shortened.
     fn look(watch: &mut Watch, slot_status: &SlotStatus, now: Instant) -> Vec<String> {
         let (news, _) = watch.look(slot_status, "tuplewatch me", &THRESHOLDS, now);
         let began = news.began.iter().map(ToString::to_string);
@@ -482,7 +482,7 @@ mod tests {
             samples.lag(wal_end, received, now + Duration::from_secs(seconds)).is_older
         };
         assert!(is_older(1000, 10, 0) && is_older(2000, 998, 5));
-        // The last of it may be a piece of a record, which is not sent.
+        // The end may be a part of a record, which is not sent.
         assert!(!is_older(3000, 999, 10));
         assert!(!is_older(4000, 999, 40));
         // The same after a long time without a look, be it that nothing was written meanwhile.
@@ -500,13 +500,13 @@ mod tests {
             assert_eq!(lag, Lag { bytes, time: Duration::from_secs(time), is_older: false }, "{seconds}");
         };
         check(100, 100, 0, 0, 0);
-        // What is on its way is not late yet.
+        // WAL that is on its way is not late yet.
         check(200, 150, 5, 50, 0);
         check(300, 200, 10, 100, 0);
         check(400, 200, 15, 200, 5);
         check(400, 200, 20, 200, 10);
         check(500, 350, 25, 150, 10);
-        // It may be ahead of what was looked at.
+        // The received position may be ahead of the last sample.
         check(500, 510, 30, 0, 0);
 
         let report = Report::of(slot_status(7, -5, 600, 400), None, None, now);

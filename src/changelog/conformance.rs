@@ -83,7 +83,7 @@ fn options(path: &std::path::Path) -> Options {
     Options { path: path.to_owned(), age_seconds: 3600, size_bytes: 1 << 30, reserve_bytes: 0 }
 }
 
-/// What a tenant's reader gets, as commit LSNs with the number of changes.
+/// The messages for a tenant's reader, as commit LSNs with the number of changes.
 fn reads(log: &dyn ChangeLog, name: &str, after: Position) -> Vec<(u64, usize)> {
     let batch = log.read(&tenant(name), after, Position::MAX, usize::MAX).unwrap();
     batch.messages.iter().map(|m| (m.header.commit.0.0, m.steps.len())).collect()
@@ -100,7 +100,7 @@ fn conforms(log: &dyn ChangeLog) {
     assert!(log.knows(&tenant("a")).unwrap() && !log.knows(&tenant("c")).unwrap());
     assert_eq!(log.horizon(&tenant("c")).unwrap(), Position::at(Lsn(50)));
 
-    // One transaction ends where the next one commits.
+    // The end LSN of one transaction may be the commit LSN of the next.
     assert_eq!(reads(log, "a", Position::at(Lsn(110))), [(110, 2)]);
     assert_eq!(reads(log, "a", Position::inside(CommitLsn(Lsn(100)), 2)), [(100, 1), (110, 2)]);
     assert_eq!(reads(log, "a", Position::at(Lsn(120))), []);
@@ -124,7 +124,7 @@ fn conforms(log: &dyn ChangeLog) {
     log.append(&[Entry::Watermark(Lsn(230))]).unwrap();
     assert_eq!(log.state().watermark, Lsn(230));
 
-    // What is there already is ignored, and not taken for a transaction that is open.
+    // A repeated entry is ignored, and does not open a transaction.
     log.append(&[staged(100, "a", &[1]), Entry::Discard]).unwrap();
     assert_eq!(reads(log, "a", Position::ZERO), [(100, 2), (110, 2), (300, 2)]);
     log.append(&[transaction(100, &["c"])]).unwrap();
@@ -148,7 +148,7 @@ fn conforms(log: &dyn ChangeLog) {
         [100, 101, 1000].map(below),
         [None, Some((Xid8(100), CommitLsn(Lsn(100)))), Some((Xid8(300), CommitLsn(Lsn(300))))]
     );
-    // Without changes there is nothing of it to find.
+    // A transaction without changes cannot be found.
     let Entry::Transaction(empty) = transaction(310, &[]) else { unreachable!() };
     log.append(&[Entry::Transaction(empty)]).unwrap();
     assert_eq!((find(310), before(400), since(310)), (None, Some(Xid8(300)), vec![]));
@@ -157,7 +157,7 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(log.gaps(), [gap(Some("a"), 310, 320), gap(None, 330, 400)]);
     assert_eq!(log.state().tail, Lsn(400));
 
-    // The server goes on along another timeline: 300 ends at 310, past the switch.
+    // The server continues on another timeline: 300 ends at 310, past the switch.
     let history =
         History::from_timelines(vec![Timeline { id: 1, begin: Lsn::ZERO }, Timeline { id: 2, begin: Lsn(305) }])
             .unwrap();
@@ -168,7 +168,7 @@ fn conforms(log: &dyn ChangeLog) {
     assert_eq!(reads(log, "a", Position::ZERO), [(100, 2), (110, 2)]);
     assert_eq!(reads(log, "b", Position::at(Lsn(120))), [(220, 2)]);
     assert_eq!(log.gaps(), []);
-    // An id that was cut away stays refused, also where the new history gives it to another transaction.
+    // An abandoned id stays refused, even if the new history reuses it.
     assert_eq!(
         (find(300), find(220), before(1000)),
         (Some(TransactionOutcome::Abandoned), committed(220), Some(Xid8(220)))
@@ -383,7 +383,7 @@ impl Run {
         self.synced = self.history.len() - 1;
     }
 
-    /// The process dies, and the next one finds what the operating system has of the directory.
+    /// The process dies, and the next one finds the directory as the operating system has it.
     fn crash(&mut self) {
         self.append();
         copy_directory(&self.path(self.opened), &self.path(self.opened + 1));
@@ -394,7 +394,7 @@ impl Run {
         let matching = matching.unwrap_or_else(|| panic!("the log is no prefix of at least {} entries", self.synced));
         self.history.truncate(matching + 1);
         self.model = self.history.last().unwrap().clone();
-        // Opening discards what was staged.
+        // Opening discards staged messages.
         self.model.apply(&Entry::Discard);
         self.history.push(self.model.clone());
         self.synced = self.synced.min(self.history.len() - 1);
@@ -404,8 +404,8 @@ impl Run {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// After a crash (the directory as it was at some moment, copied), the log is a prefix of what was appended and at
-    /// least what was synced; and so again after the next.
+    /// After a crash (a copy of the directory at some moment), the log is a prefix of the appended entries with at least the synced ones.
+    /// The same holds after the next crash.
     #[test]
     fn a_crashed_log_is_a_prefix_of_the_model(steps in entries(), crash_every in 4usize..20) {
         const ROLLS_MAX: u64 = 10;
@@ -414,7 +414,7 @@ proptest! {
         for (n, (kind, pick)) in steps.into_iter().enumerate() {
             let names: &[&str] = match pick % 4 { 0 => &["a"], 1 => &["b", "a"], 2 => &["a"], _ => &["c"] };
             commit += 10 + u64::from(pick % 2) * 10;
-            // A staged transaction ends before the next thing, or is discarded.
+            // A staged transaction is completed or discarded before the next entry.
             if !matches!(kind, 7..=9)
                 && let Some(open) = open.take()
             {

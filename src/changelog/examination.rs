@@ -318,7 +318,7 @@ mod tests {
             "{found:?}"
         );
 
-        // What a doctor that was killed leaves behind is in nobody's way.
+        // Leftovers of a killed doctor do not matter.
         for path in [path, directory.path().join("empty")] {
             fs::create_dir_all(&path).unwrap();
             fs::write(path.join(PROBE), "x").unwrap();

@@ -164,7 +164,7 @@ error    slot s     is lost (a long reason that has to be broken)
             "{broken}"
         );
         assert!(broken.contains(&format!("\n{:20}broken)\n", "")), "{broken}");
-        // Too narrow for a column of its own; and what is to be pasted stays whole.
+        // Too narrow for a separate column. A fix is never broken, so that it can be pasted.
         let narrow = text(&diagnosis(), Layout { style: Style::PLAIN, width: Some(40) });
         assert!(narrow.contains("\n         reason that has to be broken)\n"), "{narrow}");
         assert!(narrow.contains("fix: tuplewatch setup --recreate-slot\n"), "{narrow}");

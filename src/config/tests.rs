@@ -40,7 +40,7 @@ fn without_file_name(line: &str) -> String {
     shown
 }
 
-/// What follows `line_start` in the YAML that `config` is printed as.
+/// The rest of the line after `line_start` in the printed YAML.
 fn value(config: &Config, line_start: &str) -> String {
     let printed = config.effective().to_string();
     let mut lines = printed.lines().filter_map(|line| line.trim().strip_prefix(line_start));

@@ -252,7 +252,7 @@ mod tests {
         let dir = fake("14.23", &PROGRAMS);
         let found = Installation::find(Some(dir.path())).unwrap();
         assert_eq!((found.bin_dir(), found.major(), found.version()), (dir.path(), 14, "14.23"));
-        // Whoever names one does not get another.
+        // A named installation is not replaced by another.
         assert_eq!(found.sibling(15), None);
     }
 

@@ -69,7 +69,7 @@ async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// What a `kill -9` of our process does to a cluster: the lock is released, the postmaster lives on.
+/// The effect of a `kill -9` of our process on a cluster: the lock is released, the postmaster keeps running.
 fn abandon(mut cluster: Cluster) -> std::process::Child {
     cluster.take_postmaster().unwrap()
 }
@@ -97,7 +97,7 @@ async fn a_cluster_is_created_started_and_continued() {
     assert_eq!(psql(&cluster, "SHOW fsync"), "off");
     assert_eq!(psql(&cluster, "SHOW port"), cluster.port().to_string());
     psql(&cluster, "CREATE TABLE kept (n int); INSERT INTO kept VALUES (1)");
-    // Starting what is started changes nothing.
+    // Starting a running cluster changes nothing.
     let pid = pid_in_file(&cluster);
     cluster.start().await.unwrap();
     assert_eq!(pid_in_file(&cluster), pid);

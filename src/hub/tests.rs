@@ -15,7 +15,7 @@ use std::time::Duration;
 const SOURCE: Source = Source { system_identifier: 1, database_oid: 2 };
 const FIRST: Timeline = Timeline { id: 1, begin: Lsn::ZERO };
 
-/// A hub over the model log, whose `appended` the test moves.
+/// A hub over the model log. The test moves its `appended` position.
 struct Fixture {
     hub: Hub,
     log: Arc<ModelLog>,
@@ -72,7 +72,7 @@ impl Fixture {
         Self { hub, log, appended }
     }
 
-    /// Into the log, as far as a reader of it is concerned.
+    /// Appends to the log, without the hub.
     fn append(&self, transaction: Transaction) {
         let end = transaction.end;
         self.log.append(&[Entry::Transaction(Arc::new(transaction))]).unwrap();
@@ -83,7 +83,7 @@ impl Fixture {
         self.hub.admit(Arc::new(transaction)).await;
     }
 
-    /// Releases what a snapshot with this xmax and these running transactions sees.
+    /// Releases the transactions that a snapshot with this xmax and these running transactions sees.
     fn release(&self, xmax: u64, running: &str) {
         let xmin = running.split(',').next().filter(|xid| !xid.is_empty()).map_or(xmax, |xid| xid.parse().unwrap());
         let snapshot: Snapshot = format!("{xmin}:{xmax}:{running}").parse().unwrap();
@@ -97,7 +97,7 @@ impl Fixture {
     }
 }
 
-/// Commit LSNs of the messages that are there; `None` where the subscription waits.
+/// Commit LSNs of the available messages; `None` if the subscription waits.
 async fn ready(subscription: &mut Subscription) -> Option<Vec<u64>> {
     let mut messages = VecDeque::new();
     let next = std::future::poll_fn(|cx| subscription.poll_next(cx, usize::MAX, &mut messages));
@@ -190,14 +190,14 @@ async fn a_reader_that_has_everything_is_woken_without_another_poll() {
     fixture.release(300, "230");
     assert_eq!(next(&mut subscription, 1), (vec![200], false, 0));
     assert_eq!(next(&mut subscription, usize::MAX), (vec![210, 220], true, 0));
-    // What was not released yet.
+    // Transactions that were not released yet.
     fixture.release(300, "");
     assert_eq!(next(&mut subscription, usize::MAX), (vec![230], true, 1));
     fixture.admit(transaction(240, &["a"])).await;
     let (from, to) = (Position::at(Lsn(250)), Position::at(Lsn(260)));
     fixture.hub.interrupt(Gap { tenant: None, from, to, reason: GapReason::SlotMoved, writers: Vec::new() });
     fixture.release(300, "");
-    // There is something else to be told.
+    // There is another event to report.
     assert_eq!(next(&mut subscription, usize::MAX), (vec![240], false, 2));
     assert!(matches!(ended(&mut subscription).await, End::Gap(_)));
 }
@@ -328,7 +328,7 @@ async fn streams_that_have_seen_an_abandoned_part_end() {
     assert_eq!(ready(&mut idle).await, Some(vec![260]));
 }
 
-/// A primary that answers as told.
+/// A primary with scripted answers.
 struct Scripted {
     look: Result<PrimaryState, Unreachable>,
     status: TransactionStatus,
@@ -397,7 +397,7 @@ async fn logged_but_invisible_transactions_wait_after_a_restart() {
     let mut resumed = after.subscribe("a", 100);
     after.release(1000, "210");
     assert_eq!(ready(&mut resumed).await, Some(vec![200]));
-    // Its snapshot does not see 210, which the log has had for long.
+    // Its snapshot does not see 210, which has been in the log for long.
     let mut now = start(
         &after,
         &Scripted { look: Ok(PrimaryState { flush_lsn: Lsn(240), ..look("210:240:210") }), ..primary(true) },
@@ -444,7 +444,7 @@ async fn invalid_starts_are_refused() {
     check(primary(true), "a", position_token(second, SOURCE, 300), "Abandoned").await;
     check(primary(true), "a", position_token(FIRST, SOURCE, 501), "BeyondHistory").await;
     check(primary(true), "a", position_token(FIRST, SOURCE, 99), "TooOld").await;
-    // Known from the log, and nothing that only PostgreSQL could say.
+    // Resolved from the log, without PostgreSQL.
     assert!(start(&fixture, &down(), "a", &position_token(FIRST, SOURCE, 100)).await.is_ok());
     // Ahead of us, and not of the server.
     assert!(start(&fixture, &primary(true), "a", &position_token(FIRST, SOURCE, 500)).await.is_ok());
@@ -521,7 +521,7 @@ async fn a_snapshot_token_starts_at_everything_outside_its_snapshot() {
     };
     // 61 was running and has committed since; 64 is the writer's own; 65 and 70 began later.
     assert_eq!(check(64, "61:65:61").await, Ok(Some(vec![220, 230, 240])));
-    // 63 had committed, and was not visible yet.
+    // 63 had committed, but was not visible yet.
     assert_eq!(check(64, "63:64:63").await, Ok(Some(vec![210, 230, 240])));
     assert_eq!(check(70, "61:71:61,64,65").await, Ok(Some(vec![220, 240, 250])));
     // None that it sees is in the log, which began before it was taken; and after.
@@ -572,7 +572,7 @@ async fn the_oldest_waiting_transaction_is_reported() {
     fixture.release(301, "");
     assert_eq!(fixture.hub.waits(), Waits::default(), "progress is nothing to release");
 
-    // No room, until the log has what is in memory.
+    // No room until the log has the messages in memory.
     let fixture = Fixture::new(100, false);
     fixture.admit(transaction(200, &["a"])).await;
     let hub = fixture.hub.clone();

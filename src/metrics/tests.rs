@@ -1,4 +1,4 @@
-//! Everything that is written, and what speaks of it: the documentation, the alert rules, the dashboard.
+//! Compares the metrics with their documentation, the alert rules and the dashboard.
 
 use super::readings::{Log, Server, Slot, Window};
 use super::*;
@@ -64,7 +64,7 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
 
-/// Cells of the rows of tables whose first cell is code.
+/// The cells of table rows that begin with code.
 fn rows(markdown: &str) -> impl Iterator<Item = Vec<&str>> {
     markdown.lines().filter(|line| line.starts_with("| `")).map(|line| {
         let cells = line.trim_matches('|').split('|').map(|cell| cell.trim().trim_matches('`'));
@@ -137,7 +137,7 @@ fn ranks_are_computed_over_the_streams() {
     ] {
         assert!(text.lines().any(|written| written == line), "{line}");
     }
-    // What is not known is not written.
+    // Unknown values are not written.
     let unknown = Metrics::new().text(&Readings::default());
     assert!(
         !unknown.contains("tuplewatch_lag_seconds") && unknown.contains("tuplewatch_stream_lag_bytes{rank=\"max\"} 0")

@@ -252,7 +252,7 @@ mod tests {
             Position::inside(commit, 1),
             Position::inside(commit, 7),
             Position::after(end),
-            // The next transaction may commit exactly where this one ended.
+            // The next transaction may commit exactly at the end LSN of this one.
             Position::inside(CommitLsn(end.0), 1),
         ];
         assert!(order.is_sorted());

@@ -86,7 +86,7 @@ mod tests {
         let start = Instant::now();
         let mut held = AckTracker::new(AckDelay { age: minutes(5), size_bytes: 1000 });
         held.resume(Lsn(90), [].into_iter(), start);
-        // Minute, durable, told.
+        // Minute, durable position, acknowledged position.
         for (minute, durable, told) in [
             (0, 100, 90),
             (1, 200, 90),

@@ -274,7 +274,7 @@ mod tests {
         check(&[(210, 1001)], &[100], Some(210));
         check(&[(210, 1001)], &[100, 300], Some(210));
         check(&[(210, 999)], &[200], Some(210));
-        // Beyond what was received.
+        // Past the received position.
         check(&[(310, 1001)], &[200], None);
     }
 
@@ -314,7 +314,7 @@ mod tests {
         receiver.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
         receiver.advance();
         assert_eq!(out(&mut receiver), ["progress 490", "gap 425..500", "progress 500"]);
-        // The marker itself is the last thing that an idle server has to say.
+        // The marker itself is the last message of an idle server.
         receiver.interrupt(gap(500, 610), vec![]);
         transaction(&mut receiver, 600);
         assert_eq!(out(&mut receiver), ["gap 500..610"]);

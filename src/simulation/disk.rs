@@ -1,4 +1,4 @@
-//! A change log whose disk fails: a crash keeps what was synced and some of what was not; a sync may fail; and a disk may lie.
+//! A change log with a faulty disk: a crash keeps the synced entries and some others, a sync may fail, and a disk may lie about it.
 
 use super::world::World;
 use crate::changelog::model::{Inner, ModelLog};
@@ -9,7 +9,7 @@ use crate::model::snap_token::TokenId;
 use crate::model::transaction::Gap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// What one process writes to, and the next one finds.
+/// One process writes to it, and the next one finds the result.
 #[derive(Clone)]
 pub(super) struct Disk {
     world: World,
@@ -17,13 +17,13 @@ pub(super) struct Disk {
 }
 
 struct Contents {
-    /// As it would come back after the worst crash.
+    /// Its state after the worst crash.
     synced: Inner,
     /// Applied since the last sync.
     unsynced: Vec<Entry>,
-    /// All of it.
+    /// Everything that was written.
     applied: Inner,
-    /// What was synced, one state for each sync: a disk that lies goes back to an older one.
+    /// One state for each sync. A disk that lies returns to an older one.
     older: Vec<Inner>,
     /// A write or sync failed.
     poisoned: bool,
@@ -50,13 +50,13 @@ impl Disk {
         self.contents().synced.tail()
     }
 
-    /// Whether a crash cannot take what the first check found.
+    /// Whether the result of the first check survives a crash.
     pub(super) fn is_verified(&self) -> bool {
         self.contents().synced.state().verified.is_some()
     }
 
-    /// What the next process finds: all that was synced and, of what was not, what happened to be written. `lies`: not even
-    /// that.
+    /// The state for the next process: everything that was synced, and the part of the rest that happened to be written. With `lies`, even
+    /// synced entries may be lost.
     pub(super) fn crash(&self, lies: bool) {
         let mut contents = self.contents();
         let kept = usize::try_from(self.world.below(contents.unsynced.len() as u64 + 1)).unwrap();
@@ -94,7 +94,7 @@ impl ChangeLog for Disk {
     fn append(&self, entries: &[Entry]) -> Result<(), Error> {
         let gone = || Error::Poisoned("the process is dead".into());
         for entry in entries {
-            // Before each: what came before it in the same batch may be on disk, and the rest not.
+            // Before each entry: the earlier ones of the batch may be on disk, and the rest not.
             if self.contents().poisoned || !self.world.step(|| format!("append {}", name(entry))) {
                 return Err(gone());
             }

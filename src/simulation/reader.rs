@@ -1,4 +1,4 @@
-//! A subscriber that leaves and comes back, and remembers what it was told.
+//! A subscriber that leaves and returns, and remembers what it received.
 
 use super::server::{Asked, Committed, LAST, Server};
 use super::world::World;
@@ -13,7 +13,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Where a reader begins.
+/// The start of a reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Start {
     /// At the beginning of everything.
@@ -24,29 +24,29 @@ pub(super) enum Start {
     Transaction,
 }
 
-/// What it has had, across its own disconnects and the deaths of the process.
+/// The received messages, across its own disconnects and the deaths of the process.
 pub(super) struct Reader {
     tenant: &'static str,
     start: Start,
     random: Rng,
-    /// What it would come back with, if it had no message yet.
+    /// The token to return with if it has no message yet.
     first_token: Option<String>,
     base: Base,
     kept: Vec<Kept>,
     /// How often it came back with the token of a message.
     returns: u64,
-    /// What it was told is missing.
+    /// The reported gaps.
     gaps: Vec<(Position, Position)>,
     /// The id after which it has seen enough.
     last: String,
     pub(super) is_done: bool,
 }
 
-/// What is not expected of the stream, because it lies before its start.
+/// Changes before its start, which the stream must not deliver.
 #[derive(Clone, Debug)]
 enum Base {
     Nothing,
-    /// What a reader that starts now can read by itself.
+    /// The state that a reader can read at its start.
     Snapshot(Arc<Snapshot>),
     /// Everything up to here.
     Position(Position),
@@ -78,16 +78,16 @@ impl Reader {
         self.kept.last().map(|kept| kept.token.clone()).or_else(|| self.first_token.clone())
     }
 
-    /// History is not known to be whole from `from` to `position`: the reader reads its state anew and goes on from there.
+    /// History may be incomplete from `from` to `position`: the reader reads its state again and continues from there.
     fn go_on_from(&mut self, from: Position, position: Position, origin: &Origin) {
-        // A gap can begin before what it has had: what it missed in between it finds in the state.
+        // A gap can begin before its last message. The state contains the missing changes.
         let reached = self.kept.last().map_or(Position::ZERO, |kept| kept.reached);
         self.gaps.push((reached.min(from), position));
         let token = Tokens::new(origin).write(position, CommitTime(0));
         self.kept.push(Kept { token, reached: position, changes: Vec::new() });
     }
 
-    /// All of it was abandoned: the reader begins again, now.
+    /// Everything was abandoned: the reader starts again, now.
     fn begin_again(&mut self) {
         self.kept.clear();
         self.gaps.clear();
@@ -104,16 +104,16 @@ impl Reader {
         self.kept.push(Kept { token, reached: message.reached(), changes });
     }
 
-    /// Forgets its last messages, as one that crashed before it had dealt with them.
+    /// Forgets its last messages, like a subscriber that crashed before it applied them.
     fn forget(&mut self) {
-        // What it was told of a gap it keeps: the state that it read then is of that time.
+        // It keeps a reported gap, because its state is from that time.
         let floor = self.kept.iter().rposition(|kept| kept.changes.is_empty()).map_or(0, |n| n + 1);
         let least = if self.first_token.is_none() { floor.max(1) } else { floor };
         let keep = self.random.usize(least.min(self.kept.len())..=self.kept.len());
         self.kept.truncate(keep);
     }
 
-    /// Compares what it had with what was committed.
+    /// Compares the received changes with the committed ones.
     pub(super) fn check(&self, committed: &[Committed]) -> Result<usize, String> {
         let mut had = self.kept.iter().flat_map(|kept| &kept.changes).peekable();
         let mut missing = Vec::new();
@@ -127,8 +127,8 @@ impl Reader {
             // Behind a gap it gets everything, whatever it read when it started.
             let is_behind_gap = self.gaps.iter().any(|(_, to)| Position::at(transaction.end) > *to);
             let is_expected = !is_before || is_behind_gap;
-            // A token has no snapshot: who comes back may be sent what it could read when it started, if that committed after
-            // something that it could not.
+            // A token has no snapshot. A returning reader may get a change that it could read at its start, if that committed after one
+            // that it could not read.
             let is_possible = is_expected || (matches!(self.base, Base::Snapshot(_)) && self.returns > 0);
             for (_, id) in transaction.changes.iter().filter(|(tenant, _)| *tenant == self.tenant) {
                 if is_possible && had.next_if(|next| *next == id).is_some() {

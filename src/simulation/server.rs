@@ -1,7 +1,7 @@
-//! A scripted PostgreSQL: it commits transactions as time goes by, has one slot, and can fail.
+//! A scripted PostgreSQL: it commits transactions over time, has one slot, and can fail.
 //!
-//! What it sends is pgoutput; what it promises is what PostgreSQL promises. Commits reach the stream before they are
-//! visible. The slot forgets, in a crash, what was acknowledged since its last checkpoint.
+//! It sends pgoutput, and keeps the promises of PostgreSQL. Commits reach the stream before they are visible. In a crash the slot forgets
+//! the acknowledgements since its last checkpoint.
 
 use super::disk::Disk;
 use super::world::World;
@@ -29,23 +29,23 @@ pub(super) const SOURCE: Source = Source { system_identifier: 7, database_oid: 5
 pub(super) const TENANTS: [&str; 2] = ["a", "b"];
 /// How ids begin after which a reader has seen enough.
 pub(super) const LAST: &str = "last";
-/// Where everything begins.
+/// The position at the beginning.
 pub(super) const ORIGIN: Lsn = Lsn(1_000);
 
 const RELATION: u32 = 42;
 const FIRST_XID: u64 = (7 << 32) - 3;
 /// PostgreSQL pings at half of `wal_sender_timeout`.
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
-/// A walsender tells where it is as soon as it has nothing to send.
+/// A walsender reports its position as soon as it has nothing to send.
 const CAUGHT_UP_AFTER: Duration = Duration::from_millis(20);
 
-/// What goes wrong once in a run, besides crashes.
+/// The fault of a run, besides crashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
     Nothing,
-    /// Somebody else reads the slot, up to its end.
+    /// Another program reads the slot up to its end.
     SlotMoved,
-    /// The disk of the change log says that it has synced, and has not.
+    /// The disk of the change log confirms a sync that it has not done.
     LyingDisk,
     /// A watched table is taken out of the publication and put in again.
     Unpublished,
@@ -59,7 +59,7 @@ pub(super) struct Committed {
     pub(super) commit: Lsn,
     pub(super) end: Lsn,
     pub(super) xid: Xid8,
-    /// Tenant and id of what it created, in order.
+    /// Tenant and id of the created facts, in order.
     pub(super) changes: Vec<Row>,
     token: Option<TokenId>,
     /// Not sent: its table was not published.
@@ -82,14 +82,14 @@ pub(super) struct Server {
     world: World,
     disk: Disk,
     inner: Arc<Mutex<Inner>>,
-    /// Changed when there is something to send, or nobody to send it to any more.
+    /// Changes when there is data to send, or when the connection is lost.
     changed: watch::Sender<u64>,
 }
 
 struct Inner {
     history: History,
     committed: Vec<Committed>,
-    /// Lost in a failover, after they had been visible.
+    /// Lost in a failover after they were visible.
     abandoned: Vec<Xid8>,
     /// Whether SQL gets an answer: it goes to the server that the session found.
     answers: bool,
@@ -97,13 +97,13 @@ struct Inner {
     wal_end: Lsn,
     /// The slot's confirmed flush.
     confirmed: Lsn,
-    /// What a crash of the server leaves of it.
+    /// The acknowledged position that survives a crash of the server.
     confirmed_on_disk: Lsn,
     /// Which link has the slot; a later one takes it.
     holder: u64,
-    /// Transactions that have written and not committed, and what of it will not be sent.
+    /// Open transactions, and which of their rows will not be sent.
     writers: Vec<(Xid8, Vec<Row>)>,
-    /// Changed with what is published.
+    /// Changes with the publication.
     publication: u64,
     is_hidden: bool,
 }
@@ -139,12 +139,12 @@ impl Server {
         self.inner().confirmed
     }
 
-    /// What there is, in commit order.
+    /// The transactions, in commit order.
     pub(super) fn committed(&self) -> Vec<Committed> {
         self.inner().committed.clone()
     }
 
-    /// Whether a SELECT sees what this transaction wrote.
+    /// Whether a SELECT sees the rows of this transaction.
     pub(super) fn is_visible(&self, xid: Xid8) -> bool {
         let inner = self.inner();
         let is_committed = inner.committed.iter().any(|transaction| transaction.xid == xid && transaction.is_visible());
@@ -182,7 +182,7 @@ impl Server {
 
     fn commit_as(&self, xid: Xid8, changes: Vec<Row>, hidden: bool) -> Committed {
         let has_token = self.world.once_in(3) || self.inner().committed.is_empty();
-        // One transaction may end where the next one commits.
+        // The end LSN of one transaction may be the commit LSN of the next.
         let gap = self.world.below(2) * self.world.below(40);
         let visible_at = Instant::now() + Duration::from_millis(self.world.below(2) * self.world.below(40));
         let transaction = {
@@ -231,7 +231,7 @@ impl Server {
         inner.confirmed_on_disk = inner.confirmed;
     }
 
-    /// Somebody else reads the slot up to its end.
+    /// Another program reads the slot up to its end.
     pub(super) fn move_slot(&self) {
         let mut inner = self.inner();
         inner.confirmed = inner.wal_end;
@@ -242,7 +242,7 @@ impl Server {
         self.tell();
     }
 
-    /// What is written from now on is not published, or is again.
+    /// Rows from now on are not published, or are published again.
     pub(super) fn publish(&self, is_published: bool) {
         let mut inner = self.inner();
         inner.is_hidden = !is_published;
@@ -281,7 +281,7 @@ impl Server {
         Some(token.to_string())
     }
 
-    /// The token of the place where everything begins.
+    /// The token of the beginning.
     pub(super) fn first_token(&self) -> String {
         let timeline = Timeline { id: 1, begin: Lsn::ZERO }.hash();
         let (position, commit_time) = (Position::at(ORIGIN), CommitTime(0));
@@ -313,7 +313,7 @@ impl Snapshots for Server {
     }
 }
 
-/// What one reader asks at its start; keeps what it was told.
+/// Answers one reader at its start, and keeps the answers.
 pub(super) struct Asked<'a> {
     pub(super) server: &'a Server,
     pub(super) snapshot: Mutex<Option<Arc<Snapshot>>>,
@@ -402,7 +402,7 @@ impl ServerLink {
             }
             self.queue.push_back(Event::Change(insert(tenant, id)));
             if self.server.world.once_in(8) {
-                // In the middle of a transaction this says nothing about it.
+                // In the middle of a transaction this is no statement about it.
                 self.queue.push_back(Event::KeepAlive { wal_end: transaction.end });
             }
         }

@@ -1,11 +1,11 @@
-//! What all parts of a run share: the count of its steps, and whether the process is alive.
+//! State that all parts of a run share: the number of steps, and whether the process is alive.
 
 use fastrand::Rng;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 
-/// Steps after which more than this many others were taken are not told when a run fails.
+/// The number of last steps that are printed when a run fails.
 const TRACE_MAX: usize = 150;
 
 /// Shared by the scripted server, the disk, and the readers. Cheap to clone.
@@ -25,7 +25,7 @@ struct Inner {
     /// At which steps the process dies.
     crashes: BTreeSet<u64>,
     trace: Vec<String>,
-    /// What must not have happened.
+    /// The violated rule.
     violation: Option<String>,
 }
 
@@ -94,7 +94,7 @@ impl World {
         self.inner.lock().unwrap().violation.clone()
     }
 
-    /// The last steps, for whoever looks into a failure.
+    /// The last steps, to examine a failure.
     pub(super) fn trace(&self) -> String {
         let inner = self.inner.lock().unwrap();
         let from = inner.trace.len().saturating_sub(TRACE_MAX);

@@ -27,7 +27,7 @@ async fn a_node_that_lost_its_log_gets_unacknowledged_changes_again() {
     let (sql, mut stream, early) = server.first_delivered(&postgres, "early").await;
     let after_early = sql.flushed().await;
     write_mib(&sql, 9).await;
-    eventually("the slot is told what is too much", async || sql.confirmed_reaches(&after_early).await).await;
+    eventually("the excess over the size is acknowledged", async || sql.confirmed_reaches(&after_early).await).await;
 
     sql.insert("t1", "one").await;
     let one = stream.expect(Change::created("one")).await.token;
@@ -76,7 +76,7 @@ async fn a_stop_keeps_the_delay_and_age_ends_it_without_traffic() {
 
     server.set("--replication-acknowledgement-delay-age", "1s");
     server.start().await;
-    eventually("the slot is told what is old", async || sql.confirmed_reaches(&delivered).await).await;
+    eventually("the old position is acknowledged", async || sql.confirmed_reaches(&delivered).await).await;
     // The repeated changes are not delivered again.
     let mut stream = server.watch("t1", &token).await;
     stream.expect(Change::created("late")).await;

@@ -331,5 +331,5 @@ async fn the_command_line_resumes_with_a_renewed_token() {
     renewed.until_logged("connected again, resuming after token …").await;
     sql.insert("t1", "after").await;
     let is_there = async || renewed.printed().iter().any(|line| line.contains("document:after#"));
-    eventually("it prints what came after", is_there).await;
+    eventually("it prints the later change", is_there).await;
 }

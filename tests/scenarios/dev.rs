@@ -217,7 +217,7 @@ async fn dev_continues_the_next_day_with_the_same_data() {
     let uri = terminal.uri();
     drop(sql);
     terminal.interrupt("INT").await;
-    eventually("nobody is left", async || processes().iter().all(|process| !family.contains(&process.0))).await;
+    eventually("no process is left", async || processes().iter().all(|process| !family.contains(&process.0))).await;
     assert_eq!(terminal.postmasters(), [0; 0]);
     assert!(Sql::try_connect(&uri).await.is_err());
     json.until_logged("reconnecting").await;
@@ -310,7 +310,7 @@ async fn killing_dev_loses_nothing_and_leaves_no_orphan() {
     // The next run recovers it.
     terminal.dev().await;
     terminal.sql().await.run(&tuple("recovered")).await;
-    eventually("the watch goes on", async || watch.printed().iter().any(|line| line.contains("recovered"))).await;
+    eventually("the watch resumes", async || watch.printed().iter().any(|line| line.contains("recovered"))).await;
     terminal.interrupt("INT").await;
 }
 
@@ -352,7 +352,7 @@ async fn dev_can_be_stopped_at_any_moment() {
     for (delay_ms, name) in [(30, "INT"), (150, "TERM"), (400, "KILL"), (700, "INT"), (1100, "TERM"), (1600, "INT")] {
         terminal.dev = Some(Process::start(terminal.command(&[])));
         let began = Instant::now();
-        eventually("it has said its first word", async || !terminal.process().printed().is_empty()).await;
+        eventually("it has printed its first line", async || !terminal.process().printed().is_empty()).await;
         // The exact moments do not matter, only that they differ.
         tokio::time::sleep(Duration::from_millis(delay_ms).saturating_sub(began.elapsed())).await;
         let cluster = terminal.find_cluster();
@@ -391,7 +391,7 @@ async fn a_failed_start_is_reported_once() {
         command.env(PG_BIN, bin);
         run(command).await.failed(&[&format!("{PG_BIN} {bin} cannot be used: {says}"), remedy]);
     }
-    assert_eq!(std::fs::read_dir(terminal.directory.path()).unwrap().count(), 0, "nothing is begun");
+    assert_eq!(std::fs::read_dir(terminal.directory.path()).unwrap().count(), 0, "nothing is created");
 
     // A directory with other files, which PostgreSQL's user can reach.
     let theirs = terminal.directory.path().join("theirs");

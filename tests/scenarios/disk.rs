@@ -52,12 +52,12 @@ async fn the_oldest_history_is_dropped_to_keep_the_reserve() {
         let before = segments(&server);
         sql.insert_large("t1", n * BATCH + 1..=(n + 1) * BATCH).await;
         tokens.push(last_of(&mut reader, (n + 1) * BATCH).await.token);
-        eventually("the log begins another piece", async || segments(&server) > before).await;
+        eventually("the log begins another segment", async || segments(&server) > before).await;
     }
     drop(reader);
 
     // The journals are removed first, which loses nothing, then only the oldest segment.
-    eventually("the oldest is gone", async || {
+    eventually("the oldest segment is dropped", async || {
         disk.leave_below_reserve(4 * MIB);
         server.try_watch("t1", &tokens[0]).await.is_err()
     })
@@ -122,7 +122,7 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     }
 
     // Far more than the whole log.
-    eventually("the slot is let go of", async || {
+    eventually("the slot is released", async || {
         disk.leave_below_reserve(200 * MIB);
         !is_read(&sql).await
     })
@@ -143,7 +143,7 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     let sql = postgres.sql().await;
     assert!(!is_read(&sql).await);
     drain(&mut stream, &mut received).await;
-    assert_eq!(server.times_logged(FULL), 1, "said once");
+    assert_eq!(server.times_logged(FULL), 1, "logged once");
     assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
 
     disk.give_room();
@@ -157,17 +157,17 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     now.next().await;
 
     // Once more, and now the process ends while the disk is full: first killed, then terminated.
-    eventually("the slot is let go of", async || {
+    eventually("the slot is released", async || {
         disk.leave_below_reserve(200 * MIB);
         !is_read(&sql).await
     })
     .await;
-    eventually("the log says so again", async || server.times_logged(FULL) == 2).await;
+    eventually("the full disk is logged again", async || server.times_logged(FULL) == 2).await;
     drain(&mut stream, &mut received).await;
     server.kill_9().await;
     for said in [3, 4] {
         server.start().await;
-        eventually("it says that the disk is full", async || server.times_logged(FULL) == said).await;
+        eventually("the full disk is logged", async || server.times_logged(FULL) == said).await;
         assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
         assert!(!is_read(&sql).await);
         // It resumes at once, or later if the stream was ahead of the log, which needs PostgreSQL.

@@ -80,7 +80,7 @@ impl Example {
             let [key, subject] = <[String; 2]>::try_from(row).unwrap();
             table.entry(key).or_default().push(subject);
         }
-        eventually("the example has what the table has", async || self.saved() == table).await;
+        eventually("the example equals the table", async || self.saved() == table).await;
     }
 }
 

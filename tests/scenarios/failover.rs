@@ -60,7 +60,7 @@ async fn only_changes_that_an_asynchronous_standby_lacks_are_abandoned() {
         // A big transaction that the standby has may still be on its way to us.
         let sql = pair.primary.sql().await;
         let lsn = sql.flushed().await;
-        eventually("we are past what the standby has", async || sql.confirmed_reaches(&lsn).await).await;
+        eventually("we are past the standby's position", async || sql.confirmed_reaches(&lsn).await).await;
         drop(sql);
         some_time(load).await;
         drop(pair.fail_over(StopMode::Immediate).await);
@@ -86,7 +86,7 @@ async fn failover_is_enabled_on_an_existing_slot_at_the_next_connection() {
     let fails_over =
         async || sql.is_true("(SELECT failover FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await;
     let mut server = Server::serve(&postgres, &[("--replication-failover", "off")]).await;
-    assert!(!fails_over().await, "it was told not to");
+    assert!(!fails_over().await, "failover is off");
     server.set("--replication-failover", "auto");
     server.kill_and_restart().await;
     assert!(fails_over().await);

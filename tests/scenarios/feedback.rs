@@ -60,13 +60,13 @@ async fn a_stalled_session_keeps_its_walsender() {
     hold().await;
     // It must not read meanwhile, or this would show nothing.
     stream.expect_silence().await;
-    assert_eq!(sql.walsender().await.as_ref(), Some(&walsender), "the server is as patient as that");
+    assert_eq!(sql.walsender().await.as_ref(), Some(&walsender), "the server has not timed out");
     holder.run("ROLLBACK").await;
     let messages = stream.up_to(&created("after")).await;
     assert_eq!(changes(&messages).len(), 20_001);
     let lsn = sql.flushed().await;
     eventually("it is acknowledged", async || sql.confirmed_reaches(&lsn).await).await;
-    assert_eq!(sql.walsender().await, Some(walsender), "one session all the time");
+    assert_eq!(sql.walsender().await, Some(walsender), "the same session");
 
     // It does not delay a shutdown either.
     stall(&sql, &holder).await;
@@ -102,9 +102,9 @@ async fn a_big_transaction_on_a_slow_link_arrives_in_one_session() {
     sql.insert("t1", "after").await;
     let lsn = sql.flushed().await;
     assert_eq!(changes(&stream.up_to(&created("after")).await).len(), ROWS + 1);
-    assert!(began.elapsed() > 2 * TIMEOUT, "that was too quick to show anything: {:?}", began.elapsed());
+    assert!(began.elapsed() > 2 * TIMEOUT, "that was too fast to show anything: {:?}", began.elapsed());
     eventually("it is acknowledged", async || sql.confirmed_reaches(&lsn).await).await;
-    assert_eq!(sql.walsender().await, Some(walsender), "one session all the time");
+    assert_eq!(sql.walsender().await, Some(walsender), "the same session");
 }
 
 /// PostgreSQL neither sends nor reads during some phases of decoding, here during the unpublished rows of a rewritten table. Right after,
@@ -133,7 +133,7 @@ async fn a_transaction_that_decodes_slowly_arrives_in_one_session() {
     // After a reconnect it would not come as far as this.
     stream.expect(created("after")).await;
     eprintln!("{rows} rows were decoded within {:?}", began.elapsed());
-    assert_eq!(sql.walsender().await, Some(walsender), "one session all the time");
+    assert_eq!(sql.walsender().await, Some(walsender), "the same session");
 }
 
 const REWRITE: &str = "ALTER TABLE unwatched ALTER COLUMN n TYPE bigint USING n + 1";

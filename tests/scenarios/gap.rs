@@ -123,11 +123,11 @@ impl Case {
         self.run(&sql, self.back).await;
 
         let began = Instant::now();
-        let (_, status) = within(&format!("{name}: the gap is told"), stream.ending()).await;
+        let (_, status) = within(&format!("{name}: the gap is reported"), stream.ending()).await;
         assert_eq!(reason(&status), (Code::Aborted, "SCHEMA_CHANGED".to_owned()), "{name}");
         // A session that found the publication incomplete has ended, and returns after its backoff.
         assert!(began.elapsed() < Duration::from_secs(30), "{name}: told after {:?}", began.elapsed());
-        assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: its end is not known");
+        assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: its end must be unknown");
         server.until_logged("the gap stays open until these transactions have ended, as they may commit").await;
         server.serving().await;
 
@@ -136,7 +136,7 @@ impl Case {
         sql.insert(name, "meanwhile").await;
         let meanwhile = stream.expect(Change::created("meanwhile")).await.token;
         let (_, status) = server.watch(name, &before).await.ending().await;
-        assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: it is still open");
+        assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: it must still be open");
         // A gap that is not on disk yet would be found again, and would end this stream too early.
         sql.until_recorded(name).await;
         server.kill_and_restart().await;
@@ -145,7 +145,7 @@ impl Case {
         stream.expect(Change::created("later")).await;
 
         self.end(&sql, &writer).await;
-        let (_, status) = within(&format!("{name}: it is told again"), stream.ending()).await;
+        let (_, status) = within(&format!("{name}: it is reported again"), stream.ending()).await;
         let next = self.is_over(&server, &status).await;
         // Every token leads to the same end of the gap.
         for token in [&before, &meanwhile] {
@@ -154,7 +154,11 @@ impl Case {
         }
         let held = sql.facts(name).await;
         let is_committed = matches!(self.ends, Ends::Commit | Ends::CommitPrepared);
-        assert_eq!(held.contains(&Change::viewer("late")), is_committed, "{name}: the state has it, and no stream");
+        assert_eq!(
+            held.contains(&Change::viewer("late")),
+            is_committed,
+            "{name}: the state has it, and no stream does"
+        );
     }
 
     async fn end(&self, sql: &Sql, writer: &Sql) {
@@ -234,7 +238,7 @@ async fn a_table_added_by_a_mapping_is_complete_after_its_writers_end() {
     assert_eq!(reason(&status), (Code::Aborted, "MAPPING_CHANGED".to_owned()));
     // The schema has not changed.
     assert!(!status.message().contains("created, dropped"), "{}", status.message());
-    assert_eq!(optional_metadata(&status, "next_snap_token"), None, "its end is not known");
+    assert_eq!(optional_metadata(&status, "next_snap_token"), None, "its end must be unknown");
     writer.run("COMMIT").await;
     let closed = async || {
         let (_, status) = server.watch("t1", &token).await.ending().await;
@@ -283,7 +287,7 @@ async fn repeated_gaps_of_a_table_are_logged_once_a_minute() {
     stream.ending().await;
     sql.insert("t1", "last").await;
     let flushed = sql.flushed().await;
-    eventually("all of it is read", async || sql.confirmed_reaches(&flushed).await).await;
+    eventually("everything is read", async || sql.confirmed_reaches(&flushed).await).await;
     let said = "a gap in the stream: table tuplewatch.relation_tuples was truncated";
     server.until_logged("To remove rows without a gap, DELETE them").await;
     assert_eq!(server.times_logged(said), 1, "a line a minute for each table");

@@ -192,7 +192,7 @@ async fn snapshot_backend(admin: &Sql, other_than: &str) -> String {
     let backends =
         "SELECT pid FROM pg_stat_activity WHERE usename = 'feeder' AND query = 'SELECT pg_current_snapshot()::text'";
     let mut found = Vec::new();
-    eventually("one backend says what is visible", async || {
+    eventually("one backend answers visibility queries", async || {
         found = admin.rows(backends).await.concat();
         found.len() == 1 && found[0] != other_than
     })
@@ -242,7 +242,7 @@ async fn one_failed_statement_does_not_make_a_node_unready() {
     server.terminate().await;
     assert_eq!(watching.next().await, ServingStatus::NotServing);
     assert!(!server.has_logged("not ready"));
-    assert_eq!(server.ended().await.code(), Some(0), "whoever watches the health holds up nothing");
+    assert_eq!(server.ended().await.code(), Some(0), "a watcher of the health does not delay the end");
 }
 
 #[tokio::test]
@@ -316,7 +316,7 @@ async fn a_moved_change_log_stops_acknowledgement_until_it_is_back() {
         }
         server.not_ready("log_gone", "the directory of the change log").await;
         let is_read = "(SELECT active FROM pg_replication_slots WHERE slot_name = 'tuplewatch')";
-        eventually("the slot is let go of", async || !admin.is_true(is_read).await).await;
+        eventually("the slot is released", async || !admin.is_true(is_read).await).await;
         let id = format!("{instead:?}");
         admin.insert("t1", &id).await;
         let lsn = admin.flushed().await;

@@ -78,7 +78,7 @@ async fn memory_stays_bounded_with_a_million_tuples_and_unread_streams() {
         sql.insert(tenant, "end").await;
     }
     let ends = join_all(idle.iter_mut().map(|stream| stream.expect(Change::created("end"))));
-    within("everybody has the end", ends).await;
+    within("every stream has the last change", ends).await;
     drop(idle);
 
     // Resume in the middle, in this process and in the next.

@@ -44,7 +44,7 @@ async fn changes_streams_and_requests_are_counted() {
     let before = server.scrape().await;
     assert_eq!(changed(&before, TUPLES, "create"), 0.0);
     for reason in ["TRUNCATE", "UNDECODABLE_ROW", "SLOT_MOVED"] {
-        assert_eq!(before.get("tuplewatch_gaps_total", &[("reason", reason)]), 0.0, "there from the start");
+        assert_eq!(before.get("tuplewatch_gaps_total", &[("reason", reason)]), 0.0, "present from the start");
     }
 
     let mut streams = [server.watch("t1", "").await, server.watch("t1", "").await];
@@ -75,7 +75,7 @@ async fn changes_streams_and_requests_are_counted() {
         assert!(of("tuplewatch_sent_bytes_total") > 8_000.0 * streams && of("tuplewatch_sent_bytes_total") < 64_000.0);
     }
     assert_eq!(scrape.get("tuplewatch_subscribers_limit", &[]), 77.0);
-    assert_eq!(scrape.get("tuplewatch_stream_lag_bytes", &[("rank", "max")]), 0.0, "all have everything");
+    assert_eq!(scrape.get("tuplewatch_stream_lag_bytes", &[("rank", "max")]), 0.0, "all streams are complete");
     assert!(scrape.get("tuplewatch_window_bytes", &[]) > 8_000.0);
     assert!(scrape.get("tuplewatch_log_fsync_duration_seconds_count", &[]) >= 1.0);
     assert_eq!(scrape.get("tuplewatch_session_state", &[("state", "streaming")]), 1.0);
@@ -146,7 +146,7 @@ async fn reconnects_gaps_and_decode_errors_are_counted_once() {
     let failures = scrape.get("tuplewatch_session_failures_total", &[("kind", "transient")]);
     assert!(failures >= 1.0);
     assert_eq!(scrape.get("tuplewatch_session_failures_total", &[("kind", "definite")]), 0.0);
-    assert_eq!(changed(&scrape, TUPLES, "create"), 2.0, "none twice");
+    assert_eq!(changed(&scrape, TUPLES, "create"), 2.0, "none is counted twice");
     // A line for each change of state. The reader of the log may be behind.
     eventually("both sessions are in the log", async || server.times_logged("\"streaming\"") == 2).await;
     let said = server.times_logged("the replication session ended, reconnecting");
@@ -198,7 +198,7 @@ async fn replays_and_slow_subscribers_are_counted_separately() {
     assert!(scrape.get("tuplewatch_stream_lag_bytes", &[("rank", "max")]) > 8e6);
     assert!(scrape.get("tuplewatch_window_bytes", &[]) <= scrape.get("tuplewatch_window_limit_bytes", &[]));
     assert_eq!(scrape.get("tuplewatch_replays_total", &[]), 0.0);
-    assert_eq!(scrape.get("tuplewatch_slow_subscribers_total", &[]), 0.0, "it has not asked for it yet");
+    assert_eq!(scrape.get("tuplewatch_slow_subscribers_total", &[]), 0.0, "it has not read it yet");
 
     let mut returned = server.watch("t1", &token).await;
     for stream in [&mut unread, &mut returned] {
@@ -210,7 +210,7 @@ async fn replays_and_slow_subscribers_are_counted_separately() {
     let scrape = server.scrape().await;
     assert_eq!(scrape.get("tuplewatch_replays_total", &[]), 1.0);
     assert_eq!(scrape.get("tuplewatch_slow_subscribers_total", &[]), 1.0);
-    eventually("nobody is behind", async || {
+    eventually("no stream is behind", async || {
         server.scrape().await.get("tuplewatch_stream_lag_bytes", &[("rank", "max")]) == 0.0
     })
     .await;

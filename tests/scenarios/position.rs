@@ -55,7 +55,7 @@ async fn rolled_back_storage_is_an_error_until_the_log_is_reset() {
     server.until_logged(ROLLED_BACK).await;
     // A little more than the longest backoff.
     assert!(noticed.elapsed() < Duration::from_secs(15), "{:?}", noticed.elapsed());
-    assert!(server.has_logged("--reset-log"), "and what to do");
+    assert!(server.has_logged("--reset-log"), "and the remedy");
 
     sql.insert("t1", "after").await;
     for process in 1..=2 {
@@ -155,7 +155,7 @@ async fn a_transaction_is_not_acknowledged_before_it_is_complete() {
     let mut once: Vec<&str> = all.iter().map(|change| change.fact.as_str()).collect();
     once.sort_unstable();
     once.dedup();
-    assert_eq!(once.len() + 1, facts.len(), "each of them, once");
+    assert_eq!(once.len() + 1, facts.len(), "each of them once");
     eventually("now it is acknowledged", async || sql.confirmed_reaches(&end).await).await;
 }
 
@@ -207,7 +207,7 @@ async fn changes_sent_again_after_a_crash_reach_nobody() {
                 let count = facts.len();
                 facts.sort();
                 facts.dedup();
-                assert_eq!((facts.len(), count), (count, sql.facts("t1").await.len() - 1), "each, once");
+                assert_eq!((facts.len(), count), (count, sql.facts("t1").await.len() - 1), "each once");
                 stream = server.watch("t1", &messages.last().unwrap().token).await;
             } else {
                 // The next message is not a repeated one.

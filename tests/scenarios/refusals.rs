@@ -175,5 +175,5 @@ async fn the_end_of_a_session_is_logged_with_its_cause() {
         sql.run(end).await;
         process.logged().iter().any(|line| line.contains(says) && line.contains("SQLSTATE 57P01"))
     };
-    eventually("the cause is said", is_said).await;
+    eventually("the cause is logged", is_said).await;
 }

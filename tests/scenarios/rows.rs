@@ -429,7 +429,7 @@ async fn invalid_utf_8_is_a_gap_for_its_tenant_alone() {
         harmed = server.watch("t1", &token).await;
     }
     let lsn = sql.flushed().await;
-    eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
+    eventually("acknowledgement continues", async || sql.confirmed_reaches(&lsn).await).await;
 }
 
 #[tokio::test]
@@ -471,7 +471,7 @@ async fn an_undecodable_row_is_a_gap_for_its_tenant_alone() {
         }
     }
     let lsn = sql.flushed().await;
-    eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
+    eventually("acknowledgement continues", async || sql.confirmed_reaches(&lsn).await).await;
 }
 
 /// For every form of the value, and every operation on the row.
@@ -533,7 +533,7 @@ async fn halt_stops_at_an_undecodable_row_until_it_is_reconfigured() {
         tokens.push(stream.expect(Change::created("before")).await.token);
     }
     let before = sql.flushed().await;
-    eventually("what was before is acknowledged", async || sql.confirmed_reaches(&before).await).await;
+    eventually("the earlier changes are acknowledged", async || sql.confirmed_reaches(&before).await).await;
 
     sql.run("BEGIN").await;
     sql.insert("t1", "inside").await;
@@ -548,9 +548,9 @@ async fn halt_stops_at_an_undecodable_row_until_it_is_reconfigured() {
         let stopped = async || server.health("").await == Ok(ServingStatus::NotServing);
         eventually("health is NOT_SERVING", stopped).await;
         let says = ["tuplewatch.attributes", "mapping.on_undecodable is 'halt'", "start once with 'gap'"];
-        eventually("it says what to do", async || says.iter().all(|text| server.has_logged(text))).await;
+        eventually("the remedy is logged", async || says.iter().all(|text| server.has_logged(text))).await;
         assert!(!server.has_logged("secret"), "no values in logs");
-        assert!(!sql.confirmed_reaches(&bad).await, "{process}: it is not acknowledged");
+        assert!(!sql.confirmed_reaches(&bad).await, "{process}: it must not be acknowledged");
         for stream in &mut streams {
             stream.expect_silence().await;
         }
@@ -576,7 +576,7 @@ async fn halt_stops_at_an_undecodable_row_until_it_is_reconfigured() {
     other.expect(Change::created("inside")).await;
     other.expect(Change::created("after")).await;
     let lsn = sql.flushed().await;
-    eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
+    eventually("acknowledgement continues", async || sql.confirmed_reaches(&lsn).await).await;
 
     // Back to halt: the row that was passed does not stop it again.
     server.kill_9().await;

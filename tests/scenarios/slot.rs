@@ -107,7 +107,7 @@ async fn a_slot_moved_during_downtime_is_a_gap_for_every_tenant() {
         assert_eq!(
             server.times_logged("a gap in the stream: the replication slot had moved on"),
             n + 1,
-            "said once each"
+            "logged once each"
         );
         stream = server.watch("t1", "").await;
     }
@@ -132,7 +132,7 @@ async fn a_slot_recreated_during_a_disconnect_is_a_gap_for_open_streams() {
     assert_eq!(gaps(&mut server.watch("t1", &token).await, &[]).await, next);
     server.watch("t1", &next).await.expect(created("after")).await;
     let lsn = sql.flushed().await;
-    eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
+    eventually("acknowledgement continues", async || sql.confirmed_reaches(&lsn).await).await;
 }
 
 /// The server has invalidated the slot, or the slot is missing. The remedy is to recreate it.
@@ -195,7 +195,7 @@ async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     let before = proxy.accepted();
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert!(proxy.accepted() - before <= 4, "{} connections", proxy.accepted() - before);
-    assert_eq!(server.times_logged("until this is repaired"), 1, "said once");
+    assert_eq!(server.times_logged("until this is repaired"), 1, "logged once");
     assert!(is_not_serving(&server).await);
 
     // The remedy. The process notices it by itself.
@@ -226,13 +226,13 @@ async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
 async fn waits_for(server: &Server, proxy: &Proxy, sql: &Sql) {
     let holder = sql.walsender().await.expect("somebody who holds the slot");
     let pid = format!(" {}", holder.0);
-    eventually("it says who holds the slot", async || server.times_logged(&pid) > 0).await;
+    eventually("the holder of the slot is logged", async || server.times_logged(&pid) > 0).await;
     // Each attempt makes two connections.
     let before = proxy.accepted();
     eventually("it tries several times more", async || proxy.accepted() >= before + 6).await;
-    assert!(server.times_logged(&pid) <= 2, "said once by the session, and once by the slot's monitor");
+    assert!(server.times_logged(&pid) <= 2, "logged once by the session, and once by the slot's monitor");
     assert!(is_not_serving(server).await);
-    assert_eq!(sql.walsender().await, Some(holder), "the holder is left alone");
+    assert_eq!(sql.walsender().await, Some(holder), "the holder keeps the slot");
 }
 
 /// Attempts are at most 12 s apart.
@@ -280,7 +280,7 @@ async fn a_slot_held_by_another_program_is_taken_over_when_free() {
     let server = Server::serve_through(&proxy, &postgres).await;
     let (sql, mut stream, token) = server.first_delivered(&postgres, "before").await;
     let lsn = sql.flushed().await;
-    eventually("what was delivered is acknowledged", async || sql.confirmed_reaches(&lsn).await).await;
+    eventually("the delivered change is acknowledged", async || sql.confirmed_reaches(&lsn).await).await;
 
     proxy.silence();
     disconnect(&sql).await;
@@ -347,6 +347,6 @@ async fn threats_to_the_slot_are_logged() {
         server.has_logged("keeps less WAL again")
     })
     .await;
-    assert_eq!(server.times_logged("replication.warn.retained_wal"), 1, "said once");
+    assert_eq!(server.times_logged("replication.warn.retained_wal"), 1, "logged once");
     server.serving().await;
 }

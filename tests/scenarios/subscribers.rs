@@ -354,7 +354,7 @@ async fn sigterm_does_not_wait_for_unresponsive_clients() {
         assert!(messages.is_empty());
         assert_eq!(reason(&status), (Code::Unavailable, "SHUTTING_DOWN".into()));
     }
-    assert!(ended < GRACE, "whoever reads is told at once, and not after {ended:?}");
+    assert!(ended < GRACE, "a client that reads is informed at once, and not after {ended:?}");
     let exit = server.ended().await;
     let took = began.elapsed();
     assert_eq!(exit.code(), Some(0));
@@ -377,7 +377,7 @@ async fn pings_keep_an_idle_connection_open() {
     stream.expect_silence().await;
     let before = proxy.returned_bytes();
     let began = Instant::now();
-    eventually("something comes", async || proxy.returned_bytes() > before).await;
+    eventually("something arrives", async || proxy.returned_bytes() > before).await;
     let idle = began.elapsed();
     // Middleboxes forget connections that are silent for a minute, some earlier.
     assert!(idle < Duration::from_secs(25), "after {idle:?}");

@@ -56,7 +56,7 @@ async fn a_promotion_without_loss_continues_every_stream() {
     let mut new = pair.server.watch("t2", "").await;
     sql.insert("t2", "after").await;
     new.expect(Change::created("after")).await;
-    assert_eq!(gaps(&pair).await, 0.0, "nobody has lost anything");
+    assert_eq!(gaps(&pair).await, 0.0, "no stream has lost anything");
 
     for process in 0..2 {
         pair.server.watch("t1", &last).await.expect(Change::created("after")).await;
@@ -149,7 +149,7 @@ async fn an_old_primary_that_comes_back_is_not_followed() {
     assert!(!pair.server.has_logged(tells));
 
     pair.standby.stop(StopMode::Fast).await;
-    eventually("the log tells of the old primary", async || pair.server.has_logged(tells)).await;
+    eventually("the log names the old primary", async || pair.server.has_logged(tells)).await;
     pair.standby.start_again().await;
     pair.standby.sql().await.insert("t1", "end").await;
     stream.expect(Change::created("end")).await;

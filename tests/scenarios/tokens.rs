@@ -108,7 +108,7 @@ async fn a_transaction_token_waits_for_its_transaction() {
     };
     let has_asked = "EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'tuplewatch%' \
                      AND query LIKE '%pg_xact_status%')";
-    eventually("it asks what became of the transaction", async || sql.is_true(has_asked).await).await;
+    eventually("it asks for the outcome of the transaction", async || sql.is_true(has_asked).await).await;
     sql.insert("t1", "meanwhile").await;
     assert!(!opening.is_finished());
     writer.run("COMMIT").await;

@@ -314,7 +314,7 @@ async fn ten_thousand_open_transactions_arrive_in_commit_order() {
         )
     };
     run_all(&postgres, CONNECTIONS, (0..OPEN).map(statement).collect()).await;
-    assert_eq!(sql.value("SELECT count(*) FROM pg_prepared_xacts").await, open, "open, all of them");
+    assert_eq!(sql.value("SELECT count(*) FROM pg_prepared_xacts").await, open, "all of them are open");
     // Nothing waits for them.
     for (stream, tenant) in live.iter_mut().zip(TENANTS) {
         sql.insert(tenant, "meanwhile").await;
@@ -396,7 +396,7 @@ async fn logical_messages_of_others_are_ignored() {
         sql.run(&format!("SELECT pg_logical_emit_message({transactional}, 'tuplewatch', repeat('x', 1000000))")).await;
         sql.run("CREATE TABLE IF NOT EXISTS x (n int)").await;
         let lsn = sql.flushed().await;
-        eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
+        eventually("acknowledgement continues", async || sql.confirmed_reaches(&lsn).await).await;
     }
     // An invented id does not match a token of ours.
     sql.insert("t1", "own").await;

@@ -97,11 +97,11 @@ impl Waiting {
     }
 
     pub(super) async fn release(self, admin: &Sql) {
-        assert!(Self::is_waiting(admin).await, "it waited until now");
+        assert!(Self::is_waiting(admin).await, "it still waits");
         // ALTER SYSTEM cannot run in a transaction, so not in one batch.
         admin.run("ALTER SYSTEM SET synchronous_standby_names = ''").await;
         admin.run("SELECT pg_reload_conf()").await;
-        within("the commit goes on", self.commit).await.unwrap();
+        within("the commit continues", self.commit).await.unwrap();
     }
 }
 
@@ -120,7 +120,7 @@ async fn looked_again(admin: &Sql) {
                      WHERE application_name LIKE 'tuplewatch%' AND query = 'SELECT pg_current_snapshot()::text'";
     for _ in 0..3 {
         let before = admin.value(statement).await;
-        eventually("it looks for what is visible", async || admin.value(statement).await > before).await;
+        eventually("visibility is queried", async || admin.value(statement).await > before).await;
     }
 }
 

@@ -75,9 +75,9 @@ impl Interruption {
             assert!(began.elapsed() < NOTICED_WITHIN, "{name}: noticed after {:?}", began.elapsed());
             for says in lasting.says {
                 // After a retry or two: the stream may have failed before a check found the cause.
-                eventually(&format!("{name}: the log says '{says}'"), async || server.has_logged(says)).await;
+                eventually(&format!("{name}: the log contains '{says}'"), async || server.has_logged(says)).await;
             }
-            assert_eq!(server.health("").await, not_serving, "{name}: it lasts");
+            assert_eq!(server.health("").await, not_serving, "{name}: it must last");
             match lasting.remedy {
                 Remedy::Sql(statements) => self.run_all(&sql, statements).await,
                 Remedy::Setup(further) => server.setup(further).await,

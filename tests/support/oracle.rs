@@ -110,7 +110,7 @@ impl Load<'_> {
     pub(crate) async fn progresses(&self) {
         let received = || self.shared.received.load(Ordering::Relaxed);
         let (committed_before, received_before) = (self.writers.committed(), received());
-        eventually("the load goes on", async || {
+        eventually("the load makes progress", async || {
             assert!(!self.readers.iter().any(JoinHandle::is_finished), "a subscriber failed");
             self.writers.committed() > committed_before && received() > received_before
         })
@@ -198,7 +198,7 @@ impl Oracle {
         }
         let (mut changes_compared, mut missed) = (0, 0);
         for reader in readers {
-            let (mut subscriber, stream) = within("everybody has everything", reader).await.unwrap();
+            let (mut subscriber, stream) = within("every subscriber is complete", reader).await.unwrap();
             let (compared, not_sent) = subscriber.check(&of_tenant(&transactions, subscriber.tenant), &(self.gaps)());
             changes_compared += compared;
             missed += not_sent;

@@ -295,7 +295,7 @@ impl Server {
 
     /// Waits until a line of the log contains this. Other signs of an event may be visible before its line.
     pub(crate) async fn until_logged(&self, text: &str) {
-        eventually(&format!("the log says {text:?}"), async || self.has_logged(text)).await;
+        eventually(&format!("the log contains {text:?}"), async || self.has_logged(text)).await;
     }
 
     /// The number of lines of the log that contain this.

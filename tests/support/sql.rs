@@ -87,7 +87,7 @@ impl Sql {
     /// again. So a test has to wait only if the slot cannot send it again, or if a gap must not be found again.
     pub(crate) async fn until_recorded(&self, slot: &str) {
         let lsn = self.flushed().await;
-        eventually("what is committed is acknowledged", async || self.slot_reaches(slot, &lsn).await).await;
+        eventually("everything committed is acknowledged", async || self.slot_reaches(slot, &lsn).await).await;
     }
 
     /// Asks for a check of the publication, and waits until that check has begun.
@@ -97,7 +97,7 @@ impl Sql {
                              AND pid <> pg_backend_pid()";
         let before = self.value(last_check).await;
         self.run("SELECT pg_logical_emit_message(true, 'tuplewatch', 'check')").await;
-        eventually("what is published is checked", async || self.value(last_check).await > before).await;
+        eventually("the publication is checked", async || self.value(last_check).await > before).await;
     }
 
     /// Process id and start time of the walsender of tuplewatch's slot, if any. They change with every reconnect.

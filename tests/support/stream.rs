@@ -118,7 +118,7 @@ impl Stream {
     /// sockets.
     pub(crate) async fn expect_silence(&mut self) {
         if let Ok(next) = tokio::time::timeout(Duration::from_millis(200), self.try_next()).await {
-            panic!("nothing should have come, but there is {next:?}");
+            panic!("unexpected message: {next:?}");
         }
     }
 }

@@ -99,7 +99,7 @@ async fn the_limit_counts_callers_only() {
         assert_eq!(ask(&router, "/", "Bearer wrong").await.0, 401);
         assert_eq!(ask(&router, "/healthz", "").await.0, 200);
     }
-    // Nothing of it was used up.
+    // The limit was not used up.
     assert_eq!(ask(&router, "/", "Bearer k").await.0, 200);
     let says = loop {
         match ask(&router, "/", "Bearer k").await {

@@ -233,7 +233,7 @@ mod tests {
         check(none(), serde_json::json!({"retained_bytes": 1000, "confirmed": "0/1D00"}), &["does not keep up"]);
         check(none(), serde_json::json!({"retained_bytes": 1000, "confirmed": "0/1E00"}), &["that is still open"]);
         check(none(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 60.0}), &["does not keep up"]);
-        // Where it is at the end, it does not matter how long ago that was written.
+        // At the end of the WAL, the age of the last record does not matter.
         check(none(), serde_json::json!({"lag_seconds": 6000.0}), &[]);
         check(idle(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 59.0}), &[]);
         check(idle(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 60.0}), &["fix: tuplewatch serve"]);

@@ -14,7 +14,7 @@ fn wanted<'a>(mapping: &'a Mapping, slot: &'a str) -> Setup<'a> {
     Setup { mapping, slot, publication: "Feed", apply_schema, recreate_slot, failover, commands: plain() }
 }
 
-/// The last step where a tuplewatch may be running.
+/// The last step if a tuplewatch may be running.
 const LOOK: &str = "have a running tuplewatch look at it";
 
 fn explanations(steps: &[Step]) -> Vec<&str> {
@@ -85,7 +85,7 @@ async fn setup_creates_only_missing_parts() {
     let missing = setup.plan(client).await.unwrap_err().to_string();
     assert!(missing.contains("Odd \"Schema\".it's"), "{missing}");
 
-    // No key, a publication that has something else, and nothing of what it needs.
+    // Without a key, with a publication of other tables.
     let sql = r#"CREATE SCHEMA "Odd ""Schema"""; CREATE TABLE other (n int);
                  CREATE TABLE "Odd ""Schema"""."it's" (tenant text, id text, owner text) PARTITION BY LIST (tenant);
                  CREATE TABLE p1 PARTITION OF "Odd ""Schema"""."it's" FOR VALUES IN ('t1');
@@ -120,7 +120,7 @@ async fn setup_creates_only_missing_parts() {
     let done = again.apply(&database.connection, &mut silent).await.unwrap();
     assert_eq!(explanations(&done), ["create publication Feed", drop_slot.as_str(), create_slot.as_str()]);
 
-    // A table in use: given up, said so, and nothing half done.
+    // A table in use: setup gives up with a message, and changes nothing.
     database.execute("ALTER TABLE p1 REPLICA IDENTITY DEFAULT").await;
     let other = database.connect_as("postgres").await;
     other.client.batch_execute("BEGIN; LOCK TABLE p1 IN ROW EXCLUSIVE MODE").await.unwrap();
@@ -146,7 +146,7 @@ async fn a_table_of_transactions_needs_some_identity() {
     database.execute("ALTER TABLE t ADD PRIMARY KEY (id); CREATE PUBLICATION \"Feed\" FOR TABLE t").await;
     let create_slot = format!("create replication slot {}", database.name);
     assert_eq!(explanations(&setup.plan(client).await.unwrap()), [create_slot.as_str()]);
-    // Another identity makes no difference to what is published.
+    // Another replica identity does not change the publication.
     let published = async || fingerprint(client, "Feed", &mapping).await.unwrap().fingerprint;
     let before = published().await;
     database.execute("ALTER TABLE t REPLICA IDENTITY FULL").await;
@@ -223,7 +223,7 @@ async fn a_wait_for_old_transactions_is_reported() {
     let name = database.name.clone();
     let sql = format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{name}'");
 
-    // Given up: soon there is nothing left of it.
+    // After setup gives up, it leaves nothing behind.
     let connection = database.connect_as("postgres").await;
     let mut hook = |waiting: &Waiting| tell.send(waiting.clone()).unwrap();
     tokio::select! {

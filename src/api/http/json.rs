@@ -238,7 +238,7 @@ mod tests {
         })
     }
 
-    /// An attribute goes in as JSON and comes out as the same.
+    /// An attribute is read from JSON and written back.
     fn value(kind: &str, data: &Json) -> Result<Json, Status> {
         let value = json!({"@type": format!("{TYPE}{kind}"), "data": data});
         let request = json!({"attributes": [{"entity": {"type": "a", "id": "1"}, "attribute": "x", "value": value}]});
@@ -305,7 +305,7 @@ mod tests {
         }
     }
 
-    /// What path and query add to a body.
+    /// Reads a body with the fields from path and query.
     fn put_together(body: &str, path: &[(&str, &str)], query: &[(&str, &str)]) -> Result<WatchRequest, Status> {
         let mut reading = Reading::body::<WatchRequest>(body.as_bytes())?;
         path.iter().try_for_each(|(name, text)| reading.path(name, text))?;

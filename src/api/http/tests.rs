@@ -1,4 +1,4 @@
-//! The routes, over services that echo what they are asked.
+//! The routes, over services that echo their requests.
 
 use super::*;
 use crate::access::authn::Authenticator;
@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use tonic::{Response as Answer, Status};
 use tower::ServiceExt as _;
 
-/// Answers with what it was asked, and fails where a tenant is called after a gRPC code.
+/// Answers with its request, and fails with a gRPC code if the tenant is named after it.
 struct Echo;
 
 fn refused(tenant: &str) -> Result<(), Status> {
@@ -111,7 +111,7 @@ impl Tenancy for Echo {
     }
 }
 
-/// Is not ready, and says so.
+/// Reports that it is not ready.
 struct Stalled;
 
 impl Probes for Stalled {
@@ -283,8 +283,8 @@ fn open() -> Admission {
     Admission::new(Authenticator::Open, Exempt { health: true, reflection: true, metrics: true }, None)
 }
 
-/// The gateway on a port, with what it says to these bytes until it closes the connection. The clock is paused: it goes to
-/// the next timeout as soon as there is nothing else to do.
+/// Sends these bytes to the gateway, and returns its answer up to the end of the connection. The clock is paused, and jumps to the next
+/// timeout when everything is idle.
 async fn says(sent: &[u8]) -> String {
     let config = Config::load(None, [], &[("server.http.port".into(), "0".into())]).unwrap().server.http.unwrap();
     let listener = Listener::bind("127.0.0.1", &config).await.unwrap();
@@ -324,7 +324,7 @@ async fn probes_and_metrics_are_served() {
     }
 }
 
-/// JSON that is about what a request has, with anything in its places.
+/// JSON with the names of a request and random values.
 fn any_json() -> impl Strategy<Value = Json> {
     let names = prop::sample::select(vec![
         "tenant_id",

@@ -1,4 +1,4 @@
-//! `docs/configuration.md` says of every key what the program does with it.
+//! `docs/configuration.md` describes every key as the program reads it.
 
 use super::*;
 
@@ -29,7 +29,7 @@ fn the_reference_has_every_key_with_its_default() {
     assert_eq!(written, actual, "each once, and in the order of the document");
 }
 
-/// What a key takes is what is said where it is given something else.
+/// The accepted values of a key are named in the error about an invalid one.
 #[test]
 fn the_reference_has_every_range_and_word() {
     let mut checked = 0;

@@ -3,7 +3,7 @@ use crate::decode::mapping::{Spec, TUPLES_PRESET};
 use crate::model::change::Changes;
 use crate::model::lsn::{CommitTime, Lsn, Xid8};
 
-/// The tables of the preset, and one that tells whose a transaction is.
+/// The tables of the preset, and one that names the tenant of a transaction.
 fn mapping(tells_transactions: bool) -> Arc<Mapping> {
     let transactions = "\n  - { table: tuplewatch.transactions, tenant: tenant_id, transaction: true }";
     let yaml = format!("{TUPLES_PRESET}{}", if tells_transactions { transactions } else { "" });
@@ -127,10 +127,10 @@ fn the_named_tenant_of_a_transaction_gets_a_last_message() {
     check(std::slice::from_ref(&told), &["a 0 0/C8"], 0);
     check(&[told.clone(), told.clone(), insert(1, "a", "1")], &["a 1 0/C8"], 0);
     check(&[told.clone(), insert(1, "b", "1")], &["b 1 0/C8", "a 0 0/C8"], 0);
-    // All of it was staged before, of one who was not told of in a row, too.
+    // Everything was staged before, also for a tenant that no row has named.
     let large: Vec<_> = (0..5).map(|n| insert(1, "b", &n.to_string())).collect();
     check(&large, &["b 0 0/C8"], 0);
-    // Where history gaps there is no end of the transaction to tell of.
+    // A gap leaves no end of the transaction to report.
     check(&[told.clone(), insert(1, "a", "-")], &[], 1);
     check(&[told.clone(), truncate(1)], &[], 1);
     check(&[told.clone(), truncate(2)], &["a 0 0/C8"], 0);
@@ -242,9 +242,9 @@ fn rows_are_tallied_by_table() {
     assert_eq!(tallies(&[insert(2, "a", "1")], LIMITS), []);
     let rows = [insert(1, "a", "1"), insert(2, "a", "1"), insert(1, "b", "2")];
     assert_eq!(tallies(&rows, LIMITS), [(tuples(), 2, 0, 0)]);
-    // What was staged before counts as well.
+    // Staged messages count as well.
     assert_eq!(tallies(&rows, Limits { stage_bytes: 1, ..LIMITS }), [(tuples(), 2, 0, 0)]);
-    // Nobody is told of what comes behind a gap.
+    // Rows after a gap are not delivered.
     let rows = [insert(1, "a", "1"), insert(1, "a", "-"), insert(1, "a", "2"), insert(1, "b", "2")];
     assert_eq!(tallies(&rows, LIMITS), [(tuples(), 2, 0, 1)]);
 }

@@ -59,7 +59,7 @@ fn wire(rows: &[(u8, &str)], kind: u8) -> Vec<u8> {
     bytes
 }
 
-/// What a row message says, a line a step.
+/// The steps of a row message, one in each line.
 fn says(plan: &Plan, bytes: &[u8]) -> Vec<String> {
     let mut lines = Vec::new();
     let mut visit = |step: u64, outcome: Outcome<'_>| {
@@ -141,7 +141,7 @@ fn rows_become_changes_of_attributes() {
     let expected = |sign: &str, value: bool| format!("{sign} t1 doc:1$public {:?}", AttributeValue::Boolean(value));
     check(&plan, b'I', &[(b'N', &on)], &[&expected("2+", true)]);
     check(&plan, b'U', &[(b'O', &on), (b'N', &off)], &[&expected("1-", true), &expected("2+", false)]);
-    // The value was TOASTed and only the entity's id changed: it comes from the old row.
+    // The value is TOASTed and only the entity id changed, so the value is taken from the old row.
     check(
         &plan,
         b'U',

@@ -1,7 +1,7 @@
 use super::*;
 use proptest::prelude::*;
 
-/// Writes what a server would send; the decoder is checked against this and, in `tests/`, against real servers.
+/// Writes messages as a server does. The decoder is checked against this and, in `tests/`, against real servers.
 #[derive(Default)]
 struct Wire(Vec<u8>);
 

@@ -419,7 +419,7 @@ pub(crate) mod tests {
         ]
     }
 
-    /// What `proto/tuplewatch/v1/watch.proto` says is in these bytes, as text.
+    /// These bytes as text, decoded by `proto/tuplewatch/v1/watch.proto`.
     fn by_descriptor(element: &[u8]) -> String {
         static POOL: std::sync::LazyLock<prost_reflect::DescriptorPool> = std::sync::LazyLock::new(|| {
             let files = protox::compile(["tuplewatch/v1/watch.proto"], [concat!(env!("CARGO_MANIFEST_DIR"), "/proto")]);

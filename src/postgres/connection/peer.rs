@@ -179,7 +179,7 @@ mod tests {
         (Peer::new(Box::new(stream.unwrap())), other)
     }
 
-    /// A walsender that sends each row by itself, and then one more when it is told to.
+    /// A walsender that sends each row by itself, and one more on request.
     #[tokio::test]
     async fn a_backlog_arrives_in_large_pieces_and_its_end_at_once() {
         let (mut peer, mut walsender) = connected().await;

@@ -198,7 +198,7 @@ impl Guarded {
         guarded
     }
 
-    /// `who` is `user:password@host`, and parameters may follow a `?`.
+    /// `who` is `user:password@host`. Parameters may follow a `?`.
     fn uri(&self, who: &str) -> String {
         let (who, parameters) = who.split_once('?').unwrap_or((who, ""));
         format!("postgres://{who}:{}/postgres?{parameters}", self.cluster.port())
@@ -234,7 +234,7 @@ impl Guarded {
     }
 }
 
-/// An authority, a certificate of it for localhost and one for the user cert, and another authority.
+/// An authority, its certificates for localhost and for the user cert, and another authority.
 fn make_certificates(dir: &Path) {
     let openssl = |arguments: &str| {
         let output = Command::new("openssl").args(arguments.split(' ')).current_dir(dir).output().unwrap();
@@ -307,7 +307,7 @@ async fn the_first_primary_that_answers_is_chosen() {
     std::fs::write(standby.data_dir().join("pgdata/standby.signal"), "").unwrap();
     standby.start().await.unwrap();
     let (here, there) = (server.cluster.port(), standby.port());
-    // A port that nobody listens on, and one where nobody speaks.
+    // A closed port, and a silent listener.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mute = silent.local_addr().unwrap().port();
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();

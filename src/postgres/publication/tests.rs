@@ -6,7 +6,7 @@ use crate::postgres::test_postgres::{Database, one_table, tuples};
 const TABLE: &str = "CREATE TABLE t (tenant text, id text, owner text, other text, PRIMARY KEY (tenant, id, owner));
                      CREATE PUBLICATION feed FOR TABLE t";
 
-/// A database with something published, and what was seen of it last.
+/// A database with a publication, and its last fingerprint.
 struct Watched {
     database: Database,
     mapping: Mapping,
@@ -125,7 +125,7 @@ async fn harmful_changes_change_the_fingerprint() {
     }
 }
 
-/// Types under a column: of elements, attributes, and what a domain or range is of.
+/// Types below the type of a column: of elements, of attributes, and the base types of domains and ranges.
 #[tokio::test]
 async fn changed_types_under_a_column_are_found() {
     let sql = "CREATE TYPE role AS ENUM ('viewer', 'editor');
@@ -179,7 +179,7 @@ async fn changed_types_under_a_column_are_found() {
     }
 }
 
-/// No rewrite: what is stored stays, and so does the text.
+/// Without a rewrite, stored values and their texts stay the same.
 #[tokio::test]
 async fn wider_type_modifiers_keep_the_fingerprint() {
     let sql =
@@ -224,7 +224,7 @@ async fn changed_partitions_are_found() {
                CREATE PUBLICATION feed FOR TABLE root WITH (publish_via_partition_root = true)";
     let mut watched = Watched::new(one_table("public.root"), sql).await;
     watched.unchanged_by("INSERT INTO root VALUES ('t1', '1', '2'); VACUUM leaf; VACUUM FULL pg_inherits").await;
-    // Nothing in the catalogs tells the two from each other.
+    // The catalogs do not distinguish the two.
     let storage = "the storage of a partition (TRUNCATE, or a rewrite) of table public.root changed";
     watched.changed_by("TRUNCATE leaf", storage).await;
     watched.changed_by("VACUUM FULL leaf", storage).await;
@@ -250,7 +250,7 @@ async fn changed_partitions_are_found() {
     assert_eq!(sentence, "table public.leaf was taken out of the publication");
 }
 
-/// A table that was created as a partition never had rows that came under another name.
+/// A table that was created as a partition never had rows under another name.
 #[tokio::test]
 async fn partitions_that_were_created_as_such_are_recognized() {
     // With and without toast tables, indexes and defaults: each takes commands of its own.
@@ -292,7 +292,7 @@ async fn partitions_that_were_created_as_such_are_recognized() {
 
         let partitions = "the set of partitions of table public.root changed";
         let attach = |values: &str| format!("ALTER TABLE root ATTACH PARTITION other FOR VALUES IN ('{values}')");
-        // As the root has it, where it has a key: ALTER COLUMN takes commands of its own.
+        // As in the root, with its key: ALTER COLUMN uses separate commands.
         let not_null = match columns.contains("PRIMARY KEY") {
             true => {
                 "ALTER TABLE other ALTER COLUMN tenant SET NOT NULL, ALTER COLUMN id SET NOT NULL, \
@@ -313,7 +313,7 @@ async fn partitions_that_were_created_as_such_are_recognized() {
             watched.changed_by(&sql, partitions).await;
             watched.changed_by("DROP TABLE other", partitions).await;
         }
-        // A whole level with what was written to it before.
+        // A complete level with earlier rows.
         let level = "CREATE TABLE other (LIKE root INCLUDING ALL) PARTITION BY LIST (tenant); \
                      CREATE TABLE below PARTITION OF other FOR VALUES IN ('20'); INSERT INTO other VALUES ('20', '1', '1'); \
                      ALTER TABLE root ATTACH PARTITION other FOR VALUES IN ('20')";

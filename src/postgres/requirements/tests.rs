@@ -1,4 +1,4 @@
-//! Against real PostgreSQL: each thing that can be wrong is made wrong, found, and healed by its own fix.
+//! Breaks each requirement in a real PostgreSQL, and checks that it is found and that its fix repairs it.
 
 use super::*;
 use crate::admin::setup::{Event, Setup, Teardown};
@@ -20,7 +20,7 @@ async fn errors(client: &Client, expected: &Expectation<'_>) -> Vec<Diagnostic> 
     diagnostics.into_iter().filter(|diagnostic| diagnostic.severity == Severity::Error).collect()
 }
 
-/// A database that has what a mapping needs, and a role with REPLICATION and SELECT and no more.
+/// A database with everything that a mapping needs, and a role with only REPLICATION and SELECT.
 struct Ready {
     database: Database,
     poor: Connection,
@@ -239,7 +239,7 @@ async fn partitions_indexes_and_generated_columns_are_checked() {
     table.away().await;
 }
 
-/// An owner is subject to policies only where they are forced on it.
+/// Policies apply to an owner only if they are forced.
 #[tokio::test]
 async fn row_level_security_of_an_owner_is_found() {
     let sql = "CREATE TABLE t (tenant text, id text, owner text, PRIMARY KEY (tenant, id, owner))";
@@ -258,7 +258,7 @@ async fn row_level_security_of_an_owner_is_found() {
 async fn inheriting_tables_are_found() {
     let sql = "CREATE TABLE parent (id text); \
                CREATE TABLE t (tenant text, owner text, PRIMARY KEY (tenant, id, owner)) INHERITS (parent)";
-    // What it inherits from matters to nobody.
+    // Its own parent does not matter.
     let ready = Ready::new(one_table("public.t"), sql).await;
     ready.heals("CREATE TABLE child () INHERITS (t)", "table public.t", "table public.child inherits from it").await;
     let damage = "ALTER TABLE child INHERIT t; CREATE TABLE grandchild () INHERITS (child); CREATE TEMP TABLE own () INHERITS (t)";
@@ -381,12 +381,12 @@ async fn unsuitable_settings_are_found() {
     assert_eq!(names(&bad), all, "{bad:#?}");
     for diagnostic in &bad {
         let fix = diagnostic.fix.as_deref().unwrap();
-        // ALTER SYSTEM stands alone; what is behind it is a comment, up to the end of the line.
+        // ALTER SYSTEM must run alone. The rest of the line is a comment.
         admin.client.batch_execute(fix).await.unwrap_or_else(|error| panic!("{fix}: {error:?}"));
         assert!(fix.contains("restart") != fix.contains("pg_reload_conf()"), "{fix}");
     }
     admin.client.batch_execute("SELECT pg_reload_conf()").await.unwrap();
-    // One more than what is to be seen at once: the reload arrives at each session when it is idle.
+    // Each session applies the reload only when it is idle.
     let mut diagnostics = Vec::new();
     for _ in 0..100 {
         diagnostics = check(&poor.client, &expected).await.unwrap();

@@ -209,7 +209,7 @@ async fn check_damaged(uri: &str, directory: &Path, token: &str, what: &str) {
     eventually("it starts or ends", async || said(&process, "streaming") || !process.is_running()).await;
     if !process.is_running() {
         assert_eq!(process.ended().await.code(), Some(1), "{what}");
-        eventually(&format!("it says what to do: {what}"), async || said(&process, "--reset-log")).await;
+        eventually(&format!("the remedy is logged: {what}"), async || said(&process, "--reset-log")).await;
         assert!(!said(&process, "panicked"), "{what}");
         return;
     }

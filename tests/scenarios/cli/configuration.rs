@@ -29,7 +29,7 @@ impl Given<'_> {
         .misused(says);
         // Not even a directory was created.
         let left = std::fs::read_dir(directory.path()).unwrap().count();
-        assert_eq!(left, usize::from(self.file.is_some()), "nothing is begun");
+        assert_eq!(left, usize::from(self.file.is_some()), "nothing is created");
     }
 }
 

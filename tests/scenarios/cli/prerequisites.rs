@@ -59,7 +59,7 @@ async fn every_refusal_names_its_remedy() {
     let sql = postgres.sql().await;
 
     let ran = refused(&postgres.uri(), &[]).await;
-    assert_eq!(slots(&sql).await, "", "nothing was begun");
+    assert_eq!(slots(&sql).await, "", "nothing is created");
     ran.failed(&[
         "table tuplewatch.relation_tuples: does not exist",
         "table tuplewatch.attributes: does not exist",

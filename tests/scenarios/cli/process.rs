@@ -177,7 +177,7 @@ impl Process {
     /// Waits until a line of its log contains this text.
     pub(crate) async fn until_logged(&self, text: &str) {
         let is_there = async || self.logged().iter().any(|line| line.contains(text));
-        eventually(&format!("'{text}' is said"), is_there).await;
+        eventually(&format!("'{text}' is logged"), is_there).await;
     }
 
     /// Waits until a line of its log contains this text. Fails if the process ends before.
@@ -191,7 +191,7 @@ impl Process {
     }
 
     async fn reaches_in(&mut self, text: &str, lines: impl Fn(&Self) -> Vec<String>) {
-        let what = format!("'{text}' is said, or the process ends");
+        let what = format!("'{text}' is logged, or the process ends");
         let is_there = |process: &Self| lines(process).iter().any(|line| line.contains(text));
         eventually(&what, async || is_there(self) || !self.is_running()).await;
         assert!(is_there(self), "ended without saying '{text}'");

@@ -119,7 +119,7 @@ async fn setup_and_teardown_explain_their_failures() {
             .await
             .failed(&["replication slot theirs: is a physical slot", "choose another name in replication.slot"]);
     }
-    assert_eq!(things(&sql).await, "1 slots, 0 publications, 0 schemas", "theirs is left alone");
+    assert_eq!(things(&sql).await, "1 slots, 0 publications, 0 schemas", "the foreign slot is left alone");
 
     // The creation of a slot waits for open transactions. Setup names them, and can be interrupted.
     let holder = Sql::connect(&uri).await;

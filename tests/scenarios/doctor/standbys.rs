@@ -67,7 +67,7 @@ async fn a_slot_that_a_promotion_would_lose_is_a_warning() {
 
     // The standby stops, and the slot would wait for it for ever.
     standby.stop(StopMode::Fast).await;
-    eventually("the slot has nobody", async || {
+    eventually("the slot is not active", async || {
         sql.is_true("EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'standby1' AND NOT active)").await
     })
     .await;

@@ -153,7 +153,7 @@ mod tests {
     use axum::routing::get;
     use serde_json::{Value, json};
 
-    /// What is said of an issuer with this metadata and these keys; `ISSUER` stands for its URL.
+    /// Checks the message about an issuer with this metadata and these keys. `ISSUER` stands for its URL.
     async fn check(metadata: (u16, Value), keys: (u16, Value), says: &str) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());

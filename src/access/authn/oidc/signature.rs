@@ -124,7 +124,7 @@ mod tests {
         RsaKeyPair::from_pkcs8(include_bytes!("../../../../tests/support/keys/rsa.p8")).unwrap()
     }
 
-    /// The modulus with so many zeros in front of it.
+    /// The modulus with this many zeros in front.
     fn rsa_public(zeros: usize) -> DecodingKey {
         let public = RsaPublicKeyComponents::<Vec<u8>>::from(rsa().public());
         let n = [vec![0; zeros], public.n].concat();
