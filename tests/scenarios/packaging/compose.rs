@@ -52,7 +52,7 @@ impl Compose {
         command[1..].chunks(2).map(setting).collect()
     }
 
-    /// The condition that `service` waits for before it starts after `of`.
+    /// The condition of `of` that `service` waits for before it starts.
     fn waits(&self, service: &str, of: &str) -> String {
         text(&self.service(service)["depends_on"][of]["condition"])
     }

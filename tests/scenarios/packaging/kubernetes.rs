@@ -109,7 +109,7 @@ fn names_in_the_manifests_match_the_image() {
     assert_eq!(container["volumeMounts"][0]["mountPath"], manifests.image.volume());
     assert_eq!(container["volumeMounts"][0]["name"], set["spec"]["volumeClaimTemplates"][0]["metadata"]["name"]);
     manifests.object("Service", set["spec"]["serviceName"].as_str().unwrap());
-    // Kubernetes mounts the volume for this group, to which the user of the image may write.
+    // Kubernetes mounts the volume for this group, so that the user of the image may write to it.
     assert_eq!(set["spec"]["template"]["spec"]["securityContext"]["fsGroup"], 65532);
     let selector = &set["spec"]["selector"]["matchLabels"];
     for object in manifests.objects.iter().filter(|object| object["kind"] == "Service") {
