@@ -34,7 +34,7 @@ async fn refused(server: &Server, authorization: &str, name: &str, what: &str) {
 fn is_sentence(message: &str, name: &str) -> bool {
     message
         .strip_prefix(name)
-        .is_some_and(|says| says.starts_with(": ") && says.contains(" send ") | says.contains(" ask "))
+        .is_some_and(|reason| reason.starts_with(": ") && reason.contains(" send ") | reason.contains(" ask "))
 }
 
 async fn reflect(server: &Server, authorization: &str) -> Result<(), Status> {

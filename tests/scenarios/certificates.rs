@@ -113,16 +113,16 @@ async fn both_connections_accept_the_certificates_that_psql_accepts() {
         sql.run("SELECT pg_reload_conf()").await;
         std::fs::write(&root, &certificate.pem).unwrap();
         // The new certificate is loaded when the first use has its expected result.
-        let (host, mode, says) = uses[0];
+        let (host, mode, expected) = uses[0];
         let is_new = async || {
             let complaint = complaint(&uri(host, mode)).await;
-            if says.is_empty() { complaint.is_empty() } else { complaint.contains(says) }
+            if expected.is_empty() { complaint.is_empty() } else { complaint.contains(expected) }
         };
         eventually(what, is_new).await;
-        for (host, mode, says) in uses {
+        for (host, mode, expected) in uses {
             let complaint = complaint(&uri(host, mode)).await;
             assert!(
-                complaint.contains(says) && complaint.is_empty() == says.is_empty(),
+                complaint.contains(expected) && complaint.is_empty() == expected.is_empty(),
                 "{what}, {host}, {mode}: {complaint}"
             );
         }

@@ -51,8 +51,8 @@ impl Terminal {
     /// If we are root, PostgreSQL's user cannot enter here, and `dev` prints where the cluster is instead.
     fn find_cluster(&self) -> PathBuf {
         let printed = self.process().printed();
-        let told = printed.iter().find_map(|line| line.strip_prefix("The cluster is in ")?.split_once(": "));
-        told.map_or(self.directory.path().join("tuplewatch-dev/postgres"), |(path, _)| path.into())
+        let directory_line = printed.iter().find_map(|line| line.strip_prefix("The cluster is in ")?.split_once(": "));
+        directory_line.map_or(self.directory.path().join("tuplewatch-dev/postgres"), |(path, _)| path.into())
     }
 
     fn process(&self) -> &Process {
@@ -296,9 +296,9 @@ async fn killing_dev_loses_nothing_and_leaves_no_orphan() {
     eventually("the last is printed", async || watch.printed().iter().any(|line| line.contains("\"last\""))).await;
     assert_eq!(documents(&watch.printed()).0[warm..], expected);
     // The watch may notice two kills in a row as one.
-    let said = watch.logged();
-    let resumed = said.iter().filter(|line| line.contains("resuming after token")).count();
-    assert!((1..=3).contains(&resumed), "{said:?}");
+    let logged = watch.logged();
+    let resumed = logged.iter().filter(|line| line.contains("resuming after token")).count();
+    assert!((1..=3).contains(&resumed), "{logged:?}");
 
     // PostgreSQL dies alone: dev reports it and ends.
     let [postmaster] = terminal.postmasters()[..] else { panic!("one PostgreSQL") };
@@ -382,14 +382,16 @@ async fn a_failed_start_is_reported_once() {
     let terminal = Terminal::new();
     let empty = tempfile::tempdir().unwrap();
     let empty = empty.path().to_str().unwrap();
-    for (bin, says) in [("/nonexistent", "there is no such directory"), (empty, "it has no postgres, initdb, pg_ctl")] {
+    for (bin, expected) in
+        [("/nonexistent", "there is no such directory"), (empty, "it has no postgres, initdb, pg_ctl")]
+    {
         let remedy = "Name a directory that has postgres, initdb and pg_ctl of PostgreSQL 14 or newer";
         let by_flag = run(terminal.command(&["--pg-bin", bin])).await;
         assert_eq!(by_flag.err.matches("tuplewatch: ").count(), 1, "{by_flag:?}");
-        by_flag.failed(&[&format!("--pg-bin {bin} cannot be used: {says}"), remedy]);
+        by_flag.failed(&[&format!("--pg-bin {bin} cannot be used: {expected}"), remedy]);
         let mut command = terminal.command(&[]);
         command.env(PG_BIN, bin);
-        run(command).await.failed(&[&format!("{PG_BIN} {bin} cannot be used: {says}"), remedy]);
+        run(command).await.failed(&[&format!("{PG_BIN} {bin} cannot be used: {expected}"), remedy]);
     }
     assert_eq!(std::fs::read_dir(terminal.directory.path()).unwrap().count(), 0, "nothing is created");
 

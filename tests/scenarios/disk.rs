@@ -165,9 +165,9 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     eventually("the full disk is logged again", async || server.times_logged(FULL) == 2).await;
     drain(&mut stream, &mut received).await;
     server.kill_9().await;
-    for said in [3, 4] {
+    for times in [3, 4] {
         server.start().await;
-        eventually("the full disk is logged", async || server.times_logged(FULL) == said).await;
+        eventually("the full disk is logged", async || server.times_logged(FULL) == times).await;
         assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
         assert!(!is_read(&sql).await);
         // It resumes at once, or later if the stream was ahead of the log, which needs PostgreSQL.
@@ -175,7 +175,7 @@ async fn a_full_disk_releases_the_slot_and_loses_nothing() {
             Ok(mut stream) => drain(&mut stream, &mut received).await,
             Err(status) => assert_eq!(reason(&status), (Code::Unavailable, "POSTGRES_UNREACHABLE".into())),
         }
-        if said == 3 {
+        if times == 3 {
             server.terminate().await;
             let exit = within("it does not wait for room", server.ended()).await;
             assert_eq!(exit.code(), Some(0));

@@ -229,8 +229,8 @@ async fn a_healthy_node_has_no_errors_even_while_it_serves() {
     let slot = diagnosis.about("ok", "replication slot tuplewatch");
     assert!(slot.iter().any(|diagnostic| diagnostic.what.contains("in use by process")), "{slot:?}");
     assert!(process.is_running());
-    let said = process.logged();
-    assert!(!said.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{said:#?}");
+    let printed = process.logged();
+    assert!(!printed.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{printed:#?}");
     stops(process).await;
 }
 
@@ -265,9 +265,9 @@ async fn a_fix_works_when_it_is_pasted() {
 #[tokio::test]
 async fn the_diagnosis_for_people_is_text() {
     let patient = Patient::ready(Postgres::start().await).await;
-    let said = patient.run("doctor", &[]).await.succeeded();
-    assert!(said.contains("\nok       wal_level ") && !said.contains('\u{1b}'), "{said}");
-    assert!(said.lines().last().unwrap().starts_with("0 errors, "), "{said}");
+    let printed = patient.run("doctor", &[]).await.succeeded();
+    assert!(printed.contains("\nok       wal_level ") && !printed.contains('\u{1b}'), "{printed}");
+    assert!(printed.lines().last().unwrap().starts_with("0 errors, "), "{printed}");
 
     patient.sql().await.run("ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes").await;
     let ran = patient.run("doctor", &[]).await;

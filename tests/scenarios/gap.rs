@@ -126,7 +126,7 @@ impl Case {
         let (_, status) = within(&format!("{name}: the gap is reported"), stream.ending()).await;
         assert_eq!(reason(&status), (Code::Aborted, "SCHEMA_CHANGED".to_owned()), "{name}");
         // A session that found the publication incomplete has ended, and returns after its backoff.
-        assert!(began.elapsed() < Duration::from_secs(30), "{name}: told after {:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(30), "{name}: reported after {:?}", began.elapsed());
         assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: its end must be unknown");
         server.until_logged("the gap stays open until these transactions have ended, as they may commit").await;
         server.serving().await;
@@ -288,8 +288,8 @@ async fn repeated_gaps_of_a_table_are_logged_once_a_minute() {
     sql.insert("t1", "last").await;
     let flushed = sql.flushed().await;
     eventually("everything is read", async || sql.confirmed_reaches(&flushed).await).await;
-    let said = "a gap in the stream: table tuplewatch.relation_tuples was truncated";
+    let line = "a gap in the stream: table tuplewatch.relation_tuples was truncated";
     server.until_logged("To remove rows without a gap, DELETE them").await;
-    assert_eq!(server.times_logged(said), 1, "a line a minute for each table");
+    assert_eq!(server.times_logged(line), 1, "a line a minute for each table");
     assert!(!server.has_logged("t1"), "a tenant is nothing for the log");
 }

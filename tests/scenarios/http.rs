@@ -148,7 +148,7 @@ async fn refusals_have_a_status_and_a_reason() {
     let mut server = Server::serve(&postgres, &flags).await;
     let watch = "/v1/tenants/t1/watch";
     assert_eq!(server.ask(Method::GET, "/healthz", "").await, (200, json!({"status": "ALIVE"})));
-    for (method, path, body, status, code, says) in [
+    for (method, path, body, status, code, expected) in [
         (Method::POST, watch, "{", 400, 3, ""),
         (Method::POST, watch, r#"{"snap_token": "x"}"#, 400, 3, "INVALID_SNAP_TOKEN"),
         (Method::POST, "/v1/tenants/no%2Bwhere/watch", "", 404, 5, "TENANT_NOT_FOUND"),
@@ -159,7 +159,7 @@ async fn refusals_have_a_status_and_a_reason() {
         (Method::GET, "/v1/nothing", "", 404, 5, ""),
     ] {
         let (found, error) = server.ask(method.clone(), path, body).await;
-        assert_eq!((found, reason(&error)), (status, (code, says)), "{method} {path}: {error}");
+        assert_eq!((found, reason(&error)), (status, (code, expected)), "{method} {path}: {error}");
     }
     let (status, error) = server.ask(Method::POST, watch, " ".repeat(1025)).await;
     assert_eq!((status, reason(&error).0), (413, 8));

@@ -23,7 +23,7 @@ async fn an_inheriting_table_is_an_error_and_then_a_gap() {
             reasons: &["SCHEMA_CHANGED"],
             detail: "another table inherited from table tuplewatch.relation_tuples for a while",
             lasts: Some(Lasting {
-                says: &[
+                messages: &[
                     "table tuplewatch.relation_tuples: table tuplewatch.archive inherits from it, and is not mapped",
                     "NO INHERIT",
                 ],

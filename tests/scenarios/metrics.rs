@@ -149,8 +149,8 @@ async fn reconnects_gaps_and_decode_errors_are_counted_once() {
     assert_eq!(changed(&scrape, TUPLES, "create"), 2.0, "none is counted twice");
     // A line for each change of state. The reader of the log may be behind.
     eventually("both sessions are in the log", async || server.times_logged("\"streaming\"") == 2).await;
-    let said = server.times_logged("the replication session ended, reconnecting");
-    assert!((1..=failures as usize).contains(&said), "{said} times, of {failures} failures");
+    let logged = server.times_logged("the replication session ended, reconnecting");
+    assert!((1..=failures as usize).contains(&logged), "{logged} times, of {failures} failures");
 
     sql.run(r#"INSERT INTO tuplewatch.attributes VALUES ('t1', 'document', 'd', 'x', '{"@type": "other.Value"}')"#)
         .await;
@@ -227,13 +227,13 @@ async fn until_ready(server: &Server) {
     eventually("ready", async || ready(server).await == (200, json!({"status": "READY"}))).await;
 }
 
-async fn until_unready(server: &Server, says: &str) {
-    let says_so = |(status, body): (u16, Json)| {
+async fn until_unready(server: &Server, expected: &str) {
+    let is_as_expected = |(status, body): (u16, Json)| {
         let reason = body["reason"].as_str().unwrap_or_default();
         assert!(status != 503 || body["status"] == "NOT_READY", "{body}");
-        status == 503 && reason.contains(says)
+        status == 503 && reason.contains(expected)
     };
-    eventually(&format!("not ready: {says}"), async || says_so(ready(server).await)).await;
+    eventually(&format!("not ready: {expected}"), async || is_as_expected(ready(server).await)).await;
     // It is still alive.
     assert_eq!(server.ask(Method::GET, "/healthz", "").await.0, 200);
 }
@@ -308,8 +308,8 @@ async fn promtool(arguments: &[&str], input: &str) {
     let mut process = spawned.unwrap_or_else(|error| panic!("promtool: {error} (./requirements test installs it)"));
     process.stdin.take().unwrap().write_all(input.as_bytes()).await.unwrap();
     let output = within("promtool", process.wait_with_output()).await.unwrap();
-    let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
-    assert!(output.status.success(), "promtool {arguments:?}: {said}\n{input}");
+    let logged = [output.stdout, output.stderr].map(|logged| String::from_utf8_lossy(&logged).into_owned()).concat();
+    assert!(output.status.success(), "promtool {arguments:?}: {logged}\n{input}");
 }
 
 /// Checks that Prometheus accepts the metrics, with their names and units.

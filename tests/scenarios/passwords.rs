@@ -119,7 +119,7 @@ async fn a_password_file_may_hold_any_bytes() {
     std::fs::write(file.path(), b"*:*:*:*:caf\xe9\n").unwrap();
     for method in METHODS {
         let found = finds(&uri(method), Some(file.path())).await;
-        let says = if method == "scram-sha-256" { "the password is not UTF-8" } else { "SQLSTATE 28P01" };
-        assert!(found.0.contains(says), "{method}: {found:?}");
+        let expected = if method == "scram-sha-256" { "the password is not UTF-8" } else { "SQLSTATE 28P01" };
+        assert!(found.0.contains(expected), "{method}: {found:?}");
     }
 }

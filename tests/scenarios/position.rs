@@ -59,7 +59,7 @@ async fn rolled_back_storage_is_an_error_until_the_log_is_reset() {
 
     sql.insert("t1", "after").await;
     for process in 1..=2 {
-        eventually("it says so", async || server.times_logged(ROLLED_BACK) == process).await;
+        eventually("it is logged", async || server.times_logged(ROLLED_BACK) == process).await;
         assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
         assert!(sql.walsender().await.is_none());
         // Neither open or resumed streams, nor new ones, get anything.

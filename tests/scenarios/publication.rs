@@ -96,7 +96,7 @@ async fn an_incomplete_publication_is_an_error_until_it_is_repaired() {
             reasons: &["SLOT_MOVED", "SCHEMA_CHANGED"],
             detail: "the publication was dropped and created again",
             lasts: Some(Lasting {
-                says: &["publication dropped: does not exist", "tuplewatch setup --recreate-slot"],
+                messages: &["publication dropped: does not exist", "tuplewatch setup --recreate-slot"],
                 remedy: Remedy::Setup(&["--recreate-slot"]),
             }),
         },
@@ -106,7 +106,7 @@ async fn an_incomplete_publication_is_an_error_until_it_is_repaired() {
             reasons: SCHEMA_CHANGED,
             detail: "table tuplewatch.relation_tuples was taken out of the publication and added again",
             lasts: Some(Lasting {
-                says: &[
+                messages: &[
                     "table tuplewatch.relation_tuples: is not in publication removed",
                     "ALTER PUBLICATION \\\"removed\\\" ADD TABLE \\\"tuplewatch\\\".\\\"relation_tuples\\\"",
                 ],
@@ -122,7 +122,7 @@ async fn an_incomplete_publication_is_an_error_until_it_is_repaired() {
             reasons: SCHEMA_CHANGED,
             detail: "the publication was altered",
             lasts: Some(Lasting {
-                says: &["does not publish update, delete", "SET (publish = 'insert, update, delete, truncate')"],
+                messages: &["does not publish update, delete", "SET (publish = 'insert, update, delete, truncate')"],
                 remedy: Remedy::Sql(&["ALTER PUBLICATION $NAME SET (publish = 'insert, update, delete, truncate')"]),
             }),
         },
@@ -132,7 +132,7 @@ async fn an_incomplete_publication_is_an_error_until_it_is_repaired() {
             _ => Interruption {
                 reasons: &["SLOT_MOVED", "SCHEMA_CHANGED"],
                 lasts: Some(Lasting {
-                    says: &["tuplewatch setup --recreate-slot"],
+                    messages: &["tuplewatch setup --recreate-slot"],
                     remedy: Remedy::Setup(&["--recreate-slot"]),
                 }),
                 ..recreated
@@ -150,7 +150,7 @@ async fn an_incomplete_publication_is_an_error_until_it_is_repaired() {
             reasons: SCHEMA_CHANGED,
             detail: "table tuplewatch.relation_tuples was taken out of the publication and added again, or is in it in \
                      another way",
-            lasts: Some(Lasting { says: &["has a row filter in the publication", "DROP TABLE"], remedy: AFRESH }),
+            lasts: Some(Lasting { messages: &["has a row filter in the publication", "DROP TABLE"], remedy: AFRESH }),
         });
     }
     let others = on_one_cluster(&cases);
@@ -165,7 +165,7 @@ async fn an_incomplete_publication_is_an_error_until_it_is_repaired() {
         reasons: SCHEMA_CHANGED,
         detail: "table tuplewatch.relation_tuples was taken out of the publication and added again, or is in it in another way",
         lasts: Some(Lasting {
-            says: &["column subject_relation is not in the column list of the publication", "DROP TABLE"],
+            messages: &["column subject_relation is not in the column list of the publication", "DROP TABLE"],
             remedy: AFRESH,
         }),
     }];
@@ -184,7 +184,7 @@ async fn a_replica_identity_without_mapped_columns_is_an_error() {
         reasons: SCHEMA_CHANGED,
         detail,
         lasts: Some(Lasting {
-            says: &["old rows lack column", "REPLICA IDENTITY FULL"],
+            messages: &["old rows lack column", "REPLICA IDENTITY FULL"],
             remedy: Remedy::Sql(&["ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY FULL"]),
         }),
     }])

@@ -9,20 +9,20 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
 /// `serve` ends with these messages.
-async fn is_refused(uri: &str, says: &[&str]) {
+async fn is_refused(uri: &str, expected: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let ran = run(serve(uri, directory.path())).await;
     for driver in ["db error", "error connecting to server", "server error:", "io error:", "tls error:"] {
         assert!(!ran.err.contains(driver), "words of a driver: {}", ran.err);
     }
-    ran.failed(says);
+    ran.failed(expected);
 }
 
 /// `serve` logs these messages and keeps trying.
-async fn is_put_off(uri: &str, says: &[&str]) {
+async fn is_put_off(uri: &str, expected: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let process = Process::start(serve(uri, directory.path()));
-    for text in says {
+    for text in expected {
         process.until_logged(text).await;
     }
 }
@@ -96,14 +96,14 @@ async fn a_connection_pooler_in_between_is_recognized() {
             let _ = client.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
         }
     });
-    let says =
+    let expected =
         ["it sent something that is not of PostgreSQL's protocol", "Check that PostgreSQL listens at this address"];
-    is_put_off(&format!("postgres://u@127.0.0.1:{port}/app?sslmode=disable"), &says).await;
+    is_put_off(&format!("postgres://u@127.0.0.1:{port}/app?sslmode=disable"), &expected).await;
 }
 
 #[tokio::test]
 async fn a_uri_in_another_form_is_refused_with_its_correction() {
-    for (uri, says) in [
+    for (uri, expected) in [
         ("jdbc:postgresql://h:5432/db?user=u&password=secret", "without 'jdbc:'"),
         ("postgresql+psycopg2://u:secret@h/db", "write postgres:// in its place"),
         ("postgres://u:12/secret@h/db", "write %3F, %26, %2F, %40"),
@@ -113,7 +113,7 @@ async fn a_uri_in_another_form_is_refused_with_its_correction() {
         let directory = tempfile::tempdir().unwrap();
         let ran = run(serve(uri, directory.path())).await;
         assert!(!ran.err.contains("secret"), "{ran:?}");
-        assert!(ran.err.contains(says) && ran.code != Some(0), "{uri}: {ran:?}");
+        assert!(ran.err.contains(expected) && ran.code != Some(0), "{uri}: {ran:?}");
     }
 }
 
@@ -170,10 +170,10 @@ async fn the_end_of_a_session_is_logged_with_its_cause() {
     let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
                WHERE application_name LIKE 'tuplewatch %' AND backend_type = 'client backend'";
     // A statement that was running gets the cause instead. So this is repeated until an idle session is ended.
-    let says = "it shuts down, or somebody ended the session (pg_terminate_backend): ";
+    let expected = "it shuts down, or somebody ended the session (pg_terminate_backend): ";
     let is_said = async || {
         sql.run(end).await;
-        process.logged().iter().any(|line| line.contains(says) && line.contains("SQLSTATE 57P01"))
+        process.logged().iter().any(|line| line.contains(expected) && line.contains("SQLSTATE 57P01"))
     };
     eventually("the cause is logged", is_said).await;
 }

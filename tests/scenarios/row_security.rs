@@ -31,10 +31,10 @@ async fn policies_that_apply_to_our_role_are_an_error() {
     server.serving().await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
     let not_serving = Ok(ServingStatus::NotServing);
-    let says = |table: &str| format!("table tuplewatch.{table}: row level security applies to role poor");
+    let expected = |table: &str| format!("table tuplewatch.{table}: row level security applies to role poor");
     sql.run("ALTER TABLE tuplewatch.relation_tuples ENABLE ROW LEVEL SECURITY").await;
     eventually("health is NOT_SERVING", async || server.health("").await == not_serving).await;
-    server.until_logged(&says("relation_tuples")).await;
+    server.until_logged(&expected("relation_tuples")).await;
     sql.insert("t1", "meanwhile").await;
     sql.run("ALTER ROLE poor BYPASSRLS").await;
     server.serving().await;
@@ -45,7 +45,7 @@ async fn policies_that_apply_to_our_role_are_an_error() {
     sql.run("ALTER TABLE tuplewatch.tenants ENABLE ROW LEVEL SECURITY").await;
     sql.run("ALTER ROLE poor NOBYPASSRLS").await;
     eventually("health is NOT_SERVING", async || server.health("").await == not_serving).await;
-    server.until_logged(&says("tenants")).await;
+    server.until_logged(&expected("tenants")).await;
     for table in ["relation_tuples", "tenants"] {
         sql.run(&format!("ALTER TABLE tuplewatch.{table} DISABLE ROW LEVEL SECURITY")).await;
     }

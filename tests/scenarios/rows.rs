@@ -547,8 +547,8 @@ async fn halt_stops_at_an_undecodable_row_until_it_is_reconfigured() {
     for process in ["live", "after a restart", "with the row repaired"] {
         let stopped = async || server.health("").await == Ok(ServingStatus::NotServing);
         eventually("health is NOT_SERVING", stopped).await;
-        let says = ["tuplewatch.attributes", "mapping.on_undecodable is 'halt'", "start once with 'gap'"];
-        eventually("the remedy is logged", async || says.iter().all(|text| server.has_logged(text))).await;
+        let expected = ["tuplewatch.attributes", "mapping.on_undecodable is 'halt'", "start once with 'gap'"];
+        eventually("the remedy is logged", async || expected.iter().all(|text| server.has_logged(text))).await;
         assert!(!server.has_logged("secret"), "no values in logs");
         assert!(!sql.confirmed_reaches(&bad).await, "{process}: it must not be acknowledged");
         for stream in &mut streams {

@@ -101,7 +101,7 @@ async fn changed_mapped_columns_and_tables_are_gaps_or_errors() {
             reasons: UNDECODABLE_ROW,
             detail: "subject_id cannot be read: the table has no column subject_id",
             lasts: Some(Lasting {
-                says: &["table tuplewatch.relation_tuples: has no column subject_id, which the mapping names"],
+                messages: &["table tuplewatch.relation_tuples: has no column subject_id, which the mapping names"],
                 remedy: Remedy::Sql(&["ALTER TABLE tuplewatch.relation_tuples RENAME COLUMN subject TO subject_id"]),
             }),
         },
@@ -114,7 +114,7 @@ async fn changed_mapped_columns_and_tables_are_gaps_or_errors() {
             reasons: UNDECODABLE_ROW,
             detail: "a row of table tuplewatch.renamed could not be decoded",
             lasts: Some(Lasting {
-                says: &["table tuplewatch.relation_tuples: does not exist"],
+                messages: &["table tuplewatch.relation_tuples: does not exist"],
                 remedy: Remedy::Sql(&["ALTER TABLE tuplewatch.renamed RENAME TO relation_tuples"]),
             }),
         },
@@ -124,7 +124,7 @@ async fn changed_mapped_columns_and_tables_are_gaps_or_errors() {
             reasons: SCHEMA_CHANGED,
             detail: "table tuplewatch.relation_tuples was created, dropped, renamed or replaced by another",
             lasts: Some(Lasting {
-                says: &["table tuplewatch.relation_tuples: does not exist", "tuplewatch setup"],
+                messages: &["table tuplewatch.relation_tuples: does not exist", "tuplewatch setup"],
                 remedy: Remedy::Setup(&[]),
             }),
         },
@@ -277,8 +277,8 @@ async fn a_change_with_an_incomplete_old_row_is_a_gap_at_once() {
         let (messages, status) = stream.ending().await;
         assert_eq!(changes(&messages), [], "nothing that the old row does not tell");
         assert_eq!(reason(&status), (Code::Aborted, "UNDECODABLE_ROW".into()));
-        let says = "the replica identity lacks it (ALTER TABLE shop.shares REPLICA IDENTITY FULL)";
-        assert!(status.message().contains(says), "{}", status.message());
+        let expected = "the replica identity lacks it (ALTER TABLE shop.shares REPLICA IDENTITY FULL)";
+        assert!(status.message().contains(expected), "{}", status.message());
     }
 }
 

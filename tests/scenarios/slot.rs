@@ -176,7 +176,7 @@ async fn idle(sql: &Sql) {
 }
 
 /// Calls `lose` while the slot is not active: once while tuplewatch is disconnected, and once while it is down.
-async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
+async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), expected: &str) {
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, postgres).await;
     let (sql, mut stream, token) = server.first_delivered(postgres, "before").await;
@@ -187,7 +187,7 @@ async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     lose(&sql).await;
     proxy.cut();
     let noticed = Instant::now();
-    server.until_logged(says).await;
+    server.until_logged(expected).await;
     assert!(noticed.elapsed() < Duration::from_secs(10), "{:?}", noticed.elapsed());
     server.until_logged(REMEDY).await;
     assert!(is_not_serving(&server).await);
@@ -213,7 +213,7 @@ async fn check_lost(postgres: &Postgres, lose: impl AsyncFn(&Sql), says: &str) {
     is_free(&sql).await;
     sql.insert("t1", "lost2").await;
     lose(&sql).await;
-    server.refuses_to_start(says).await;
+    server.refuses_to_start(expected).await;
     server.refuses_to_start(REMEDY).await;
     server.setup(&["--recreate-slot"]).await;
     sql.insert("t1", "after2").await;

@@ -145,11 +145,11 @@ async fn an_old_primary_that_comes_back_is_not_followed() {
     let mut stream = pair.server.watch("t1", &token).await;
     sql.insert("t1", "after").await;
     stream.expect(Change::created("after")).await;
-    let tells = "was left behind";
-    assert!(!pair.server.has_logged(tells));
+    let left_behind = "was left behind";
+    assert!(!pair.server.has_logged(left_behind));
 
     pair.standby.stop(StopMode::Fast).await;
-    eventually("the log names the old primary", async || pair.server.has_logged(tells)).await;
+    eventually("the log names the old primary", async || pair.server.has_logged(left_behind)).await;
     pair.standby.start_again().await;
     pair.standby.sql().await.insert("t1", "end").await;
     stream.expect(Change::created("end")).await;

@@ -109,14 +109,14 @@ async fn watch_verifies_the_certificate_of_the_server() {
     let postgres = Postgres::start().await;
     let (directory, server) = serve(&postgres, "server", false).await;
     gets_in(&postgres, watch(&directory, &server, "https", &["--ca-cert", "ours.pem"])).await;
-    for (scheme, flags, says) in [
+    for (scheme, flags, expected) in [
         ("https", &["--ca-cert", "others.pem"][..], "no authority that is trusted has issued the server's certificate"),
         ("https", &[], "Name the file with the certificate of the authority that issued the server's in --ca-cert"),
         ("http", &[], "it does not speak gRPC without TLS: write https://"),
     ] {
         let mut process = watch(&directory, &server, scheme, flags);
         assert_eq!(process.ended().await.code(), Some(1), "it does not heal");
-        process.until_logged(says).await;
+        process.until_logged(expected).await;
         assert_eq!(process.printed(), [""; 0]);
     }
 }
@@ -160,7 +160,7 @@ async fn unusable_tls_files_are_named_at_the_start() {
     server.ended().await;
     let path = |name: &str| directory.path().join(name).display().to_string();
     let (key, authority) = (path("server.key"), path("ours.pem"));
-    for (flag, name, says) in [
+    for (flag, name, expected) in [
         ("--server-grpc-tls-cert", "nowhere.pem", "nowhere.pem (server.grpc.tls.cert): No such file"),
         ("--server-grpc-tls-cert", "server.key", "server.key (server.grpc.tls.cert) holds no certificate"),
         ("--server-grpc-tls-cert", "client.pem", "of server.grpc.tls cannot be used"),
@@ -168,7 +168,7 @@ async fn unusable_tls_files_are_named_at_the_start() {
         ("--server-grpc-tls-client-ca", "server.key", "(server.grpc.tls.client_ca) holds no certificate"),
     ] {
         server.set(flag, &path(name));
-        server.refuses_to_start(says).await;
+        server.refuses_to_start(expected).await;
         server.set("--server-grpc-tls-cert", &path("server.pem"));
         server.set("--server-grpc-tls-key", &key);
         server.set("--server-grpc-tls-client-ca", &authority);

@@ -60,7 +60,7 @@ async fn a_value_that_changes_without_a_row_event_is_a_gap() {
     let mut stream = papers.server.watch("acme", "").await;
     stream.expect(papers.insert("1.00", "reader", "(1,{reader})").await).await;
     let rewritten = "table shop.papers was rewritten and its column paper altered, which may change values";
-    for (n, (fault, says)) in [
+    for (n, (fault, expected)) in [
         (
             "ALTER TYPE shop.role RENAME VALUE 'reader' TO 'viewer'",
             "an enum label in column person and an enum label in column role of table shop.papers changed",
@@ -79,7 +79,7 @@ async fn a_value_that_changes_without_a_row_event_is_a_gap() {
         let (messages, status) = stream.ending().await;
         assert_eq!(changes(&messages), [], "{fault}");
         assert_eq!(reason(&status), (Code::Aborted, "SCHEMA_CHANGED".into()), "{fault}");
-        assert!(status.message().contains(says), "{fault}: {}", status.message());
+        assert!(status.message().contains(expected), "{fault}: {}", status.message());
         stream = papers.server.watch("acme", &metadata(&status, "next_snap_token")).await;
         let person = if n == 0 { "(2,{viewer})" } else { "(2,{viewer},)" };
         let paper = format!("{}.{}", 100 * (n + 1), if n < 2 { "00" } else { "0" });
@@ -143,7 +143,7 @@ async fn a_rewrite_of_a_preset_table_is_a_gap_or_an_error() {
             reasons: SCHEMA_CHANGED,
             detail: "a mapped column of table tuplewatch.relation_tuples changed",
             lasts: Some(Lasting {
-                says: &["column subject_id holds regrole, which is written as a name that others can change"],
+                messages: &["column subject_id holds regrole, which is written as a name that others can change"],
                 remedy: Remedy::Sql(&[
                     "ALTER TABLE tuplewatch.relation_tuples ALTER COLUMN subject_id TYPE varchar(200)",
                 ]),

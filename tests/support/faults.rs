@@ -229,10 +229,10 @@ impl World {
             }
             _ => {
                 load.allow_dropped_history();
-                let said = |server: &Server| server.times_logged("the disk of the change log is full");
-                let said_before = said(&self.server);
+                let times = |server: &Server| server.times_logged("the disk of the change log is full");
+                let times_before = times(&self.server);
                 self.disk().fill();
-                eventually("the full disk is noticed", async || said(&self.server) > said_before).await;
+                eventually("the full disk is noticed", async || times(&self.server) > times_before).await;
                 self.moment(0..3_000).await;
             }
         }

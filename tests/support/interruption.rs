@@ -31,7 +31,7 @@ pub(crate) struct Interruption {
 #[derive(Clone, Copy)]
 pub(crate) struct Lasting {
     /// The log names the problem and the remedy with these texts.
-    pub(crate) says: &'static [&'static str],
+    pub(crate) messages: &'static [&'static str],
     pub(crate) remedy: Remedy,
 }
 
@@ -73,9 +73,9 @@ impl Interruption {
             eventually(&format!("{name}: health is NOT_SERVING"), async || server.health("").await == not_serving)
                 .await;
             assert!(began.elapsed() < NOTICED_WITHIN, "{name}: noticed after {:?}", began.elapsed());
-            for says in lasting.says {
+            for message in lasting.messages {
                 // After a retry or two: the stream may have failed before a check found the cause.
-                eventually(&format!("{name}: the log contains '{says}'"), async || server.has_logged(says)).await;
+                eventually(&format!("{name}: the log contains '{message}'"), async || server.has_logged(message)).await;
             }
             assert_eq!(server.health("").await, not_serving, "{name}: it must last");
             match lasting.remedy {

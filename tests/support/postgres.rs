@@ -67,8 +67,8 @@ impl Postgres {
     async fn fetched(major: u32) -> Installation {
         let fetch = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/postgres/fetch");
         let fetched = tokio::process::Command::new(fetch).arg(major.to_string()).output().await.unwrap();
-        let said = String::from_utf8_lossy(&fetched.stderr);
-        assert!(fetched.status.success(), "PostgreSQL {major} cannot be fetched: {said}");
+        let printed = String::from_utf8_lossy(&fetched.stderr);
+        assert!(fetched.status.success(), "PostgreSQL {major} cannot be fetched: {printed}");
         let bin = PathBuf::from(String::from_utf8(fetched.stdout).unwrap().trim());
         Installation::find(Some(&bin)).unwrap_or_else(|error| panic!("{error}"))
     }

@@ -78,8 +78,8 @@ impl Server {
     /// Runs `tuplewatch setup` with the flags of this node.
     pub(crate) async fn setup(&self, further: &[&str]) {
         let output = within("setup", program().arg("setup").args(&self.flags).args(further).output()).await.unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "setup {further:?}: {:?} {said}", output.status);
+        let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "setup {further:?}: {:?} {printed}", output.status);
     }
 
     /// Changes the database for later processes.
@@ -124,10 +124,10 @@ impl Server {
     }
 
     /// Starts a process that must end by itself with exit code 1, and must log this.
-    pub(crate) async fn refuses_to_start(&mut self, says: &str) {
+    pub(crate) async fn refuses_to_start(&mut self, expected: &str) {
         let listens = self.spawn(&[]);
         assert_eq!(self.ended().await.code(), Some(1));
-        assert!(!*listens.borrow() && self.has_logged(says), "it should have ended with: {says}");
+        assert!(!*listens.borrow() && self.has_logged(expected), "it should have ended with: {expected}");
     }
 
     /// Starts the process. The watch turns true when it listens.
@@ -335,9 +335,9 @@ struct Gap {
 /// Parses a line about a gap.
 fn gap(line: &str) -> Option<Gap> {
     let line: serde_json::Value = serde_json::from_str(line).ok()?;
-    let says = line.get("message")?.as_str()?.starts_with("a gap in the stream");
+    let is_gap = line.get("message")?.as_str()?.starts_with("a gap in the stream");
     let lsn = |name: &str| line.get(name)?.as_str()?.parse().ok();
-    says.then(|| Some(Gap { from: lsn("from")?, to: lsn("to")?, is_open: line.get("is_open")?.as_bool()? }))?
+    is_gap.then(|| Some(Gap { from: lsn("from")?, to: lsn("to")?, is_open: line.get("is_open")?.as_bool()? }))?
 }
 
 impl Drop for Server {

@@ -141,10 +141,10 @@ async fn a_damaged_log_is_refused_or_repaired() {
 
     let marker = log.join("tuplewatch-log.json");
     let remedy = "start it anew with --reset-log (its history is lost, and subscribers re-read their state)";
-    for (contents, says) in [("", remedy), ("{\"format\": \"one\"}", remedy), ("\0\0\0\0", remedy)] {
+    for (contents, expected) in [("", remedy), ("{\"format\": \"one\"}", remedy), ("\0\0\0\0", remedy)] {
         restore();
         std::fs::write(&marker, contents).unwrap();
-        run(serve(&uri, directory.path())).await.failed(&["the change log at log is damaged", says]);
+        run(serve(&uri, directory.path())).await.failed(&["the change log at log is damaged", expected]);
     }
     restore();
     let mut other: serde_json::Value = serde_json::from_slice(&std::fs::read(&marker).unwrap()).unwrap();
@@ -205,12 +205,12 @@ async fn a_damaged_log_is_refused_or_repaired() {
 /// The log is refused; or it starts, and either has everything or reports that it has not.
 async fn check_damaged(uri: &str, directory: &Path, token: &str, what: &str) {
     let mut process = Process::start(serve(uri, directory));
-    let said = |process: &Process, text: &str| process.logged().iter().any(|line| line.contains(text));
-    eventually("it starts or ends", async || said(&process, "streaming") || !process.is_running()).await;
+    let has_logged = |process: &Process, text: &str| process.logged().iter().any(|line| line.contains(text));
+    eventually("it starts or ends", async || has_logged(&process, "streaming") || !process.is_running()).await;
     if !process.is_running() {
         assert_eq!(process.ended().await.code(), Some(1), "{what}");
-        eventually(&format!("the remedy is logged: {what}"), async || said(&process, "--reset-log")).await;
-        assert!(!said(&process, "panicked"), "{what}");
+        eventually(&format!("the remedy is logged: {what}"), async || has_logged(&process, "--reset-log")).await;
+        assert!(!has_logged(&process, "panicked"), "{what}");
         return;
     }
     let endpoint = Endpoint::from_shared(format!("http://{}", process.listens("gRPC").await)).unwrap();
@@ -225,5 +225,5 @@ async fn check_damaged(uri: &str, directory: &Path, token: &str, what: &str) {
     }
     process.signal("TERM");
     assert!(process.ended().await.code().is_some_and(|code| code <= 1), "{what}");
-    assert!(!said(&process, "panicked"), "{what}");
+    assert!(!has_logged(&process, "panicked"), "{what}");
 }

@@ -13,7 +13,7 @@ struct Given<'a> {
 }
 
 impl Given<'_> {
-    async fn refused(&self, subcommand: &str, says: &[&str]) {
+    async fn refused(&self, subcommand: &str, expected: &[&str]) {
         let directory = tempfile::tempdir().unwrap();
         let mut command = program(directory.path());
         command.arg(subcommand);
@@ -26,7 +26,7 @@ impl Given<'_> {
             command
         })
         .await
-        .misused(says);
+        .misused(expected);
         // Not even a directory was created.
         let left = std::fs::read_dir(directory.path()).unwrap().count();
         assert_eq!(left, usize::from(self.file.is_some()), "nothing is created");
@@ -34,15 +34,17 @@ impl Given<'_> {
 }
 
 /// Checks one mistake with its complete message. `serve` would start without it.
-async fn check_file(contents: impl AsRef<[u8]>, says: &str) {
+async fn check_file(contents: impl AsRef<[u8]>, expected: &str) {
     let file = Some(contents.as_ref());
-    let said = format!("tuplewatch: the configuration has an error:\n  - {says}");
-    Given { file, flags: &["--database-uri", "postgres://u@h/d"], ..Given::default() }.refused("serve", &[&said]).await;
+    let message = format!("tuplewatch: the configuration has an error:\n  - {expected}");
+    Given { file, flags: &["--database-uri", "postgres://u@h/d"], ..Given::default() }
+        .refused("serve", &[&message])
+        .await;
 }
 
 #[tokio::test]
 async fn each_mistake_in_a_file_is_named() {
-    for (contents, says) in [
+    for (contents, expected) in [
         ("server: {hosts: localhost}", "`server.hosts` in file server.yaml: unknown; did you mean `server.host`?\n"),
         ("sever: {host: localhost}", "`sever` in file server.yaml: unknown; did you mean `server`?\n"),
         ("database: {url: x}", "`database.url` in file server.yaml: unknown; did you mean `database.uri`?\n"),
@@ -99,7 +101,7 @@ async fn each_mistake_in_a_file_is_named() {
         ("server:\n\thost: localhost\n", "file server.yaml: "),
         ("logger: {level: info}\nlogger: {level: info}\n", "file server.yaml: "),
     ] {
-        check_file(contents, says).await;
+        check_file(contents, expected).await;
     }
     check_file(b"logger:\n  level: \xff\n", "file server.yaml: line 2: is not valid UTF-8\n").await;
     let deep = format!("{}a", "[".repeat(100_000));
@@ -114,7 +116,7 @@ async fn each_mistake_in_a_file_is_named() {
 
 #[tokio::test]
 async fn each_mistake_in_the_environment_is_named() {
-    for (name, value, says) in [
+    for (name, value, expected) in [
         ("TUPLEWATCH_SERVER__GRPC__PROT", "1", ": unknown; did you mean TUPLEWATCH_SERVER__GRPC__PORT?\n"),
         ("TUPLEWATCH_DATABASE_URI", "postgres://u@h/d", ": unknown; did you mean TUPLEWATCH_DATABASE__URI?\n"),
         ("TUPLEWATCH_LOG", "info", ": unknown\n"),
@@ -122,9 +124,9 @@ async fn each_mistake_in_the_environment_is_named() {
         ("TUPLEWATCH_SERVICE__WATCH__ENABLED", "yes", " is \"yes\": must be true or false\n"),
         ("TUPLEWATCH_SERVICE__WATCH__SUBSCRIBERS_MAX", "0", " is \"0\": must be a whole number from 1 to 1000000\n"),
     ] {
-        let said = format!("the configuration has an error:\n  - environment variable {name}{says}");
+        let message = format!("the configuration has an error:\n  - environment variable {name}{expected}");
         let environment = &[("TUPLEWATCH_DATABASE__URI", "postgres://u@h/d"), (name, value)];
-        Given { environment, ..Given::default() }.refused("serve", &[&said]).await;
+        Given { environment, ..Given::default() }.refused("serve", &[&message]).await;
     }
     let directory = tempfile::tempdir().unwrap();
     let mut command = program(directory.path());
@@ -134,13 +136,13 @@ async fn each_mistake_in_the_environment_is_named() {
     ran.misused(&["environment variable TUPLEWATCH_DATABASE__URI: is not valid UTF-8\n"]);
 
     let environment = &[("TUPLEWATCH_CONFIG", "nowhere.yaml")];
-    let says = "cannot read file nowhere.yaml: No such file or directory";
-    Given { environment, ..Given::default() }.refused("serve", &[says]).await;
+    let expected = "cannot read file nowhere.yaml: No such file or directory";
+    Given { environment, ..Given::default() }.refused("serve", &[expected]).await;
 }
 
 #[tokio::test]
 async fn each_mistake_in_a_flag_is_named() {
-    for (flags, says) in [
+    for (flags, expected) in [
         (&["--server-grpc-prot", "1"][..], "a similar argument exists: '--server-grpc-port'"),
         (&["--server-grpc-port"], "a value is required for '--server-grpc-port <VALUE>'"),
         (&["--server-grpc-port", "1", "--server-grpc-port", "2"], "cannot be used multiple times"),
@@ -155,9 +157,9 @@ async fn each_mistake_in_a_flag_is_named() {
         (&["--config", "/"], "cannot read file /: "),
         (&["--database-uri", ""], "`database.uri` is required: set it in the configuration file, "),
     ] {
-        Given { flags, ..Given::default() }.refused("serve", &[says]).await;
+        Given { flags, ..Given::default() }.refused("serve", &[expected]).await;
     }
-    for (arguments, says) in [
+    for (arguments, expected) in [
         (&[][..], "Usage: tuplewatch [OPTIONS] <COMMAND>"),
         (&["sevre"], "a similar subcommand exists: 'serve'"),
         (&["watch"], "--tenant <TENANT>"),
@@ -171,23 +173,23 @@ async fn each_mistake_in_a_flag_is_named() {
         (&["dev", "--logger-level", "loud"], "flag --logger-level is \"loud\""),
         (&["dev", "--database-uri", "postgres://u@h/d"], "--database-uri"),
     ] {
-        tuplewatch(arguments).await.misused(&[says]);
+        tuplewatch(arguments).await.misused(&[expected]);
     }
 }
 
 #[tokio::test]
 async fn a_missing_database_uri_is_reported_with_every_way_to_set_it() {
     for subcommand in ["serve", "setup", "teardown"] {
-        let says = "`database.uri` is required: set it in the configuration file, with the environment variable \
+        let expected = "`database.uri` is required: set it in the configuration file, with the environment variable \
                     TUPLEWATCH_DATABASE__URI, or with the flag --database-uri\n";
-        Given::default().refused(subcommand, &[says]).await;
+        Given::default().refused(subcommand, &[expected]).await;
     }
 }
 
 /// The message names the mistake and no secret.
 #[tokio::test]
 async fn an_invalid_uri_is_a_usage_error_without_secrets() {
-    for (uri, says) in [
+    for (uri, expected) in [
         ("mysql://u:hush@h/d", "it is neither a URI (postgres://user:password@host:5432/database) nor"),
         ("hush", "it is neither a URI (postgres://user:password@host:5432/database) nor"),
         ("postgres://u:hush@h:port/d", "the value of 'port' is not a number from 1 to 65535"),
@@ -200,7 +202,7 @@ async fn an_invalid_uri_is_a_usage_error_without_secrets() {
         for subcommand in ["serve", "setup", "teardown"] {
             let ran = tuplewatch(&[subcommand, "--database-uri", uri]).await;
             assert!(!ran.err.contains("hush"), "{ran:?}");
-            ran.misused(&["database.uri", says]);
+            ran.misused(&["database.uri", expected]);
         }
     }
 }
@@ -248,10 +250,10 @@ async fn every_key_refuses_an_invalid_value() {
 }
 
 async fn refused_all(given: &Given<'_>, named: &[String]) {
-    let mut says: Vec<&str> = named.iter().map(String::as_str).collect();
+    let mut expected: Vec<&str> = named.iter().map(String::as_str).collect();
     let headline = format!("the configuration has {} errors:\n", named.len());
-    says.push(&headline);
-    given.refused("config", &says).await;
+    expected.push(&headline);
+    given.refused("config", &expected).await;
 }
 
 #[tokio::test]

@@ -24,9 +24,10 @@ async fn a_server_without_postgresql_is_alive_and_not_serving() {
     health(&server, &["--service", "x", "--alive"]).await.misused(&["cannot be used with"]);
 
     postgres.stop(StopMode::Fast).await;
-    let says = "is NOT_SERVING: the slot does not stream, and is tried again";
-    eventually("the state and its reason are printed", async || health(&server, &[]).await.err.contains(says)).await;
-    health(&server, &[]).await.failed(&[says]);
+    let expected = "is NOT_SERVING: the slot does not stream, and is tried again";
+    eventually("the state and its reason are printed", async || health(&server, &[]).await.err.contains(expected))
+        .await;
+    health(&server, &[]).await.failed(&[expected]);
     assert_eq!(health(&server, &["--alive"]).await.succeeded(), "alive\n");
 }
 

@@ -7,7 +7,7 @@ use serde_json::Value as Json;
 use tokio::process::Command;
 
 /// The run ended with this code, all its lines are JSON, and the last one is an error with this text.
-fn ends(ran: &Ran, code: i32, says: &str) {
+fn ends(ran: &Ran, code: i32, expected: &str) {
     assert_eq!(ran.code, Some(code), "{ran:?}");
     let lines: Vec<Json> = ran
         .err
@@ -16,7 +16,7 @@ fn ends(ran: &Ran, code: i32, says: &str) {
         .collect();
     let last = lines.last().unwrap_or_else(|| panic!("{ran:?}"));
     assert_eq!(last["level"], "ERROR", "{ran:?}");
-    assert!(last["message"].as_str().unwrap().contains(says), "{ran:?}");
+    assert!(last["message"].as_str().unwrap().contains(expected), "{ran:?}");
 }
 
 fn command(arguments: &[&str]) -> Command {
@@ -29,7 +29,7 @@ fn command(arguments: &[&str]) -> Command {
 async fn the_final_error_is_json() {
     let json = ["--logger-format", "json"];
     let nowhere = ["--database-uri", "postgres://u@127.0.0.1:1/d"];
-    for (arguments, code, says) in [
+    for (arguments, code, expected) in [
         (&["serve"][..], 2, "`database.uri` is required"),
         (&["serve", "--server-grpc-port", "high"], 2, "must be a whole number"),
         (&["serve", "--config", "nowhere.yaml"], 2, "cannot read file nowhere.yaml"),
@@ -43,7 +43,7 @@ async fn the_final_error_is_json() {
         (&["doctor"], 2, "`database.uri` is required"),
         (&["dev", "--database-uri", "postgres://u@h/d"], 2, "dev starts a PostgreSQL of its own"),
     ] {
-        ends(&run(command(&[arguments, &json].concat())).await, code, says);
+        ends(&run(command(&[arguments, &json].concat())).await, code, expected);
     }
     for subcommand in ["setup", "teardown"] {
         ends(&run(command(&[&[subcommand], &json[..], &nowhere].concat())).await, 1, "Connection refused");

@@ -22,7 +22,7 @@ tables:
 #[tokio::test]
 async fn an_invalid_mapping_is_a_usage_error() {
     let tuple = "{entity_type: x, entity_id: x, relation: x, subject_type: x, subject_id: x}";
-    for (contents, says) in [
+    for (contents, expected) in [
         ("", "tables"),
         ("tables: []", "mapping file m.yaml cannot be used: the mapping names no table"),
         ("tables: [", "mapping file m.yaml does not read: "),
@@ -57,14 +57,14 @@ async fn an_invalid_mapping_is_a_usage_error() {
         for subcommand in ["serve", "setup"] {
             let mut command = program(directory.path());
             command.args([subcommand, "--database-uri", "postgres://u@127.0.0.1:1/d", "--mapping-file", "m.yaml"]);
-            run(command).await.misused(&["mapping file m.yaml", says]);
+            run(command).await.misused(&["mapping file m.yaml", expected]);
         }
     }
-    for (file, says) in [("nowhere.yaml", "No such file"), ("/", "Is a directory")] {
+    for (file, expected) in [("nowhere.yaml", "No such file"), ("/", "Is a directory")] {
         let uri = "postgres://u@127.0.0.1:1/d";
         tuplewatch(&["serve", "--database-uri", uri, "--mapping-file", file])
             .await
-            .misused(&[&format!("cannot read mapping file {file} (mapping.file): "), says]);
+            .misused(&[&format!("cannot read mapping file {file} (mapping.file): "), expected]);
     }
 }
 

@@ -141,7 +141,7 @@ async fn unusable_slots_and_publications_are_refused() {
     let elsewhere = Sql::connect(&postgres.uri_of("elsewhere")).await;
     let make = "SELECT pg_create_logical_replication_slot('tuplewatch', 'pgoutput'";
     let setup = ["setup", "--database-uri", &uri];
-    for (holder, create, says) in [
+    for (holder, create, expected) in [
         (&elsewhere, format!("{make})"), "is for database elsewhere"),
         (&elsewhere, "SELECT pg_create_physical_replication_slot('tuplewatch')".to_owned(), "is a physical slot"),
         (&sql, format!("{make}, true)"), "is a temporary one"),
@@ -149,8 +149,8 @@ async fn unusable_slots_and_publications_are_refused() {
         (&sql, format!("{make})"), "publication tuplewatch: does not exist, and replication slot tuplewatch is older"),
     ] {
         holder.run(&create).await;
-        tuplewatch(&setup).await.failed(&["nothing was changed", says]);
-        assert_eq!(things(&sql).await, "1 slots, 0 publications, 0 schemas", "{says}");
+        tuplewatch(&setup).await.failed(&["nothing was changed", expected]);
+        assert_eq!(things(&sql).await, "1 slots, 0 publications, 0 schemas", "{expected}");
         holder.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
     }
 

@@ -92,7 +92,7 @@ async fn every_refusal_names_its_remedy() {
     ]);
     works(&reader).await;
 
-    for (breaking, says) in [
+    for (breaking, expected) in [
         (
             "ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes",
             "table tuplewatch.attributes: is not in publication tuplewatch",
@@ -106,7 +106,7 @@ async fn every_refusal_names_its_remedy() {
         for fix in fixes(&ran) {
             sql.run(&fix).await;
         }
-        ran.failed(&[says]);
+        ran.failed(&[expected]);
         works(&reader).await;
     }
     sql.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
@@ -208,11 +208,11 @@ async fn local_obstacles_are_named_and_leave_the_slot_free() {
         let flag = |name: &str| format!("--server-{listener}-tls-{name}");
         let (section, enabled, key) = (format!("server.{listener}.tls"), flag("enabled"), flag("key"));
         let unreadable = format!("cannot read nowhere.pem ({section}");
-        for (cert, says) in [("nowhere.pem", unreadable.as_str()), (pem.to_str().unwrap(), section.as_str())] {
+        for (cert, expected) in [("nowhere.pem", unreadable.as_str()), (pem.to_str().unwrap(), section.as_str())] {
             let tls = [enabled.as_str(), "true", &flag("cert"), cert, &key, cert];
             // Also without a server, before anything else uses TLS.
             for uri in [&postgres.uri(), "postgres://u@127.0.0.1:1/d"] {
-                refused(uri, &tls).await.failed(&[says]);
+                refused(uri, &tls).await.failed(&[expected]);
             }
         }
     }

@@ -92,22 +92,22 @@ impl Ran {
 
     /// The run must have failed with all of these messages.
     #[track_caller]
-    pub(crate) fn failed(self, says: &[&str]) {
-        self.ended(1, says);
+    pub(crate) fn failed(self, expected: &[&str]) {
+        self.ended(1, expected);
     }
 
     /// The run must have failed as misused, with all of these messages and no output.
     #[track_caller]
-    pub(crate) fn misused(self, says: &[&str]) {
+    pub(crate) fn misused(self, expected: &[&str]) {
         assert_eq!(self.out, "", "{self:?}");
-        self.ended(2, says);
+        self.ended(2, expected);
     }
 
     #[track_caller]
-    fn ended(&self, code: i32, says: &[&str]) {
+    fn ended(&self, code: i32, expected: &[&str]) {
         assert_eq!(self.code, Some(code), "{self:?}");
-        for text in says {
-            assert!(self.err.contains(text), "not said: {text}\n{}", self.err);
+        for text in expected {
+            assert!(self.err.contains(text), "missing: {text}\n{}", self.err);
         }
     }
 }

@@ -104,7 +104,7 @@ async fn malformed_requests_get_a_precise_status() {
     let whole = watch("t1", &"A".repeat(60));
     let random: String = (0..60).map(|_| fastrand::alphanumeric()).collect();
     let two = [framed(&watch("", "")), framed(&watch("t1", ""))].concat();
-    for (what, body, code, says) in [
+    for (what, body, code, expected) in [
         ("no tenant", framed(&watch("", "")), Code::InvalidArgument, "the tenant id is empty"),
         ("an empty message", framed(b""), Code::InvalidArgument, "the tenant id is empty"),
         ("a NUL", framed(&watch("t\0", "")), Code::InvalidArgument, "the tenant id contains a NUL character"),
@@ -131,12 +131,12 @@ async fn malformed_requests_get_a_precise_status() {
     ] {
         let status = refusal(&channel, request(WATCH, body)).await;
         assert_eq!(status.code(), code, "{what}: {status:?}");
-        assert!(status.message().contains(says), "{what}: {status:?}");
+        assert!(status.message().contains(expected), "{what}: {status:?}");
         assert!(status.message().len() < 1000, "{what}: {status:?}");
         neighbour.is_fine().await;
     }
 
-    for (path, says) in [
+    for (path, expected) in [
         ("/base.v1.Watch/Wotch", "base.v1.Watch has one method, Watch"),
         ("/base.v1.Watch/", ""),
         ("/base.v1.Wotch/Watch", ""),
@@ -145,7 +145,7 @@ async fn malformed_requests_get_a_precise_status() {
     ] {
         let status = refusal(&channel, request(path, framed(&watch("t1", "")))).await;
         assert_eq!(status.code(), Code::Unimplemented, "{path}: {status:?}");
-        assert!(status.message().contains(says), "{path}: {status:?}");
+        assert!(status.message().contains(expected), "{path}: {status:?}");
         neighbour.is_fine().await;
     }
     let mut compressed = request(WATCH, framed(&watch("t1", "")));

@@ -76,8 +76,10 @@ async fn setup_and_teardown_are_idempotent() {
     // Two at once: one of them does the work.
     let (one, other) = tokio::join!(tuplewatch(&setup), tuplewatch(&setup));
     let (one, other) = (one.succeeded(), other.succeeded());
-    assert!([&one, &other].into_iter().any(|said| said == NOTHING_TO_DO), "{one}{other}");
-    assert!([&one, &other].into_iter().any(|said| said.ends_with("create replication slot tuplewatch ...\ndone\n")));
+    assert!([&one, &other].into_iter().any(|printed| printed == NOTHING_TO_DO), "{one}{other}");
+    assert!(
+        [&one, &other].into_iter().any(|printed| printed.ends_with("create replication slot tuplewatch ...\ndone\n"))
+    );
     assert_eq!(tuplewatch(&setup).await.succeeded(), NOTHING_TO_DO);
 
     let mut server = Server::serve(&postgres, &[]).await;
@@ -90,8 +92,8 @@ async fn setup_and_teardown_are_idempotent() {
 
     server.terminate().await;
     assert!(server.ended().await.success());
-    let said = tuplewatch(&teardown).await.succeeded();
-    assert!(said.contains("drop replication slot tuplewatch") && said.ends_with("\ndone\n"), "{said}");
+    let printed = tuplewatch(&teardown).await.succeeded();
+    assert!(printed.contains("drop replication slot tuplewatch") && printed.ends_with("\ndone\n"), "{printed}");
     assert_eq!(leftovers(&sql).await, "0 slots, 0 publications, 1 tuples");
     let nothing = "nothing to do: neither slot nor publication is there\n";
     assert_eq!(tuplewatch(&teardown).await.succeeded(), nothing);

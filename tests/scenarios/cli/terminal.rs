@@ -48,8 +48,8 @@ async fn only_terminals_get_colours() {
         runs.map(|(what, command, is_colored, is_terminal)| (what, Process::start(command), is_colored, is_terminal));
     for (what, process, ..) in &runs {
         // On a terminal both outputs are one.
-        let said = || [process.printed(), process.logged()].concat();
-        let has_begun = async || said().iter().any(|line| line.contains("watching tenant t1 on "));
+        let output = || [process.printed(), process.logged()].concat();
+        let has_begun = async || output().iter().any(|line| line.contains("watching tenant t1 on "));
         eventually(&format!("the watch into {what} has begun"), has_begun).await;
     }
     sql.run(

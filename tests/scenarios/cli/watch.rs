@@ -181,14 +181,14 @@ async fn watch_ends_on_a_refusal_and_waits_for_an_absent_server() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let address = url(&server);
-    for (flags, says) in [
+    for (flags, expected) in [
         (&["--tenant", "nobody"][..], "tenant 'nobody' does not exist"),
         (&["--tenant", ""], "the tenant id is empty"),
         (&["--tenant", "t1", "--snap-token", "garbage"], "pass it back exactly as it was received"),
         (&["--tenant", "t1", "--snap-token", "?"], "the snap token is not base64"),
     ] {
         let refused = ["watch", "--server", &address];
-        tuplewatch(&[&refused[..], flags].concat()).await.failed(&["tuplewatch: the server refused", says]);
+        tuplewatch(&[&refused[..], flags].concat()).await.failed(&["tuplewatch: the server refused", expected]);
     }
 
     // A server that is away for a while.
@@ -236,10 +236,10 @@ async fn foreign(answer: &'static [u8]) -> u16 {
 }
 
 /// Whether the text contains no phrase of a library.
-fn is_plain(said: &str) -> bool {
+fn is_plain(printed: &str) -> bool {
     let raw =
         ["transport error", "h2 protocol error", "status:", "http2 error", "os error", "tcp connect error", "rustls"];
-    !raw.iter().any(|text| said.contains(text))
+    !raw.iter().any(|text| printed.contains(text))
 }
 
 #[tokio::test]
@@ -250,14 +250,14 @@ async fn watch_ends_on_a_lasting_connection_error() {
     let http1 = format!("http://127.0.0.1:{}", foreign(b"HTTP/1.1 400 Bad Request\r\n\r\n").await);
     // A fatal alert, as a TLS server sends it after plain text.
     let tls = format!("http://127.0.0.1:{}", foreign(b"\x15\x03\x03\x00\x02\x02\x0a").await);
-    for (address, says) in [
+    for (address, expected) in [
         (&http1, "it does not speak gRPC without TLS: write https://"),
         (&tls, "it does not speak gRPC without TLS: write https://"),
         (&tls_to_plain, "it does not speak TLS: write http://"),
     ] {
         let ran = tuplewatch(&["watch", "--tenant", "t1", "--server", address]).await;
         assert!(is_plain(&ran.err), "{ran:?}");
-        ran.failed(&[&format!("tuplewatch: cannot watch {address}: {says}")]);
+        ran.failed(&[&format!("tuplewatch: cannot watch {address}: {expected}")]);
         // With a single attempt, the connection may be closed before the answer with the cause.
         let ran = tuplewatch(&["health", "--server", address]).await;
         assert!(is_plain(&ran.err), "{ran:?}");
@@ -303,31 +303,31 @@ async fn the_token_command_explains_tokens() {
     sql.insert("t1", "a").await;
     let position = stream.expect(Change::create(Change::viewer("a"))).await.token;
     let SnapToken::Position { position: place, commit_time, .. } = position.parse().unwrap() else { panic!() };
-    let said = tuplewatch(&["token", &position]).await.succeeded();
+    let printed = tuplewatch(&["token", &position]).await.succeeded();
     for line in [
         "kind:        position\n".to_owned(),
         format!("includes:    everything that committed before {}\n", place.lsn),
         format!("commit time: {commit_time} (of the last transaction in it)\n"),
     ] {
-        assert!(said.contains(&line), "no {line} in\n{said}");
+        assert!(printed.contains(&line), "no {line} in\n{printed}");
     }
-    let source = said.lines().find(|line| line.starts_with("source:")).unwrap().to_owned();
+    let source = printed.lines().find(|line| line.starts_with("source:")).unwrap().to_owned();
 
     let mut rows = sql.rows("SELECT tuplewatch.snap_token(), pg_current_xact_id()::text").await.remove(0);
     let (xid, transaction) = (rows.remove(1), rows.remove(0));
-    let said = tuplewatch(&["token", &transaction]).await.succeeded();
+    let printed = tuplewatch(&["token", &transaction]).await.succeeded();
     for line in [
         "kind:        transaction\n".to_owned(),
         format!("includes:    everything up to and with transaction {xid}\n"),
         format!("{source}\n"),
     ] {
-        assert!(said.contains(&line), "no {line} in\n{said}");
+        assert!(printed.contains(&line), "no {line} in\n{printed}");
     }
 
     let mut changed = position.clone();
     changed.replace_range(20..21, if position.as_bytes()[20] == b'A' { "B" } else { "A" });
     let (cut, doubled, long) = (&position[..40], position.repeat(2), "A".repeat(100_000));
-    for (garbage, says) in [
+    for (garbage, expected) in [
         ("", "damaged, cut short, or of an unknown version"),
         (cut, "damaged, cut short, or of an unknown version"),
         (&changed, "damaged, cut short, or of an unknown version"),
@@ -336,6 +336,6 @@ async fn the_token_command_explains_tokens() {
         ("größer", "is not base64"),
         ("a b", "is not base64"),
     ] {
-        tuplewatch(&["token", garbage]).await.misused(&[says]);
+        tuplewatch(&["token", garbage]).await.misused(&[expected]);
     }
 }

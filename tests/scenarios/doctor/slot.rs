@@ -198,8 +198,8 @@ async fn a_transaction_that_locks_a_watched_table_is_a_warning() {
         warnings.iter().filter(|diagnostic| diagnostic.subject.contains("transaction")).collect();
     let [diagnostic] = about.as_slice() else { panic!("{warnings:#?}") };
     assert_eq!(diagnostic.subject, format!("transaction of process {pid}"));
-    for says in ["has locked tuplewatch.attributes", "user postgres", "nightly", "idle in transaction"] {
-        assert!(diagnostic.what.contains(says), "{diagnostic:?}");
+    for expected in ["has locked tuplewatch.attributes", "user postgres", "nightly", "idle in transaction"] {
+        assert!(diagnostic.what.contains(expected), "{diagnostic:?}");
     }
     assert!(diagnostic.meaning.as_deref().unwrap().contains("A gap"), "{diagnostic:?}");
     patient.apply(diagnostic).await;

@@ -13,11 +13,11 @@ use serde_json::{Value as Json, json};
 const WATCH: &str = "/v1/tenants/t1/watch";
 
 /// The request is refused as invalid, with this text in the message.
-async fn refused(server: &Server, method: Method, path: &str, body: &str, says: &str) {
+async fn refused(server: &Server, method: Method, path: &str, body: &str, expected: &str) {
     let (status, error) = server.ask(method.clone(), path, body.to_owned()).await;
     assert_eq!((status, reason(&error).0), (400, 3), "{method} {path} {body}: {error}");
     let message = error["message"].as_str().unwrap();
-    assert!(message.contains(says), "{method} {path} {body}: {message}");
+    assert!(message.contains(expected), "{method} {path} {body}: {message}");
 }
 
 fn tuple(id: &str) -> Json {
@@ -31,7 +31,7 @@ async fn an_unknown_name_is_refused_with_the_nearest_known_one() {
     let sql = postgres.sql().await;
     sql.insert("t1", "kept").await;
     let before = sql.facts("t1").await;
-    for (path, body, says) in [
+    for (path, body, expected) in [
         (WATCH, json!({"snaptoken": "x"}), "unknown field `snaptoken`: did you mean `snap_token`?"),
         (WATCH, json!({"SnapToken": "x"}), "did you mean `snap_token`?"),
         ("/v1/watch/watch", json!({"tenant": "t1"}), "unknown field `tenant`: known here: tenant_id, snap_token"),
@@ -58,9 +58,9 @@ async fn an_unknown_name_is_refused_with_the_nearest_known_one() {
         ("/v1/tenants/list", json!({"continuoustoken": ""}), "did you mean `continuous_token`?"),
         ("/v1/tenants/create", json!({"id": "t9", "names": "n"}), "did you mean `name`?"),
     ] {
-        refused(&server, Method::POST, path, &body.to_string(), says).await;
+        refused(&server, Method::POST, path, &body.to_string(), expected).await;
     }
-    for (method, path, body, says) in [
+    for (method, path, body, expected) in [
         (
             Method::GET,
             "/v1/tenants/t1/watch?snaptoken=x",
@@ -77,7 +77,7 @@ async fn an_unknown_name_is_refused_with_the_nearest_known_one() {
         (Method::DELETE, "/v1/tenants/t1", r#"{"id": "t2"}"#, "`id` has one value in the path"),
         (Method::POST, "/v1/tenants/t1/data/write", r#"{"tenant_id": "t2"}"#, "`tenant_id` has one value in the path"),
     ] {
-        refused(&server, method, path, body, says).await;
+        refused(&server, method, path, body, expected).await;
     }
     assert_eq!(sql.facts("t1").await, before);
     assert!(sql.is_true("NOT EXISTS (SELECT FROM tuplewatch.tenants WHERE id = 't9')").await);
@@ -90,7 +90,7 @@ async fn an_ambiguous_or_malformed_body_is_refused() {
     let server = Server::serve(&postgres, &[]).await;
     let write = "/v1/tenants/t1/data/write";
     let one = tuple("1");
-    for (path, body, says) in [
+    for (path, body, expected) in [
         (WATCH, r#"{"snap_token": "", "snap_token": ""}"#.to_owned(), "`snap_token` is there twice"),
         (WATCH, r#"{"snap_token": "", "snapToken": ""}"#.to_owned(), "`snapToken` is there twice"),
         (write, format!(r#"{{"tuples": [{one}], "tuples": []}}"#), "`tuples` is there twice"),
@@ -109,7 +109,7 @@ async fn an_ambiguous_or_malformed_body_is_refused() {
             "unknown field of attributes[0].value `value`: known here: data",
         ),
     ] {
-        refused(&server, Method::POST, path, &body, says).await;
+        refused(&server, Method::POST, path, &body, expected).await;
     }
     assert!(postgres.sql().await.facts("t1").await.is_empty());
 
@@ -204,12 +204,12 @@ async fn last_event_id_overrides_the_query_of_an_event_source_only() {
     let url = server.url(&format!("{WATCH}?snap_token={first}"));
     let get = reqwest::Client::new().get(url).header("last-event-id", &second);
     let mut response = within("an answer", get.send()).await.unwrap();
-    let mut said = String::new();
-    while !said.contains("data: ") {
+    let mut received = String::new();
+    while !received.contains("data: ") {
         let chunk = within("an event", response.chunk()).await.unwrap().unwrap();
-        said.push_str(std::str::from_utf8(&chunk).unwrap());
+        received.push_str(std::str::from_utf8(&chunk).unwrap());
     }
-    assert!(said.contains("third") && !said.contains("second"), "{said}");
+    assert!(received.contains("third") && !received.contains("second"), "{received}");
 
     let post = reqwest::Client::new().post(server.url(WATCH)).header("last-event-id", &second).body("{}");
     let response = within("an answer", post.send()).await.unwrap();
