@@ -21,6 +21,7 @@ mod support {
     pub(crate) mod bare;
     pub(crate) mod change;
     pub(crate) mod measure;
+    pub(crate) mod port;
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     pub(crate) mod report;

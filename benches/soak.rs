@@ -21,6 +21,7 @@ mod support {
     pub(crate) mod change;
     pub(crate) mod faults;
     pub(crate) mod oracle;
+    pub(crate) mod port;
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     pub(crate) mod reference;

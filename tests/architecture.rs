@@ -235,7 +235,7 @@ fn dependencies(root: &Path) -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
 }
 
 #[test]
-fn rooms_use_only_what_lies_below_them() {
+fn modules_use_only_modules_below_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut wrong = Vec::new();
     for (own, named) in dependencies(&root) {
@@ -255,7 +255,7 @@ fn rooms_use_only_what_lies_below_them() {
 }
 
 #[test]
-fn crates_stay_in_their_places() {
+fn each_crate_is_used_only_by_its_module() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     sources(&root, &mut files);
@@ -284,7 +284,7 @@ fn crates_stay_in_their_places() {
 
 /// Of the modules of one parent, each with all that is inside it, no two need each other, directly or through others.
 #[test]
-fn no_modules_need_each_other() {
+fn no_two_modules_depend_on_each_other() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut siblings: BTreeMap<Vec<String>, BTreeSet<Vec<String>>> = BTreeMap::new();
     for (own, named) in dependencies(&root) {
@@ -316,7 +316,7 @@ fn no_modules_need_each_other() {
 
 /// The tables of the `tuples` preset are known to its mapping and to its store.
 #[test]
-fn tables_of_the_preset_are_named_where_they_belong() {
+fn only_the_preset_and_the_store_name_preset_tables() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut paths = Vec::new();
     sources(&root, &mut paths);
@@ -333,7 +333,7 @@ fn tables_of_the_preset_are_named_where_they_belong() {
 
 /// Every hazard has a test, and every test that is named for one exists.
 #[test]
-fn every_hazard_is_held_by_a_test() {
+fn every_hazard_names_existing_tests() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let table = std::fs::read_to_string(root.join("docs/hazards.md")).unwrap();
     let rows = table.lines().filter_map(|line| {
@@ -359,7 +359,7 @@ fn every_hazard_is_held_by_a_test() {
 }
 
 #[test]
-fn the_reader_sees_what_it_should() {
+fn the_reader_finds_every_form_of_use() {
     let split = |path: &str| path.split("::").map(String::from).collect::<Vec<_>>();
     let code =
         "use crate::{hub::{self, Hub}, lsn};\nlet x = crate::config::load(); tokio::spawn(x); my_tokio; $crate::no";

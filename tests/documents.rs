@@ -72,7 +72,7 @@ fn links(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn links_lead_somewhere() {
+fn every_link_has_a_target() {
     let documents = documents();
     let mut wrong = Vec::new();
     let mut count = 0;
@@ -108,7 +108,7 @@ fn every_document_is_in_the_index() {
 }
 
 #[test]
-fn the_runbook_has_what_alerts_lead_to() {
+fn the_runbook_has_every_section_that_alerts_link_to() {
     let anchors = anchors(&std::fs::read_to_string(root().join("docs/operations.md")).unwrap());
     for anchor in RUNBOOK {
         assert!(anchors.contains(anchor), "docs/operations.md has no heading for #{anchor}");
@@ -117,7 +117,7 @@ fn the_runbook_has_what_alerts_lead_to() {
 
 /// Every message of the table is one of the program's.
 #[test]
-fn lasting_errors_are_quoted_as_they_are() {
+fn the_runbook_quotes_lasting_errors_exactly() {
     let mut paths = Vec::new();
     files(&root().join("src"), "rs", &mut paths);
     let source: String = paths.iter().map(|path| std::fs::read_to_string(path).unwrap()).collect();
@@ -141,7 +141,7 @@ fn lasting_errors_are_quoted_as_they_are() {
 
 /// Every test that the guarantees name exists.
 #[test]
-fn every_guarantee_is_held_by_a_test() {
+fn every_guarantee_names_existing_tests() {
     let text = std::fs::read_to_string(root().join("docs/guarantees.md")).unwrap();
     let sections: Vec<&str> = text.split("\n## ").skip(1).collect();
     assert!(sections.len() > 5);

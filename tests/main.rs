@@ -18,6 +18,7 @@
 mod support {
     pub(crate) mod api;
     pub(crate) mod change;
+    pub(crate) mod crowd;
     pub(crate) mod disk;
     #[expect(dead_code, reason = "the soak uses the rest")]
     pub(crate) mod faults;
@@ -28,6 +29,7 @@ mod support {
     #[expect(dead_code, reason = "the soak uses the rest")]
     pub(crate) mod oracle;
     pub(crate) mod permify;
+    pub(crate) mod port;
     pub(crate) mod postgres;
     pub(crate) mod proxy;
     #[expect(dead_code, reason = "the benchmarks use the rest")]

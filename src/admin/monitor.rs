@@ -446,7 +446,12 @@ mod tests {
         check(&mut tracker, &slot_status(5000, 99, 10, 10), 10, &["safe_wal_size"]);
         // Just below the threshold the condition does not end yet.
         check(&mut tracker, &slot_status(800, 110, 10, 10), 15, &[]);
-        check(&mut tracker, &slot_status(700, 130, 10, 10), 20, &["keeps less WAL again", "not about to be lost"]);
+        check(
+            &mut tracker,
+            &slot_status(700, 130, 10, 10),
+            20,
+            &["keeps less WAL again", "no longer about to be lost"],
+        );
         check(&mut tracker, &slot_status(0, -5, 10, 10), 25, &["is lost when another 0 bytes"]);
     }
 

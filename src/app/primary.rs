@@ -482,7 +482,7 @@ mod tests {
     const LATE: Duration = Answers::LATE;
 
     #[tokio::test(start_paused = true)]
-    async fn a_silence_begins_with_the_first_question_and_ends_with_an_answer_in_good_time() {
+    async fn a_silence_lasts_from_the_first_question_to_a_timely_answer() {
         let second = Duration::from_secs(1);
         let refused = || Err::<(), _>(primary::Error::SessionFirst.into());
         let answers = Answers::new();

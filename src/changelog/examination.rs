@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_stays_and_nobody_is_disturbed() {
+    fn an_examination_leaves_no_files_and_disturbs_no_process() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("not/yet");
         let found = examine(&options(&path), &CommandLine::default());
@@ -318,7 +318,7 @@ mod tests {
             "{found:?}"
         );
 
-        // What a doctor that was killed leaves behind is in nobody's way.
+        // Leftovers of a killed doctor do not matter.
         for path in [path, directory.path().join("empty")] {
             fs::create_dir_all(&path).unwrap();
             fs::write(path.join(PROBE), "x").unwrap();
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn what_serve_would_refuse() {
+    fn an_examination_finds_what_serve_would_refuse() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("file");
         fs::write(&file, "").unwrap();

@@ -283,7 +283,7 @@ mod tests {
     use crate::changelog::model::ModelLog;
 
     #[tokio::test(start_paused = true)]
-    async fn a_busy_log_is_synced_seldom_and_a_quiet_one_soon() {
+    async fn a_busy_log_is_synced_rarely_and_a_quiet_one_soon() {
         let (recorder, handle) = new(Arc::new(ModelLog::default()));
         let recording = tokio::spawn(recorder.run());
         let (synced, mut durable) = (watch::Sender::new(0), handle.durable());

@@ -71,7 +71,7 @@ mod tests {
     use crate::model::timeline::{SourceId, TimelineId};
 
     #[test]
-    fn explains() {
+    fn tokens_of_every_kind_are_explained() {
         let position = Position::inside(CommitLsn(Lsn(0x16_0000_0000)), 4);
         let explain_place = |place| {
             let (source, timeline) = (SourceId([1; 8]), TimelineId([2; 8]));

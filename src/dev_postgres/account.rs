@@ -137,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn passwd() {
+    fn accounts_are_found_in_passwd() {
         let check = |text: &str, expected: Option<(&str, u32, u32)>| {
             let expected = expected.map(|(name, uid, gid)| Account::Other { name: name.into(), uid, gid });
             assert_eq!(in_passwd(text), expected, "{text:?}");

@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pid_files() {
+    fn pid_files_are_parsed() {
         let check = |text, expected: Option<(u32, bool)>| {
             assert_eq!(PidFile::parse(text), expected.map(|(pid, ready)| PidFile { pid, ready }), "{text:?}");
         };
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn holders() {
+    fn the_holder_of_a_pid_file_is_recognized() {
         let dir = tempfile::tempdir().unwrap();
         let check = |pid, expected| assert_eq!(holder(pid, dir.path(), &Account::Ourselves), expected);
         check(std::process::id(), Holder::Stranger);
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn tails() {
+    fn the_tail_of_a_log_is_read() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
         assert_eq!(log_tail(&log, 0), "(it is empty)");

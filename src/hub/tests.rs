@@ -16,7 +16,7 @@ use std::time::Duration;
 const SOURCE: Source = Source { system_identifier: 1, database_oid: 2 };
 const FIRST: Timeline = Timeline { number: 1, begin: Lsn::ZERO };
 
-/// A hub over the model log, whose `appended` the test moves.
+/// A hub over the model log. The test moves its `appended` position.
 struct Fixture {
     hub: Hub,
     log: Arc<ModelLog>,
@@ -73,7 +73,7 @@ impl Fixture {
         Self { hub, log, appended }
     }
 
-    /// Into the log, as far as a reader of it is concerned.
+    /// Appends to the log, without the hub.
     fn append(&self, transaction: Transaction) {
         let end = transaction.end;
         self.log.append(&[Entry::Transaction(Arc::new(transaction))]).unwrap();
@@ -84,7 +84,7 @@ impl Fixture {
         self.hub.admit(Arc::new(transaction)).await;
     }
 
-    /// Releases what a snapshot with this xmax and these running transactions sees.
+    /// Releases the transactions that a snapshot with this xmax and these running transactions sees.
     fn release(&self, xmax: u64, running: &str) {
         let xmin = running.split(',').next().filter(|xid| !xid.is_empty()).map_or(xmax, |xid| xid.parse().unwrap());
         let snapshot: Snapshot = format!("{xmin}:{xmax}:{running}").parse().unwrap();
@@ -156,7 +156,7 @@ async fn stream_of_all(fixture: &Fixture, subscription: &mut Subscription) -> St
     }
 }
 
-/// Commit LSNs of the messages that are there; `None` where the subscription waits.
+/// Commit LSNs of the available messages; `None` if the subscription waits.
 async fn ready(subscription: &mut Subscription) -> Option<Vec<u64>> {
     let mut messages = VecDeque::new();
     let next = std::future::poll_fn(|cx| subscription.poll_next(cx, usize::MAX, &mut messages));
@@ -178,7 +178,7 @@ async fn ended(subscription: &mut Subscription) -> End {
 }
 
 #[tokio::test(start_paused = true)]
-async fn only_what_is_visible_is_released_and_in_order() {
+async fn only_visible_transactions_are_released_in_order() {
     let fixture = Fixture::new(1 << 20, false);
     let mut subscription = fixture.subscribe("a", 100);
     fixture.admit(transaction(200, &["a"])).await;
@@ -231,7 +231,7 @@ impl Wake for Bells {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_has_all_there_is_is_woken_without_polling_again() {
+async fn a_reader_that_has_everything_is_woken_without_another_poll() {
     let fixture = Fixture::new(1 << 20, false);
     let mut subscription = fixture.subscribe("a", 100);
     let woken = Arc::new(Bells::default());
@@ -249,20 +249,20 @@ async fn who_has_all_there_is_is_woken_without_polling_again() {
     fixture.release(300, "230");
     assert_eq!(next(&mut subscription, 1), (vec![200], false, 0));
     assert_eq!(next(&mut subscription, usize::MAX), (vec![210, 220], true, 0));
-    // What was not released yet.
+    // Transactions that were not released yet.
     fixture.release(300, "");
     assert_eq!(next(&mut subscription, usize::MAX), (vec![230], true, 1));
     fixture.admit(transaction(240, &["a"])).await;
     let (from, to) = (Position::at(Lsn(250)), Position::at(Lsn(260)));
     fixture.hub.interrupt(Gap { tenant: None, from, to, reason: GapReason::SlotMoved, writers: Vec::new() });
     fixture.release(300, "");
-    // There is something else to be told.
+    // There is another event to report.
     assert_eq!(next(&mut subscription, usize::MAX), (vec![240], false, 2));
     assert!(matches!(ended(&mut subscription).await, End::Gap(_)));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_closed_hub_ends_those_that_wait_and_those_to_come() {
+async fn a_closed_hub_ends_present_and_future_readers() {
     let fixture = Fixture::new(1 << 20, false);
     let mut waiting = fixture.subscribe("a", 100);
     let ending = tokio::spawn(async move { ended(&mut waiting).await });
@@ -273,7 +273,7 @@ async fn a_closed_hub_ends_those_that_wait_and_those_to_come() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_memory_forgot_comes_from_the_log() {
+async fn forgotten_messages_come_from_the_log() {
     let fixture = Fixture::new(1000, false);
     let mut slow = fixture.subscribe("a", 100);
     let mut idle = fixture.subscribe("b", 100);
@@ -293,7 +293,7 @@ async fn what_memory_forgot_comes_from_the_log() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_window_full_of_what_the_log_lacks_takes_no_more() {
+async fn a_window_full_of_unlogged_messages_takes_no_more() {
     let fixture = Fixture::new(1000, false);
     let admitting = async {
         for n in 0..20 {
@@ -335,7 +335,7 @@ async fn a_staged_transaction_is_read_from_the_log_in_its_place() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn gaps_stop_everybody_they_concern() {
+async fn a_gap_ends_every_stream_that_it_concerns() {
     let fixture = Fixture::new(1 << 20, false);
     let mut before = fixture.subscribe("a", 100);
     let mut other = fixture.subscribe("b", 100);
@@ -387,7 +387,7 @@ async fn streams_that_have_seen_an_abandoned_part_end() {
     assert_eq!(ready(&mut idle).await, Some(vec![260]));
 }
 
-/// A primary that answers as told.
+/// A primary with scripted answers.
 struct Scripted {
     look: Result<PrimaryState, Unreachable>,
     status: TransactionStatus,
@@ -435,7 +435,7 @@ async fn start(fixture: &Fixture, primary: &Scripted, name: &str, token: &str) -
 }
 
 #[tokio::test(start_paused = true)]
-async fn now_is_what_the_snapshot_does_not_see() {
+async fn a_start_now_delivers_everything_outside_its_snapshot() {
     let fixture = Fixture::new(1 << 20, false);
     let primary = Scripted { look: Ok(PrimaryState { flush_lsn: Lsn(230), ..look("200:230:200") }), ..primary(true) };
     let mut subscription = start(&fixture, &primary, "a", "").await.unwrap();
@@ -448,7 +448,7 @@ async fn now_is_what_the_snapshot_does_not_see() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_the_log_has_and_nobody_sees_yet_waits_after_a_restart() {
+async fn logged_but_invisible_transactions_wait_after_a_restart() {
     let before = Fixture::new(1 << 20, false);
     for commit in [200, 210, 230] {
         before.append(transaction(commit, &["a"]));
@@ -460,7 +460,7 @@ async fn what_the_log_has_and_nobody_sees_yet_waits_after_a_restart() {
     let mut resumed = after.subscribe("a", 100);
     after.release(1000, "210");
     assert_eq!(ready(&mut resumed).await, Some(vec![200]));
-    // Its snapshot does not see 210, which the log has had for long.
+    // Its snapshot does not see 210, which has been in the log for long.
     let mut now = start(
         &after,
         &Scripted { look: Ok(PrimaryState { flush_lsn: Lsn(240), ..look("210:240:210") }), ..primary(true) },
@@ -475,7 +475,7 @@ async fn what_the_log_has_and_nobody_sees_yet_waits_after_a_restart() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_start_that_a_divergence_overtakes_ends() {
+async fn a_divergence_ends_a_pending_start() {
     let fixture = Fixture::new(1 << 20, false);
     fixture.admit(transaction(200, &["a"])).await;
     fixture.release(1000, "");
@@ -495,7 +495,7 @@ async fn a_start_that_a_divergence_overtakes_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn starts_that_are_refused() {
+async fn invalid_starts_are_refused() {
     let fixture = Fixture::new(1 << 20, false);
     fixture.append(transaction(200, &["a"]));
     let check = async |primary: Scripted, name: &str, token: String, expected: &str| {
@@ -513,14 +513,14 @@ async fn starts_that_are_refused() {
     check(primary(true), "a", position_token(second, SOURCE, 300), "Abandoned").await;
     check(primary(true), "a", position_token(FIRST, SOURCE, 501), "BeyondHistory").await;
     check(primary(true), "a", position_token(FIRST, SOURCE, 99), "TooOld").await;
-    // Known from the log, and nothing that only PostgreSQL could say.
+    // Resolved from the log, without PostgreSQL.
     assert!(start(&fixture, &down(), "a", &position_token(FIRST, SOURCE, 100)).await.is_ok());
     // Ahead of us, and not of the server.
     assert!(start(&fixture, &primary(true), "a", &position_token(FIRST, SOURCE, 500)).await.is_ok());
 }
 
 #[tokio::test(start_paused = true)]
-async fn transaction_tokens() {
+async fn transaction_tokens_resolve_to_their_transaction() {
     let fixture = Fixture::new(1 << 20, false);
     fixture.append(transaction(200, &["a"]));
     let token = |id: u8, floor: u64| {
@@ -541,7 +541,7 @@ async fn transaction_tokens() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn permifys_tokens() {
+async fn permifys_tokens_resolve_to_their_transaction() {
     let fixture = Fixture::new(1 << 20, false);
     for commit in [200, 210, 220] {
         fixture.append(transaction(commit, &["a"]));
@@ -566,7 +566,7 @@ async fn permifys_tokens() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_snapshot_is_everything_that_it_does_not_see() {
+async fn a_snapshot_token_starts_at_everything_outside_its_snapshot() {
     let fixture = Fixture::new(1 << 20, false);
     let mut transactions = Vec::new();
     // The ids are not in the order of the commits.
@@ -590,7 +590,7 @@ async fn a_snapshot_is_everything_that_it_does_not_see() {
     };
     // 61 was running and has committed since; 64 is the writer's own; 65 and 70 began later.
     assert_eq!(check(64, "61:65:61").await, Ok(Some(vec![220, 230, 240])));
-    // 63 had committed, and was not visible yet.
+    // 63 had committed, but was not visible yet.
     assert_eq!(check(64, "63:64:63").await, Ok(Some(vec![210, 230, 240])));
     assert_eq!(check(70, "61:71:61,64,65").await, Ok(Some(vec![220, 240, 250])));
     // None that it sees is in the log, which began before it was taken; and after.
@@ -612,7 +612,7 @@ impl releaser::Snapshots for Counted {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_idle_releaser_finds_out_now_and_then_whether_it_could() {
+async fn an_idle_releaser_probes_visibility_now_and_then() {
     let fixture = Fixture::new(10_000, false);
     let taken = Arc::new(AtomicUsize::new(0));
     let releasing = tokio::spawn(releaser::run(fixture.hub.clone(), Counted(taken.clone())));
@@ -627,7 +627,7 @@ async fn an_idle_releaser_finds_out_now_and_then_whether_it_could() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_waits_is_known_by_its_oldest() {
+async fn the_oldest_waiting_transaction_is_reported() {
     let fixture = Fixture::new(10_000, false);
     assert_eq!(fixture.hub.waits(), Waits::default());
     let began = tokio::time::Instant::now();
@@ -641,7 +641,7 @@ async fn what_waits_is_known_by_its_oldest() {
     fixture.release(301, "");
     assert_eq!(fixture.hub.waits(), Waits::default(), "progress is nothing to release");
 
-    // No room, until the log has what is in memory.
+    // No room until the log has the messages in memory.
     let fixture = Fixture::new(100, false);
     fixture.admit(transaction(200, &["a"])).await;
     let hub = fixture.hub.clone();

@@ -149,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tenant_ids() {
+    fn malformed_tenant_ids_are_refused() {
         assert!(TenantId::new("t1").is_ok());
         assert_eq!(TenantId::new(""), Err(TenantIdError::Empty));
         assert_eq!(TenantId::new("a\0b"), Err(TenantIdError::Nul));

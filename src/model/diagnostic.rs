@@ -197,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_are_quoted_where_a_shell_would_change_them() {
+    fn words_are_quoted_if_a_shell_would_change_them() {
         for (word, written) in [
             ("t1", "t1"),
             ("AQ+/x==", "AQ+/x=="),
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn as_text() {
+    fn a_diagnostic_is_written_as_text() {
         let diagnostic = Diagnostic::error("slot s", "is lost").means("It is gone.").fix("tuplewatch setup");
         assert_eq!(
             diagnostic.to_string(),
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_as_people_read_them() {
+    fn numbers_are_written_for_people() {
         for (bytes, text) in [(0, "0 bytes"), (10_239, "10239 bytes"), (10_240, "10 KiB"), (1 << 30, "1024 MiB")] {
             assert_eq!(Bytes(bytes).to_string(), text);
         }

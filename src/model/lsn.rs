@@ -237,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lsn_text() {
+    fn an_lsn_is_written_as_postgresql_writes_it() {
         for (text, value) in [("0/0", 0), ("16/B374D848", 0x16_B374_D848), ("FFFFFFFF/FFFFFFFF", u64::MAX)] {
             assert_eq!(text.parse(), Ok(Lsn(value)));
             assert_eq!(Lsn(value).to_string(), text);
@@ -255,14 +255,14 @@ mod tests {
             Position::inside(commit, 1),
             Position::inside(commit, 7),
             Position::after(end),
-            // The next transaction may commit exactly where this one ended.
+            // The next transaction may commit exactly at the end LSN of this one.
             Position::inside(CommitLsn(end.0), 1),
         ];
         assert!(order.is_sorted());
     }
 
     #[test]
-    fn xids_widen_to_the_nearest() {
+    fn an_xid_widens_to_the_nearest_full_id() {
         let check = |reference: u64, xid: u32, expected: u64| assert_eq!(Xid8(reference).widen(xid), Xid8(expected));
         check(1000, 999, 999);
         check(1000, 1001, 1001);
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn snapshots() {
+    fn a_snapshot_sees_finished_transactions() {
         let snapshot: Snapshot = "10:20:12,15".parse().unwrap();
         for (xid, seen) in [(9, true), (10, true), (12, false), (13, true), (15, false), (19, true), (20, false)] {
             assert_eq!(snapshot.sees(Xid8(xid)), seen, "{xid}");

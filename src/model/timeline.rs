@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_history_files() {
+    fn history_files_are_parsed() {
         let read = history(3, "1\t0/3000000\tno recovery target specified\n\n2\t0/5000000\tbefore x\n");
         let timelines: Vec<_> = read.timelines().map(|timeline| (timeline.number, timeline.begin.0)).collect();
         assert_eq!(timelines, [(1, 0), (2, 0x300_0000), (3, 0x500_0000)]);
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn left_behind() {
+    fn a_history_left_behind_by_another_is_recognized() {
         let (one, two, three) = (History::first(), history(2, "1 0/300 x"), history(3, "1 0/300 x\n2 0/500 y"));
         let other_two = history(2, "1 0/200 x");
         assert!(one.was_left_behind_by(&two) && one.was_left_behind_by(&three) && two.was_left_behind_by(&three));
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn divergence() {
+    fn histories_diverge_at_the_first_differing_switch() {
         let check = |ours: &History, recorded: &History, expected: Option<u64>| {
             assert_eq!(ours.divergence_from(recorded), expected.map(Lsn));
         };

@@ -493,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn quoting() {
+    fn identifiers_and_literals_are_quoted() {
         assert_eq!(identifier("a\"b"), "\"a\"\"b\"");
         assert_eq!(literal("it's"), "'it''s'");
         assert_eq!(literal(r"a\b'"), r"E'a\\b'''");

@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_line_a_minute_for_each_table_and_reason() {
+    async fn each_table_and_reason_gets_one_line_a_minute() {
         let mut log = GapLog::default();
         let truncated = |table: &str| GapReason::Truncate { table: table.into() };
         assert_eq!(log.is_due(&truncated("a")), Some(0));

@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_received_is_dropped() {
+    fn received_transactions_are_dropped_the_second_time() {
         let mut receiver = receiver(300);
         transaction(&mut receiver, 280);
         assert!(out(&mut receiver).is_empty());
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_log_has_must_come_again() {
+    fn logged_transactions_must_be_sent_again() {
         let check = |recorded: &[(u64, u64)], commits: &[u64], expected: Option<u64>| {
             let mut receiver = receiver(300);
             receiver.expect(recorded.iter().map(|(end, xid)| (EndLsn(Lsn(*end)), Xid8(*xid))).collect());
@@ -269,12 +269,12 @@ mod tests {
         check(&[(210, 1001)], &[100], Some(210));
         check(&[(210, 1001)], &[100, 300], Some(210));
         check(&[(210, 999)], &[200], Some(210));
-        // Beyond what was received.
+        // Past the received position.
         check(&[(310, 1001)], &[200], None);
     }
 
     #[test]
-    fn idle_progress_only_outside_transactions_and_forward() {
+    fn idle_progress_is_made_only_forward_and_outside_transactions() {
         let mut receiver = receiver(300);
         receiver.take(Event::Begin { commit: CommitLsn(Lsn(400)), xid: 1, commit_time: CommitTime(0) }).unwrap();
         receiver.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
@@ -309,7 +309,7 @@ mod tests {
         receiver.take(Event::KeepAlive { wal_end: Lsn(500) }).unwrap();
         receiver.advance();
         assert_eq!(out(&mut receiver), ["progress 490", "gap 425..500", "progress 500"]);
-        // The marker itself is the last thing that an idle server has to say.
+        // The marker itself is the last message of an idle server.
         receiver.interrupt(gap(500, 610), vec![]);
         transaction(&mut receiver, 600);
         assert_eq!(out(&mut receiver), ["gap 500..610"]);

@@ -1,4 +1,4 @@
-//! A node that lost its disk: what its slot was not told of comes again, and whoever has a token from that time goes on.
+//! A node that lost its disk gets the unacknowledged changes again, and tokens from that time resume.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -13,7 +13,7 @@ use tuplewatch::dev_postgres::StopMode;
 const FLAGS: [(&str, &str); 2] =
     [("--replication-acknowledgement-delay-age", "1h"), ("--replication-acknowledgement-delay-size", "8MiB")];
 
-/// Writes so much WAL that is not for us.
+/// Writes this much WAL without changes for tuplewatch.
 async fn write_mib(sql: &Sql, mib: usize) {
     for _ in 0..10 * mib {
         sql.run("SELECT pg_logical_emit_message(false, 'other', repeat('x', 104858))").await;
@@ -21,13 +21,13 @@ async fn write_mib(sql: &Sql, mib: usize) {
 }
 
 #[tokio::test]
-async fn a_node_that_lost_its_log_comes_back_with_what_was_held_back() {
+async fn a_node_that_lost_its_log_gets_unacknowledged_changes_again() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &FLAGS).await;
     let (sql, mut stream, early) = server.first_delivered(&postgres, "early").await;
     let after_early = sql.flushed().await;
     write_mib(&sql, 9).await;
-    eventually("the slot is told what is too much", async || sql.confirmed_reaches(&after_early).await).await;
+    eventually("the excess over the size is acknowledged", async || sql.confirmed_reaches(&after_early).await).await;
 
     sql.insert("t1", "one").await;
     let one = stream.expect(Change::created("one")).await.token;
@@ -44,16 +44,16 @@ async fn a_node_that_lost_its_log_comes_back_with_what_was_held_back() {
     sql.insert("t1", "four").await;
     server.start().await;
     server.serving().await;
-    server.says("the change log begins where the slot is").await;
+    server.until_logged("the change log begins where the slot is").await;
 
-    // Whoever has a token from what was held back goes on, as if nothing had happened.
+    // Tokens of unacknowledged changes resume.
     for (token, rest) in [(&one, &["two", "three", "four"][..]), (&written, &["three", "four"]), (&three, &["four"])] {
         let mut stream = server.watch("t1", token).await;
         for id in rest {
             stream.expect(Change::created(id)).await;
         }
     }
-    // Whoever has not is told, and from where on there is everything.
+    // An older token is refused with the earliest one that works.
     let status = server.try_watch("t1", &early).await.err().expect("refused");
     assert_eq!(reason(&status), (Code::OutOfRange, "SNAP_TOKEN_TOO_OLD".into()));
     let mut stream = server.watch("t1", &metadata(&status, "earliest_snap_token")).await;
@@ -62,9 +62,9 @@ async fn a_node_that_lost_its_log_comes_back_with_what_was_held_back() {
     }
 }
 
-/// Stopped in good order as well: otherwise an upgrade that goes wrong would be the one moment without it.
+/// The delay survives an orderly stop too, because a failed upgrade begins with one.
 #[tokio::test]
-async fn what_is_held_back_is_not_told_at_the_end_and_what_is_old_is_told_without_traffic() {
+async fn a_stop_keeps_the_delay_and_age_ends_it_without_traffic() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &FLAGS).await;
     let (sql, _, token) = server.first_delivered(&postgres, "early").await;
@@ -76,16 +76,16 @@ async fn what_is_held_back_is_not_told_at_the_end_and_what_is_old_is_told_withou
 
     server.set("--replication-acknowledgement-delay-age", "1s");
     server.start().await;
-    eventually("the slot is told what is old", async || sql.confirmed_reaches(&delivered).await).await;
-    // What came again was there already.
+    eventually("the old position is acknowledged", async || sql.confirmed_reaches(&delivered).await).await;
+    // The repeated changes are not delivered again.
     let mut stream = server.watch("t1", &token).await;
     stream.expect(Change::created("late")).await;
     stream.expect_silence().await;
 }
 
-/// A server that shuts down waits until everything is acknowledged, and what is held back is not.
+/// A shutdown of PostgreSQL waits until everything is acknowledged, which the delay prevents.
 #[tokio::test]
-async fn what_is_held_back_holds_up_no_shutdown() {
+async fn the_delay_does_not_hold_up_a_shutdown_of_postgresql() {
     let mut postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &FLAGS).await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;

@@ -1,4 +1,4 @@
-//! Who gets in: keys, JWTs of an issuer that comes and goes, and what needs neither.
+//! Authentication: keys, JWTs of an issuer that comes and goes, and exemptions.
 
 mod http;
 
@@ -23,18 +23,18 @@ async fn watch(server: &Server, authorization: &str) -> Result<Stream, Status> {
     within("an answer", Stream::open_as(authorization, channel, "t1", "")).await
 }
 
-/// Is refused with this name and a sentence.
+/// The call is refused with this name and a sentence.
 async fn refused(server: &Server, authorization: &str, name: &str, what: &str) {
     let status = watch(server, authorization).await.err().unwrap_or_else(|| panic!("{what} got in"));
     assert!(is_sentence(status.message(), name), "{what}: {status:?}");
     assert_eq!(reason(&status), (Code::Unauthenticated, name.replace("ERROR_CODE_", "")), "{what}");
 }
 
-/// Permify's name, and what to do.
+/// Permify's name, and a remedy.
 fn is_sentence(message: &str, name: &str) -> bool {
     message
         .strip_prefix(name)
-        .is_some_and(|says| says.starts_with(": ") && says.contains(" send ") | says.contains(" ask "))
+        .is_some_and(|reason| reason.starts_with(": ") && reason.contains(" send ") | reason.contains(" ask "))
 }
 
 async fn reflect(server: &Server, authorization: &str) -> Result<(), Status> {
@@ -52,7 +52,7 @@ const MISSING: &str = "ERROR_CODE_MISSING_BEARER_TOKEN";
 const INVALID: &str = "ERROR_CODE_INVALID_BEARER_TOKEN";
 const CLAIMS: &str = "ERROR_CODE_INVALID_CLAIMS";
 
-/// A server that takes the tokens of this issuer.
+/// A server that accepts the tokens of this issuer.
 async fn serve(postgres: &Postgres, issuer: &Issuer, further: &[(&str, &str)]) -> Server {
     let url = issuer.url();
     let flags = [
@@ -65,11 +65,11 @@ async fn serve(postgres: &Postgres, issuer: &Issuer, further: &[(&str, &str)]) -
 }
 
 #[tokio::test]
-async fn keys_open_their_tenants() {
+async fn a_key_gives_access_to_its_tenants_only() {
     let postgres = Postgres::start().await;
     let keys = "[hush-all, {key: hush-t1, tenants: [t1]}, {key: hush-t2, tenants: [t2, t3]}]";
     let flags = [("--authn-enabled", "true"), ("--authn-preshared-keys", keys)];
-    // That it is serving is told by health, which has no key.
+    // Its health needs no key.
     let server = Server::serve(&postgres, &flags).await;
     let sql = postgres.sql().await;
     for (id, authorization) in [("a", "Bearer hush-all"), ("b", "bearer hush-all"), ("c", "BEARER  hush-t1")] {
@@ -91,18 +91,18 @@ async fn keys_open_their_tenants() {
     let status = watch(&server, "Bearer hush-t2").await.err().expect("another's tenant");
     assert_eq!(reason(&status), (Code::PermissionDenied, "TENANT_FORBIDDEN".to_owned()));
     assert!(status.message().contains("'t1'"), "{status:?}");
-    // Nothing is told of tenants that are not theirs: also not whether there are any.
+    // The refusal does not reveal whether a foreign tenant exists.
     let channel = server.channel().await;
     let status = Stream::open_as("Bearer hush-t1", channel, "nobody", "").await.err().expect("another's tenant");
     assert_eq!(status.code(), Code::PermissionDenied);
 
     assert_eq!(reflect(&server, "").await.unwrap_err().code(), Code::Unauthenticated);
     reflect(&server, "Bearer hush-t1").await.unwrap();
-    assert!(!server.has_said("hush"));
+    assert!(!server.has_logged("hush"));
 }
 
 #[tokio::test]
-async fn exemptions_are_as_configured() {
+async fn exemptions_follow_the_configuration() {
     let postgres = Postgres::start().await;
     let flags = [
         ("--authn-enabled", "true"),
@@ -119,7 +119,7 @@ async fn exemptions_are_as_configured() {
 }
 
 #[tokio::test]
-async fn tokens_are_checked() {
+async fn valid_jwts_are_accepted_and_others_refused() {
     let postgres = Postgres::start().await;
     let (ec, rsa) = (Key::ec("ec"), Key::rsa("rsa"));
     let issuer = Issuer::start(&[&ec, &rsa]).await;
@@ -177,29 +177,29 @@ async fn tokens_are_checked() {
     }
     refused(&server, "", MISSING, "nothing").await;
     let token = rsa.sign(&good);
-    assert!(!server.has_said(&token) && !server.has_said(token.rsplit_once('.').unwrap().1));
+    assert!(!server.has_logged(&token) && !server.has_logged(token.rsplit_once('.').unwrap().1));
 }
 
 #[tokio::test]
-async fn an_issuer_rotates_its_keys_and_goes_away() {
+async fn keys_rotate_and_survive_an_outage_of_the_issuer() {
     let postgres = Postgres::start().await;
     let (first, second, third) = (Key::ec("first"), Key::ec("second"), Key::ec("third"));
     let mut issuer = Issuer::start(&[&first]).await;
     issuer.stop().await;
-    // It starts without its issuer, and cannot tell.
+    // The server starts without its issuer, and cannot check tokens yet.
     let server = serve(&postgres, &issuer, &[]).await;
     let bearer = |key: &Key| format!("Bearer {}", key.sign(&issuer.claims(&json!({}))));
     let [first_token, second_token, third_token] = [&first, &second, &third].map(bearer);
     let status = watch(&server, &first_token).await.err().expect("nobody can tell");
     assert_eq!(reason(&status), (Code::Unavailable, "ISSUER_UNREACHABLE".to_owned()));
-    server.says("so no token is accepted").await;
+    server.until_logged("so no token is accepted").await;
     refused(&server, "", MISSING, "nothing").await;
 
     issuer.start_again().await;
     let is_in = async || watch(&server, &first_token).await.is_ok();
     eventually("the issuer is found by itself", is_in).await;
 
-    // A new key is noticed with the first token that names it: also by those who come at the same time.
+    // The first token that names a new key makes the server fetch it. Concurrent calls wait for that.
     issuer.publish(&[&first, &second]);
     let all = (0..20).map(|_| watch(&server, &second_token));
     for (n, answer) in futures_util::future::join_all(all).await.into_iter().enumerate() {
@@ -207,7 +207,7 @@ async fn an_issuer_rotates_its_keys_and_goes_away() {
     }
     watch(&server, &first_token).await.unwrap();
 
-    // Whoever makes up names has the issuer asked a few times, and not each time.
+    // Unknown key names cause a few fetches, not one each.
     let before = issuer.fetches();
     for _ in 0..50 {
         refused(&server, &third_token, INVALID, "an unknown key").await;
@@ -216,7 +216,7 @@ async fn an_issuer_rotates_its_keys_and_goes_away() {
     assert!(fetched <= 6, "{fetched} fetches for 50 made-up keys");
     watch(&server, &second_token).await.unwrap();
 
-    // The keys at hand go on being good.
+    // The fetched keys stay valid.
     issuer.stop().await;
     for token in [&first_token, &second_token] {
         watch(&server, token).await.unwrap();
@@ -224,7 +224,7 @@ async fn an_issuer_rotates_its_keys_and_goes_away() {
 }
 
 #[tokio::test]
-async fn streams_end_with_their_token() {
+async fn a_stream_ends_when_its_token_expires() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;
@@ -232,7 +232,7 @@ async fn streams_end_with_their_token() {
     let sql = postgres.sql().await;
     let bearer = |other| format!("Bearer {}", key.sign(&issuer.claims(&other)));
     let lasting = bearer(json!({"tenants": ["t1", "t2"]}));
-    let exp = get_current_timestamp() + 3;
+    let exp = get_current_timestamp() + 5;
     let mut short = watch(&server, &bearer(json!({"tenants": "t1", "exp": exp}))).await.unwrap();
     let mut long = watch(&server, &lasting).await.unwrap();
     sql.insert("t1", "before").await;
@@ -244,14 +244,14 @@ async fn streams_end_with_their_token() {
     assert_eq!(reason(&status), (Code::Unauthenticated, "CREDENTIALS_EXPIRED".to_owned()));
     assert!(status.message().contains("reconnect with new ones and the last snap token"), "{status:?}");
 
-    // With a new token, exactly the rest. Whose does not expire is not concerned.
+    // A new token resumes with exactly the rest. The other stream is not affected.
     sql.insert("t1", "after").await;
     let mut resumed = Stream::open_as(&lasting, server.channel().await, "t1", &last).await.unwrap();
     for stream in [&mut resumed, &mut long] {
         stream.expect(Change::create(Change::viewer("after"))).await;
     }
 
-    // The claim says whose tenants they are, and must be there.
+    // The claim lists the tenants, and is required.
     let others = watch(&server, &bearer(json!({"tenants": ["t2"]}))).await.err().expect("another's tenant");
     assert_eq!(others.code(), Code::PermissionDenied);
     for claim in [json!({}), json!({"tenants": 1}), json!({"tenants": [1]}), json!({"tenants": {"t1": true}})] {
@@ -284,7 +284,7 @@ async fn the_command_line_presents_a_token() {
     let sql = postgres.sql().await;
     let watchers = [watch(&[], Some("other")), watch(&["--token-file", "token"], None)].map(Process::start);
     for process in &watchers {
-        // Nothing tells when it has started but what it prints: so until it does.
+        // Only its output shows that it has started, so rows are inserted until it prints one.
         let mut n = 0;
         let prints = async || {
             n += 1;
@@ -292,13 +292,13 @@ async fn the_command_line_presents_a_token() {
             !process.printed().is_empty()
         };
         eventually("it prints", prints).await;
-        let [begun] = &process.complained()[..] else { panic!("{:?}", process.complained()) };
+        let [begun] = &process.logged()[..] else { panic!("{:?}", process.logged()) };
         assert!(begun.starts_with("watching tenant t1 on "), "{begun}");
     }
 }
 
 #[tokio::test]
-async fn the_command_line_goes_on_with_a_renewed_token() {
+async fn the_command_line_resumes_with_a_renewed_token() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;
@@ -312,9 +312,9 @@ async fn the_command_line_goes_on_with_a_renewed_token() {
         command.args(["--server", &server.endpoint().uri().to_string()]);
         Process::start(command)
     };
-    // Not renewed in time.
+    // The token is not renewed in time.
     let mut abandoned = start();
-    abandoned.complains("the credentials that this stream was opened with have expired").await;
+    abandoned.until_logged("the credentials that this stream was opened with have expired").await;
     assert_eq!(abandoned.ended().await.code(), Some(1));
 
     keep(json!({"exp": get_current_timestamp() + 5}));
@@ -328,8 +328,8 @@ async fn the_command_line_goes_on_with_a_renewed_token() {
     };
     eventually("it prints", prints).await;
     keep(json!({}));
-    renewed.complains("connected again, resuming after token …").await;
+    renewed.until_logged("connected again, resuming after token …").await;
     sql.insert("t1", "after").await;
     let is_there = async || renewed.printed().iter().any(|line| line.contains("document:after#"));
-    eventually("it prints what came after", is_there).await;
+    eventually("it prints the later change", is_there).await;
 }

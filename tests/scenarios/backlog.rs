@@ -1,7 +1,7 @@
-//! Being behind and catching up, again and again, over each kind of connection.
+//! Repeated backlogs over each kind of connection.
 //!
-//! While it is behind, tuplewatch lets bytes gather in the socket before it is woken. What ends a backlog does not fill the socket: it
-//! must come all the same, and not with whatever is written next.
+//! During a backlog, tuplewatch lets data gather in the socket before it wakes up. The last data of a backlog does not fill the socket. It
+//! must still arrive immediately, not with the next write.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -10,14 +10,14 @@ use crate::support::stream::changes;
 use crate::support::wait::eventually;
 use rcgen::{CertificateParams, KeyPair};
 
-/// Backlogs, one after the other.
+/// The number of backlogs, one after the other.
 const ROUNDS: usize = 8;
-/// Transactions of each, of a row each, and rows of the large one behind them: enough to be behind by any measure.
+/// The number of one-row transactions in each backlog, and of rows in the large transaction after them.
 const SMALL: usize = 2_000;
 const LARGE: usize = 10_000;
 
 #[tokio::test]
-async fn what_ends_a_backlog_is_not_late() {
+async fn the_last_change_of_a_backlog_is_not_delayed() {
     let mut postgres = Postgres::start().await;
     let directory = postgres.pgdata().display().to_string();
     postgres.stop_and_set(&[("unix_socket_directories", &directory)]).await;
@@ -48,7 +48,7 @@ async fn what_ends_a_backlog_is_not_late() {
         let mut stream = server.watch("t1", "").await;
         for round in 0..ROUNDS {
             let name = |part: &str| format!("{what}-{round}-{part}");
-            // Written while it stands still, so that it has to catch up.
+            // Written while the server is suspended, so that it has to catch up.
             server.suspend().await;
             let insert = "INSERT INTO tuplewatch.relation_tuples SELECT 't1', 'document',";
             let tuple = "'viewer', 'user', 'u', ''";
@@ -62,7 +62,7 @@ async fn what_ends_a_backlog_is_not_late() {
             server.resume().await;
             let messages = stream.up_to(&Change::created(&name("last"))).await;
             assert_eq!(changes(&messages).len(), SMALL + LARGE + 1, "{what}");
-            // Nor is what comes when it has caught up.
+            // A change after the backlog is not delayed either.
             sql.insert("t1", &name("later")).await;
             stream.expect(Change::created(&name("later"))).await;
         }

@@ -1,5 +1,5 @@
-//! Certificates that people make for themselves: what psql and curl take, both connections to PostgreSQL and the clients of
-//! the command line take; and what they do not take, they say how to make instead.
+//! Self-made certificates. Both connections to PostgreSQL and the clients of the command line accept those that psql and curl accept. A
+//! refusal says how to make a valid one.
 
 use super::cli::process::{program, run, tuplewatch};
 use crate::support::postgres::Postgres;
@@ -14,7 +14,7 @@ struct Certificate {
     key: String,
 }
 
-/// For these names, and this common name.
+/// Creates one for these names, with this common name.
 fn certificate(names: &[&str], common_name: &str, is_authority: bool) -> Certificate {
     let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
     let mut params = CertificateParams::new(names).unwrap();
@@ -31,10 +31,10 @@ fn certificate(names: &[&str], common_name: &str, is_authority: bool) -> Certifi
 const VERSION_1: &str = include_str!("certificates/version_1.pem");
 const VERSION_1_KEY: &str = include_str!("certificates/version_1.key");
 
-/// A host, a mode, and what is said then; nothing where it works.
+/// A host, a mode, and the expected complaint; empty if it works.
 type Use = (&'static str, &'static str, &'static str);
 
-/// Everything that is tried, each in four uses.
+/// All certificates, each with four uses.
 fn cases() -> Vec<(&'static str, Certificate, [Use; 4])> {
     const OTHER: &str = "the server's certificate is not valid for";
     let v1 = Certificate { pem: VERSION_1.to_owned(), key: VERSION_1_KEY.to_owned() };
@@ -82,7 +82,7 @@ fn cases() -> Vec<(&'static str, Certificate, [Use; 4])> {
     ]
 }
 
-/// What doctor finds wrong with either connection.
+/// The complaints of doctor about either connection.
 async fn complaint(uri: &str) -> String {
     let ran = tuplewatch(&["doctor", "--json", "--database-uri", uri, "--changelog-path", "log"]).await;
     let diagnosis: serde_json::Value =
@@ -96,7 +96,7 @@ async fn complaint(uri: &str) -> String {
 }
 
 #[tokio::test]
-async fn certificates_that_psql_takes_are_taken_by_both_connections() {
+async fn both_connections_accept_the_certificates_that_psql_accepts() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     let directory = tempfile::tempdir().unwrap();
@@ -112,17 +112,17 @@ async fn certificates_that_psql_takes_are_taken_by_both_connections() {
         sql.run("ALTER SYSTEM SET ssl = on").await;
         sql.run("SELECT pg_reload_conf()").await;
         std::fs::write(&root, &certificate.pem).unwrap();
-        // The new one is there when it is the one that is trusted, or the one that is complained of.
-        let (host, mode, says) = uses[0];
+        // The new certificate is loaded when the first use has its expected result.
+        let (host, mode, expected) = uses[0];
         let is_new = async || {
             let complaint = complaint(&uri(host, mode)).await;
-            if says.is_empty() { complaint.is_empty() } else { complaint.contains(says) }
+            if expected.is_empty() { complaint.is_empty() } else { complaint.contains(expected) }
         };
         eventually(what, is_new).await;
-        for (host, mode, says) in uses {
+        for (host, mode, expected) in uses {
             let complaint = complaint(&uri(host, mode)).await;
             assert!(
-                complaint.contains(says) && complaint.is_empty() == says.is_empty(),
+                complaint.contains(expected) && complaint.is_empty() == expected.is_empty(),
                 "{what}, {host}, {mode}: {complaint}"
             );
         }
@@ -162,7 +162,7 @@ async fn the_command_line_trusts_the_same_certificates() {
         ];
         let mut server = Server::prepare(&postgres, &flags).await;
         if what.starts_with("X.509") {
-            // Told by whoever would serve with it.
+            // The server refuses to serve with it.
             server.refuses_to_start("server.grpc.tls").await;
             continue;
         }

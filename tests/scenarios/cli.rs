@@ -1,7 +1,7 @@
-//! The program as a person meets it: exit codes, and what is said where something is wrong.
+//! The command line: exit codes and messages.
 //!
-//! 0 is success, 1 a failure, 2 a mistake in the command line or the configuration. Whatever is refused leaves everything as
-//! it was: the slot, the change log, and the streams of whoever is connected.
+//! 0 is success, 1 a failure, 2 a mistake in the command line or the configuration. A refused command changes nothing: neither the slot,
+//! nor the change log, nor the streams of other clients.
 
 pub(crate) mod process;
 

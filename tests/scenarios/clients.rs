@@ -1,4 +1,4 @@
-//! The clients that Permify's users have, as their registries give them.
+//! Permify's own clients, from their registries.
 
 use crate::support::foreign;
 use crate::support::postgres::Postgres;

@@ -1,4 +1,4 @@
-//! `base.v1.Data`: writes, deletes, reads, and what they refuse.
+//! `base.v1.Data`: writes, deletes, reads, and refusals.
 
 mod collisions;
 mod freshness;
@@ -33,7 +33,7 @@ fn number(id: &str, name: &str, data: i32) -> Attribute {
     attribute(id, name, "IntegerValue", &IntegerValue { data })
 }
 
-/// One of each of the eight types, with what JSON finds hard.
+/// Attributes of all eight types, with values that are difficult in JSON.
 fn all_eight() -> Vec<Attribute> {
     let text = "é\"\\\n\u{7f}\u{1F600}".to_owned();
     vec![
@@ -51,19 +51,19 @@ fn all_eight() -> Vec<Attribute> {
 }
 
 #[tokio::test]
-async fn what_is_written_is_watched_and_its_token_starts_right_after_it() {
+async fn a_write_is_streamed_and_its_token_starts_right_after_it() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
     let mut stream = server.watch("t1", "").await;
 
-    // Twice in a request it is written once, and `...` is no relation.
+    // A repeated tuple is written once, and `...` means no relation.
     let texts =
         ["d:1#viewer@user:ada", "d:1#viewer@group:ops#member", "d:1#viewer@user:ada", "d:1#viewer@user:ada#..."];
     let first = api.write("t1", &texts).await;
     assert_eq!(stream.next().await.changes, created(&["d:1#viewer@group:ops#member", "d:1#viewer@user:ada"]));
 
-    // What is there already is no change; the token is a token all the same.
+    // An existing tuple is no change, and the token is still valid.
     let nothing = api.write("t1", &["d:1#viewer@user:ada"]).await;
     let empty = api.write("t1", &[]).await;
     let second = api.write("t1", &["d:1#viewer@user:ada", "d:2#viewer@user:ada"]).await;
@@ -73,7 +73,7 @@ async fn what_is_written_is_watched_and_its_token_starts_right_after_it() {
         assert_eq!(server.watch("t1", &token).await.next().await.changes, expected);
     }
 
-    // The first of two values counts, and an equal one is no change.
+    // The first of two values counts, and an equal value is no change.
     let token = api.write_attributes("t1", vec![number("1", "size", 1), number("1", "size", 2)]).await;
     stream.expect(Change::create("document:1$size=IntegerValue:1")).await;
     api.write_attributes("t1", vec![number("1", "size", 1)]).await;
@@ -112,7 +112,7 @@ async fn what_is_written_is_watched_and_its_token_starts_right_after_it() {
 }
 
 #[tokio::test]
-async fn all_eight_kinds_of_attributes_come_back_as_they_were_written() {
+async fn all_types_of_attributes_are_read_as_written() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -130,7 +130,7 @@ async fn all_eight_kinds_of_attributes_come_back_as_they_were_written() {
 }
 
 #[tokio::test]
-async fn filters_pick_what_they_say_in_reads_and_in_deletes() {
+async fn filters_select_the_same_rows_in_reads_and_deletes() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -194,7 +194,7 @@ async fn filters_pick_what_they_say_in_reads_and_in_deletes() {
 }
 
 #[tokio::test]
-async fn pages_go_on_where_the_one_before_ended() {
+async fn each_page_continues_after_the_previous_one() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -210,7 +210,7 @@ async fn pages_go_on_where_the_one_before_ended() {
         assert!(api.read("t1", TupleFilter::default(), page_size).await.iter().eq(&texts), "{page_size}");
     }
 
-    // What comes and goes in between moves nothing.
+    // Writes in between do not shift the pages.
     let mut request = read_request("t1", TupleFilter::default());
     request.page_size = 60;
     let first = api.try_read(request.clone()).await.unwrap();
@@ -228,7 +228,7 @@ async fn pages_go_on_where_the_one_before_ended() {
         request.continuous_token = token.into();
         assert_eq!(refusal(api.try_read(request.clone()).await), invalid, "{token}");
     }
-    // One of another method.
+    // A token of another method.
     let mut attributes = attribute_read("t1", AttributeFilter::default(), "");
     attributes.continuous_token = first.continuous_token;
     assert_eq!(refusal(api.try_read_attributes(attributes).await), invalid);
@@ -253,7 +253,7 @@ async fn pages_go_on_where_the_one_before_ended() {
 }
 
 #[tokio::test]
-async fn what_does_not_fit_is_refused_with_the_names_of_its_fields() {
+async fn invalid_requests_are_refused_with_their_field_names() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--database-max-data-per-write", "3")]).await;
     let mut api = Api::of(&server).await;
@@ -324,12 +324,12 @@ async fn what_does_not_fit_is_refused_with_the_names_of_its_fields() {
     let bundle = BundleRunRequest { tenant_id: "t1".into(), ..Default::default() };
     let status = api.data.run_bundle(bundle).await.unwrap_err();
     assert_eq!(reason(&status), (Code::Unimplemented, "NOT_IMPLEMENTED".into()));
-    // Of all this nothing is there but what was accepted.
+    // Only the accepted requests have written.
     assert_eq!(sql.facts("t1").await.len(), 6);
 }
 
 #[tokio::test]
-async fn tables_of_others_are_neither_written_nor_read() {
+async fn custom_tables_are_neither_written_nor_read() {
     let postgres = Postgres::start().await;
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("mapping.yaml");
@@ -360,7 +360,7 @@ tables:
 }
 
 #[tokio::test]
-async fn the_services_are_told_by_health_and_reflection() {
+async fn health_and_reflection_list_the_services() {
     use tonic_health::pb::health_check_response::ServingStatus;
     use tonic_reflection::pb::v1::ServerReflectionRequest;
     use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
@@ -383,7 +383,7 @@ async fn the_services_are_told_by_health_and_reflection() {
 }
 
 #[tokio::test]
-async fn reflection_is_also_for_clients_that_know_only_v1alpha() {
+async fn reflection_serves_v1alpha_clients() {
     use tonic_reflection::pb::v1alpha::ServerReflectionRequest;
     use tonic_reflection::pb::v1alpha::server_reflection_client::ServerReflectionClient;
     use tonic_reflection::pb::v1alpha::server_reflection_request::MessageRequest;
@@ -391,7 +391,7 @@ async fn reflection_is_also_for_clients_that_know_only_v1alpha() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut client = ServerReflectionClient::new(server.channel().await);
-    // As grpcurl does: what services are there, and the file of one.
+    // The requests of grpcurl: the list of services, and the file of one.
     let asks = [MessageRequest::ListServices("*".into()), MessageRequest::FileContainingSymbol("base.v1.Watch".into())];
     let asks = asks.map(|ask| ServerReflectionRequest { host: String::new(), message_request: Some(ask) });
     let mut responses = client.server_reflection_info(tokio_stream::iter(asks)).await.unwrap().into_inner();
@@ -406,7 +406,7 @@ async fn reflection_is_also_for_clients_that_know_only_v1alpha() {
 }
 
 #[tokio::test]
-async fn without_postgresql_it_says_so_and_afterwards_it_goes_on() {
+async fn calls_fail_without_postgresql_and_work_again_afterwards() {
     let mut postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;

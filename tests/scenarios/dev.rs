@@ -1,8 +1,9 @@
-//! `dev` and `watch` as a new user meets them: two terminals, Ctrl-C, and whatever goes wrong on a laptop.
+//! `dev` and `watch` as a new user runs them, in two terminals, with Ctrl-C and common accidents.
 
 use super::cli::process::{CTRL_C, PG_BIN, Process, on_terminal, program, run, signal};
 use super::cli::setup::psql;
 use super::cli::watch::watch;
+use crate::support::port::free_address;
 use crate::support::sql::Sql;
 use crate::support::wait::{eventually, within};
 use serde_json::Value as Json;
@@ -12,36 +13,29 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::process::Command;
 
-/// A terminal in a directory of its own, where `dev` is run once or again. Ends everything that it started.
+/// A terminal in its own directory, in which `dev` runs once or several times. Ends everything that it started.
 struct Terminal {
-    /// Mode 700: as root, nobody but us can enter.
+    /// Mode 700: if we are root, no other user can enter.
     directory: TempDir,
     port: u16,
     environment: Vec<(&'static str, &'static str)>,
     dev: Option<Process>,
-    /// Where the cluster was found to be.
+    /// The directory of the cluster, once it is known.
     cluster: Option<PathBuf>,
-}
-
-/// Below those that systems give to outgoing connections, so that it is free again after a restart.
-fn free_port() -> u16 {
-    // Where no PostgreSQL of a test is.
-    let mut ports = std::iter::repeat_with(|| fastrand::u16(10_000..15_000));
-    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).unwrap()
 }
 
 impl Terminal {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        Self { directory, port: free_port(), environment: Vec::new(), dev: None, cluster: None }
+        Self { directory, port: free_address().port(), environment: Vec::new(), dev: None, cluster: None }
     }
 
-    /// `dev` at our port.
+    /// `dev` on our port.
     fn command(&self, flags: &[&str]) -> Command {
         let mut command = program(self.directory.path());
         command.args(["dev", "--server-grpc-port", &self.port.to_string(), "--changelog-disk-reserve", "16MiB"]);
         command.args(["--server-http-port", "0"]);
-        // As `cargo run` starts it, which shows in the commands that it prints.
+        // As `cargo run` starts it, which changes the commands that it prints.
         command.args(flags).env("CARGO_PKG_NAME", "tuplewatch").envs(self.environment.iter().copied());
         command
     }
@@ -49,23 +43,23 @@ impl Terminal {
     /// Runs `dev` until it streams.
     async fn dev(&mut self) -> &Process {
         let dev = self.dev.insert(Process::start(self.command(&[])));
-        dev.comes_to("streaming").await;
+        dev.reaches("streaming").await;
         self.cluster = Some(self.find_cluster());
         self.dev.as_ref().unwrap()
     }
 
-    /// As root, PostgreSQL's user cannot enter here, and `dev` says where the cluster is instead.
+    /// If we are root, PostgreSQL's user cannot enter here, and `dev` prints where the cluster is instead.
     fn find_cluster(&self) -> PathBuf {
         let printed = self.process().printed();
-        let told = printed.iter().find_map(|line| line.strip_prefix("The cluster is in ")?.split_once(": "));
-        told.map_or(self.directory.path().join("tuplewatch-dev/postgres"), |(path, _)| path.into())
+        let directory_line = printed.iter().find_map(|line| line.strip_prefix("The cluster is in ")?.split_once(": "));
+        directory_line.map_or(self.directory.path().join("tuplewatch-dev/postgres"), |(path, _)| path.into())
     }
 
     fn process(&self) -> &Process {
         self.dev.as_ref().unwrap()
     }
 
-    /// As the hint says it: `postgres://…`.
+    /// The URI from the hint: `postgres://…`.
     fn uri(&self) -> String {
         let printed = self.process().printed().join(" ");
         let start = printed.find("postgres://").expect("a psql line");
@@ -87,7 +81,7 @@ impl Terminal {
     async fn interrupt(&mut self, name: &str) {
         let mut dev = self.dev.take().unwrap();
         dev.signal(name);
-        assert_eq!(dev.ended().await.code(), Some(0), "{:?}", dev.complained());
+        assert_eq!(dev.ended().await.code(), Some(0), "{:?}", dev.logged());
     }
 
     async fn kill_9(&mut self) {
@@ -103,7 +97,7 @@ impl Terminal {
 impl Drop for Terminal {
     fn drop(&mut self) {
         let cluster = self.cluster.take().or_else(|| self.dev.is_some().then(|| self.find_cluster()));
-        // Killed, because a test that failed may have left it in any state.
+        // Killed, because a failed test may have left it in any state.
         if let Some(dev) = &mut self.dev
             && dev.is_running()
         {
@@ -121,7 +115,7 @@ impl Drop for Terminal {
     }
 }
 
-/// Process, parent, and command line of everything that runs.
+/// Id, parent and command line of every process.
 fn processes() -> Vec<(u32, u32, String)> {
     let proc = |entry: std::io::Result<std::fs::DirEntry>| {
         let path = entry.ok()?.path();
@@ -147,7 +141,7 @@ fn postmasters(cluster: &Path) -> Vec<u32> {
     let data = format!("-D {} ", cluster.join("pgdata").display());
     let is_ours = |process: &(u32, u32, String)| process.2.contains("postgres ") && process.2.contains(&data);
     let ours: Vec<_> = processes().into_iter().filter(is_ours).collect();
-    // A child has its parent's command line until it has chosen its own.
+    // A new child has its parent's command line until it sets its own.
     let is_child = |parent: u32| ours.iter().any(|process| process.0 == parent);
     ours.iter().filter(|process| !is_child(process.1)).map(|process| process.0).collect()
 }
@@ -160,7 +154,7 @@ fn tuple(id: &str) -> String {
     format!("INSERT INTO tuplewatch.relation_tuples VALUES ('t1', 'document', '{id}', 'viewer', 'user', 'u')")
 }
 
-/// The ids of the documents that were printed, in their order, and the last token.
+/// The ids of the printed documents in order, and the last token.
 fn documents(printed: &[String]) -> (Vec<String>, String) {
     let mut ids = Vec::new();
     let mut token = String::new();
@@ -175,10 +169,10 @@ fn documents(printed: &[String]) -> (Vec<String>, String) {
     (ids, token)
 }
 
-/// Waits until the watches have begun, and have printed a first tuple. What they print from there on is complete.
+/// Waits until the watches have begun, and have printed a first tuple. Their later output is complete.
 async fn warm_up(sql: &Sql, watches: &[&Process]) {
     for watch in watches {
-        watch.complains("watching tenant t1 on ").await;
+        watch.until_logged("watching tenant t1 on ").await;
     }
     sql.run(&tuple("warm")).await;
     for watch in watches {
@@ -187,7 +181,7 @@ async fn warm_up(sql: &Sql, watches: &[&Process]) {
 }
 
 #[tokio::test]
-async fn the_first_minute_and_the_next_day() {
+async fn dev_continues_the_next_day_with_the_same_data() {
     let mut terminal = Terminal::new();
     let first_run = terminal.dev().await.printed();
     assert!(first_run[0].starts_with("PostgreSQL "), "{first_run:?}");
@@ -201,7 +195,7 @@ async fn the_first_minute_and_the_next_day() {
     let (json, text) = (terminal.watch(&["--output", "json"]), terminal.watch(&[]));
     warm_up(&sql, &[&json, &text]).await;
     let lines_before = [json.printed().len(), text.printed().len()];
-    // The line as it is printed, but for where psql is.
+    // The printed line, except for the path of psql.
     let mut shell = Command::new("sh");
     let path = psql().as_std().get_program().to_str().unwrap().to_owned();
     shell.args(["-c", &psql_hint.replacen("psql", &path, 1)]).env("PSQLRC", "/dev/null");
@@ -217,18 +211,18 @@ async fn the_first_minute_and_the_next_day() {
     let last: Vec<&str> = printed.iter().rev().take(2).map(|line| line.split_once(' ').unwrap().1).collect();
     assert_eq!(last, ["- document:1#viewer@user:alice", "+ document:1#viewer@user:alice"]);
 
-    // Ctrl-C ends all of it.
+    // Ctrl-C ends everything.
     let [postmaster] = terminal.postmasters()[..] else { panic!("one PostgreSQL: {:?}", terminal.postmasters()) };
     let family = [children(postmaster), vec![postmaster]].concat();
     let uri = terminal.uri();
     drop(sql);
     terminal.interrupt("INT").await;
-    eventually("nobody is left", async || processes().iter().all(|process| !family.contains(&process.0))).await;
+    eventually("no process is left", async || processes().iter().all(|process| !family.contains(&process.0))).await;
     assert_eq!(terminal.postmasters(), [0; 0]);
     assert!(Sql::try_connect(&uri).await.is_err());
-    json.complains("reconnecting").await;
+    json.until_logged("reconnecting").await;
 
-    // The next day: the same data, and the watch goes on by itself.
+    // The next day: the data is the same, and the watch resumes by itself.
     let second_run = terminal.dev().await.printed();
     assert!(!second_run.iter().any(|line| line.contains("Created") || line.contains("...")), "{second_run:?}");
     assert_eq!(terminal.uri(), uri);
@@ -245,12 +239,12 @@ async fn the_first_minute_and_the_next_day() {
     assert_eq!(terminal.postmasters(), [0; 0]);
 }
 
-/// As a person runs it: everything that it prints goes to a terminal, and Ctrl-C is typed there.
+/// As a person runs it: its output goes to a terminal, and Ctrl-C is typed there.
 #[tokio::test]
-async fn on_a_terminal_it_runs_until_ctrl_c_is_typed() {
+async fn dev_runs_on_a_terminal_until_ctrl_c_is_typed() {
     let mut terminal = Terminal::new();
     let dev = terminal.dev.insert(Process::start(on_terminal(&terminal.command(&[]))));
-    dev.comes_to_print("streaming").await;
+    dev.reaches_on_terminal("streaming").await;
     terminal.cluster = Some(terminal.find_cluster());
     assert_eq!(terminal.postmasters().len(), 1);
     let sql = terminal.sql().await;
@@ -264,9 +258,9 @@ async fn on_a_terminal_it_runs_until_ctrl_c_is_typed() {
     assert_eq!(terminal.postmasters(), [0; 0]);
 }
 
-/// Whatever is typed while tuplewatch is gone is printed when it is back; everything once.
+/// Rows that are inserted while tuplewatch is gone are printed once when it is back.
 #[tokio::test]
-async fn kills_lose_nothing_and_leave_no_orphan() {
+async fn killing_dev_loses_nothing_and_leaves_no_orphan() {
     let mut terminal = Terminal::new();
     terminal.dev().await;
     let sql = terminal.sql().await;
@@ -301,47 +295,47 @@ async fn kills_lose_nothing_and_leave_no_orphan() {
     expected.push("last".into());
     eventually("the last is printed", async || watch.printed().iter().any(|line| line.contains("\"last\""))).await;
     assert_eq!(documents(&watch.printed()).0[warm..], expected);
-    // Two kills in a row may be one to it.
-    let said = watch.complained();
-    let resumed = said.iter().filter(|line| line.contains("resuming after token")).count();
-    assert!((1..=3).contains(&resumed), "{said:?}");
+    // The watch may notice two kills in a row as one.
+    let logged = watch.logged();
+    let resumed = logged.iter().filter(|line| line.contains("resuming after token")).count();
+    assert!((1..=3).contains(&resumed), "{logged:?}");
 
-    // PostgreSQL dies alone: said, and nobody is left.
+    // PostgreSQL dies alone: dev reports it and ends.
     let [postmaster] = terminal.postmasters()[..] else { panic!("one PostgreSQL") };
     signal(postmaster, "KILL");
     let mut dev = terminal.dev.take().unwrap();
     assert_eq!(dev.ended().await.code(), Some(1));
-    dev.complains("PostgreSQL ended unexpectedly").await;
-    dev.complains("postgres.log").await;
-    // And the next one recovers it.
+    dev.until_logged("PostgreSQL ended unexpectedly").await;
+    dev.until_logged("postgres.log").await;
+    // The next run recovers it.
     terminal.dev().await;
     terminal.sql().await.run(&tuple("recovered")).await;
-    eventually("the watch goes on", async || watch.printed().iter().any(|line| line.contains("recovered"))).await;
+    eventually("the watch resumes", async || watch.printed().iter().any(|line| line.contains("recovered"))).await;
     terminal.interrupt("INT").await;
 }
 
 #[tokio::test]
-async fn two_at_once_are_one() {
+async fn a_second_dev_is_refused() {
     let mut terminal = Terminal::new();
     terminal.dev().await;
     let sql = terminal.sql().await;
     let watch = terminal.watch(&["--output", "json"]);
     warm_up(&sql, &[&watch]).await;
     let warm = watch.printed().len();
-    // The other port is free: it is the cluster that is taken.
+    // The other port is free, but the cluster is in use.
     let mut second = program(terminal.directory.path());
-    second.args(["dev", "--server-grpc-port", &free_port().to_string(), "--server-http-port", "0"]);
+    second.args(["dev", "--server-grpc-port", &free_address().port().to_string(), "--server-http-port", "0"]);
     run(second).await.failed(&["another tuplewatch is using ", "Stop it, or name another directory."]);
     sql.run(&tuple("unimpressed")).await;
     assert!(watch.prints(warm + 1).await[warm].contains("unimpressed"));
     assert_eq!(terminal.postmasters().len(), 1);
 
-    // A port that is taken, by the first: said, and nothing of the second stays.
+    // The port is used by the first: the second reports it, and leaves nothing behind.
     let mut neighbour = Terminal::new();
     neighbour.port = terminal.port;
     let mut process = Process::start(neighbour.command(&[]));
     assert_eq!(process.ended().await.code(), Some(1));
-    process.complains(&format!("cannot listen on 127.0.0.1:{} for gRPC", terminal.port)).await;
+    process.until_logged(&format!("cannot listen on 127.0.0.1:{} for gRPC", terminal.port)).await;
     neighbour.dev = Some(process);
     neighbour.cluster = Some(neighbour.find_cluster());
     assert_eq!(neighbour.postmasters(), [0; 0]);
@@ -352,14 +346,14 @@ async fn two_at_once_are_one() {
 }
 
 #[tokio::test]
-async fn it_can_be_stopped_at_any_moment() {
+async fn dev_can_be_stopped_at_any_moment() {
     let mut terminal = Terminal::new();
-    // From the very beginning, over initdb and the start of PostgreSQL, to the first stream.
+    // During initdb, the start of PostgreSQL, and the first stream.
     for (delay_ms, name) in [(30, "INT"), (150, "TERM"), (400, "KILL"), (700, "INT"), (1100, "TERM"), (1600, "INT")] {
         terminal.dev = Some(Process::start(terminal.command(&[])));
         let began = Instant::now();
-        eventually("it has said its first word", async || !terminal.process().printed().is_empty()).await;
-        // Not luck: any moment will do, and these are different ones.
+        eventually("it has printed its first line", async || !terminal.process().printed().is_empty()).await;
+        // The exact moments do not matter, only that they differ.
         tokio::time::sleep(Duration::from_millis(delay_ms).saturating_sub(began.elapsed())).await;
         let cluster = terminal.find_cluster();
         terminal.cluster = Some(cluster.clone());
@@ -367,39 +361,41 @@ async fn it_can_be_stopped_at_any_moment() {
         dev.signal(name);
         let ended = dev.ended().await;
         if name != "KILL" {
-            let what = format!("{name} after {delay_ms} ms: {ended:?} {:?}", dev.complained());
-            // Before it listens for signals, one simply ends it.
+            let what = format!("{name} after {delay_ms} ms: {ended:?} {:?}", dev.logged());
+            // Before it handles signals, a signal ends it.
             assert!(matches!(ended.code(), Some(0) | None), "{what}");
             let ours = |(_, _, command): &(u32, u32, String)| command.contains(cluster.to_str().unwrap());
             eventually(&what, async || !processes().iter().any(ours)).await;
         }
     }
-    // What the environment says holds here too.
+    // The environment configures dev too.
     terminal.environment = vec![("TUPLEWATCH_SERVER__HOST", "0.0.0.0")];
     let listening = format!("address=0.0.0.0:{}", terminal.port);
-    terminal.dev().await.complains(&listening).await;
+    terminal.dev().await.until_logged(&listening).await;
     assert_eq!(terminal.postmasters().len(), 1);
     terminal.interrupt("INT").await;
     assert_eq!(terminal.postmasters(), [0; 0]);
 }
 
 #[tokio::test]
-async fn what_cannot_be_started_is_said_once() {
+async fn a_failed_start_is_reported_once() {
     let terminal = Terminal::new();
     let empty = tempfile::tempdir().unwrap();
     let empty = empty.path().to_str().unwrap();
-    for (bin, says) in [("/nonexistent", "there is no such directory"), (empty, "it has no postgres, initdb, pg_ctl")] {
+    for (bin, expected) in
+        [("/nonexistent", "there is no such directory"), (empty, "it has no postgres, initdb, pg_ctl")]
+    {
         let remedy = "Name a directory that has postgres, initdb and pg_ctl of PostgreSQL 14 or newer";
         let by_flag = run(terminal.command(&["--pg-bin", bin])).await;
         assert_eq!(by_flag.err.matches("tuplewatch: ").count(), 1, "{by_flag:?}");
-        by_flag.failed(&[&format!("--pg-bin {bin} cannot be used: {says}"), remedy]);
+        by_flag.failed(&[&format!("--pg-bin {bin} cannot be used: {expected}"), remedy]);
         let mut command = terminal.command(&[]);
         command.env(PG_BIN, bin);
-        run(command).await.failed(&[&format!("{PG_BIN} {bin} cannot be used: {says}"), remedy]);
+        run(command).await.failed(&[&format!("{PG_BIN} {bin} cannot be used: {expected}"), remedy]);
     }
-    assert_eq!(std::fs::read_dir(terminal.directory.path()).unwrap().count(), 0, "nothing is begun");
+    assert_eq!(std::fs::read_dir(terminal.directory.path()).unwrap().count(), 0, "nothing is created");
 
-    // A directory with something else in it. Reachable for PostgreSQL's user, so that it would be used.
+    // A directory with other files, which PostgreSQL's user can reach.
     let theirs = terminal.directory.path().join("theirs");
     std::fs::create_dir_all(theirs.join("postgres")).unwrap();
     std::fs::write(theirs.join("postgres/cat.jpeg"), "miaow").unwrap();

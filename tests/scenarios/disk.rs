@@ -1,8 +1,8 @@
 //! The disk of the change log fills up (hazard 20).
 //!
-//! The log is a copy, and the disk is often somebody else's too. So history is given up before the disk is full, the oldest
-//! first; and where none is left to give up, the slot is let go of: a walsender that waits for an acknowledgement which
-//! cannot come would hold up every shutdown of PostgreSQL. The WAL that PostgreSQL keeps meanwhile is what nothing is lost by.
+//! The log is a copy, and others often use the same disk. So the oldest history is dropped before the disk is full. If none is left to
+//! drop, the session releases the slot, because a walsender that waits for an impossible acknowledgement would delay every shutdown of
+//! PostgreSQL. Nothing is lost, because PostgreSQL keeps the WAL meanwhile.
 
 use crate::support::change::Change;
 use crate::support::disk::Disk;
@@ -20,24 +20,24 @@ use tuplewatch::dev_postgres::StopMode;
 
 const MIB: u64 = 1 << 20;
 
-/// Said when there is nothing left to drop.
+/// Logged when there is no history left to drop.
 const FULL: &str = "the disk of the change log is full up to changelog.disk_reserve";
 
-/// Whether somebody reads the slot.
+/// Whether the slot is active.
 async fn is_read(sql: &Sql) -> bool {
     sql.is_true("(SELECT active FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await
 }
 
-/// Pieces that the log can drop.
+/// The number of segments of the log.
 fn segments(server: &Server) -> usize {
     std::fs::read_dir(server.changelog().join("data/keyspaces")).unwrap().count()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_oldest_history_goes_before_the_reserve_does() {
+async fn the_oldest_history_is_dropped_to_keep_the_reserve() {
     let postgres = Postgres::start().await;
     let mut disk = Disk::new().await;
-    // Pieces of 8 MiB; the window is small, so that what was dropped is not in memory either.
+    // Segments of 8 MiB. The window is small, so that dropped history is not in memory either.
     let flags = [("--changelog-retention-size", "128MiB"), ("--changelog-memory-window", "1MiB")];
     let mut server = disk.serve(&postgres, &flags).await;
     let sql = postgres.sql().await;
@@ -46,18 +46,18 @@ async fn the_oldest_history_goes_before_the_reserve_does() {
     let mut reader = server.watch("t1", "").await;
     sql.insert("t1", "first").await;
     let mut tokens = vec![reader.expect(Change::created("first")).await.token];
-    // More than a write buffer each, so that some of it is on disk.
+    // More than a write buffer each, so that some data is on disk.
     const BATCH: u64 = 12_000;
     for n in 0..3 {
         let before = segments(&server);
         sql.insert_large("t1", n * BATCH + 1..=(n + 1) * BATCH).await;
         tokens.push(last_of(&mut reader, (n + 1) * BATCH).await.token);
-        eventually("the log begins another piece", async || segments(&server) > before).await;
+        eventually("the log begins another segment", async || segments(&server) > before).await;
     }
     drop(reader);
 
-    // The journals go first, which costs nobody anything; then the oldest piece does, and no other.
-    eventually("the oldest is gone", async || {
+    // The journals are removed first, which loses nothing, then only the oldest segment.
+    eventually("the oldest segment is dropped", async || {
         disk.leave_below_reserve(4 * MIB);
         server.try_watch("t1", &tokens[0]).await.is_err()
     })
@@ -66,7 +66,7 @@ async fn the_oldest_history_goes_before_the_reserve_does() {
     assert_eq!(reason(&status), (Code::OutOfRange, "SNAP_TOKEN_TOO_OLD".into()));
     let earliest = metadata(&status, "earliest_snap_token");
     for is_same_process in [true, false] {
-        // What need not go is there, and all of it.
+        // All other history is there.
         for (after, token) in [(1, &tokens[1]), (2, &tokens[2])] {
             let messages = numbered(&mut server.watch("t1", token).await, 3 * BATCH).await;
             assert!(messages.into_iter().eq(after * BATCH + 1..=3 * BATCH), "whole after batch {after}");
@@ -75,13 +75,13 @@ async fn the_oldest_history_goes_before_the_reserve_does() {
         let first = rest[0];
         assert!(first <= BATCH + 1, "from {first}");
         assert!(rest.into_iter().eq(first..=3 * BATCH), "whole after the earliest token");
-        // And nobody notices.
-        assert!(!server.has_said("is full"));
+        // Delivery continues.
+        assert!(!server.has_logged("is full"));
         assert!(is_read(&sql).await);
         sql.insert("t2", if is_same_process { "still" } else { "again" }).await;
         if is_same_process {
             live.expect(Change::created("still")).await;
-            server.die_and_return().await;
+            server.kill_and_restart().await;
         }
     }
 }
@@ -106,7 +106,7 @@ async fn numbered(stream: &mut Stream, last: u64) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_disk_lets_go_of_the_slot_and_loses_nothing() {
+async fn a_full_disk_releases_the_slot_and_loses_nothing() {
     let mut postgres = Postgres::start().await;
     let mut disk = Disk::new().await;
     let mut server = disk.serve(&postgres, &[]).await;
@@ -122,20 +122,20 @@ async fn a_full_disk_lets_go_of_the_slot_and_loses_nothing() {
     }
 
     // Far more than the whole log.
-    eventually("the slot is let go of", async || {
+    eventually("the slot is released", async || {
         disk.leave_below_reserve(200 * MIB);
         !is_read(&sql).await
     })
     .await;
     server.not_ready("disk_full", "the disk of the change log is full").await;
-    server.says(FULL).await;
+    server.until_logged(FULL).await;
     let before = writers.committed();
     eventually("more is written", async || writers.committed() > before + 50).await;
-    // Those that had come are delivered; the stream is open, and a new one is too.
+    // Received changes are delivered. The stream stays open, and a new one opens.
     drain(&mut stream, &mut received).await;
     let mut now = server.watch("t1", "").await;
     now.expect_silence().await;
-    // Nothing holds up PostgreSQL, and that it was away changes nothing.
+    // A shutdown of PostgreSQL is not delayed, and a restart changes nothing.
     drop(sql);
     let took = postgres.stop(StopMode::Fast).await;
     assert!(took < Duration::from_secs(5), "a fast shutdown took {took:?}");
@@ -143,38 +143,39 @@ async fn a_full_disk_lets_go_of_the_slot_and_loses_nothing() {
     let sql = postgres.sql().await;
     assert!(!is_read(&sql).await);
     drain(&mut stream, &mut received).await;
-    assert_eq!(server.times_said(FULL), 1, "said once");
+    assert_eq!(server.times_logged(FULL), 1, "logged once");
     assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
 
     disk.give_room();
     server.serving().await;
     assert!(is_read(&sql).await);
-    server.says("has room again").await;
+    server.until_logged("has room again").await;
     let more = received.len() + 100;
     while received.len() < more {
         received.push(stream.next().await);
     }
     now.next().await;
 
-    // Once more, and now the process ends while it is full, one way and the other.
-    eventually("the slot is let go of", async || {
+    // Once more, and now the process ends while the disk is full: first killed, then terminated.
+    eventually("the slot is released", async || {
         disk.leave_below_reserve(200 * MIB);
         !is_read(&sql).await
     })
     .await;
+    eventually("the full disk is logged again", async || server.times_logged(FULL) == 2).await;
     drain(&mut stream, &mut received).await;
     server.kill_9().await;
-    for said in [3, 4] {
+    for times in [3, 4] {
         server.start().await;
-        eventually("it says that the disk is full", async || server.times_said(FULL) == said).await;
+        eventually("the full disk is logged", async || server.times_logged(FULL) == times).await;
         assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
         assert!(!is_read(&sql).await);
-        // It resumes at once; or later, where it had got further than the log and PostgreSQL has to be asked.
+        // It resumes at once, or later if the stream was ahead of the log, which needs PostgreSQL.
         match server.try_watch("t1", &received.last().unwrap().token).await {
             Ok(mut stream) => drain(&mut stream, &mut received).await,
             Err(status) => assert_eq!(reason(&status), (Code::Unavailable, "POSTGRES_UNREACHABLE".into())),
         }
-        if said == 3 {
+        if times == 3 {
             server.terminate().await;
             let exit = within("it does not wait for room", server.ended()).await;
             assert_eq!(exit.code(), Some(0));
@@ -190,10 +191,10 @@ async fn a_full_disk_lets_go_of_the_slot_and_loses_nothing() {
     let transactions = reference::read(&sql).await;
     let expected = reference::of_tenant(&transactions, "t1");
     assert!(changes(&received) == expected, "everything once: {} of {}", changes(&received).len(), expected.len());
-    assert!(!server.has_said("panicked"));
+    assert!(!server.has_logged("panicked"));
 }
 
-/// What is there of messages.
+/// Reads the messages that have arrived.
 async fn drain(stream: &mut Stream, received: &mut Vec<Message>) {
     while let Ok(next) = tokio::time::timeout(Duration::from_millis(200), stream.try_next()).await {
         received.push(next.expect("the stream stays open"));

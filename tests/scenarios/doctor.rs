@@ -1,5 +1,4 @@
-//! `doctor` against servers that are broken on purpose: it names the cause and nothing else, and its fix, applied as it is
-//! given, works.
+//! `doctor` against servers that are broken on purpose. It names the cause and nothing else, and its fix works unchanged.
 
 mod change_log;
 mod connection;
@@ -19,7 +18,7 @@ use tokio::process::Command;
 use tuplewatch::dev_postgres::StopMode;
 use tuplewatch::model::diagnostic::shell_word;
 
-/// A server, and a node with a directory and flags of its own.
+/// A server, and a node with its own directory and flags.
 struct Patient {
     postgres: Postgres,
     directory: TempDir,
@@ -55,7 +54,7 @@ impl Diagnosis {
         self.diagnostics.iter().filter(|diagnostic| diagnostic.severity == severity).cloned().collect()
     }
 
-    /// Those of a severity about a subject.
+    /// The diagnostics of this severity about this subject.
     fn about(&self, severity: &str, subject: &str) -> Vec<Diagnostic> {
         let mut found = self.of_severity(severity);
         found.retain(|diagnostic| diagnostic.subject == subject);
@@ -64,7 +63,7 @@ impl Diagnosis {
 }
 
 impl Patient {
-    /// Nothing was done to it yet.
+    /// Before setup.
     fn new(postgres: Postgres) -> Self {
         let uri = postgres.uri();
         let patient = Self { postgres, directory: tempfile::tempdir().unwrap(), flags: Vec::new() };
@@ -75,28 +74,28 @@ impl Patient {
             .with("--changelog-retention-size", "64MiB")
     }
 
-    /// Set up.
+    /// After setup.
     async fn ready(postgres: Postgres) -> Self {
         let patient = Self::new(postgres);
         patient.run("setup", &[]).await.succeeded();
         patient
     }
 
-    /// Set up, streaming, and stopped again: with a change log.
+    /// After setup and a run of serve, so that it has a change log.
     async fn used(postgres: Postgres) -> Self {
         let patient = Self::ready(postgres).await;
         patient.streams().await;
         patient
     }
 
-    /// With a flag, or another value for it.
+    /// Sets a flag.
     fn with(mut self, flag: &str, value: &str) -> Self {
         self.flags.retain(|(given, _)| given != flag);
         self.flags.push((flag.to_owned(), value.to_owned()));
         self
     }
 
-    /// With other values for some flags.
+    /// The command for a subcommand, with changed values of some flags.
     fn command(&self, subcommand: &str, changes: &[(&str, &str)]) -> Command {
         let mut command = program(self.directory.path());
         command.arg(subcommand);
@@ -112,18 +111,18 @@ impl Patient {
         run(command).await
     }
 
-    /// A node that streams, with other values for some flags, and further ones.
+    /// Starts a node that streams, with changed and further flags.
     async fn serve(&self, changes: &[(&str, &str)], further: &[&str]) -> Process {
         let mut command = self.command("serve", changes);
         command
             .args(["--server-host", "127.0.0.1", "--server-grpc-port", "0", "--server-http-port", "0"])
             .args(further);
         let mut process = Process::start(command);
-        process.comes_to("streaming").await;
+        process.reaches("streaming").await;
         process
     }
 
-    /// `serve` starts, and comes to stream.
+    /// `serve` starts and streams.
     async fn streams(&self) {
         stops(self.serve(&[], &[]).await).await;
     }
@@ -145,7 +144,7 @@ impl Patient {
         diagnosis
     }
 
-    /// Of several diagnostics only one is an error, and it is this.
+    /// There is exactly one error, and it is this one.
     async fn has(&self, subject: &str, what: &str) -> Diagnostic {
         let diagnosis = self.doctor(&[]).await;
         let errors = diagnosis.of_severity("error");
@@ -161,7 +160,7 @@ impl Patient {
         assert!(errors.is_empty(), "{errors:#?}");
     }
 
-    /// Does what a fix says: pastes it as it is, into the shell or into psql, and then does what its comment adds.
+    /// Applies a fix: pastes it into the shell or into psql, and then follows its comment.
     async fn apply(&mut self, diagnostic: &Diagnostic) {
         let fix = diagnostic.fix.as_deref().unwrap();
         if fix.starts_with("tuplewatch ") {
@@ -186,14 +185,14 @@ impl Patient {
         let sql = self.sql().await;
         let before = sql.value("SELECT pg_conf_load_time()").await;
         sql.run("SELECT pg_reload_conf()").await;
-        // The postmaster does it when it comes to it, and sessions have the time from there.
+        // The postmaster reloads a moment later, and new sessions get the time of the reload from it.
         eventually("the configuration is loaded", async || {
             self.sql().await.value("SELECT pg_conf_load_time()").await != before
         })
         .await;
     }
 
-    /// One error; with its fix all is well, and changes flow.
+    /// There is one error. After its fix there is none, and the node streams.
     async fn heals(&mut self, subject: &str, what: &str) {
         let diagnostic = self.has(subject, what).await;
         self.apply(&diagnostic).await;
@@ -212,7 +211,7 @@ async fn stops(mut process: Process) {
 }
 
 #[tokio::test]
-async fn a_healthy_node_is_well_also_while_it_serves() {
+async fn a_healthy_node_has_no_errors_even_while_it_serves() {
     let patient = Patient::used(Postgres::start().await).await;
     let diagnosis = patient.doctor(&[]).await;
     assert!(diagnosis.of_severity("error").is_empty(), "{diagnosis:#?}");
@@ -230,14 +229,14 @@ async fn a_healthy_node_is_well_also_while_it_serves() {
     let slot = diagnosis.about("ok", "replication slot tuplewatch");
     assert!(slot.iter().any(|diagnostic| diagnostic.what.contains("in use by process")), "{slot:?}");
     assert!(process.is_running());
-    let said = process.complained();
-    assert!(!said.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{said:#?}");
+    let printed = process.logged();
+    assert!(!printed.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{printed:#?}");
     stops(process).await;
 }
 
-/// The options that doctor had go with the commands that it names; but no password does.
+/// The printed commands have the options of doctor, but no password.
 #[tokio::test]
-async fn a_fix_can_be_pasted_as_it_is() {
+async fn a_fix_works_when_it_is_pasted() {
     let patient = Patient::ready(Postgres::start().await).await;
     let sql = patient.sql().await;
     sql.run("DROP PUBLICATION tuplewatch").await;
@@ -249,10 +248,10 @@ async fn a_fix_can_be_pasted_as_it_is() {
     let fix = diagnostic.fix.clone().unwrap();
     assert!(fix.starts_with("tuplewatch setup --recreate-slot --config 'my node.yaml' "), "{fix}");
     assert!(fix.contains(&format!(" --database-uri {uri} ")) && fix.contains("PGPASSWORD"), "{fix}");
-    // What setup does not take is not there.
+    // Options that setup does not accept are left out.
     assert!(!fix.contains("--changelog"), "{fix}");
 
-    // The same in what setup and serve refuse with.
+    // The same in the refusals of setup and serve.
     for subcommand in ["setup", "serve"] {
         let ran = patient.run(subcommand, &[]).await;
         assert!(!ran.err.contains("s3cr3t") && !ran.out.contains("s3cr3t"), "{ran:?}");
@@ -264,18 +263,18 @@ async fn a_fix_can_be_pasted_as_it_is() {
 }
 
 #[tokio::test]
-async fn for_people_it_is_text() {
+async fn the_diagnosis_for_people_is_text() {
     let patient = Patient::ready(Postgres::start().await).await;
-    let said = patient.run("doctor", &[]).await.succeeded();
-    assert!(said.contains("\nok       wal_level ") && !said.contains('\u{1b}'), "{said}");
-    assert!(said.lines().last().unwrap().starts_with("0 errors, "), "{said}");
+    let printed = patient.run("doctor", &[]).await.succeeded();
+    assert!(printed.contains("\nok       wal_level ") && !printed.contains('\u{1b}'), "{printed}");
+    assert!(printed.lines().last().unwrap().starts_with("0 errors, "), "{printed}");
 
     patient.sql().await.run("ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes").await;
     let ran = patient.run("doctor", &[]).await;
     assert_eq!((ran.code, ran.err.as_str()), (Some(1), ""));
     assert!(ran.out.contains("\n         fix: ALTER PUBLICATION \"tuplewatch\" ADD TABLE "), "{}", ran.out);
     assert!(ran.out.trim_end().ends_with("does not work until the errors are repaired"), "{}", ran.out);
-    // The same words as those with which `serve` refuses.
+    // `serve` refuses with the same words.
     let refused = patient.run("serve", &["--server-grpc-port", "0", "--server-http-port", "0"]).await;
     refused.failed(&[
         "table tuplewatch.attributes: is not in publication tuplewatch",

@@ -1,4 +1,4 @@
-//! The clients of `examples/`: whoever starts from one of them loses nothing.
+//! The clients of `examples/` lose nothing.
 
 use super::cli::process::Process;
 use crate::support::foreign;
@@ -16,7 +16,7 @@ use tuplewatch::model::scope::Place;
 use tuplewatch::model::snap_token::SnapToken;
 use tuplewatch::model::timeline::{SourceId, TimelineId};
 
-/// An example that follows t1, run again and again.
+/// An example that follows t1, and runs several times.
 struct Example {
     interpreter: PathBuf,
     program: PathBuf,
@@ -53,7 +53,7 @@ impl Example {
         Process::start(command)
     }
 
-    /// What it has saved, without entries that nobody is left in.
+    /// Its saved index, without empty entries.
     fn saved(&self) -> BTreeMap<String, Vec<String>> {
         let Ok(text) = std::fs::read(self.file()) else { return BTreeMap::new() };
         let saved: Json = serde_json::from_slice(&text).expect("never half of a file");
@@ -69,7 +69,7 @@ impl Example {
         std::fs::write(self.file(), saved.to_string()).unwrap();
     }
 
-    /// Waits until it has saved what the table has.
+    /// Waits until its saved index equals the table.
     async fn catches_up(&self, sql: &Sql) {
         let rows = sql
             .rows(
@@ -82,7 +82,7 @@ impl Example {
             let [key, subject] = <[String; 2]>::try_from(row).unwrap();
             table.entry(key).or_default().push(subject);
         }
-        eventually("the example has what the table has", async || self.saved() == table).await;
+        eventually("the example equals the table", async || self.saved() == table).await;
     }
 }
 
@@ -95,7 +95,7 @@ fn lines(process: &Process) -> Vec<String> {
 }
 
 async fn follows(example: Example, server: &mut Server, sql: &Sql) {
-    // It begins with what is there, and goes on with what comes.
+    // It begins with the present state, and continues with changes.
     let mut process = example.start();
     process.prints(1).await;
     sql.insert("t1", "c").await;
@@ -114,20 +114,20 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     assert_eq!(lines(&process), expected);
     example.catches_up(sql).await;
 
-    // It is killed, and so is the server: what was written meanwhile comes, once, and nothing else does.
+    // It is killed, and so is the server: the changes from that time arrive once, and nothing else does.
     process.kill_9().await;
     sql.insert("t1", "d").await;
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     sql.insert("t1", "e").await;
     let mut process = example.start();
     process.prints(2).await;
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     sql.insert("t1", "f").await;
     process.prints(3).await;
-    // An orderly end, too.
+    // An orderly stop of the server.
     server.terminate().await;
     server.ended().await;
-    process.complains("UNAVAILABLE").await;
+    process.until_logged("UNAVAILABLE").await;
     sql.insert("t1", "g").await;
     server.start().await;
     server.serving().await;
@@ -138,7 +138,7 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     // A gap.
     sql.run("TRUNCATE tuplewatch.relation_tuples").await;
     sql.insert("t1", "i").await;
-    process.complains("ABORTED").await;
+    process.until_logged("ABORTED").await;
     example.catches_up(sql).await;
     let printed = process.prints(6).await;
     assert!(printed[5].starts_with("read anew: "), "{printed:?}");
@@ -148,13 +148,13 @@ async fn follows(example: Example, server: &mut Server, sql: &Sql) {
     // Its file is of another database.
     process.kill_9().await;
     example.save_token("AQ".to_owned());
-    example.start().complains("INVALID_ARGUMENT").await;
+    example.start().until_logged("INVALID_ARGUMENT").await;
     let (source, timeline, place) = (SourceId([1; 8]), TimelineId([1; 8]), Place::at(Lsn(1)));
     let foreign = SnapToken::Position { source, timeline, place, commit_time: CommitTime(1) };
     example.save_token(foreign.to_string());
     sql.run("DELETE FROM tuplewatch.relation_tuples WHERE entity_id = 'i'").await;
     let process = example.start();
-    process.complains("FAILED_PRECONDITION").await;
+    process.until_logged("FAILED_PRECONDITION").await;
     example.catches_up(sql).await;
     process.prints(1).await;
     assert_eq!(lines(&process), ["read anew: 1 tuples"]);
@@ -170,13 +170,13 @@ async fn server() -> (Postgres, Server, Sql) {
 }
 
 #[tokio::test]
-async fn python_loses_nothing() {
+async fn the_python_example_loses_nothing() {
     let (_postgres, mut server, sql) = server().await;
     follows(Example::python(&server).await, &mut server, &sql).await;
 }
 
 #[tokio::test]
-async fn node_loses_nothing() {
+async fn the_node_example_loses_nothing() {
     let (_postgres, mut server, sql) = server().await;
     follows(Example::node(&server).await, &mut server, &sql).await;
 }

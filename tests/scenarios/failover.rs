@@ -1,7 +1,7 @@
-//! Hazards 14 and 16, under load: a standby is promoted while everybody writes and reads. What is on the new history goes on, with
-//! nothing lost and nothing twice; what is not was never so, and whoever had it is told exactly that.
+//! Hazards 14 and 16 under load: a standby is promoted during writes and reads. Changes on the new history are delivered, none lost and
+//! none repeated. Changes that are not on it never happened, and exactly the subscribers that got them are informed.
 //!
-//! [`crate::support::oracle`] compares; `timeline` has each case by itself.
+//! [`crate::support::oracle`] compares. `timeline` has each case by itself.
 
 use crate::support::faults::Fault;
 use crate::support::oracle::{Load, Oracle, Round};
@@ -15,7 +15,7 @@ use tuplewatch::dev_postgres::StopMode;
 
 const MESSAGE_BYTES: usize = 1 << 20;
 
-/// A round in which `disturb` has the standby promoted.
+/// A round in which `disturb` promotes the standby.
 async fn round(pair: &mut Pair, disturb: impl AsyncFnOnce(&mut Pair, &Load<'_>)) -> Round {
     let seed = seed();
     let mut oracle =
@@ -29,22 +29,22 @@ async fn round(pair: &mut Pair, disturb: impl AsyncFnOnce(&mut Pair, &Load<'_>))
         })
         .await;
     assert!(round.transactions > 100, "too little was written to show anything: {}", round.transactions);
-    assert!(!pair.server.has_said("SLOT_MOVED") && !pair.server.has_said("slot had moved on"));
+    assert!(!pair.server.has_logged("SLOT_MOVED") && !pair.server.has_logged("slot had moved on"));
     round
 }
 
 async fn some_time(load: &Load<'_>) {
     for _ in 0..50 {
-        load.goes_on().await;
+        load.progresses().await;
     }
 }
 
-/// A commit that the standby does not have yet is streamed by PostgreSQL, and published to nobody.
+/// PostgreSQL streams a commit that the standby does not have yet, and tuplewatch does not deliver it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_synchronous_standby_lacks_nothing_that_was_published() {
+async fn a_synchronous_standby_has_every_delivered_change() {
     let mut pair = Pair::start().await;
     let sql = pair.primary.sql().await;
-    // Not '*': a logical walsender counts as a standby too, and ours would be the first.
+    // Not '*', because a logical walsender counts as a standby too, and ours would be the first.
     sql.run("ALTER SYSTEM SET synchronous_standby_names = 'walreceiver'").await;
     sql.run("SELECT pg_reload_conf()").await;
     drop(sql);
@@ -53,14 +53,14 @@ async fn a_synchronous_standby_lacks_nothing_that_was_published() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_an_asynchronous_standby_lacks_is_taken_back_and_nothing_else() {
+async fn only_changes_that_an_asynchronous_standby_lacks_are_abandoned() {
     let mut pair = Pair::start().await;
     let round = round(&mut pair, async |pair, load| {
         pair.separate().await;
-        // A big transaction may be on its way to us that the standby has.
+        // A big transaction that the standby has may still be on its way to us.
         let sql = pair.primary.sql().await;
         let lsn = sql.flushed().await;
-        eventually("we are past what the standby has", async || sql.confirmed_reaches(&lsn).await).await;
+        eventually("we are past the standby's position", async || sql.confirmed_reaches(&lsn).await).await;
         drop(sql);
         some_time(load).await;
         drop(pair.fail_over(StopMode::Immediate).await);
@@ -69,9 +69,9 @@ async fn what_an_asynchronous_standby_lacks_is_taken_back_and_nothing_else() {
     assert!(round.abandoned > 0, "nothing was lost");
 }
 
-/// The slot is there after the promotion, and `synchronized_standby_slots` keeps tuplewatch behind the standby.
+/// The slot exists after the promotion, and `synchronized_standby_slots` keeps tuplewatch behind the standby.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_failover_slot_goes_on_at_the_promoted_standby() {
+async fn a_failover_slot_continues_on_the_promoted_standby() {
     let mut pair = Pair::start_with_failover_slots().await;
     let round = round(&mut pair, async |pair, _| drop(pair.fail_over(StopMode::Immediate).await)).await;
     assert_eq!(round.abandoned, 0);
@@ -80,21 +80,21 @@ async fn a_failover_slot_goes_on_at_the_promoted_standby() {
 }
 
 #[tokio::test]
-async fn a_slot_that_could_not_fail_over_can_from_the_next_connection_on() {
+async fn failover_is_enabled_on_an_existing_slot_at_the_next_connection() {
     let postgres = Postgres::since(17, &[]).await;
     let sql = postgres.sql().await;
     let fails_over =
         async || sql.is_true("(SELECT failover FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await;
     let mut server = Server::serve(&postgres, &[("--replication-failover", "off")]).await;
-    assert!(!fails_over().await, "it was told not to");
+    assert!(!fails_over().await, "failover is off");
     server.set("--replication-failover", "auto");
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     assert!(fails_over().await);
 }
 
-/// PostgreSQL would have whoever alters a slot wait until it is free, and would not notice when they have gone.
+/// PostgreSQL would let ALTER wait until the slot is free, and would not notice when its client is gone.
 #[tokio::test]
-async fn a_slot_that_another_node_reads_is_not_altered() {
+async fn a_slot_held_by_another_node_is_not_altered() {
     let postgres = Postgres::since(17, &[]).await;
     let sql = postgres.sql().await;
     let mut first = Server::serve(&postgres, &[("--replication-failover", "off")]).await;
@@ -102,8 +102,8 @@ async fn a_slot_that_another_node_reads_is_not_altered() {
     let mut second = Server::prepare_slot(&proxy.uri(&postgres.uri()), "tuplewatch", &[]).await;
     let before = proxy.accepted();
     second.start().await;
-    eventually("it waits for the slot", async || second.has_said("is active for PID")).await;
-    // Two connections an attempt, and nobody is left behind.
+    eventually("it waits for the slot", async || second.has_logged("is active for PID")).await;
+    // Each attempt makes two connections, and leaves none behind.
     eventually("it tries again", async || proxy.accepted() >= before + 12).await;
     let walsenders = "(SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender') <= 2";
     eventually("there is the one that streams, and one that tries", async || sql.is_true(walsenders).await).await;
@@ -113,14 +113,14 @@ async fn a_slot_that_another_node_reads_is_not_altered() {
     assert!(sql.is_true("(SELECT failover FROM pg_replication_slots WHERE slot_name = 'tuplewatch')").await);
 }
 
-/// The connection outlives the process, as in `slot::a_walsender_that_our_own_process_left_behind_is_ended`.
+/// The connection outlives the process, as in `slot::a_walsender_left_by_a_dead_process_is_ended`.
 #[tokio::test]
-async fn a_slot_that_our_own_process_left_in_use_is_altered() {
+async fn a_slot_left_in_use_by_a_dead_process_is_altered() {
     let postgres = Postgres::since(17, &[]).await;
     let sql = postgres.sql().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let off = [("--replication-failover", "off")];
-    // Whatever the URI says of names, walsenders have that of the node.
+    // Walsenders have the application name of the node, whatever the URI sets.
     let uri = format!("{}?application_name=mine", proxy.uri(&postgres.uri()));
     let mut server = Server::prepare_slot(&uri, "tuplewatch", &off).await;
     server.start().await;

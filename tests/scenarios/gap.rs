@@ -1,6 +1,6 @@
-//! A gap ends when it is over. PostgreSQL decides row by row what it sends, and sends a transaction when it commits: one that wrote
-//! while a table was not published, and commits long after the table is published again, comes without these rows. So a gap that ended
-//! at once would hide them for ever.
+//! The end of a gap. PostgreSQL decides for each row whether to send it, and sends a transaction when it commits. A transaction that
+//! wrote while a table was not published, and commits long after the table is published again, arrives without these rows. So a gap that
+//! ended with the repair would hide them for ever.
 
 use crate::support::change::Change;
 use crate::support::postgres::{Postgres, major};
@@ -11,12 +11,12 @@ use crate::support::wait::{eventually, within};
 use std::time::{Duration, Instant};
 use tonic::{Code, Status};
 
-/// What is published goes, and comes back, while a transaction writes to it and stays open.
+/// The publication is reduced and restored while a transaction writes and stays open.
 struct Case {
     name: &'static str,
-    /// Since which major version.
+    /// The first major version that has it.
     since: u32,
-    /// What is published before.
+    /// Prepares the publication.
     made: &'static str,
     away: &'static str,
     back: &'static str,
@@ -30,7 +30,7 @@ enum Ends {
     /// Prepared while the gap is open, and committed by another session.
     CommitPrepared,
     Rollback,
-    /// Its session goes.
+    /// Its session is terminated.
     Terminate,
 }
 
@@ -104,7 +104,7 @@ impl Case {
         format!("INSERT INTO tuplewatch.relation_tuples VALUES ('{tenant}', 'document', '{id}', 'viewer', 'user', 'u')")
     }
 
-    async fn happens(&self, postgres: &Postgres) {
+    async fn check(&self, postgres: &Postgres) {
         let (name, sql, writer) = (self.name, postgres.sql().await, postgres.sql().await);
         let flags = [("--replication-publication", name)];
         let mut server = Server::prepare_slot(&postgres.uri(), name, &flags).await;
@@ -118,43 +118,47 @@ impl Case {
 
         writer.run(&format!("BEGIN; {}", self.insert("early"))).await;
         self.run(&sql, self.away).await;
-        // In a savepoint, so that the row has another transaction id than its transaction.
+        // In a savepoint, so that the row has the id of a subtransaction.
         writer.run(&format!("SAVEPOINT s; {}; RELEASE s", self.insert("late"))).await;
         self.run(&sql, self.back).await;
 
         let began = Instant::now();
-        let (_, status) = within(&format!("{name}: the gap is told"), stream.ending()).await;
+        let (_, status) = within(&format!("{name}: the gap is reported"), stream.ending()).await;
         assert_eq!(reason(&status), (Code::Aborted, "SCHEMA_CHANGED".to_owned()), "{name}");
-        // A session that saw less than it needs has gone, and comes back in its time.
-        assert!(began.elapsed() < Duration::from_secs(30), "{name}: told after {:?}", began.elapsed());
-        assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: its end is not known");
-        server.says("the gap stays open until these transactions have ended, as they may commit").await;
+        // A session that found the publication incomplete has ended, and returns after its backoff.
+        assert!(began.elapsed() < Duration::from_secs(30), "{name}: reported after {:?}", began.elapsed());
+        assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: its end must be unknown");
+        server.until_logged("the gap stays open until these transactions have ended, as they may commit").await;
         server.serving().await;
 
-        // Everybody else's changes go on, those of the same table too, across a restart.
+        // Changes of other transactions are still delivered, those of the same table too, also after a restart.
         let mut stream = server.watch(name, "").await;
         sql.insert(name, "meanwhile").await;
         let meanwhile = stream.expect(Change::created("meanwhile")).await.token;
         let (_, status) = server.watch(name, &before).await.ending().await;
-        assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: it is still open");
-        // A gap that is not on disk yet would be found again, and end this stream before it has its end.
+        assert_eq!(optional_metadata(&status, "next_snap_token"), None, "{name}: it must still be open");
+        // A gap that is not on disk yet would be found again, and would end this stream too early.
         sql.until_recorded(name).await;
-        server.die_and_return().await;
+        server.kill_and_restart().await;
         let mut stream = server.watch(name, &meanwhile).await;
         sql.insert(name, "later").await;
         stream.expect(Change::created("later")).await;
 
         self.end(&sql, &writer).await;
-        let (_, status) = within(&format!("{name}: it is told again"), stream.ending()).await;
+        let (_, status) = within(&format!("{name}: it is reported again"), stream.ending()).await;
         let next = self.is_over(&server, &status).await;
-        // Whatever token one comes back with.
+        // Every token leads to the same end of the gap.
         for token in [&before, &meanwhile] {
             let (_, status) = server.watch(name, token).await.ending().await;
             assert_eq!(metadata(&status, "next_snap_token"), next, "{name}");
         }
         let held = sql.facts(name).await;
         let is_committed = matches!(self.ends, Ends::Commit | Ends::CommitPrepared);
-        assert_eq!(held.contains(&Change::viewer("late")), is_committed, "{name}: the state has it, and no stream");
+        assert_eq!(
+            held.contains(&Change::viewer("late")),
+            is_committed,
+            "{name}: the state has it, and no stream does"
+        );
     }
 
     async fn end(&self, sql: &Sql, writer: &Sql) {
@@ -173,7 +177,7 @@ impl Case {
         }
     }
 
-    /// The gap has ended, and what is written now comes. The token behind it.
+    /// The gap has ended. Returns the token after it.
     async fn is_over(&self, server: &Server, status: &Status) -> String {
         let name = self.name;
         assert_eq!(reason(status), (Code::Aborted, "SCHEMA_CHANGED".to_owned()), "{name}");
@@ -189,16 +193,16 @@ async fn a_gap_ends_after_every_transaction_that_wrote_inside_it() {
     let major = major();
     let cases = CASES.iter().filter(|case| case.since <= major);
     let runs = cases.map(async |case| {
-        // Each on a cluster of its own: all of them write to one table, and would wait for each other's.
+        // Each on its own cluster, because they would wait for each other's transactions.
         let postgres = Postgres::with(&[("max_prepared_transactions", "4")]).await;
-        case.happens(&postgres).await;
+        case.check(&postgres).await;
     });
     futures_util::future::join_all(runs).await;
 }
 
-/// A mapping that names one more table, at a restart, while somebody writes to that table.
+/// A restart with a mapping of one more table, during a write to that table.
 #[tokio::test]
-async fn a_table_that_a_new_mapping_adds_is_complete_only_after_its_writers() {
+async fn a_table_added_by_a_mapping_is_complete_after_its_writers_end() {
     let postgres = Postgres::start().await;
     let (sql, writer) = (postgres.sql().await, postgres.sql().await);
     sql.run(
@@ -232,9 +236,9 @@ async fn a_table_that_a_new_mapping_adds_is_complete_only_after_its_writers() {
     server.serving().await;
     let (_, status) = server.watch("t1", &token).await.ending().await;
     assert_eq!(reason(&status), (Code::Aborted, "MAPPING_CHANGED".to_owned()));
-    // Nothing of the schema has changed.
+    // The schema has not changed.
     assert!(!status.message().contains("created, dropped"), "{}", status.message());
-    assert_eq!(optional_metadata(&status, "next_snap_token"), None, "its end is not known");
+    assert_eq!(optional_metadata(&status, "next_snap_token"), None, "its end must be unknown");
     writer.run("COMMIT").await;
     let closed = async || {
         let (_, status) = server.watch("t1", &token).await.ending().await;
@@ -246,9 +250,9 @@ async fn a_table_that_a_new_mapping_adds_is_complete_only_after_its_writers() {
     stream.expect(Change::created("after")).await;
 }
 
-/// A repair does not wait for the next check in turn.
+/// A repair does not wait for the next regular check.
 #[tokio::test]
-async fn what_is_published_is_checked_at_once_when_somebody_asks() {
+async fn the_publication_is_checked_at_once_on_request() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -266,13 +270,13 @@ async fn what_is_published_is_checked_at_once_when_somebody_asks() {
         }
         stream.ending().await;
     }
-    // In turn it is every five seconds.
+    // Regular checks happen every five seconds.
     assert!(began.elapsed() < Duration::from_secs(20), "six checks took {:?}", began.elapsed());
 }
 
-/// Whoever reads the server's log, and does not subscribe.
+/// For operators who read the log of the server.
 #[tokio::test]
-async fn each_gap_is_a_line_in_the_log_but_not_each_row() {
+async fn repeated_gaps_of_a_table_are_logged_once_a_minute() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "first").await;
@@ -283,9 +287,9 @@ async fn each_gap_is_a_line_in_the_log_but_not_each_row() {
     stream.ending().await;
     sql.insert("t1", "last").await;
     let flushed = sql.flushed().await;
-    eventually("all of it is read", async || sql.confirmed_reaches(&flushed).await).await;
-    let said = "a gap in the stream: table tuplewatch.relation_tuples was truncated";
-    server.says("To remove rows without a gap, DELETE them").await;
-    assert_eq!(server.times_said(said), 1, "a line a minute for each table");
-    assert!(!server.has_said("t1"), "a tenant is nothing for the log");
+    eventually("everything is read", async || sql.confirmed_reaches(&flushed).await).await;
+    let line = "a gap in the stream: table tuplewatch.relation_tuples was truncated";
+    server.until_logged("To remove rows without a gap, DELETE them").await;
+    assert_eq!(server.times_logged(line), 1, "a line a minute for each table");
+    assert!(!server.has_logged("t1"), "a tenant is nothing for the log");
 }

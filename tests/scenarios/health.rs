@@ -1,11 +1,12 @@
-//! Health is delivery (hazard 50): a node that cannot release what it has, or start a stream, says so everywhere, and why; and is ready
-//! again by itself when it can.
+//! Health means delivery (hazard 50). A node that cannot release changes or start streams reports that everywhere, with the reason, and
+//! becomes ready by itself when it can.
 
 mod probes;
 
 use super::visibility::{MISSING_STANDBY, Waiting};
 use crate::support::api::Api;
 use crate::support::change::Change;
+use crate::support::crowd::Crowd;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
 use crate::support::sql::Sql;
@@ -16,7 +17,7 @@ use tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tuplewatch::dev_postgres::StopMode;
 
-/// A role that limits apply to, with all that `serve` needs.
+/// A role with the privileges that `serve` needs, to which limits apply.
 const FEEDER: &str = "CREATE ROLE feeder LOGIN REPLICATION;
     GRANT USAGE ON SCHEMA tuplewatch TO feeder;
     GRANT SELECT ON ALL TABLES IN SCHEMA tuplewatch TO feeder;
@@ -41,12 +42,10 @@ async fn serve(postgres: &Postgres) -> Server {
     server
 }
 
-/// SQL connections that have logged on.
-const CONNECTIONS: &str = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'";
-
-/// SQL connections of the node.
+/// SQL connections of the node that have logged on.
 async fn connections(admin: &Sql) -> usize {
-    admin.value(&format!("{CONNECTIONS} AND usename = 'feeder'")).await.parse().unwrap()
+    let count = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND usename = 'feeder'";
+    admin.value(count).await.parse().unwrap()
 }
 
 #[tokio::test]
@@ -58,8 +57,8 @@ async fn one_connection_is_enough_to_deliver() {
     server.start().await;
     server.ready().await;
     // The start names the limit, and the statement that raises it.
-    server.says("connections of role feeder: may have 1 at a time").await;
-    server.says("ALTER ROLE \\\"feeder\\\" CONNECTION LIMIT 12").await;
+    server.until_logged("connections of role feeder: may have 1 at a time").await;
+    server.until_logged("ALTER ROLE \\\"feeder\\\" CONNECTION LIMIT 12").await;
 
     let (_, mut stream, _) = server.first_delivered(&postgres, "first").await;
     assert_eq!(connections(&admin).await, 1);
@@ -67,7 +66,7 @@ async fn one_connection_is_enough_to_deliver() {
         server.scrape().await.find("tuplewatch_server_lsn_bytes", &[]).is_some()
     })
     .await;
-    // Whoever was first has it, and the session gets it all the same.
+    // Another part may take the connection first, and the session still gets it.
     drop(admin);
     postgres.stop(StopMode::Fast).await;
     postgres.start_again().await;
@@ -77,7 +76,7 @@ async fn one_connection_is_enough_to_deliver() {
     stream.expect(Change::created("second")).await;
     let mut late = server.watch("t1", "").await;
 
-    // A lock that starts of streams wait for holds up nothing else that shares the connection.
+    // A lock that delays starts of streams delays nothing else on the shared connection.
     let holder = postgres.sql().await;
     holder.run("BEGIN; LOCK TABLE tuplewatch.tenants IN ACCESS EXCLUSIVE MODE").await;
     server.not_ready("no_starts", "the table of tenants is locked").await;
@@ -89,9 +88,9 @@ async fn one_connection_is_enough_to_deliver() {
     assert_eq!(connections(&admin).await, 1);
 }
 
-/// Else those that came first would keep the session out for ever.
+/// Otherwise earlier connections would keep the session out for ever.
 #[tokio::test]
-async fn what_else_is_connected_gives_way_to_the_session() {
+async fn other_connections_give_way_to_the_session() {
     let postgres = Postgres::start().await;
     let mut server = prepare(&postgres).await;
     let admin = postgres.sql().await;
@@ -100,7 +99,7 @@ async fn what_else_is_connected_gives_way_to_the_session() {
     server.start().await;
     server.ready().await;
     let mut stream = server.watch("t1", "").await;
-    // Snapshots or starts have the second one, until they are told to share; then Data has it, and keeps it.
+    // Snapshots or starts use the second connection until they have to share. Then Data takes it and keeps it.
     let mut api = Api::of(&server).await;
     let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'feeder' \
                   AND (backend_type = 'walsender' OR query NOT LIKE 'COMMIT%')";
@@ -120,20 +119,8 @@ async fn what_else_is_connected_gives_way_to_the_session() {
     stream.up_to(&Change::created("last")).await;
 }
 
-/// Connections of somebody else.
-struct Crowd(Vec<Sql>);
-
-impl Crowd {
-    /// Takes every connection that is free.
-    async fn grow(&mut self, uri: &str) {
-        while let Ok(sql) = Sql::try_connect(uri).await {
-            self.0.push(sql);
-        }
-    }
-}
-
 #[tokio::test]
-async fn a_limit_of_connections_that_leaves_none_is_told_until_it_is_raised() {
+async fn an_exhausted_connection_limit_is_reported_until_it_is_raised() {
     let postgres = Postgres::with(&[("max_connections", "30")]).await;
     let server = serve(&postgres).await;
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
@@ -152,29 +139,27 @@ async fn a_limit_of_connections_that_leaves_none_is_told_until_it_is_raised() {
         assert_eq!(watching.next().await, ServingStatus::Serving);
     }
 
-    // Another role has every connection that the server has for ordinary roles. A connection of the node that still logs on takes one
-    // too, and is in no view: so all of them are counted, and not only the node's.
+    // Another role and this test have every connection that the server has for ordinary roles. The crowd counts its own: what the
+    // server counts includes connections of the node that are about to end, and lacks those that still log on.
     admin.run("CREATE ROLE crowd LOGIN").await;
     let uri = postgres.uri().replace("postgres@", "crowd@");
     let for_ordinary_roles =
         "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int";
     let for_ordinary_roles: usize = admin.value(for_ordinary_roles).await.parse().unwrap();
-    let mut crowd = Crowd(Vec::new());
+    let mut crowd = Crowd::default();
     eventually("the crowd and this test have every connection", async || {
         admin.run(END_THEIRS).await;
-        crowd.grow(&uri).await;
-        let all: usize = admin.value(CONNECTIONS).await.parse().unwrap();
-        connections(&admin).await == 0 && all == for_ordinary_roles
+        crowd.grow(&uri).await == for_ordinary_roles - 1
     })
     .await;
     server.not_ready("connection_limit", "PostgreSQL takes no more connections").await;
     admin.insert("t1", "crowded").await;
-    crowd.0.clear();
+    crowd.leave();
     stream.expect(Change::created("crowded")).await;
     server.ready().await;
 }
 
-/// A process that does not run for as long as this lives.
+/// Suspends a process until it is dropped.
 struct Suspended(u32);
 
 impl Suspended {
@@ -195,24 +180,34 @@ impl Drop for Suspended {
     }
 }
 
-/// The process that accepts connections.
+/// The process id of the postmaster, which accepts connections.
 fn postmaster(postgres: &Postgres) -> u32 {
     let file = std::fs::read_to_string(postgres.pgdata().join("postmaster.pid")).unwrap();
     file.lines().next().unwrap().parse().unwrap()
 }
 
-/// The backend that says what is visible.
-const SNAPSHOTS: &str =
-    "SELECT pid FROM pg_stat_activity WHERE usename = 'feeder' AND query = 'SELECT pg_current_snapshot()::text'";
+/// Waits until exactly one backend, other than this one, answers visibility queries. Returns its process id. A terminated backend is still
+/// shown for a moment.
+async fn snapshot_backend(admin: &Sql, other_than: &str) -> String {
+    let backends =
+        "SELECT pid FROM pg_stat_activity WHERE usename = 'feeder' AND query = 'SELECT pg_current_snapshot()::text'";
+    let mut found = Vec::new();
+    eventually("one backend answers visibility queries", async || {
+        found = admin.rows(backends).await.concat();
+        found.len() == 1 && found[0] != other_than
+    })
+    .await;
+    found.remove(0)
+}
 
 #[tokio::test]
-async fn a_visibility_statement_without_an_answer_is_told_also_of_an_idle_node() {
+async fn an_unanswered_visibility_query_makes_even_an_idle_node_unready() {
     let postgres = Postgres::start().await;
     let server = serve(&postgres).await;
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
     for waits_with_something in [false, true] {
-        let backend: u32 = admin.value(SNAPSHOTS).await.parse().unwrap();
-        // And nobody gets another connection in its place.
+        let backend = snapshot_backend(&admin, "").await.parse().unwrap();
+        // The suspended postmaster prevents a new connection in its place.
         let suspended = [Suspended::new(postmaster(&postgres)), Suspended::new(backend)];
         if waits_with_something {
             admin.insert("t1", "second").await;
@@ -227,30 +222,31 @@ async fn a_visibility_statement_without_an_answer_is_told_also_of_an_idle_node()
     stream.expect(Change::created("second")).await;
 }
 
-/// A restart of a backend, or an answer that takes a moment, changes nothing.
+/// A restarted backend, or a slow answer, changes nothing.
 #[tokio::test]
-async fn a_statement_that_fails_once_does_not_make_a_node_unready() {
+async fn one_failed_statement_does_not_make_a_node_unready() {
     let postgres = Postgres::start().await;
     let mut server = serve(&postgres).await;
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
     let mut watching = server.health_changes().await;
     assert_eq!(watching.next().await, ServingStatus::Serving);
+    let mut backend = String::new();
     for n in 0..3 {
-        let backend = admin.value(SNAPSHOTS).await;
+        backend = snapshot_backend(&admin, &backend).await;
         admin.run(&format!("SELECT pg_terminate_backend({backend})")).await;
         let id = format!("after{n}");
         admin.insert("t1", &id).await;
         stream.expect(Change::created(&id)).await;
     }
-    // The next thing that happens to its health, and nothing before.
+    // This is the next change of its health.
     server.terminate().await;
     assert_eq!(watching.next().await, ServingStatus::NotServing);
-    assert!(!server.has_said("not ready"));
-    assert_eq!(server.ended().await.code(), Some(0), "whoever watches the health holds up nothing");
+    assert!(!server.has_logged("not ready"));
+    assert_eq!(server.ended().await.code(), Some(0), "a watcher of the health does not delay the end");
 }
 
 #[tokio::test]
-async fn a_table_of_tenants_that_cannot_be_read_is_told() {
+async fn an_unreadable_table_of_tenants_makes_a_node_unready() {
     let postgres = Postgres::start().await;
     let server = serve(&postgres).await;
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
@@ -264,7 +260,7 @@ async fn a_table_of_tenants_that_cannot_be_read_is_told() {
     admin.run("GRANT SELECT ON tuplewatch.tenants TO feeder").await;
     server.ready().await;
 
-    // A migration, say, that holds a lock.
+    // A lock, for example of a migration.
     let holder = postgres.sql().await;
     holder.run("BEGIN; LOCK TABLE tuplewatch.tenants IN ACCESS EXCLUSIVE MODE").await;
     server.not_ready("no_starts", "look for an overload, and for locks").await;
@@ -276,7 +272,7 @@ async fn a_table_of_tenants_that_cannot_be_read_is_told() {
 }
 
 #[tokio::test]
-async fn a_commit_that_waits_for_a_standby_is_told_as_what_it_is() {
+async fn a_commit_that_waits_for_a_standby_makes_a_node_unready() {
     let postgres = Postgres::with(&MISSING_STANDBY).await;
     let server = Server::serve(&postgres, &[]).await;
     let (admin, mut stream, _) = server.first_delivered(&postgres, "first").await;
@@ -289,12 +285,12 @@ async fn a_commit_that_waits_for_a_standby_is_told_as_what_it_is() {
     assert_eq!(server.scrape().await.get("tuplewatch_oldest_waiting_seconds", &[]), 0.0);
 }
 
-/// What a log's directory is moved to.
+/// The path to which the directory of a log is moved.
 fn aside(server: &Server) -> PathBuf {
     server.changelog().with_extension("aside")
 }
 
-/// What can stand in its place.
+/// The contents of the old path afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Instead {
     Nothing,
@@ -303,7 +299,7 @@ enum Instead {
 }
 
 #[tokio::test]
-async fn a_change_log_that_was_moved_away_is_acknowledged_no_further_and_goes_on_when_it_is_back() {
+async fn a_moved_change_log_stops_acknowledgement_until_it_is_back() {
     let postgres = Postgres::start().await;
     let mut server = serve(&postgres).await;
     let (admin, mut stream, token) = server.first_delivered(&postgres, "first").await;
@@ -320,7 +316,7 @@ async fn a_change_log_that_was_moved_away_is_acknowledged_no_further_and_goes_on
         }
         server.not_ready("log_gone", "the directory of the change log").await;
         let is_read = "(SELECT active FROM pg_replication_slots WHERE slot_name = 'tuplewatch')";
-        eventually("the slot is let go of", async || !admin.is_true(is_read).await).await;
+        eventually("the slot is released", async || !admin.is_true(is_read).await).await;
         let id = format!("{instead:?}");
         admin.insert("t1", &id).await;
         let lsn = admin.flushed().await;
@@ -333,8 +329,8 @@ async fn a_change_log_that_was_moved_away_is_acknowledged_no_further_and_goes_on
         server.ready().await;
         eventually("it is acknowledged", async || admin.confirmed_reaches(&lsn).await).await;
     }
-    // And all of it is there for the next process.
-    server.die_and_return().await;
+    // The next process has everything.
+    server.kill_and_restart().await;
     let mut resumed = server.watch("t1", &token).await;
     for instead in [Instead::Nothing, Instead::AnEmptyDirectory, Instead::ACopy] {
         resumed.expect(Change::created(&format!("{instead:?}"))).await;
@@ -342,7 +338,7 @@ async fn a_change_log_that_was_moved_away_is_acknowledged_no_further_and_goes_on
 }
 
 #[tokio::test]
-async fn a_change_log_that_was_deleted_is_acknowledged_no_further_and_holds_up_no_shutdown() {
+async fn a_deleted_change_log_stops_acknowledgement_and_delays_no_shutdown() {
     let postgres = Postgres::start().await;
     let mut server = serve(&postgres).await;
     let (admin, mut stream, token) = server.first_delivered(&postgres, "first").await;
@@ -359,7 +355,7 @@ async fn a_change_log_that_was_deleted_is_acknowledged_no_further_and_holds_up_n
     within("the stream ends", stream.try_next()).await.unwrap_err();
     assert_eq!(server.ended().await.code(), Some(0));
 
-    // A new one begins where the slot is, and nothing is missing behind it.
+    // A new log begins at the slot's position, and is complete from there on.
     std::fs::remove_dir_all(server.changelog()).unwrap();
     server.start().await;
     server.ready().await;

@@ -1,4 +1,4 @@
-//! Watch over HTTP: JSON lines, and a browser's EventSource.
+//! Watch over HTTP: JSON lines, and the `EventSource` of a browser.
 
 mod names;
 mod python_client;
@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tuplewatch::dev_postgres::StopMode;
 
-/// What [`crate::support::sql::Sql::insert`] leads to.
+/// The change that [`crate::support::sql::Sql::insert`] causes.
 fn created(id: &str) -> Json {
     let subject = json!({"type": "user", "id": "u", "relation": ""});
     let tuple = json!({"entity": {"type": "document", "id": id}, "relation": "viewer", "subject": subject});
@@ -29,7 +29,7 @@ fn document(data: &Json) -> &str {
 }
 
 #[tokio::test]
-async fn changes_come_as_lines() {
+async fn changes_arrive_as_json_lines() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -66,7 +66,7 @@ async fn changes_come_as_lines() {
     }
 }
 
-/// It comes back by itself, whatever becomes of the server, and the page sees everything once and in order.
+/// It reconnects by itself after every fault, and the page sees everything once and in order.
 #[tokio::test]
 async fn an_event_source_misses_nothing() {
     const CHANGES: usize = 60;
@@ -79,7 +79,7 @@ async fn an_event_source_misses_nothing() {
     let Seen::Message { data, .. } = source.next().await else { panic!("a message") };
     assert_eq!(document(&data), "0");
 
-    // Before it has had any message: what comes while nobody listens is not lost.
+    // Changes before its first message are not lost either.
     let mut late = EventSource::new(server.url("/v1/tenants/t1/watch?snap_token="));
     assert_eq!(late.next().await, Seen::Open);
     late.has_id().await;
@@ -109,7 +109,7 @@ async fn an_event_source_misses_nothing() {
                     (expected, last_id) = (expected + 1, id);
                 }
                 Seen::Open => {}
-                // PostgreSQL was not there yet: it comes back.
+                // PostgreSQL is not available yet, and it reconnects.
                 Seen::Error(error) => assert_eq!(error["code"], 14, "{error}"),
                 Seen::Closed(status) => panic!("it gave up after {status}"),
             }
@@ -117,7 +117,7 @@ async fn an_event_source_misses_nothing() {
     }
 }
 
-/// Going on after a gap is for the page to decide: until it does, it is not asked again and again.
+/// The page decides whether to continue after a gap, so the source must not reconnect by itself.
 #[tokio::test]
 async fn an_event_source_stops_at_a_gap() {
     let postgres = Postgres::start().await;
@@ -143,13 +143,13 @@ async fn an_event_source_stops_at_a_gap() {
 }
 
 #[tokio::test]
-async fn what_is_refused_says_why() {
+async fn refusals_have_a_status_and_a_reason() {
     let postgres = Postgres::start().await;
     let flags = [("--server-http-body-size-max", "1KiB"), ("--server-http-cors-allowed-origins", "https://a.example")];
     let mut server = Server::serve(&postgres, &flags).await;
     let watch = "/v1/tenants/t1/watch";
     assert_eq!(server.ask(Method::GET, "/healthz", "").await, (200, json!({"status": "ALIVE"})));
-    for (method, path, body, status, code, says) in [
+    for (method, path, body, status, code, expected) in [
         (Method::POST, watch, "{", 400, 3, ""),
         (Method::POST, watch, r#"{"snap_token": "x"}"#, 400, 3, "INVALID_SNAP_TOKEN"),
         (Method::POST, "/v1/tenants/no%2Bwhere/watch", "", 404, 5, "TENANT_NOT_FOUND"),
@@ -160,7 +160,7 @@ async fn what_is_refused_says_why() {
         (Method::GET, "/v1/nothing", "", 404, 5, ""),
     ] {
         let (found, error) = server.ask(method.clone(), path, body).await;
-        assert_eq!((found, reason(&error)), (status, (code, says)), "{method} {path}: {error}");
+        assert_eq!((found, reason(&error)), (status, (code, expected)), "{method} {path}: {error}");
     }
     let (status, error) = server.ask(Method::POST, watch, " ".repeat(1025)).await;
     assert_eq!((status, reason(&error).0), (413, 8));
@@ -178,9 +178,9 @@ async fn what_is_refused_says_why() {
     assert_eq!((status, reason(&error)), (501, (12, "WATCH_DISABLED")));
 }
 
-/// Whatever is asked: no 500, and the server goes on.
+/// No request causes a status of 500 or ends the server.
 #[tokio::test]
-async fn no_request_is_an_internal_error() {
+async fn no_request_causes_an_internal_error() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut random = fastrand::Rng::with_seed(seed());
@@ -214,7 +214,7 @@ async fn no_request_is_an_internal_error() {
         let status = request.header("last-event-id", last).send().await.unwrap().status().as_u16();
         assert!([200, 204, 400, 404].contains(&status), "{status}");
     }
-    assert!(!server.has_said("panicked"));
+    assert!(!server.has_logged("panicked"));
 }
 
 #[tokio::test]
@@ -225,7 +225,7 @@ async fn streams_end_in_order_at_a_shutdown() {
     let mut lines = server.lines("/v1/tenants/t1/watch", json!({})).await;
     let mut source = EventSource::new(server.url("/v1/tenants/t1/watch"));
     assert_eq!(source.next().await, Seen::Open);
-    // A connection that is kept alive, and one that never says anything, must not hold up the others.
+    // An idle connection, and a silent one, must not delay the shutdown.
     let idle = reqwest::Client::new();
     assert!(idle.get(server.url("/healthz")).send().await.unwrap().bytes().await.is_ok());
     let _mute = TcpStream::connect(server.http_address()).await.unwrap();
@@ -241,7 +241,7 @@ async fn streams_end_in_order_at_a_shutdown() {
     assert_eq!(reason(&error), (14, "SHUTTING_DOWN"));
     assert_eq!(server.ended().await.code(), Some(0));
     assert!(began.elapsed().as_secs() < 9, "it should not wait for the grace period: {:?}", began.elapsed());
-    // And back it is, with the next process.
+    // It reconnects to the next process.
     server.start().await;
     server.serving().await;
     sql.insert("t1", "next").await;
@@ -250,9 +250,9 @@ async fn streams_end_in_order_at_a_shutdown() {
     assert_eq!(document(&data), "next");
 }
 
-/// One that does not read costs the server a bounded amount of memory, and the others nothing.
+/// It costs a bounded amount of memory, and delays no other client.
 #[tokio::test]
-async fn a_client_that_does_not_read_holds_nobody_up() {
+async fn a_client_that_does_not_read_delays_nobody() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--changelog-memory-window", "4MiB")]).await;
     let sql = postgres.sql().await;
@@ -268,7 +268,7 @@ async fn a_client_that_does_not_read_holds_nobody_up() {
     }
     sql.insert("t1", "end").await;
     while lines.next().await.unwrap()["result"]["changes"]["data_changes"] != created("end") {}
-    // 40 MB went by; a debug build and the log's own buffers take some.
+    // 40 MB were sent. A debug build and the buffers of the log need some memory too.
     let after_kib = server.memory_kib("VmRSS");
     assert!(after_kib < before_kib + (96 << 10), "{before_kib} KiB became {after_kib} KiB");
     drop(stuck);

@@ -1,4 +1,4 @@
-//! Rows of a table that inherits from a watched one are in its SELECT, and never in its stream.
+//! Rows of a table that inherits from a watched table: SELECT returns them, and the stream never does.
 
 use crate::support::api::Api;
 use crate::support::change::Change;
@@ -11,7 +11,7 @@ const INHERIT: &str = "CREATE TABLE tuplewatch.archive () INHERITS (tuplewatch.r
                        INSERT INTO tuplewatch.archive VALUES ('t1', 'document', 'old', 'viewer', 'user', 'u')";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_table_that_inherits_is_an_error_and_then_a_gap() {
+async fn an_inheriting_table_is_an_error_and_then_a_gap() {
     each_on_a_cluster(
         [
             ("detached", Remedy::Sql(&["ALTER TABLE tuplewatch.archive NO INHERIT tuplewatch.relation_tuples"])),
@@ -23,7 +23,7 @@ async fn a_table_that_inherits_is_an_error_and_then_a_gap() {
             reasons: &["SCHEMA_CHANGED"],
             detail: "another table inherited from table tuplewatch.relation_tuples for a while",
             lasts: Some(Lasting {
-                says: &[
+                messages: &[
                     "table tuplewatch.relation_tuples: table tuplewatch.archive inherits from it, and is not mapped",
                     "NO INHERIT",
                 ],
@@ -35,7 +35,7 @@ async fn a_table_that_inherits_is_an_error_and_then_a_gap() {
 }
 
 #[tokio::test]
-async fn the_store_reads_and_deletes_what_is_streamed_and_nothing_else() {
+async fn reads_and_deletes_leave_inheriting_tables_alone() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (sql, _stream, _) = server.first_delivered(&postgres, "own").await;
@@ -47,9 +47,9 @@ async fn the_store_reads_and_deletes_what_is_streamed_and_nothing_else() {
     assert_eq!(sql.value("SELECT count(*) FROM tuplewatch.archive").await, "1");
 }
 
-/// Each comes under its own name.
+/// Each table is streamed under its own name.
 #[tokio::test]
-async fn a_table_that_inherits_and_is_mapped_itself_is_streamed() {
+async fn a_mapped_inheriting_table_is_streamed() {
     let postgres = Postgres::start().await;
     let columns = "company text, id text, person text";
     postgres
@@ -78,7 +78,7 @@ async fn a_table_that_inherits_and_is_mapped_itself_is_streamed() {
     stream.expect(Change::created("1")).await;
     sql.run("INSERT INTO shop.old_shares VALUES ('', 'acme', '2', 'u')").await;
     stream.expect(Change::created("2")).await;
-    // Through the parent: the rows of both.
+    // A statement on the parent affects the rows of both.
     sql.run("DELETE FROM shop.shares WHERE id = '2'").await;
     stream.expect(Change::delete(Change::viewer("2"))).await;
 }

@@ -1,4 +1,4 @@
-//! Starting, stopping, and what the other side does meanwhile: restarts.
+//! Starts, stops, and restarts of PostgreSQL.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -18,13 +18,13 @@ use tuplewatch::dev_postgres::StopMode;
 use tuplewatch::model::snap_token::SnapToken;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sigterm_ends_streams_and_acknowledges_what_was_delivered() {
+async fn sigterm_ends_streams_and_acknowledges_delivered_changes() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
     add_tenants(&sql).await;
     let mut stream = server.watch("t1", "").await;
-    // One that nobody reads must not hold up the others.
+    // An unread stream must not delay the others.
     let _unread = server.watch("t1", "").await;
     let writers = Writers::start(&postgres.uri(), 4, seed(), Habits::default());
     let mut messages = Vec::new();
@@ -37,13 +37,13 @@ async fn sigterm_ends_streams_and_acknowledges_what_was_delivered() {
     assert_eq!(reason(&status), (Code::Unavailable, "SHUTTING_DOWN".into()));
     let exit = server.ended().await;
     assert_eq!(exit.code(), Some(0));
-    // The grace period is 10 s, and the last acknowledgement has a moment of its own.
+    // The grace period is 10 s, and the last acknowledgement has additional time.
     assert!(began.elapsed() < Duration::from_secs(13), "{:?}", began.elapsed());
     messages.extend(rest);
 
     let last = messages.pop().unwrap().token;
     let SnapToken::Position { place, .. } = last.parse().unwrap() else { panic!("a position token") };
-    // The process is gone, so this is what it said; its walsender may take a moment to take note.
+    // The process is gone, so the acknowledgement is final. Its walsender may need a moment to apply it.
     let is_free = "EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'tuplewatch' AND NOT active)";
     eventually("the slot is free", async || sql.is_true(is_free).await).await;
     assert!(
@@ -57,7 +57,7 @@ async fn sigterm_ends_streams_and_acknowledges_what_was_delivered() {
     server.start().await;
     server.serving().await;
     let resumed = server.watch("t1", &last).await.up_to(&Change::created("end")).await;
-    // All of it, once: it adds up, and every change changes something.
+    // Everything arrives once: it adds up, and every change has an effect.
     let all_but_popped = server.watch("t1", &messages.last().unwrap().token).await.up_to(&Change::created("end")).await;
     let mut state = std::collections::BTreeSet::new();
     for change in state_before.iter().chain(&changes(&all_but_popped)) {
@@ -91,7 +91,7 @@ async fn health_follows_the_slot() {
 }
 
 #[tokio::test]
-async fn reflection_lists_what_is_served() {
+async fn reflection_lists_the_services() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let request = ServerReflectionRequest {
@@ -108,7 +108,7 @@ async fn reflection_lists_what_is_served() {
     }
 }
 
-/// Nothing of what is watched changes, and the slot still does not keep the WAL of everything else.
+/// The watched tables do not change, and the slot still does not keep the WAL of other tables.
 #[tokio::test]
 async fn idle_progress_is_acknowledged() {
     let postgres = Postgres::start().await;
@@ -120,13 +120,13 @@ async fn idle_progress_is_acknowledged() {
         let lsn = sql.flushed().await;
         eventually("the slot advances", async || sql.confirmed_reaches(&lsn).await).await;
     }
-    // And a token from before still gives what comes now, also to a new process.
-    server.die_and_return().await;
+    // An earlier token still resumes, also at a new process.
+    server.kill_and_restart().await;
     sql.insert("t1", "after").await;
     server.watch("t1", &token).await.expect(Change::created("after")).await;
 }
 
-/// Streams stay open while PostgreSQL restarts, and nobody is sent anything twice.
+/// Streams stay open while PostgreSQL restarts, and repeat nothing.
 #[tokio::test]
 async fn streams_outlive_restarts_of_postgres() {
     let mut postgres = Postgres::start().await;
@@ -137,7 +137,7 @@ async fn streams_outlive_restarts_of_postgres() {
         for id in ["a", "b", "c"].map(|id| format!("{id}{n}")) {
             sql.insert("t1", &id).await;
         }
-        // Delivered before, or not yet.
+        // The changes are delivered before the stop, or after it.
         if n % 2 == 0 {
             for id in ["a", "b", "c"].map(|id| format!("{id}{n}")) {
                 stream.expect(Change::created(&id)).await;
@@ -145,7 +145,7 @@ async fn streams_outlive_restarts_of_postgres() {
         }
         drop(sql);
         let took = postgres.stop(mode).await;
-        // A walsender that waits for us would hold it up for as long as its timeout.
+        // A walsender that waits for us would delay it until its timeout.
         assert!(took < Duration::from_secs(10), "{mode:?} shutdown took {took:?} with an open stream");
         postgres.start_again().await;
         if n % 2 == 1 {
@@ -157,5 +157,5 @@ async fn streams_outlive_restarts_of_postgres() {
     let sql = postgres.sql().await;
     sql.insert("t1", "last").await;
     stream.expect(Change::created("last")).await;
-    assert!(!server.has_said("panicked"));
+    assert!(!server.has_logged("panicked"));
 }

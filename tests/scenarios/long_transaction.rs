@@ -1,4 +1,4 @@
-//! An open write transaction, of this database or another one, delays nobody.
+//! An open write transaction, of this database or another one, delays no delivery.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -22,7 +22,7 @@ async fn an_open_transaction_delays_nothing() {
         "2 = (SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction' AND backend_xid IS NOT NULL)";
     assert!(sql.is_true(is_open).await);
 
-    // All of this happens while the two are open, and would never happen if it had to wait for them.
+    // All of this happens while the two transactions are open, so nothing waits for them.
     let mut stream = server.watch("t1", "").await;
     for n in 0..200 {
         sql.insert("t1", &format!("d{n}")).await;
@@ -36,7 +36,7 @@ async fn an_open_transaction_delays_nothing() {
         stream.expect(Change::create(Change::viewer("own"))).await;
         token
     };
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     let mut after_own = server.watch("t1", &token).await;
     let mut now = server.watch("t1", "").await;
     sql.insert("t1", "later").await;
@@ -45,7 +45,7 @@ async fn an_open_transaction_delays_nothing() {
     }
     assert!(sql.is_true(is_open).await, "both were open all the time");
 
-    // Its place is where it commits.
+    // Its place is that of its commit.
     open.insert("t1", "open2").await;
     open.run("COMMIT").await;
     other.run("ROLLBACK").await;

@@ -1,6 +1,6 @@
-//! Memory stays bounded (hazards 28, 29 and 36 at once), and the largest transaction is resumable in its middle.
+//! Memory stays bounded (hazards 28, 29 and 36 together), and the largest transaction can be resumed in its middle.
 //!
-//! The server is a process of its own, so what the kernel says of it is about nothing else.
+//! The server is a separate process, so the kernel's figures are about it alone.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -14,10 +14,10 @@ use std::time::Instant;
 const TUPLES: u64 = 1_000_000;
 const CONNECTIONS: usize = 20;
 const IDLE_PER_CONNECTION: usize = 100;
-/// What is bounded (the window of 64 MiB, the recorder's queue, write buffers, the block cache, what each stream takes at a
-/// time) comes to half of this; with the transaction in memory as a whole it would be more.
+/// The bounded parts (the window of 64 MiB, the recorder's queue, write buffers, the block cache, buffers of streams) need half of this.
+/// With the whole transaction in memory it would be exceeded.
 const MEMORY_MAX_KIB: u64 = 256 << 10;
-/// Makes the tuples long enough for that.
+/// The length of ids, so that the tuples are large enough for that.
 const LONG: usize = 100;
 
 fn number(change: &Change) -> u64 {
@@ -25,7 +25,7 @@ fn number(change: &Change) -> u64 {
     change.fact.split_once(":n").and_then(|(_, rest)| rest.split_once('-')).unwrap().0.parse().unwrap()
 }
 
-/// Every tuple after this one, once and in order; the tokens of some messages on the way, by the last tuple in each.
+/// Reads every tuple from this one on, once and in order. Returns the messages with the number of the last tuple in each.
 async fn read_from(stream: &mut Stream, first: u64) -> Vec<(u64, Message)> {
     let mut expected = first;
     let mut kept = Vec::new();
@@ -42,7 +42,7 @@ async fn read_from(stream: &mut Stream, first: u64) -> Vec<(u64, Message)> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_million_tuples_pass_two_thousand_idle_streams_and_one_that_is_not_read() {
+async fn memory_stays_bounded_with_a_million_tuples_and_unread_streams() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -73,25 +73,25 @@ async fn a_million_tuples_pass_two_thousand_idle_streams_and_one_that_is_not_rea
     let bytes: usize = messages.iter().map(|(_, message)| message.bytes).sum();
     assert!(bytes > 200 << 20, "too little to show anything: {bytes} bytes");
 
-    // The others are alive.
+    // The idle streams are alive.
     for tenant in &TENANTS[1..] {
         sql.insert(tenant, "end").await;
     }
     let ends = join_all(idle.iter_mut().map(|stream| stream.expect(Change::created("end"))));
-    within("everybody has the end", ends).await;
+    within("every stream has the last change", ends).await;
     drop(idle);
 
-    // From the middle of it, in this process and in the next.
+    // Resume in the middle, in this process and in the next.
     let middle = |part: usize| &messages[messages.len() * part / 4];
     let (last, message) = middle(2);
     read_from(&mut server.watch("t1", &message.token).await, last + 1).await;
-    // Whoever was slow has lost nothing.
+    // The unread stream has lost nothing.
     read_from(&mut unread, 1).await;
     let most = server.memory_kib("VmHWM");
     eprintln!("read again from its middle and from its begin: VmHWM {} MiB", most >> 10);
     assert!(most < MEMORY_MAX_KIB, "{most} KiB");
 
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     let (last, message) = middle(3);
     read_from(&mut server.watch("t1", &message.token).await, last + 1).await;
     let most = server.memory_kib("VmHWM");

@@ -1,4 +1,4 @@
-//! What is measured, what is called ready, and what an alert is about.
+//! Metrics, readiness, and alerts.
 
 use crate::support::api::{Api, tuple};
 use crate::support::change::Change;
@@ -37,14 +37,14 @@ fn changed(scrape: &Scrape, table: &str, operation: &str) -> f64 {
 }
 
 #[tokio::test]
-async fn what_happens_is_counted() {
+async fn changes_streams_and_requests_are_counted() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--service-watch-subscribers-max", "77")]).await;
     let sql = postgres.sql().await;
     let before = server.scrape().await;
     assert_eq!(changed(&before, TUPLES, "create"), 0.0);
     for reason in ["TRUNCATE", "UNDECODABLE_ROW", "SLOT_MOVED"] {
-        assert_eq!(before.get("tuplewatch_gaps_total", &[("reason", reason)]), 0.0, "there from the start");
+        assert_eq!(before.get("tuplewatch_gaps_total", &[("reason", reason)]), 0.0, "present from the start");
     }
 
     let mut streams = [server.watch("t1", "").await, server.watch("t1", "").await];
@@ -75,7 +75,7 @@ async fn what_happens_is_counted() {
         assert!(of("tuplewatch_sent_bytes_total") > 8_000.0 * streams && of("tuplewatch_sent_bytes_total") < 64_000.0);
     }
     assert_eq!(scrape.get("tuplewatch_subscribers_limit", &[]), 77.0);
-    assert_eq!(scrape.get("tuplewatch_stream_lag_bytes", &[("rank", "max")]), 0.0, "all have everything");
+    assert_eq!(scrape.get("tuplewatch_stream_lag_bytes", &[("rank", "max")]), 0.0, "all streams are complete");
     assert!(scrape.get("tuplewatch_window_bytes", &[]) > 8_000.0);
     assert!(scrape.get("tuplewatch_log_fsync_duration_seconds_count", &[]) >= 1.0);
     assert_eq!(scrape.get("tuplewatch_session_state", &[("state", "streaming")]), 1.0);
@@ -83,7 +83,7 @@ async fn what_happens_is_counted() {
     assert!(scrape.get("tuplewatch_log_disk_free_bytes", &[]) > 0.0);
     assert!(scrape.get("process_resident_memory_bytes", &[]) > 1e6 && scrape.get("process_open_fds", &[]) > 3.0);
 
-    // Of the slot PostgreSQL is asked, every few seconds.
+    // The slot is queried every few seconds.
     let last_lsn: f64 = sql.value(&format!("SELECT '{last}'::pg_lsn - '0/0'")).await.parse().unwrap();
     eventually("the slot was looked at once all is acknowledged", async || {
         let scrape = server.scrape().await;
@@ -130,7 +130,7 @@ async fn what_happens_is_counted() {
 }
 
 #[tokio::test]
-async fn reconnects_gaps_and_rows_that_do_not_decode_are_counted_once() {
+async fn reconnects_gaps_and_decode_errors_are_counted_once() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
@@ -146,11 +146,11 @@ async fn reconnects_gaps_and_rows_that_do_not_decode_are_counted_once() {
     let failures = scrape.get("tuplewatch_session_failures_total", &[("kind", "transient")]);
     assert!(failures >= 1.0);
     assert_eq!(scrape.get("tuplewatch_session_failures_total", &[("kind", "definite")]), 0.0);
-    assert_eq!(changed(&scrape, TUPLES, "create"), 2.0, "none twice");
-    // A line for each change of state.
-    let said = server.times_said("the replication session ended, reconnecting");
-    assert!((1..=failures as usize).contains(&said), "{said} times, of {failures} failures");
-    assert_eq!(server.times_said("\"streaming\""), 2);
+    assert_eq!(changed(&scrape, TUPLES, "create"), 2.0, "none is counted twice");
+    // A line for each change of state. The reader of the log may be behind.
+    eventually("both sessions are in the log", async || server.times_logged("\"streaming\"") == 2).await;
+    let logged = server.times_logged("the replication session ended, reconnecting");
+    assert!((1..=failures as usize).contains(&logged), "{logged} times, of {failures} failures");
 
     sql.run(r#"INSERT INTO tuplewatch.attributes VALUES ('t1', 'document', 'd', 'x', '{"@type": "other.Value"}')"#)
         .await;
@@ -160,7 +160,7 @@ async fn reconnects_gaps_and_rows_that_do_not_decode_are_counted_once() {
     sql.run("TRUNCATE tuplewatch.relation_tuples").await;
     let (messages, status) = stream.ending().await;
     assert_eq!((changes(&messages), reason(&status).0), (vec![], Code::Aborted));
-    // Counted when the server is through with a stream, which is when its client may be already.
+    // A stream is counted when the server has finished it, which may be after its client has.
     eventually("both are counted", async || {
         let scrape = server.scrape().await;
         watches(&scrape, "ABORTED") == 2.0 && ended(&scrape) == 2.0
@@ -176,9 +176,9 @@ async fn reconnects_gaps_and_rows_that_do_not_decode_are_counted_once() {
     assert_eq!(watches(&scrape, "ABORTED"), 2.0);
 }
 
-/// A subscriber that comes back from far behind, and one that does not read.
+/// A subscriber that resumes from far behind, and one that does not read.
 #[tokio::test]
-async fn replays_and_slow_subscribers_are_told_apart() {
+async fn replays_and_slow_subscribers_are_counted_separately() {
     const LAST: u64 = 6_000;
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--changelog-memory-window", "1MiB")]).await;
@@ -198,7 +198,7 @@ async fn replays_and_slow_subscribers_are_told_apart() {
     assert!(scrape.get("tuplewatch_stream_lag_bytes", &[("rank", "max")]) > 8e6);
     assert!(scrape.get("tuplewatch_window_bytes", &[]) <= scrape.get("tuplewatch_window_limit_bytes", &[]));
     assert_eq!(scrape.get("tuplewatch_replays_total", &[]), 0.0);
-    assert_eq!(scrape.get("tuplewatch_slow_subscribers_total", &[]), 0.0, "it has not asked for it yet");
+    assert_eq!(scrape.get("tuplewatch_slow_subscribers_total", &[]), 0.0, "it has not read it yet");
 
     let mut returned = server.watch("t1", &token).await;
     for stream in [&mut unread, &mut returned] {
@@ -210,7 +210,7 @@ async fn replays_and_slow_subscribers_are_told_apart() {
     let scrape = server.scrape().await;
     assert_eq!(scrape.get("tuplewatch_replays_total", &[]), 1.0);
     assert_eq!(scrape.get("tuplewatch_slow_subscribers_total", &[]), 1.0);
-    eventually("nobody is behind", async || {
+    eventually("no stream is behind", async || {
         server.scrape().await.get("tuplewatch_stream_lag_bytes", &[("rank", "max")]) == 0.0
     })
     .await;
@@ -227,19 +227,19 @@ async fn until_ready(server: &Server) {
     eventually("ready", async || ready(server).await == (200, json!({"status": "READY"}))).await;
 }
 
-async fn until_unready(server: &Server, says: &str) {
-    let says_so = |(status, body): (u16, Json)| {
+async fn until_unready(server: &Server, expected: &str) {
+    let is_as_expected = |(status, body): (u16, Json)| {
         let reason = body["reason"].as_str().unwrap_or_default();
         assert!(status != 503 || body["status"] == "NOT_READY", "{body}");
-        status == 503 && reason.contains(says)
+        status == 503 && reason.contains(expected)
     };
-    eventually(&format!("not ready: {says}"), async || says_so(ready(server).await)).await;
-    // It is not dead for that.
+    eventually(&format!("not ready: {expected}"), async || is_as_expected(ready(server).await)).await;
+    // It is still alive.
     assert_eq!(server.ask(Method::GET, "/healthz", "").await.0, 200);
 }
 
 #[tokio::test]
-async fn ready_is_who_streams_and_is_not_far_behind() {
+async fn a_node_is_ready_while_it_streams_and_is_not_far_behind() {
     let mut postgres = Postgres::start().await;
     let mut server = Server::prepare(&postgres, &[("--server-http-ready-lag-max", "1s")]).await;
     postgres.stop(StopMode::Fast).await;
@@ -248,7 +248,7 @@ async fn ready_is_who_streams_and_is_not_far_behind() {
     postgres.start_again().await;
     until_ready(&server).await;
 
-    // The session waits for a lock, and has not lost its connection: only the lag tells.
+    // The session waits for a lock, and keeps its connection, so only the lag shows it.
     let (sql, holder) = (postgres.sql().await, postgres.sql().await);
     holder.run("BEGIN; LOCK TABLE pg_catalog.pg_publication IN ACCESS EXCLUSIVE MODE").await;
     sql.until_waiting(1).await;
@@ -264,9 +264,9 @@ async fn ready_is_who_streams_and_is_not_far_behind() {
     until_unready(&server, "the slot does not stream").await;
 }
 
-/// With hours of WAL to catch up with, the lag in seconds would begin at none all the same.
+/// Even with hours of WAL to read, the lag in seconds begins at zero.
 #[tokio::test]
-async fn who_has_to_catch_up_after_the_start_is_not_ready() {
+async fn a_node_that_catches_up_after_its_start_is_not_ready() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, &postgres).await;
@@ -283,7 +283,7 @@ async fn who_has_to_catch_up_after_the_start_is_not_ready() {
 }
 
 #[tokio::test]
-async fn probes_need_no_credentials_and_metrics_do_unless_told_otherwise() {
+async fn metrics_need_credentials_by_default_and_probes_do_not() {
     let postgres = Postgres::start().await;
     let flags = [("--authn-enabled", "true"), ("--authn-preshared-keys", "hush"), ("--server-rate-limit", "1")];
     let mut server = Server::serve(&postgres, &flags).await;
@@ -295,11 +295,11 @@ async fn probes_need_no_credentials_and_metrics_do_unless_told_otherwise() {
         assert_eq!(ready(&server).await.0, 200);
     }
     server.set("--authn-exempt-metrics", "true");
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     server.scrape().await;
 }
 
-/// Runs `promtool` in the directory of the rules; fails with what it says.
+/// Runs `promtool` in the directory of the rules. Fails with its output.
 async fn promtool(arguments: &[&str], input: &str) {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("docker/prometheus");
     let mut command = Command::new("promtool");
@@ -308,17 +308,17 @@ async fn promtool(arguments: &[&str], input: &str) {
     let mut process = spawned.unwrap_or_else(|error| panic!("promtool: {error} (./requirements test installs it)"));
     process.stdin.take().unwrap().write_all(input.as_bytes()).await.unwrap();
     let output = within("promtool", process.wait_with_output()).await.unwrap();
-    let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
-    assert!(output.status.success(), "promtool {arguments:?}: {said}\n{input}");
+    let logged = [output.stdout, output.stderr].map(|logged| String::from_utf8_lossy(&logged).into_owned()).concat();
+    assert!(output.status.success(), "promtool {arguments:?}: {logged}\n{input}");
 }
 
-/// That they read, and that names and units are as Prometheus wants them.
+/// Checks that Prometheus accepts the metrics, with their names and units.
 async fn check_metrics(text: &str) {
     promtool(&["check", "metrics"], text).await;
 }
 
 #[tokio::test]
-async fn rules_and_configuration_are_what_prometheus_reads() {
+async fn prometheus_accepts_the_rules_and_the_configuration() {
     promtool(&["check", "rules", "alerts.yml"], "").await;
     promtool(&["check", "config", "prometheus.yml"], "").await;
     promtool(&["test", "rules", "alerts_test.yml"], "").await;
@@ -326,7 +326,7 @@ async fn rules_and_configuration_are_what_prometheus_reads() {
 
 /// Every query of the dashboard, as a rule, so that Prometheus parses it.
 #[tokio::test]
-async fn the_dashboard_asks_what_prometheus_understands() {
+async fn prometheus_accepts_every_query_of_the_dashboard() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docker/grafana/tuplewatch.json");
     let dashboard: Json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();

@@ -1,4 +1,4 @@
-//! [`crate::support::oracle`], with a fault of each kind in turn. `benches/soak.rs` has all of them at once, for hours.
+//! [`crate::support::oracle`] with each kind of fault. `benches/soak.rs` has all of them together, for hours.
 
 use crate::support::faults::Fault::{self, Crash, CrashBoth, Kill, KillOneOfTwo, Unpublish};
 use crate::support::faults::World;
@@ -6,7 +6,7 @@ use crate::support::oracle::Oracle;
 use crate::support::writer::seed;
 use std::time::Duration;
 
-/// Small messages, a small window: transactions in many messages, and much reading from disk.
+/// Small messages and a small window, so that transactions have many messages, and much is read from disk.
 const TIGHT: [(&str, &str); 2] = [("--service-watch-message-size-max", "1KiB"), ("--changelog-memory-window", "1MiB")];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -35,13 +35,13 @@ async fn everybody_gets_everything_while_both_crash() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn everybody_gets_everything_but_what_a_gap_tells_while_the_publication_changes() {
+async fn everybody_gets_everything_outside_gaps_while_the_publication_changes() {
     let missed = run(&TIGHT, 1 << 10, &[Unpublish]).await;
     assert!(missed > 0, "nothing was written while it was not published");
 }
 
-/// Whoever loses one of them goes on at the other, with the token that it has. Each keeps back a little from its slot, which
-/// comes again whenever it returns, and reaches nobody.
+/// A subscriber that loses one node continues at the other with its token. Each node delays its acknowledgements a little, so that some
+/// changes are sent again after a restart. They must reach nobody.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everybody_gets_everything_while_one_of_two_nodes_is_killed() {
     let hold_back =
@@ -49,7 +49,7 @@ async fn everybody_gets_everything_while_one_of_two_nodes_is_killed() {
     run(&[&TIGHT[..], &hold_back].concat(), 1 << 10, &[KillOneOfTwo]).await;
 }
 
-/// So often somebody comes back in each run, however slow the machine is.
+/// The least number of returns in each run, even on a slow machine.
 const RETURNS_MIN: u64 = 30;
 
 async fn run(flags: &[(&str, &str)], message_bytes: usize, faults: &'static [Fault]) -> usize {
@@ -62,7 +62,7 @@ async fn run(flags: &[(&str, &str)], message_bytes: usize, faults: &'static [Fau
         .round(faults, async |load| {
             let tally = world.disturb(faults, load, Duration::from_secs(12), 3).await;
             eprintln!("faults: {tally}");
-            load.has_returned(RETURNS_MIN).await;
+            load.until_returned(RETURNS_MIN).await;
         })
         .await;
     assert!(round.transactions > 300, "too little was written to show anything: {}", round.transactions);

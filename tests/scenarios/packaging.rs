@@ -1,8 +1,8 @@
-//! What `docker/` says, without an engine: the commands and environments in its files are taken out of them and run against a
-//! PostgreSQL with the settings and roles that stand there, too.
+//! The files in `docker/`, without a container engine. Their commands and environments run against a PostgreSQL with the settings and
+//! roles of the same files.
 //!
-//! What is other than there: addresses (a free port of this machine), directories (a temporary one), and the program, which is
-//! the one under test. A flag, a key or a variable that the program does not know fails the test of the file that names it.
+//! Only addresses (a free port), directories (temporary ones), and the program (the one under test) differ. A flag, a key or a variable
+//! that the program does not know fails the test of the file that contains it.
 
 mod compose;
 mod image;
@@ -27,7 +27,7 @@ use tuplewatch::config::Config;
 
 type Environment = BTreeMap<String, String>;
 
-/// Inside of the repository.
+/// A path in the repository.
 fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
@@ -40,7 +40,7 @@ fn yaml(text: &str) -> Json {
     tuplewatch::yaml::from_str(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
 }
 
-/// As texts: numbers and booleans in a list of arguments are such.
+/// A list of arguments as texts, including its numbers and booleans.
 fn texts(list: &Json) -> Vec<String> {
     list.as_array().unwrap_or_else(|| panic!("{list} is no list")).iter().map(text).collect()
 }
@@ -60,15 +60,14 @@ fn assignments(text: &str) -> Environment {
     lines.map(|line| line.split_once('=').unwrap()).map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
 }
 
-/// How long a stop may take here is longer than the program takes at most.
+/// This time for a stop must be longer than the program needs at most.
 fn leaves_time_to_stop(given: &str) {
     let given = humantime::parse_duration(given).unwrap();
     let taken = Config::load(None, [], &[]).unwrap().shutdown.grace_period + Duration::from_secs(5);
     assert!(given > taken, "{given:?} is killed before {taken:?} are over");
 }
 
-/// A PostgreSQL with the database `app` as `docker/postgres/roles.sql` leaves it, where everybody but the superuser needs a
-/// password.
+/// A PostgreSQL with the database `app` after `docker/postgres/roles.sql`, in which every role but the superuser needs a password.
 struct Database {
     postgres: Postgres,
 }
@@ -82,7 +81,7 @@ impl Database {
         postgres.sql().await.run("CREATE DATABASE app").await;
         let database = Self { postgres };
         database.sql().await.run(&as_psql_would(&read(ROLES), passwords)).await;
-        // As the image has it. Logical replication is of a database, and not what pg_hba.conf calls replication.
+        // The rules of the image. Logical replication connects to a database, and is not what pg_hba.conf calls replication.
         let rules = "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
         std::fs::write(database.postgres.pgdata().join("pg_hba.conf"), rules).unwrap();
         database.sql().await.run("SELECT pg_reload_conf()").await;
@@ -107,7 +106,7 @@ impl Database {
     }
 }
 
-/// `\getenv` and `:'name'`, which are all of psql that is used.
+/// Interprets `\getenv` and `:'name'`, the only features of psql that the script uses.
 fn as_psql_would(script: &str, environment: &Environment) -> String {
     let mut script = script.to_owned();
     let commands: Vec<String> = script.lines().filter(|line| line.starts_with('\\')).map(str::to_owned).collect();
@@ -122,7 +121,7 @@ fn as_psql_would(script: &str, environment: &Environment) -> String {
     script
 }
 
-/// What a file has run: what is behind the program, and its environment.
+/// A command from a file: the arguments of the program, and its environment.
 #[derive(Clone, Debug)]
 struct Recipe {
     arguments: Vec<String>,
@@ -130,7 +129,7 @@ struct Recipe {
 }
 
 impl Recipe {
-    /// As a command in a directory of its own, which stands for the volume.
+    /// The command, with a directory in place of the volume.
     fn command(&self, database: &Database, volume: &Path) -> Command {
         let mut command = program(volume);
         for (name, value) in &self.environment {
@@ -144,7 +143,7 @@ impl Recipe {
         command
     }
 
-    /// Runs `setup`: everything is made, and a second time nothing.
+    /// Runs `setup` twice: it creates everything, and then nothing.
     async fn sets_up(&self, database: &Database) {
         let volume = tempfile::tempdir().unwrap();
         let first = run(self.command(database, volume.path())).await.succeeded();
@@ -158,23 +157,17 @@ impl Recipe {
         let volume = tempfile::tempdir().unwrap();
         let mut command = self.command(database, volume.path());
         command.args(["--server-host", "127.0.0.1", "--server-grpc-port", "0", "--server-http-port", "0"]);
-        // This machine may have less room than that one.
+        // This machine may have less free space.
         command.args(["--changelog-disk-reserve", "16MiB"]);
         let mut process = Process::start(command);
-        process.comes_to("streaming").await;
+        process.reaches("streaming").await;
         assert!(volume.path().join("log").is_dir(), "the change log is in the volume");
-        let address = |protocol: &str| -> SocketAddr {
-            let lines = process.complained();
-            let line = lines.iter().find(|line| line.contains(&format!("{protocol} is listening"))).unwrap();
-            let (_, from) = line.split_once("127.0.0.1:").unwrap();
-            let port: String = from.chars().take_while(char::is_ascii_digit).collect();
-            SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()))
-        };
-        Node { grpc: address("gRPC"), http: address("HTTP"), process, _volume: volume }
+        let (grpc, http) = (process.listens("gRPC").await, process.listens("HTTP").await);
+        Node { grpc, http, process, _volume: volume }
     }
 }
 
-/// A server that was started as a file has it.
+/// A server that was started with the command of a file.
 struct Node {
     grpc: SocketAddr,
     http: SocketAddr,
@@ -188,14 +181,14 @@ impl Node {
         within("the stream starts", Stream::open(&endpoint, "t1", token)).await.unwrap()
     }
 
-    /// A tuple that is written comes; its token.
+    /// Writes a tuple, which must be delivered. Returns its token.
     async fn delivers(&self, database: &Database, id: &str) -> String {
         let mut stream = self.watch("").await;
         database.sql().await.insert("t1", id).await;
         stream.expect(Change::created(id)).await.token
     }
 
-    /// Runs a health check with these arguments, at our port.
+    /// Runs a health check with these arguments on our port.
     async fn check_health(&self, arguments: &[String]) -> Ran {
         let volume = tempfile::tempdir().unwrap();
         let mut command = program(volume.path());
@@ -209,14 +202,14 @@ impl Node {
         assert_eq!(answer.status(), 200, "{path}");
     }
 
-    /// Ends by the signal that an engine sends, as if nothing had happened.
+    /// Ends successfully by the signal that a container engine sends.
     async fn stops(mut self, signal: &str) {
         self.process.signal(signal);
         assert_eq!(self.process.ended().await.code(), Some(0));
     }
 }
 
-/// Settings of PostgreSQL under which nothing works, for those of a file to come after.
+/// Settings of PostgreSQL under which nothing works, before those of a file.
 const BARE: [(&str, &str); 4] = [
     ("wal_level", "replica"),
     ("max_replication_slots", "0"),
@@ -224,7 +217,7 @@ const BARE: [(&str, &str); 4] = [
     ("track_commit_timestamp", "off"),
 ];
 
-/// A database that is set up for whoever serves.
+/// A database after setup.
 async fn database_that_is_set_up() -> (Database, Environment) {
     let passwords = assignments(&read("docker/.env.example"));
     let database = Database::start(&[], &passwords).await;

@@ -1,5 +1,5 @@
-//! Partitions come and go. A new one that was created as a partition is an everyday rotation, and ends no stream; one that may
-//! have brought rows along is a gap.
+//! Partitions come and go. A table that was created as a partition is a normal rotation, and ends no stream. A partition that may have
+//! brought rows with it is a gap.
 
 use super::publication::create_partitioned;
 use super::schema::verified_again;
@@ -17,7 +17,7 @@ async fn insert(sql: &Sql, kind: &str, id: &str) -> Change {
 }
 
 #[tokio::test]
-async fn a_rotation_is_no_gap() {
+async fn a_rotation_of_partitions_is_no_gap() {
     let postgres = Postgres::start().await;
     create_partitioned(&postgres.sql().await).await;
     let mut server = Server::serve(&postgres, &[]).await;
@@ -26,7 +26,7 @@ async fn a_rotation_is_no_gap() {
     let root = "PARTITION OF tuplewatch.relation_tuples";
     for (statement, kind) in [
         (format!("CREATE TABLE tuplewatch.teams {root} FOR VALUES IN ('team')"), "team"),
-        // In one transaction with its first row, and a row of another before it.
+        // In one transaction with its first row, after the creation of another one.
         (
             format!(
                 "BEGIN; CREATE TABLE tuplewatch.a {root} FOR VALUES IN ('a'); \
@@ -35,7 +35,7 @@ async fn a_rotation_is_no_gap() {
             "a",
         ),
         ("COMMIT".to_owned(), "b"),
-        // A level of its own, with more than one below it.
+        // A partitioned partition, with two partitions below it.
         (format!("CREATE TABLE tuplewatch.level {root} FOR VALUES IN ('c', 'd') PARTITION BY LIST (entity_type)"), ""),
         ("CREATE TABLE tuplewatch.c PARTITION OF tuplewatch.level FOR VALUES IN ('c')".to_owned(), "c"),
         (
@@ -45,7 +45,7 @@ async fn a_rotation_is_no_gap() {
         ),
         (format!("CREATE TABLE tuplewatch.rest {root} DEFAULT"), "e"),
         (format!("CREATE TABLE tuplewatch.f {root} FOR VALUES IN ('f')"), "f"),
-        // Nobody has seen it, and nothing was in it.
+        // Dropped before a check, and without rows.
         (format!("CREATE TABLE tuplewatch.g {root} FOR VALUES IN ('g'); DROP TABLE tuplewatch.g"), ""),
     ] {
         sql.run(&statement).await;
@@ -58,7 +58,7 @@ async fn a_rotation_is_no_gap() {
     verified_again(&postgres).await;
     stream.expect_silence().await;
 
-    // And by a process that was away.
+    // The same for a process that was not running.
     server.kill_9().await;
     sql.run(&format!("CREATE TABLE tuplewatch.h {root} FOR VALUES IN ('h')")).await;
     expected.push(insert(&sql, "h", "1").await);
@@ -73,7 +73,7 @@ async fn a_partition_that_may_have_brought_rows_is_a_gap() {
     let postgres = Postgres::start().await;
     create_partitioned(&postgres.sql().await).await;
     for case in [
-        // In one transaction, as a partition is created.
+        // In one transaction, like the creation of a partition.
         Interruption {
             name: "filled",
             fault: &["BEGIN; CREATE TABLE tuplewatch.teams (LIKE tuplewatch.relation_tuples INCLUDING ALL); \
@@ -83,7 +83,7 @@ async fn a_partition_that_may_have_brought_rows_is_a_gap() {
             detail: "the set of partitions of table tuplewatch.relation_tuples changed",
             lasts: None,
         },
-        // New, and truncated before anybody has looked: PostgreSQL keeps that to itself.
+        // New, and truncated before a check. PostgreSQL does not send that.
         Interruption {
             name: "emptied",
             fault: &[
@@ -104,6 +104,6 @@ async fn a_partition_that_may_have_brought_rows_is_a_gap() {
         },
     ] {
         let server = case.prepare(&postgres).await;
-        case.happens(postgres.sql().await, server).await;
+        case.check(postgres.sql().await, server).await;
     }
 }

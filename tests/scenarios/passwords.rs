@@ -1,13 +1,15 @@
-//! Passwords that are more than ASCII: both connections log on wherever psql does.
+//! Passwords beyond ASCII: both connections log on whenever psql does.
 //!
-//! For SCRAM, PostgreSQL and libpq bring text into a prepared form and take the bytes as they are where that is not possible; for
-//! md5 and password they always take the bytes. The role is given its password as psql's `\password` or `ALTER ROLE` gives it.
+//! For SCRAM, PostgreSQL and libpq normalize a password, and use its bytes unchanged if that is not possible. For md5 and password they
+//! always use the bytes. The role gets its password as `ALTER ROLE` or psql's `\password` sets it.
 
 use super::cli::process::{Process, program, run};
 use crate::support::postgres::Postgres;
+use crate::support::sql::Sql;
+use crate::support::wait::eventually;
 use std::os::unix::fs::PermissionsExt as _;
 
-/// Each with the reason why it may go wrong.
+/// Each with its difficulty.
 const PASSWORDS: [(&str, &str); 13] = [
     ("ASCII", "it's \\ :secret"),
     ("becomes a", "pa\u{aa}s"),
@@ -42,6 +44,8 @@ async fn guarded() -> Postgres {
     let lines: String = METHODS.iter().map(|method| format!("host all {method} all {method}\n")).collect();
     postgres.put_file("pg_hba.conf", &(lines + &before));
     sql.run("SELECT pg_reload_conf()").await;
+    let without_password = postgres.uri().replace("postgres@", "password@");
+    eventually("passwords are asked for", async || Sql::try_connect(&without_password).await.is_err()).await;
     postgres
 }
 
@@ -51,7 +55,7 @@ async fn set(postgres: &Postgres, method: &str, literal: &str) {
     postgres.sql().await.run(&set).await;
 }
 
-/// What doctor finds about the two connections.
+/// The diagnostics of doctor about the two connections.
 async fn finds(uri: &str, passfile: Option<&std::path::Path>) -> (String, String) {
     let directory = tempfile::tempdir().unwrap();
     let mut command = program(directory.path());
@@ -75,7 +79,7 @@ fn works((sql, stream): &(String, String)) -> bool {
 }
 
 #[tokio::test]
-async fn both_connections_log_on_with_every_password_that_postgresql_takes() {
+async fn both_connections_log_on_with_every_password_of_postgresql() {
     let postgres = guarded().await;
     for (why, password) in PASSWORDS {
         for method in METHODS {
@@ -87,7 +91,7 @@ async fn both_connections_log_on_with_every_password_that_postgresql_takes() {
             assert!(found.0.contains("SQLSTATE 28P01"), "{method}, {why}: {found:?}");
         }
     }
-    // Written in one way, and given in another.
+    // Set in one normalization form, and given in another.
     set(&postgres, "scram-sha-256", "'cafe\u{301}'").await;
     let uri = postgres.uri().replace("postgres@", &format!("scram-sha-256:{}@", encoded("caf\u{e9}")));
     assert!(works(&finds(&uri, None).await));
@@ -96,10 +100,10 @@ async fn both_connections_log_on_with_every_password_that_postgresql_takes() {
     run(command).await.succeeded();
     let directory = tempfile::tempdir().unwrap();
     let mut process = Process::start(super::cli::prerequisites::serve(&uri, directory.path()));
-    process.comes_to("streaming").await;
+    process.reaches("streaming").await;
 }
 
-/// Bytes that are no text can only be in a file. What another line has does not matter to ours.
+/// Only a file can contain bytes that are not text. Such bytes in another line do not matter.
 #[tokio::test]
 async fn a_password_file_may_hold_any_bytes() {
     let postgres = guarded().await;
@@ -115,7 +119,7 @@ async fn a_password_file_may_hold_any_bytes() {
     std::fs::write(file.path(), b"*:*:*:*:caf\xe9\n").unwrap();
     for method in METHODS {
         let found = finds(&uri(method), Some(file.path())).await;
-        let says = if method == "scram-sha-256" { "the password is not UTF-8" } else { "SQLSTATE 28P01" };
-        assert!(found.0.contains(says), "{method}: {found:?}");
+        let expected = if method == "scram-sha-256" { "the password is not UTF-8" } else { "SQLSTATE 28P01" };
+        assert!(found.0.contains(expected), "{method}: {found:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! Over Permify's own tables, written with what Permify itself runs: everything comes, including what Permify's Watch misses.
+//! Permify's own tables, written with Permify's own statements. Every change is delivered, including those that Permify's Watch misses.
 
 use crate::support::change::Change;
 use crate::support::permify::{
@@ -30,7 +30,7 @@ async fn watch(server: &Server, tenant: &str, token: &str) -> Stream {
     server.watch(tenant, token).await.with_empty()
 }
 
-/// The next message is this write's, with these changes.
+/// The next message has the token of this write, and these changes.
 async fn expect(stream: &mut Stream, written: &Written, changes: &[Change]) {
     let message = stream.next().await;
     assert_eq!(message.changes, changes);
@@ -38,7 +38,7 @@ async fn expect(stream: &mut Stream, written: &Written, changes: &[Change]) {
 }
 
 #[tokio::test]
-async fn everything_that_permify_does() {
+async fn every_write_of_permify_is_streamed() {
     for (schema, tables) in [("public", Tables::New), ("Authz 'n more", Tables::Grown)] {
         let postgres = Postgres::start().await;
         let permify = Permify::create(&postgres, schema, tables).await;
@@ -58,7 +58,7 @@ async fn everything_that_permify_does() {
         let mut stream = watch(&server, "t1", "").await;
         let written = write(&sql, "t1", &[insert_tuple("t1", "1"), insert_tuple("t1", "2")]).await;
         expect(&mut stream, &written, &[created("1"), created("2")]).await;
-        // There already, or nothing at all: the writer waits for its token even so.
+        // Writes without a change: their writer waits for the token too.
         let written = write(&sql, "t1", &[insert_tuple("t1", "1")]).await;
         expect(&mut stream, &written, &[]).await;
         let written = write(&sql, "t1", &[]).await;
@@ -86,7 +86,7 @@ async fn everything_that_permify_does() {
             expect(&mut stream, &written, &changes).await;
         }
 
-        // A bundle, with a tuple that it writes and deletes.
+        // A bundle that writes a tuple and deletes it again.
         let on = Change::attribute("document", "3", "public", &json("BooleanValue", "true"));
         let bundle = [
             insert_tuple("t1", "3"),
@@ -98,14 +98,14 @@ async fn everything_that_permify_does() {
         let gone = Change::delete(earlier.take().unwrap());
         expect(&mut stream, &written, &[created("3"), Change::create(&on), deleted("3"), gone]).await;
 
-        // What changes nothing: a migration, and garbage collection.
+        // A migration and a garbage collection change no fact.
         permify.change_live_value().await;
         collect_garbage(&sql).await;
         assert_eq!(sql.value("SELECT count(*) FROM relation_tuples WHERE tenant_id = 't1'").await, "1");
         let written = write(&sql, "t1", &[insert_tuple("t1", "4")]).await;
         expect(&mut stream, &written, &[created("4")]).await;
 
-        // A tenant that is deleted, and with it what held for it. Permify writes no transaction for that.
+        // The deletion of a tenant deletes its facts. Permify writes no transaction for it.
         let rest = [deleted("1"), deleted("4"), Change::delete(&on)];
         sql.run(
             "BEGIN; DELETE FROM relation_tuples WHERE tenant_id = 't1'; DELETE FROM attributes WHERE tenant_id = 't1'; \
@@ -114,14 +114,14 @@ async fn everything_that_permify_does() {
         .await;
         let message = stream.next().await;
         assert_eq!(message.changes, rest);
-        // Whoever has a token of it can still come back, and there is nothing more.
+        // A token of the tenant still resumes, and nothing follows.
         let mut last = watch(&server, "t1", &written.token()).await;
         assert_eq!(last.next().await.changes, rest);
         last.expect_silence().await;
     }
 }
 
-/// Writers that run what Permify runs, at random, on few documents.
+/// Runs random statements of Permify on few documents.
 async fn write_at_random(permify: Permify, mut random: Rng, count: usize) {
     let sql = permify.sql().await;
     for _ in 0..count {
@@ -137,7 +137,7 @@ async fn write_at_random(permify: Permify, mut random: Rng, count: usize) {
         }
         statements.push(if random.u8(..20) == 0 { "ROLLBACK" } else { "COMMIT" }.to_owned());
         if let Err(error) = sql.batch_execute(&statements.join("; ")).await {
-            // A deadlock, or the same tuple again: what happens to writers.
+            // A deadlock or a unique violation, which is normal for writers.
             let code = error.code().map(|code| code.code().to_owned());
             assert!(matches!(code.as_deref(), Some("40P01" | "23505")), "{error} {code:?}");
             sql.run("ROLLBACK").await;
@@ -145,7 +145,7 @@ async fn write_at_random(permify: Permify, mut random: Rng, count: usize) {
     }
 }
 
-/// Reads on behind `token` until this write, coming back now and then; what each message had, by its transaction.
+/// Reads from `token` up to this write, and reconnects now and then. Collects the changes of each message with its transaction.
 async fn read_up_to(server: &Server, tenant: &str, token: &str, last: u64, received: &mut Vec<(u64, Vec<Change>)>) {
     let mut token = token.to_owned();
     loop {
@@ -164,7 +164,7 @@ async fn read_up_to(server: &Server, tenant: &str, token: &str, last: u64, recei
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn concurrent_writers_lose_nothing_whatever_the_timestamps() {
+async fn concurrent_writes_are_complete_whatever_their_timestamps() {
     const WRITERS: usize = 16;
     const ROUND: usize = 200;
     const ROUNDS_MAX: usize = 10;
@@ -219,7 +219,7 @@ fn first_xid(token: &str) -> u64 {
     xid.0
 }
 
-/// How many commit timestamps came again, and how many were below the one before, in the order of the stream.
+/// The number of repeated commit timestamps, and of those before their predecessor in the order of the stream.
 async fn ties_and_inversions(sql: &Sql, received: &[(u64, Vec<Change>)]) -> (usize, usize) {
     let rows =
         sql.rows("SELECT id, extract(epoch FROM pg_xact_commit_timestamp(id::xid)) * 1000000 FROM transactions").await;
@@ -230,7 +230,7 @@ async fn ties_and_inversions(sql: &Sql, received: &[(u64, Vec<Change>)]) -> (usi
 }
 
 #[tokio::test]
-async fn tokens_of_every_form() {
+async fn tokens_of_every_form_resume() {
     let postgres = Postgres::start().await;
     let permify = Permify::create(&postgres, "public", Tables::New).await;
     let sql = permify.sql().await;
@@ -238,7 +238,7 @@ async fn tokens_of_every_form() {
     let mut server = permify.serve(&postgres, &[("--service-watch-resolve-timeout", "2s")]).await;
     let first = write(&sql, "t1", &[insert_tuple("t1", "first")]).await;
 
-    // Others run while this one writes: one that commits before it, and one that commits after it.
+    // Two other transactions run during this one: one commits before it, and one after it.
     let (earlier, later) = (permify.sql().await, permify.sql().await);
     let before = begin(&earlier, "t1").await;
     let after = begin(&later, "t1").await;
@@ -252,12 +252,12 @@ async fn tokens_of_every_form() {
     later.run(&insert_tuple("t1", "later")).await;
     later.run("COMMIT").await;
 
-    // A writer that rolls back leaves an id that nothing is known of.
+    // A rolled-back write leaves an unknown id.
     let rolled_back = begin(&sql, "t1").await;
     sql.run("ROLLBACK").await;
     let next = sql.value("SELECT pg_snapshot_xmax(pg_current_snapshot())").await.parse::<u64>().unwrap();
     for process in 0..2 {
-        // Also where Permify has collected the transactions: the log knows them by itself.
+        // Also after Permify has deleted the transactions, because the log has them itself.
         if process == 1 {
             collect_garbage(&sql).await;
             server.kill_9().await;
@@ -268,11 +268,11 @@ async fn tokens_of_every_form() {
         expect(&mut stream, &before, &[created("earlier")]).await;
         expect(&mut stream, &own, &[created("own")]).await;
         expect(&mut stream, &after, &[created("later")]).await;
-        // What its snapshot did not see, but for its own.
+        // Everything outside its snapshot, except for itself.
         let mut stream = watch(&server, "t1", &own.text_token()).await;
         expect(&mut stream, &before, &[created("earlier")]).await;
         expect(&mut stream, &after, &[created("later")]).await;
-        // The very first write that the log has, which nothing precedes.
+        // The first write in the log.
         let mut stream = watch(&server, "t1", &first.text_token()).await;
         expect(&mut stream, &before, &[created("earlier")]).await;
 
@@ -284,7 +284,7 @@ async fn tokens_of_every_form() {
         for token in [long_ago.token(), long_ago.text_token(), rolled_back.token(), SnapToken::Xid(Xid8(0)).to_string()]
         {
             let status = check(&token, Code::OutOfRange, "TRANSACTION_UNKNOWN").await;
-            // Ours, whatever the form of those that Watch emits.
+            // Tokens in statuses are native, whatever the form of those in messages.
             let mut stream = watch(&server, "t1", &metadata(&status, "earliest_snap_token")).await;
             expect(&mut stream, &first, &[created("first")]).await;
         }
@@ -297,7 +297,7 @@ async fn tokens_of_every_form() {
 }
 
 #[tokio::test]
-async fn native_tokens_where_they_are_asked_for_and_transactions_in_any_preset() {
+async fn native_tokens_can_be_chosen_and_xids_work_in_any_preset() {
     let postgres = Postgres::start().await;
     let permify = Permify::create(&postgres, "public", Tables::New).await;
     let server = permify.serve(&postgres, &[("--snap-token-format", "native")]).await;
@@ -343,7 +343,7 @@ fn ids(messages: &[Message]) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_large_transaction_resumes_by_the_one_before_it() {
+async fn a_large_transaction_resumes_at_its_beginning() {
     let many = |tenant: &str, name: &str, count: usize| {
         format!(
             "INSERT INTO relation_tuples (tenant_id, entity_type, entity_id, relation, subject_type, subject_id, \
@@ -357,7 +357,7 @@ async fn a_large_transaction_resumes_by_the_one_before_it() {
     let mut server = permify.serve(&postgres, &[("--service-watch-message-size-max", "1KiB")]).await;
     let mut stream = watch(&server, "t1", "").await;
 
-    // Nothing comes before it in the log: its parts have tokens of ours.
+    // It is the first in the log, so its parts have native tokens.
     let first = write(&sql, "t1", &[many("t1", "a", 50)]).await;
     let messages = read_whole(&mut stream, &first.token()).await;
     assert_eq!(ids(&messages).len(), 50);
@@ -369,7 +369,7 @@ async fn a_large_transaction_resumes_by_the_one_before_it() {
     let rest = read_whole(&mut watch(&server, "t1", &inside.token).await, &first.token()).await;
     assert_eq!(ids(&rest), ids(&messages[3..]));
 
-    // The one before it is another tenant's. The second one is larger than what is held in memory of a transaction.
+    // The preceding transaction belongs to another tenant. The second large one exceeds the memory for a transaction.
     let mut before = write(&sql, "t2", &[insert_tuple("t2", "before")]).await;
     for (name, count) in [("b", 50), ("c", 60_000)] {
         let large = write(&sql, "t1", &[many("t1", name, count)]).await;
@@ -408,7 +408,7 @@ async fn a_large_transaction_resumes_by_the_one_before_it() {
 }
 
 #[tokio::test]
-async fn truncate_of_facts_is_a_gap_and_of_transactions_is_not() {
+async fn truncating_facts_is_a_gap_and_truncating_transactions_is_not() {
     let postgres = Postgres::start().await;
     let permify = Permify::create(&postgres, "public", Tables::New).await;
     let server = permify.serve(&postgres, &[]).await;
@@ -427,7 +427,7 @@ async fn truncate_of_facts_is_a_gap_and_of_transactions_is_not() {
     let mut stream = watch(&server, "t1", &metadata(&status, "next_snap_token")).await;
     let written = write(&sql, "t1", &[insert_tuple("t1", "3")]).await;
     expect(&mut stream, &written, &[created("3")]).await;
-    // Marked rows are no facts, whoever made them.
+    // Marked rows are no facts, whoever marked them.
     sql.run(&format!("UPDATE relation_tuples SET expired_tx_id = '5' WHERE expired_tx_id = '{LIVE}'")).await;
     assert_eq!(stream.next().await.changes, [deleted("3")]);
 }

@@ -1,8 +1,8 @@
-//! Who knows how far we are: the slot, the change log and the WAL do not always agree.
+//! The slot, the change log and the WAL do not always agree on the position.
 //!
-//! The slot may lag behind what it was told (PostgreSQL writes its position down at checkpoints only), and must lag behind
-//! what is not whole yet. The WAL may end before what the log has, on the same timeline, when a storage is rolled back; then
-//! PostgreSQL accepts a start past its end and silently leaves out what is written next.
+//! The slot may be behind its acknowledgements, because PostgreSQL saves its position only at checkpoints, and must be behind incomplete
+//! transactions. When storage is rolled back, the WAL may end before the log on the same timeline. PostgreSQL then accepts a start past
+//! its end, and silently skips the changes that are written next.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -21,8 +21,7 @@ fn created(id: &str) -> Change {
     Change::created(id)
 }
 
-/// Writes, stops the server, and puts its data back to before that. Returns with the server running, and the last token of
-/// what is undone.
+/// Writes, stops PostgreSQL, and restores its data from before. Returns the last token of the undone changes.
 async fn roll_back(postgres: &mut Postgres, server: &Server) -> String {
     let (sql, mut stream, _) = server.first_delivered(postgres, "before").await;
     drop(sql);
@@ -31,7 +30,7 @@ async fn roll_back(postgres: &mut Postgres, server: &Server) -> String {
     postgres.start_again().await;
 
     let sql = postgres.sql().await;
-    // So much that a few rows after the rollback do not reach as far.
+    // So much that a few rows after the rollback do not reach this position.
     sql.run("SELECT pg_logical_emit_message(true, 'other', repeat('x', 1 << 20))").await;
     sql.insert("t1", "undone").await;
     let token = stream.expect(created("undone")).await.token;
@@ -45,7 +44,7 @@ async fn roll_back(postgres: &mut Postgres, server: &Server) -> String {
 const ROLLED_BACK: &str = "storage was rolled back";
 
 #[tokio::test]
-async fn a_storage_that_was_rolled_back_is_an_error_until_the_log_is_begun_anew() {
+async fn rolled_back_storage_is_an_error_until_the_log_is_reset() {
     let mut postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let token = roll_back(&mut postgres, &server).await;
@@ -53,17 +52,17 @@ async fn a_storage_that_was_rolled_back_is_an_error_until_the_log_is_begun_anew(
     postgres.start_again().await;
     let sql = postgres.sql().await;
     let noticed = Instant::now();
-    server.says(ROLLED_BACK).await;
-    // The longest backoff, and a little.
+    server.until_logged(ROLLED_BACK).await;
+    // A little more than the longest backoff.
     assert!(noticed.elapsed() < Duration::from_secs(15), "{:?}", noticed.elapsed());
-    assert!(server.has_said("--reset-log"), "and what to do");
+    assert!(server.has_logged("--reset-log"), "and the remedy");
 
     sql.insert("t1", "after").await;
     for process in 1..=2 {
-        eventually("it says so", async || server.times_said(ROLLED_BACK) == process).await;
+        eventually("it is logged", async || server.times_logged(ROLLED_BACK) == process).await;
         assert_eq!(server.health("").await, Ok(ServingStatus::NotServing));
         assert!(sql.walsender().await.is_none());
-        // Neither on streams that are open or resumed, nor to who starts now, if anybody can.
+        // Neither open or resumed streams, nor new ones, get anything.
         streams.push(server.watch("t1", &token).await);
         streams.extend(server.try_watch("t1", "").await);
         for stream in &mut streams {
@@ -86,9 +85,9 @@ async fn a_storage_that_was_rolled_back_is_an_error_until_the_log_is_begun_anew(
     stream.expect(created("anew")).await;
 }
 
-/// Then its end is no sign any more, and whoever starts there leaves out what was written below it.
+/// The end of the WAL shows nothing then, and a start there would skip the changes below it.
 #[tokio::test]
-async fn a_storage_that_was_rolled_back_and_has_grown_past_the_log_is_no_silent_gap() {
+async fn rolled_back_storage_that_outgrew_the_log_is_no_silent_gap() {
     let mut postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let token = roll_back(&mut postgres, &server).await;
@@ -98,10 +97,10 @@ async fn a_storage_that_was_rolled_back_and_has_grown_past_the_log_is_no_silent_
     sql.insert("t1", "below").await;
     sql.run("SELECT pg_logical_emit_message(true, 'other', repeat('x', 2 << 20))").await;
     server.start().await;
-    // The stream is open before anything is noticed, or not; either way nothing of the new history comes.
+    // The stream may open before the rollback is noticed. Nothing of the new history may arrive in either case.
     let mut streams = Vec::from_iter(server.try_watch("t1", &token).await);
     sql.insert("t1", "after").await;
-    server.says(ROLLED_BACK).await;
+    server.until_logged(ROLLED_BACK).await;
     streams.extend(server.try_watch("t1", &token).await);
     for stream in &mut streams {
         stream.expect_silence().await;
@@ -112,13 +111,13 @@ async fn a_storage_that_was_rolled_back_and_has_grown_past_the_log_is_no_silent_
 const ROWS: usize = 60_000;
 
 #[tokio::test]
-async fn a_transaction_is_not_acknowledged_before_it_is_whole() {
+async fn a_transaction_is_not_acknowledged_before_it_is_complete() {
     let postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, &postgres).await;
     let (sql, mut stream, token) = server.first_delivered(&postgres, "first").await;
 
-    // A few seconds' worth.
+    // So that it takes a few seconds.
     proxy.slow_down(3 << 20);
     let other = postgres.sql().await;
     sql.run("BEGIN").await;
@@ -128,14 +127,14 @@ async fn a_transaction_is_not_acknowledged_before_it_is_whole() {
          SELECT 't1', 'document', '{long}' || n, 'viewer', 'user', '{long}', '' FROM generate_series(1, {ROWS}) n"
     ))
     .await;
-    // It lies between rows of the big one, and is committed before it.
+    // It is written between rows of the big one, and commits before it.
     other.insert("t1", "small").await;
     stream.expect(created("small")).await;
     sql.insert("t1", "last").await;
     sql.run("COMMIT").await;
     let end = sql.flushed().await;
     for _ in 0..2 {
-        // Past what is staged at once, twice.
+        // More than what is staged at once, twice.
         let received = proxy.returned_bytes() + (9 << 20);
         eventually("a good part of it is received", async || {
             assert!(!sql.confirmed_reaches(&end).await, "acknowledged before it was whole");
@@ -156,12 +155,12 @@ async fn a_transaction_is_not_acknowledged_before_it_is_whole() {
     let mut once: Vec<&str> = all.iter().map(|change| change.fact.as_str()).collect();
     once.sort_unstable();
     once.dedup();
-    assert_eq!(once.len() + 1, facts.len(), "each of them, once");
+    assert_eq!(once.len() + 1, facts.len(), "each of them once");
     eventually("now it is acknowledged", async || sql.confirmed_reaches(&end).await).await;
 }
 
 #[tokio::test]
-async fn what_a_crashed_server_sends_again_reaches_nobody() {
+async fn changes_sent_again_after_a_crash_reach_nobody() {
     let mut postgres = Postgres::start().await;
     let proxy = Proxy::to_postgres(&postgres.uri()).await;
     let mut server = Server::serve_through(&proxy, &postgres).await;
@@ -169,7 +168,7 @@ async fn what_a_crashed_server_sends_again_reaches_nobody() {
     let mut token = String::new();
 
     for round in ["server", "both"] {
-        // PostgreSQL may have written the position down for another reason, just then: then once more.
+        // PostgreSQL may have saved the position for another reason. Then it is tried again.
         let mut has_gone_back = false;
         for attempt in 0..5 {
             let sql = postgres.sql().await;
@@ -202,16 +201,16 @@ async fn what_a_crashed_server_sends_again_reaches_nobody() {
             let id = format!("{round}{attempt}.after");
             sql.insert("t1", &id).await;
             if round == "both" {
-                // The first token of all: everything after it, once.
+                // Everything after the very first token, once.
                 let messages = server.watch("t1", &token).await.up_to(&created(&id)).await;
                 let mut facts: Vec<String> = changes(&messages).into_iter().map(|change| change.fact).collect();
                 let count = facts.len();
                 facts.sort();
                 facts.dedup();
-                assert_eq!((facts.len(), count), (count, sql.facts("t1").await.len() - 1), "each, once");
+                assert_eq!((facts.len(), count), (count, sql.facts("t1").await.len() - 1), "each once");
                 stream = server.watch("t1", &messages.last().unwrap().token).await;
             } else {
-                // The next message, and not one of those before.
+                // The next message is not a repeated one.
                 stream.expect(created(&id)).await;
             }
             if has_gone_back {
@@ -220,5 +219,5 @@ async fn what_a_crashed_server_sends_again_reaches_nobody() {
         }
         assert!(has_gone_back, "{round}: the slot's position was never older, so nothing was shown");
     }
-    assert!(!server.has_said("moved on without"), "no gap");
+    assert!(!server.has_logged("moved on without"), "no gap");
 }

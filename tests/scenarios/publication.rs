@@ -1,6 +1,6 @@
-//! What is published changes at run time, and nothing in the stream says so: a table is taken out and put in again, a row
-//! filter hides rows, a partition goes. PostgreSQL then sends less than there is, and whoever trusts the stream is wrong
-//! for ever. So each of these is noticed, is a gap for every subscriber, and an error for as long as something is hidden.
+//! The publication changes at run time, and the stream does not show it: a table is removed and added again, a row filter hides rows, a
+//! partition goes. PostgreSQL then sends less than is written. So each of these is noticed, is a gap for every subscriber, and is an error
+//! for as long as rows are hidden.
 
 use crate::support::interruption::{Interruption, Lasting, Remedy, side_by_side};
 use crate::support::postgres::{Postgres, major};
@@ -20,7 +20,7 @@ async fn on_one_cluster(cases: &[Interruption]) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_not_published_for_a_while_is_a_gap() {
+async fn a_temporary_change_of_the_publication_is_a_gap() {
     let mut cases = vec![
         Interruption {
             name: "recreated",
@@ -71,9 +71,9 @@ async fn what_was_not_published_for_a_while_is_a_gap() {
     on_one_cluster(&cases).await;
 }
 
-/// A restart of tuplewatch would refuse all of these; so does the process that runs.
+/// A new process would refuse all of these, and so does the running one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_not_published_is_an_error_until_it_is_again() {
+async fn an_incomplete_publication_is_an_error_until_it_is_repaired() {
     const AFRESH: Remedy = Remedy::Sql(&["BEGIN; ALTER PUBLICATION $NAME DROP TABLE tuplewatch.relation_tuples; \
                                           ALTER PUBLICATION $NAME ADD TABLE tuplewatch.relation_tuples; COMMIT"]);
     const WRITTEN: &str =
@@ -96,7 +96,7 @@ async fn what_is_not_published_is_an_error_until_it_is_again() {
             reasons: &["SLOT_MOVED", "SCHEMA_CHANGED"],
             detail: "the publication was dropped and created again",
             lasts: Some(Lasting {
-                says: &["publication dropped: does not exist", "tuplewatch setup --recreate-slot"],
+                messages: &["publication dropped: does not exist", "tuplewatch setup --recreate-slot"],
                 remedy: Remedy::Setup(&["--recreate-slot"]),
             }),
         },
@@ -106,7 +106,7 @@ async fn what_is_not_published_is_an_error_until_it_is_again() {
             reasons: SCHEMA_CHANGED,
             detail: "table tuplewatch.relation_tuples was taken out of the publication and added again",
             lasts: Some(Lasting {
-                says: &[
+                messages: &[
                     "table tuplewatch.relation_tuples: is not in publication removed",
                     "ALTER PUBLICATION \\\"removed\\\" ADD TABLE \\\"tuplewatch\\\".\\\"relation_tuples\\\"",
                 ],
@@ -122,17 +122,17 @@ async fn what_is_not_published_is_an_error_until_it_is_again() {
             reasons: SCHEMA_CHANGED,
             detail: "the publication was altered",
             lasts: Some(Lasting {
-                says: &["does not publish update, delete", "SET (publish = 'insert, update, delete, truncate')"],
+                messages: &["does not publish update, delete", "SET (publish = 'insert, update, delete, truncate')"],
                 remedy: Remedy::Sql(&["ALTER PUBLICATION $NAME SET (publish = 'insert, update, delete, truncate')"]),
             }),
         },
-        // Up to 17 the slot cannot be read past the row that was written; 18 passes over it in silence.
+        // Up to 17 the slot cannot be read past the row. 18 skips it silently.
         match major() {
             18.. => recreated,
             _ => Interruption {
                 reasons: &["SLOT_MOVED", "SCHEMA_CHANGED"],
                 lasts: Some(Lasting {
-                    says: &["tuplewatch setup --recreate-slot"],
+                    messages: &["tuplewatch setup --recreate-slot"],
                     remedy: Remedy::Setup(&["--recreate-slot"]),
                 }),
                 ..recreated
@@ -150,14 +150,14 @@ async fn what_is_not_published_is_an_error_until_it_is_again() {
             reasons: SCHEMA_CHANGED,
             detail: "table tuplewatch.relation_tuples was taken out of the publication and added again, or is in it in \
                      another way",
-            lasts: Some(Lasting { says: &["has a row filter in the publication", "DROP TABLE"], remedy: AFRESH }),
+            lasts: Some(Lasting { messages: &["has a row filter in the publication", "DROP TABLE"], remedy: AFRESH }),
         });
     }
     let others = on_one_cluster(&cases);
     if major() < 15 {
         return others.await;
     }
-    // For itself: PostgreSQL refuses UPDATE and DELETE to everybody then.
+    // On its own cluster, because PostgreSQL then refuses every UPDATE and DELETE.
     let hidden = [Interruption {
         name: "columns_hidden",
         fault: &["ALTER PUBLICATION $NAME SET TABLE tuplewatch.attributes, tuplewatch.relation_tuples \
@@ -165,7 +165,7 @@ async fn what_is_not_published_is_an_error_until_it_is_again() {
         reasons: SCHEMA_CHANGED,
         detail: "table tuplewatch.relation_tuples was taken out of the publication and added again, or is in it in another way",
         lasts: Some(Lasting {
-            says: &["column subject_relation is not in the column list of the publication", "DROP TABLE"],
+            messages: &["column subject_relation is not in the column list of the publication", "DROP TABLE"],
             remedy: AFRESH,
         }),
     }];
@@ -173,7 +173,7 @@ async fn what_is_not_published_is_an_error_until_it_is_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_replica_identity_that_lacks_mapped_columns_is_an_error_until_it_has_them() {
+async fn a_replica_identity_without_mapped_columns_is_an_error() {
     let detail = "the replica identity of table tuplewatch.relation_tuples changed";
     on_one_cluster(&[Interruption {
         name: "narrowed",
@@ -184,7 +184,7 @@ async fn a_replica_identity_that_lacks_mapped_columns_is_an_error_until_it_has_t
         reasons: SCHEMA_CHANGED,
         detail,
         lasts: Some(Lasting {
-            says: &["old rows lack column", "REPLICA IDENTITY FULL"],
+            messages: &["old rows lack column", "REPLICA IDENTITY FULL"],
             remedy: Remedy::Sql(&["ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY FULL"]),
         }),
     }])
@@ -205,9 +205,9 @@ pub(super) async fn create_partitioned(sql: &Sql) {
     .await;
 }
 
-/// PostgreSQL sends the truncation of a partitioned table, and keeps that of its partitions to itself.
+/// PostgreSQL sends the truncation of a partitioned table, and not that of its partitions.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rows_that_go_with_their_partition_are_a_gap() {
+async fn rows_removed_with_their_partition_are_a_gap() {
     let postgres = Postgres::start().await;
     create_partitioned(&postgres.sql().await).await;
     const FOLDER: &str =
@@ -240,6 +240,6 @@ async fn rows_that_go_with_their_partition_are_a_gap() {
         },
     ] {
         let server = case.prepare(&postgres).await;
-        case.happens(postgres.sql().await, server).await;
+        case.check(postgres.sql().await, server).await;
     }
 }

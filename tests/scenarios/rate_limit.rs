@@ -1,4 +1,4 @@
-//! More requests than the process takes.
+//! More requests than `server.rate_limit` allows.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -10,7 +10,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_types::StatusExt as _;
 
 #[tokio::test]
-async fn too_many_requests_are_told_when_to_come_back() {
+async fn excess_requests_are_refused_with_a_retry_delay() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--server-rate-limit", "1")]).await;
     let sql = postgres.sql().await;
@@ -27,19 +27,19 @@ async fn too_many_requests_are_told_when_to_come_back() {
     let wait = status.get_details_retry_info().and_then(|info| info.retry_delay).expect("a time to come back at");
     assert!((1..=1000).contains(&wait.as_millis()), "{wait:?}");
 
-    // Health is not counted, and a stream counts once: what comes in it is free.
+    // Health checks are not counted, and a stream counts once, without its messages.
     for n in 0..20 {
         assert_eq!(server.health("").await, Ok(ServingStatus::Serving));
         sql.insert("t1", &n.to_string()).await;
         stream.expect(Change::create(Change::viewer(&n.to_string()))).await;
     }
-    // Nobody else asks: so what it said holds.
+    // There are no other requests, so the delay is enough.
     tokio::time::sleep(wait).await;
     server.watch("t1", "").await;
 }
 
 #[tokio::test]
-async fn zero_is_no_limit() {
+async fn a_limit_of_zero_is_no_limit() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--server-rate-limit", "0")]).await;
     let channel = server.channel().await;

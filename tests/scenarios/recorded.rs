@@ -153,7 +153,7 @@ impl Case {
 
     /// Another process has nothing of it in memory, and sends the same from disk.
     async fn replay(&mut self) {
-        self.server.die_and_return().await;
+        self.server.kill_and_restart().await;
         for Sent { tenant, start_token, lines } in std::mem::take(&mut self.sent) {
             let request = Grpc { tenant: &tenant, token: &start_token };
             let Answer::Grpc(response) = self.ask(&request).await else { unreachable!("gRPC answers by gRPC") };

@@ -1,28 +1,29 @@
-//! A server, or something in between, that does not take us: what is said names the cause and what to do.
+//! Refusals of a server, or of a pooler in front of it. The message names the cause and the remedy.
 
 use super::cli::prerequisites::serve;
 use super::cli::process::{Process, run, tuplewatch};
+use crate::support::crowd::Crowd;
 use crate::support::postgres::Postgres;
 use crate::support::wait::eventually;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
-/// What `serve` says where it is refused at once.
-async fn is_refused(uri: &str, says: &[&str]) {
+/// `serve` ends with these messages.
+async fn is_refused(uri: &str, expected: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let ran = run(serve(uri, directory.path())).await;
     for driver in ["db error", "error connecting to server", "server error:", "io error:", "tls error:"] {
         assert!(!ran.err.contains(driver), "words of a driver: {}", ran.err);
     }
-    ran.failed(says);
+    ran.failed(expected);
 }
 
-/// What `serve` says where it goes on trying.
-async fn is_put_off(uri: &str, says: &[&str]) {
+/// `serve` logs these messages and keeps trying.
+async fn is_put_off(uri: &str, expected: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let process = Process::start(serve(uri, directory.path()));
-    for text in says {
-        process.complains(text).await;
+    for text in expected {
+        process.until_logged(text).await;
     }
 }
 
@@ -87,7 +88,7 @@ async fn a_connection_pooler_in_between_is_recognized() {
     .await;
     let ran = tuplewatch(&["setup", "--database-uri", &uri]).await;
     ran.failed(&["most likely a connection pooler", "needs a direct connection"]);
-    // Something else that listens.
+    // Another program that listens.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
@@ -95,14 +96,14 @@ async fn a_connection_pooler_in_between_is_recognized() {
             let _ = client.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
         }
     });
-    let says =
+    let expected =
         ["it sent something that is not of PostgreSQL's protocol", "Check that PostgreSQL listens at this address"];
-    is_put_off(&format!("postgres://u@127.0.0.1:{port}/app?sslmode=disable"), &says).await;
+    is_put_off(&format!("postgres://u@127.0.0.1:{port}/app?sslmode=disable"), &expected).await;
 }
 
 #[tokio::test]
-async fn a_uri_of_another_library_or_with_a_raw_password_is_refused_by_its_form() {
-    for (uri, says) in [
+async fn a_uri_in_another_form_is_refused_with_its_correction() {
+    for (uri, expected) in [
         ("jdbc:postgresql://h:5432/db?user=u&password=secret", "without 'jdbc:'"),
         ("postgresql+psycopg2://u:secret@h/db", "write postgres:// in its place"),
         ("postgres://u:12/secret@h/db", "write %3F, %26, %2F, %40"),
@@ -112,18 +113,18 @@ async fn a_uri_of_another_library_or_with_a_raw_password_is_refused_by_its_form(
         let directory = tempfile::tempdir().unwrap();
         let ran = run(serve(uri, directory.path())).await;
         assert!(!ran.err.contains("secret"), "{ran:?}");
-        assert!(ran.err.contains(says) && ran.code != Some(0), "{uri}: {ran:?}");
+        assert!(ran.err.contains(expected) && ran.code != Some(0), "{uri}: {ran:?}");
     }
 }
 
-/// Whatever language the server speaks: the causes are told apart without its text.
+/// The causes are recognized without the texts of the server, whatever its language.
 #[tokio::test]
-async fn each_refusal_of_the_server_says_what_to_do() {
+async fn each_refusal_of_the_server_names_a_remedy() {
     let settings = [("max_connections", "12"), ("superuser_reserved_connections", "2"), ("max_wal_senders", "1")];
     let postgres = Postgres::with(&settings).await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
-    // Each by itself: a database is not created inside a transaction.
+    // Each by itself, because a database cannot be created inside a transaction.
     for statement in [
         "CREATE DATABASE closed ALLOW_CONNECTIONS false",
         "CREATE DATABASE filled CONNECTION LIMIT 0",
@@ -148,33 +149,31 @@ async fn each_refusal_of_the_server_says_what_to_do() {
     let options = format!("{}?options=-c%20lc_messages=C", uri("app", "postgres"));
     is_refused(&options, &["SQLSTATE 42501", "Check the options in database.uri"]).await;
 
-    let mut others = Vec::new();
-    while let Ok(other) = crate::support::sql::Sql::try_connect(&uri("app", "postgres")).await {
-        others.push(other);
-    }
+    let mut crowd = Crowd::default();
+    // The test itself has one connection more.
+    let app = uri("app", "postgres");
+    eventually("the ordinary connections are taken", async || crowd.grow(&app).await == 12 - 2 - 1).await;
     is_put_off(&uri("app", "postgres"), &["SQLSTATE 53300", "reserved for superusers", "raise max_connections"]).await;
-    while let Ok(other) = crate::support::sql::Sql::try_connect(&postgres.uri()).await {
-        others.push(other);
-    }
+    eventually("the reserved connections are taken", async || crowd.grow(&postgres.uri()).await == 12 - 1).await;
     is_put_off(&postgres.uri(), &["SQLSTATE 53300", "Close other sessions, or raise max_connections"]).await;
 }
 
-/// Told as what it is, and not as a shutdown.
+/// The cause is logged exactly, and not as a shutdown.
 #[tokio::test]
-async fn the_end_of_a_session_is_told_with_its_cause() {
+async fn the_end_of_a_session_is_logged_with_its_cause() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
     let directory = tempfile::tempdir().unwrap();
     let mut process = Process::start(serve(&postgres.uri(), directory.path()));
-    process.comes_to("streaming").await;
+    process.reaches("streaming").await;
     let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
                WHERE application_name LIKE 'tuplewatch %' AND backend_type = 'client backend'";
-    // Where a statement was under way, that one has the cause. So until it happens to a session that was idle.
-    let says = "it shuts down, or somebody ended the session (pg_terminate_backend): ";
+    // A statement that was running gets the cause instead. So this is repeated until an idle session is ended.
+    let expected = "it shuts down, or somebody ended the session (pg_terminate_backend): ";
     let is_said = async || {
         sql.run(end).await;
-        process.complained().iter().any(|line| line.contains(says) && line.contains("SQLSTATE 57P01"))
+        process.logged().iter().any(|line| line.contains(expected) && line.contains("SQLSTATE 57P01"))
     };
-    eventually("the cause is said", is_said).await;
+    eventually("the cause is logged", is_said).await;
 }

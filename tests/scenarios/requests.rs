@@ -1,5 +1,5 @@
-//! Requests with anything in any of their fields, through gRPC and HTTP: each is answered, or refused for what is wrong with it.
-//! None is an internal error, and none ends the server.
+//! Random values in every field of a request, over gRPC and HTTP. Each request is answered, or refused with its mistake. None is an
+//! internal error, and none ends the server.
 
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
@@ -16,9 +16,9 @@ use tuplewatch::api::grpc::proto::data_client::DataClient;
 use tuplewatch::api::grpc::proto::tenancy_client::TenancyClient;
 use tuplewatch::api::grpc::proto::watch_client::WatchClient;
 
-/// Requests of each kind. Half of the texts are good ones, so that some requests get to the tables.
+/// The number of requests of each kind. Half of the texts are valid, so that some requests reach the tables.
 const EACH: usize = 60;
-/// What a caller may be told. Everything else is our fault, or PostgreSQL's.
+/// The statuses of errors by the caller. Any other status is a fault of ours or of PostgreSQL.
 const REFUSALS: [Code; 7] = [
     Code::InvalidArgument,
     Code::NotFound,
@@ -29,7 +29,7 @@ const REFUSALS: [Code; 7] = [
     Code::Aborted,
 ];
 
-/// A method of gRPC, and how HTTP has it. `{}` in the path is the tenant.
+/// A method of gRPC, and its method and path over HTTP. `{}` in the path is the tenant.
 const METHODS: [(&str, &str, Method, &str); 11] = [
     ("Write", "DataWriteRequest", Method::POST, "/v1/tenants/{}/data/write"),
     ("WriteRelationships", "RelationshipWriteRequest", Method::POST, "/v1/tenants/{}/relationships/write"),
@@ -74,7 +74,7 @@ fn any_value(random: &mut Rng, field: &FieldDescriptor, depth: usize) -> Value {
         Kind::Message(message) => {
             let mut made = DynamicMessage::new(message.clone());
             for field in message.fields() {
-                // Something is left out now and then.
+                // Some fields are left out.
                 if depth < 6 && random.u8(..8) > 0 {
                     set_any(random, &mut made, &field, depth + 1);
                 }
@@ -97,7 +97,7 @@ fn set_any(random: &mut Rng, message: &mut DynamicMessage, field: &FieldDescript
     message.set_field(field, value);
 }
 
-/// What gRPC answers.
+/// The answer over gRPC.
 async fn call(channel: Channel, method: &str, message: &DynamicMessage) -> Result<(), Status> {
     let mut data = DataClient::new(channel.clone());
     let mut tenancy = TenancyClient::new(channel.clone());
@@ -124,7 +124,7 @@ async fn call(channel: Channel, method: &str, message: &DynamicMessage) -> Resul
     }
 }
 
-/// The path with this tenant in it; every byte escaped, so that it stays one part of the path.
+/// The path with this tenant. Every byte is escaped, so that it stays one segment.
 fn path(pattern: &str, message: &DynamicMessage) -> String {
     let tenant = message.get_field_by_name("tenant_id").or_else(|| message.get_field_by_name("id"));
     let tenant = tenant.and_then(|tenant| tenant.as_str().map(str::to_owned)).unwrap_or_default();
@@ -133,7 +133,7 @@ fn path(pattern: &str, message: &DynamicMessage) -> String {
 }
 
 #[tokio::test]
-async fn whatever_is_in_a_request_it_is_answered_or_refused() {
+async fn every_random_request_is_answered_or_refused() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut random = Rng::with_seed(seed());
@@ -151,7 +151,7 @@ async fn whatever_is_in_a_request_it_is_answered_or_refused() {
                 Ok(()) => answered += 1,
                 Err(status) => assert!(REFUSALS.contains(&status.code()), "{method} of {message:?}: {status:?}"),
             }
-            // An Any of no known type has no JSON form.
+            // An Any of an unknown type has no JSON form.
             let Ok(json) = serde_json::to_vec(&message) else { continue };
             let sent = client.request(verb.clone(), server.url(&path(pattern, &message))).body(json).send();
             let status = within("an answer", sent).await.unwrap().status().as_u16();
@@ -159,6 +159,6 @@ async fn whatever_is_in_a_request_it_is_answered_or_refused() {
         }
     }
     assert!(answered > EACH, "nearly nothing was good: {answered}");
-    assert!(!server.has_said("panicked"));
+    assert!(!server.has_logged("panicked"));
     server.watch("t1", "").await;
 }

@@ -1,7 +1,7 @@
-//! What retention drops, and for whom (hazard 41).
+//! Retention, for busy and quiet tenants (hazard 41).
 //!
-//! A log for many tenants is filled by the busy ones. A tenant whose last change was long ago has missed nothing, and resumes
-//! however much of the others' history has gone; "too old" is said only of changes that there were.
+//! Busy tenants fill the log. A tenant without recent changes has missed nothing, and resumes however much history of the others is
+//! dropped. A token is too old only if changes of its tenant were dropped.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -17,9 +17,9 @@ fn assert_too_old(status: &Status) {
     assert_eq!(reason(status), (Code::OutOfRange, "SNAP_TOKEN_TOO_OLD".into()), "{status:?}");
 }
 
-/// Tenants that had a change, or none, before the others got busy. The tokens are from after that.
+/// Tenants with one change or none, from before the others got busy, and their tokens.
 struct Quiet {
-    /// From before its only change.
+    /// The token from before its only change.
     before_change: String,
     after_change: String,
     never_any_change: String,
@@ -34,12 +34,13 @@ impl Quiet {
         Self { before_change, after_change: after_change.clone(), never_any_change: after_change }
     }
 
-    /// To be called once there is nothing left from that time. Inserts the last of `ids`; the others were inserted so.
+    /// Checks that the tokens resume. To be called when the history from that time is dropped. Inserts the last of `ids`; earlier calls
+    /// have inserted the others.
     async fn check(&self, server: &Server, sql: &Sql, ids: &[&str]) {
         let mut streams = [
             server.watch("t2", &self.after_change).await,
             server.watch("t3", &self.never_any_change).await,
-            // Resolves to its floor: the transaction that it names is forgotten.
+            // Resolves to its floor, because its transaction is forgotten.
             server.watch("t3", &self.before_change).await,
         ];
         for tenant in ["t2", "t3"] {
@@ -53,7 +54,7 @@ impl Quiet {
     }
 }
 
-/// The numbers of all that comes, and how it ends; up to `last` where it does not end.
+/// The numbers of all attributes up to `last`, or until the stream ends with a status.
 async fn numbers(stream: &mut Stream, last: u64) -> (Vec<u64>, Option<Status>) {
     let mut numbers = Vec::new();
     while numbers.last() != Some(&last) {
@@ -65,7 +66,7 @@ async fn numbers(stream: &mut Stream, last: u64) -> (Vec<u64>, Option<Status>) {
     (numbers, None)
 }
 
-/// What the earliest token gives, up to `last`. What it is moves on as long as retention has something to drop.
+/// The numbers after the earliest token, up to `last`. The earliest token changes as long as retention drops history.
 async fn from_earliest(server: &Server, too_old: &str, last: u64) -> Vec<u64> {
     let mut found = Vec::new();
     eventually("the earliest token is not too old itself", async || {
@@ -85,7 +86,7 @@ async fn from_earliest(server: &Server, too_old: &str, last: u64) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_size_only_the_busy_are_too_old() {
+async fn retention_by_size_expires_only_tokens_of_busy_tenants() {
     let flags = [("--changelog-retention-size", "64MiB"), ("--changelog-memory-window", "1MiB")];
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &flags).await;
@@ -93,7 +94,7 @@ async fn by_size_only_the_busy_are_too_old() {
     add_tenants(&sql).await;
     let quiet = Quiet::begin(&server, &sql).await;
     let mut busy = server.watch("t1", "").await;
-    // Connected before all of it, and not reading any.
+    // Connected before everything, and not reading.
     let mut behind = server.watch("t1", "").await;
     sql.insert_large("t1", 1..=1).await;
     let token = busy.next().await.token;
@@ -103,7 +104,7 @@ async fn by_size_only_the_busy_are_too_old() {
     let status = loop {
         sql.insert_large("t1", last + 1..=last + BATCH).await;
         last += BATCH;
-        // The log has it when it is delivered.
+        // A delivered change is in the log.
         while busy.next().await.changes.last().unwrap().large_number() != last {}
         if let Err(status) = server.try_watch("t1", &token).await {
             break status;
@@ -112,7 +113,7 @@ async fn by_size_only_the_busy_are_too_old() {
     };
     assert_too_old(&status);
 
-    // Whoever is behind has what came without a gap, and is told where it ends.
+    // The slow stream gets a continuous beginning, and a status at its end.
     let (had, status) = numbers(&mut behind, last).await;
     let status = status.expect("what comes next is gone");
     assert_too_old(&status);
@@ -125,16 +126,16 @@ async fn by_size_only_the_busy_are_too_old() {
         assert!(rest.into_iter().eq(first..=last), "whole after the earliest token");
         quiet.check(&server, &sql, if is_same_process { &["again"] } else { &["again", "still"] }).await;
         if is_same_process {
-            // The change that it names is gone; but the same token had nothing after it for the others.
+            // The change after this token is dropped. For the other tenants nothing followed it.
             assert_too_old(&server.try_watch("t2", &quiet.before_change).await.err().unwrap());
-            server.die_and_return().await;
+            server.kill_and_restart().await;
         }
     }
 }
 
-/// Nothing goes before its time, and everything goes soon after.
+/// Nothing is dropped before its time, and everything soon after. The shortest retention that the configuration allows is a minute.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_age_only_the_busy_are_too_old() {
+async fn retention_by_age_expires_only_tokens_of_busy_tenants() {
     const AGE: Duration = Duration::from_secs(60);
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--changelog-retention-age", "60s")]).await;
@@ -150,7 +151,7 @@ async fn by_age_only_the_busy_are_too_old() {
 
     let mut last = 2;
     let status = loop {
-        // A log that is never still.
+        // The log is never idle.
         tokio::time::sleep(Duration::from_millis(250)).await;
         last += 1;
         sql.insert_large("t1", last..=last).await;
@@ -160,7 +161,7 @@ async fn by_age_only_the_busy_are_too_old() {
         assert!(began.elapsed() < 2 * AGE, "kept for {:?}", began.elapsed());
     };
     let kept = began.elapsed();
-    // A piece is a sixteenth of the time long, and it is looked for every 5 s. Times are noted in whole seconds.
+    // A segment lasts a sixteenth of the time, and retention runs every 5 s. Times are stored in whole seconds.
     let least = AGE - Duration::from_secs(1);
     assert!((least..AGE + AGE / 3).contains(&kept), "kept for {kept:?}");
     assert_too_old(&status);

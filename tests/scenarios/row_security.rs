@@ -1,5 +1,5 @@
-//! Row level security filters what is asked by SQL, and not what is streamed: tenants would not be found, reads be short, and
-//! deletions leave rows.
+//! Row level security applies to SQL and not to the stream. Tenants would not be found, reads would be incomplete, and deletions would
+//! leave rows.
 
 use crate::support::api::Api;
 use crate::support::change::Change;
@@ -24,28 +24,28 @@ async fn with_a_poor_role(postgres: &Postgres) -> Server {
 }
 
 #[tokio::test]
-async fn policies_that_apply_to_our_role_are_an_error_until_they_do_not() {
+async fn policies_that_apply_to_our_role_are_an_error() {
     let postgres = Postgres::start().await;
     let mut server = with_a_poor_role(&postgres).await;
     server.start().await;
     server.serving().await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
     let not_serving = Ok(ServingStatus::NotServing);
-    let says = |table: &str| format!("table tuplewatch.{table}: row level security applies to role poor");
+    let expected = |table: &str| format!("table tuplewatch.{table}: row level security applies to role poor");
     sql.run("ALTER TABLE tuplewatch.relation_tuples ENABLE ROW LEVEL SECURITY").await;
     eventually("health is NOT_SERVING", async || server.health("").await == not_serving).await;
-    server.says(&says("relation_tuples")).await;
+    server.until_logged(&expected("relation_tuples")).await;
     sql.insert("t1", "meanwhile").await;
     sql.run("ALTER ROLE poor BYPASSRLS").await;
     server.serving().await;
-    // Nothing is missing of what is streamed: nobody is interrupted.
+    // The stream is complete, so no stream ends.
     stream.expect(Change::created("meanwhile")).await;
 
-    // The other way round; and of the table that lists tenants, which is only read.
+    // The other way round, for the table of tenants, which is only read.
     sql.run("ALTER TABLE tuplewatch.tenants ENABLE ROW LEVEL SECURITY").await;
     sql.run("ALTER ROLE poor NOBYPASSRLS").await;
     eventually("health is NOT_SERVING", async || server.health("").await == not_serving).await;
-    server.says(&says("tenants")).await;
+    server.until_logged(&expected("tenants")).await;
     for table in ["relation_tuples", "tenants"] {
         sql.run(&format!("ALTER TABLE tuplewatch.{table} DISABLE ROW LEVEL SECURITY")).await;
     }
@@ -55,7 +55,7 @@ async fn policies_that_apply_to_our_role_are_an_error_until_they_do_not() {
 }
 
 #[tokio::test]
-async fn a_write_that_policies_refuse_says_so() {
+async fn a_write_refused_by_a_policy_names_row_level_security() {
     let postgres = Postgres::start().await;
     let mut server = with_a_poor_role(&postgres).await;
     server.start().await;

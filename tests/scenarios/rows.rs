@@ -1,9 +1,9 @@
-//! Rows: large values that PostgreSQL does not send again, updates of every kind, odd texts, texts of other encodings, rows
-//! that cannot be read, and TRUNCATE.
+//! Rows: large values that PostgreSQL does not send again, all kinds of updates, unusual texts and encodings, undecodable rows, and
+//! TRUNCATE.
 //!
-//! What pgoutput says of a row depends on the replica identity, on TOAST and on the encoding of the database. Whatever it
-//! leaves out must come from elsewhere or be a gap: a subscriber that is told an empty value, a wrong one or nothing
-//! caches a permission that nobody gave. And one bad row must not cost anybody but its tenant.
+//! The contents of a row in pgoutput depend on the replica identity, on TOAST and on the encoding of the database. A value that is not
+//! sent must come from elsewhere or be a gap: a subscriber with an empty or wrong value would cache a permission that does not exist. And
+//! one bad row must affect only its tenant.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -17,7 +17,7 @@ use std::collections::BTreeSet;
 use tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
 
-/// A mapping file, gone with the test.
+/// A temporary mapping file.
 fn mapping_file(contents: &str) -> tempfile::NamedTempFile {
     let file = tempfile::Builder::new().suffix(".yaml").tempfile().unwrap();
     std::fs::write(file.path(), contents).unwrap();
@@ -29,20 +29,20 @@ fn json(kind: &str, data: &serde_json::Value) -> String {
     format!(r#"{{"@type": "type.googleapis.com/base.v1.{kind}", "data": {data}}}"#)
 }
 
-/// A text that no compression makes smaller.
+/// A text that cannot be compressed.
 fn incompressible(length: usize) -> String {
     (0..length).map(|_| fastrand::alphanumeric()).collect()
 }
 
-/// Runs statements in one transaction. The next message of the stream must be exactly these changes; where there are none, the
-/// next step shows it.
+/// Runs statements in one transaction. The next message must have exactly these changes. If there are none, the next step checks that
+/// nothing was sent.
 async fn step(sql: &Sql, stream: &mut Stream, statements: &str, expected: &[Change]) {
     sql.run(statements).await;
     if expected.is_empty() {
         return;
     }
     let got = stream.next().await.changes;
-    // Nobody wants to read 100 kB.
+    // The values may have 100 kB.
     let brief = |changes: &[Change]| -> Vec<String> {
         changes.iter().map(|change| format!("{change:?}").chars().take(100).collect()).collect()
     };
@@ -65,9 +65,9 @@ tables:
     soft_delete: { column: revoked_at, null_is_live: true }
 ";
 
-/// PostgreSQL sends a value that is stored out of line only where it changed; with REPLICA IDENTITY FULL the old row has it.
+/// PostgreSQL sends a value that is stored out of line only if it changed. With REPLICA IDENTITY FULL the old row has it.
 #[tokio::test]
-async fn a_toasted_value_that_did_not_change_is_reported_with_its_value() {
+async fn an_unchanged_toasted_value_is_reported_in_full() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     sql.run(
@@ -96,7 +96,7 @@ async fn a_toasted_value_that_did_not_change_is_reported_with_its_value() {
         assert!(stored >= length, "stored as it is, in {stored} bytes");
         assert_ne!(sql.value(out_of_line).await, "0", "and out of line");
         for (set, expected) in [
-            // A column that is not mapped; and nothing at all.
+            // An unmapped column, and nothing at all.
             ("note = 'x'", vec![]),
             ("value = value, name = name", vec![]),
             ("name = 'b'", vec![delete(&a), create(&b)]),
@@ -104,7 +104,7 @@ async fn a_toasted_value_that_did_not_change_is_reported_with_its_value() {
             ("document = 'moved'", vec![delete(&b), create(&moved)]),
             ("document = 'd'", vec![delete(&moved), create(&b)]),
             ("revoked_at = now()", vec![delete(&b)]),
-            // A row that is marked says nothing, whatever happens to it.
+            // A softly deleted row causes no change.
             ("note = 'y', name = 'c'", vec![]),
             ("revoked_at = NULL", vec![create(&c)]),
             ("revoked_at = now(), name = 'a'", vec![delete(&c)]),
@@ -120,7 +120,7 @@ async fn a_toasted_value_that_did_not_change_is_reported_with_its_value() {
 
 /// The same in the tables of the preset, where every column is mapped.
 #[tokio::test]
-async fn an_update_is_a_delete_and_a_create_of_what_it_changes() {
+async fn an_update_deletes_the_old_fact_and_creates_the_new_one() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -144,7 +144,7 @@ async fn an_update_is_a_delete_and_a_create_of_what_it_changes() {
         ),
         (format!("{table} subject_id = subject_id, relation = 'viewer'"), vec![]),
         (format!("{table} relation = 'editor' WHERE false"), vec![]),
-        // Two rows swap their keys: by way of a third, as a unique index is checked row by row.
+        // Two rows swap their keys, through a third key, because a unique index is checked row by row.
         (
             format!(
                 "BEGIN; {table} entity_id = 'x' WHERE entity_id = 'b'; {table} entity_id = 'b' WHERE entity_id = 'c'; \
@@ -159,7 +159,7 @@ async fn an_update_is_a_delete_and_a_create_of_what_it_changes() {
                 create("c", "viewer", "u"),
             ],
         ),
-        // There and back: both steps were taken, and both are told.
+        // There and back: both steps are delivered.
         (
             format!(
                 "BEGIN; {table} relation = 'owner' WHERE entity_id = 'a'; {table} relation = 'viewer' WHERE entity_id = 'a'; \
@@ -185,14 +185,14 @@ async fn an_update_is_a_delete_and_a_create_of_what_it_changes() {
                 delete("d", "viewer", "w"),
             ],
         ),
-        // To another tenant: each is told its half.
+        // To another tenant: each tenant gets its half.
         (format!("{table} tenant_id = 't2' WHERE entity_id = 'a'"), vec![delete("a", "viewer", "v")]),
     ] {
         step(&sql, &mut stream, &statements, &expected).await;
     }
     other.expect(create("a", "viewer", "v")).await;
 
-    // Several rows with one statement, each a pair, in the order in which it came to them.
+    // Several rows with one statement: a pair for each row, in the order of execution.
     sql.run("INSERT INTO tuplewatch.relation_tuples SELECT 't1', 'document', n, 'viewer', 'user', 'u' FROM generate_series(1, 200) n")
         .await;
     assert_eq!(stream.next().await.changes.len(), 200);
@@ -204,7 +204,7 @@ async fn an_update_is_a_delete_and_a_create_of_what_it_changes() {
         assert_eq!(pair, [Change::delete(&pair[0].fact), Change::create(renamed)]);
     }
 
-    // Attributes, with values large and small that are swapped, kept and moved.
+    // Attributes with large and small values that are swapped, kept and moved.
     let (large, small) = (json("StringValue", &incompressible(5_000).into()), json("IntegerValue", &7.into()));
     let of = |document: &str, name: &str, json: &str| Change::attribute("document", document, name, json);
     let attribute = |document: &str, json: &str| format!("('t1', 'document', '{document}', 'size', '{json}')");
@@ -252,9 +252,9 @@ CREATE SCHEMA shop;
 CREATE TABLE shop.odd (company text, kind text, id text, role text, who_kind text, who text, who_role text,
     PRIMARY KEY (company, kind, id, role, who_kind, who, who_role))";
 
-/// Tables of one's own may hold whatever PostgreSQL calls text, also as a tenant.
+/// Custom tables may contain any text of PostgreSQL, also as a tenant.
 #[tokio::test]
-async fn texts_arrive_as_they_are() {
+async fn texts_arrive_unchanged() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     sql.run(ODD_TABLE).await;
@@ -300,7 +300,7 @@ async fn texts_arrive_as_they_are() {
         tokens.push(stream.expect(Change::create(Change::tuple(text, text, text, text, text, text))).await.token);
         streams.push(stream);
     }
-    // Empty ones are texts too, but for a tenant.
+    // Empty texts are valid too, except for a tenant.
     sql.run("UPDATE shop.odd SET kind = '', id = '', role = '', who_kind = '', who = '', who_role = ''").await;
     for _ in ["live", "after a restart"] {
         for ((stream, text), token) in streams.iter_mut().zip(texts).zip(&tokens) {
@@ -310,7 +310,7 @@ async fn texts_arrive_as_they_are() {
             assert_eq!(message.changes, [Change::delete(was), Change::create(is)], "{text:?}");
             *stream = server.watch(text, token).await;
         }
-        server.die_and_return().await;
+        server.kill_and_restart().await;
         streams.clear();
         for (text, token) in texts.iter().zip(&tokens) {
             streams.push(server.watch(text, token).await);
@@ -318,9 +318,9 @@ async fn texts_arrive_as_they_are() {
     }
 }
 
-/// What the preset's own constraints allow, at its limits.
+/// Values at the limits of the preset's constraints.
 #[tokio::test]
-async fn the_presets_longest_and_emptiest_values_arrive_as_they_are() {
+async fn the_presets_longest_and_empty_values_arrive_unchanged() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -383,10 +383,10 @@ async fn values_of_a_latin1_database_arrive_in_unicode() {
     stream.expect(Change::delete(fact)).await;
 }
 
-/// A database with the encoding SQL_ASCII takes any bytes, and PostgreSQL refuses to send a client what is not in its encoding:
-/// asked for UTF-8, the walsender itself would fail, and again each time that it came to the row.
+/// A database with the encoding SQL_ASCII stores any bytes, and PostgreSQL refuses to send a client bytes outside its encoding. If UTF-8
+/// were requested, the walsender itself would fail at the row, again and again.
 #[tokio::test]
-async fn bytes_that_are_not_utf_8_are_a_gap_for_their_tenant_alone() {
+async fn invalid_utf_8_is_a_gap_for_its_tenant_alone() {
     let postgres = Postgres::start().await;
     let uri = database(&postgres, "ascii", "SQL_ASCII").await;
     let mut server = Server::prepare_slot(&uri, "tuplewatch", &[]).await;
@@ -409,7 +409,7 @@ async fn bytes_that_are_not_utf_8_are_a_gap_for_their_tenant_alone() {
 
     sql.run(&format!("BEGIN; {}; {}; COMMIT", write("t1", "d2", "\\xe9"), write("t2", "d2", "\\xc3a9"))).await;
     other.expect(Change::create(named("d2"))).await;
-    // Another wrong value is another value.
+    // Another invalid value is another change.
     let change = "UPDATE tuplewatch.attributes SET value = replace(value::text, convert_from('\\xe9', 'SQL_ASCII'), \
                   convert_from('\\xff', 'SQL_ASCII'))::jsonb WHERE entity_id = 'd2' AND tenant_id = 't1'";
     sql.run(change).await;
@@ -425,15 +425,15 @@ async fn bytes_that_are_not_utf_8_are_a_gap_for_their_tenant_alone() {
         assert_eq!((changes(&messages), reason(&status)), (vec![], (Code::Aborted, "UNDECODABLE_ROW".into())));
         let next = metadata(&status, "next_snap_token");
         server.watch("t1", &next).await.expect(Change::created("after")).await;
-        server.die_and_return().await;
+        server.kill_and_restart().await;
         harmed = server.watch("t1", &token).await;
     }
     let lsn = sql.flushed().await;
-    eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
+    eventually("acknowledgement continues", async || sql.confirmed_reaches(&lsn).await).await;
 }
 
 #[tokio::test]
-async fn a_row_that_does_not_decode_is_a_gap_for_its_tenant_alone() {
+async fn an_undecodable_row_is_a_gap_for_its_tenant_alone() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -466,17 +466,17 @@ async fn a_row_that_does_not_decode_is_a_gap_for_its_tenant_alone() {
         if process == 0 {
             other.expect(Change::created("inside")).await;
             other.expect(Change::created("after")).await;
-            server.die_and_return().await;
+            server.kill_and_restart().await;
             harmed = server.watch("t1", &token).await;
         }
     }
     let lsn = sql.flushed().await;
-    eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
+    eventually("acknowledgement continues", async || sql.confirmed_reaches(&lsn).await).await;
 }
 
-/// Whatever the form of the value, and whatever is done with the row.
+/// For every form of the value, and every operation on the row.
 #[tokio::test]
-async fn every_kind_of_bad_value_is_a_gap() {
+async fn every_kind_of_invalid_value_is_a_gap() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -504,7 +504,7 @@ async fn every_kind_of_bad_value_is_a_gap() {
         let mut stream = server.watch("t1", "").await;
         sql.run(&format!("INSERT INTO tuplewatch.attributes VALUES ('t1', 'document', 'd', 'a', '{bad}')")).await;
         stream = broken(&mut stream, &[], bad).await;
-        // That it ceases to hold cannot be told either.
+        // The end of the invalid fact cannot be reported either.
         sql.run(&format!("UPDATE tuplewatch.attributes SET value = '{good}'")).await;
         stream = broken(&mut stream, &[], bad).await;
         sql.run(&format!("UPDATE tuplewatch.attributes SET value = '{bad}'")).await;
@@ -518,9 +518,9 @@ async fn every_kind_of_bad_value_is_a_gap() {
     }
 }
 
-/// `mapping.on_undecodable: halt`: nothing is told of the transaction until somebody has looked.
+/// `mapping.on_undecodable: halt`: the transaction is not delivered until an operator decides.
 #[tokio::test]
-async fn halt_stops_at_a_row_that_does_not_decode_until_told_to_go_on() {
+async fn halt_stops_at_an_undecodable_row_until_it_is_reconfigured() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[("--mapping-on-undecodable", "halt")]).await;
     let sql = postgres.sql().await;
@@ -533,7 +533,7 @@ async fn halt_stops_at_a_row_that_does_not_decode_until_told_to_go_on() {
         tokens.push(stream.expect(Change::created("before")).await.token);
     }
     let before = sql.flushed().await;
-    eventually("what was before is acknowledged", async || sql.confirmed_reaches(&before).await).await;
+    eventually("the earlier changes are acknowledged", async || sql.confirmed_reaches(&before).await).await;
 
     sql.run("BEGIN").await;
     sql.insert("t1", "inside").await;
@@ -547,10 +547,10 @@ async fn halt_stops_at_a_row_that_does_not_decode_until_told_to_go_on() {
     for process in ["live", "after a restart", "with the row repaired"] {
         let stopped = async || server.health("").await == Ok(ServingStatus::NotServing);
         eventually("health is NOT_SERVING", stopped).await;
-        let says = ["tuplewatch.attributes", "mapping.on_undecodable is 'halt'", "start once with 'gap'"];
-        eventually("it says what to do", async || says.iter().all(|text| server.has_said(text))).await;
-        assert!(!server.has_said("secret"), "no values in logs");
-        assert!(!sql.confirmed_reaches(&bad).await, "{process}: it is not acknowledged");
+        let expected = ["tuplewatch.attributes", "mapping.on_undecodable is 'halt'", "start once with 'gap'"];
+        eventually("the remedy is logged", async || expected.iter().all(|text| server.has_logged(text))).await;
+        assert!(!server.has_logged("secret"), "no values in logs");
+        assert!(!sql.confirmed_reaches(&bad).await, "{process}: it must not be acknowledged");
         for stream in &mut streams {
             stream.expect_silence().await;
         }
@@ -562,7 +562,7 @@ async fn halt_stops_at_a_row_that_does_not_decode_until_told_to_go_on() {
         streams = [server.watch("t1", &tokens[0]).await, server.watch("t2", &tokens[1]).await];
     }
 
-    // As it says.
+    // The remedy from the log.
     server.kill_9().await;
     server.set("--mapping-on-undecodable", "gap");
     server.start().await;
@@ -576,9 +576,9 @@ async fn halt_stops_at_a_row_that_does_not_decode_until_told_to_go_on() {
     other.expect(Change::created("inside")).await;
     other.expect(Change::created("after")).await;
     let lsn = sql.flushed().await;
-    eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
+    eventually("acknowledgement continues", async || sql.confirmed_reaches(&lsn).await).await;
 
-    // And then as before: what is behind us does not stop it again.
+    // Back to halt: the row that was passed does not stop it again.
     server.kill_9().await;
     server.set("--mapping-on-undecodable", "halt");
     server.start().await;
@@ -590,7 +590,7 @@ async fn halt_stops_at_a_row_that_does_not_decode_until_told_to_go_on() {
 }
 
 #[tokio::test]
-async fn truncate_is_a_gap_for_everybody() {
+async fn a_truncate_is_a_gap_for_every_tenant() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -619,21 +619,21 @@ async fn truncate_is_a_gap_for_everybody() {
             assert!(status.message().contains("tuplewatch.relation_tuples"), "{}", status.message());
             let next = metadata(&status, "next_snap_token");
             server.watch(tenant, &next).await.expect(Change::created("after")).await;
-            // The last token before it leads to it too.
+            // The last token before the gap leads to it too.
             let last = &messages.last().unwrap().token;
             let (messages, status) = server.watch(tenant, last).await.ending().await;
             assert_eq!((changes(&messages), status.code()), (vec![], Code::Aborted));
         }
         if how == "resumed" {
-            server.die_and_return().await;
+            server.kill_and_restart().await;
         }
         streams = [server.watch("t1", &tokens[0]).await, server.watch("t2", &tokens[1]).await];
     }
 }
 
-/// Of several tables, of which the statement names one that is not even watched.
+/// The statement names an unwatched table, and truncates several watched ones.
 #[tokio::test]
-async fn truncate_with_cascade_is_one_gap_where_it_was_executed() {
+async fn a_truncate_with_cascade_is_one_gap_at_its_place() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -650,7 +650,7 @@ async fn truncate_with_cascade_is_one_gap_where_it_was_executed() {
         sql.insert(tenant, "before").await;
         tokens.push(stream.expect(Change::created("before")).await.token);
     }
-    // Taken back, it did not happen.
+    // A rolled-back TRUNCATE has no effect.
     sql.run("BEGIN; SAVEPOINT s; TRUNCATE owners CASCADE; ROLLBACK TO s").await;
     sql.insert("t1", "kept").await;
     sql.run("COMMIT; BEGIN; TRUNCATE owners CASCADE; ROLLBACK").await;
@@ -675,12 +675,12 @@ async fn truncate_with_cascade_is_one_gap_where_it_was_executed() {
             let got = changes(&messages);
             assert!(got.ends_with(expected), "{how}: {tenant} has what was before, and nothing else: {got:?}");
             assert_eq!(reason(&status), (Code::Aborted, "TRUNCATE".into()));
-            // One gap is enough, also where both tables were emptied twice.
+            // One gap is enough, although both tables were truncated twice.
             let next = metadata(&status, "next_snap_token");
             server.watch(tenant, &next).await.expect(Change::created("after")).await;
         }
         if how == "resumed" {
-            server.die_and_return().await;
+            server.kill_and_restart().await;
         }
         streams = [server.watch("t1", &tokens[0]).await, server.watch("t2", &tokens[1]).await];
     }

@@ -1,6 +1,6 @@
-//! Watched tables change their shape while tuplewatch runs: columns come, go, move and get other names and types, tables are
-//! renamed, dropped, partitioned. Columns are found by name, so most of it changes nothing; what makes rows unreadable or sends
-//! them elsewhere is told. No value ever ends up in the place of another.
+//! Watched tables change while tuplewatch runs: columns are added, dropped, moved, renamed and retyped, tables are renamed, dropped,
+//! partitioned. Columns are found by name, so most of this changes nothing. A change that makes rows unreadable, or moves them
+//! elsewhere, is reported. No value ever takes the place of another.
 
 use super::publication::create_partitioned;
 use crate::support::change::Change;
@@ -17,7 +17,7 @@ const SCHEMA_CHANGED: &[&str] = &["SCHEMA_CHANGED"];
 const UNDECODABLE_ROW: &[&str] = &["UNDECODABLE_ROW"];
 
 #[tokio::test]
-async fn columns_that_are_not_mapped_come_and_go() {
+async fn unmapped_columns_change_without_a_gap() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, token) = server.first_delivered(&postgres, "first").await;
@@ -34,7 +34,7 @@ async fn columns_that_are_not_mapped_come_and_go() {
     .iter()
     .enumerate()
     {
-        // In one transaction with rows before and after it, too: pgoutput tells the new shape in the middle.
+        // In one transaction with rows before and after it: pgoutput sends the new columns in the middle.
         sql.run(&format!("BEGIN; {insert} 'b{n}')")).await;
         sql.run(&format!("ALTER TABLE tuplewatch.relation_tuples {statement}")).await;
         sql.run(&format!("{insert} 'c{n}'); COMMIT")).await;
@@ -55,27 +55,27 @@ async fn columns_that_are_not_mapped_come_and_go() {
         .collect();
     let last = expected.last().unwrap();
     assert_eq!(changes(&stream.up_to(last).await), expected);
-    // Several checks have found nothing either, and the slot can be read again from before all of it.
+    // Several checks find nothing either, and the slot can be read again from before all changes.
     verified_again(&postgres).await;
     stream.expect_silence().await;
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     assert_eq!(changes(&server.watch("t1", &token).await.up_to(last).await), expected);
 }
 
-/// Waits until what is published was checked twice from now on.
+/// Waits until the publication was checked twice from now on.
 pub(super) async fn verified_again(postgres: &Postgres) {
     let sql = postgres.sql().await;
-    // The first may have looked before, and the last has only begun.
+    // The first check may have begun earlier, and the last one has only begun.
     for _ in 0..3 {
         sql.check_published().await;
     }
 }
 
-/// Each on a cluster of its own: they share the table.
+/// Each on its own cluster, because they change the same table.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn mapped_columns_and_tables_that_change_are_gaps_and_errors_where_nothing_can_flow() {
+async fn changed_mapped_columns_and_tables_are_gaps_or_errors() {
     let cases = [
-        // Its values went with it, and no row event tells.
+        // Its values are lost with it, without a row event.
         Interruption {
             name: "moved",
             fault: &["BEGIN; ALTER TABLE tuplewatch.relation_tuples DROP COLUMN relation, \
@@ -101,7 +101,7 @@ async fn mapped_columns_and_tables_that_change_are_gaps_and_errors_where_nothing
             reasons: UNDECODABLE_ROW,
             detail: "subject_id cannot be read: the table has no column subject_id",
             lasts: Some(Lasting {
-                says: &["table tuplewatch.relation_tuples: has no column subject_id, which the mapping names"],
+                messages: &["table tuplewatch.relation_tuples: has no column subject_id, which the mapping names"],
                 remedy: Remedy::Sql(&["ALTER TABLE tuplewatch.relation_tuples RENAME COLUMN subject TO subject_id"]),
             }),
         },
@@ -114,7 +114,7 @@ async fn mapped_columns_and_tables_that_change_are_gaps_and_errors_where_nothing
             reasons: UNDECODABLE_ROW,
             detail: "a row of table tuplewatch.renamed could not be decoded",
             lasts: Some(Lasting {
-                says: &["table tuplewatch.relation_tuples: does not exist"],
+                messages: &["table tuplewatch.relation_tuples: does not exist"],
                 remedy: Remedy::Sql(&["ALTER TABLE tuplewatch.renamed RENAME TO relation_tuples"]),
             }),
         },
@@ -124,7 +124,7 @@ async fn mapped_columns_and_tables_that_change_are_gaps_and_errors_where_nothing
             reasons: SCHEMA_CHANGED,
             detail: "table tuplewatch.relation_tuples was created, dropped, renamed or replaced by another",
             lasts: Some(Lasting {
-                says: &["table tuplewatch.relation_tuples: does not exist", "tuplewatch setup"],
+                messages: &["table tuplewatch.relation_tuples: does not exist", "tuplewatch setup"],
                 remedy: Remedy::Setup(&[]),
             }),
         },
@@ -132,22 +132,22 @@ async fn mapped_columns_and_tables_that_change_are_gaps_and_errors_where_nothing
     each_on_a_cluster(cases).await;
 }
 
-/// What is written meanwhile comes under a name that nobody watches.
+/// Rows that are written meanwhile arrive under an unwatched name.
 #[tokio::test]
-async fn a_table_that_is_renamed_and_gets_its_name_back_between_two_checks_is_a_gap() {
+async fn a_table_renamed_and_back_between_two_checks_is_a_gap() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let (sql, _stream, token) = server.first_delivered(&postgres, "before").await;
     let token = check_renamed_and_back(&server, &sql, &token, "described").await;
 
-    // A session to which the table was not described yet.
-    server.die_and_return().await;
+    // A session that has not received the description of the table yet.
+    server.kill_and_restart().await;
     check_renamed_and_back(&server, &sql, &token, "undescribed").await;
 }
 
 async fn check_renamed_and_back(server: &Server, sql: &Sql, token: &str, after: &str) -> String {
     let stream = server.watch("t1", token).await;
-    // In one transaction: no check comes in between, and the row is described under the name that it has then.
+    // In one transaction, so that no check happens in between. The row is described under the name at its time.
     sql.run(
         "BEGIN; \
          ALTER TABLE tuplewatch.relation_tuples RENAME TO renamed; \
@@ -169,7 +169,7 @@ async fn check_renamed_and_back(server: &Server, sql: &Sql, token: &str, after: 
     last
 }
 
-/// The same table with each replica identity, in a cluster and a mapping of its own.
+/// The same table with a replica identity, in its own cluster, with its own mapping.
 struct Shares {
     postgres: Postgres,
     server: Server,
@@ -204,7 +204,7 @@ impl Shares {
 }
 
 #[tokio::test]
-async fn deletes_and_updates_are_whole_under_each_replica_identity_that_covers_the_mapping() {
+async fn changes_are_complete_under_each_sufficient_replica_identity() {
     for identity in [
         "ALTER TABLE shop.shares ADD PRIMARY KEY (company, document, person, role)",
         "ALTER TABLE shop.shares REPLICA IDENTITY FULL",
@@ -218,7 +218,7 @@ async fn deletes_and_updates_are_whole_under_each_replica_identity_that_covers_t
         let shares = Shares::with(identity).await;
         let sql = shares.postgres.sql().await;
         let mut stream = shares.server.watch("acme", "").await;
-        // The large value is not sent again where it stays as it is.
+        // The unchanged large value is not sent again.
         sql.run(
             "INSERT INTO shop.shares SELECT 'n', person, 'acme', 'viewer', 10 * person, repeat('x', 5000) \
              FROM generate_series(1, 3) person",
@@ -232,7 +232,7 @@ async fn deletes_and_updates_are_whole_under_each_replica_identity_that_covers_t
         let [one_edits, two_edits] = [1, 2].map(|person| Shares::share(10 * person, "editor", person));
         let last = Change::delete(three.clone());
         let mut all = changes(&stream.up_to(&last).await);
-        // Which of two rows of one statement comes first is PostgreSQL's affair.
+        // The order of the rows of one statement is up to PostgreSQL.
         all[3..7].sort();
         all[7..].sort();
         let mut expected = vec![Change::create(one.clone()), Change::create(two.clone()), Change::create(three)];
@@ -251,9 +251,9 @@ async fn deletes_and_updates_are_whole_under_each_replica_identity_that_covers_t
     }
 }
 
-/// Before the next check notices: what the old row lacks is a gap, and never made up.
+/// Before the next check notices, an incomplete old row is a gap, and no value is invented.
 #[tokio::test]
-async fn a_change_whose_old_row_is_incomplete_is_a_gap_at_once() {
+async fn a_change_with_an_incomplete_old_row_is_a_gap_at_once() {
     let shares = Shares::with("ALTER TABLE shop.shares ADD PRIMARY KEY (company, document, person, role)").await;
     let sql = shares.postgres.sql().await;
     let mut streams: Vec<Stream> = vec![
@@ -277,13 +277,13 @@ async fn a_change_whose_old_row_is_incomplete_is_a_gap_at_once() {
         let (messages, status) = stream.ending().await;
         assert_eq!(changes(&messages), [], "nothing that the old row does not tell");
         assert_eq!(reason(&status), (Code::Aborted, "UNDECODABLE_ROW".into()));
-        let says = "the replica identity lacks it (ALTER TABLE shop.shares REPLICA IDENTITY FULL)";
-        assert!(status.message().contains(says), "{}", status.message());
+        let expected = "the replica identity lacks it (ALTER TABLE shop.shares REPLICA IDENTITY FULL)";
+        assert!(status.message().contains(expected), "{}", status.message());
     }
 }
 
 #[tokio::test]
-async fn without_a_replica_identity_postgresql_refuses_and_health_tells() {
+async fn a_missing_replica_identity_makes_a_node_unready() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, _) = server.first_delivered(&postgres, "before").await;
@@ -296,15 +296,15 @@ async fn without_a_replica_identity_postgresql_refuses_and_health_tells() {
     }
     let not_serving = Ok(ServingStatus::NotServing);
     eventually("health is NOT_SERVING", async || server.health("").await == not_serving).await;
-    server.says("old rows lack column entity_id: the replica identity does not cover it").await;
+    server.until_logged("old rows lack column entity_id: the replica identity does not cover it").await;
     sql.run("ALTER TABLE tuplewatch.relation_tuples REPLICA IDENTITY DEFAULT").await;
     sql.run("DELETE FROM tuplewatch.relation_tuples").await;
-    // Nothing was lost, so nothing is broken.
+    // Nothing is lost, so the stream continues.
     stream.expect(Change::delete(Change::viewer("before"))).await;
 }
 
 #[tokio::test]
-async fn changes_of_partitions_come_under_their_root() {
+async fn changes_of_partitions_are_streamed_under_their_root() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     create_partitioned(&sql).await;
@@ -341,7 +341,7 @@ async fn changes_of_partitions_come_under_their_root() {
     assert_eq!(again.len(), 8);
     assert_eq!(again[..5], expected[..5]);
 
-    // Of all of them at once PostgreSQL does tell, under the name of the root.
+    // PostgreSQL sends the TRUNCATE of the root under its name.
     let mut stream = server.watch("t1", "").await;
     sql.run("TRUNCATE tuplewatch.relation_tuples").await;
     let (_, status) = stream.ending().await;

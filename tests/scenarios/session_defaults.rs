@@ -1,8 +1,8 @@
-//! Defaults of a role, a database or the server that are not PostgreSQL's own: values are streamed as an ordinary session
-//! shows them, sessions are not ended, and nobody else is acted for.
+//! Defaults of a role, a database or the server that differ from PostgreSQL's own. Values are still streamed in the usual format, no
+//! session ends, and no other role is assumed.
 //!
-//! PostgreSQL writes values in the form that the settings of the session ask for, in the walsender too, and takes a new default
-//! of the server over while it streams.
+//! PostgreSQL formats values by the settings of the session, in the walsender too, and applies a new default of the server while it
+//! streams.
 
 use super::cli::process::{program, run, tuplewatch};
 use crate::support::api::Api;
@@ -29,7 +29,7 @@ const VALUES: [(&str, &str, &str); 12] = [
     ("jsonb", "'{\"a\": 1.50}'", "{\"a\": 1.50}"),
 ];
 
-/// Where PostgreSQL was built with libxml.
+/// If PostgreSQL was built with libxml.
 const XML: (&str, &str, &str) = ("xml", "'<a>b</a>'", "<a>b</a>");
 
 async fn values(sql: &Sql) -> Vec<(&'static str, &'static str, &'static str)> {
@@ -37,7 +37,7 @@ async fn values(sql: &Sql) -> Vec<(&'static str, &'static str, &'static str)> {
     VALUES.into_iter().chain(xml).collect()
 }
 
-/// In `ALTER … SET`. None of them is what an application would miss; each was somebody's default somewhere.
+/// Settings for `ALTER … SET` that exist as defaults in real installations.
 const OF_THE_ROLE: [&str; 17] = [
     "IntervalStyle = 'iso_8601'",
     "bytea_output = 'escape'",
@@ -60,7 +60,7 @@ const OF_THE_ROLE: [&str; 17] = [
 
 const OF_THE_SERVER: [&str; 3] = ["TimeZone = 'Asia/Kolkata'", "extra_float_digits = -15", "xmloption = 'document'"];
 
-/// A table for each type, with a row's value as the subject of a tuple; and a role that may read them.
+/// Creates a table for each type, with the value as the subject of a tuple, and a role that may read them.
 async fn prepare(sql: &Sql) -> tempfile::NamedTempFile {
     let mut mapping = "tables:\n".to_owned();
     sql.run("CREATE SCHEMA shop").await;
@@ -93,7 +93,7 @@ async fn all_arrive(sql: &Sql, stream: &mut Stream, id: &str) {
 }
 
 #[tokio::test]
-async fn values_are_streamed_as_under_postgresqls_own_defaults() {
+async fn values_are_streamed_in_postgresqls_default_format() {
     let postgres = Postgres::with(&[("lc_monetary", "C")]).await;
     let sql = postgres.sql().await;
     let mapping = prepare(&sql).await;
@@ -119,7 +119,7 @@ async fn values_are_streamed_as_under_postgresqls_own_defaults() {
 
     let mut stream = server.watch("t1", "").await;
     all_arrive(&sql, &mut stream, "a").await;
-    // By now any of the timeouts would have struck.
+    // Longer than any of the timeouts.
     let lived = "(SELECT now() - min(backend_start) > '1s' FROM pg_stat_activity WHERE usename = 'reader')";
     let walsender = async || sql.walsender().await.map(|(pid, _)| pid);
     let first = walsender().await;
@@ -143,9 +143,9 @@ async fn values_are_streamed_as_under_postgresqls_own_defaults() {
     assert_eq!(server.ended().await.code(), Some(0));
 }
 
-/// With the role's own rights, and those alone: `SET role` gives none and takes none.
+/// The role has its own rights only: `SET role` adds none and removes none.
 #[tokio::test]
-async fn a_role_that_becomes_another_at_log_on_acts_as_itself() {
+async fn a_role_that_sets_another_role_keeps_its_own_rights() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
@@ -162,9 +162,9 @@ async fn a_role_that_becomes_another_at_log_on_acts_as_itself() {
     }
 }
 
-/// What clients send is written, whatever the defaults of the role are.
+/// Writes of clients succeed, whatever the defaults of the role are.
 #[tokio::test]
-async fn data_is_written_under_hostile_defaults() {
+async fn writes_succeed_under_hostile_defaults() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     let mut server = Server::prepare(&postgres, &[]).await;
@@ -173,7 +173,7 @@ async fn data_is_written_under_hostile_defaults() {
         sql.run(&format!("ALTER ROLE writer SET {setting}")).await;
     }
     sql.run("ALTER ROLE writer SET session_replication_role = 'replica'").await;
-    // A trigger finds a table of the schema public without naming it, as it does for others.
+    // A trigger finds a table of the schema public without its schema, as for other programs.
     sql.run(
         "CREATE TABLE public.audit (id text);
          CREATE FUNCTION tuplewatch.audit() RETURNS trigger LANGUAGE plpgsql AS

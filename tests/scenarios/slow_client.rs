@@ -1,21 +1,20 @@
-//! A client that leaves streams unread beside one that it reads, on one connection.
+//! A client that reads one stream of a connection, and leaves others unread.
 //!
-//! Clients built on h2 (tonic's among them) charge every unread DATA frame of under 256 bytes against a budget of half the
-//! connection's window, and give up the whole connection where it is spent. So what a stream that nobody reads is sent must
-//! come in few, larger frames.
+//! Clients built on h2 (tonic's among them) charge every unread DATA frame of less than 256 bytes against a budget of half the
+//! connection's window, and close the connection when it is used up. So an unread stream must be sent few, larger frames.
 
 use crate::support::postgres::Postgres;
 use crate::support::raw_watch::{Connection, RawStream, Windows, changes, decimal, entity_id, is_too_many_frames};
 use crate::support::server::Server;
 use crate::support::wait::within;
 
-/// Small ones, so that all comes soon. The unread streams may hold less than half of the connection's window: with more, h2 has no
-/// half left to give back for what is read, and nothing comes any more.
+/// Small windows for a fast test. The unread streams must use less than half of the connection's window. Otherwise h2 has no half left to
+/// return for read data, and the connection stalls.
 const WINDOWS: Windows = Windows { stream: 30 << 10, connection: 128 << 10 };
-/// Messages of some 120 bytes: the budget of 64 KiB is spent after 240 of them, and a stream's window is full after 256.
+/// Messages of about 120 bytes: the budget of 64 KiB is used up after 240 of them, and the window of a stream after 256.
 const TRANSACTIONS: u64 = 600;
 
-/// The numbers that have come so far, which must be all from 1 on, in order.
+/// Reads numbers, which must be complete from 1 on and in order.
 struct Read {
     stream: RawStream,
     last: u64,
@@ -40,7 +39,7 @@ impl Read {
 }
 
 #[tokio::test]
-async fn unread_streams_leave_their_connection_alive() {
+async fn unread_streams_do_not_end_their_connection() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -49,7 +48,7 @@ async fn unread_streams_leave_their_connection_alive() {
     let mut read = Read { stream: connection.watch("t1", "").await, last: 0 };
     for number in 1..=TRANSACTIONS {
         sql.insert("t1", &number.to_string()).await;
-        // Only then the next: else they would be joined on their way.
+        // One after the other, or they would be sent in one frame.
         read.up_to(number).await;
     }
     for stream in unread {

@@ -1,7 +1,6 @@
-//! Subscribers that are slow, many, gone, or have strange tokens (hazards 35 to 40).
+//! Subscribers that are slow, many, gone, or have unusual tokens (hazards 35 to 40).
 //!
-//! A subscriber is somebody else's program. Whatever one of them does, the others get their changes, the slot is read on, and
-//! what it held is given back.
+//! A subscriber is a foreign program. Whatever it does, the others get their changes, the slot is read, and its resources are freed.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -26,7 +25,7 @@ fn endpoint(proxy: &Proxy) -> Endpoint {
     Endpoint::from_shared(format!("http://{}", proxy.address())).unwrap()
 }
 
-/// A text that differs from a token in some way that happens.
+/// A text that differs from a token by typical mistakes.
 fn mutated(random: &mut Rng, good: &str) -> String {
     let mut text: Vec<char> = good.chars().collect();
     for _ in 0..random.usize(1..4) {
@@ -45,19 +44,19 @@ fn mutated(random: &mut Rng, good: &str) -> String {
     text.into_iter().collect()
 }
 
-/// What must become of a token.
+/// The expected result of a token.
 enum Fate {
     Refused(Code, &'static str),
-    /// Everything that committed at or after this LSN comes.
+    /// Everything that committed at or after this LSN is delivered.
     Follows(Lsn),
 }
 
-/// Well-formed tokens of every kind, from nowhere to beyond the end.
+/// Makes well-formed tokens of every kind, with positions before, inside and after the history.
 struct Forger {
     random: Rng,
     source: SourceId,
     timeline: TimelineId,
-    /// Where the log begins.
+    /// The beginning of the log.
     origin: Lsn,
     /// Commit LSNs, in order.
     commits: Vec<Lsn>,
@@ -69,7 +68,7 @@ impl Forger {
         let lsn = match self.random.u8(..8) {
             0 => [0, 1, u64::MAX, i64::MAX.cast_unsigned()][self.random.usize(..4)],
             1 => self.random.u64(..self.origin.0),
-            // Far beyond what this test writes.
+            // Far beyond the end of this test.
             2 => self.random.u64(last + (1 << 40)..),
             3 | 4 => self.commits[self.random.usize(..self.commits.len())].0,
             _ => self.random.u64(self.origin.0..=last),
@@ -99,7 +98,7 @@ impl Forger {
             () if is_abandoned => Fate::Refused(Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN"),
             () if lsn > last => Fate::Refused(Code::FailedPrecondition, "SNAP_TOKEN_BEYOND_HISTORY"),
             () if lsn < self.origin.0 => Fate::Refused(Code::OutOfRange, "SNAP_TOKEN_TOO_OLD"),
-            // After all of whatever committed there.
+            // After the whole transaction that committed there.
             () if steps > 0 => Fate::Follows(Lsn(lsn + 1)),
             () => Fate::Follows(Lsn(lsn)),
         }
@@ -107,7 +106,7 @@ impl Forger {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_token_has_its_status() {
+async fn every_forged_token_gets_its_status() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--service-watch-message-size-max", "1KiB")]).await;
     let sql = postgres.sql().await;
@@ -141,7 +140,7 @@ async fn every_token_has_its_status() {
     mutations.extend((0..300).map(|n| mutated(&mut random, &messages[n % messages.len()].token)));
     mutations.extend((0..100).map(|_| (0..random.usize(1..200)).map(|_| random.char(..)).collect()));
     for text in mutations {
-        // What a mutation left as it was, or put in the other alphabet, is the token still.
+        // An unchanged text, or one in the other alphabet, is still the token.
         let same = text.replace('+', "-").replace('/', "_");
         if text.is_empty() || messages.iter().any(|message| message.token == same) {
             continue;
@@ -168,7 +167,7 @@ async fn every_token_has_its_status() {
                     .collect();
                 let opened = Stream::open_on(channel.clone(), "t1", &token.to_string()).await;
                 let mut resumed = opened.unwrap_or_else(|status| panic!("{token:?}: {status:?}"));
-                // Beyond the last one there is nothing to wait for.
+                // After the last change there is nothing to wait for.
                 if !expected.is_empty() {
                     assert_eq!(changes(&resumed.up_to(&end).await), expected, "{token:?}");
                 }
@@ -179,7 +178,7 @@ async fn every_token_has_its_status() {
     assert!(followed > 50, "too few were accepted to show anything: {followed}");
     sql.insert("t1", "after").await;
     stream.expect(Change::created("after")).await;
-    assert!(!server.has_said("panicked") && !server.has_said("ERROR"));
+    assert!(!server.has_logged("panicked") && !server.has_logged("ERROR"));
 }
 
 /// A position before everything.
@@ -196,7 +195,7 @@ async fn refusal(channel: &tonic::transport::Channel, token: &str) -> Status {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn subscribers_that_never_read_cost_the_others_nothing() {
+async fn subscribers_that_never_read_delay_nobody() {
     const UNREAD: usize = 10;
     const BATCH: u64 = 5_000;
     const LAST: u64 = 6 * BATCH;
@@ -207,12 +206,12 @@ async fn subscribers_that_never_read_cost_the_others_nothing() {
     let mut unread = join_all((0..UNREAD).map(|_| server.watch("t1", ""))).await;
     let mut readers = [server.watch("t1", "").await, server.watch("t2", "").await];
     let before = server.memory_kib("VmRSS");
-    // Some 60 MiB, for clients that have room for 2 MiB each.
+    // About 60 MiB, for clients with windows of 2 MiB each.
     for first in (1..=LAST).step_by(usize::try_from(BATCH).unwrap()) {
         sql.insert_large("t1", first..=first + BATCH - 1).await;
         while readers[0].next().await.changes.last().unwrap().large_number() != first + BATCH - 1 {}
     }
-    // All of them are stuck now, and nobody waits for them.
+    // All unread streams are full now, and delivery does not wait for them.
     let mut longest = Duration::ZERO;
     for n in 0..50 {
         for (stream, tenant) in readers.iter_mut().zip(["t1", "t2"]) {
@@ -228,7 +227,7 @@ async fn subscribers_that_never_read_cost_the_others_nothing() {
     assert!(longest < Duration::from_secs(2), "{longest:?}");
     assert!(grown < 200, "memory grew by {grown} MiB");
 
-    // They come back to life, and have missed nothing.
+    // They are read now, and have missed nothing.
     let expected: Vec<Change> = (0..50).map(|n| Change::created(&n.to_string())).collect();
     for stream in &mut unread {
         let mut next = 1;
@@ -243,7 +242,7 @@ async fn subscribers_that_never_read_cost_the_others_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_thousand_come_back_at_once() {
+async fn a_thousand_subscribers_resume_at_once() {
     const SUBSCRIBERS: usize = 1_000;
     const CONNECTIONS: usize = 20;
     let postgres = Postgres::start().await;
@@ -292,7 +291,7 @@ async fn a_thousand_come_back_at_once() {
     assert!(took < Duration::from_secs(30), "{took:?}");
 }
 
-/// More than a client has room for, so that the server is stuck in the middle of it.
+/// Writes more than the window of a client, so that the server has to wait in the middle.
 async fn open_and_fill(proxy: &Proxy, postgres: &Postgres) -> Stream {
     let stream = Stream::open(&endpoint(proxy), "t1", "").await.unwrap();
     postgres.sql().await.insert_large("t1", 1..=10_000).await;
@@ -301,7 +300,7 @@ async fn open_and_fill(proxy: &Proxy, postgres: &Postgres) -> Stream {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_client_that_vanished_is_reclaimed() {
+async fn the_place_of_a_vanished_client_is_freed() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--service-watch-subscribers-max", "2")]).await;
     let (quiet, stuck) = (Proxy::to(server.address()).await, Proxy::to(server.address()).await);
@@ -330,7 +329,7 @@ async fn a_client_that_vanished_is_reclaimed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sigterm_waits_for_nobody_who_does_not_answer() {
+async fn sigterm_does_not_wait_for_unresponsive_clients() {
     const GRACE: Duration = Duration::from_secs(3);
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[("--shutdown-grace-period", "3s")]).await;
@@ -357,17 +356,17 @@ async fn sigterm_waits_for_nobody_who_does_not_answer() {
         assert!(messages.is_empty());
         assert_eq!(reason(&status), (Code::Unavailable, "SHUTTING_DOWN".into()));
     }
-    assert!(ended < GRACE, "whoever reads is told at once, and not after {ended:?}");
+    assert!(ended < GRACE, "a client that reads is informed at once, and not after {ended:?}");
     let exit = server.ended().await;
     let took = began.elapsed();
     assert_eq!(exit.code(), Some(0));
-    // The last acknowledgement has a moment of its own, and this machine is busy.
+    // The last acknowledgement has additional time, and the machine may be busy.
     assert!(took < GRACE + Duration::from_secs(3), "{took:?}");
-    assert!(server.has_said("streams were still open at the end of shutdown.grace_period"));
+    assert!(server.has_logged("streams were still open at the end of shutdown.grace_period"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn pings_keep_an_idle_connection_known() {
+async fn pings_keep_an_idle_connection_open() {
     /// A frame's header and its payload.
     const PING_BYTES: u64 = 9 + 8;
     let postgres = Postgres::start().await;
@@ -380,9 +379,9 @@ async fn pings_keep_an_idle_connection_known() {
     stream.expect_silence().await;
     let before = proxy.returned_bytes();
     let began = Instant::now();
-    eventually("something comes", async || proxy.returned_bytes() > before).await;
+    eventually("something arrives", async || proxy.returned_bytes() > before).await;
     let idle = began.elapsed();
-    // Middleboxes forget what is silent for a minute; some sooner.
+    // Middleboxes forget connections that are silent for a minute, some earlier.
     assert!(idle < Duration::from_secs(25), "after {idle:?}");
     assert_eq!(proxy.returned_bytes() - before, PING_BYTES);
     stream.expect_silence().await;

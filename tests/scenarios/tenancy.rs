@@ -1,4 +1,4 @@
-//! `base.v1.Tenancy`: tenants come and go, and what is theirs with them.
+//! `base.v1.Tenancy`: the creation and deletion of tenants and their data.
 
 use crate::support::api::{Api, fields, fresh, refusal};
 use crate::support::change::Change;
@@ -47,13 +47,13 @@ async fn tenants_are_created_listed_and_deleted() {
     let request = TenantListRequest { page_size: 0, continuous_token: "W10".into() };
     let invalid = (Code::InvalidArgument, "ERROR_CODE_INVALID_CONTINUOUS_TOKEN".to_owned());
     assert_eq!(refusal(api.tenancy.list(request).await), invalid);
-    // A creation time that no timestamp can say.
+    // A creation time that a timestamp cannot represent.
     sql.run("UPDATE tuplewatch.tenants SET created_at = 'infinity' WHERE id = 'n00'").await;
     assert_eq!(api.tenants(0).await, expected);
 }
 
 #[tokio::test]
-async fn watchers_see_the_deletes_of_a_deleted_tenant_and_others_nothing() {
+async fn only_its_watchers_see_the_deletes_of_a_deleted_tenant() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -87,14 +87,14 @@ async fn watchers_see_the_deletes_of_a_deleted_tenant_and_others_nothing() {
     assert_eq!(sql.facts("t1").await.len(), 3);
     let unknown = (Code::NotFound, "ERROR_CODE_TENANT_NOT_FOUND".to_owned());
     assert_eq!(refusal(api.try_read(fresh("t2", "")).await), unknown);
-    // The next of that name begins empty.
+    // A new tenant of the same name is empty.
     api.create_tenant("t2").await.unwrap();
     assert!(api.try_read(fresh("t2", "")).await.unwrap().tuples.is_empty());
 }
 
-/// Whoever is first: a deleted tenant leaves nothing that would come back to life with the next of its name.
+/// In either order, a deleted tenant leaves no rows to the next tenant of its name.
 #[tokio::test]
-async fn nothing_is_written_for_a_tenant_that_is_being_deleted() {
+async fn no_write_survives_the_deletion_of_its_tenant() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -109,7 +109,7 @@ async fn nothing_is_written_for_a_tenant_that_is_being_deleted() {
         tokio::spawn(async move { api.delete_tenant("t2").await })
     };
 
-    // The write is first, and waits for a row of somebody else; the deletion waits for the write.
+    // The write is first, and waits for a row of another transaction. The deletion waits for the write.
     api.create_tenant("t2").await.unwrap();
     other.run("BEGIN").await;
     other.insert("t2", "a").await;
@@ -122,7 +122,7 @@ async fn nothing_is_written_for_a_tenant_that_is_being_deleted() {
     within("the deletion", deletion).await.unwrap().unwrap();
     assert!(sql.facts("t2").await.is_empty());
 
-    // The deletion is first, and waits for a row that somebody else deletes; the write waits for the deletion.
+    // The deletion is first, and waits for a row that another transaction deletes. The write waits for the deletion.
     api.create_tenant("t2").await.unwrap();
     api.write("t2", &["document:a#viewer@user:u"]).await;
     other.run("BEGIN; DELETE FROM tuplewatch.relation_tuples").await;

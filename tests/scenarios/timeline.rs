@@ -1,10 +1,9 @@
-//! Hazard 16: the server goes on along another timeline: a standby was promoted, or a backup was recovered to a point in time. What
-//! the old timeline wrote past the switch never happened on the new one. So it is cut from the log, streams that passed it
-//! end, and its tokens are refused for ever, also when the new timeline has written further than they point; and everything
-//! from before goes on.
+//! Hazard 16: the server continues on another timeline, because a standby was promoted or a backup was recovered to a point in time.
+//! Changes of the old timeline after the switch never happened on the new one. They are cut from the log, streams that passed the switch
+//! end, and tokens from after it are refused for ever, even when the new timeline is longer. Everything from before the switch continues.
 //!
-//! Standbys are copies of a stopped primary, with its replication slots; a base backup has none, and neither have the copies
-//! that are recovered here.
+//! Standbys are copies of a stopped primary with its replication slots. A base backup has no slots, and neither have the copies that are
+//! recovered here.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -25,7 +24,7 @@ async fn id_token(sql: &Sql, id: &str) -> String {
     SnapToken::Xid(Xid8(sql.value(&statement).await.parse().unwrap())).to_string()
 }
 
-/// Writes until the WAL is past this token's position, so that nothing but its timeline can tell that it is not of here.
+/// Writes until the WAL is past this token's position, so that only its timeline shows that it is foreign.
 async fn write_past(sql: &Sql, token: &str) {
     let SnapToken::Position { place, .. } = token.parse().unwrap() else { panic!("a position token") };
     let condition = format!("pg_current_wal_flush_lsn() > '{}'", place.position.lsn);
@@ -34,13 +33,13 @@ async fn write_past(sql: &Sql, token: &str) {
     }
 }
 
-/// How often it has counted that history was taken back.
+/// The counted gaps with the reason TIMELINE_DIVERGED.
 async fn gaps(pair: &Pair) -> f64 {
     pair.server.scrape().await.get("tuplewatch_gaps_total", &[("reason", "TIMELINE_DIVERGED")])
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_promoted_standby_that_has_everything_goes_on() {
+async fn a_promotion_without_loss_continues_every_stream() {
     let mut pair = Pair::start().await;
     let sql = pair.primary.sql().await;
     let mut stream = pair.server.watch("t1", "").await;
@@ -57,7 +56,7 @@ async fn a_promoted_standby_that_has_everything_goes_on() {
     let mut new = pair.server.watch("t2", "").await;
     sql.insert("t2", "after").await;
     new.expect(Change::created("after")).await;
-    assert_eq!(gaps(&pair).await, 0.0, "nobody has lost anything");
+    assert_eq!(gaps(&pair).await, 0.0, "no stream has lost anything");
 
     for process in 0..2 {
         pair.server.watch("t1", &last).await.expect(Change::created("after")).await;
@@ -75,7 +74,7 @@ async fn a_promoted_standby_that_has_everything_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_promoted_standby_lacks_is_abandoned() {
+async fn changes_that_a_promoted_standby_lacks_are_abandoned() {
     let mut pair = Pair::start().await;
     let sql = pair.primary.sql().await;
     let mut stream = pair.server.watch("t1", "").await;
@@ -93,7 +92,7 @@ async fn what_a_promoted_standby_lacks_is_abandoned() {
     let lost = stream.expect(Change::created("lost_too")).await.token;
     let kept_id = id_token(&sql, "kept").await;
     let lost_ids = [id_token(&sql, "lost").await, id_token(&sql, "lost_too").await];
-    // Of a state that will not have been: whoever read it is as wrong as whoever streamed it.
+    // A start now from abandoned state: its reader is as wrong as a stream that delivered the changes.
     let mut read = pair.server.watch("t3", "").await;
 
     let sql = pair.fail_over(StopMode::Immediate).await;
@@ -107,7 +106,7 @@ async fn what_a_promoted_standby_lacks_is_abandoned() {
     assert_eq!(gaps(&pair).await, 1.0);
     sql.insert("t1", "new").await;
     sql.insert("t2", "new").await;
-    // It never got anything that is not so.
+    // This stream never delivered an abandoned change.
     unharmed.expect(Change::created("new")).await;
     write_past(&sql, &lost).await;
 
@@ -115,7 +114,7 @@ async fn what_a_promoted_standby_lacks_is_abandoned() {
         for token in [&kept, &kept_id, &next] {
             pair.server.watch("t1", token).await.expect(Change::created("new")).await;
         }
-        // Their ids may be other transactions' by now.
+        // Other transactions may have their ids by now.
         for token in lost_ids.iter().chain([&lost]) {
             let status = pair.server.try_watch("t1", token).await.err().expect("refused");
             assert_eq!(reason(&status), (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN".into()));
@@ -128,7 +127,7 @@ async fn what_a_promoted_standby_lacks_is_abandoned() {
     }
 }
 
-/// It is the first in the list, answers, and is not in recovery; and its history ended with the promotion.
+/// It is the first in the list, answers, and is not in recovery, but its history ended with the promotion.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_old_primary_that_comes_back_is_not_followed() {
     let mut pair = Pair::start().await;
@@ -146,11 +145,11 @@ async fn an_old_primary_that_comes_back_is_not_followed() {
     let mut stream = pair.server.watch("t1", &token).await;
     sql.insert("t1", "after").await;
     stream.expect(Change::created("after")).await;
-    let tells = "was left behind";
-    assert!(!pair.server.has_said(tells));
+    let left_behind = "was left behind";
+    assert!(!pair.server.has_logged(left_behind));
 
     pair.standby.stop(StopMode::Fast).await;
-    eventually("the log tells of the old primary", async || pair.server.has_said(tells)).await;
+    eventually("the log names the old primary", async || pair.server.has_logged(left_behind)).await;
     pair.standby.start_again().await;
     pair.standby.sql().await.insert("t1", "end").await;
     stream.expect(Change::created("end")).await;
@@ -174,7 +173,7 @@ async fn recover(copy: &mut Postgres, primary: &Postgres, restore_point: &str) -
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_point_in_time_recovery_abandons_what_came_after_it() {
+async fn a_point_in_time_recovery_abandons_later_changes() {
     let mut primary = Postgres::start().await;
     let mut server = Server::prepare(&primary, &[]).await;
     primary.stop(StopMode::Fast).await;
@@ -196,13 +195,13 @@ async fn a_point_in_time_recovery_abandons_what_came_after_it() {
     sql.insert("t1", "mistake").await;
     stream.expect(Change::created("kept_by_the_other")).await;
     let mistake = stream.expect(Change::created("mistake")).await.token;
-    // With the mistake in its log.
+    // The mistake is in its log.
     server.terminate().await;
     server.ended().await;
     drop(sql);
     primary.stop(StopMode::Fast).await;
 
-    // Without its slot: serve says so, setup makes one, and everybody is told of the gap.
+    // The slot is missing: serve reports it, setup creates one, and every stream gets the gap.
     let [one, two] = &mut copies;
     let sql = recover(one, &primary, "earlier").await;
     server.point_to(&one.uri());
@@ -218,7 +217,7 @@ async fn a_point_in_time_recovery_abandons_what_came_after_it() {
     sql.insert("t1", "of_one").await;
     let of_one = stream.expect(Change::created("of_one")).await.token;
 
-    // Another recovery of the same backup is on timeline 2 as well, and it is another timeline.
+    // Another recovery of the same backup is on a timeline with number 2 too, but on a different one.
     let sql = recover(two, &primary, "later").await;
     let other = Server::serve(two, &[]).await;
     assert_eq!(sql.value("SELECT substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)").await, "00000002");
@@ -231,7 +230,7 @@ async fn a_point_in_time_recovery_abandons_what_came_after_it() {
         assert_eq!(reason(&status), (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN".into()));
     }
 
-    // And a log of the one is not taken for a log of the other.
+    // A log of one recovery is not accepted as a log of the other.
     server.kill_9().await;
     drop(other);
     server.point_to(&two.uri());

@@ -1,4 +1,4 @@
-//! Commit timestamps tie, and run against the order of commits. Nothing is lost for it.
+//! Commit timestamps can be equal, or contradict the commit order. No change is lost because of that.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -8,7 +8,7 @@ use crate::support::sql::Sql;
 use crate::support::stream::changes;
 use std::collections::HashSet;
 
-/// Transactions of a round, and rounds until ties and inversions were seen. One round is nearly always enough.
+/// The number of transactions in a round, and of rounds until ties and inversions occur. One round is nearly always enough.
 const ROUND: usize = 8_000;
 const ROUNDS_MAX: usize = 10;
 const WRITERS: usize = 16;
@@ -49,7 +49,7 @@ async fn write(uri: String, round: usize, writer: usize) {
     }
 }
 
-/// How many timestamps came again, and how many were below the one before.
+/// The number of repeated timestamps, and of those before their predecessor.
 fn ties_and_inversions(transactions: &[Transaction]) -> (usize, usize) {
     let times: Vec<i64> = transactions.iter().map(|transaction| transaction.commit_time).collect();
     let distinct: HashSet<i64> = times.iter().copied().collect();

@@ -1,4 +1,4 @@
-//! Certificates of the server and of its clients, good ones and others, as `watch` and clients of HTTP meet them.
+//! Certificates of the server and of its clients, valid and invalid ones, with `watch` and with clients of HTTP.
 
 use super::cli::process::{Process, program};
 use crate::support::http::Lines;
@@ -83,7 +83,7 @@ async fn serve(postgres: &Postgres, certificate: &str, client_ca: bool) -> (Temp
     (directory, server)
 }
 
-/// `watch`, with files of the directory.
+/// `watch`, with certificates of the directory.
 fn watch(directory: &TempDir, server: &Server, scheme: &str, flags: &[&str]) -> Process {
     let mut command = program(directory.path());
     let url = format!("{scheme}://localhost:{}", server.address().port());
@@ -91,11 +91,11 @@ fn watch(directory: &TempDir, server: &Server, scheme: &str, flags: &[&str]) -> 
     Process::start(command)
 }
 
-/// It gets changes.
+/// The watch receives changes.
 async fn gets_in(postgres: &Postgres, process: Process) {
     let sql = postgres.sql().await;
     let mut n = 0;
-    // Nothing tells when it has started but what it prints: so until it does.
+    // Only its output shows that it has started, so rows are inserted until it prints one.
     let prints = async || {
         n += 1;
         sql.insert("t1", &format!("{}-{n}", process.id())).await;
@@ -105,33 +105,33 @@ async fn gets_in(postgres: &Postgres, process: Process) {
 }
 
 #[tokio::test]
-async fn a_server_proves_who_it_is() {
+async fn watch_verifies_the_certificate_of_the_server() {
     let postgres = Postgres::start().await;
     let (directory, server) = serve(&postgres, "server", false).await;
     gets_in(&postgres, watch(&directory, &server, "https", &["--ca-cert", "ours.pem"])).await;
-    for (scheme, flags, says) in [
+    for (scheme, flags, expected) in [
         ("https", &["--ca-cert", "others.pem"][..], "no trusted authority issued the server's certificate"),
         ("https", &[], "Name the file with the certificate of the authority that issued the server's in --ca-cert"),
         ("http", &[], "it does not speak gRPC without TLS: write https://"),
     ] {
         let mut process = watch(&directory, &server, scheme, flags);
         assert_eq!(process.ended().await.code(), Some(1), "it does not heal");
-        process.complains(says).await;
+        process.until_logged(expected).await;
         assert_eq!(process.printed(), [""; 0]);
     }
 }
 
 #[tokio::test]
-async fn a_certificate_that_expired_is_said() {
+async fn an_expired_certificate_is_named() {
     let postgres = Postgres::start().await;
     let (directory, server) = serve(&postgres, "expired", false).await;
     let mut process = watch(&directory, &server, "https", &["--ca-cert", "ours.pem"]);
     assert_eq!(process.ended().await.code(), Some(1));
-    process.complains("the server's certificate has expired").await;
+    process.until_logged("the server's certificate has expired").await;
 }
 
 #[tokio::test]
-async fn clients_prove_who_they_are_where_an_authority_is_set() {
+async fn a_client_ca_makes_client_certificates_mandatory() {
     let postgres = Postgres::start().await;
     let (directory, server) = serve(&postgres, "server", true).await;
     let with = |name: &str| {
@@ -139,13 +139,13 @@ async fn clients_prove_who_they_are_where_an_authority_is_set() {
         watch(&directory, &server, "https", &["--ca-cert", "ours.pem", "--client-cert", &cert, "--client-key", &key])
     };
     gets_in(&postgres, with("client")).await;
-    // Whether the alert arrives before the connection ends is a matter of luck: until it does, it is tried again.
+    // The alert may arrive after the end of the connection. The watch retries until it arrives.
     for mut process in
         [watch(&directory, &server, "https", &["--ca-cert", "ours.pem"]), with("stranger"), with("expired")]
     {
         postgres.sql().await.insert("t1", &process.id().to_string()).await;
         assert_eq!(process.ended().await.code(), Some(1));
-        process.complains("it asks for a certificate that it trusts: see --client-cert").await;
+        process.until_logged("it asks for a certificate that it trusts: see --client-cert").await;
         assert_eq!(process.printed(), [""; 0]);
     }
     // Nobody else is held up by them.
@@ -153,14 +153,14 @@ async fn clients_prove_who_they_are_where_an_authority_is_set() {
 }
 
 #[tokio::test]
-async fn files_that_cannot_be_used_are_named_at_start() {
+async fn unusable_tls_files_are_named_at_the_start() {
     let postgres = Postgres::start().await;
     let (directory, mut server) = serve(&postgres, "server", true).await;
     server.terminate().await;
     server.ended().await;
     let path = |name: &str| directory.path().join(name).display().to_string();
     let (key, authority) = (path("server.key"), path("ours.pem"));
-    for (flag, name, says) in [
+    for (flag, name, expected) in [
         ("--server-grpc-tls-cert", "nowhere.pem", "nowhere.pem (server.grpc.tls.cert): No such file"),
         ("--server-grpc-tls-cert", "server.key", "server.key (server.grpc.tls.cert) holds no certificate"),
         ("--server-grpc-tls-cert", "client.pem", "of server.grpc.tls cannot be used"),
@@ -168,7 +168,7 @@ async fn files_that_cannot_be_used_are_named_at_start() {
         ("--server-grpc-tls-client-ca", "server.key", "(server.grpc.tls.client_ca) holds no certificate"),
     ] {
         server.set(flag, &path(name));
-        server.refuses_to_start(says).await;
+        server.refuses_to_start(expected).await;
         server.set("--server-grpc-tls-cert", &path("server.pem"));
         server.set("--server-grpc-tls-key", &key);
         server.set("--server-grpc-tls-client-ca", &authority);
@@ -181,7 +181,7 @@ fn https(directory: &TempDir, authority: &str) -> Client<HttpsConnector<HttpConn
     let mut roots = RootCertStore::empty();
     let pem = std::fs::read(directory.path().join(authority)).unwrap();
     roots.add(CertificateDer::from_pem_slice(&pem).unwrap()).unwrap();
-    // Named here: a second implementation in the tree would leave rustls without a choice.
+    // Named explicitly, because rustls cannot choose between two implementations.
     let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -202,7 +202,7 @@ async fn http_has_a_certificate_of_its_own() {
         ("--server-http-tls-cert", cert.as_str()),
         ("--server-http-tls-key", key.as_str()),
     ];
-    // That it is serving is told by gRPC, which has none.
+    // gRPC, which has no certificate, reports that it serves.
     let mut server = Server::serve(&postgres, &flags).await;
     let sql = postgres.sql().await;
     let url = |path: &str| format!("https://{}{path}", server.http_address());

@@ -1,4 +1,4 @@
-//! Snap tokens: from SQL, from streams, from elsewhere, and broken ones.
+//! Snap tokens from SQL, from streams, and from elsewhere, and invalid ones.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -28,21 +28,21 @@ async fn a_transaction_token_starts_right_after_its_transaction() {
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
 
-    // With rows of its own, around the call.
+    // With rows before and after the call.
     sql.run("BEGIN").await;
     sql.insert("t1", "own1").await;
     let with_rows = token(&sql).await;
     sql.insert("t1", "own2").await;
     sql.run("COMMIT").await;
     sql.insert("t1", "a").await;
-    // Without any.
+    // Without rows.
     let without_rows = token(&sql).await;
     sql.insert("t1", "b").await;
     sql.run("BEGIN READ ONLY").await;
     let read_only = token(&sql).await;
     sql.run("COMMIT").await;
     sql.insert("t1", "c").await;
-    // In a savepoint that stays, and twice in one transaction.
+    // In a released savepoint, and twice in one transaction.
     sql.run("BEGIN; SAVEPOINT s").await;
     sql.insert("t1", "own3").await;
     let first = token(&sql).await;
@@ -63,12 +63,12 @@ async fn a_transaction_token_starts_right_after_its_transaction() {
         check(&read_only, &["c", "own3", "d"]).await;
         check(&first, &["d"]).await;
         check(&second, &["d"]).await;
-        server.die_and_return().await;
+        server.kill_and_restart().await;
     }
 }
 
 #[tokio::test]
-async fn a_transaction_token_that_names_nothing_starts_at_its_floor() {
+async fn an_unknown_transaction_token_starts_at_its_floor() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -87,7 +87,7 @@ async fn a_transaction_token_that_names_nothing_starts_at_its_floor() {
     sql.run("ROLLBACK").await;
     sql.insert("t1", "last").await;
 
-    // Its transaction committed after the floor, so it is in there: earlier than asked for, never later.
+    // Its transaction committed after the floor, so it is delivered: a start may be too early, never too late.
     let messages = server.watch("t1", &savepoint).await.up_to(&created("last")).await;
     assert_eq!(changes(&messages), ["own1", "own2", "last"].map(created));
     server.watch("t1", &rolled_back).await.expect(created("last")).await;
@@ -110,7 +110,7 @@ async fn a_transaction_token_waits_for_its_transaction() {
     };
     let has_asked = "EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'tuplewatch%' \
                      AND query LIKE '%pg_xact_status%')";
-    eventually("it asks what became of the transaction", async || sql.is_true(has_asked).await).await;
+    eventually("it asks for the outcome of the transaction", async || sql.is_true(has_asked).await).await;
     sql.insert("t1", "meanwhile").await;
     assert!(!opening.is_finished());
     writer.run("COMMIT").await;
@@ -120,7 +120,7 @@ async fn a_transaction_token_waits_for_its_transaction() {
 }
 
 #[tokio::test]
-async fn a_transaction_token_does_not_wait_for_ever() {
+async fn a_transaction_token_waits_until_a_timeout() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--service-watch-resolve-timeout", "100ms")]).await;
     let sql = postgres.sql().await;
@@ -135,11 +135,11 @@ async fn a_transaction_token_does_not_wait_for_ever() {
 }
 
 #[tokio::test]
-async fn refused_tokens_and_tenants() {
+async fn invalid_tokens_and_tenants_are_refused() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
-    // Opened before all that follows, and not impressed by it.
+    // Opened before the refusals, and not affected by them.
     let mut stream = server.watch("t1", "").await;
     sql.insert("t1", "first").await;
     let good = stream.expect(created("first")).await.token;
@@ -211,7 +211,7 @@ async fn refused_tokens_and_tenants() {
             Err(status) => {
                 assert!(!status.message().is_empty());
                 if code == Code::OutOfRange {
-                    // The earliest one leads to everything there is.
+                    // The earliest token leads to the complete history.
                     let earliest = metadata(&status, "earliest_snap_token");
                     server.watch("t1", &earliest).await.expect(created("first")).await;
                 }
@@ -244,7 +244,7 @@ async fn refused_tokens_and_tenants() {
 }
 
 #[tokio::test]
-async fn a_token_from_before_a_nodes_log_is_too_old_there() {
+async fn a_token_from_before_a_nodes_log_is_too_old() {
     let postgres = Postgres::start().await;
     let first = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -268,7 +268,7 @@ async fn a_token_from_before_a_nodes_log_is_too_old_there() {
     }
 }
 
-/// Two nodes with a slot each; the slow one has not received what the fast one has delivered.
+/// Two nodes with a slot each: the fast one has delivered a change that the slow one has not received.
 #[tokio::test]
 async fn a_token_ahead_of_a_node_waits_for_it() {
     let postgres = Postgres::start().await;
@@ -298,7 +298,7 @@ async fn signal(signal: &str, process: &str) {
     assert!(status.success());
 }
 
-/// Rows of two tenants by turns, of both tables, and a key-changing UPDATE: two steps in one row message.
+/// Alternating rows of two tenants and both tables, and an UPDATE of the key, which has two steps in one row message.
 const INTERLEAVED: &str = "
     BEGIN;
     INSERT INTO tuplewatch.relation_tuples
@@ -314,7 +314,7 @@ async fn every_token_inside_a_transaction_gives_the_rest() {
     let small = [("--service-watch-message-size-max", "1KiB")];
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &small).await;
-    // The same stream, cut elsewhere.
+    // The same stream, cut at other places.
     let mut other =
         Server::prepare_slot(&postgres.uri(), "other", &[("--service-watch-message-size-max", "1500B")]).await;
     other.start().await;
@@ -340,12 +340,12 @@ async fn every_token_inside_a_transaction_gives_the_rest() {
             }
         }
         for node in [&mut server, &mut other, &mut coarse] {
-            node.die_and_return().await;
+            node.kill_and_restart().await;
         }
     }
 }
 
-/// So large that it is staged on disk before its commit is there.
+/// So large that it is staged on disk before its commit arrives.
 #[tokio::test]
 async fn tokens_inside_a_staged_transaction_give_the_rest() {
     let small = [("--service-watch-message-size-max", "16KiB"), ("--changelog-memory-window", "1MiB")];
@@ -371,7 +371,7 @@ async fn tokens_inside_a_staged_transaction_give_the_rest() {
             let rest = server.watch("t1", &whole[n].token).await.up_to(&created("end")).await;
             assert!(changes(&rest) == changes(&whole[n + 1..]), "after message {n}");
         }
-        server.die_and_return().await;
+        server.kill_and_restart().await;
     }
 }
 

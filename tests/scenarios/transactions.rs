@@ -1,8 +1,8 @@
-//! Transactions of every kind: what is rolled back is never told, what commits is told whole, in the order in which it was
-//! executed, and transactions come in the order of their commits, however many of them were open at the same time.
+//! Transactions of every kind. A rolled-back one is never delivered. A committed one is delivered completely, in the order of execution,
+//! and transactions arrive in commit order, however many of them were open at the same time.
 //!
-//! A subscriber who applies one change too many, or two in the wrong order, keeps a permission that was taken away. What a
-//! transaction says beside its rows (logical messages, its own or of other programs) must not get in the way either.
+//! A subscriber that applies one change too many, or two in the wrong order, keeps a permission that was revoked. Logical messages of any
+//! program must not disturb the order either.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -39,7 +39,7 @@ fn delete(id: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_transaction_is_told_as_it_was_executed() {
+async fn a_transaction_is_streamed_as_it_was_executed() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -83,7 +83,7 @@ async fn a_transaction_is_told_as_it_was_executed() {
             ),
             vec![created("third")],
         ),
-        // Whole rollbacks: asked for, and by an error.
+        // Complete rollbacks.
         (format!("BEGIN; {}; {}; ROLLBACK", i("no"), d("a")), vec![]),
         ("DO $$ BEGIN COMMIT; END $$".into(), vec![]),
         // Several rows with one statement.
@@ -130,13 +130,13 @@ async fn a_transaction_is_told_as_it_was_executed() {
             format!("INSERT INTO tuplewatch.relation_tuples VALUES {}, {}", row("k"), row("l")),
             ["k-before+", "k", "l-before+", "l", "k-after+", "l-after+"].map(created).to_vec(),
         ),
-        // Without triggers; what is written is still told.
+        // Without triggers. The rows are still delivered.
         (
             format!("BEGIN; SET LOCAL session_replication_role = replica; {}; {}; COMMIT", i("m"), d("l")),
             vec![created("m"), deleted("l")],
         ),
         ("DROP FUNCTION also CASCADE".into(), vec![]),
-        // Of other tables and of tables that come and go.
+        // Other tables, and temporary uses of tables.
         (format!("BEGIN; CREATE TABLE x (n int); INSERT INTO x VALUES (1); {}; DROP TABLE x; COMMIT", i("n")), vec![created("n")]),
         ("CREATE TABLE x (n int); INSERT INTO x VALUES (1)".into(), vec![]),
         (i("end"), vec![created("end")]),
@@ -146,13 +146,13 @@ async fn a_transaction_is_told_as_it_was_executed() {
             assert_eq!(stream.next().await.changes, expected, "{statements}");
         }
     }
-    // An error in the midst of things.
+    // An error in the middle.
     assert!(sql.batch_execute(&format!("BEGIN; {}; SELECT 1 / 0; COMMIT", i("no"))).await.is_err());
     sql.run("ROLLBACK").await;
     sql.insert("t1", "last").await;
     stream.expect(created("last")).await;
 
-    // Which is what PostgreSQL says too, and what is there.
+    // This equals the reference and the table.
     let all = changes(&server.watch("t1", &start).await.up_to(&created("last")).await);
     assert_eq!(all, reference::of_tenant(&reference::read(&sql).await, "t1"));
     let mut state = std::collections::BTreeSet::new();
@@ -160,9 +160,9 @@ async fn a_transaction_is_told_as_it_was_executed() {
     assert_eq!(state, sql.facts("t1").await);
 }
 
-/// A prepared transaction has no session, survives restarts, and commits when somebody says so.
+/// A prepared transaction has no session, survives restarts, and commits on request.
 #[tokio::test]
-async fn a_prepared_transaction_comes_when_it_is_committed() {
+async fn a_prepared_transaction_is_delivered_once_committed() {
     let flags = [("--service-watch-resolve-timeout", "100ms")];
     let mut postgres = Postgres::with(&[("max_prepared_transactions", "4")]).await;
     let mut server = Server::serve(&postgres, &flags).await;
@@ -180,7 +180,7 @@ async fn a_prepared_transaction_comes_when_it_is_committed() {
     };
     let both = |name: &str| vec![created(name), created(&format!("{name}2"))];
 
-    // At once.
+    // Committed at once.
     let token = prepare("a").await;
     sql.insert("t1", "meanwhile").await;
     let meanwhile = stream.expect(created("meanwhile")).await.token;
@@ -196,7 +196,7 @@ async fn a_prepared_transaction_comes_when_it_is_committed() {
         stream.expect(created("next")).await;
     }
 
-    // Over restarts of everybody.
+    // Committed after restarts of both.
     let (kept, dropped) = (prepare("kept").await, prepare("dropped").await);
     let mut expected = vec![both("a"), vec![created("next")]];
     for mode in [StopMode::Fast, StopMode::Immediate] {
@@ -235,7 +235,7 @@ async fn a_prepared_transaction_comes_when_it_is_committed() {
 }
 
 #[tokio::test]
-async fn a_transaction_over_500_tenants_gives_each_its_part() {
+async fn each_of_500_tenants_gets_its_part_of_a_transaction() {
     const TENANT_COUNT: usize = 500;
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
@@ -251,7 +251,7 @@ async fn a_transaction_over_500_tenants_gives_each_its_part() {
             streams.push(within("headers", Stream::open_on(channel.clone(), tenant, "")).await.unwrap());
         }
     }
-    // By turns; each tenant has something else, and as many changes as its number has digits and two more.
+    // Interleaved. Each tenant has different changes, two more than its number has digits.
     sql.run(&format!(
         "BEGIN; \
          INSERT INTO tuplewatch.relation_tuples \
@@ -277,20 +277,20 @@ async fn a_transaction_over_500_tenants_gives_each_its_part() {
     }
     for (tenant, stream) in tenants.iter().zip(&mut streams) {
         stream.expect(created("after")).await;
-        // As good for this tenant as for any other, and after a restart.
+        // The token is valid for every tenant, and after a restart.
         if tenant.ends_with("00") {
             server.watch(tenant, &tokens[0]).await.expect(created("after")).await;
         }
     }
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     for tenant in tenants.iter().filter(|tenant| tenant.ends_with("00")) {
         server.watch(tenant, &tokens[0]).await.expect(created("after")).await;
     }
 }
 
-/// All of them prepared at the same time, their rows interleaved in the WAL, and committed in an order of its own.
+/// All are prepared at the same time, with interleaved rows in the WAL, and committed in another order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ten_thousand_open_transactions_come_in_the_order_of_their_commits() {
+async fn ten_thousand_open_transactions_arrive_in_commit_order() {
     const OPEN: usize = 10_000;
     const CONNECTIONS: usize = 20;
     let open = OPEN.to_string();
@@ -314,8 +314,8 @@ async fn ten_thousand_open_transactions_come_in_the_order_of_their_commits() {
         )
     };
     run_all(&postgres, CONNECTIONS, (0..OPEN).map(statement).collect()).await;
-    assert_eq!(sql.value("SELECT count(*) FROM pg_prepared_xacts").await, open, "open, all of them");
-    // Nobody waits for any of them.
+    assert_eq!(sql.value("SELECT count(*) FROM pg_prepared_xacts").await, open, "all of them are open");
+    // Nothing waits for them.
     for (stream, tenant) in live.iter_mut().zip(TENANTS) {
         sql.insert(tenant, "meanwhile").await;
         stream.expect(created("meanwhile")).await;
@@ -344,7 +344,7 @@ async fn ten_thousand_open_transactions_come_in_the_order_of_their_commits() {
     assert!(server.ended().await.success());
 }
 
-/// Runs statements, each on one of so many connections, in about this order.
+/// Runs statements on this many connections, in about this order.
 async fn run_all(postgres: &Postgres, connections: usize, statements: Vec<String>) {
     let (statements, next) = (Arc::new(statements), Arc::new(AtomicUsize::new(0)));
     let mut tasks = Vec::new();
@@ -362,14 +362,14 @@ async fn run_all(postgres: &Postgres, connections: usize, statements: Vec<String
     }
 }
 
-/// `pg_logical_emit_message` is open to everybody, and the walsender sends what they say.
+/// Every role may call `pg_logical_emit_message`, and the walsender sends all messages.
 #[tokio::test]
 async fn logical_messages_of_others_are_ignored() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, token) = server.first_delivered(&postgres, "before").await;
 
-    // Empty, of the length of a token's id, a little off, of 1 MB, and no text.
+    // Empty, with the length of a token's id and about that, of 1 MB, and not text.
     let contents = ["''", "'garbage'", "repeat('x', 15)", "repeat('x', 16)", "repeat('x', 17)", "repeat('x', 1000000)"];
     let contents = contents.into_iter().chain([r"'\x00ff00ff00ff00ff00ff00ff00ff00ff'::bytea", r"'\xff'::bytea"]);
     let mut expected = Vec::new();
@@ -378,7 +378,7 @@ async fn logical_messages_of_others_are_ignored() {
             let emit =
                 |transactional: bool| format!("SELECT pg_logical_emit_message({transactional}, '{prefix}', {content})");
             let (a, b) = (format!("a{n}.{m}"), format!("b{n}.{m}"));
-            // Between transactions, around the rows of one, and in what is rolled back.
+            // Between transactions, around the rows of one, and in rolled-back parts.
             sql.run(&emit(false)).await;
             sql.run(&emit(true)).await;
             sql.run(&format!("BEGIN; {}; {}; {}", emit(true), insert(&a), emit(false))).await;
@@ -391,21 +391,21 @@ async fn logical_messages_of_others_are_ignored() {
     for expected in &expected {
         assert_eq!(&stream.next().await.changes, expected);
     }
-    // With nothing but messages at the end, what is idle is acknowledged too.
+    // WAL that ends with messages is acknowledged too.
     for transactional in [false, true] {
         sql.run(&format!("SELECT pg_logical_emit_message({transactional}, 'tuplewatch', repeat('x', 1000000))")).await;
         sql.run("CREATE TABLE IF NOT EXISTS x (n int)").await;
         let lsn = sql.flushed().await;
-        eventually("acknowledgement goes on", async || sql.confirmed_reaches(&lsn).await).await;
+        eventually("acknowledgement continues", async || sql.confirmed_reaches(&lsn).await).await;
     }
-    // An id that somebody made up belongs to no token of ours.
+    // An invented id does not match a token of ours.
     sql.insert("t1", "own").await;
     let own = sql.value("SELECT tuplewatch.snap_token()").await;
     sql.insert("t1", "last").await;
-    server.die_and_return().await;
+    server.kill_and_restart().await;
     server.watch("t1", &own).await.expect(created("last")).await;
     let all = changes(&server.watch("t1", &token).await.up_to(&created("last")).await);
     expected.push(vec![created("own"), created("last")]);
     assert_eq!(all, expected.concat());
-    assert!(!server.has_said("panicked"));
+    assert!(!server.has_logged("panicked"));
 }

@@ -1,6 +1,5 @@
-//! Values change, and no row event says so: a table is rewritten, an enum label gets another name, a composite type another
-//! attribute. Whoever was told the old values would keep them for ever, so each is a gap. What looks alike and changes no
-//! value ends no stream.
+//! Values change without a row event: a table is rewritten, an enum label is renamed, a composite type gets another attribute. Subscribers
+//! would keep the old values for ever, so each of these is a gap. A similar change that keeps all values ends no stream.
 
 use super::schema::verified_again;
 use crate::support::change::Change;
@@ -61,7 +60,7 @@ async fn a_value_that_changes_without_a_row_event_is_a_gap() {
     let mut stream = papers.server.watch("acme", "").await;
     stream.expect(papers.insert("1.00", "reader", "(1,{reader})").await).await;
     let rewritten = "table shop.papers was rewritten and its column paper altered, which may change values";
-    for (n, (fault, says)) in [
+    for (n, (fault, expected)) in [
         (
             "ALTER TYPE shop.role RENAME VALUE 'reader' TO 'viewer'",
             "an enum label in column person and an enum label in column role of table shop.papers changed",
@@ -80,7 +79,7 @@ async fn a_value_that_changes_without_a_row_event_is_a_gap() {
         let (messages, status) = stream.ending().await;
         assert_eq!(changes(&messages), [], "{fault}");
         assert_eq!(reason(&status), (Code::Aborted, "SCHEMA_CHANGED".into()), "{fault}");
-        assert!(status.message().contains(says), "{fault}: {}", status.message());
+        assert!(status.message().contains(expected), "{fault}: {}", status.message());
         stream = papers.server.watch("acme", &metadata(&status, "next_snap_token")).await;
         let person = if n == 0 { "(2,{viewer})" } else { "(2,{viewer},)" };
         let paper = format!("{}.{}", 100 * (n + 1), if n < 2 { "00" } else { "0" });
@@ -88,9 +87,9 @@ async fn a_value_that_changes_without_a_row_event_is_a_gap() {
     }
 }
 
-/// Each seen by a check of its own, and by a process that was not there.
+/// Each seen by a separate check, and by a process that was not running.
 #[tokio::test]
-async fn what_changes_no_value_ends_no_stream() {
+async fn a_schema_change_that_keeps_all_values_ends_no_stream() {
     let mut papers = Papers::new().await;
     let sql = papers.postgres.sql().await;
     let mut stream = papers.server.watch("acme", "").await;
@@ -124,9 +123,9 @@ async fn what_changes_no_value_ends_no_stream() {
     assert_eq!(changes(&papers.server.watch("acme", &token).await.up_to(&change).await), expected);
 }
 
-/// Each on a cluster of its own: they share the table.
+/// Each on its own cluster, because they change the same table.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_presets_values_change_without_a_row_event() {
+async fn a_rewrite_of_a_preset_table_is_a_gap_or_an_error() {
     let cases = [
         Interruption {
             name: "rewritten",
@@ -144,7 +143,7 @@ async fn the_presets_values_change_without_a_row_event() {
             reasons: SCHEMA_CHANGED,
             detail: "a mapped column of table tuplewatch.relation_tuples changed",
             lasts: Some(Lasting {
-                says: &["column subject_id holds regrole, which is written as a name that others can change"],
+                messages: &["column subject_id holds regrole, which is written as a name that others can change"],
                 remedy: Remedy::Sql(&[
                     "ALTER TABLE tuplewatch.relation_tuples ALTER COLUMN subject_id TYPE varchar(200)",
                 ]),

@@ -1,7 +1,6 @@
-//! Seen means readable: a change that a subscriber gets is there for the SELECT that it then makes.
+//! A delivered change is already visible to SELECT.
 //!
-//! PostgreSQL streams a commit before it is visible: a moment before, or, where it waits for a synchronous standby, for as long
-//! as that takes.
+//! PostgreSQL streams a commit before it is visible: for a moment, or for as long as it waits for a synchronous standby.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -16,14 +15,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
-/// A standby that will never be there. Only sessions that ask for it wait for it.
+/// A standby that does not exist. Only sessions that ask for it wait for it.
 pub(super) const MISSING_STANDBY: [(&str, &str); 2] =
     [("synchronous_standby_names", "missing"), ("synchronous_commit", "local")];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_change_can_be_read() {
+async fn every_delivered_change_can_be_read() {
     const CASES: u64 = 20_000;
-    /// Changes under way: enough to keep the writers busy, and few enough that every check is made at once.
+    /// The number of concurrent changes: enough to keep the writers busy, and few enough that every check happens immediately.
     const UNDER_WAY: usize = 16;
 
     let postgres = Postgres::start().await;
@@ -49,7 +48,7 @@ async fn every_change_can_be_read() {
         .collect();
 
     let reader = postgres.sql().await;
-    // By its whole key: quicker than the writers, so that every check is made at once.
+    // By the whole key, which is faster than the writers, so that every check happens immediately.
     let statement = "SELECT EXISTS (SELECT FROM tuplewatch.relation_tuples WHERE (tenant_id, entity_type, entity_id, relation, \
                      subject_type, subject_id, subject_relation) = ('t1', 'document', $1, 'viewer', 'user', 'u', ''))";
     let statement = reader.prepare(statement).await.unwrap();
@@ -79,7 +78,7 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// Returns when it waits: its record is in the WAL, and nobody can see it.
+    /// Returns when the commit waits: its record is in the WAL, and it is not visible.
     pub(super) async fn insert(postgres: &Postgres, admin: &Sql, tenant: &str, id: &str) -> Self {
         let sql = postgres.sql().await;
         sql.run("SET synchronous_commit = on; SET application_name = 'waiting'").await;
@@ -98,15 +97,15 @@ impl Waiting {
     }
 
     pub(super) async fn release(self, admin: &Sql) {
-        assert!(Self::is_waiting(admin).await, "it waited until now");
-        // Not in a transaction, and so not in one batch.
+        assert!(Self::is_waiting(admin).await, "it still waits");
+        // ALTER SYSTEM cannot run in a transaction, so not in one batch.
         admin.run("ALTER SYSTEM SET synchronous_standby_names = ''").await;
         admin.run("SELECT pg_reload_conf()").await;
-        within("the commit goes on", self.commit).await.unwrap();
+        within("the commit continues", self.commit).await.unwrap();
     }
 }
 
-/// Waits until tuplewatch has received, and stored, everything that is in the WAL now.
+/// Waits until tuplewatch has stored everything that is in the WAL now.
 async fn received_everything(admin: &Sql) {
     let lsn = admin.value("SELECT pg_current_wal_flush_lsn()").await;
     let condition = format!(
@@ -115,13 +114,13 @@ async fn received_everything(admin: &Sql) {
     eventually("the slot is acknowledged", async || admin.is_true(&condition).await).await;
 }
 
-/// Waits until tuplewatch has looked several times for what is visible.
+/// Waits until tuplewatch has queried visibility several times.
 async fn looked_again(admin: &Sql) {
     let statement = "SELECT coalesce(max(query_start), 'epoch')::text FROM pg_stat_activity \
                      WHERE application_name LIKE 'tuplewatch%' AND query = 'SELECT pg_current_snapshot()::text'";
     for _ in 0..3 {
         let before = admin.value(statement).await;
-        eventually("it looks for what is visible", async || admin.value(statement).await > before).await;
+        eventually("visibility is queried", async || admin.value(statement).await > before).await;
     }
 }
 
@@ -135,13 +134,13 @@ async fn a_commit_that_waits_for_a_standby_is_not_delivered() {
     stream.expect(Change::create(Change::viewer("before"))).await;
 
     let waiting = Waiting::insert(&postgres, &admin, "t1", "waiting").await;
-    // It commits after the one that waits, and is visible before it.
+    // It commits after the waiting one, and is visible before it.
     admin.insert("t1", "after").await;
     received_everything(&admin).await;
     looked_again(&admin).await;
     stream.expect_silence().await;
 
-    // Whoever starts now reads a state without the one that waits, and gets it later. It does not get what it could read.
+    // A start now reads a state without the waiting change, and gets it later. It does not get the changes that it could read.
     let mut late = server.watch("t1", "").await;
     let state = admin.facts("t1").await;
     assert_eq!(state, BTreeSet::from([Change::viewer("before"), Change::viewer("after")]));
@@ -155,9 +154,9 @@ async fn a_commit_that_waits_for_a_standby_is_not_delivered() {
     late.expect(Change::create(Change::viewer("last"))).await;
 }
 
-/// What is in the change log need not be visible either.
+/// A change in the change log need not be visible either.
 #[tokio::test]
-async fn a_server_that_comes_back_does_not_deliver_a_commit_that_waits() {
+async fn a_restarted_node_does_not_deliver_a_commit_that_waits() {
     let postgres = Postgres::with(&MISSING_STANDBY).await;
     let mut server = Server::serve(&postgres, &[]).await;
     let admin = postgres.sql().await;
@@ -176,9 +175,9 @@ async fn a_server_that_comes_back_does_not_deliver_a_commit_that_waits() {
     resumed.expect(Change::create(Change::viewer("after"))).await;
 }
 
-/// Who subscribes then, and reads the state, has not read what waits.
+/// A start then reads a state without the waiting change.
 #[tokio::test]
-async fn a_server_that_comes_back_delivers_a_commit_that_waited_to_who_started_meanwhile() {
+async fn a_stream_started_after_a_restart_gets_a_commit_that_waited() {
     let postgres = Postgres::with(&MISSING_STANDBY).await;
     let mut server = Server::serve(&postgres, &[]).await;
     let admin = postgres.sql().await;
@@ -194,14 +193,14 @@ async fn a_server_that_comes_back_delivers_a_commit_that_waited_to_who_started_m
     stream.expect(Change::create(Change::viewer("after"))).await;
 }
 
-/// Killed and started again, with everything so far in the change log.
+/// Kills and restarts the server, with everything so far in the change log.
 async fn come_back(server: &mut Server, admin: &Sql) {
     received_everything(admin).await;
-    server.die_and_return().await;
+    server.kill_and_restart().await;
 }
 
 #[tokio::test]
-async fn before_visible_does_not_wait() {
+async fn before_visible_delivers_a_commit_that_waits() {
     let postgres = Postgres::with(&MISSING_STANDBY).await;
     let server = Server::serve(&postgres, &[("--service-watch-before-visible", "true")]).await;
     let admin = postgres.sql().await;
@@ -210,15 +209,15 @@ async fn before_visible_does_not_wait() {
     let waiting = Waiting::insert(&postgres, &admin, "t1", "waiting").await;
     stream.expect(Change::create(Change::viewer("waiting"))).await;
     assert!(admin.facts("t1").await.is_empty());
-    // It was delivered to others, and still belongs to whoever starts now and cannot read it.
+    // It was delivered already, and a start now must still get it, because it cannot be read.
     let mut late = server.watch("t1", "").await;
     late.expect(Change::create(Change::viewer("waiting"))).await;
     waiting.release(&admin).await;
 }
 
-/// Subscribe, read the state, apply the stream: what comes out is the state of the table.
+/// Subscribe, read the state, apply the stream: the result must be the state of the table.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn subscribe_then_read_then_apply() {
+async fn a_read_after_subscribing_plus_the_stream_is_the_table() {
     const PHASES: usize = 5;
     const OBSERVERS: usize = 30;
 
@@ -226,7 +225,7 @@ async fn subscribe_then_read_then_apply() {
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
     for phase in 0..PHASES {
-        // A tenant each, so that reading its state stays quick.
+        // One tenant for each phase, so that its state stays small.
         let tenant = format!("phase{phase}");
         sql.run(&format!("INSERT INTO tuplewatch.tenants (id, name) VALUES ('{tenant}', '')")).await;
         let is_over = Arc::new(AtomicBool::new(false));
@@ -235,7 +234,7 @@ async fn subscribe_then_read_then_apply() {
         let channel = server.channel().await;
         let mut observers = Vec::new();
         for _ in 0..OBSERVERS {
-            // Somewhere in the course of things.
+            // At different moments of the phase.
             tokio::time::sleep(Duration::from_millis(fastrand::u64(0..20))).await;
             let stream = within("headers", Stream::open_on(channel.clone(), &tenant, "")).await.unwrap();
             let state = sql.facts(&tenant).await;
@@ -272,7 +271,7 @@ async fn churn(uri: String, tenant: String, writer: usize, is_over: Arc<AtomicBo
     }
 }
 
-/// The state after applying the stream to what was read, up to the end. The read may have had some of the stream already.
+/// The state after applying the stream to the read state, up to the end. The read may already contain some changes of the stream.
 async fn follow(mut stream: Stream, mut state: BTreeSet<String>) -> BTreeSet<String> {
     let messages = stream.up_to(&Change::create(Change::viewer("end"))).await;
     for change in changes(&messages) {

@@ -1,8 +1,8 @@
-//! Transaction ids and LSNs at the ends of their ranges, and ids that are used twice.
+//! Transaction ids and LSNs at the ends of their ranges, and reused ids.
 //!
-//! pgoutput carries 32 bits of a transaction id of 64. What is visible, and what became of the transaction of a token, is
-//! asked of PostgreSQL by the whole id: one that was widened wrongly would never be visible, and hold up everything behind
-//! it. And not even the whole id is unique: a transaction that a crash took from the WAL leaves its id to another.
+//! pgoutput carries 32 of the 64 bits of a transaction id. PostgreSQL is asked about visible transactions, and about the transaction of a
+//! token, by the full id. A wrongly widened id would never be visible, and would block all later transactions. Not even the full id is
+//! unique: a transaction that is lost in a crash leaves its id to another one.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -19,7 +19,7 @@ use tuplewatch::dev_postgres::StopMode;
 use tuplewatch::model::lsn::Lsn;
 use tuplewatch::model::snap_token::SnapToken;
 
-/// Where the upper half of an xid8 becomes 1.
+/// The first xid8 with an upper half of 1.
 const EPOCH: u64 = 1 << 32;
 /// Ids on a page of pg_xact.
 const XIDS_PER_PAGE: u64 = 32_768;
@@ -41,7 +41,7 @@ async fn insert_with_token(sql: &Sql, tenant: &str, id: &str) -> (String, u64) {
 /// A cluster whose next transaction ids are `left` below the boundary.
 async fn near_the_end_of_the_epoch(settings: &[(&str, &str)], left: u64) -> Postgres {
     let mut postgres = Postgres::with(settings).await;
-    // Ids from before are then out of use, as they are in a cluster that got here by itself.
+    // Old ids are then unused, as in a cluster that reached this point by itself.
     for database in ["postgres", "template1"] {
         Sql::connect(&postgres.uri_of(database)).await.run("VACUUM (FREEZE)").await;
     }
@@ -58,7 +58,7 @@ async fn near_the_end_of_the_epoch(settings: &[(&str, &str)], left: u64) -> Post
 }
 
 #[tokio::test]
-async fn a_backlog_that_crosses_the_epoch_boundary_is_whole_and_in_order() {
+async fn a_backlog_across_the_epoch_boundary_is_complete_and_in_order() {
     const LEFT: u64 = 600;
     let postgres = near_the_end_of_the_epoch(&[("max_prepared_transactions", "2")], LEFT).await;
     let mut server = Server::serve(&postgres, &[]).await;
@@ -74,7 +74,7 @@ async fn a_backlog_that_crosses_the_epoch_boundary_is_whole_and_in_order() {
     server.terminate().await;
     assert!(server.ended().await.success());
 
-    // Open from before the boundary until after it: one as it is, one with subtransactions, one prepared.
+    // Open from before the boundary until after it: a plain transaction, one with subtransactions, and a prepared one.
     let (open, nested) = (postgres.sql().await, postgres.sql().await);
     open.run("BEGIN").await;
     open.insert("t1", "open").await;
@@ -121,7 +121,7 @@ async fn a_backlog_that_crosses_the_epoch_boundary_is_whole_and_in_order() {
         let at = all.iter().position(|change| change == after).unwrap();
         all[at + 1..].to_vec()
     };
-    // Nothing is held back: what is not taken for visible never comes.
+    // Everything arrives: an id that is never visible would block it.
     for (stream, tenant) in ends.iter_mut().zip(TENANTS) {
         let messages = stream.up_to(&Change::created("end")).await;
         assert_eq!(changes(&messages), expected(tenant, &Change::created("first")));
@@ -152,7 +152,7 @@ async fn a_stream_crosses_the_epoch_boundary() {
     while next_xid(&sql).await < EPOCH + 50 {
         let (token, xid) = insert_with_token(&sql, "t1", &format!("d{n}")).await;
         stream.expect(Change::created(&format!("d{n}"))).await;
-        // A token is resolved, and a stream begins, on either side and between the two.
+        // Tokens are resolved, and streams start, on both sides of the boundary and across it.
         if n % 10 == 0 || xid.abs_diff(EPOCH) < 5 {
             let (mut after, mut now) = (server.watch("t1", &token).await, server.watch("t1", "").await);
             sql.insert("t1", &format!("next{n}")).await;
@@ -166,16 +166,14 @@ async fn a_stream_crosses_the_epoch_boundary() {
     stream.expect(Change::created("open")).await;
 }
 
-/// From now on WAL is flushed for commits that wait for it, and for nothing else. (An immediate stop of PostgreSQL kills the
-/// walwriter after five seconds.)
+/// From now on WAL is flushed only for commits that wait for it. (An immediate stop of PostgreSQL kills the walwriter after five seconds.)
 async fn stop_walwriter(sql: &Sql) {
     let walwriter = sql.value("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'").await;
     let status = Command::new("kill").args(["-STOP", &walwriter]).status().await.unwrap();
     assert!(status.success());
 }
 
-/// A transaction that committed, was seen by everybody, and that the next crash takes away: its token and its id. Before it
-/// WAL was written that goes the same way.
+/// Commits a visible transaction that the next crash loses, together with some WAL before it. Returns its token and its id.
 async fn insert_to_be_lost(sql: &Sql, id: &str) -> (String, u64) {
     stop_walwriter(sql).await;
     sql.run("SET synchronous_commit = off").await;
@@ -186,14 +184,14 @@ async fn insert_to_be_lost(sql: &Sql, id: &str) -> (String, u64) {
 }
 
 #[tokio::test]
-async fn the_token_of_a_transaction_that_a_crash_took_does_not_resolve_to_the_next_with_its_id() {
+async fn a_lost_transactions_token_does_not_match_a_reused_xid() {
     let mut postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
     sql.insert("t1", "before").await;
     let (token, lost_xid) = insert_to_be_lost(&sql, "lost").await;
     assert!(sql.facts("t1").await.contains(&Change::viewer("lost")), "it had committed");
-    // No mark of a tuplewatch must take its id.
+    // A marker of tuplewatch must not use its id.
     server.kill_9().await;
     postgres.stop(StopMode::Immediate).await;
     postgres.start_again().await;
@@ -206,12 +204,12 @@ async fn the_token_of_a_transaction_that_a_crash_took_does_not_resolve_to_the_ne
     server.serving().await;
     sql.insert("t1", "last").await;
     expected.push(Change::created("last"));
-    // Its floor must be in WAL that survives: the strangers' commits are where the WAL was that is gone.
+    // Its floor must lie in WAL that survives, because the later commits are at the positions of the lost WAL.
     let messages = server.watch("t1", &token).await.up_to(&Change::created("last")).await;
     assert_eq!(changes(&messages), expected);
 }
 
-/// Inserts until the transaction with this id has been; `each` gets what was inserted.
+/// Inserts until the transaction with this id has committed. Calls `each` with every inserted id.
 async fn use_ids_up_to(last: u64, sql: &Sql, mut each: impl AsyncFnMut(String)) {
     for n in 0.. {
         sql.run("BEGIN").await;
@@ -226,9 +224,9 @@ async fn use_ids_up_to(last: u64, sql: &Sql, mut each: impl AsyncFnMut(String)) 
     }
 }
 
-/// Who starts now reads a state with the transaction in it that will be lost; the stranger with its id is not in that state.
+/// A start now reads a state that contains the lost transaction. The later one with its id is not in that state.
 #[tokio::test]
-async fn a_start_now_before_a_crash_does_not_miss_the_next_transaction_with_a_lost_id() {
+async fn a_start_before_a_crash_gets_the_transaction_with_a_reused_xid() {
     let mut postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -244,7 +242,7 @@ async fn a_start_now_before_a_crash_does_not_miss_the_next_transaction_with_a_lo
 
 /// 2 GiB below the end of all LSNs, which are unsigned.
 #[tokio::test]
-async fn lsns_near_the_end_of_their_range() {
+async fn lsns_near_the_end_of_their_range_work() {
     const HIGH: u64 = 0xFFFF_FFFF_8000_0000;
     let mut postgres = Postgres::start().await;
     postgres.stop(StopMode::Fast).await;

@@ -1,4 +1,4 @@
-//! Data and Tenancy, as their generated clients call them.
+//! The services Data and Tenancy, called through their generated clients.
 
 use super::server::Server;
 use super::wait::within;
@@ -43,7 +43,7 @@ impl Api {
         Ok(within("a write", self.data.write(request)).await?.into_inner().snap_token)
     }
 
-    /// Writes tuples, given as text; the token of the state right after it.
+    /// Writes tuples, given as text. Returns the token of the state right after the write.
     pub(crate) async fn write(&mut self, tenant: &str, tuples: &[&str]) -> String {
         self.try_write(tenant, tuples).await.unwrap_or_else(|status| panic!("a write: {status:?}"))
     }
@@ -71,7 +71,7 @@ impl Api {
         Ok(within("a read", self.data.read_relationships(request)).await?.into_inner())
     }
 
-    /// All tuples that the filter picks, as texts, in pages of this size.
+    /// All tuples that match the filter, as texts, read in pages of this size.
     pub(crate) async fn read(&mut self, tenant: &str, filter: TupleFilter, page_size: u32) -> Vec<String> {
         let mut texts = Vec::new();
         let mut request = read_request(tenant, filter);
@@ -103,7 +103,7 @@ impl Api {
         Ok(within("a deletion", self.tenancy.delete(request)).await?.into_inner().tenant_id)
     }
 
-    /// The ids of all tenants, in pages of this size.
+    /// The ids of all tenants, read in pages of this size.
     pub(crate) async fn tenants(&mut self, page_size: u32) -> Vec<String> {
         let mut ids = Vec::new();
         let mut request = TenantListRequest { page_size, continuous_token: String::new() };
@@ -165,7 +165,7 @@ pub(crate) fn read_request(tenant: &str, filter: TupleFilter) -> RelationshipRea
     RelationshipReadRequest { tenant_id: tenant.into(), filter: Some(filter), ..Default::default() }
 }
 
-/// A read of everything that must see what the token stands for.
+/// A read of all tuples that is at least as fresh as the token.
 pub(crate) fn fresh(tenant: &str, snap_token: &str) -> RelationshipReadRequest {
     let metadata = Some(RelationshipReadRequestMetadata { snap_token: snap_token.into() });
     RelationshipReadRequest { metadata, ..read_request(tenant, TupleFilter::default()) }
@@ -176,7 +176,7 @@ pub(crate) fn attribute_read(tenant: &str, filter: AttributeFilter, snap_token: 
     AttributeReadRequest { tenant_id: tenant.into(), metadata, filter: Some(filter), ..Default::default() }
 }
 
-/// Code and message of a refusal, which must say in words what is wrong.
+/// Code and message of a refusal, which must also have a localized message.
 pub(crate) fn refusal<T: std::fmt::Debug>(result: Result<T, Status>) -> (Code, String) {
     let status = result.expect_err("a refusal");
     let words = status.get_details_localized_message().map(|words| words.message).unwrap_or_default();
@@ -184,7 +184,7 @@ pub(crate) fn refusal<T: std::fmt::Debug>(result: Result<T, Status>) -> (Code, S
     (status.code(), status.message().to_owned())
 }
 
-/// The fields that a refusal is about.
+/// The fields that a refusal names.
 pub(crate) fn fields<T: std::fmt::Debug>(result: Result<T, Status>) -> Vec<String> {
     let status = result.expect_err("a refusal");
     assert_eq!((status.code(), status.message()), (Code::InvalidArgument, "ERROR_CODE_VALIDATION"));

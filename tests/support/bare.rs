@@ -1,4 +1,4 @@
-//! What tuplewatch is measured against: a client that reads a slot, pgwire-replication's, and nothing behind it.
+//! The baseline of the benchmarks: the client of pgwire-replication reads a slot and does nothing else.
 
 use pgwire_replication::{Lsn, ReplicationClient, ReplicationConfig, ReplicationEvent};
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 /// Commits between acknowledgements, each of which wakes the client.
 const ACKNOWLEDGE_EVERY: u32 = 1_000;
 
-/// A reader of a slot of its own, that reports as often as tuplewatch does, with a queue that is as long as suits it.
+/// Reads its own slot and reports as often as tuplewatch does, with a queue of the best length for it.
 pub(crate) struct Bare {
     client: ReplicationClient,
     commits: u32,
@@ -26,9 +26,9 @@ impl Bare {
         Self { client, commits: 0 }
     }
 
-    /// The next event. Commits are acknowledged, many at a time.
+    /// The next event. Acknowledges commits in batches.
     pub(crate) async fn next(&mut self) -> ReplicationEvent {
-        let event = self.client.recv().await.unwrap().expect("a stream that goes on");
+        let event = self.client.recv().await.unwrap().expect("the stream does not end");
         if let ReplicationEvent::Commit { end_lsn, .. } = event {
             self.commits += 1;
             if self.commits.is_multiple_of(ACKNOWLEDGE_EVERY) {
@@ -38,7 +38,7 @@ impl Bare {
         event
     }
 
-    /// Gives the slot back.
+    /// Ends the session, which frees the slot.
     pub(crate) async fn close(mut self) {
         self.client.shutdown().await.unwrap();
     }

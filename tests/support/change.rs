@@ -1,11 +1,11 @@
-//! Changes in a form that compares, prints, and adds up to a state.
+//! Changes that can be compared, printed and applied to a state.
 
 use prost::Message as _;
 use serde_json::Value as Json;
 use std::collections::BTreeSet;
 use tuplewatch::api::grpc::proto::{self, DataChange, data_change};
 
-/// A fact that began or ceased to hold.
+/// The beginning or the end of a fact.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Change {
     pub(crate) is_create: bool,
@@ -21,7 +21,7 @@ impl Change {
         Self { is_create: false, fact: fact.into() }
     }
 
-    /// The text of a tuple. Neither types nor ids can hold a `#`.
+    /// The text of a tuple. Neither types nor ids can contain a `#`.
     pub(crate) fn tuple(
         entity_type: &str,
         entity_id: &str,
@@ -33,17 +33,17 @@ impl Change {
         format!("{entity_type}:{entity_id}#{relation}@{subject_type}:{subject_id}#{subject_relation}")
     }
 
-    /// The text of the tuple that [`super::sql::Sql::insert`] makes.
+    /// The text of the tuple that [`super::sql::Sql::insert`] inserts.
     pub(crate) fn viewer(id: &str) -> String {
         Self::tuple("document", id, "viewer", "user", "u", "")
     }
 
-    /// That the tuple of [`super::sql::Sql::insert`] was created.
+    /// The creation of the tuple that [`super::sql::Sql::insert`] inserts.
     pub(crate) fn created(id: &str) -> Self {
         Self::create(Self::viewer(id))
     }
 
-    /// The text of an attribute, from the JSON that is in the table.
+    /// The text of an attribute, from its JSON in the table.
     pub(crate) fn attribute(entity_type: &str, entity_id: &str, attribute: &str, json: &str) -> String {
         let json: Json = serde_json::from_str(json).unwrap();
         let kind = json["@type"].as_str().unwrap().rsplit('.').next().unwrap();
@@ -84,7 +84,7 @@ impl Change {
         Self { is_create, fact }
     }
 
-    /// Whether it changes the state as it says: creates what was not there, deletes what was.
+    /// Applies it. Returns whether it changed the state: a created fact was absent, or a deleted one present.
     pub(crate) fn apply(&self, state: &mut BTreeSet<String>) -> bool {
         if self.is_create { state.insert(self.fact.clone()) } else { state.remove(&self.fact) }
     }

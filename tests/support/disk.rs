@@ -1,4 +1,4 @@
-//! A disk that a test fills.
+//! A disk for change logs that a test fills.
 
 use super::postgres::Postgres;
 use super::server::Server;
@@ -8,11 +8,10 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
-/// Above the reserve at first. What the log writes here, its journals included, and what others write meanwhile, stays far
-/// below.
+/// Free space above the reserve at the beginning. The log with its journals, and other writers on this disk, need far less.
 const ROOM: u64 = 400 * MIB;
 
-/// A disk with as much room as the test wants, for change logs. One at a time, also where every test is a process.
+/// A disk whose free space the test controls. One at a time, even if every test is a process.
 pub(crate) struct Disk {
     root: PathBuf,
     _directory: TempDir,
@@ -24,7 +23,7 @@ pub(crate) struct Disk {
 
 impl Disk {
     pub(crate) async fn new() -> Self {
-        // Nobody else fills this one, but in containers it is often small.
+        // Other programs rarely fill it, but in containers it is often small.
         let memory = Path::new("/dev/shm");
         let has_room = statvfs(memory).is_ok_and(|_| free(memory) > 4 * ROOM);
         let root = if has_room { memory.to_owned() } else { std::env::temp_dir() };
@@ -38,7 +37,7 @@ impl Disk {
         Self { root, _directory: directory, filler, filled: 0, reserve, _alone: alone }
     }
 
-    /// A node that keeps its log here.
+    /// A node with its log on this disk.
     pub(crate) async fn serve(&self, postgres: &Postgres, flags: &[(&str, &str)]) -> Server {
         let reserve = format!("{}B", self.reserve);
         let flags: Vec<_> = flags.iter().copied().chain([("--changelog-disk-reserve", reserve.as_str())]).collect();
@@ -49,7 +48,7 @@ impl Disk {
         server
     }
 
-    /// Takes room, so that so much less than the reserve is left; nothing where it is less already.
+    /// Fills the disk until the free space is `short` bytes below the reserve. Does nothing if it is below the reserve already.
     pub(crate) fn leave_below_reserve(&mut self, short: u64) {
         let Some(more) = free(&self.root).checked_sub(self.reserve) else { return };
         fallocate(&self.filler, FallocateFlags::empty(), self.filled, more + short).unwrap();

@@ -1,4 +1,4 @@
-//! A node, its PostgreSQL and what is between them; and what can go wrong with each, at random.
+//! A node, its PostgreSQL and the connection between them, with random faults of each.
 
 use super::oracle::Load;
 use super::postgres::Postgres;
@@ -30,17 +30,17 @@ pub(crate) enum Fault {
     Restart,
     /// [`Fault::Kill`] while PostgreSQL is down after [`Fault::Crash`].
     CrashBoth,
-    /// All connections between the two are reset.
+    /// All connections between tuplewatch and PostgreSQL are reset.
     Cut,
-    /// Nothing goes through between the two for a while, and neither is told.
+    /// For a while nothing passes between tuplewatch and PostgreSQL, and neither side notices a closed connection.
     Silence,
     /// The disk of the change log is full for a while.
     FullDisk,
     /// SIGKILL of one of two nodes, which serve one database behind one address.
     KillOneOfTwo,
-    /// A table, or what is done to it, is not published for a while, and a transaction that wrote meanwhile stays open for longer.
+    /// A table or an operation is not published for a while, and a transaction that wrote in that time stays open for longer.
     Unpublish,
-    /// A standby of PostgreSQL is promoted. Not inflicted here, but by those who have one.
+    /// A standby of PostgreSQL is promoted. The scenarios with a standby inflict it themselves.
     Failover,
 }
 
@@ -55,13 +55,13 @@ impl Fault {
         matches!(self, Self::Crash | Self::Restart | Self::CrashBoth | Self::Failover)
     }
 
-    /// Whether it takes a while, in the midst of which others may come.
+    /// Whether it lasts for a while, during which other faults may happen.
     const fn lasts(self) -> bool {
         matches!(self, Self::Silence | Self::FullDisk | Self::Unpublish)
     }
 }
 
-/// How often each fault was.
+/// The number of times each fault happened.
 #[derive(Default)]
 pub(crate) struct Tally(BTreeMap<Fault, usize>);
 
@@ -91,18 +91,18 @@ impl fmt::Display for Tally {
 pub(crate) struct World {
     pub(crate) postgres: Postgres,
     pub(crate) server: Server,
-    /// Another node on the same database, and what leads to either.
+    /// Another node on the same database, and the load balancer in front of both.
     twin: Option<(Server, Proxy)>,
     random: Rng,
-    /// Between the two.
+    /// Between tuplewatch and PostgreSQL.
     line: Option<Proxy>,
     disk: Option<Disk>,
-    /// How often a table was not published.
+    /// The number of times that [`Fault::Unpublish`] happened.
     unpublished: u64,
 }
 
 impl World {
-    /// A cluster, and a node that serves it, ready for these faults.
+    /// A cluster and a node that serves it, prepared for these faults.
     pub(crate) async fn start(faults: &[Fault], settings: &[(&str, &str)], flags: &[(&str, &str)], seed: u64) -> Self {
         let postgres = Postgres::with(settings).await;
         let mut uri = postgres.uri();
@@ -132,7 +132,7 @@ impl World {
         Self { postgres, server, twin, random: Rng::with_seed(seed.wrapping_add(1000)), line, disk, unpublished: 0 }
     }
 
-    /// Where subscribers go.
+    /// The address for subscribers.
     pub(crate) fn endpoint(&self) -> Endpoint {
         match &self.twin {
             Some((_, balancer)) => Endpoint::from_shared(format!("http://{}", balancer.address())).unwrap(),
@@ -140,7 +140,8 @@ impl World {
         }
     }
 
-    /// Random ones of these faults, one after the other, for so long, and until each was so often. All is well in the end.
+    /// Inflicts random faults of these, one after the other, for the duration `lasting` and until each has happened `least` times. Every
+    /// fault is over at the end.
     pub(crate) async fn disturb(
         &mut self,
         faults: &[Fault],
@@ -152,7 +153,7 @@ impl World {
         let began = Instant::now();
         while began.elapsed() < lasting || faults.iter().any(|fault| tally.of(*fault) < least) {
             assert!(began.elapsed() < lasting + 3 * PATIENCE, "the faults took too long: {tally}");
-            load.goes_on().await;
+            load.progresses().await;
             self.moment(200..1200).await;
             match self.random.choice(faults).copied() {
                 Some(fault) if fault.lasts() => self.inflict_lasting(fault, faults, load, &mut tally).await,
@@ -197,7 +198,7 @@ impl World {
                 server.kill_9().await;
                 tokio::time::sleep(away).await;
                 server.start().await;
-                // One of them serves at any time.
+                // One of the two serves at any time.
                 server.serving().await;
             }
             Fault::Cut => self.line().cut(),
@@ -206,10 +207,10 @@ impl World {
         }
     }
 
-    /// As likely as not, another of `faults` comes in the midst of it.
+    /// Inflicts a fault that lasts. In half of all cases another of `faults` happens during it.
     async fn inflict_lasting(&mut self, fault: Fault, faults: &[Fault], load: &Load<'_>, tally: &mut Tally) {
         tally.count(fault);
-        // A line that is cut speaks again.
+        // A cut would end the silence.
         let others: Vec<Fault> =
             faults.iter().copied().filter(|other| !other.lasts() && *other != Fault::Cut).collect();
         let other = self.random.choice(others).filter(|_| self.random.bool());
@@ -217,21 +218,21 @@ impl World {
         match fault {
             Fault::Silence => {
                 self.line().silence();
-                // Mostly a hiccup; now and then longer than both sides bear.
+                // Mostly short; now and then longer than the timeouts of both sides.
                 let for_ms = if self.random.u8(..4) == 0 { 21_000..25_000 } else { 100..4_000 };
                 self.moment(for_ms).await;
             }
             Fault::Unpublish => {
                 unpublished = Some(self.unpublish().await);
-                // It is not noticed yet, waits for the writer, or was told as open.
+                // The gap is not noticed yet, waits for the writer, or was reported as open.
                 self.moment(0..12_000).await;
             }
             _ => {
-                load.history_is_dropped();
-                let said = |server: &Server| server.times_said("the disk of the change log is full");
-                let said_before = said(&self.server);
+                load.allow_dropped_history();
+                let times = |server: &Server| server.times_logged("the disk of the change log is full");
+                let times_before = times(&self.server);
                 self.disk().fill();
-                eventually("the full disk is noticed", async || said(&self.server) > said_before).await;
+                eventually("the full disk is noticed", async || times(&self.server) > times_before).await;
                 self.moment(0..3_000).await;
             }
         }
@@ -246,7 +247,8 @@ impl World {
         }
     }
 
-    /// A table, or what is done to it, is not published for a while. What is written meanwhile is not sent, whenever it commits.
+    /// Takes a table or an operation out of the publication for a while. Rows that are written meanwhile are not sent, whenever they
+    /// commit.
     async fn unpublish(&mut self) -> Unpublished {
         const AWAY_AND_BACK: [(&str, &str); 3] = [
             ("DROP TABLE tuplewatch.relation_tuples", "ADD TABLE tuplewatch.relation_tuples"),
@@ -260,8 +262,8 @@ impl World {
             let row = |tenant| format!("('{tenant}', '{kind}', '{}', 'viewer', 'user', 'u')", self.unpublished);
             format!("INSERT INTO tuplewatch.relation_tuples VALUES {}", TENANTS.map(row).join(", "))
         };
-        // The writer needs a row from before. PostgreSQL applies a change of the publication within a transaction that has written
-        // already. It sends any other by what is published when that commits, and then no row is missing.
+        // The writer needs an earlier row. PostgreSQL applies a change of the publication inside a transaction that has already written.
+        // For any other transaction the publication at its commit counts, and then no row is missing.
         writer.run(&format!("BEGIN; {}", insert("early"))).await;
         sql.run(&format!("ALTER PUBLICATION tuplewatch {away}")).await;
         writer.run(&insert(NOT_SENT)).await;
@@ -271,27 +273,27 @@ impl World {
         Unpublished { writer, until: sql.flushed().await.parse().unwrap() }
     }
 
-    /// Commits what was written without being published, and waits until the gap has ended.
+    /// Commits the rows that were not published, and waits until the gap has ended.
     async fn end_gap(&mut self, Unpublished { writer, until }: Unpublished) {
-        // Every second time the gap is told before the writer commits. A gap that does not wait for its writers has ended by then.
+        // Every second time the gap is reported before the writer commits. A gap that does not wait for its writers would end too early.
         if self.unpublished % 2 == 1 {
-            eventually("the gap is told", async || self.server.last_gap() > until).await;
+            eventually("the gap is reported", async || self.server.last_gap() > until).await;
         }
-        // PostgreSQL may have been stopped meanwhile, and the transaction be gone.
+        // PostgreSQL may have been stopped meanwhile, which ended the transaction.
         let _ = writer.batch_execute("COMMIT").await;
         let ended = async || self.server.closed_gaps().into_keys().any(|to| to > until);
         eventually("the gap has ended", ended).await;
         self.until_verified().await;
     }
 
-    /// Waits until checks have verified what is published past everything that is committed by now. The next gap begins there or
-    /// later, so it cannot hide a row that this gap has to cover.
+    /// Waits until the publication is verified past everything that is committed by now. The next gap begins there or later, so it
+    /// cannot hide a row that this gap has to cover.
     async fn until_verified(&self) {
         let sql = self.postgres.sql().await;
-        // The second check finds the same as the first, which is verified then, and the third begins when the second has ended.
+        // The second check confirms the first, which is verified then, and the third begins when the second has ended.
         for _ in ["first", "second", "third"] {
             sql.check_published().await;
-            // A check counts only up to what has been received.
+            // A check counts only up to the received position.
             sql.until_recorded("tuplewatch").await;
         }
     }
@@ -309,25 +311,25 @@ impl World {
     }
 }
 
-/// The type of the entities in rows that no stream gets, as they were written while their table was not published.
+/// The entity type of rows that no stream gets, because they were written while their table was not published.
 pub(crate) const NOT_SENT: &str = "late";
 
-/// What [`Fault::Unpublish`] leaves behind.
+/// The state after [`Fault::Unpublish`].
 struct Unpublished {
-    /// Has a transaction open that wrote.
+    /// Has an open transaction that wrote.
     writer: Sql,
-    /// All is published again from here on.
+    /// From here on everything is published again.
     until: Lsn,
 }
 
-/// A file system that nobody else fills, with a reserve that leaves the change log little of it.
+/// A file system for the change log, with a reserve that leaves little of it to the log.
 struct Disk {
     directory: TempDir,
     reserve_bytes: u64,
 }
 
 impl Disk {
-    /// What the change log has before it is short of space; several times what it takes.
+    /// The space that the change log may use, several times its needs.
     const ROOM_BYTES: u64 = 1 << 30;
 
     /// In `TUPLEWATCH_DISK`, or in memory.

@@ -1,4 +1,4 @@
-//! Programs in other languages: what they need is installed once, and kept in `target/` for the next run.
+//! Programs in other languages. Their packages are installed once and kept in `target/` for the next run.
 
 use std::path::{Path, PathBuf};
 use tokio::process::Command;
@@ -12,7 +12,7 @@ pub(crate) fn directory(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// A Python that has the requirements of the program in this directory.
+/// A Python with the requirements of the program in this directory.
 pub(crate) async fn python(program: &Path) -> PathBuf {
     let _alone = INSTALLING.lock().await;
     let requirements = program.join("requirements.txt");
@@ -25,19 +25,19 @@ pub(crate) async fn python(program: &Path) -> PathBuf {
     }
     run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory)).await;
     run(Command::new(&python).args(["-m", "pip", "install", "--quiet", "--requirement"]).arg(&requirements)).await;
-    // Last, so that one that was interrupted is begun anew.
+    // Last, so that an interrupted installation is repeated.
     std::fs::copy(&requirements, &done).unwrap();
     python
 }
 
-/// For `NODE_PATH`: the packages of the program in this directory, as its lock file pins them.
+/// The value for `NODE_PATH`: the packages of the program in this directory, as its lock file pins them.
 pub(crate) async fn node_modules(program: &Path) -> String {
     let _alone = INSTALLING.lock().await;
     let installed = run(Command::new(directory("tests/clients/node/install")).arg(program)).await;
     String::from_utf8(installed).unwrap().trim().to_owned()
 }
 
-/// What it printed. May take as long as the network does.
+/// Runs a command and returns its output. May take as long as the network does.
 async fn run(command: &mut Command) -> Vec<u8> {
     let output = command.kill_on_drop(true).output().await.unwrap_or_else(|error| {
         panic!("{command:?}: {error}. This test needs Python 3.9 or newer with venv and pip, Node.js 18 or newer with npm (./requirements test installs them), and their registries")

@@ -1,4 +1,4 @@
-//! The HTTP side of a server: requests, streams of lines, and what a browser's `EventSource` does.
+//! HTTP clients: requests, streams of lines, and a model of a browser's `EventSource`.
 
 use super::server::Server;
 use super::wait::within;
@@ -12,7 +12,7 @@ impl Server {
         format!("http://{}{path}", self.http_address())
     }
 
-    /// A request and its answer: the HTTP status and the JSON of the body.
+    /// Sends a request. Returns the HTTP status and the JSON body of the answer.
     pub(crate) async fn ask(&self, method: Method, path: &str, body: impl Into<reqwest::Body>) -> (u16, Json) {
         let request = reqwest::Client::new().request(method, self.url(path)).body(body);
         let response = within("an answer", request.send()).await.unwrap();
@@ -28,7 +28,7 @@ impl Server {
             .unwrap()
     }
 
-    /// A stream of lines, whose start is fixed.
+    /// Opens a stream of lines. Its start is fixed on return.
     pub(crate) async fn lines(&self, path: &str, body: Json) -> Lines {
         let request = reqwest::Client::new().post(self.url(path)).body(body.to_string());
         Lines::of(within("the stream starts", request.send()).await.unwrap())
@@ -52,7 +52,7 @@ struct Body {
 }
 
 impl Body {
-    /// The next line without its end; `None` where the body ends or breaks off.
+    /// The next line without its end; `None` if the body ends or breaks off.
     async fn line(&mut self) -> Option<String> {
         loop {
             if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
@@ -83,7 +83,7 @@ impl Lines {
     }
 }
 
-/// What a page sees of its `EventSource`.
+/// What a page learns from its `EventSource`.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Seen {
     Open,
@@ -91,13 +91,13 @@ pub(crate) enum Seen {
         id: String,
         data: Json,
     },
-    /// An event of the server's that is called `error`.
+    /// An event from the server with the name `error`.
     Error(Json),
-    /// It will not come back: with the HTTP status that made it give up.
+    /// It will not reconnect, because of this HTTP status.
     Closed(u16),
 }
 
-/// A reader that does what the HTML standard has an `EventSource` do (section 9.2), and nothing else.
+/// A reader that behaves like the `EventSource` of the HTML standard (section 9.2).
 pub(crate) struct EventSource {
     url: String,
     authorization: String,
@@ -105,7 +105,7 @@ pub(crate) struct EventSource {
     body: Option<Body>,
 }
 
-/// Browsers wait for some seconds.
+/// Browsers wait for some seconds before they reconnect.
 const RECONNECTION_TIME: Duration = Duration::from_millis(100);
 
 impl EventSource {
@@ -113,21 +113,21 @@ impl EventSource {
         Self { url, authorization: String::new(), last_event_id: String::new(), body: None }
     }
 
-    /// With an `authorization` header, which a proxy adds to what a browser sends.
+    /// With an `authorization` header, as a proxy adds it.
     pub(crate) fn authorized(self, authorization: &str) -> Self {
         Self { authorization: authorization.to_owned(), ..self }
     }
 
-    /// Reads the id that a stream begins with, which no page sees.
+    /// Reads the id at the beginning of the stream, which no page sees.
     pub(crate) async fn has_id(&mut self) {
         let body = self.body.as_mut().expect("an open stream");
         while self.last_event_id.is_empty() {
-            let line = within("the id of the start", body.line()).await.expect("a stream that goes on");
+            let line = within("the id of the start", body.line()).await.expect("the stream does not end");
             line.strip_prefix("id: ").unwrap_or_default().clone_into(&mut self.last_event_id);
         }
     }
 
-    /// What the page sees next.
+    /// The next thing that the page sees.
     pub(crate) async fn next(&mut self) -> Seen {
         within("the next event", self.wait()).await
     }
@@ -145,7 +145,7 @@ impl EventSource {
             }
             match self.event().await {
                 Some(seen) => return seen,
-                // Half an event is forgotten.
+                // An incomplete event is dropped.
                 None => self.body = None,
             }
         }
@@ -166,7 +166,7 @@ impl EventSource {
         Some(Seen::Open)
     }
 
-    /// The next event that is dispatched; `None` where the stream ends.
+    /// The next event that is dispatched; `None` if the stream ends.
     async fn event(&mut self) -> Option<Seen> {
         let body = self.body.as_mut()?;
         let (mut data, mut kind, mut id) = (Vec::new(), String::new(), self.last_event_id.clone());
@@ -191,7 +191,7 @@ impl EventSource {
                 "data" => data.push(value),
                 "event" => kind = value,
                 "id" => id = value,
-                // A comment, or what nobody knows.
+                // A comment or an unknown field.
                 _ => {}
             }
         }

@@ -1,5 +1,5 @@
-//! Faults after which changes may be missing without a trace in the stream, and what must come of each: it is noticed, it is
-//! told to everybody, and it is over once the remedy was applied.
+//! Faults after which changes may be missing without a trace in the stream. Each must be noticed, must be reported to every
+//! subscriber, and must be over once the remedy was applied.
 
 use super::change::Change;
 use super::postgres::Postgres;
@@ -11,27 +11,27 @@ use std::time::{Duration, Instant};
 use tonic::{Code, Status};
 use tonic_health::pb::health_check_response::ServingStatus;
 
-/// The contract's limit for noticing what the stream does not tell.
+/// The limit in the guarantees for noticing a fault that the stream does not show.
 const NOTICED_WITHIN: Duration = Duration::from_secs(10);
 
-/// In statements and phrases, `$NAME` stands for the case's name: that of its publication, its slot and its tenant.
+/// In statements and phrases, `$NAME` stands for the name of the case, which its publication, slot and tenant have too.
 #[derive(Clone, Copy)]
 pub(crate) struct Interruption {
     pub(crate) name: &'static str,
-    /// What is done, each as a statement of its own. A row of the case's tenant that is written meanwhile may be lost.
+    /// The statements that cause it, run one by one. A row of the tenant that is written meanwhile may be lost.
     pub(crate) fault: &'static [&'static str],
-    /// `ErrorInfo.reason` of the gaps that subscribers get, one after the other where it is several.
+    /// `ErrorInfo.reason` of each gap that subscribers get, in order.
     pub(crate) reasons: &'static [&'static str],
-    /// What the last of them says.
+    /// Part of the message of the last gap.
     pub(crate) detail: &'static str,
     pub(crate) lasts: Option<Lasting>,
 }
 
-/// Nothing can flow until somebody has repaired it.
+/// A fault that stops delivery until it is repaired.
 #[derive(Clone, Copy)]
 pub(crate) struct Lasting {
-    /// What the log says: what is wrong, and the remedy.
-    pub(crate) says: &'static [&'static str],
+    /// The log names the problem and the remedy with these texts.
+    pub(crate) messages: &'static [&'static str],
     pub(crate) remedy: Remedy,
 }
 
@@ -57,8 +57,8 @@ impl Interruption {
         }
     }
 
-    /// The whole course of it.
-    pub(crate) async fn happens(self, sql: Sql, mut server: Server) {
+    /// Causes the fault and repairs it, and checks what subscribers get.
+    pub(crate) async fn check(self, sql: Sql, mut server: Server) {
         let name = self.name;
         server.start().await;
         server.serving().await;
@@ -73,11 +73,11 @@ impl Interruption {
             eventually(&format!("{name}: health is NOT_SERVING"), async || server.health("").await == not_serving)
                 .await;
             assert!(began.elapsed() < NOTICED_WITHIN, "{name}: noticed after {:?}", began.elapsed());
-            for says in lasting.says {
-                // Within a retry or two: the stream may have failed before the checks told why.
-                eventually(&format!("{name}: the log says '{says}'"), async || server.has_said(says)).await;
+            for message in lasting.messages {
+                // After a retry or two: the stream may have failed before a check found the cause.
+                eventually(&format!("{name}: the log contains '{message}'"), async || server.has_logged(message)).await;
             }
-            assert_eq!(server.health("").await, not_serving, "{name}: it lasts");
+            assert_eq!(server.health("").await, not_serving, "{name}: it must last");
             match lasting.remedy {
                 Remedy::Sql(statements) => self.run_all(&sql, statements).await,
                 Remedy::Setup(further) => server.setup(further).await,
@@ -87,25 +87,25 @@ impl Interruption {
         if self.lasts.is_none() {
             assert!(began.elapsed() < NOTICED_WITHIN, "{name}: noticed after {:?}", began.elapsed());
         }
-        let mut rest = self.go_on(&server, status).await;
+        let mut rest = self.after_gaps(&server, status).await;
         server.serving().await;
         sql.insert(name, "after").await;
         rest.expect(Change::created("after")).await;
 
         for process in 0..2 {
             let (_, status) = server.watch(name, &token).await.ending().await;
-            self.go_on(&server, status).await.expect(Change::created("after")).await;
+            self.after_gaps(&server, status).await.expect(Change::created("after")).await;
             if process == 0 {
-                // A gap that is not on disk yet would be found again, and then also cover what came after.
+                // A gap that is not on disk yet would be found again, and would then cover later changes too.
                 sql.until_recorded(name).await;
-                server.die_and_return().await;
+                server.kill_and_restart().await;
             }
         }
         eprintln!("{name}: {:?}", began.elapsed());
     }
 
-    /// The stream behind the gaps, the first of which ended a stream with this status.
-    async fn go_on(&self, server: &Server, mut status: Status) -> Stream {
+    /// The stream after the gaps. The first of them ended a stream with this status.
+    async fn after_gaps(&self, server: &Server, mut status: Status) -> Stream {
         for (n, expected) in self.reasons.iter().enumerate() {
             assert_eq!(reason(&status), (Code::Aborted, (*expected).to_owned()), "{}: {}", self.name, status.message());
             let mut stream = server.watch(self.name, &metadata(&status, "next_snap_token")).await;
@@ -122,11 +122,10 @@ impl Interruption {
     }
 }
 
-/// Runs cases side by side: most of it is waiting.
+/// Runs cases side by side, because they mostly wait.
 pub(crate) async fn side_by_side(runs: Vec<(Interruption, Sql, Server)>) {
     let local = tokio::task::LocalSet::new();
-    let runs: Vec<_> =
-        runs.into_iter().map(|(case, sql, server)| local.spawn_local(case.happens(sql, server))).collect();
+    let runs: Vec<_> = runs.into_iter().map(|(case, sql, server)| local.spawn_local(case.check(sql, server))).collect();
     local
         .run_until(async {
             for run in runs {
@@ -136,7 +135,7 @@ pub(crate) async fn side_by_side(runs: Vec<(Interruption, Sql, Server)>) {
         .await;
 }
 
-/// The same, each on a cluster of its own, where they would be in each other's way.
+/// The same with a cluster for each case, for cases that would disturb each other.
 pub(crate) async fn each_on_a_cluster(cases: impl IntoIterator<Item = Interruption>) {
     let mut clusters = Vec::new();
     let mut runs = Vec::new();

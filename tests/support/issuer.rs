@@ -1,5 +1,6 @@
 //! A small OpenID Connect issuer on loopback, and the tokens that it signs.
 
+use super::port::free_address;
 use axum::Json;
 use axum::routing::get;
 use base64::Engine as _;
@@ -18,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-/// What the tokens of these tests are for.
+/// The audience of the tokens in these tests.
 pub(crate) const AUDIENCE: &str = "tuplewatch-tests";
 
 /// A key with its name. Cheap to clone.
@@ -43,7 +44,7 @@ impl Key {
         Self { id, algorithm: Algorithm::ES256, private: Private::Ec(Arc::new(pair)) }
     }
 
-    /// One of two keys that are in files, because ring generates none.
+    /// One of two keys from files, because ring generates no RSA keys.
     pub(crate) fn rsa(id: &'static str) -> Self {
         let file: &[u8] = match id {
             "rsa" => include_bytes!("keys/rsa.p8"),
@@ -97,7 +98,7 @@ impl Key {
         }
     }
 
-    /// A token that is signed with HMAC, and its secret is what everybody knows of this key.
+    /// A token that is signed with HMAC, with the public key as its secret.
     pub(crate) fn sign_with_public_key(&self, claims: &Value) -> String {
         let secret = URL_SAFE_NO_PAD.decode(self.public()["n"].as_str().unwrap()).unwrap();
         let secret = hmac::Key::new(hmac::HMAC_SHA256, &secret);
@@ -112,7 +113,7 @@ impl Key {
         format!("{signed}.{signature}")
     }
 
-    /// A token without a signature, which names this key.
+    /// A token without a signature that names this key.
     pub(crate) fn unsigned(&self, claims: &Value) -> String {
         let header = json!({"alg": "none", "typ": "JWT", "kid": self.id});
         let part = |part: &Value| URL_SAFE_NO_PAD.encode(part.to_string());
@@ -125,7 +126,7 @@ struct State {
     fetches: AtomicU64,
 }
 
-/// Listens on loopback. Gone when dropped.
+/// Listens on loopback. Stops when dropped.
 pub(crate) struct Issuer {
     address: SocketAddr,
     state: Arc<State>,
@@ -135,19 +136,19 @@ pub(crate) struct Issuer {
 impl Issuer {
     pub(crate) async fn start(keys: &[&Key]) -> Self {
         let state = Arc::new(State { keys: Mutex::default(), fetches: AtomicU64::new(0) });
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        let address = free_address();
+        let listener = TcpListener::bind(address).await.unwrap();
         let issuer = Self { address, serving: serve(listener, state.clone()), state };
         issuer.publish(keys);
         issuer
     }
 
-    /// These are its keys from now on.
+    /// Replaces its keys.
     pub(crate) fn publish(&self, keys: &[&Key]) {
         *self.state.keys.lock().unwrap() = json!({"keys": keys.iter().map(|key| key.public()).collect::<Vec<_>>()});
     }
 
-    /// Answers nobody any more.
+    /// Stops to listen.
     pub(crate) async fn stop(&mut self) {
         self.serving.abort();
         let _ = (&mut self.serving).await;
@@ -162,12 +163,12 @@ impl Issuer {
         format!("http://{}", self.address)
     }
 
-    /// How often its keys were fetched.
+    /// The number of times its keys were fetched.
     pub(crate) fn fetches(&self) -> u64 {
         self.state.fetches.load(Ordering::SeqCst)
     }
 
-    /// Good claims, but for these. Null takes one out.
+    /// Valid claims with some replaced; null removes one.
     pub(crate) fn claims(&self, other: &Value) -> Value {
         let now = get_current_timestamp();
         let mut claims = json!({"iss": self.url(), "aud": AUDIENCE, "sub": "somebody", "iat": now, "exp": now + 3600});

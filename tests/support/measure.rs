@@ -1,8 +1,8 @@
-//! What benchmarks measure with: medians of rounds, and what a process has used.
+//! Measuring for benchmarks: medians of rounds, and the CPU time of a process.
 
 use std::time::Duration;
 
-/// The middle of several rounds, and how far they lie apart.
+/// The median of several rounds, and their range.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Summary {
     pub(crate) median: f64,
@@ -35,9 +35,9 @@ pub(crate) fn quantile(values: &mut [Duration], share: f64) -> Duration {
     values[((last as f64 * share).round() as usize).min(last)]
 }
 
-/// What a process has had of the processors so far, user and system, in steps of 10 ms.
+/// The CPU time of a process so far, user and system, in steps of 10 ms.
 pub(crate) fn cpu_time(pid: u32) -> Duration {
-    // proc(5): fields 14 and 15, counted behind the name in parentheses, which may hold anything; 100 ticks a second on
+    // proc(5): fields 14 and 15, counted after the name in parentheses, which may contain anything; 100 ticks a second on
     // every Linux.
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let (_, fields) = stat.rsplit_once(')').unwrap();

@@ -1,14 +1,16 @@
-//! Every committed change, exactly once, in commit order, to everybody: against what PostgreSQL itself says was committed.
+//! Checks that every subscriber gets every committed change exactly once, in commit order, by comparing with PostgreSQL itself.
 //!
-//! Writers run random transactions, while subscribers disconnect at random and come back with a random token of a message
-//! that they kept, forgetting what came after it. What each of them has at the end of a round must be, change by change,
-//! what an independent reading of a second slot has; and that must add up to what is in the tables.
+//! Writers run random transactions. Subscribers disconnect at random, return with the token of a random message that they kept, and
+//! forget the messages after it. At the end of a round the changes of each subscriber must equal those of an independent reader of a
+//! second slot, one by one, and these must add up to the contents of the tables.
 //!
-//! Three exceptions are told, and held to what was told. Where the disk of the change log was full, history is given up, and a
-//! token from before is refused with the earliest one that works. Then exactly the changes before that one are missing. Where
-//! a standby was promoted that lacked something, that never was: whoever had some of it takes it back. And where a table was not
-//! published for a while, every change that somebody did not get lies in a gap that this subscriber was told of, and the gap ends
-//! behind the commit of every transaction that wrote inside it.
+//! There are three exceptions, and each is reported to the subscriber and checked against its report:
+//!
+//! - If the disk of the change log was full, history is dropped. An older token is refused with the earliest one that works, and
+//!   exactly the changes before that one are missing.
+//! - If a promoted standby lacked changes, they never happened: a subscriber that got them takes them back.
+//! - If a table was not published for a while, every missing change lies in a gap that the subscriber was given. The gap ends after
+//!   the commit of every transaction that wrote inside it.
 
 use super::change::Change;
 use super::faults::{Fault, NOT_SENT};
@@ -30,65 +32,65 @@ use tuplewatch::model::snap_token::SnapToken;
 
 const WRITERS: u64 = 8;
 const SUBSCRIBERS: u64 = 6;
-/// Tokens to come back with are mostly among those of the last messages, so that a run gets on.
+/// Subscribers mostly return with the token of one of this many last messages, so that a run makes progress.
 const RECENT: usize = 64;
-/// What a message has besides its changes: the token and the framing.
+/// The size of the token and the framing of a message.
 const FRAMING_BYTES_MAX: usize = 128;
 
-/// The subscribers, and what is known to be right.
+/// The subscribers, and the expected state.
 pub(crate) struct Oracle {
-    /// PostgreSQL's own.
+    /// Of PostgreSQL.
     uri: String,
     seed: u64,
     shared: Arc<Shared>,
     subscribers: Vec<(Subscriber, Stream)>,
-    /// Commit LSN of the last transaction of the rounds before.
+    /// Commit LSN of the last transaction of the earlier rounds.
     compared: u64,
-    /// What held for each tenant at the end of the round before.
+    /// The facts of each tenant at the end of the previous round.
     facts: HashMap<&'static str, BTreeSet<String>>,
     rounds: u64,
-    /// Where each gap begins that the server has logged, by where it ends.
+    /// The gaps that the server has logged.
     gaps: GapLog,
 }
 
-/// The interval of each gap, by its end.
+/// The beginning of each gap, by its end.
 pub(crate) type GapLog = Box<dyn Fn() -> HashMap<Lsn, Lsn>>;
 
-/// What the subscribers of a round have in common.
+/// State that the subscribers of a round share.
 #[derive(Default)]
 struct Shared {
-    /// Messages of all of them.
+    /// Messages that all of them received.
     received: AtomicU64,
-    /// Nobody leaves any more.
+    /// No subscriber leaves any more.
     is_over: AtomicBool,
-    /// The change log was made to give up history.
+    /// The change log was forced to drop history.
     history_was_dropped: AtomicBool,
-    /// Times that a subscriber was told so.
+    /// Tokens that were refused because of that.
     refusals: AtomicU64,
-    /// Messages that were taken back, since a promoted standby lacks what they tell of.
+    /// Messages that were taken back because a promoted standby lacks their changes.
     abandoned: AtomicU64,
-    /// How often somebody disconnected and came back.
+    /// The number of times that a subscriber disconnected and returned.
     returns: AtomicU64,
 }
 
-/// A round that is being run, for whoever disturbs it.
+/// The running round, for the code that disturbs it.
 pub(crate) struct Load<'a> {
     writers: &'a Writers,
     readers: &'a [JoinHandle<(Subscriber, Stream)>],
     shared: &'a Shared,
 }
 
-/// What came of a round.
+/// The result of a round.
 pub(crate) struct Round {
     pub(crate) transactions: usize,
     /// Summed over the subscribers.
     pub(crate) changes_compared: usize,
     pub(crate) returns: u64,
-    /// Returns that were refused, since the change log had given up what came next.
+    /// Returns that were refused because the change log had dropped the next changes.
     pub(crate) refusals: u64,
     /// Messages that subscribers had to take back.
     pub(crate) abandoned: u64,
-    /// Changes that subscribers did not get, and were told so.
+    /// Changes that subscribers did not get because they lie in a reported gap.
     pub(crate) missed: usize,
 }
 
@@ -104,19 +106,19 @@ impl Shared {
 }
 
 impl Load<'_> {
-    /// Waits until we are in the midst of things: somebody writes, and somebody receives.
-    pub(crate) async fn goes_on(&self) {
+    /// Waits until another transaction is committed and another message received.
+    pub(crate) async fn progresses(&self) {
         let received = || self.shared.received.load(Ordering::Relaxed);
         let (committed_before, received_before) = (self.writers.committed(), received());
-        eventually("the load goes on", async || {
+        eventually("the load makes progress", async || {
             assert!(!self.readers.iter().any(JoinHandle::is_finished), "a subscriber failed");
             self.writers.committed() > committed_before && received() > received_before
         })
         .await;
     }
 
-    /// Waits until subscribers have come back so often in this round.
-    pub(crate) async fn has_returned(&self, least: u64) {
+    /// Waits until subscribers have returned this many times in this round.
+    pub(crate) async fn until_returned(&self, least: u64) {
         let returns = || self.shared.returns.load(Ordering::Relaxed);
         eventually("subscribers have come back", async || {
             assert!(!self.readers.iter().any(JoinHandle::is_finished), "a subscriber failed");
@@ -125,15 +127,14 @@ impl Load<'_> {
         .await;
     }
 
-    /// From now on, and for this round, the change log may have less than a subscriber asks for.
-    pub(crate) fn history_is_dropped(&self) {
+    /// For the rest of this round the change log may have dropped the changes after a token.
+    pub(crate) fn allow_dropped_history(&self) {
         self.shared.history_was_dropped.store(true, Ordering::Relaxed);
     }
 }
 
 impl Oracle {
-    /// Of the database that this URI leads to, and subscribers of the nodes at this address. To be called before anything is
-    /// written.
+    /// Prepares the database at this URI, and opens streams at this address. To be called before anything is written.
     pub(crate) async fn begin(uri: &str, endpoint: &Endpoint, seed: u64, message_bytes: usize, gaps: GapLog) -> Self {
         let sql = Sql::connect(uri).await;
         add_tenants(&sql).await;
@@ -142,13 +143,13 @@ impl Oracle {
         let mut subscribers = Vec::new();
         for n in 0..SUBSCRIBERS {
             let tenant = TENANTS[usize::try_from(n).unwrap() % TENANTS.len()];
-            // Some start now, some after a transaction.
+            // Half of them start now, half after a transaction.
             let token = if n % 2 == 0 { String::new() } else { sql.value("SELECT tuplewatch.snap_token()").await };
             let stream = within("a stream", Stream::open(endpoint, tenant, &token)).await.unwrap();
             let subscriber = Subscriber {
                 endpoint: endpoint.clone(),
                 tenant,
-                // Who starts now, and is told of a gap before the first message, goes on from where that was.
+                // A stream that started now, and got a gap before its first message, resumes from here.
                 start_token: stream.start_token().to_owned(),
                 first_token: token,
                 random: Rng::with_seed(seed.wrapping_add(100 + n)),
@@ -157,15 +158,15 @@ impl Oracle {
                 shared: shared.clone(),
                 kept: Vec::new(),
                 gaps: Vec::new(),
-                told: BTreeSet::new(),
+                reported: BTreeSet::new(),
             };
             subscribers.push((subscriber, stream));
         }
         Self { uri: uri.to_owned(), seed, shared, subscribers, compared: 0, facts: HashMap::new(), rounds: 0, gaps }
     }
 
-    /// Lets everybody write and read while `disturb` runs, which inflicts no other than these faults; then everybody catches up, and all is compared. The same
-    /// subscribers go on in the next round.
+    /// Runs writers and subscribers while `disturb` inflicts faults of this list. Then the subscribers catch up, and everything is
+    /// compared. The same subscribers continue in the next round.
     pub(crate) async fn round(&mut self, faults: &'static [Fault], disturb: impl AsyncFnOnce(&Load<'_>)) -> Round {
         self.shared.reset();
         let last = Change::tuple("end", &self.rounds.to_string(), "end", "end", "end", "");
@@ -197,11 +198,11 @@ impl Oracle {
         }
         let (mut changes_compared, mut missed) = (0, 0);
         for reader in readers {
-            let (mut subscriber, stream) = within("everybody has everything", reader).await.unwrap();
+            let (mut subscriber, stream) = within("every subscriber is complete", reader).await.unwrap();
             let (compared, not_sent) = subscriber.check(&of_tenant(&transactions, subscriber.tenant), &(self.gaps)());
             changes_compared += compared;
             missed += not_sent;
-            subscriber.let_go();
+            subscriber.keep_position();
             self.subscribers.push((subscriber, stream));
         }
         Round {
@@ -227,46 +228,46 @@ fn of_tenant<'a>(transactions: &'a [Transaction], tenant: &str) -> Vec<(u64, &'a
 struct Subscriber {
     endpoint: Endpoint,
     tenant: &'static str,
-    /// What this round began with.
+    /// The token at the beginning of this round.
     first_token: String,
-    /// Where its first stream started.
+    /// The start of its first stream.
     start_token: String,
     random: Rng,
-    /// What may happen in this round.
+    /// The faults that may happen in this round.
     faults: &'static [Fault],
     message_bytes: usize,
     shared: Arc<Shared>,
     kept: Vec<Message>,
     gaps: Vec<Gap>,
-    /// The ends of all gaps that it was told of.
-    told: BTreeSet<Lsn>,
+    /// The ends of all gaps that were reported to it.
+    reported: BTreeSet<Lsn>,
 }
 
-/// Where it was told that changes are missing.
+/// A place where changes are reported to be missing.
 #[derive(Debug)]
 struct Gap {
-    /// How many messages were kept before.
+    /// The number of messages that were kept before it.
     kept_before: usize,
-    /// From where on there are all again.
+    /// From here on nothing is missing.
     to: Position,
-    /// Whether it was told of history that was given up, and of nothing behind that: then all that was kept before is whole.
+    /// Whether the latest report was of dropped history. Then the messages that were kept before are complete.
     is_dropped: bool,
-    /// Up to where history was given up, if it was.
+    /// History is dropped up to here, if it was.
     dropped_to: Lsn,
 }
 
-/// Why it reads no further.
+/// Why a subscriber stopped reading.
 enum Stopped {
-    /// It has the last change of all.
+    /// It has the last change of the round.
     Done,
     /// It left, or lost its stream.
     Left,
-    /// It was told of a gap, with the token behind it where that is known.
+    /// It got a gap, with the token after it if that is known.
     Gap(Option<String>),
 }
 
 impl Subscriber {
-    /// Until it has the last change of the round.
+    /// Runs until it has the last change of the round.
     async fn run(mut self, first: Stream, last: Change) -> (Self, Stream) {
         let mut stream = first;
         loop {
@@ -278,31 +279,31 @@ impl Subscriber {
                     self.forget();
                     self.token()
                 }
-                // The same gap is told to whoever asks, until it has an end.
+                // Every attempt gets the same gap until the gap has an end.
                 Stopped::Gap(None) => {
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     self.token()
                 }
                 Stopped::Gap(Some(next)) => {
-                    self.told.insert(position(&next).lsn);
+                    self.reported.insert(position(&next).lsn);
                     self.add_gap(position(&next), false);
                     next
                 }
             };
             drop(stream);
             self.shared.returns.fetch_add(1, Ordering::Relaxed);
-            stream = self.come_back(token).await;
+            stream = self.reconnect(token).await;
         }
     }
 
-    /// Keeps some messages.
+    /// Reads and keeps some messages.
     async fn read(&mut self, stream: &mut Stream, count: usize, last: &Change) -> Stopped {
         let mut read = 0;
-        // Near the end nobody leaves any more.
+        // Near the end no subscriber leaves.
         while read < count || self.shared.is_over.load(Ordering::Relaxed) {
             let next = match tokio::time::timeout(Duration::from_millis(500), stream.try_next()).await {
                 Ok(next) => next,
-                // Nothing new: as good a moment to leave as any. (Or the end came meanwhile.)
+                // No new message: a good moment to leave, unless the round is over by now.
                 Err(_) => {
                     read += count;
                     continue;
@@ -330,7 +331,7 @@ impl Subscriber {
                     return Stopped::Left;
                 }
                 Err(status) => {
-                    // Streams survive what happens to PostgreSQL, to the way there, and to the disk.
+                    // Streams survive faults of PostgreSQL, of the network and of the disk.
                     let may_end = self.faults.iter().any(|fault| fault.ends_tuplewatch());
                     assert!(
                         (may_end && is_lost_connection(&status)) || self.is_dropped_history(&status),
@@ -344,35 +345,35 @@ impl Subscriber {
         Stopped::Left
     }
 
-    /// Chooses a message to go on behind, and forgets what came after it.
+    /// Chooses a message to resume after, and forgets the later ones.
     fn forget(&mut self) {
-        // Who started now must come back with a token to have everything.
+        // After a start now, only the token of a message gives everything.
         let least = usize::from(self.first_token.is_empty()).min(self.kept.len());
         let from = if self.random.u8(..20) == 0 { least } else { self.kept.len().saturating_sub(RECENT).max(least) };
         let keep = self.random.usize(from..=self.kept.len());
         self.kept.truncate(keep);
-        // With nothing kept behind a gap, the token is one from before it.
+        // Without a message after a gap, the token is from before the gap.
         self.gaps.retain(|gap| gap.kept_before < keep);
     }
 
-    /// Behind what it has kept.
+    /// The token after the kept messages.
     fn token(&self) -> String {
         let first = if self.first_token.is_empty() { &self.start_token } else { &self.first_token };
         self.kept.last().map_or(first, |message| &message.token).clone()
     }
 
-    /// Behind what it has kept there is nothing up to here.
+    /// Nothing between the kept messages and this position is delivered.
     fn add_gap(&mut self, to: Position, is_dropped: bool) {
         let kept_before = self.kept.len();
-        // More may have gone since the last time that we asked, and the next gap may come right behind it.
+        // More history may have been dropped since, and the next gap may follow immediately.
         let before = self.gaps.iter().filter(|gap| gap.kept_before == kept_before).map(|gap| gap.dropped_to).max();
         let dropped_to = if is_dropped { Some(to.lsn) } else { before };
         self.gaps.retain(|gap| gap.kept_before < kept_before);
         self.gaps.push(Gap { kept_before, to, is_dropped, dropped_to: dropped_to.unwrap_or_default() });
     }
 
-    async fn come_back(&mut self, mut token: String) -> Stream {
-        // PostgreSQL may be needed for it, and out of reach for as long as several faults take together.
+    async fn reconnect(&mut self, mut token: String) -> Stream {
+        // It may need PostgreSQL, which several faults together can keep away for long.
         let deadline = Instant::now() + 2 * PATIENCE;
         loop {
             let status = match within("a stream", Stream::open(&self.endpoint, self.tenant, &token)).await {
@@ -386,8 +387,10 @@ impl Subscriber {
                 continue;
             }
             if self.is_abandoned(&status, (Code::FailedPrecondition, "ABANDONED_SNAP_TOKEN")) {
-                // Where the histories part it does not say: perhaps behind the message before.
-                self.take_back(self.kept.len().checked_sub(1).expect("what a round begins with is of both histories"));
+                // The refusal does not name the point of divergence. It may be just before the last message.
+                self.take_back(
+                    self.kept.len().checked_sub(1).expect("the token at the beginning of a round is on both histories"),
+                );
                 token = self.token();
                 continue;
             }
@@ -406,46 +409,47 @@ impl Subscriber {
         self.faults.contains(&Fault::Unpublish) && reason(status) == (Code::Aborted, "SCHEMA_CHANGED".to_owned())
     }
 
-    fn is_abandoned(&self, status: &Status, told: (Code, &str)) -> bool {
-        self.faults.contains(&Fault::Failover) && reason(status) == (told.0, told.1.to_owned())
+    fn is_abandoned(&self, status: &Status, expected: (Code, &str)) -> bool {
+        self.faults.contains(&Fault::Failover) && reason(status) == (expected.0, expected.1.to_owned())
     }
 
-    /// What a standby lacked that was promoted.
+    /// Takes back the messages that a promoted standby lacks.
     fn take_back(&mut self, keep: usize) {
         let abandoned = u64::try_from(self.kept.len() - keep).unwrap();
         self.shared.abandoned.fetch_add(abandoned, Ordering::Relaxed);
         self.kept.truncate(keep);
     }
 
-    /// Change by change what was committed, but for what was told to be gone. How many were compared, and how many were missing.
+    /// Compares with the committed changes, except for those that are reported to be missing. Returns the number of changes that were
+    /// compared, and of those that were missing.
     fn check(&self, expected: &[(u64, &Change)], logged: &HashMap<Lsn, Lsn>) -> (usize, usize) {
-        let mut had = self.kept.iter().flat_map(|message| &message.changes);
-        let sent = had.find(|change| change.fact.starts_with(NOT_SENT));
+        let mut got = self.kept.iter().flat_map(|message| &message.changes);
+        let sent = got.find(|change| change.fact.starts_with(NOT_SENT));
         assert_eq!(sent, None, "tenant {}: a row of an unpublished table was sent, so no gap was needed", self.tenant);
         let bounds = self.gaps.iter().map(|gap| gap.kept_before);
         let ends = bounds.clone().chain([self.kept.len()]);
         let (mut next, mut missed) = (0, 0);
         for (n, (begin, end)) in [0].into_iter().chain(bounds).zip(ends).enumerate() {
             let messages = &self.kept[begin..end];
-            let had: Vec<&Change> = messages.iter().flat_map(|message| &message.changes).collect();
+            let got: Vec<&Change> = messages.iter().flat_map(|message| &message.changes).collect();
             if let Some(before) = n.checked_sub(1).map(|n| &self.gaps[n]) {
-                let first = self.after_gap(before.to, next, &had, expected);
+                let first = self.after_gap(before.to, next, &got, expected);
                 if !before.is_dropped {
                     let gone = expected[next..first].partition_point(|(commit, _)| *commit <= before.dropped_to.0);
                     missed += self.not_sent(before, &expected[next + gone..first], logged);
                 }
                 next = first;
             }
-            for (at, change) in had.iter().enumerate() {
-                // What was sent before a gap was noticed is in order, and may lack what the gap is about.
+            for (at, change) in got.iter().enumerate() {
+                // The messages before a gap are in order, and may lack changes inside the gap.
                 let behind = self.gaps.get(n).filter(|gap| !gap.is_dropped || self.faults.contains(&Fault::Unpublish));
                 if let Some(behind) = behind {
                     let found = expected[next..].iter().position(|(_, expected)| expected == change);
-                    let Some(passed) = found else { self.fail(&had, at, expected, next) };
+                    let Some(passed) = found else { self.fail(&got, at, expected, next) };
                     missed += self.not_sent(behind, &expected[next..next + passed], logged);
                     next += passed;
                 } else if expected.get(next).map(|(_, expected)| expected) != Some(change) {
-                    self.fail(&had, at, expected, next);
+                    self.fail(&got, at, expected, next);
                 }
                 next += 1;
             }
@@ -456,39 +460,38 @@ impl Subscriber {
         (self.kept.iter().map(|message| message.changes.len()).sum(), missed)
     }
 
-    /// That all of these lie in gaps that it was told of; how many there are. Where history was given up, that is told of
-    /// everything before.
+    /// Checks that all of these lie in gaps that were reported. Returns their number. Dropped history reports everything before it.
     fn not_sent(&self, behind: &Gap, changes: &[(u64, &Change)], logged: &HashMap<Lsn, Lsn>) -> usize {
-        let is_told = |to: &Lsn| self.told.contains(to) || *to <= behind.dropped_to;
+        let is_reported = |to: &Lsn| self.reported.contains(to) || *to <= behind.dropped_to;
         let gaps: Vec<(Lsn, Lsn)> =
-            logged.iter().filter(|(to, _)| is_told(to)).map(|(to, from)| (*from, *to)).collect();
+            logged.iter().filter(|(to, _)| is_reported(to)).map(|(to, from)| (*from, *to)).collect();
         for (commit_lsn, change) in changes {
             let commit = Lsn(*commit_lsn);
             assert!(
                 gaps.iter().any(|(from, to)| *from <= commit && commit < *to),
-                "tenant {}: {change:?} of {commit} was not sent, and lies in none of the gaps that were told: {gaps:?}",
+                "tenant {}: {change:?} of {commit} was not sent, and lies in none of the reported gaps: {gaps:?}",
                 self.tenant,
             );
         }
         changes.len()
     }
 
-    /// Which change comes first behind a gap that ends at a position.
-    fn after_gap(&self, to: Position, next: usize, had: &[&Change], expected: &[(u64, &Change)]) -> usize {
+    /// The index of the first change after a gap that ends at this position.
+    fn after_gap(&self, to: Position, next: usize, got: &[&Change], expected: &[(u64, &Change)]) -> usize {
         let first_at = expected.partition_point(|(commit_lsn, _)| *commit_lsn < to.lsn.0);
         let first_past = expected.partition_point(|(commit_lsn, _)| *commit_lsn <= to.lsn.0);
-        assert!(next <= first_past, "tenant {}: sent back to {to}, behind what it had", self.tenant);
-        // Inside a transaction rows are counted, which may be of other tenants: any of its changes may be the first.
+        assert!(next <= first_past, "tenant {}: sent back to {to}, before what it already has", self.tenant);
+        // A position inside a transaction counts rows of all tenants, so any change of the transaction may be the first.
         let last = if to.steps == 0 { first_at } else { first_past };
-        let begins_here = |at: &usize| expected[*at..].iter().map(|(_, change)| change).zip(had).all(|(a, b)| a == b);
+        let begins_here = |at: &usize| expected[*at..].iter().map(|(_, change)| change).zip(got).all(|(a, b)| a == b);
         (first_at..=last).find(begins_here).unwrap_or(last)
     }
 
-    fn fail(&self, had: &[&Change], had_at: usize, expected: &[(u64, &Change)], expected_at: usize) -> ! {
-        let had: Vec<_> = had.iter().enumerate().skip(had_at.saturating_sub(5)).take(15).collect();
+    fn fail(&self, got: &[&Change], got_at: usize, expected: &[(u64, &Change)], expected_at: usize) -> ! {
+        let got: Vec<_> = got.iter().enumerate().skip(got_at.saturating_sub(5)).take(15).collect();
         let around: Vec<_> = expected.iter().enumerate().skip(expected_at.saturating_sub(5)).take(15).collect();
         panic!(
-            "tenant {}: change {expected_at} of {} differs\n  got {had:#?}\n  expected {around:#?}\n  gaps {:?}\n  from '{}'",
+            "tenant {}: change {expected_at} of {} differs\n  got {got:#?}\n  expected {around:#?}\n  gaps {:?}\n  from '{}'",
             self.tenant,
             expected.len(),
             self.gaps,
@@ -496,12 +499,12 @@ impl Subscriber {
         );
     }
 
-    /// Keeps only where it is, for the next round.
-    fn let_go(&mut self) {
+    /// Keeps only its position, for the next round.
+    fn keep_position(&mut self) {
         self.first_token = self.kept.pop().expect("the last message").token;
         self.kept = Vec::new();
         self.gaps.clear();
-        self.told.clear();
+        self.reported.clear();
     }
 }
 
@@ -512,7 +515,7 @@ fn position(token: &str) -> Position {
     }
 }
 
-/// What a client sees when its server is killed, or is not ready yet.
+/// Whether a client gets this status when its server is killed or not ready yet.
 fn is_lost_connection(status: &Status) -> bool {
     match status.code() {
         Code::Unavailable | Code::Unknown | Code::Cancelled => true,

@@ -1,4 +1,4 @@
-//! Permify's tables, and what Permify runs in them.
+//! Permify's tables, and the statements that Permify runs on them.
 
 use super::change::Change;
 use super::postgres::Postgres;
@@ -8,15 +8,15 @@ use std::collections::BTreeMap;
 use tuplewatch::model::lsn::Xid8;
 use tuplewatch::model::snap_token::SnapToken;
 
-/// What `expired_tx_id` is in a live row.
+/// The value of `expired_tx_id` in a live row.
 pub(crate) const LIVE: &str = "9223372036854775807";
 
-/// How the tables came to be.
+/// How the tables were created.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Tables {
-    /// As a new installation has them.
+    /// By a new installation.
     New,
-    /// Created before there were tenants, and changed since: the column came last, and the live value was 0.
+    /// By an installation from before there were tenants: the column was added last, and the live value was 0.
     Grown,
 }
 
@@ -27,19 +27,19 @@ pub(crate) struct Permify {
     schema: String,
 }
 
-/// What a write gave back.
+/// The result of a write.
 pub(crate) struct Written {
     pub(crate) xid: u64,
     pub(crate) snapshot: String,
 }
 
 impl Written {
-    /// The 8 bytes.
+    /// The token of 8 bytes.
     pub(crate) fn token(&self) -> String {
         SnapToken::Xid(Xid8(self.xid)).to_string()
     }
 
-    /// What later versions return.
+    /// The text token of later versions.
     pub(crate) fn text_token(&self) -> String {
         SnapToken::Snapshot { xid: Xid8(self.xid), snapshot: self.snapshot.parse().unwrap() }.to_string()
     }
@@ -107,7 +107,7 @@ impl Permify {
         sql
     }
 
-    /// What a live row has now.
+    /// Changes the value of live rows to the present one.
     pub(crate) async fn change_live_value(&self) {
         let sql = self.sql().await;
         for table in ["relation_tuples", "attributes"] {
@@ -138,7 +138,7 @@ pub(crate) async fn write(sql: &Sql, tenant: &str, statements: &[String]) -> Wri
     written
 }
 
-/// `document:{id}#viewer@user:u`, if it is not there.
+/// Inserts `document:{id}#viewer@user:u`, if it is absent.
 pub(crate) fn insert_tuple(tenant: &str, id: &str) -> String {
     format!(
         "INSERT INTO relation_tuples (tenant_id, entity_type, entity_id, relation, subject_type, subject_id, \
@@ -163,7 +163,7 @@ pub(crate) fn delete_attributes(tenant: &str, id: &str, attribute: &str) -> Stri
     )
 }
 
-/// An attribute in place of the one that was there.
+/// Replaces an attribute.
 pub(crate) fn set_attribute(tenant: &str, id: &str, attribute: &str, kind: &str, data: &str) -> String {
     format!(
         "{}; INSERT INTO attributes (tenant_id, entity_type, entity_id, attribute, value) \
@@ -178,7 +178,7 @@ pub(crate) fn json(kind: &str, data: &str) -> String {
     format!(r#"{{"@type": "type.googleapis.com/base.v1.{kind}", "data": {data}}}"#)
 }
 
-/// Deletes what was marked.
+/// Deletes the marked rows.
 pub(crate) async fn collect_garbage(sql: &Sql) {
     for table in ["relation_tuples", "attributes"] {
         sql.run(&format!("DELETE FROM {table} WHERE expired_tx_id NOT IN ('{LIVE}', '0')")).await;
@@ -186,7 +186,7 @@ pub(crate) async fn collect_garbage(sql: &Sql) {
     sql.run("DELETE FROM transactions").await;
 }
 
-/// What the tables themselves say that each write of a tenant did, by its id; in the order of the texts.
+/// The changes of each write of a tenant according to the tables, by the id of the write, sorted by their texts.
 pub(crate) async fn history(sql: &Sql, tenant: &str) -> BTreeMap<u64, Vec<Change>> {
     let writes = sql.rows(&format!("SELECT id FROM transactions WHERE tenant_id = '{tenant}'")).await;
     let mut history: BTreeMap<u64, Vec<Change>> =

@@ -1,4 +1,4 @@
-//! A private cluster, gone with the test.
+//! A private cluster that is removed with the test.
 
 use super::sql::Sql;
 use pgwire_replication::{Lsn, ReplicationClient, ReplicationConfig};
@@ -23,8 +23,8 @@ impl Drop for Directory {
     }
 }
 
-/// What the tests need besides the cluster's own defaults. Without fsync a crash of PostgreSQL, which is all that is tested
-/// here, loses nothing, and commits come closer together.
+/// Settings beyond the defaults of the cluster. The tests crash PostgreSQL and not the machine, so nothing is lost without fsync, and
+/// commits follow each other faster.
 const SETTINGS: [(&str, &str); 8] = [
     ("fsync", "off"),
     ("shared_buffers", "64MB"),
@@ -36,7 +36,7 @@ const SETTINGS: [(&str, &str); 8] = [
     ("log_min_messages", "fatal"),
 ];
 
-/// Which PostgreSQL the tests run against.
+/// The major version that the tests run against.
 pub(crate) fn major() -> u32 {
     Postgres::installed().major()
 }
@@ -51,8 +51,8 @@ impl Postgres {
         Self::of(Self::installed(), settings).await
     }
 
-    /// Of this major version or a newer one, for what there is only since then: that of the other tests where it is new enough,
-    /// or else one that is fetched, once.
+    /// At least this major version, for a feature that came with it: the version of the other tests if it is new enough, or one that is
+    /// fetched once.
     pub(crate) async fn since(major: u32, settings: &[(&str, &str)]) -> Self {
         let installed = Self::installed();
         let installation = if installed.major() >= major { installed } else { Self::fetched(major).await };
@@ -60,15 +60,15 @@ impl Postgres {
     }
 
     fn installed() -> Installation {
-        // Says what to install where there is none.
+        // Its error says what to install.
         Installation::find(None).unwrap_or_else(|error| panic!("{error}"))
     }
 
     async fn fetched(major: u32) -> Installation {
         let fetch = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/postgres/fetch");
         let fetched = tokio::process::Command::new(fetch).arg(major.to_string()).output().await.unwrap();
-        let said = String::from_utf8_lossy(&fetched.stderr);
-        assert!(fetched.status.success(), "PostgreSQL {major} cannot be fetched: {said}");
+        let printed = String::from_utf8_lossy(&fetched.stderr);
+        assert!(fetched.status.success(), "PostgreSQL {major} cannot be fetched: {printed}");
         let bin = PathBuf::from(String::from_utf8(fetched.stdout).unwrap().trim());
         Installation::find(Some(&bin)).unwrap_or_else(|error| panic!("{error}"))
     }
@@ -82,7 +82,7 @@ impl Postgres {
         postgres
     }
 
-    /// As a server in production writes: for what is measured. With further settings.
+    /// With the durability of a production server, for benchmarks, and with further settings.
     #[allow(dead_code, reason = "for the benchmarks")]
     pub(crate) async fn durable(settings: &[(&str, &str)]) -> Self {
         const SETTINGS: [(&str, &str); 3] = [("fsync", "on"), ("max_wal_size", "8GB"), ("shared_buffers", "256MB")];
@@ -111,13 +111,13 @@ impl Postgres {
         Sql::connect(&self.uri()).await
     }
 
-    /// Another program that reads the slot `tuplewatch`, under a name, and acknowledges nothing.
+    /// Another program that reads the slot `tuplewatch` under this application name, and acknowledges nothing.
     pub(crate) async fn stranger(&self, application_name: &str) -> ReplicationClient {
         let config = self.replication_config("tuplewatch").with_application_name(application_name);
         ReplicationClient::connect(config).await.unwrap()
     }
 
-    /// With which a client that is not ours reads a slot, and acknowledges nothing by itself.
+    /// The configuration of another client that reads a slot, and acknowledges nothing by itself.
     pub(crate) fn replication_config(&self, slot: &str) -> ReplicationConfig {
         let uri: tokio_postgres::Config = self.uri().parse().unwrap();
         ReplicationConfig::new("127.0.0.1", "postgres", "", "postgres", slot, "tuplewatch")
@@ -125,7 +125,7 @@ impl Postgres {
             .with_ack_lsn(Lsn::ZERO)
     }
 
-    /// Changes settings in force at the next start; the last value of a name counts.
+    /// Stops the cluster, and changes settings for the next start. The last value of a name counts.
     pub(crate) async fn stop_and_set(&mut self, settings: &[(&str, &str)]) {
         self.stop(StopMode::Fast).await;
         let lines: String = settings.iter().map(|(name, value)| format!("{name} = '{value}'\n")).collect();
@@ -139,7 +139,7 @@ impl Postgres {
         let directory = Directory(std::env::temp_dir().join(Self::new_name()));
         std::fs::create_dir_all(&directory.0).unwrap();
         let target = directory.0.join("cluster");
-        // Owners, too: as root the files are another user's.
+        // Keeps the owners: if we are root, the files belong to another user.
         let copied = std::process::Command::new("cp").arg("-a").arg(self.cluster.data_dir()).arg(&target).status();
         assert!(copied.unwrap().success());
         for left in ["port", "postgres.log"] {
@@ -148,28 +148,28 @@ impl Postgres {
         Self::open(directory, self.cluster.installation().clone(), &self.settings).await
     }
 
-    /// Has the next start do recovery: `standby.signal` or `recovery.signal`.
+    /// Makes the next start a recovery: `standby.signal` or `recovery.signal`.
     pub(crate) fn put_signal(&self, name: &str) {
         self.put_file(name, "");
     }
 
-    /// Writes a file into the data directory, as readable for PostgreSQL alone as its own.
+    /// Writes a file into the data directory, with the owner and the mode of PostgreSQL's own files.
     pub(crate) fn put_file(&self, name: &str, contents: &str) {
         let path = self.pgdata().join(name);
         std::fs::write(&path, contents).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        // PostgreSQL removes it when it is done, and as root it runs as another user.
+        // PostgreSQL removes such a file itself, and runs as another user if we are root.
         let owner = std::fs::metadata(self.pgdata()).unwrap();
         std::os::unix::fs::chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
     }
 
-    /// Keeps a copy of the data, which must not be in use.
+    /// Saves a copy of the data, which must not be in use.
     pub(crate) fn save(&self) {
         let status = std::process::Command::new("cp").arg("-a").arg(self.pgdata()).arg(self.saved()).status();
         assert!(status.unwrap().success());
     }
 
-    /// Puts the saved data back in place of the present: a storage that is rolled back.
+    /// Replaces the data with the saved copy, as a rollback of the storage does.
     pub(crate) fn put_back(&self) {
         std::fs::remove_dir_all(self.pgdata()).unwrap();
         std::fs::rename(self.saved(), self.pgdata()).unwrap();
@@ -189,13 +189,13 @@ impl Postgres {
         self.cluster.installation().major()
     }
 
-    /// Whose programs it runs.
+    /// The installation that it runs.
     #[allow(dead_code, reason = "for the benchmarks")]
     pub(crate) fn installation(&self) -> &Installation {
         self.cluster.installation()
     }
 
-    /// How long it took.
+    /// Stops the cluster. Returns how long that took.
     pub(crate) async fn stop(&mut self, mode: StopMode) -> Duration {
         let began = Instant::now();
         self.cluster.stop(mode).await.unwrap_or_else(|error| panic!("{error}"));

@@ -10,21 +10,21 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// What the proxy does with its connections. A generation ends with every [`Proxy::cut`] and [`Proxy::strand`].
+/// The state of the proxy. A generation of connections ends with every [`Proxy::cut`] and [`Proxy::strand`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Line {
     /// Forwards.
     Open,
-    /// Forwards nothing, and ends nothing: a cable that was pulled.
+    /// Forwards nothing, and closes nothing, like a pulled cable.
     Silent,
-    /// The same, for those of before this generation.
+    /// The same for connections older than this generation.
     Stranded(u64),
-    /// Ended those of before this generation, the hard way.
+    /// Resets connections older than this generation.
     Cut(u64),
 }
 
 impl Line {
-    /// Whether nothing goes through a connection of this generation.
+    /// Whether a connection of this generation forwards nothing.
     const fn is_silent(self, generation: u64) -> bool {
         match self {
             Self::Silent => true,
@@ -38,22 +38,22 @@ impl Line {
     }
 }
 
-/// What all connections share.
+/// State that all connections share.
 struct Shared {
-    /// Takes turns among them, past those that do not answer.
+    /// Used in turn, except for those that do not answer.
     targets: Vec<SocketAddr>,
     line: watch::Sender<Line>,
     generation: AtomicU64,
     accepted: AtomicU64,
-    /// Bytes that went to the client side.
+    /// Bytes that were forwarded to clients.
     returned: AtomicU64,
-    /// Most bytes a second to the client side; 0 is no limit.
+    /// Limit of bytes a second to each client; 0 is no limit.
     pace: AtomicU64,
-    /// Stands in for other text, of the same length, in what clients send.
+    /// A text, and its replacement of the same length, in the data from clients.
     rewrite: Option<(Vec<u8>, Vec<u8>)>,
 }
 
-/// Listens on loopback and forwards to one address, or to several as a load balancer does. Gone, with its connections, when dropped.
+/// Listens on loopback and forwards to one address, or to several as a load balancer does. Ends with its connections when dropped.
 pub(crate) struct Proxy {
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -65,7 +65,7 @@ impl Proxy {
         Self::start(vec![target], None).await
     }
 
-    /// In front of several that do the same.
+    /// In front of several equivalent servers.
     pub(crate) async fn among(targets: &[SocketAddr]) -> Self {
         Self::start(targets.to_vec(), None).await
     }
@@ -98,8 +98,8 @@ impl Proxy {
         Self::to(address_of(uri)).await
     }
 
-    /// The same, with one text in what clients send replaced by another one of the same length. Short texts at the begin of a
-    /// connection only: what is cut in two by the network is not found.
+    /// The same, and replaces a text in the data from clients with another of the same length. Only for short texts at the beginning of a
+    /// connection: a text that the network splits is not found.
     pub(crate) async fn to_postgres_rewriting(uri: &str, from: &str, to: &str) -> Self {
         assert_eq!(from.len(), to.len(), "lengths are part of the protocol");
         Self::start(vec![address_of(uri)], Some((from.into(), to.into()))).await
@@ -114,13 +114,12 @@ impl Proxy {
         uri.replace(&format!(":{}/", address_of(uri).port()), &format!(":{}/", self.address.port()))
     }
 
-    /// From now on nothing goes through, in neither direction, also on new connections; and nobody is told.
+    /// Stops forwarding in both directions, on new connections too, without closing any.
     pub(crate) fn silence(&self) {
         self.shared.line.send_replace(Line::Silent);
     }
 
-    /// From now on nothing goes through the connections that there are, and nobody is told; new ones work. A firewall that
-    /// has forgotten them.
+    /// Stops forwarding on the present connections without closing them, like a firewall that has forgotten them. New ones work.
     pub(crate) fn strand(&self) {
         let generation = self.next_generation();
         self.shared.line.send_replace(Line::Stranded(generation));
@@ -136,12 +135,12 @@ impl Proxy {
         self.shared.generation.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Forwards again what was held back by [`Proxy::silence`] or [`Proxy::strand`].
+    /// Ends [`Proxy::silence`] or [`Proxy::strand`], and forwards the delayed data.
     pub(crate) fn restore(&self) {
         self.shared.line.send_replace(Line::Open);
     }
 
-    /// From now on each connection has this many bytes a second for what the server sends; 0 is no limit.
+    /// Limits the data from the server to this many bytes a second on each connection; 0 is no limit.
     pub(crate) fn slow_down(&self, bytes_per_second: u64) {
         self.shared.pace.store(bytes_per_second, Ordering::Relaxed);
     }
@@ -151,7 +150,7 @@ impl Proxy {
         self.shared.accepted.load(Ordering::Relaxed)
     }
 
-    /// Bytes that went from the server to clients so far.
+    /// Bytes that were forwarded from servers to clients so far.
     pub(crate) fn returned_bytes(&self) -> u64 {
         self.shared.returned.load(Ordering::Relaxed)
     }
@@ -171,15 +170,15 @@ fn address_of(uri: &str) -> SocketAddr {
 
 async fn forward(client: TcpStream, shared: Arc<Shared>) {
     let mut line = shared.line.subscribe();
-    // Behind a cable that was pulled nobody hears of a new client. PostgreSQL in particular would wait for what it has to say,
-    // for a minute even when shutting down.
+    // A pulled cable hides new clients from the server. PostgreSQL would wait a minute for the first message of one, even during a
+    // shutdown.
     if line.wait_for(|line| *line != Line::Silent).await.is_err() {
         return;
     }
     let generation = shared.generation.load(Ordering::Relaxed);
     let Some(server) = connect(&shared).await else { return };
     for side in [&client, &server] {
-        // What is lost in a cut is lost at once: no goodbye.
+        // A cut resets the connection and drops its data.
         let _ = side.set_nodelay(true);
         let _ = side.set_zero_linger();
     }
@@ -192,7 +191,7 @@ async fn forward(client: TcpStream, shared: Arc<Shared>) {
     }
 }
 
-/// To the next of the targets that answers.
+/// Connects to the next target that answers.
 async fn connect(shared: &Shared) -> Option<TcpStream> {
     let turn = usize::try_from(shared.accepted.load(Ordering::Relaxed)).unwrap();
     for n in 0..shared.targets.len() {
@@ -214,7 +213,7 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared, 
     let mut buffer = vec![0; 64 << 10];
     loop {
         let Ok(length) = from.read(&mut buffer).await else { return };
-        // Silence holds back what was read, and the end of the other side too.
+        // A silent line delays data, and the end of the other side.
         if line.wait_for(|line| !line.is_silent(generation)).await.is_err() || length == 0 {
             return;
         }

@@ -1,6 +1,7 @@
-//! A client of Watch that costs next to nothing: HTTP/2 by `h2`, and the frames of gRPC and the fields of protobuf by hand.
+//! A cheap client of Watch: HTTP/2 by `h2`, gRPC frames and protobuf fields by hand.
 //!
-//! For what a generated client is too slow for, or hides: thousands of streams in one thread, and how DATA frames are taken.
+//! For tests that a generated client is too slow for, such as thousands of streams in one thread, and for tests of DATA frames, which
+//! it hides.
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use h2::client::{Builder, SendRequest};
@@ -11,7 +12,7 @@ use std::net::SocketAddr;
 use tokio::net::TcpStream;
 use tuplewatch::api::grpc::proto::WatchRequest;
 
-/// How much a peer may send ahead of what is read, in bytes.
+/// The flow-control windows: how many bytes a peer may send before they are read.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Windows {
     pub(crate) stream: u32,
@@ -19,7 +20,7 @@ pub(crate) struct Windows {
 }
 
 impl Windows {
-    /// As clients are advised to have them.
+    /// The recommended windows of clients.
     pub(crate) const WIDE: Self = Self { stream: 4 << 20, connection: 64 << 20 };
 }
 
@@ -45,12 +46,12 @@ impl Connection {
         let mut builder = Builder::new();
         builder.initial_window_size(windows.stream).initial_connection_window_size(windows.connection);
         let (requests, connection) = builder.handshake(stream).await.unwrap();
-        // Where it fails its streams say so.
+        // Its streams report a failure.
         tokio::spawn(connection);
         Self { requests, authority: address.to_string() }
     }
 
-    /// Returns when the response headers are there: the start is fixed then.
+    /// Opens a stream. Returns with the response headers, when the start is fixed.
     pub(crate) async fn watch(&self, tenant: &str, token: &str) -> RawStream {
         let response = self.request(tenant, token).await;
         let header = |name| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
@@ -84,7 +85,7 @@ fn framed(tenant: &str, token: &str) -> Bytes {
 }
 
 impl RawStream {
-    /// Takes what the next DATA frame completes, and tells each encoded `WatchResponse`.
+    /// Reads the next DATA frame, and calls `message` with each encoded `WatchResponse` that it completes.
     pub(crate) async fn read(&mut self, message: impl FnMut(&[u8])) -> Result<(), h2::Error> {
         let is_open = self.frames.read(&mut self.body, message).await?;
         assert!(is_open, "the stream ended: {:?}", self.body.trailers().await);
@@ -92,7 +93,7 @@ impl RawStream {
     }
 }
 
-/// Whether the connection died of too many small frames that nobody read.
+/// Whether the connection ended because of too many small unread frames.
 pub(crate) fn is_too_many_frames(error: &h2::Error) -> bool {
     error.reason() == Some(Reason::ENHANCE_YOUR_CALM)
 }
@@ -114,10 +115,10 @@ pub(crate) async fn messages(mut body: RecvStream, is_last: impl Fn(&[u8]) -> bo
     (messages, HeaderMap::new())
 }
 
-/// gRPC's messages, which begin and end anywhere in DATA frames.
+/// Splits DATA frames into gRPC messages, which begin and end anywhere in them.
 #[derive(Default)]
 struct Frames {
-    /// The beginning of a message.
+    /// The beginning of an incomplete message.
     rest: BytesMut,
 }
 
@@ -146,7 +147,7 @@ impl Frames {
     }
 }
 
-/// Tells the messages that are there whole; returns how many bytes they have.
+/// Calls `message` with each complete message. Returns their length in bytes.
 fn whole(bytes: &[u8], message: &mut impl FnMut(&[u8])) -> usize {
     let mut taken = 0;
     while let Some((prefix, rest)) = bytes[taken..].split_first_chunk::<PREFIX>() {
@@ -159,7 +160,7 @@ fn whole(bytes: &[u8], message: &mut impl FnMut(&[u8])) -> usize {
     taken
 }
 
-/// Tells every encoded `DataChange` of an encoded `WatchResponse`.
+/// Calls `change` with every encoded `DataChange` of an encoded `WatchResponse`.
 pub(crate) fn changes<'a>(response: &'a [u8], mut change: impl FnMut(&'a [u8])) {
     let mut has_token = false;
     for (number, content) in Fields(field(response, 1)) {
@@ -177,7 +178,7 @@ pub(crate) fn entity_id(change: &[u8]) -> &[u8] {
     field(field(field(change, 2), 1), 2)
 }
 
-/// The number that is written in these digits.
+/// Parses a decimal number.
 pub(crate) fn decimal(digits: &[u8]) -> u64 {
     digits.iter().fold(0, |number, digit| {
         assert!(digit.is_ascii_digit(), "no digit in {digits:?}");

@@ -1,6 +1,6 @@
-//! What was committed, in commit order, according to PostgreSQL: read from a slot of its own, decoded here.
+//! The committed changes in commit order, from a second slot of PostgreSQL.
 //!
-//! Nothing of tuplewatch is used, so that a fault of it cannot hide itself. pgoutput, protocol version 1, text format; see
+//! This decoder uses no code of tuplewatch, so that a bug cannot hide itself. It reads pgoutput, protocol version 1, text format; see
 //! "Logical Replication Message Formats" in PostgreSQL's documentation.
 
 use super::change::Change;
@@ -15,22 +15,22 @@ pub(crate) struct Transaction {
     pub(crate) commit_lsn: u64,
     /// Microseconds since 2000.
     pub(crate) commit_time: i64,
-    /// Tenant and change, in the order in which they were made.
+    /// Tenant and change, in the order of execution.
     pub(crate) changes: Vec<(String, Change)>,
 }
 
-/// To be called after the tables exist, and before anything is written. Does nothing where it was called before.
+/// Creates the slot. To be called when the tables exist, before anything is written. Does nothing if it was called before.
 pub(crate) async fn begin(sql: &Sql) {
     begin_with("", sql).await;
 }
 
-/// [`begin`], with a slot that standbys keep a copy of.
+/// [`begin`], with a slot that is copied to standbys.
 pub(crate) async fn begin_with_failover(sql: &Sql) {
     begin_with(", failover => true", sql).await;
 }
 
 async fn begin_with(options: &str, sql: &Sql) {
-    // A publication of its own: what becomes of tuplewatch's is none of its business.
+    // A separate publication, because tests change tuplewatch's.
     let has_none = sql.is_true("NOT EXISTS (SELECT FROM pg_publication WHERE pubname = 'reference')").await;
     if has_none {
         sql.run("CREATE PUBLICATION reference FOR TABLE tuplewatch.relation_tuples, tuplewatch.attributes").await;
@@ -42,15 +42,15 @@ async fn begin_with(options: &str, sql: &Sql) {
     .await;
 }
 
-/// All that was committed since [`begin`].
+/// All transactions since [`begin`].
 pub(crate) async fn read(sql: &Sql) -> Vec<Transaction> {
     read_by("pg_logical_slot_peek_binary_changes", sql).await
 }
 
-/// What was committed after this commit LSN. PostgreSQL keeps none of it for a later call.
+/// The transactions after this commit LSN, which are removed from the slot.
 pub(crate) async fn consume(sql: &Sql, after: u64) -> Vec<Transaction> {
     let mut transactions = read_by("pg_logical_slot_get_binary_changes", sql).await;
-    // A crash of PostgreSQL takes the slot back to its last checkpoint: then some come again.
+    // A crash of PostgreSQL resets the slot to its last checkpoint, and then some are sent again.
     transactions.retain(|transaction| transaction.commit_lsn > after);
     transactions
 }
@@ -158,7 +158,7 @@ impl Reader {
                     }
                 };
                 let new = self.row(relation, &mut bytes, old.as_ref());
-                // Without an old row none of the replica identity, which is all that matters here, has changed.
+                // Without an old row no column of the replica identity has changed, and only those matter here.
                 if let Some(old) = old.filter(|old| *old != new) {
                     self.report(relation, Some(&old), Some(&new));
                 }
@@ -191,7 +191,7 @@ impl Reader {
         self.relations.insert(id, Relation { name, columns });
     }
 
-    /// A row; what was not sent because it is large and unchanged is taken from `old`.
+    /// A row. Large unchanged values, which are not sent, are taken from `old`.
     fn row(&self, relation: u32, bytes: &mut Bytes<'_>, old: Option<&Row>) -> Row {
         let columns = &self.relations[&relation].columns;
         assert_eq!(usize::from(bytes.u16()), columns.len());

@@ -1,23 +1,23 @@
-//! How benchmarks begin and end: what was asked of them, where they ran, and which targets they reached.
+//! Arguments, environment and targets of benchmarks.
 
 use super::postgres::Postgres;
 
-/// Whether this flag is among what cargo passes.
+/// Whether this flag was given.
 pub(crate) fn has_flag(flag: &str) -> bool {
     std::env::args().any(|arg| arg == flag)
 }
 
-/// What follows this flag.
+/// The value after this flag.
 pub(crate) fn option(flag: &str) -> Option<String> {
     std::env::args().skip_while(|arg| arg != flag).nth(1)
 }
 
-/// The number that follows this flag.
+/// The number after this flag.
 pub(crate) fn number(flag: &str) -> Option<u64> {
     option(flag).map(|value| value.parse().unwrap_or_else(|_| panic!("{flag} is followed by a number")))
 }
 
-/// `--rounds N`; otherwise five, or one where it has to be `--quick`.
+/// `--rounds N`; by default five, or one with `--quick`.
 pub(crate) fn rounds() -> usize {
     let default = if has_flag("--quick") { 1 } else { 5 };
     number("--rounds").map_or(default, |rounds| rounds as usize)

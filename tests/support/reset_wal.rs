@@ -1,8 +1,8 @@
-//! What `pg_resetwal` does, for installations without it: a stopped cluster goes on at another transaction id or LSN.
+//! A substitute for `pg_resetwal`, which some installations lack: a stopped cluster continues at another transaction id or LSN.
 //!
 //! A new WAL segment gets one record, the shutdown checkpoint that the control file then points to. Layouts, the same in
 //! PostgreSQL 14 to 18 as far as they are used here: `ControlFileData` (catalog/pg_control.h), `XLogLongPageHeaderData`
-//! (access/xlog_internal.h), `XLogRecord` (access/xlogrecord.h); numbers in the machine's order.
+//! (access/xlog_internal.h), `XLogRecord` (access/xlogrecord.h); numbers are in native byte order.
 
 use std::fs;
 use std::ops::Range;
@@ -12,12 +12,12 @@ use std::path::Path;
 const STATE: usize = 16;
 const SHUT_DOWN: u32 = 1;
 const CHECKPOINT_LSN: usize = 32;
-/// The copy of the checkpoint, and in it.
+/// The copy of the checkpoint, and offsets in it.
 const CHECKPOINT: usize = 40;
 const REDO: usize = 0;
 const TIMELINE: usize = 8;
 const NEXT_XID: usize = 24;
-/// Somewhere in here, behind everything else, is the checksum.
+/// The checksum is the last field, somewhere in this range.
 const CONTROL_BYTES: Range<usize> = 256..512;
 
 /// In `XLogLongPageHeaderData`.
@@ -26,14 +26,14 @@ const LONG_HEADER: u16 = 2;
 const PAGE_ADDRESS: usize = 8;
 const PAGE_HEADER_BYTES: usize = 40;
 
-/// `XLogRecord`, and what stands between it and the data of a short record.
+/// `XLogRecord`, and the header between it and the data of a short record.
 const RECORD_BYTES: usize = 24;
 const RECORD_CRC: usize = 20;
 const DATA_SHORT: u8 = 255;
 const DATA_HEADER_BYTES: usize = 2;
 
 /// The next transaction gets `next_xid` (whose lower half must begin a page of pg_xact: a multiple of 32,768), or the WAL
-/// goes on at the segment that holds `lsn`. The cluster was shut down, and has no slots: their WAL is gone.
+/// continues at the segment of `lsn`. The cluster must be shut down and have no slots, because their WAL is removed.
 pub(crate) fn reset_wal(pgdata: &Path, next_xid: Option<u64>, lsn: Option<u64>) {
     let control_path = pgdata.join("global/pg_control");
     let mut control = fs::read(&control_path).unwrap();
@@ -52,7 +52,7 @@ pub(crate) fn reset_wal(pgdata: &Path, next_xid: Option<u64>, lsn: Option<u64>) 
         format!("{timeline:08X}{:08X}{:08X}", segment / in_4_gib, segment % in_4_gib)
     };
 
-    // The last checkpoint tells how long one is in this version.
+    // The last checkpoint shows the length of one in this version.
     let last = u64_at(&control, CHECKPOINT_LSN);
     let mut contents = fs::read(wal.join(name(last / segment_bytes))).unwrap();
     let record_length = u32_at(&contents, usize::try_from(last % segment_bytes).unwrap());
@@ -69,7 +69,7 @@ pub(crate) fn reset_wal(pgdata: &Path, next_xid: Option<u64>, lsn: Option<u64>) 
     let crc = crc32c(&[&control[..crc_at]]);
     put(&mut control, crc_at, &crc.to_ne_bytes());
 
-    // All zero but the length: no transaction, nothing before it, a shutdown checkpoint of the resource manager XLOG.
+    // All zero except for the length: no transaction, no previous record, a shutdown checkpoint of the resource manager XLOG.
     let mut record = vec![0; RECORD_BYTES];
     put(&mut record, 0, &record_length.to_ne_bytes());
     let mut data = vec![DATA_SHORT, u8::try_from(checkpoint_bytes).unwrap()];
@@ -83,7 +83,7 @@ pub(crate) fn reset_wal(pgdata: &Path, next_xid: Option<u64>, lsn: Option<u64>) 
     put(&mut contents, PAGE_HEADER_BYTES, &record);
     put(&mut contents, PAGE_HEADER_BYTES + RECORD_BYTES, &data);
 
-    // Written over what is there: it has the right owner.
+    // Overwrites an existing file, which has the right owner.
     let (kept, others) = segments.split_first().unwrap();
     fs::rename(wal.join(kept), wal.join("new")).unwrap();
     others.iter().for_each(|other| fs::remove_file(wal.join(other)).unwrap());
@@ -104,7 +104,7 @@ fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     bytes[at..at + value.len()].copy_from_slice(value);
 }
 
-/// Castagnoli's CRC, a bit at a time: it is little that it is for.
+/// Castagnoli's CRC, bit by bit: the data is short.
 fn crc32c(parts: &[&[u8]]) -> u32 {
     let bytes = parts.iter().flat_map(|part| part.iter());
     !bytes.fold(!0, |crc, byte| {

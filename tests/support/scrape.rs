@@ -1,4 +1,4 @@
-//! What `/metrics` says.
+//! The metrics of a server.
 
 use super::server::Server;
 use super::wait::within;
@@ -19,7 +19,7 @@ struct Series {
 }
 
 impl Series {
-    /// A line of the text format, of which no label has a quote or a comma in it here.
+    /// Parses a line of the text format. No label here contains a quote or a comma.
     fn parse(line: &str) -> Self {
         let (series, value) = line.rsplit_once(' ').unwrap();
         let (name, labels) =
@@ -39,12 +39,12 @@ impl Scrape {
         Self { text, series }
     }
 
-    /// The sum of all series of this name with these labels; fails where there is none.
+    /// The sum of all series of this name with these labels. Fails if there is none.
     pub(crate) fn get(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         self.find(name, labels).unwrap_or_else(|| panic!("no {name} {labels:?} in\n{}", self.text))
     }
 
-    /// The same, or zero: a label's value comes with the first event.
+    /// The same, or zero: some label values appear only with their first event.
     pub(crate) fn count(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         self.find(name, labels).unwrap_or_default()
     }

@@ -1,6 +1,7 @@
 //! tuplewatch itself, as a process.
 
 use super::change::Change;
+use super::port::free_address;
 use super::postgres::Postgres;
 use super::proxy::Proxy;
 use super::sql::Sql;
@@ -14,6 +15,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::HealthCheckRequest;
@@ -21,23 +23,29 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 use tuplewatch::model::lsn::Lsn;
 
-/// Lines of the server's log that are shown where a test fails.
+/// Lines of the server's log that are shown when a test fails.
 const LOG_TAIL: usize = 500;
 
-/// One node: a slot, a log directory, and a process that comes and goes. Killed when dropped.
+/// A node: a slot, a log directory, and one process after the other. Killed when dropped.
 pub(crate) struct Server {
     flags: Vec<String>,
     directory: TempDir,
-    process: Option<Child>,
-    /// Chosen by the first process, and kept by the later ones.
-    address: Option<SocketAddr>,
+    process: Option<Process>,
+    /// Of gRPC and of HTTP, the same for each process.
+    addresses: [SocketAddr; 2],
     log: Arc<Mutex<Vec<String>>>,
 }
 
-/// The machine that runs the tests may have a disk with less room than the default wants.
+struct Process {
+    child: Child,
+    /// Ends with the process, when the log has its last line.
+    log_reader: JoinHandle<()>,
+}
+
+/// The disk of the machine that runs the tests may be smaller than the default.
 const RESERVE: &str = "--changelog-disk-reserve";
 
-/// The program, with nothing of our environment that configures it. `TUPLEWATCH_BIN` names another build of it.
+/// The program, without the variables of our environment that configure it. `TUPLEWATCH_BIN` names another build of it.
 fn program() -> Command {
     let built = env!("CARGO_BIN_EXE_tuplewatch").into();
     let mut command = Command::new(std::env::var_os("TUPLEWATCH_BIN").unwrap_or(built));
@@ -51,7 +59,7 @@ fn program() -> Command {
 }
 
 impl Server {
-    /// Prepares the database, and makes ready a node with the slot `tuplewatch`. `flags` are pairs of a flag and its value.
+    /// Runs `setup`, and prepares a node with the slot `tuplewatch`. `flags` are pairs of a flag and its value.
     pub(crate) async fn prepare(postgres: &Postgres, flags: &[(&str, &str)]) -> Self {
         Self::prepare_slot(&postgres.uri(), "tuplewatch", flags).await
     }
@@ -62,19 +70,20 @@ impl Server {
         let flags: Vec<String> =
             all.iter().flat_map(|(flag, value)| [(*flag).to_owned(), (*value).to_owned()]).collect();
         let directory = tempfile::tempdir().unwrap();
-        let server = Self { flags, directory, process: None, address: None, log: Arc::default() };
+        let addresses = [free_address(), free_address()];
+        let server = Self { flags, directory, process: None, addresses, log: Arc::default() };
         server.setup(&[]).await;
         server
     }
 
-    /// `tuplewatch setup` as this node is configured.
+    /// Runs `tuplewatch setup` with the flags of this node.
     pub(crate) async fn setup(&self, further: &[&str]) {
         let output = within("setup", program().arg("setup").args(&self.flags).args(further).output()).await.unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "setup {further:?}: {:?} {said}", output.status);
+        let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "setup {further:?}: {:?} {printed}", output.status);
     }
 
-    /// Has later processes use another database.
+    /// Changes the database for later processes.
     pub(crate) fn point_to(&mut self, uri: &str) {
         assert!(self.process.is_none(), "a process keeps the database that it was started with");
         let place = self.flags.iter().position(|flag| flag == "--database-uri").unwrap();
@@ -89,9 +98,9 @@ impl Server {
         server
     }
 
-    /// Has its change log on another disk, to be called before it is started.
+    /// Keeps its change log on another disk. To be called before the first start.
     pub(crate) fn keep_log_in(&mut self, directory: TempDir) {
-        assert!(self.address.is_none(), "the log stays where it is");
+        assert!(self.log.lock().unwrap().is_empty(), "a process has its change log elsewhere");
         self.directory = directory;
     }
 
@@ -110,44 +119,43 @@ impl Server {
 
     /// [`Server::start`] with further arguments.
     pub(crate) async fn start_with(&mut self, arguments: &[&str]) {
-        let mut address = self.spawn(arguments);
-        let address = within("the server listens", address.wait_for(Option::is_some)).await;
-        let address = address.map(|address| *address).unwrap_or_else(|_| panic!("the server ended before it listened"));
-        self.address = address;
+        let mut listens = self.spawn(arguments);
+        let listening = within("the server listens", listens.wait_for(|listens| *listens)).await;
+        assert!(listening.is_ok(), "the server ended before it listened");
     }
 
-    /// Starts a process that ends by itself with exit code 1, having said this.
-    pub(crate) async fn refuses_to_start(&mut self, says: &str) {
-        let mut address = self.spawn(&[]);
+    /// Starts a process that must end by itself with exit code 1, and must log this.
+    pub(crate) async fn refuses_to_start(&mut self, expected: &str) {
+        let listens = self.spawn(&[]);
         assert_eq!(self.ended().await.code(), Some(1));
-        // The pipe ends with the process, and its reader with the pipe.
-        let listened = within("the last line", address.wait_for(Option::is_some)).await.is_ok();
-        assert!(!listened && self.has_said(says), "it should have ended with: {says}");
+        assert!(!*listens.borrow() && self.has_logged(expected), "it should have ended with: {expected}");
     }
 
-    fn spawn(&mut self, arguments: &[&str]) -> watch::Receiver<Option<SocketAddr>> {
+    /// Starts the process. The watch turns true when it listens.
+    fn spawn(&mut self, arguments: &[&str]) -> watch::Receiver<bool> {
         assert!(self.process.is_none(), "one process at a time");
-        let mut process = self.command().args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = self.command().args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
 
-        let (found, address) = watch::channel(None);
-        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
+        let (found, listens) = watch::channel(false);
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let log = self.log.clone();
-        log.lock().unwrap().push(format!("--- process {:?}", process.id()));
-        tokio::spawn(async move {
+        log.lock().unwrap().push(format!("--- process {:?}", child.id()));
+        let log_reader = tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
-                if let Some(address) = listening("gRPC", &line) {
-                    found.send_replace(Some(address));
-                }
+                // HTTP has its own line before this one.
+                let is_last = line.contains("gRPC is listening");
                 log.lock().unwrap().push(line);
+                if is_last {
+                    found.send_replace(true);
+                }
             }
         });
-        self.process = Some(process);
-        address
+        self.process = Some(Process { child, log_reader });
+        listens
     }
 
     fn command(&self) -> Command {
-        let port = self.address.map_or(0, |address| address.port()).to_string();
-        let http_port = self.last_http_address().map_or(0, |address| address.port()).to_string();
+        let [port, http_port] = self.addresses.map(|address| address.port().to_string());
         let mut command = program();
         command.arg("serve").args(&self.flags);
         command.args(["--server-host", "127.0.0.1", "--server-grpc-port", &port, "--logger-format", "json"]);
@@ -159,7 +167,7 @@ impl Server {
         command
     }
 
-    /// Another value for a flag, from the next process on.
+    /// Changes a flag for later processes.
     pub(crate) fn set(&mut self, flag: &str, value: &str) {
         if let Some(at) = self.flags.iter().position(|given| given == flag) {
             self.flags.drain(at..at + 2);
@@ -167,7 +175,7 @@ impl Server {
         self.flags.extend([flag.to_owned(), value.to_owned()]);
     }
 
-    /// Waits until it says that the slot streams.
+    /// Waits until its health is SERVING.
     pub(crate) async fn serving(&self) {
         eventually("health is SERVING", async || self.health("").await == Ok(ServingStatus::Serving)).await;
     }
@@ -182,22 +190,23 @@ impl Server {
     /// SIGKILL.
     pub(crate) async fn kill_9(&mut self) {
         let mut process = self.process.take().expect("a process to kill");
-        process.kill().await.unwrap();
+        process.child.kill().await.unwrap();
+        within("the log ends", process.log_reader).await.unwrap();
     }
 
-    /// SIGKILL, and up again.
-    pub(crate) async fn die_and_return(&mut self) {
+    /// SIGKILL, then a new process until it serves.
+    pub(crate) async fn kill_and_restart(&mut self) {
         self.kill_9().await;
         self.start().await;
         self.serving().await;
     }
 
-    /// SIGTERM. [`Server::ended`] tells what came of it.
+    /// SIGTERM. [`Server::ended`] gives the exit status.
     pub(crate) async fn terminate(&self) {
         self.signal("-TERM").await;
     }
 
-    /// SIGSTOP: nothing of it runs, and its connections stay.
+    /// SIGSTOP: the process does not run, and its connections stay open.
     pub(crate) async fn suspend(&self) {
         self.signal("-STOP").await;
     }
@@ -217,10 +226,12 @@ impl Server {
         assert!(status.success());
     }
 
-    /// Waits until the process has ended by itself.
+    /// Waits until the process has ended by itself; its log is complete then.
     pub(crate) async fn ended(&mut self) -> ExitStatus {
         let mut process = self.process.take().expect("a process that ends");
-        within("the server ends", process.wait()).await.unwrap()
+        let status = within("the server ends", process.child.wait()).await.unwrap();
+        within("the log ends", process.log_reader).await.unwrap();
+        status
     }
 
     pub(crate) fn endpoint(&self) -> Endpoint {
@@ -231,7 +242,7 @@ impl Server {
         self.endpoint().connect().await.unwrap()
     }
 
-    /// Opens a stream and fails where that does not work.
+    /// Opens a stream, which must succeed.
     pub(crate) async fn watch(&self, tenant: &str, token: &str) -> Stream {
         match self.try_watch(tenant, token).await {
             Ok(stream) => stream,
@@ -239,7 +250,7 @@ impl Server {
         }
     }
 
-    /// A stream of t1 that has had its first change, the tuple with this entity id; and that message's token.
+    /// A stream of t1 that has delivered its first change, the tuple with this entity id; and the token of that message.
     pub(crate) async fn first_delivered(&self, postgres: &Postgres, id: &str) -> (Sql, Stream, String) {
         let sql = postgres.sql().await;
         let mut stream = self.watch("t1", "").await;
@@ -248,27 +259,27 @@ impl Server {
         (sql, stream, token)
     }
 
-    /// Opens a stream; returns when the response headers are there, or the refusal is.
+    /// Opens a stream. Returns with the response headers or the refusal.
     pub(crate) async fn try_watch(&self, tenant: &str, token: &str) -> Result<Stream, Status> {
         within("the stream starts or is refused", Stream::open(&self.endpoint(), tenant, token)).await
     }
 
-    /// Where its change log is.
+    /// The directory of its change log.
     pub(crate) fn changelog(&self) -> std::path::PathBuf {
         self.directory.path().join("log")
     }
 
-    /// Whether any line of the log holds this.
-    pub(crate) fn has_said(&self, text: &str) -> bool {
+    /// Whether any line of the log contains this.
+    pub(crate) fn has_logged(&self, text: &str) -> bool {
         self.log.lock().unwrap().iter().any(|line| line.contains(text))
     }
 
-    /// Where each gap begins that the log tells of, by where it ends, but for those whose end was not known.
+    /// The beginning of each gap in the log, by its end. Gaps with an unknown end are left out.
     pub(crate) fn closed_gaps(&self) -> HashMap<Lsn, Lsn> {
         self.gap_log()()
     }
 
-    /// [`Server::closed_gaps`], whenever it is called.
+    /// A function that returns [`Server::closed_gaps`] when it is called.
     pub(crate) fn gap_log(&self) -> impl Fn() -> HashMap<Lsn, Lsn> + use<> {
         let log = self.log.clone();
         move || {
@@ -278,27 +289,27 @@ impl Server {
         }
     }
 
-    /// Up to where the gaps go that the log tells of, those included whose end was not known.
+    /// The largest end of the gaps in the log. Counts gaps with an unknown end too.
     pub(crate) fn last_gap(&self) -> Lsn {
         self.log.lock().unwrap().iter().filter_map(|line| gap(line)).map(|gap| gap.to).max().unwrap_or_default()
     }
 
-    /// Waits until a line of the log holds this. What the log tells of may be seen elsewhere first.
-    pub(crate) async fn says(&self, text: &str) {
-        eventually(&format!("the log says {text:?}"), async || self.has_said(text)).await;
+    /// Waits until a line of the log contains this. Other signs of an event may be visible before its line.
+    pub(crate) async fn until_logged(&self, text: &str) {
+        eventually(&format!("the log contains {text:?}"), async || self.has_logged(text)).await;
     }
 
-    /// How many lines of the log hold this.
-    pub(crate) fn times_said(&self, text: &str) -> usize {
+    /// The number of lines of the log that contain this.
+    pub(crate) fn times_logged(&self, text: &str) -> usize {
         self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
     }
 
-    /// Of the process that runs.
+    /// The id of the running process.
     pub(crate) fn pid(&self) -> u32 {
-        self.process.as_ref().and_then(Child::id).expect("a process that runs")
+        self.process.as_ref().and_then(|process| process.child.id()).expect("a process that runs")
     }
 
-    /// A line of /proc/PID/status, in KiB: `VmRSS` is what is resident, `VmHWM` the most that was.
+    /// A field of /proc/PID/status, in KiB: `VmRSS` is the resident memory, `VmHWM` its maximum so far.
     pub(crate) fn memory_kib(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with(field)).unwrap();
@@ -306,40 +317,28 @@ impl Server {
     }
 
     pub(crate) const fn address(&self) -> SocketAddr {
-        self.address.expect("a server that was started")
+        self.addresses[0]
     }
 
     /// Of the HTTP gateway.
-    pub(crate) fn http_address(&self) -> SocketAddr {
-        self.last_http_address().expect("a server that was started")
-    }
-
-    /// Told before that of gRPC, and kept by later processes like that one.
-    fn last_http_address(&self) -> Option<SocketAddr> {
-        self.log.lock().unwrap().iter().rev().find_map(|line| listening("HTTP", line))
+    pub(crate) const fn http_address(&self) -> SocketAddr {
+        self.addresses[1]
     }
 }
 
-/// A gap that the log tells of.
+/// A gap in the log.
 struct Gap {
     from: Lsn,
     to: Lsn,
     is_open: bool,
 }
 
-/// The gap in the line that tells of one.
+/// Parses a line about a gap.
 fn gap(line: &str) -> Option<Gap> {
     let line: serde_json::Value = serde_json::from_str(line).ok()?;
-    let says = line.get("message")?.as_str()?.starts_with("a gap in the stream");
+    let is_gap = line.get("message")?.as_str()?.starts_with("a gap in the stream");
     let lsn = |name: &str| line.get(name)?.as_str()?.parse().ok();
-    says.then(|| Some(Gap { from: lsn("from")?, to: lsn("to")?, is_open: line.get("is_open")?.as_bool()? }))?
-}
-
-/// The address in the line that tells it.
-fn listening(protocol: &str, line: &str) -> Option<SocketAddr> {
-    let line: serde_json::Value = serde_json::from_str(line).ok()?;
-    let says = line.get("message")?.as_str()? == format!("{protocol} is listening");
-    says.then(|| line.get("address")?.as_str()?.parse().ok())?
+    is_gap.then(|| Some(Gap { from: lsn("from")?, to: lsn("to")?, is_open: line.get("is_open")?.as_bool()? }))?
 }
 
 impl Drop for Server {

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
-/// Fails the test where a statement fails, and reads everything as text.
+/// Fails the test if a statement fails, and reads all values as text.
 pub(crate) struct Sql(Client);
 
 impl std::ops::Deref for Sql {
@@ -27,7 +27,7 @@ impl Sql {
 
     pub(crate) async fn try_connect(uri: &str) -> Result<Self, tokio_postgres::Error> {
         let (client, connection) = tokio_postgres::connect(uri, NoTls).await?;
-        // Ends with the client, or with the server; the next statement tells.
+        // Ends with the client or with the server. The next statement then fails.
         tokio::spawn(connection);
         Ok(Self(client))
     }
@@ -64,7 +64,7 @@ impl Sql {
         self.value(&format!("SELECT ({condition})::text")).await == "true"
     }
 
-    /// The end of what PostgreSQL has flushed of its WAL.
+    /// The end of the flushed WAL.
     pub(crate) async fn flushed(&self) -> String {
         self.value("SELECT pg_current_wal_flush_lsn()").await
     }
@@ -81,26 +81,26 @@ impl Sql {
         .await
     }
 
-    /// Waits until tuplewatch's change log has everything on disk that is committed by now, and every gap before it.
+    /// Waits until the change log has everything on disk that is committed by now, and every gap before it.
     ///
-    /// A stream can have a change before the log has it on disk. A process that is killed in between reads the change from the slot
-    /// again, so a test has to wait only where the slot cannot send it again, or where the gap must not be found again.
+    /// A stream can deliver a change before the log has it on disk. A process that is killed in between reads the change from the slot
+    /// again. So a test has to wait only if the slot cannot send it again, or if a gap must not be found again.
     pub(crate) async fn until_recorded(&self, slot: &str) {
         let lsn = self.flushed().await;
-        eventually("what is committed is acknowledged", async || self.slot_reaches(slot, &lsn).await).await;
+        eventually("everything committed is acknowledged", async || self.slot_reaches(slot, &lsn).await).await;
     }
 
-    /// Has what is published checked at once, and waits until that check has begun.
+    /// Asks for a check of the publication, and waits until that check has begun.
     pub(crate) async fn check_published(&self) {
         let last_check = "SELECT coalesce(max(query_start), 'epoch')::text FROM pg_stat_activity \
                            WHERE application_name LIKE 'tuplewatch%' AND query LIKE '-- whether it changed%' \
                              AND pid <> pg_backend_pid()";
         let before = self.value(last_check).await;
         self.run("SELECT pg_logical_emit_message(true, 'tuplewatch', 'check')").await;
-        eventually("what is published is checked", async || self.value(last_check).await > before).await;
+        eventually("the publication is checked", async || self.value(last_check).await > before).await;
     }
 
-    /// The process that streams tuplewatch's slot now, if any, and since when: another one after every reconnect.
+    /// Process id and start time of the walsender of tuplewatch's slot, if any. They change with every reconnect.
     pub(crate) async fn walsender(&self) -> Option<(String, String)> {
         let statement = "SELECT pid, backend_start FROM pg_replication_slots JOIN pg_stat_activity ON pid = active_pid \
                          WHERE slot_name = 'tuplewatch'";
@@ -108,14 +108,14 @@ impl Sql {
         rows.pop().map(|row| (row[0].clone(), row[1].clone()))
     }
 
-    /// Waits until so many of tuplewatch's statements wait for locks.
+    /// Waits until this many statements of tuplewatch wait for locks.
     pub(crate) async fn until_waiting(&self, count: u32) {
         let waits = "SELECT count(*) FROM pg_stat_activity \
                       WHERE wait_event_type = 'Lock' AND application_name LIKE 'tuplewatch%'";
         eventually("it waits for a lock", async || self.value(waits).await == count.to_string()).await;
     }
 
-    /// What holds for a tenant now: the facts of all its rows.
+    /// The present facts of a tenant, from all its rows.
     pub(crate) async fn facts(&self, tenant: &str) -> BTreeSet<String> {
         let statement = format!(
             "SELECT entity_type, entity_id, relation, subject_type, subject_id, subject_relation, '' \
@@ -150,7 +150,7 @@ impl Sql {
     }
 
     /// Inserts an attribute of about 2 kB for each of these numbers, in one transaction; [`Change::large_number`] reads them.
-    /// The values are hexadecimal noise, so that they take room on disk too.
+    /// The values are hexadecimal noise, so that compression saves little.
     pub(crate) async fn insert_large(&self, tenant: &str, numbers: RangeInclusive<u64>) {
         let (first, last) = numbers.into_inner();
         self.run(&format!(

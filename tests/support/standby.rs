@@ -1,7 +1,7 @@
-//! A primary with a standby that streams from it, and a node that knows both.
+//! A primary, a standby that streams from it, and a node that is configured with both.
 //!
-//! The standby is a copy of the stopped primary, with its replication slots; a base backup has none. From PostgreSQL 17 on a standby
-//! can also keep copies of the slots that there are.
+//! The standby is a copy of the stopped primary with its replication slots, which a base backup lacks. From PostgreSQL 17 on a standby
+//! can also synchronize slots itself.
 
 use super::postgres::Postgres;
 use super::reference;
@@ -18,11 +18,11 @@ pub(crate) struct Pair {
     pub(crate) server: Server,
 }
 
-/// The standby's, on the primary.
+/// The slot of the standby on the primary.
 const PHYSICAL_SLOT: &str = "standby";
 
 impl Pair {
-    /// The standby has slots that stay where they were when it was copied.
+    /// The slots of the standby stay at their positions from the copy.
     pub(crate) async fn start() -> Self {
         let mut primary = Postgres::start().await;
         drop(Server::prepare(&primary, &[]).await);
@@ -36,7 +36,7 @@ impl Pair {
         Self::serve(primary, standby).await
     }
 
-    /// The standby keeps its copies of the slots up to date, and what it lacks is not streamed to anybody.
+    /// The standby synchronizes the slots, and the primary streams no change that the standby lacks.
     pub(crate) async fn start_with_failover_slots() -> Self {
         let mut primary = Postgres::since(17, &[]).await;
         drop(Server::prepare(&primary, &[]).await);
@@ -64,7 +64,7 @@ impl Pair {
         let (primary, standby) = (pair.primary.sql().await, pair.standby.sql().await);
         let are_synced = "(SELECT count(*) FROM pg_replication_slots WHERE synced AND NOT temporary) = 2";
         eventually("the standby has copies of both slots", async || {
-            // A copy lasts once the slot has gone on to where the standby began.
+            // A copy becomes permanent once the slot has reached the standby's start.
             primary.run("SELECT pg_log_standby_snapshot()").await;
             primary.run("SELECT pg_replication_slot_advance('reference', pg_current_wal_lsn())").await;
             standby.is_true(are_synced).await
@@ -83,12 +83,12 @@ impl Pair {
         Self { primary, standby, server }
     }
 
-    /// Leads to whichever of the two takes writes.
+    /// Leads to the one that accepts writes.
     pub(crate) fn uri(&self) -> String {
         format!("{}?target_session_attrs=read-write", uri(&self.primary, &self.standby))
     }
 
-    /// Waits until the standby has all that the primary has.
+    /// Waits until the standby has replayed everything from the primary.
     pub(crate) async fn in_step(&self) {
         let lsn = self.primary.sql().await.flushed().await;
         let sql = self.standby.sql().await;
@@ -96,7 +96,7 @@ impl Pair {
         eventually("the standby has everything", async || sql.is_true(&condition).await).await;
     }
 
-    /// From now on the standby gets nothing.
+    /// Disconnects the standby from the primary.
     pub(crate) async fn separate(&self) {
         let sql = self.standby.sql().await;
         sql.run("ALTER SYSTEM SET primary_conninfo = ''").await;
@@ -105,7 +105,7 @@ impl Pair {
         eventually("the standby receives nothing", async || sql.is_true(is_over).await).await;
     }
 
-    /// The primary ends, and the standby takes its place.
+    /// Stops the primary, and promotes the standby.
     pub(crate) async fn fail_over(&mut self, mode: StopMode) -> Sql {
         self.primary.stop(mode).await;
         let not_serving = Ok(ServingStatus::NotServing);

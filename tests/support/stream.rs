@@ -27,7 +27,7 @@ pub(crate) struct Message {
 }
 
 impl Stream {
-    /// Returns when the response headers are there: the start is fixed then.
+    /// Opens a stream. Returns with the response headers, when the start is fixed.
     pub(crate) async fn open(endpoint: &Endpoint, tenant: &str, token: &str) -> Result<Self, Status> {
         let channel = endpoint.connect().await.map_err(|error| Status::unavailable(error.to_string()))?;
         Self::open_on(channel, tenant, token).await
@@ -55,17 +55,17 @@ impl Stream {
         Ok(Self { responses: response.into_inner(), start_token, may_be_empty: false })
     }
 
-    /// Resumes from where the stream starts.
+    /// The token that resumes from the start of the stream.
     pub(crate) fn start_token(&self) -> &str {
         &self.start_token
     }
 
-    /// Takes messages without changes, too: where the mapping tells of transactions.
+    /// Accepts messages without changes, which a mapping with a table of transactions causes.
     pub(crate) fn with_empty(self) -> Self {
         Self { may_be_empty: true, ..self }
     }
 
-    /// The next message, or why there is none. A stream never ends without a status.
+    /// The next message, or the status at the end. A stream never ends without a status.
     pub(crate) async fn try_next(&mut self) -> Result<Message, Status> {
         let Some(response) = self.responses.message().await? else { panic!("a stream ended without a status") };
         let bytes = response.encoded_len();
@@ -83,14 +83,14 @@ impl Stream {
         }
     }
 
-    /// The next message, which has this one change.
+    /// The next message, which must have exactly this change.
     pub(crate) async fn expect(&mut self, change: Change) -> Message {
         let message = self.next().await;
         assert_eq!(message.changes, [change]);
         message
     }
 
-    /// All messages up to and including the one that has this change.
+    /// All messages up to and including the one with this change.
     pub(crate) async fn up_to(&mut self, last: &Change) -> Vec<Message> {
         let mut messages = Vec::new();
         loop {
@@ -103,7 +103,7 @@ impl Stream {
         }
     }
 
-    /// How the stream ends, after any further messages.
+    /// The remaining messages, and the status at the end.
     pub(crate) async fn ending(&mut self) -> (Vec<Message>, Status) {
         let mut messages = Vec::new();
         loop {
@@ -114,11 +114,11 @@ impl Stream {
         }
     }
 
-    /// Fails where there is a message. To be called once something has happened after which there would be one: the
-    /// moment is only for its way through the sockets.
+    /// Fails if there is a message. To be called after an event that would cause one: the short wait is only for its way through the
+    /// sockets.
     pub(crate) async fn expect_silence(&mut self) {
         if let Ok(next) = tokio::time::timeout(Duration::from_millis(200), self.try_next()).await {
-            panic!("nothing should have come, but there is {next:?}");
+            panic!("unexpected message: {next:?}");
         }
     }
 }

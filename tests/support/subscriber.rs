@@ -1,4 +1,4 @@
-//! A subscriber that takes no more of the machine than it has to, so that what is measured is the server.
+//! A cheap subscriber for benchmarks, so that they measure the server.
 
 use bytes::Bytes;
 use std::net::SocketAddr;
@@ -10,16 +10,16 @@ use tonic::{Code, Request, Status, Streaming};
 use tonic_prost::ProstCodec;
 use tuplewatch::api::grpc::proto::WatchRequest;
 
-/// Windows as a client has them that expects much.
+/// The windows of a client that expects much data.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-/// Between two tries, while the server starts.
+/// The time between two attempts while the server starts.
 const RETRY: Duration = Duration::from_millis(2);
 
 /// An open stream.
 pub(crate) struct Subscriber {
     responses: Streaming<Response>,
-    /// Resumes from where the stream starts.
+    /// The token that resumes from the start of the stream.
     pub(crate) start_token: String,
 }
 
@@ -30,7 +30,7 @@ struct Response {
     changes: Option<Changes>,
 }
 
-/// `base.v1.DataChanges`, with each change as the bytes that it came in.
+/// `base.v1.DataChanges`, with each change still encoded.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct Changes {
     #[prost(string, tag = "1")]
@@ -49,7 +49,7 @@ impl Subscriber {
         endpoint.connect().await.unwrap()
     }
 
-    /// Opens a stream, as soon as there is one to be had.
+    /// Opens a stream, and retries while the server is unavailable.
     pub(crate) async fn open(channel: Channel, tenant: &str, token: &str) -> Self {
         loop {
             match Self::try_open(channel.clone(), tenant, token).await {
@@ -80,7 +80,7 @@ impl Subscriber {
     }
 }
 
-/// Does this on a thread of its own, with nothing else to do there.
+/// Runs a future on its own thread.
 pub(crate) async fn on_own_thread<F: Future<Output: Send + 'static>>(
     work: impl FnOnce() -> F + Send + 'static,
 ) -> F::Output {

@@ -1,12 +1,12 @@
-//! Waiting for events, with a deadline that only a failure reaches.
+//! Waiting for events, with a deadline that is reached only by a failure.
 
 use std::time::{Duration, Instant};
 
-/// Longer than anything takes on a busy machine.
+/// Longer than any event takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
 
-/// Waits until `condition` holds; fails, naming `what`, where it never does.
+/// Waits until `condition` holds. Fails with `what` at the deadline.
 pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition().await {
@@ -15,7 +15,7 @@ pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> b
     }
 }
 
-/// The result of `work`; fails, naming `what`, where it takes too long.
+/// The result of `work`. Fails with `what` at the deadline.
 pub(crate) async fn within<T>(what: &str, work: impl Future<Output = T>) -> T {
     match tokio::time::timeout(PATIENCE, work).await {
         Ok(result) => result,

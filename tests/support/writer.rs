@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Whose rows the writers write.
+/// The tenants of the rows.
 pub(crate) const TENANTS: [&str; 4] = ["t1", "t2", "t3", "t4"];
 
-/// `TUPLEWATCH_SEED`, or a new one. Printed, for a test that fails.
+/// `TUPLEWATCH_SEED`, or a new one. It is printed, so that a failed test can be repeated.
 pub(crate) fn seed() -> u64 {
     let seed = std::env::var("TUPLEWATCH_SEED").ok().map(|seed| seed.parse().expect("TUPLEWATCH_SEED is a number"));
     let seed = seed.unwrap_or_else(|| fastrand::u64(..));
@@ -17,7 +17,7 @@ pub(crate) fn seed() -> u64 {
     seed
 }
 
-/// Lists the tenants, where they are not listed yet.
+/// Adds the tenants that are not in the table yet.
 pub(crate) async fn add_tenants(sql: &Sql) {
     for tenant in TENANTS {
         sql.run(&format!("INSERT INTO tuplewatch.tenants (id, name) VALUES ('{tenant}', '') ON CONFLICT DO NOTHING"))
@@ -25,19 +25,19 @@ pub(crate) async fn add_tenants(sql: &Sql) {
     }
 }
 
-/// Some writers at work, until told to stop.
+/// Running writers.
 pub(crate) struct Writers {
     stop: Arc<AtomicBool>,
     committed: Arc<AtomicU64>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
-/// What a writer may do besides.
+/// Optional behaviour of a writer.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Habits {
-    /// Now and then a transaction of some MiB of changes.
+    /// Writes a transaction of some MiB of changes now and then.
     pub(crate) is_big: bool,
-    /// Carries on when PostgreSQL goes away.
+    /// Reconnects when PostgreSQL stops.
     pub(crate) is_patient: bool,
 }
 
@@ -60,12 +60,12 @@ impl Writers {
         Self { stop, committed, tasks }
     }
 
-    /// Transactions that were told to be committed so far.
+    /// Transactions that PostgreSQL has confirmed so far.
     pub(crate) fn committed(&self) -> u64 {
         self.committed.load(Ordering::Relaxed)
     }
 
-    /// Lets them finish their transactions; how many were committed.
+    /// Waits for the end of their transactions. Returns how many were committed.
     pub(crate) async fn stop(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {
@@ -83,11 +83,11 @@ struct Writer {
     committed: Arc<AtomicU64>,
 }
 
-/// What became of a transaction.
+/// The end of a transaction.
 enum Ended {
     Committed,
     RolledBack,
-    /// Nobody knows, and no statement goes through any more.
+    /// The outcome is unknown, and the connection is lost.
     Disconnected(tokio_postgres::Error),
 }
 
@@ -124,7 +124,7 @@ impl Writer {
         let commits = self.random.u8(..10) > 0;
         let last = if commits { "COMMIT" } else { "ROLLBACK" };
         if self.random.bool() {
-            // Statement by statement: others commit in between.
+            // Statement by statement, so that others commit in between.
             statements.insert(0, "BEGIN".to_owned());
             statements.push(last.to_owned());
         } else {
@@ -133,14 +133,14 @@ impl Writer {
         for statement in &statements {
             let Err(error) = sql.batch_execute(statement).await else { continue };
             match error.code().map(|code| code.code().to_owned()) {
-                // Unique violation, deadlock: what happens to writers.
+                // A unique violation or a deadlock, which is normal for writers.
                 Some(code) if ["23505", "40P01"].contains(&&*code) => {
                     return match sql.batch_execute("ROLLBACK").await {
                         Ok(()) => Ended::RolledBack,
                         Err(error) => Ended::Disconnected(error),
                     };
                 }
-                // Class 57: the server is going away, or coming back.
+                // Class 57: the server is stopping or starting.
                 Some(code) if !code.starts_with("57") => panic!("{statement}: {error} {code}"),
                 _ => return Ended::Disconnected(error),
             }
@@ -194,14 +194,14 @@ impl Writer {
                 self.relation(),
                 self.value()
             ),
-            // Changes nothing, also where the value is large and therefore not sent again.
+            // Changes nothing. A large value is then not even sent.
             17 => format!("UPDATE tuplewatch.attributes SET value = value {}", self.one_entity()),
             18 => format!("UPDATE tuplewatch.attributes SET attribute = '{}' {}", self.relation(), self.one_entity()),
             _ => format!("DELETE FROM tuplewatch.attributes {}", self.one_entity()),
         }
     }
 
-    /// All rows of it are one tenant's, which has it inserted and deleted by turns.
+    /// Inserts many rows of one tenant, or deletes them.
     fn big(&mut self) -> String {
         let tenant = self.tenant();
         let long = "x".repeat(100);
@@ -244,7 +244,7 @@ impl Writer {
             0 => ("BooleanValue", self.random.bool().to_string()),
             1 => ("IntegerValue", self.random.i32(-9..9).to_string()),
             2 => ("StringArrayValue", format!(r#"["{}", ""]"#, self.id())),
-            // Large, and of little that repeats: stored out of line.
+            // Large and incompressible, so that it is stored out of line.
             3 => ("StringValue", format!(r#""{}""#, (0..3000).map(|_| self.random.alphanumeric()).collect::<String>())),
             _ => ("StringValue", format!(r#""{}""#, self.id())),
         };
@@ -255,7 +255,7 @@ impl Writer {
         TENANTS[self.random.usize(..TENANTS.len())]
     }
 
-    /// Few, so that transactions meet.
+    /// Few values, so that transactions collide.
     fn id(&mut self) -> u8 {
         self.random.u8(10..40)
     }

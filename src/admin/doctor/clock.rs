@@ -40,7 +40,7 @@ mod tests {
     use crate::model::diagnostic::Severity;
 
     #[test]
-    fn a_slow_answer_is_no_skew() {
+    fn a_slow_answer_is_no_clock_skew() {
         let at = |ms: u64| UNIX_EPOCH + Duration::from_millis(1_000_000 + ms);
         for (asked, server, answered, expected) in [
             (0, 0, 0, None),

@@ -238,9 +238,13 @@ mod tests {
         check(none(), serde_json::json!({"holder": null}), &[]);
         check(none(), serde_json::json!({"holder": "pg_recvlogical"}), &["by process 7 (pg_recvlogical)"]);
         check(none(), serde_json::json!({"holder": "tuplewatch you"}), &["not this tuplewatch"]);
-        check(none(), serde_json::json!({"retained_bytes": 1000}), &["transaction that is still open"]);
+        check(none(), serde_json::json!({"retained_bytes": 1000}), &["for a transaction that is open"]);
         check(none(), serde_json::json!({"retained_bytes": 1000, "confirmed": "0/1D00"}), &["does not keep up"]);
-        check(none(), serde_json::json!({"retained_bytes": 1000, "confirmed": "0/1E00"}), &["that is still open"]);
+        check(
+            none(),
+            serde_json::json!({"retained_bytes": 1000, "confirmed": "0/1E00"}),
+            &["for a transaction that is open"],
+        );
         check(none(), serde_json::json!({"confirmed": "0/1FFF", "lag_seconds": 60.0}), &["does not keep up"]);
         // At the end of the WAL, the age of that WAL does not matter.
         check(none(), serde_json::json!({"lag_seconds": 6000.0}), &[]);

@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_counted_once_by_its_code() {
+    fn a_request_is_counted_once_under_its_code() {
         let count = |code| metrics().grpc_requests("base.v1.Tenancy", "Create", code).get();
         let headers =
             |code: &'static str| HeaderMap::from_iter([("grpc-status".parse().unwrap(), code.parse().unwrap())]);

@@ -455,7 +455,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patience_is_read_in_every_unit() {
+    fn a_timeout_is_read_in_every_unit() {
         let check = |value: &'static str, expected: Option<Duration>| {
             let headers = HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), value.parse().unwrap())]);
             assert_eq!(patience(&headers), expected, "{value:?}");

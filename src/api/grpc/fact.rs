@@ -65,7 +65,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn all_eight_come_back() {
+    fn all_types_of_values_round_trip() {
         use AttributeValue as V;
         let values = [
             V::String("é".into()),

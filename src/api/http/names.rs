@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_there_once_and_shapes_are_right() {
+    fn repeated_names_and_wrong_shapes_are_refused() {
         for (message, body, says) in [
             ("WatchRequest", r#"{"snap_token": "a", "snap_token": "a"}"#, "`snap_token` is there twice"),
             ("WatchRequest", r#"{"snap_token": "a", "snapToken": "b"}"#, "`snapToken` is there twice"),
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_is_known_is_taken() {
+    fn every_known_name_is_accepted() {
         for (message, body) in [
             ("WatchRequest", "{}"),
             ("WatchRequest", r#" {"tenantId": "t1", "snap_token": null} "#),

@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn when_to_try_again_is_in_the_headers() {
+    fn the_retry_delay_is_in_the_headers() {
         for (delay_ms, seconds) in [(1, "1"), (1000, "1"), (1001, "2")] {
             let details = ErrorDetails::with_retry_info(Some(Duration::from_millis(delay_ms)));
             let status = Status::with_error_details(Code::ResourceExhausted, "slower", details);

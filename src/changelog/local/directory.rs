@@ -164,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_is_what_was_opened_and_not_what_has_its_name() {
+    fn a_replaced_directory_is_not_the_opened_one() {
         let directory = tempfile::tempdir().unwrap();
         let (log, aside) = (directory.path().join("log"), directory.path().join("aside"));
         let make = |path: &Path| {

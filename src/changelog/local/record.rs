@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tenant_is_no_prefix_of_another() {
+    fn no_tenants_key_is_a_prefix_of_anothers() {
         let [short, long] = ["t1", "t10"].map(|t| TenantId::new(t).unwrap());
         assert!(behind_tenant(&short) < messages_key(&long, Position::ZERO));
     }

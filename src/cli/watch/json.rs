@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn changes_are_objects() {
+    fn changes_are_json_objects() {
         let changes = DataChanges { snap_token: "token".into(), tuple_changes: vec![viewer(), scores()] };
         let line = line(&changes);
         let line: Json = serde_json::from_str(line.strip_suffix('\n').unwrap()).unwrap();

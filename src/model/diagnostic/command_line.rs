@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn commands_have_the_options_that_they_take() {
+    fn commands_are_printed_with_the_options_they_accept() {
         let mut commands = CommandLine::default();
         assert_eq!(commands.setup().to_string(), "tuplewatch setup");
         assert_eq!(commands.reset_log().fix("why"), "tuplewatch serve --reset-log  # why");

@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn only_much_within_a_short_time_raises_it() {
+    fn only_much_data_in_a_short_time_raises_the_mark() {
         let every = |micros: u64, bytes: usize| (0..10_000).map(|n| (n * micros, bytes)).collect::<Vec<_>>();
         assert!(raised_after(&every(5, 150)), "a backlog of small rows");
         assert!(raised_after(&[(0, MUCH)]));
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn it_stays_while_much_comes_and_no_longer() {
+    fn the_mark_stays_raised_while_much_data_arrives() {
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         let mut mark = LowWater::new(Some(socket.into()));
         let now = Instant::now();

@@ -133,7 +133,7 @@ mod tests {
     const WANTED: Wanted<'_> = Wanted { hosts: &["db1", "localhost"], port: 5433, database: "app", user: "ada" };
 
     #[test]
-    fn lines() {
+    fn lines_are_matched_as_libpq_matches_them() {
         let check = |line: &str, expected: Option<&str>| {
             let found = password_of(line.as_bytes(), WANTED);
             assert_eq!(found.as_deref(), expected.map(str::as_bytes), "{line}");
@@ -157,12 +157,12 @@ mod tests {
     }
 
     #[test]
-    fn a_password_that_is_no_text() {
+    fn a_password_may_be_any_bytes() {
         assert_eq!(password_of(b"*:*:*:*:\xe9\\:\xff", WANTED).as_deref(), Some(&b"\xe9:\xff"[..]));
     }
 
     #[tokio::test]
-    async fn the_first_line_that_fits_and_only_from_a_private_file() {
+    async fn the_first_matching_line_of_a_private_file_counts() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), b"db2:*:*:*:Latin-1 \xe9\r\ndb1:*:*:ada:first\r\n*:*:*:*:second\n").unwrap();
         let passfile = Passfile::new(file.path().to_owned());

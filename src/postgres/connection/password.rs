@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn as_postgresql_prepares_them() {
+    fn passwords_are_prepared_as_postgresql_prepares_them() {
         let check = |text: &str, prepared: &str| {
             assert_eq!(Password::new(text).prepared().as_deref(), Some(prepared), "{text:?}");
         };

@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn older_servers_and_ordinary_roles_are_asked_for_less() {
+    fn older_servers_and_ordinary_roles_get_fewer_pins() {
         let timeouts = "SET idle_session_timeout = '0';";
         assert_eq!(Sql.late_pins(13, false), "");
         assert_eq!(Sql.late_pins(16, false), timeouts);
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn no_session_has_a_pin_twice() {
+    fn no_session_sets_a_pin_twice() {
         for sessions in [Sql, Stream] {
             let mut names: Vec<_> = sessions.pins().map(|(name, _)| name).collect();
             names.sort_unstable();

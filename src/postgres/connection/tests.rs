@@ -25,7 +25,7 @@ fn parse(uri: &str) -> Result<Endpoints, UriError> {
 }
 
 #[test]
-fn hosts_database_and_user() {
+fn a_uri_gives_hosts_database_and_user() {
     let check = |uri: &str, expected: &str| assert_eq!(parse(uri).unwrap().to_string(), expected, "{uri}");
     check("postgres://u@h/db", "h:5432 (database db, user u)");
     check("postgresql://u:p@h:1234/db", "h:1234 (database db, user u)");
@@ -54,7 +54,7 @@ fn hosts_database_and_user() {
 }
 
 #[test]
-fn passwords() {
+fn a_password_is_found_and_never_printed() {
     let check = |uri: &str, expected: &str| {
         let endpoints = parse(uri).unwrap();
         assert_eq!(endpoints.password.bytes(), expected.as_bytes(), "{uri}");
@@ -72,7 +72,7 @@ fn passwords() {
 }
 
 #[test]
-fn tls_and_the_rest() {
+fn tls_and_other_parameters_are_read() {
     let tls = |uri: &str| parse(uri).unwrap().tls;
     let mode = |uri: &str| tls(uri).mode;
     assert_eq!(mode("postgres://h"), SslMode::Prefer);
@@ -107,7 +107,7 @@ fn tls_and_the_rest() {
 }
 
 #[test]
-fn what_is_refused_is_named_and_never_repeated() {
+fn a_refused_uri_is_explained_without_secrets() {
     let check = |uri: &str, expected: &str| {
         let message = parse(uri).unwrap_err().to_string();
         assert!(message.contains(expected), "{uri}: {message}");
@@ -199,7 +199,7 @@ impl Guarded {
         guarded
     }
 
-    /// `who` is `user:password@host`, and parameters may follow a `?`.
+    /// `who` is `user:password@host`. Parameters may follow a `?`.
     fn uri(&self, who: &str) -> String {
         let (who, parameters) = who.split_once('?').unwrap_or((who, ""));
         format!("postgres://{who}:{}/postgres?{parameters}", self.cluster.port())
@@ -235,7 +235,7 @@ impl Guarded {
     }
 }
 
-/// An authority, a certificate of it for localhost and one for the user cert, and another authority.
+/// An authority, its certificates for localhost and for the user cert, and another authority.
 fn make_certificates(dir: &Path) {
     let openssl = |arguments: &str| {
         let output = Command::new("openssl").args(arguments.split(' ')).current_dir(dir).output().unwrap();
@@ -259,7 +259,7 @@ fn make_certificates(dir: &Path) {
 }
 
 #[tokio::test]
-async fn passwords_and_tls() {
+async fn logons_work_with_each_password_method_and_tls_mode() {
     let server = Guarded::new().await;
     let port = server.cluster.port();
     let ca = server.file("ca.crt");
@@ -299,7 +299,7 @@ async fn passwords_and_tls() {
 }
 
 #[tokio::test]
-async fn the_first_primary_that_answers() {
+async fn the_first_primary_that_answers_is_chosen() {
     let server = Guarded::new().await;
     let place = Place::new();
     let mut standby = cluster(place.0.clone(), &[]).await;
@@ -308,7 +308,7 @@ async fn the_first_primary_that_answers() {
     std::fs::write(standby.data_dir().join("pgdata/standby.signal"), "").unwrap();
     standby.start().await.unwrap();
     let (here, there) = (server.cluster.port(), standby.port());
-    // A port that nobody listens on, and one where nobody speaks.
+    // A closed port, and a silent listener.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mute = silent.local_addr().unwrap().port();
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -359,7 +359,7 @@ async fn the_first_primary_that_answers() {
 }
 
 #[tokio::test]
-async fn sockets_and_the_end_of_a_connection() {
+async fn unix_sockets_and_ended_connections_are_handled() {
     let mut server = Guarded::new().await;
     let connection = server.connect("postgres@localhost").await.unwrap();
     let dir = server.place.0.join("files");
@@ -384,7 +384,7 @@ async fn sockets_and_the_end_of_a_connection() {
 }
 
 #[tokio::test]
-async fn replication_of_a_publication_with_any_name() {
+async fn a_publication_with_any_name_can_be_replicated() {
     let server = Guarded::new().await;
     let connection = server.connect("postgres@localhost").await.unwrap();
     let sql = "CREATE PUBLICATION \"It's \"\"Mine\"\"\" FOR ALL TABLES; CREATE TABLE public.t (n int)";

@@ -6,7 +6,7 @@ use crate::postgres::test_postgres::{Database, one_table, tuples};
 const TABLE: &str = "CREATE TABLE t (tenant text, id text, owner text, other text, PRIMARY KEY (tenant, id, owner));
                      CREATE PUBLICATION feed FOR TABLE t";
 
-/// A database with something published, and what was seen of it last.
+/// A database with a publication, and its last fingerprint.
 struct Watched {
     database: Database,
     mapping: Mapping,
@@ -53,7 +53,7 @@ impl Watched {
 }
 
 #[tokio::test]
-async fn what_does_not_matter() {
+async fn harmless_changes_keep_the_fingerprint() {
     let mut watched = Watched::new(one_table("public.t"), TABLE).await;
     for sql in [
         "",
@@ -82,7 +82,7 @@ async fn what_does_not_matter() {
 }
 
 #[tokio::test]
-async fn what_matters() {
+async fn harmful_changes_change_the_fingerprint() {
     let mut watched = Watched::new(one_table("public.t"), TABLE).await;
     let again = "table public.t was taken out of the publication and added again, or is in it in another way";
     let altered = "the publication publishes other operations";
@@ -125,9 +125,9 @@ async fn what_matters() {
     }
 }
 
-/// Types under a column: of elements, attributes, and what a domain or range is of.
+/// Types below the type of a column: of elements, of attributes, and the base types of domains and ranges.
 #[tokio::test]
-async fn values() {
+async fn changed_types_under_a_column_are_found() {
     let sql = "CREATE TYPE role AS ENUM ('viewer', 'editor');
                CREATE DOMAIN roles AS role[];
                CREATE TYPE pair AS (a int, b roles);
@@ -179,9 +179,9 @@ async fn values() {
     }
 }
 
-/// No rewrite: what is stored stays, and so does the text.
+/// Without a rewrite, stored values and their texts stay the same.
 #[tokio::test]
-async fn modifiers() {
+async fn wider_type_modifiers_keep_the_fingerprint() {
     let sql =
         "CREATE TABLE t (tenant varchar(10), id numeric(10, 2), owner text COLLATE \"C\", PRIMARY KEY (tenant, id));
                CREATE PUBLICATION feed FOR TABLE t";
@@ -203,7 +203,7 @@ async fn modifiers() {
 }
 
 #[tokio::test]
-async fn inheritance() {
+async fn inheriting_tables_are_found() {
     let mut watched = Watched::new(one_table("public.t"), TABLE).await;
     let inherits = "the set of tables that inherit of table public.t changed";
     watched.changed_by("CREATE TABLE child () INHERITS (t)", inherits).await;
@@ -217,14 +217,14 @@ async fn inheritance() {
 }
 
 #[tokio::test]
-async fn partitions() {
+async fn changed_partitions_are_found() {
     let sql = "CREATE TABLE root (tenant text, id text, owner text, PRIMARY KEY (tenant, id, owner)) PARTITION BY LIST (tenant);
                CREATE TABLE middle PARTITION OF root FOR VALUES IN ('t1', 't2', 't3') PARTITION BY LIST (tenant);
                CREATE TABLE leaf PARTITION OF middle FOR VALUES IN ('t1');
                CREATE PUBLICATION feed FOR TABLE root WITH (publish_via_partition_root = true)";
     let mut watched = Watched::new(one_table("public.root"), sql).await;
     watched.unchanged_by("INSERT INTO root VALUES ('t1', '1', '2'); VACUUM leaf; VACUUM FULL pg_inherits").await;
-    // Nothing in the catalogs tells the two from each other.
+    // The catalogs do not distinguish the two.
     let storage = "the storage of a partition (TRUNCATE, or a rewrite) of table public.root changed";
     watched.changed_by("TRUNCATE leaf", storage).await;
     watched.changed_by("VACUUM FULL leaf", storage).await;
@@ -250,9 +250,9 @@ async fn partitions() {
     assert_eq!(sentence, "table public.leaf was taken out of the publication");
 }
 
-/// A table that was created as a partition never had rows that came under another name.
+/// A table that was created as a partition never had rows under another name.
 #[tokio::test]
-async fn new_partitions() {
+async fn partitions_that_were_created_as_such_are_recognized() {
     // With and without toast tables, indexes and defaults: each takes commands of its own.
     for columns in [
         "tenant text, id text DEFAULT 'x', owner text NOT NULL, PRIMARY KEY (tenant, id, owner)",
@@ -292,7 +292,7 @@ async fn new_partitions() {
 
         let partitions = "the set of partitions of table public.root changed";
         let attach = |values: &str| format!("ALTER TABLE root ATTACH PARTITION other FOR VALUES IN ('{values}')");
-        // As the root has it, where it has a key: ALTER COLUMN takes commands of its own.
+        // As in the root, with its key: ALTER COLUMN uses separate commands.
         let not_null = match columns.contains("PRIMARY KEY") {
             true => {
                 "ALTER TABLE other ALTER COLUMN tenant SET NOT NULL, ALTER COLUMN id SET NOT NULL, \
@@ -313,7 +313,7 @@ async fn new_partitions() {
             watched.changed_by(&sql, partitions).await;
             watched.changed_by("DROP TABLE other", partitions).await;
         }
-        // A whole level with what was written to it before.
+        // A complete level with earlier rows.
         let level = "CREATE TABLE other (LIKE root INCLUDING ALL) PARTITION BY LIST (tenant); \
                      CREATE TABLE below PARTITION OF other FOR VALUES IN ('20'); INSERT INTO other VALUES ('20', '1', '1'); \
                      ALTER TABLE root ATTACH PARTITION other FOR VALUES IN ('20')";
@@ -323,7 +323,7 @@ async fn new_partitions() {
 
 /// Every 10 s is cheap: some 10 ms, with the preset's tables.
 #[tokio::test]
-async fn is_cheap_and_complete() {
+async fn a_check_is_cheap_and_complete() {
     let database = Database::new().await;
     let client = &database.connection.client;
     let mapping = tuples();

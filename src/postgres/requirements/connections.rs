@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_leave_is_compared_with_what_serve_uses() {
+    fn free_connections_are_compared_with_the_needs_of_serve() {
         let none: [&str; 0] = [];
         assert_eq!(check(false, [(-1, 40), (-1, 40), (97, 85)]), none);
         assert_eq!(check(false, [(12, 0), (13, 1), (97, 0)]), none);

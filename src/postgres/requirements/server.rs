@@ -276,7 +276,7 @@ mod tests {
     use crate::model::diagnostic::Severity;
 
     #[test]
-    fn versions() {
+    fn old_versions_are_errors_or_warnings() {
         for (major, minor, severity) in [
             (12, 22, Severity::Error),
             (13, 23, Severity::Error),
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn standbys_that_are_ours() {
+    fn standby_names_that_match_us_are_recognized() {
         for ours in ["*", "\"*\"", "2 (a, *)", "ANY 1 (\"tuplewatch 7f\", b)", "FIRST 1 (\"Tuplewatch 7f\")"] {
             assert!(counts_us(ours), "{ours}");
         }

@@ -1,4 +1,4 @@
-//! Against real PostgreSQL: each thing that can be wrong is made wrong, found, and healed by its own fix.
+//! Breaks each requirement in a real PostgreSQL, and checks that it is found and that its fix repairs it.
 
 use super::*;
 use crate::admin::setup::{Event, Setup, Teardown};
@@ -20,7 +20,7 @@ async fn errors(client: &Client, expected: &Expectation<'_>) -> Vec<Diagnostic> 
     diagnostics.into_iter().filter(|diagnostic| diagnostic.severity == Severity::Error).collect()
 }
 
-/// A database that has what a mapping needs, and a role with REPLICATION and SELECT and no more.
+/// A database with everything that a mapping needs, and a role with only REPLICATION and SELECT.
 struct Ready {
     database: Database,
     poor: Connection,
@@ -82,7 +82,7 @@ impl Ready {
 }
 
 #[tokio::test]
-async fn nothing_there_yet() {
+async fn an_empty_database_lacks_everything() {
     let database = Database::new().await;
     let mapping = tuples();
     let found = errors(&database.connection.client, &expectation(&mapping, &database.name)).await;
@@ -102,7 +102,7 @@ async fn nothing_there_yet() {
 }
 
 #[tokio::test]
-async fn the_preset() {
+async fn each_damage_to_the_preset_is_found() {
     let ready = Ready::new(tuples(), "").await;
     let tuples = "table tuplewatch.relation_tuples";
     let attributes = "table tuplewatch.attributes";
@@ -183,7 +183,7 @@ async fn the_preset() {
 }
 
 #[tokio::test]
-async fn partitions_indexes_and_generated_columns() {
+async fn partitions_indexes_and_generated_columns_are_checked() {
     let sql = "CREATE TABLE root (tenant text, id text, owner text, more text, PRIMARY KEY (tenant, id, owner)) PARTITION BY LIST (tenant);
                CREATE TABLE leaf PARTITION OF root FOR VALUES IN ('t1')";
     let root = Ready::new(one_table("public.root"), sql).await;
@@ -239,9 +239,9 @@ async fn partitions_indexes_and_generated_columns() {
     table.away().await;
 }
 
-/// An owner is subject to policies only where they are forced on it.
+/// Policies apply to an owner only if they are forced.
 #[tokio::test]
-async fn row_level_security_of_an_owner() {
+async fn row_level_security_of_an_owner_is_found() {
     let sql = "CREATE TABLE t (tenant text, id text, owner text, PRIMARY KEY (tenant, id, owner))";
     let ready = Ready::new(one_table("public.t"), sql).await;
     ready.database.execute(&format!("ALTER TABLE t OWNER TO r{}", ready.database.name)).await;
@@ -255,10 +255,10 @@ async fn row_level_security_of_an_owner() {
 }
 
 #[tokio::test]
-async fn tables_that_inherit() {
+async fn inheriting_tables_are_found() {
     let sql = "CREATE TABLE parent (id text); \
                CREATE TABLE t (tenant text, owner text, PRIMARY KEY (tenant, id, owner)) INHERITS (parent)";
-    // What it inherits from matters to nobody.
+    // Its own parent does not matter.
     let ready = Ready::new(one_table("public.t"), sql).await;
     ready.heals("CREATE TABLE child () INHERITS (t)", "table public.t", "table public.child inherits from it").await;
     let damage = "ALTER TABLE child INHERIT t; CREATE TABLE grandchild () INHERITS (child); CREATE TEMP TABLE own () INHERITS (t)";
@@ -284,7 +284,7 @@ async fn tables_that_inherit() {
 
 /// Types that store an oid and are written as a name, wherever they are in a column.
 #[tokio::test]
-async fn values_that_follow_names() {
+async fn types_written_as_names_are_refused() {
     let sql = "CREATE TABLE t (tenant text, id text, owner text, other regclass);
                CREATE DOMAIN named AS regclass; CREATE TYPE pair AS (a int, b named[]); CREATE TYPE oids AS RANGE (SUBTYPE = oid)";
     let ready = Ready::new(one_table("public.t"), sql).await;
@@ -307,7 +307,7 @@ async fn values_that_follow_names() {
 }
 
 #[tokio::test]
-async fn foreign_partitions() {
+async fn foreign_partitions_are_refused() {
     let sql = "CREATE TABLE root (tenant text, id text, owner text) PARTITION BY LIST (tenant);
                CREATE FOREIGN DATA WRAPPER nothing; CREATE SERVER elsewhere FOREIGN DATA WRAPPER nothing";
     let ready = Ready::new(one_table("public.root"), sql).await;
@@ -323,7 +323,7 @@ async fn foreign_partitions() {
 }
 
 #[tokio::test]
-async fn slots() {
+async fn unusable_slots_are_found() {
     let sql = "CREATE TABLE t (tenant text, id text, owner text, PRIMARY KEY (tenant, id, owner))";
     let ready = Ready::new(one_table("public.t"), sql).await;
     let other = Database::new().await;
@@ -350,7 +350,7 @@ async fn slots() {
 }
 
 #[tokio::test]
-async fn settings() {
+async fn unsuitable_settings_are_found() {
     let place = Place::new();
     let settings = [
         ("wal_level", "replica"),
@@ -381,12 +381,12 @@ async fn settings() {
     assert_eq!(names(&bad), all, "{bad:#?}");
     for diagnostic in &bad {
         let fix = diagnostic.fix.as_deref().unwrap();
-        // ALTER SYSTEM stands alone; what is behind it is a comment, up to the end of the line.
+        // ALTER SYSTEM must run alone. The rest of the line is a comment.
         admin.client.batch_execute(fix).await.unwrap_or_else(|error| panic!("{fix}: {error:?}"));
         assert!(fix.contains("restart") != fix.contains("pg_reload_conf()"), "{fix}");
     }
     admin.client.batch_execute("SELECT pg_reload_conf()").await.unwrap();
-    // One more than what is to be seen at once: the reload arrives at each session when it is idle.
+    // Each session applies the reload only when it is idle.
     let mut diagnostics = Vec::new();
     for _ in 0..100 {
         diagnostics = check(&poor.client, &expected).await.unwrap();
@@ -405,7 +405,7 @@ async fn settings() {
 }
 
 #[tokio::test]
-async fn lost_slots_and_taken_walsenders() {
+async fn lost_slots_and_taken_walsenders_are_found() {
     let place = Place::new();
     let settings = [("max_slot_wal_keep_size", "1MB"), ("max_wal_senders", "1"), ("max_replication_slots", "1")];
     let mut cluster = cluster(place.0.clone(), &settings).await;

@@ -1,4 +1,4 @@
-//! The same credentials on HTTP: who gets in, what the others are told, and when a stream ends.
+//! Authentication over HTTP: access, refusals, and the end of a stream.
 
 use super::{CLAIMS, INVALID, MISSING, is_sentence, serve};
 use crate::support::http::{EventSource, Lines, Seen, reason};
@@ -19,7 +19,7 @@ async fn body(response: Response) -> Json {
     serde_json::from_slice(&within("the rest of the answer", response.bytes()).await.unwrap()).unwrap()
 }
 
-/// Reads, and has a change of a stream.
+/// Reads, and receives a change from a stream.
 async fn gets_in(server: &Server, sql: &Sql, authorization: &str, what: &str) {
     assert_eq!(server.post_as(authorization, READ).await.status(), 200, "{what}");
     let mut lines = Lines::of(server.post_as(authorization, WATCH).await);
@@ -29,7 +29,7 @@ async fn gets_in(server: &Server, sql: &Sql, authorization: &str, what: &str) {
     assert_eq!(line["result"]["changes"]["data_changes"][0]["tuple"]["entity"]["id"], id, "{what}: {line}");
 }
 
-/// Is refused with this status and reason, whatever is asked for; returns the message of the last.
+/// Every request is refused with this status and reason. Returns the last message.
 async fn refused(server: &Server, authorization: &str, http: u16, expected: (u64, &str), what: &str) -> String {
     let mut message = String::new();
     for path in [READ, WATCH] {
@@ -46,7 +46,7 @@ async fn refused(server: &Server, authorization: &str, http: u16, expected: (u64
     message
 }
 
-/// Is refused with this name, as unauthenticated.
+/// Every request is refused as unauthenticated with this name.
 async fn unauthenticated(server: &Server, authorization: &str, name: &str, what: &str) {
     let expected = (16, name.trim_start_matches("ERROR_CODE_"));
     let message = refused(server, authorization, 401, expected, what).await;
@@ -54,7 +54,7 @@ async fn unauthenticated(server: &Server, authorization: &str, name: &str, what:
 }
 
 #[tokio::test]
-async fn keys_open_their_tenants() {
+async fn a_key_gives_access_to_its_tenants_only() {
     let postgres = Postgres::start().await;
     let keys = "[hush-all, {key: hush-t1, tenants: [t1]}, {key: hush-t2, tenants: [t2]}]";
     let flags = [("--authn-enabled", "true"), ("--authn-preshared-keys", keys)];
@@ -74,15 +74,15 @@ async fn keys_open_their_tenants() {
     let message = refused(&server, "Bearer hush-t2", 403, (7, "TENANT_FORBIDDEN"), "another's tenant").await;
     assert!(message.contains("'t1'"), "{message}");
 
-    // Strangers are not told what is served and what is not.
+    // Without a key, known and unknown paths look the same.
     assert_eq!(server.post_as("", "/v1/nothing").await.status(), 401);
     assert_eq!(server.post_as("Bearer hush-t2", "/v1/nothing").await.status(), 404);
     assert_eq!(server.ask(Method::GET, "/healthz", "").await, (200, json!({"status": "ALIVE"})));
-    assert!(!server.has_said("hush"));
+    assert!(!server.has_logged("hush"));
 }
 
 #[tokio::test]
-async fn a_browser_asks_first_without_credentials() {
+async fn a_cors_preflight_needs_no_credentials() {
     const ORIGIN: &str = "https://a.example";
     let postgres = Postgres::start().await;
     let flags = [
@@ -101,7 +101,7 @@ async fn a_browser_asks_first_without_credentials() {
     assert_eq!(header(answer.headers(), "access-control-allow-origin"), ORIGIN);
     assert!(header(answer.headers(), "access-control-allow-headers").contains("authorization"));
 
-    // The page may read why it is refused.
+    // The page may read the reason of a refusal.
     let request = client.post(server.url(WATCH)).header("origin", ORIGIN);
     let answer = within("an answer", request.send()).await.unwrap();
     assert_eq!(answer.status(), 401);
@@ -109,7 +109,7 @@ async fn a_browser_asks_first_without_credentials() {
 }
 
 #[tokio::test]
-async fn tokens_are_checked() {
+async fn valid_jwts_are_accepted_and_others_refused() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;
@@ -128,7 +128,7 @@ async fn tokens_are_checked() {
 }
 
 #[tokio::test]
-async fn streams_end_with_their_token() {
+async fn a_stream_ends_when_its_token_expires() {
     let postgres = Postgres::start().await;
     let key = Key::ec("key");
     let issuer = Issuer::start(&[&key]).await;
@@ -151,10 +151,10 @@ async fn streams_end_with_their_token() {
     assert_eq!(lines.next().await, None);
     let Seen::Error(error) = source.next().await else { panic!("an error") };
     assert_eq!(reason(&error), expired);
-    // It comes back as it was, and is sent away for good.
+    // It reconnects with the expired token, and is refused for good.
     assert_eq!(source.next().await, Seen::Closed(401));
 
-    // With a new token, exactly the rest.
+    // A new token resumes with exactly the rest.
     sql.insert("t1", "after").await;
     let resume = format!("{WATCH}?snap_token={id}");
     let mut source = EventSource::new(server.url(&resume)).authorized(&bearer(json!({})));

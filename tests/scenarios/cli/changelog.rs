@@ -1,4 +1,4 @@
-//! Directories that are no log of ours: refused, untouched, and the log that was meant goes on.
+//! Directories without the log of this node are refused and left unchanged, and the right log continues.
 
 use super::prerequisites::serve;
 use super::process::{Process, run, tuplewatch};
@@ -40,11 +40,8 @@ impl Node {
         let mut command = serve(uri, directory);
         command.args(flags);
         let mut process = Process::start(command);
-        process.comes_to("streaming").await;
-        process.complains("gRPC is listening").await;
-        let lines = process.complained();
-        let address = lines.iter().find_map(|line| line.split_once("gRPC is listening address=")).unwrap().1;
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+        process.reaches("streaming").await;
+        let endpoint = Endpoint::from_shared(format!("http://{}", process.listens("gRPC").await)).unwrap();
         Self { process, endpoint }
     }
 
@@ -59,7 +56,7 @@ impl Node {
 }
 
 #[tokio::test]
-async fn a_directory_that_is_not_its_log_is_left_alone() {
+async fn a_directory_without_its_own_log_is_refused_and_unchanged() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     sql.run("CREATE DATABASE another").await;
@@ -72,7 +69,7 @@ async fn a_directory_that_is_not_its_log_is_left_alone() {
     sql.insert("t1", "first").await;
     let token = stream.expect(created("first")).await.token;
 
-    // In use, whatever is asked for.
+    // The log is in use.
     for flags in [&[][..], &["--reset-log"]] {
         let mut command = serve(&uri, directory.path());
         command.args(flags);
@@ -86,7 +83,7 @@ async fn a_directory_that_is_not_its_log_is_left_alone() {
     }
     node.stop().await;
 
-    // Another database's.
+    // The log of another database.
     let before = files(directory.path());
     let mut command = serve(&another, directory.path());
     command.args(["--replication-slot", "another"]);
@@ -94,7 +91,7 @@ async fn a_directory_that_is_not_its_log_is_left_alone() {
         "the change log belongs to another database",
         "point database.uri at the right one, set changelog.path to another directory, or start the log anew with --reset-log",
     ]);
-    // Opening it may tidy up, but takes nothing away.
+    // Opening it may tidy up, but removes no data.
     assert!(before.keys().all(|path| path.exists() || path.to_string_lossy().contains("/data/")), "{before:?}");
     sql.insert("t1", "second").await;
     let node = Node::start(&uri, directory.path(), &[]).await;
@@ -102,7 +99,7 @@ async fn a_directory_that_is_not_its_log_is_left_alone() {
     assert_eq!(messages.len(), 5, "twice 'still' and its end, and the second");
     node.stop().await;
 
-    // Somebody's photographs.
+    // A directory with other files.
     let photographs = tempfile::tempdir().unwrap();
     std::fs::create_dir(photographs.path().join("log")).unwrap();
     std::fs::write(photographs.path().join("log/cat.jpeg"), "miaow").unwrap();
@@ -144,10 +141,10 @@ async fn a_damaged_log_is_refused_or_repaired() {
 
     let marker = log.join("tuplewatch-log.json");
     let remedy = "start it anew with --reset-log (its history is lost, and subscribers re-read their state)";
-    for (contents, says) in [("", remedy), ("{\"format\": \"one\"}", remedy), ("\0\0\0\0", remedy)] {
+    for (contents, expected) in [("", remedy), ("{\"format\": \"one\"}", remedy), ("\0\0\0\0", remedy)] {
         restore();
         std::fs::write(&marker, contents).unwrap();
-        run(serve(&uri, directory.path())).await.failed(&["the change log at log is damaged", says]);
+        run(serve(&uri, directory.path())).await.failed(&["the change log at log is damaged", expected]);
     }
     restore();
     let mut other: serde_json::Value = serde_json::from_slice(&std::fs::read(&marker).unwrap()).unwrap();
@@ -162,7 +159,7 @@ async fn a_damaged_log_is_refused_or_repaired() {
     std::fs::remove_file(&marker).unwrap();
     run(serve(&uri, directory.path())).await.failed(&["is not empty and holds no change log of tuplewatch"]);
 
-    // Every file of the database beneath: deleted, emptied, or with a part of it overwritten.
+    // Every file of the embedded database: deleted, emptied, or partly overwritten.
     for path in whole.keys().filter(|path| **path != marker) {
         for what in ["deleted", "emptied", "overwritten"] {
             restore();
@@ -184,7 +181,7 @@ async fn a_damaged_log_is_refused_or_repaired() {
         }
     }
 
-    // Directories of it: gone with all that was in them.
+    // Every directory of it: deleted with its contents.
     let directories: BTreeSet<&Path> =
         whole.keys().filter_map(|path| path.parent()).filter(|path| **path != log).collect();
     for path in directories {
@@ -193,7 +190,7 @@ async fn a_damaged_log_is_refused_or_repaired() {
         check_damaged(&uri, directory.path(), &token, &format!("{} deleted", path.display())).await;
     }
 
-    // And what it says is what helps.
+    // The printed remedy works.
     restore();
     std::fs::write(&marker, "").unwrap();
     let node = Node::start(&uri, directory.path(), &["--reset-log"]).await;
@@ -205,21 +202,18 @@ async fn a_damaged_log_is_refused_or_repaired() {
     node.stop().await;
 }
 
-/// It is refused, or it starts and then either still has everything or says that it has not.
+/// The log is refused; or it starts, and either has everything or reports that it has not.
 async fn check_damaged(uri: &str, directory: &Path, token: &str, what: &str) {
     let mut process = Process::start(serve(uri, directory));
-    let said = |process: &Process, text: &str| process.complained().iter().any(|line| line.contains(text));
-    eventually("it starts or ends", async || said(&process, "streaming") || !process.is_running()).await;
+    let has_logged = |process: &Process, text: &str| process.logged().iter().any(|line| line.contains(text));
+    eventually("it starts or ends", async || has_logged(&process, "streaming") || !process.is_running()).await;
     if !process.is_running() {
         assert_eq!(process.ended().await.code(), Some(1), "{what}");
-        eventually(&format!("it says what to do: {what}"), async || said(&process, "--reset-log")).await;
-        assert!(!said(&process, "panicked"), "{what}");
+        eventually(&format!("the remedy is logged: {what}"), async || has_logged(&process, "--reset-log")).await;
+        assert!(!has_logged(&process, "panicked"), "{what}");
         return;
     }
-    process.complains("gRPC is listening").await;
-    let lines = process.complained();
-    let address = lines.iter().find_map(|line| line.split_once("gRPC is listening address=")).unwrap().1;
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    let endpoint = Endpoint::from_shared(format!("http://{}", process.listens("gRPC").await)).unwrap();
     match within("the stream starts or is refused", Stream::open(&endpoint, "t1", token)).await {
         Ok(mut stream) => match within("a change or the end", stream.try_next()).await {
             Ok(message) => assert_eq!(message.changes, [created("second")], "{what}"),
@@ -231,5 +225,5 @@ async fn check_damaged(uri: &str, directory: &Path, token: &str, what: &str) {
     }
     process.signal("TERM");
     assert!(process.ended().await.code().is_some_and(|code| code <= 1), "{what}");
-    assert!(!said(&process, "panicked"), "{what}");
+    assert!(!has_logged(&process, "panicked"), "{what}");
 }

@@ -1,4 +1,4 @@
-//! Flags, environment and file: every mistake ends with 2, and names what to correct.
+//! Flags, environment and file: every mistake ends with 2, and names the correction.
 
 use super::process::{program, run, tuplewatch};
 use std::ffi::OsStr;
@@ -13,7 +13,7 @@ struct Given<'a> {
 }
 
 impl Given<'_> {
-    async fn refused(&self, subcommand: &str, says: &[&str]) {
+    async fn refused(&self, subcommand: &str, expected: &[&str]) {
         let directory = tempfile::tempdir().unwrap();
         let mut command = program(directory.path());
         command.arg(subcommand);
@@ -26,23 +26,25 @@ impl Given<'_> {
             command
         })
         .await
-        .misused(says);
-        // Not even a directory was made.
+        .misused(expected);
+        // Not even a directory was created.
         let left = std::fs::read_dir(directory.path()).unwrap().count();
-        assert_eq!(left, usize::from(self.file.is_some()), "nothing is begun");
+        assert_eq!(left, usize::from(self.file.is_some()), "nothing is created");
     }
 }
 
-/// Each alone, with all that is said. `serve` would start if it did not mind.
-async fn check_file(contents: impl AsRef<[u8]>, says: &str) {
+/// Checks one mistake with its complete message. `serve` would start without it.
+async fn check_file(contents: impl AsRef<[u8]>, expected: &str) {
     let file = Some(contents.as_ref());
-    let said = format!("tuplewatch: the configuration has an error:\n  - {says}");
-    Given { file, flags: &["--database-uri", "postgres://u@h/d"], ..Given::default() }.refused("serve", &[&said]).await;
+    let message = format!("tuplewatch: the configuration has an error:\n  - {expected}");
+    Given { file, flags: &["--database-uri", "postgres://u@h/d"], ..Given::default() }
+        .refused("serve", &[&message])
+        .await;
 }
 
 #[tokio::test]
-async fn mistakes_in_a_file() {
-    for (contents, says) in [
+async fn each_mistake_in_a_file_is_named() {
+    for (contents, expected) in [
         ("server: {hosts: localhost}", "`server.hosts` in file server.yaml: unknown; did you mean `server.host`?\n"),
         ("sever: {host: localhost}", "`sever` in file server.yaml: unknown; did you mean `server`?\n"),
         ("database: {url: x}", "`database.url` in file server.yaml: unknown; did you mean `database.uri`?\n"),
@@ -94,12 +96,12 @@ async fn mistakes_in_a_file() {
              parent\n",
         ),
         ("- server", "file server.yaml: must hold sections such as `server:` at its top level\n"),
-        // What a parser says is the parser's; that it says where is what matters.
+        // The messages of the parser are not ours, but they must name the place.
         ("server: {host: localhost", "file server.yaml: "),
         ("server:\n\thost: localhost\n", "file server.yaml: "),
         ("logger: {level: info}\nlogger: {level: info}\n", "file server.yaml: "),
     ] {
-        check_file(contents, says).await;
+        check_file(contents, expected).await;
     }
     check_file(b"logger:\n  level: \xff\n", "file server.yaml: line 2: is not valid UTF-8\n").await;
     let deep = format!("{}a", "[".repeat(100_000));
@@ -113,8 +115,8 @@ async fn mistakes_in_a_file() {
 }
 
 #[tokio::test]
-async fn mistakes_in_the_environment() {
-    for (name, value, says) in [
+async fn each_mistake_in_the_environment_is_named() {
+    for (name, value, expected) in [
         ("TUPLEWATCH_SERVER__GRPC__PROT", "1", ": unknown; did you mean TUPLEWATCH_SERVER__GRPC__PORT?\n"),
         ("TUPLEWATCH_DATABASE_URI", "postgres://u@h/d", ": unknown; did you mean TUPLEWATCH_DATABASE__URI?\n"),
         ("TUPLEWATCH_LOG", "info", ": unknown\n"),
@@ -122,9 +124,9 @@ async fn mistakes_in_the_environment() {
         ("TUPLEWATCH_SERVICE__WATCH__ENABLED", "yes", " is \"yes\": must be true or false\n"),
         ("TUPLEWATCH_SERVICE__WATCH__SUBSCRIBERS_MAX", "0", " is \"0\": must be a whole number from 1 to 1000000\n"),
     ] {
-        let said = format!("the configuration has an error:\n  - environment variable {name}{says}");
+        let message = format!("the configuration has an error:\n  - environment variable {name}{expected}");
         let environment = &[("TUPLEWATCH_DATABASE__URI", "postgres://u@h/d"), (name, value)];
-        Given { environment, ..Given::default() }.refused("serve", &[&said]).await;
+        Given { environment, ..Given::default() }.refused("serve", &[&message]).await;
     }
     let directory = tempfile::tempdir().unwrap();
     let mut command = program(directory.path());
@@ -134,13 +136,13 @@ async fn mistakes_in_the_environment() {
     ran.misused(&["environment variable TUPLEWATCH_DATABASE__URI: is not valid UTF-8\n"]);
 
     let environment = &[("TUPLEWATCH_CONFIG", "nowhere.yaml")];
-    let says = "cannot read file nowhere.yaml: No such file or directory";
-    Given { environment, ..Given::default() }.refused("serve", &[says]).await;
+    let expected = "cannot read file nowhere.yaml: No such file or directory";
+    Given { environment, ..Given::default() }.refused("serve", &[expected]).await;
 }
 
 #[tokio::test]
-async fn mistakes_in_flags() {
-    for (flags, says) in [
+async fn each_mistake_in_a_flag_is_named() {
+    for (flags, expected) in [
         (&["--server-grpc-prot", "1"][..], "a similar argument exists: '--server-grpc-port'"),
         (&["--server-grpc-port"], "a value is required for '--server-grpc-port <VALUE>'"),
         (&["--server-grpc-port", "1", "--server-grpc-port", "2"], "cannot be used multiple times"),
@@ -155,9 +157,9 @@ async fn mistakes_in_flags() {
         (&["--config", "/"], "cannot read file /: "),
         (&["--database-uri", ""], "`database.uri` is required: set it in the configuration file, "),
     ] {
-        Given { flags, ..Given::default() }.refused("serve", &[says]).await;
+        Given { flags, ..Given::default() }.refused("serve", &[expected]).await;
     }
-    for (arguments, says) in [
+    for (arguments, expected) in [
         (&[][..], "Usage: tuplewatch [OPTIONS] <COMMAND>"),
         (&["sevre"], "a similar subcommand exists: 'serve'"),
         (&["watch"], "--tenant <TENANT>"),
@@ -171,23 +173,23 @@ async fn mistakes_in_flags() {
         (&["dev", "--logger-level", "loud"], "flag --logger-level is \"loud\""),
         (&["dev", "--database-uri", "postgres://u@h/d"], "--database-uri"),
     ] {
-        tuplewatch(arguments).await.misused(&[says]);
+        tuplewatch(arguments).await.misused(&[expected]);
     }
 }
 
 #[tokio::test]
-async fn what_needs_a_database_says_where_to_name_it() {
+async fn a_missing_database_uri_is_reported_with_every_way_to_set_it() {
     for subcommand in ["serve", "setup", "teardown"] {
-        let says = "`database.uri` is required: set it in the configuration file, with the environment variable \
+        let expected = "`database.uri` is required: set it in the configuration file, with the environment variable \
                     TUPLEWATCH_DATABASE__URI, or with the flag --database-uri\n";
-        Given::default().refused(subcommand, &[says]).await;
+        Given::default().refused(subcommand, &[expected]).await;
     }
 }
 
-/// What is wrong with it is said; what is secret in it is not.
+/// The message names the mistake and no secret.
 #[tokio::test]
-async fn a_uri_that_does_not_read_is_a_mistake_too() {
-    for (uri, says) in [
+async fn an_invalid_uri_is_a_usage_error_without_secrets() {
+    for (uri, expected) in [
         ("mysql://u:hush@h/d", "it is neither a URI (postgres://user:password@host:5432/database) nor"),
         ("hush", "it is neither a URI (postgres://user:password@host:5432/database) nor"),
         ("postgres://u:hush@h:port/d", "the value of 'port' is not a number from 1 to 65535"),
@@ -200,14 +202,14 @@ async fn a_uri_that_does_not_read_is_a_mistake_too() {
         for subcommand in ["serve", "setup", "teardown"] {
             let ran = tuplewatch(&[subcommand, "--database-uri", uri]).await;
             assert!(!ran.err.contains("hush"), "{ran:?}");
-            ran.misused(&["database.uri", says]);
+            ran.misused(&["database.uri", expected]);
         }
     }
 }
 
-/// Every key there is, by each way to give it, and all of them reported at once.
+/// Every key, from each source, with all mistakes reported at once.
 #[tokio::test]
-async fn every_key_refuses_what_it_cannot_be() {
+async fn every_key_refuses_an_invalid_value() {
     let printed = tuplewatch(&["config"]).await.succeeded();
     let keys: Vec<String> = settings(&printed).into_iter().map(|(key, _)| key).collect();
     assert!(keys.len() > 20, "{keys:?}");
@@ -220,7 +222,7 @@ async fn every_key_refuses_what_it_cannot_be() {
         keys.iter().map(|key| format!("`{key}` in file server.yaml is a list: must be ")).collect();
     refused_all(&Given { file: Some(yaml.as_bytes()), ..Given::default() }, &named).await;
 
-    // No path is wrong as such, and no text or schema either; and what a URI may hold is looked at by those who use it.
+    // Any path, text or schema is valid as such, and a URI is checked only when it is used.
     let free = [
         "database.uri",
         "mapping.schema",
@@ -248,14 +250,14 @@ async fn every_key_refuses_what_it_cannot_be() {
 }
 
 async fn refused_all(given: &Given<'_>, named: &[String]) {
-    let mut says: Vec<&str> = named.iter().map(String::as_str).collect();
+    let mut expected: Vec<&str> = named.iter().map(String::as_str).collect();
     let headline = format!("the configuration has {} errors:\n", named.len());
-    says.push(&headline);
-    given.refused("config", &says).await;
+    expected.push(&headline);
+    given.refused("config", &expected).await;
 }
 
 #[tokio::test]
-async fn the_configuration_in_force_loads_again_and_keeps_its_secrets() {
+async fn the_printed_configuration_loads_again_without_secrets() {
     let directory = tempfile::tempdir().unwrap();
     let yaml = "server: {grpc: {port: 1}}\nchangelog: {path: 'a b: #', retention: {age: 90m}}\nlogger: {level: warn}\n";
     std::fs::write(directory.path().join("first.yaml"), yaml).unwrap();
@@ -285,7 +287,7 @@ async fn the_configuration_in_force_loads_again_and_keeps_its_secrets() {
     assert!(!again.contains("# default") && !again.contains("# flag"), "{again}");
 }
 
-/// Dotted keys and their values, of what `config` printed.
+/// Dotted keys and their values, from the output of `config`.
 fn settings(printed: &str) -> Vec<(String, String)> {
     let mut sections: Vec<&str> = Vec::new();
     let mut settings = Vec::new();

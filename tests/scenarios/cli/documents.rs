@@ -1,10 +1,10 @@
-//! What the documents have people type is what the program takes.
+//! The program accepts the commands in the documents.
 
 use super::process::tuplewatch;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// In code, of the README and of `docs/`: subcommands, with the flags that are given to each.
+/// The subcommands in the code of the README and of `docs/`, with their flags.
 fn commands() -> BTreeMap<String, BTreeSet<String>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut paths = vec![root.join("README.md")];
@@ -12,10 +12,10 @@ fn commands() -> BTreeMap<String, BTreeSet<String>> {
     let mut commands: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for path in paths {
         let text = std::fs::read_to_string(path).unwrap();
-        // Blocks and spans alike.
+        // Code blocks and code spans.
         for code in text.replace("```", "`").split('`').skip(1).step_by(2) {
             for line in code.lines().map(str::trim) {
-                // Through cargo it may stand behind the command that installs what is missing.
+                // A command through cargo may follow one that installs packages.
                 let through_cargo = line.split_once("cargo run --release -- ").map(|(_, rest)| rest);
                 let line = through_cargo.or(line.strip_prefix("tuplewatch ")).unwrap_or_default();
                 let mut words = line.split('#').next().unwrap().split_whitespace();
@@ -32,7 +32,7 @@ fn commands() -> BTreeMap<String, BTreeSet<String>> {
 }
 
 #[tokio::test]
-async fn commands_in_the_documents_are_taken() {
+async fn commands_in_the_documents_are_valid() {
     let commands = commands();
     assert!(commands.len() > 5, "{commands:?}");
     for (subcommand, flags) in commands {

@@ -1,8 +1,10 @@
-//! `tuplewatch health`: what containers and scripts ask.
+//! `tuplewatch health`, for containers and scripts.
 
 use super::process::{Ran, tuplewatch};
+use crate::support::port::free_address;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
+use crate::support::wait::eventually;
 use tokio::net::TcpListener;
 use tuplewatch::dev_postgres::StopMode;
 
@@ -22,13 +24,15 @@ async fn a_server_without_postgresql_is_alive_and_not_serving() {
     health(&server, &["--service", "x", "--alive"]).await.misused(&["cannot be used with"]);
 
     postgres.stop(StopMode::Fast).await;
-    crate::support::wait::eventually("it says so", async || health(&server, &[]).await.code == Some(1)).await;
-    health(&server, &[]).await.failed(&["is NOT_SERVING: the slot does not stream, and is tried again"]);
+    let expected = "is NOT_SERVING: the slot does not stream, and is tried again";
+    eventually("the state and its reason are printed", async || health(&server, &[]).await.err.contains(expected))
+        .await;
+    health(&server, &[]).await.failed(&[expected]);
     assert_eq!(health(&server, &["--alive"]).await.succeeded(), "alive\n");
 }
 
 #[tokio::test]
-async fn a_refusal_is_a_sign_of_life_and_silence_is_none() {
+async fn a_refusal_counts_as_alive_and_silence_does_not() {
     let postgres = Postgres::start().await;
     let guarded = [("--authn-enabled", "true"), ("--authn-preshared-keys", "k"), ("--authn-exempt-health", "false")];
     let mut server = Server::prepare(&postgres, &guarded).await;
@@ -36,8 +40,8 @@ async fn a_refusal_is_a_sign_of_life_and_silence_is_none() {
     assert_eq!(health(&server, &["--alive"]).await.succeeded(), "alive\n");
     health(&server, &[]).await.failed(&["does not report its health", "ERROR_CODE_MISSING_BEARER_TOKEN"]);
 
-    // Accepts, and says nothing.
-    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    // A server that accepts and does not answer.
+    let silent = TcpListener::bind(free_address()).await.unwrap();
     let url = format!("http://{}", silent.local_addr().unwrap());
     for flags in [&[][..], &["--alive"]] {
         let ran = tuplewatch(&[&["health", "--server", &url], flags].concat()).await;

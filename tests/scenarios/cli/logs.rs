@@ -1,4 +1,4 @@
-//! `logger.format: json`: every line of the standard error is JSON, to the last one.
+//! `logger.format: json`: every line of the standard error is JSON, up to the last one.
 
 use super::process::{Ran, program, run};
 use crate::support::postgres::Postgres;
@@ -6,8 +6,8 @@ use crate::support::server::Server;
 use serde_json::Value as Json;
 use tokio::process::Command;
 
-/// Ends with this code; the last line of what it logged is an error with this text, and all lines are JSON.
-fn ends(ran: &Ran, code: i32, says: &str) {
+/// The run ended with this code, all its lines are JSON, and the last one is an error with this text.
+fn ends(ran: &Ran, code: i32, expected: &str) {
     assert_eq!(ran.code, Some(code), "{ran:?}");
     let lines: Vec<Json> = ran
         .err
@@ -16,7 +16,7 @@ fn ends(ran: &Ran, code: i32, says: &str) {
         .collect();
     let last = lines.last().unwrap_or_else(|| panic!("{ran:?}"));
     assert_eq!(last["level"], "ERROR", "{ran:?}");
-    assert!(last["message"].as_str().unwrap().contains(says), "{ran:?}");
+    assert!(last["message"].as_str().unwrap().contains(expected), "{ran:?}");
 }
 
 fn command(arguments: &[&str]) -> Command {
@@ -26,10 +26,10 @@ fn command(arguments: &[&str]) -> Command {
 }
 
 #[tokio::test]
-async fn the_error_at_the_end_is_json() {
+async fn the_final_error_is_json() {
     let json = ["--logger-format", "json"];
     let nowhere = ["--database-uri", "postgres://u@127.0.0.1:1/d"];
-    for (arguments, code, says) in [
+    for (arguments, code, expected) in [
         (&["serve"][..], 2, "`database.uri` is required"),
         (&["serve", "--server-grpc-port", "high"], 2, "must be a whole number"),
         (&["serve", "--config", "nowhere.yaml"], 2, "cannot read file nowhere.yaml"),
@@ -43,7 +43,7 @@ async fn the_error_at_the_end_is_json() {
         (&["doctor"], 2, "`database.uri` is required"),
         (&["dev", "--database-uri", "postgres://u@h/d"], 2, "dev starts its own PostgreSQL"),
     ] {
-        ends(&run(command(&[arguments, &json].concat())).await, code, says);
+        ends(&run(command(&[arguments, &json].concat())).await, code, expected);
     }
     for subcommand in ["setup", "teardown"] {
         ends(&run(command(&[&[subcommand], &json[..], &nowhere].concat())).await, 1, "Connection refused");
@@ -51,7 +51,7 @@ async fn the_error_at_the_end_is_json() {
 }
 
 #[tokio::test]
-async fn the_format_is_found_in_each_source_whatever_else_is_wrong() {
+async fn the_log_format_is_honoured_despite_other_mistakes() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("server.yaml");
     std::fs::write(&file, "logger: {format: json}\nsever: {port: 1}\n").unwrap();
@@ -61,16 +61,16 @@ async fn the_format_is_found_in_each_source_whatever_else_is_wrong() {
     from_environment.env("TUPLEWATCH_LOGGER__FORMAT", "json").env("TUPLEWATCH_SEVER__PORT", "1");
     ends(&run(from_environment).await, 2, "the configuration has 2 errors");
 
-    // Text stays text, and so does what concerns no format.
+    // The text format stays text, and so do errors of the command line.
     let text = run(command(&["serve", "--logger-format", "text"])).await;
     assert!(text.err.starts_with("tuplewatch: the configuration has an error"), "{text:?}");
     let usage = run(command(&["serve", "--logger-format", "json", "--no-such-flag"])).await;
     assert!(usage.err.starts_with("error: unexpected argument"), "{usage:?}");
 }
 
-/// Before anything else: there are not even descriptors for a runtime.
+/// There are not enough descriptors for a runtime, so this fails before everything else.
 #[tokio::test]
-async fn a_process_that_cannot_begin_says_so_in_json() {
+async fn a_failure_before_the_runtime_is_json() {
     for (format, begins) in [("json", "{"), ("text", "tuplewatch: cannot start: ")] {
         let mut shell = Command::new("sh");
         shell.args(["-c", "ulimit -n 4; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_tuplewatch"), "serve"]);
@@ -87,9 +87,9 @@ async fn a_process_that_cannot_begin_says_so_in_json() {
     }
 }
 
-/// A port that is taken, and a change log that cannot be made: after the log has begun.
+/// A used port, and a change log that cannot be created: these fail after logging has begun.
 #[tokio::test]
-async fn a_start_that_fails_ends_in_json() {
+async fn a_failed_start_ends_with_json() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (uri, port) = (postgres.uri(), server.address().port().to_string());

@@ -1,4 +1,4 @@
-//! `mapping.file`: somebody's own tables.
+//! `mapping.file`: custom tables.
 
 use super::process::{program, run, tuplewatch};
 use crate::support::change::Change;
@@ -20,9 +20,9 @@ tables:
 ";
 
 #[tokio::test]
-async fn a_mapping_that_cannot_be_used_is_a_mistake() {
+async fn an_invalid_mapping_is_a_usage_error() {
     let tuple = "{entity_type: x, entity_id: x, relation: x, subject_type: x, subject_id: x}";
-    for (contents, says) in [
+    for (contents, expected) in [
         ("", "tables"),
         ("tables: []", "mapping file m.yaml cannot be used: the mapping names no table"),
         ("tables: [", "mapping file m.yaml does not read: "),
@@ -57,19 +57,19 @@ async fn a_mapping_that_cannot_be_used_is_a_mistake() {
         for subcommand in ["serve", "setup"] {
             let mut command = program(directory.path());
             command.args([subcommand, "--database-uri", "postgres://u@127.0.0.1:1/d", "--mapping-file", "m.yaml"]);
-            run(command).await.misused(&["mapping file m.yaml", says]);
+            run(command).await.misused(&["mapping file m.yaml", expected]);
         }
     }
-    for (file, says) in [("nowhere.yaml", "No such file"), ("/", "Is a directory")] {
+    for (file, expected) in [("nowhere.yaml", "No such file"), ("/", "Is a directory")] {
         let uri = "postgres://u@127.0.0.1:1/d";
         tuplewatch(&["serve", "--database-uri", uri, "--mapping-file", file])
             .await
-            .misused(&[&format!("cannot read mapping file {file} (mapping.file): "), says]);
+            .misused(&[&format!("cannot read mapping file {file} (mapping.file): "), expected]);
     }
 }
 
 #[tokio::test]
-async fn a_table_of_ones_own_is_watched() {
+async fn a_custom_table_is_watched() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let directory = tempfile::tempdir().unwrap();
@@ -104,7 +104,7 @@ async fn a_table_of_ones_own_is_watched() {
 
     let mut server = Server::serve(&postgres, &[("--mapping-file", file)]).await;
     assert_eq!(sql.value("SELECT to_regnamespace('tuplewatch') IS NULL").await, "t", "tables of ours are not needed");
-    // Without a table of tenants every id is accepted.
+    // Without a table of tenants every tenant id is valid.
     let (mut acme, mut other) = (server.watch("acme", "").await, server.watch("other", "").await);
     let share = |document: &str, role: &str, person: &str| {
         Change::tuple("document", document, role, "user", &format!("staff-{person}"), "")
@@ -116,7 +116,7 @@ async fn a_table_of_ones_own_is_watched() {
     let first = acme.next().await;
     assert_eq!(first.changes, [Change::create(share("1", "viewer", "7")), Change::create(share("2", "viewer", "7"))]);
     other.expect(Change::create(share("1", "owner", "9"))).await;
-    // A column that the mapping does not name; a value; a mark; a row that was marked already.
+    // An unmapped column, a value, a soft deletion, and a row that was already deleted softly.
     sql.run("UPDATE shop.shares SET note = 'x'").await;
     sql.run("UPDATE shop.shares SET role = 'editor' WHERE company = 'acme' AND document_id = 1").await;
     sql.run("UPDATE shop.shares SET revoked_at = now() WHERE company = 'acme' AND document_id = 2").await;
@@ -129,7 +129,7 @@ async fn a_table_of_ones_own_is_watched() {
     ];
     assert_eq!(changes(&acme.up_to(&expected[3]).await), expected);
 
-    // Another process with the same file goes on.
+    // Another process with the same file resumes.
     server.kill_9().await;
     server.start().await;
     assert_eq!(changes(&server.watch("acme", &first.token).await.up_to(&expected[3]).await), expected);

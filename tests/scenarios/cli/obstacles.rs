@@ -1,4 +1,4 @@
-//! What is in the way of `setup`: all of it is said at once, with what repairs it, and nothing is changed.
+//! Obstacles to `setup` are reported all at once, with their remedies, and nothing is changed.
 
 use super::process::{Ran, program, run, tuplewatch};
 use super::setup::things;
@@ -7,13 +7,13 @@ use crate::support::sql::Sql;
 
 const NOTHING: &str = "0 slots, 0 publications, 0 schemas";
 
-/// The statements behind `fix:`, as they are.
+/// The statements after `fix:`.
 fn fixes(ran: &Ran) -> Vec<String> {
     let fixes = ran.err.lines().filter_map(|line| line.trim_start().strip_prefix("fix: "));
     fixes.filter(|fix| !fix.starts_with("--")).map(str::to_owned).collect()
 }
 
-/// With a mapping file beside it.
+/// Runs a subcommand with this mapping file.
 async fn with_mapping(subcommand: &[&str], mapping: &str) -> Ran {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("m.yaml"), mapping).unwrap();
@@ -22,7 +22,7 @@ async fn with_mapping(subcommand: &[&str], mapping: &str) -> Ran {
     run(command).await
 }
 
-/// Of tables with columns tenant, id and owner.
+/// A mapping of tables with columns tenant, id and owner.
 fn mapping(tables: &[&str]) -> String {
     let table = |name: &&str| {
         format!(
@@ -36,7 +36,7 @@ fn mapping(tables: &[&str]) -> String {
 const COLUMNS: &str = "tenant text, id text, owner text, PRIMARY KEY (tenant, id, owner)";
 
 #[tokio::test]
-async fn what_the_server_and_the_role_lack_is_said_at_once() {
+async fn all_missing_settings_and_privileges_are_reported_at_once() {
     let postgres = Postgres::with(&[("wal_level", "replica"), ("max_replication_slots", "0")]).await;
     let sql = postgres.sql().await;
     sql.run("CREATE ROLE powerless LOGIN").await;
@@ -54,7 +54,7 @@ async fn what_the_server_and_the_role_lack_is_said_at_once() {
     }
     assert_eq!(things(&sql).await, NOTHING);
 
-    // Each fix is what it says.
+    // Each fix works.
     for fix in fixes(&tuplewatch(&["setup", "--database-uri", &uri]).await) {
         sql.run(&fix).await;
     }
@@ -66,7 +66,7 @@ async fn what_the_server_and_the_role_lack_is_said_at_once() {
 }
 
 #[tokio::test]
-async fn what_is_wrong_with_tables_is_said_at_once() {
+async fn all_problems_of_tables_are_reported_at_once() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     let script = format!(
@@ -95,7 +95,7 @@ async fn what_is_wrong_with_tables_is_said_at_once() {
     ]);
     assert_eq!(things(&sql).await, NOTHING);
 
-    // The statements among the fixes repair what statements can.
+    // The statements among the fixes repair the rest.
     assert_eq!(fixes.len(), 3, "{fixes:#?}");
     for fix in fixes {
         sql.run(&fix).await;
@@ -104,9 +104,9 @@ async fn what_is_wrong_with_tables_is_said_at_once() {
     assert_eq!(sql.value("SELECT count(*) FROM pg_publication_rel").await, "3");
 }
 
-/// Tables with the names of the preset's, which `CREATE TABLE IF NOT EXISTS` would pass over.
+/// Tables with the names of the preset tables, which `CREATE TABLE IF NOT EXISTS` would skip.
 #[tokio::test]
-async fn tables_of_another_shape_are_not_taken_for_ours() {
+async fn tables_of_another_shape_are_refused() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let script = "CREATE SCHEMA tuplewatch; CREATE TABLE tuplewatch.relation_tuples (id int);
@@ -121,7 +121,7 @@ async fn tables_of_another_shape_are_not_taken_for_ours() {
     assert_eq!(sql.value("SELECT to_regclass('tuplewatch.attributes') IS NULL").await, "t");
     assert_eq!(things(&sql).await, "0 slots, 0 publications, 1 schemas");
 
-    // And the schema of somebody else.
+    // A schema that belongs to another role.
     sql.run("DROP SCHEMA tuplewatch CASCADE; CREATE ROLE theirs; CREATE SCHEMA tuplewatch AUTHORIZATION theirs").await;
     sql.run("CREATE ROLE poor LOGIN REPLICATION; GRANT CREATE ON DATABASE postgres TO poor").await;
     let poor = uri.replace("postgres@", "poor@");
@@ -132,16 +132,16 @@ async fn tables_of_another_shape_are_not_taken_for_ours() {
     assert_eq!(things(&sql).await, "0 slots, 0 publications, 1 schemas");
 }
 
-/// A slot that is there and is no good, a publication that is somebody else's.
+/// An unusable slot, and a publication that belongs to another role.
 #[tokio::test]
-async fn slots_and_publications_that_cannot_be_used_are_said_at_once() {
+async fn unusable_slots_and_publications_are_refused() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     sql.run("CREATE DATABASE elsewhere").await;
     let elsewhere = Sql::connect(&postgres.uri_of("elsewhere")).await;
     let make = "SELECT pg_create_logical_replication_slot('tuplewatch', 'pgoutput'";
     let setup = ["setup", "--database-uri", &uri];
-    for (holder, create, says) in [
+    for (holder, create, expected) in [
         (&elsewhere, format!("{make})"), "is for database elsewhere"),
         (&elsewhere, "SELECT pg_create_physical_replication_slot('tuplewatch')".to_owned(), "is a physical slot"),
         (&sql, format!("{make}, true)"), "is a temporary one"),
@@ -149,8 +149,8 @@ async fn slots_and_publications_that_cannot_be_used_are_said_at_once() {
         (&sql, format!("{make})"), "publication tuplewatch: does not exist, and replication slot tuplewatch is older"),
     ] {
         holder.run(&create).await;
-        tuplewatch(&setup).await.failed(&["nothing was changed", says]);
-        assert_eq!(things(&sql).await, "1 slots, 0 publications, 0 schemas", "{says}");
+        tuplewatch(&setup).await.failed(&["nothing was changed", expected]);
+        assert_eq!(things(&sql).await, "1 slots, 0 publications, 0 schemas", "{expected}");
         holder.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
     }
 
@@ -166,9 +166,9 @@ async fn slots_and_publications_that_cannot_be_used_are_said_at_once() {
     assert_eq!(things(&sql).await, "1 slots, 1 publications, 1 schemas");
 }
 
-/// What could not be seen before undoes all of it.
+/// A failure that could not be foreseen rolls back everything.
 #[tokio::test]
-async fn a_definition_that_fails_undoes_those_before_it() {
+async fn a_failed_definition_rolls_back_the_earlier_ones() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let script = "CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS

@@ -1,4 +1,4 @@
-//! What `serve` refuses to start without, and that what it says repairs it.
+//! `serve` refuses to start without its prerequisites, and the remedies that it prints work.
 
 use super::process::{Process, Ran, program, run, tuplewatch};
 use crate::support::postgres::Postgres;
@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use tokio::process::Command;
 use tuplewatch::dev_postgres::StopMode;
 
-/// `serve` at any port, with its log in the directory.
+/// `serve` on any port, with its log in the directory.
 pub(crate) fn serve(uri: &str, directory: &Path) -> Command {
     let mut command = program(directory);
     command.args(["serve", "--database-uri", uri, "--changelog-path", "log", "--changelog-disk-reserve", "16MiB"]);
@@ -17,7 +17,7 @@ pub(crate) fn serve(uri: &str, directory: &Path) -> Command {
     command
 }
 
-/// A node that is refused, and so never gets as far as a log.
+/// Runs a node that is refused, before it opens a log.
 async fn refused(uri: &str, flags: &[&str]) -> Ran {
     let directory = tempfile::tempdir().unwrap();
     let mut command = serve(uri, directory.path());
@@ -25,7 +25,7 @@ async fn refused(uri: &str, flags: &[&str]) -> Ran {
     run(command).await
 }
 
-/// Starts, and comes to stream; with a new log.
+/// A node starts and streams, with a new log.
 async fn works(uri: &str) {
     let directory = tempfile::tempdir().unwrap();
     starts(uri, &directory).await;
@@ -33,12 +33,12 @@ async fn works(uri: &str) {
 
 async fn starts(uri: &str, directory: &TempDir) {
     let mut process = Process::start(serve(uri, directory.path()));
-    process.comes_to("streaming").await;
+    process.reaches("streaming").await;
     process.signal("TERM");
     assert_eq!(process.ended().await.code(), Some(0));
 }
 
-/// The statements that were offered.
+/// The printed statements.
 fn fixes(ran: &Ran) -> Vec<String> {
     ran.err.lines().filter_map(|line| line.trim().strip_prefix("fix: ").map(str::to_owned)).collect()
 }
@@ -54,12 +54,12 @@ async fn slots(sql: &Sql) -> String {
 }
 
 #[tokio::test]
-async fn every_refusal_names_what_repairs_it() {
+async fn every_refusal_names_its_remedy() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
 
     let ran = refused(&postgres.uri(), &[]).await;
-    assert_eq!(slots(&sql).await, "", "nothing was begun");
+    assert_eq!(slots(&sql).await, "", "nothing is created");
     ran.failed(&[
         "table tuplewatch.relation_tuples: does not exist",
         "table tuplewatch.attributes: does not exist",
@@ -92,7 +92,7 @@ async fn every_refusal_names_what_repairs_it() {
     ]);
     works(&reader).await;
 
-    for (breaking, says) in [
+    for (breaking, expected) in [
         (
             "ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes",
             "table tuplewatch.attributes: is not in publication tuplewatch",
@@ -106,7 +106,7 @@ async fn every_refusal_names_what_repairs_it() {
         for fix in fixes(&ran) {
             sql.run(&fix).await;
         }
-        ran.failed(&[says]);
+        ran.failed(&[expected]);
         works(&reader).await;
     }
     sql.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
@@ -114,9 +114,9 @@ async fn every_refusal_names_what_repairs_it() {
     refused(&reader, &[]).await.failed(&["is a physical slot", "choose another name in replication.slot"]);
 }
 
-/// The slot is older than a publication that was dropped and made again, and reads from before it.
+/// The slot is older than the publication, which was dropped and created again, and reads from before it.
 #[tokio::test]
-async fn a_publication_that_was_dropped_is_repaired_by_what_is_said() {
+async fn the_printed_remedy_repairs_a_dropped_publication() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
@@ -128,27 +128,27 @@ async fn a_publication_that_was_dropped_is_repaired_by_what_is_said() {
     let ran = run(serve(&postgres.uri(), directory.path())).await;
     let fix = only_fix(&ran);
     ran.failed(&["publication tuplewatch: does not exist"]);
-    // Whoever does the obvious instead is told what is missing now.
+    // The obvious repair instead is followed by another remedy.
     sql.run("CREATE PUBLICATION tuplewatch FOR TABLE tuplewatch.relation_tuples, tuplewatch.attributes").await;
     let mut process = Process::start(serve(&postgres.uri(), directory.path()));
     if postgres.major() < 18 {
-        process.comes_to("nothing is read from PostgreSQL until this is repaired").await;
-        process.complains("tuplewatch setup --recreate-slot").await;
+        process.reaches("nothing is read from PostgreSQL until this is repaired").await;
+        process.until_logged("tuplewatch setup --recreate-slot").await;
     } else {
-        // There the slot goes on, and passes over what was written without a publication.
-        process.complains("subscribers have to read their state anew").await;
-        process.comes_to("streaming").await;
+        // From 18 on the slot continues, and skips the rows that were written without a publication.
+        process.until_logged("subscribers have to read their state anew").await;
+        process.reaches("streaming").await;
     }
     process.signal("TERM");
     process.ended().await;
     let (program, _) = fix.split_once("  # ").unwrap_or((&fix, ""));
-    // With the options that serve had.
+    // The remedy has the options of serve.
     tuplewatch(&program.split(' ').skip(1).collect::<Vec<_>>()).await.succeeded();
     starts(&postgres.uri(), &directory).await;
 }
 
 #[tokio::test]
-async fn wal_level_takes_a_restart() {
+async fn a_changed_wal_level_needs_a_restart() {
     let mut postgres = Postgres::with(&[("wal_level", "replica")]).await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()])
@@ -178,7 +178,7 @@ async fn wal_level_takes_a_restart() {
 }
 
 #[tokio::test]
-async fn what_is_in_the_way_on_our_own_side() {
+async fn local_obstacles_are_named_and_leave_the_slot_free() {
     let postgres = Postgres::start().await;
     let sql = postgres.sql().await;
     tuplewatch(&["setup", "--database-uri", &postgres.uri()]).await.succeeded();
@@ -208,11 +208,11 @@ async fn what_is_in_the_way_on_our_own_side() {
         let flag = |name: &str| format!("--server-{listener}-tls-{name}");
         let (section, enabled, key) = (format!("server.{listener}.tls"), flag("enabled"), flag("key"));
         let unreadable = format!("cannot read nowhere.pem ({section}");
-        for (cert, says) in [("nowhere.pem", unreadable.as_str()), (pem.to_str().unwrap(), section.as_str())] {
+        for (cert, expected) in [("nowhere.pem", unreadable.as_str()), (pem.to_str().unwrap(), section.as_str())] {
             let tls = [enabled.as_str(), "true", &flag("cert"), cert, &key, cert];
-            // Also where nobody has used TLS before: to no server at all.
+            // Also without a server, before anything else uses TLS.
             for uri in [&postgres.uri(), "postgres://u@127.0.0.1:1/d"] {
-                refused(uri, &tls).await.failed(&[says]);
+                refused(uri, &tls).await.failed(&[expected]);
             }
         }
     }
@@ -221,7 +221,7 @@ async fn what_is_in_the_way_on_our_own_side() {
     works(&postgres.uri()).await;
 }
 
-/// What it starts with is often 1024, and what it may ask for much more.
+/// The soft limit at the start is often 1024, and the hard limit much larger.
 #[tokio::test]
 async fn the_limit_of_open_files_is_raised() {
     let postgres = Postgres::start().await;
@@ -234,7 +234,7 @@ async fn the_limit_of_open_files_is_raised() {
     shell.args(["-c", "ulimit -Sn 512 && ulimit -Hn 700 && exec \"$0\" \"$@\""]);
     shell.arg(serve.as_std().get_program()).args(serve.as_std().get_args());
     let mut process = Process::start(shell);
-    process.comes_to("the limit of open files is 700: at most 222 connections of gRPC").await;
+    process.reaches("the limit of open files is 700: at most 222 connections of gRPC").await;
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", process.id())).unwrap();
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     assert_eq!(files.split_whitespace().nth(3), Some("700"), "{files}");

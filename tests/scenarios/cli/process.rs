@@ -1,16 +1,18 @@
-//! The program, run to its end or in the background.
+//! Runs the program to its end or in the background.
 
 use crate::support::wait::{eventually, within};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
 
-/// What chooses the PostgreSQL of `dev`: of all our environment, the one variable that it gets.
+/// Chooses the PostgreSQL of `dev`. The only variable of ours that the program gets from our environment.
 pub(crate) const PG_BIN: &str = "TUPLEWATCH_PG_BIN";
 
-/// The program in a directory of the caller's, with nothing of our environment that configures it.
+/// The program in this directory, without the variables of our environment that configure it.
 pub(crate) fn program(directory: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tuplewatch"));
     for (name, _) in std::env::vars_os() {
@@ -19,24 +21,24 @@ pub(crate) fn program(directory: &Path) -> Command {
             command.env_remove(name);
         }
     }
-    // A URI that names no user would mean us.
+    // Otherwise a URI without a user would mean our user.
     command.env_remove("USER").env_remove("LOGNAME");
     command.current_dir(directory).kill_on_drop(true).stdin(Stdio::null());
     command
 }
 
-/// What a terminal makes the signal INT of, for the program in its foreground.
+/// A terminal turns this into the signal INT for its foreground program.
 pub(crate) const CTRL_C: &str = "\x03";
 
-/// The same command on a terminal, which `script` makes. Both of its streams are what is printed there; what is typed comes through
-/// the standard input of `script`.
+/// The same command on a terminal that `script` creates. Both of its outputs are printed there. The standard input of `script` is the
+/// keyboard.
 pub(crate) fn on_terminal(command: &Command) -> Command {
     let command = command.as_std();
     let words: Vec<&str> =
         std::iter::once(command.get_program()).chain(command.get_args()).map(|word| word.to_str().unwrap()).collect();
     let mut script = Command::new("script");
     if cfg!(target_os = "linux") {
-        // A shell that stayed in between would get the Ctrl-C too, and some then end by it whatever the program made of it.
+        // Without exec, a shell in between would get the Ctrl-C too, and some shells then end by the signal whatever the program does.
         script.args(["-q", "-e", "-c", &format!("exec {}", words.join(" ")), "/dev/null"]);
     } else {
         script.args(["-q", "/dev/null"]).args(words);
@@ -54,7 +56,7 @@ pub(crate) fn on_terminal(command: &Command) -> Command {
     script
 }
 
-/// How a run ended, and what it said.
+/// The exit code and the output of a run.
 #[derive(Debug)]
 pub(crate) struct Ran {
     pub(crate) code: Option<i32>,
@@ -62,7 +64,7 @@ pub(crate) struct Ran {
     pub(crate) err: String,
 }
 
-/// Runs it to its end.
+/// Runs a command to its end.
 pub(crate) async fn run(mut command: Command) -> Ran {
     let what = format!("{:?} ends", command.as_std());
     let output = within(&what, command.output()).await.unwrap();
@@ -72,7 +74,7 @@ pub(crate) async fn run(mut command: Command) -> Ran {
     ran
 }
 
-/// Runs the program with these arguments; where does not matter.
+/// Runs the program with these arguments, in a temporary directory.
 pub(crate) async fn tuplewatch(arguments: &[&str]) -> Ran {
     let directory = tempfile::tempdir().unwrap();
     let mut command = program(directory.path());
@@ -81,31 +83,31 @@ pub(crate) async fn tuplewatch(arguments: &[&str]) -> Ran {
 }
 
 impl Ran {
-    /// Ended well; what it printed.
+    /// The run must have succeeded. Returns its output.
     #[track_caller]
     pub(crate) fn succeeded(self) -> String {
         assert_eq!(self.code, Some(0), "{self:?}");
         self.out
     }
 
-    /// Failed, having said all of these.
+    /// The run must have failed with all of these messages.
     #[track_caller]
-    pub(crate) fn failed(self, says: &[&str]) {
-        self.ended(1, says);
+    pub(crate) fn failed(self, expected: &[&str]) {
+        self.ended(1, expected);
     }
 
-    /// Refused what it was told, having said all of these and printed nothing.
+    /// The run must have failed as misused, with all of these messages and no output.
     #[track_caller]
-    pub(crate) fn misused(self, says: &[&str]) {
+    pub(crate) fn misused(self, expected: &[&str]) {
         assert_eq!(self.out, "", "{self:?}");
-        self.ended(2, says);
+        self.ended(2, expected);
     }
 
     #[track_caller]
-    fn ended(&self, code: i32, says: &[&str]) {
+    fn ended(&self, code: i32, expected: &[&str]) {
         assert_eq!(self.code, Some(code), "{self:?}");
-        for text in says {
-            assert!(self.err.contains(text), "not said: {text}\n{}", self.err);
+        for text in expected {
+            assert!(self.err.contains(text), "missing: {text}\n{}", self.err);
         }
     }
 }
@@ -117,25 +119,34 @@ pub(crate) struct Process {
     err: Lines,
 }
 
-/// What was said so far, line by line.
-#[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<String>>>);
+/// The lines of one output so far.
+struct Lines {
+    kept: Arc<Mutex<Vec<String>>>,
+    reader: JoinHandle<()>,
+}
 
 impl Lines {
     fn read(from: impl AsyncRead + Send + Unpin + 'static) -> Self {
-        let lines = Self::default();
-        let kept = lines.clone();
-        tokio::spawn(async move {
-            let mut lines = BufReader::new(from).lines();
-            while let Ok(Some(line)) = lines.next_line().await {
-                kept.0.lock().unwrap().push(line);
+        let kept = Arc::<Mutex<Vec<String>>>::default();
+        let lines = kept.clone();
+        let reader = tokio::spawn(async move {
+            let mut from = BufReader::new(from).lines();
+            while let Ok(Some(line)) = from.next_line().await {
+                lines.lock().unwrap().push(line);
             }
         });
-        lines
+        Self { kept, reader }
     }
 
     fn all(&self) -> Vec<String> {
-        self.0.lock().unwrap().clone()
+        self.kept.lock().unwrap().clone()
+    }
+
+    /// Waits for the end of the output.
+    async fn end(&mut self) {
+        if !self.reader.is_finished() {
+            within("the output ends", &mut self.reader).await.unwrap();
+        }
     }
 }
 
@@ -147,40 +158,40 @@ impl Process {
         Self { child, out, err }
     }
 
-    /// The lines that it printed.
+    /// The lines of its standard output.
     pub(crate) fn printed(&self) -> Vec<String> {
         self.out.all()
     }
 
-    /// The lines that it logged, or complained with.
-    pub(crate) fn complained(&self) -> Vec<String> {
+    /// The lines of its standard error: the log, or an error.
+    pub(crate) fn logged(&self) -> Vec<String> {
         self.err.all()
     }
 
-    /// Waits until it has printed so many lines; all of them.
+    /// Waits until it has printed this many lines. Returns all lines.
     pub(crate) async fn prints(&self, count: usize) -> Vec<String> {
         eventually(&format!("{count} lines are printed"), async || self.printed().len() >= count).await;
         self.printed()
     }
 
-    /// Waits for a complaint with this text.
-    pub(crate) async fn complains(&self, text: &str) {
-        let is_there = async || self.complained().iter().any(|line| line.contains(text));
-        eventually(&format!("'{text}' is said"), is_there).await;
+    /// Waits until a line of its log contains this text.
+    pub(crate) async fn until_logged(&self, text: &str) {
+        let is_there = async || self.logged().iter().any(|line| line.contains(text));
+        eventually(&format!("'{text}' is logged"), is_there).await;
     }
 
-    /// Waits for a complaint with this text, unless the process ends before.
-    pub(crate) async fn comes_to(&mut self, text: &str) {
-        self.comes_to_say(text, Self::complained).await;
+    /// Waits until a line of its log contains this text. Fails if the process ends before.
+    pub(crate) async fn reaches(&mut self, text: &str) {
+        self.reaches_in(text, Self::logged).await;
     }
 
-    /// [`Process::comes_to`] for one on a terminal, where complaints are printed.
-    pub(crate) async fn comes_to_print(&mut self, text: &str) {
-        self.comes_to_say(text, Self::printed).await;
+    /// [`Process::reaches`] on a terminal, where the log is printed.
+    pub(crate) async fn reaches_on_terminal(&mut self, text: &str) {
+        self.reaches_in(text, Self::printed).await;
     }
 
-    async fn comes_to_say(&mut self, text: &str, lines: impl Fn(&Self) -> Vec<String>) {
-        let what = format!("'{text}' is said, or the process ends");
+    async fn reaches_in(&mut self, text: &str, lines: impl Fn(&Self) -> Vec<String>) {
+        let what = format!("'{text}' is logged, or the process ends");
         let is_there = |process: &Self| lines(process).iter().any(|line| line.contains(text));
         eventually(&what, async || is_there(self) || !self.is_running()).await;
         assert!(is_there(self), "ended without saying '{text}'");
@@ -200,7 +211,7 @@ impl Process {
         self.child.id().expect("a process that runs")
     }
 
-    /// By its name, such as INT.
+    /// Sends a signal by its name, such as INT.
     pub(crate) fn signal(&self, name: &str) {
         signal(self.id(), name);
     }
@@ -209,19 +220,37 @@ impl Process {
         self.child.kill().await.unwrap();
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until it ends by itself; its output is complete then.
     pub(crate) async fn ended(&mut self) -> ExitStatus {
-        within("the process ends", self.child.wait()).await.unwrap()
+        let status = within("the process ends", self.child.wait()).await.unwrap();
+        self.out.end().await;
+        self.err.end().await;
+        status
+    }
+
+    /// Waits until it listens for gRPC or HTTP. Returns the address.
+    pub(crate) async fn listens(&self, protocol: &str) -> SocketAddr {
+        let listening = format!("{protocol} is listening");
+        self.until_logged(&listening).await;
+        let line = self.logged().into_iter().find(|line| line.contains(&listening)).unwrap();
+        address_in(&line)
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let (out, err) = (self.printed().join("\n"), self.complained().join("\n"));
-            eprintln!("process {:?} printed:\n{out}\nand complained:\n{err}", self.child.id());
+            let (out, err) = (self.printed().join("\n"), self.logged().join("\n"));
+            eprintln!("process {:?} printed:\n{out}\nand logged:\n{err}", self.child.id());
         }
     }
+}
+
+/// The address of this machine in a line of the log, whose format may be text or JSON.
+pub(crate) fn address_in(line: &str) -> SocketAddr {
+    let (_, from) = line.split_once("127.0.0.1:").unwrap_or_else(|| panic!("no address: {line}"));
+    let port: String = from.chars().take_while(char::is_ascii_digit).collect();
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port.parse().unwrap()))
 }
 
 /// Sends a signal to a process that may be gone.

@@ -1,4 +1,4 @@
-//! Requests that no client library would send. Each has its status, and the neighbours notice nothing.
+//! Requests that no client library would send. Each gets its status, and other streams are not affected.
 
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
@@ -40,7 +40,7 @@ fn request(path: &str, body: impl Into<Bytes>) -> http::Request<Body> {
     request.body(Body::new(Whole(Some(body.into())))).unwrap()
 }
 
-/// The status of a call that is refused, from the headers or the trailers.
+/// The status of a refused call, from the headers or the trailers.
 async fn refusal(channel: &Channel, request: http::Request<Body>) -> Status {
     let mut channel = channel.clone();
     let refused = async {
@@ -74,7 +74,7 @@ fn watch(tenant: &str, token: &str) -> Vec<u8> {
     WatchRequest { tenant_id: tenant.to_owned(), snap_token: token.to_owned() }.encode_to_vec()
 }
 
-/// A well-behaved subscriber, and whoever writes for it.
+/// A well-behaved subscriber, and a writer for it.
 struct Neighbour {
     sql: Sql,
     stream: Stream,
@@ -91,7 +91,7 @@ impl Neighbour {
 }
 
 #[tokio::test]
-async fn malformed_requests_have_their_status() {
+async fn malformed_requests_get_a_precise_status() {
     let postgres = Postgres::start().await;
     let mut server = Server::serve(&postgres, &[]).await;
     let (sql, channel) = (postgres.sql().await, server.channel().await);
@@ -104,7 +104,7 @@ async fn malformed_requests_have_their_status() {
     let whole = watch("t1", &"A".repeat(60));
     let random: String = (0..60).map(|_| fastrand::alphanumeric()).collect();
     let two = [framed(&watch("", "")), framed(&watch("t1", ""))].concat();
-    for (what, body, code, says) in [
+    for (what, body, code, expected) in [
         ("no tenant", framed(&watch("", "")), Code::InvalidArgument, "the tenant id is empty"),
         ("an empty message", framed(b""), Code::InvalidArgument, "the tenant id is empty"),
         ("a NUL", framed(&watch("t\0", "")), Code::InvalidArgument, "the tenant id contains a NUL character"),
@@ -131,12 +131,12 @@ async fn malformed_requests_have_their_status() {
     ] {
         let status = refusal(&channel, request(WATCH, body)).await;
         assert_eq!(status.code(), code, "{what}: {status:?}");
-        assert!(status.message().contains(says), "{what}: {status:?}");
+        assert!(status.message().contains(expected), "{what}: {status:?}");
         assert!(status.message().len() < 1000, "{what}: {status:?}");
         neighbour.is_fine().await;
     }
 
-    for (path, says) in [
+    for (path, expected) in [
         ("/base.v1.Watch/Wotch", "base.v1.Watch has one method, Watch"),
         ("/base.v1.Watch/", ""),
         ("/base.v1.Wotch/Watch", ""),
@@ -145,32 +145,32 @@ async fn malformed_requests_have_their_status() {
     ] {
         let status = refusal(&channel, request(path, framed(&watch("t1", "")))).await;
         assert_eq!(status.code(), Code::Unimplemented, "{path}: {status:?}");
-        assert!(status.message().contains(says), "{path}: {status:?}");
+        assert!(status.message().contains(expected), "{path}: {status:?}");
         neighbour.is_fine().await;
     }
     let mut compressed = request(WATCH, framed(&watch("t1", "")));
     compressed.headers_mut().insert("grpc-encoding", "snappy".parse().unwrap());
     assert_eq!(refusal(&channel, compressed).await.code(), Code::Unimplemented);
     neighbour.is_fine().await;
-    assert!(!server.has_said("panicked"));
+    assert!(!server.has_logged("panicked"));
 
     server.terminate().await;
     assert!(server.ended().await.success());
 }
 
-/// It would hold one of a bounded number of places.
+/// It would use one of a bounded number of connections.
 #[tokio::test]
-async fn a_connection_that_says_nothing_is_closed() {
+async fn a_silent_connection_is_closed() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut silent = TcpStream::connect(server.address()).await.unwrap();
     let mut settings = Vec::new();
-    // However it ends.
+    // The way it ends does not matter.
     let _ = within("it is closed", silent.read_to_end(&mut settings)).await;
     server.serving().await;
 }
 
-/// What is not HTTP/2, or breaks its rules, costs its own connection.
+/// Data that is not HTTP/2, or breaks its rules, ends its own connection only.
 #[tokio::test]
 async fn garbage_on_the_wire_ends_its_own_connection() {
     let postgres = Postgres::start().await;
@@ -200,7 +200,7 @@ async fn garbage_on_the_wire_ends_its_own_connection() {
         let _ = within(&format!("{what}: the connection is closed"), connection.read_to_end(&mut answer)).await;
         neighbour.is_fine().await;
     }
-    // Nobody is refused for those who only connected.
+    // Idle connections cause no refusals.
     let idle: Vec<TcpStream> = futures_util::future::join_all((0..200).map(|_| TcpStream::connect(&address)))
         .await
         .into_iter()
@@ -210,7 +210,7 @@ async fn garbage_on_the_wire_ends_its_own_connection() {
     neighbour.is_fine().await;
     server.watch("t1", "").await;
 
-    // A request with headers beyond the limit, on a connection that goes on.
+    // A request with too large headers, on a connection that stays usable.
     let channel = server.channel().await;
     let mut long = request(WATCH, framed(&watch("t1", "")));
     long.headers_mut().insert("x-long", "x".repeat(40 << 10).parse().unwrap());
@@ -220,5 +220,5 @@ async fn garbage_on_the_wire_ends_its_own_connection() {
     assert!(refused.is_err() || refused.is_ok_and(|response| !response.status().is_success()));
     Stream::open_on(channel, "t1", "").await.unwrap();
     neighbour.is_fine().await;
-    assert!(!server.has_said("panicked"));
+    assert!(!server.has_logged("panicked"));
 }

@@ -21,7 +21,7 @@ pub(crate) fn psql() -> Command {
     command
 }
 
-/// Has psql run a script, which stops at the first error.
+/// Runs a script with psql, which stops at the first error.
 async fn psql_runs(uri: &str, script: &str) {
     let mut psql = psql();
     psql.args(["--no-psqlrc", "--quiet", "--set", "ON_ERROR_STOP=1", uri]).stdin(Stdio::piped());
@@ -31,7 +31,7 @@ async fn psql_runs(uri: &str, script: &str) {
     assert!(output.status.success(), "{output:?}\n{script}");
 }
 
-/// What setup would make.
+/// The objects that setup creates.
 pub(super) async fn things(sql: &Sql) -> String {
     sql.value(
         "SELECT format('%s slots, %s publications, %s schemas', (SELECT count(*) FROM pg_replication_slots), \
@@ -49,7 +49,7 @@ async fn leftovers(sql: &Sql) -> String {
 }
 
 #[tokio::test]
-async fn what_setup_prints_is_what_it_does() {
+async fn setup_does_exactly_what_its_dry_run_prints() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let dry_run = ["setup", "--dry-run", "--database-uri", &uri];
@@ -60,7 +60,7 @@ async fn what_setup_prints_is_what_it_does() {
     assert_eq!(tuplewatch(&["setup", "--database-uri", &uri]).await.succeeded(), NOTHING_TO_DO);
     assert_eq!(tuplewatch(&dry_run).await.succeeded(), format!("-- {NOTHING_TO_DO}"));
 
-    // What is missing, and no more.
+    // Only missing parts are created.
     sql.run("ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes").await;
     let script = tuplewatch(&dry_run).await.succeeded();
     assert!(script.contains("ADD TABLE \"tuplewatch\".\"attributes\"") && !script.contains("CREATE"), "{script}");
@@ -69,15 +69,17 @@ async fn what_setup_prints_is_what_it_does() {
 }
 
 #[tokio::test]
-async fn setup_is_done_once_and_undone_once() {
+async fn setup_and_teardown_are_idempotent() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let (setup, teardown) = (["setup", "--database-uri", &uri], ["teardown", "--database-uri", &uri]);
-    // Two at once: one of them does it.
+    // Two at once: one of them does the work.
     let (one, other) = tokio::join!(tuplewatch(&setup), tuplewatch(&setup));
     let (one, other) = (one.succeeded(), other.succeeded());
-    assert!([&one, &other].into_iter().any(|said| said == NOTHING_TO_DO), "{one}{other}");
-    assert!([&one, &other].into_iter().any(|said| said.ends_with("create replication slot tuplewatch ...\ndone\n")));
+    assert!([&one, &other].into_iter().any(|printed| printed == NOTHING_TO_DO), "{one}{other}");
+    assert!(
+        [&one, &other].into_iter().any(|printed| printed.ends_with("create replication slot tuplewatch ...\ndone\n"))
+    );
     assert_eq!(tuplewatch(&setup).await.succeeded(), NOTHING_TO_DO);
 
     let mut server = Server::serve(&postgres, &[]).await;
@@ -90,19 +92,19 @@ async fn setup_is_done_once_and_undone_once() {
 
     server.terminate().await;
     assert!(server.ended().await.success());
-    let said = tuplewatch(&teardown).await.succeeded();
-    assert!(said.contains("drop replication slot tuplewatch") && said.ends_with("\ndone\n"), "{said}");
+    let printed = tuplewatch(&teardown).await.succeeded();
+    assert!(printed.contains("drop replication slot tuplewatch") && printed.ends_with("\ndone\n"), "{printed}");
     assert_eq!(leftovers(&sql).await, "0 slots, 0 publications, 1 tuples");
     let nothing = "nothing to do: neither slot nor publication exists\n";
     assert_eq!(tuplewatch(&teardown).await.succeeded(), nothing);
 
-    // A trial that is taken up again.
+    // Setup works again after a teardown.
     tuplewatch(&setup).await.succeeded();
     assert_eq!(leftovers(&sql).await, "1 slots, 1 publications, 1 tuples");
 }
 
 #[tokio::test]
-async fn what_setup_cannot_do_it_says() {
+async fn setup_and_teardown_explain_their_failures() {
     let postgres = Postgres::start().await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     for subcommand in ["setup", "teardown"] {
@@ -119,9 +121,9 @@ async fn what_setup_cannot_do_it_says() {
             .await
             .failed(&["replication slot theirs: is a physical slot", "choose another name in replication.slot"]);
     }
-    assert_eq!(things(&sql).await, "1 slots, 0 publications, 0 schemas", "theirs is left alone");
+    assert_eq!(things(&sql).await, "1 slots, 0 publications, 0 schemas", "the foreign slot is left alone");
 
-    // A slot waits for the transactions that are open; who holds it up is said, and it can be given up.
+    // The creation of a slot waits for open transactions. Setup names them, and can be interrupted.
     let holder = Sql::connect(&uri).await;
     holder.run("BEGIN; SELECT txid_current()").await;
     let directory = tempfile::tempdir().unwrap();
@@ -129,8 +131,8 @@ async fn what_setup_cannot_do_it_says() {
     command.args(["setup", "--database-uri", &uri]);
     let mut setup = Process::start(command);
     let pid = holder.value("SELECT pg_backend_pid()").await;
-    setup.complains(&pid).await;
-    // Not INT, which a shell has ignored by what it starts in the background.
+    setup.until_logged(&pid).await;
+    // Not INT, which background processes of a shell may ignore.
     setup.signal("TERM");
     setup.ended().await;
     let mine = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'tuplewatch setup%'";
@@ -140,7 +142,7 @@ async fn what_setup_cannot_do_it_says() {
     assert_eq!(sql.value("SELECT count(*) FROM pg_replication_slots").await, "2");
 }
 
-/// Inserts and messages for tuplewatch that come out of the slot.
+/// Counts the inserts and the messages for tuplewatch in the slot.
 async fn sent(sql: &Sql) -> String {
     sql.value(
         "SELECT format('%s rows, %s looks', count(*) FILTER (WHERE get_byte(data, 0) = ascii('I')), \
@@ -154,10 +156,9 @@ async fn sent(sql: &Sql) -> String {
 const ATTRIBUTE: &str = "INSERT INTO tuplewatch.attributes VALUES ('t1', 'document', '1', 'public', \
                          '{\"@type\": \"type.googleapis.com/base.v1.BooleanValue\"}')";
 
-/// PostgreSQL sends of a transaction what it wrote after the table was added, and not what it wrote before. So none may have
-/// both.
+/// PostgreSQL sends the rows of a transaction from after the table was added, and not those from before. So no transaction may have both.
 #[tokio::test]
-async fn a_table_is_added_to_a_running_publication_while_nobody_writes_it() {
+async fn setup_waits_for_writers_before_it_publishes_their_table() {
     let postgres = Postgres::with(&[("max_prepared_transactions", "5")]).await;
     let (sql, uri) = (postgres.sql().await, postgres.uri());
     let setup = ["setup", "--database-uri", &uri];
@@ -166,7 +167,7 @@ async fn a_table_is_added_to_a_running_publication_while_nobody_writes_it() {
     sql.run(take_out).await;
     let published = "SELECT count(*) FROM pg_publication_rel";
 
-    // Who writes a table that is published already is in nobody's way.
+    // A writer of a table that is already published does not matter.
     let other = Sql::connect(&uri).await;
     other.run("BEGIN").await;
     other.insert("t1", "published").await;
@@ -178,13 +179,13 @@ async fn a_table_is_added_to_a_running_publication_while_nobody_writes_it() {
     tuplewatch(&setup).await.failed(&blocked);
     assert_eq!(sql.value(published).await, "1");
 
-    // A prepared one has locks and no session.
+    // A prepared transaction has locks and no session.
     writer.run("PREPARE TRANSACTION 'theirs'").await;
     tuplewatch(&setup).await.failed(&["nothing was changed", "prepared transaction 'theirs'", "ROLLBACK PREPARED"]);
     assert_eq!(sql.value(published).await, "1");
     writer.run("ROLLBACK PREPARED 'theirs'").await;
 
-    // One that ends in time is waited for.
+    // Setup waits for a transaction that ends in time.
     writer.run(&format!("BEGIN; {ATTRIBUTE}")).await;
     let directory = tempfile::tempdir().unwrap();
     let mut command = super::process::program(directory.path());
@@ -196,14 +197,14 @@ async fn a_table_is_added_to_a_running_publication_while_nobody_writes_it() {
     assert_eq!(sql.value(published).await, "2");
     assert_eq!(tuplewatch(&setup).await.succeeded(), NOTHING_TO_DO);
 
-    // What was written before is not sent, and all that is written now is, of a transaction that is older.
+    // Earlier rows are not sent, and later rows are, even of an older transaction.
     assert_eq!(sent(&sql).await, "0 rows, 1 looks");
     other.run("DELETE FROM tuplewatch.attributes").await;
     other.run(&format!("{ATTRIBUTE}; COMMIT")).await;
     assert_eq!(sent(&sql).await, "2 rows, 1 looks");
 }
 
-/// Sessions that are read only by default write where they say so.
+/// Sessions that are read-only by default write if they ask for it.
 #[tokio::test]
 async fn a_role_that_is_read_only_by_default_can_set_up() {
     let postgres = Postgres::start().await;

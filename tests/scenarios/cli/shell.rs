@@ -1,4 +1,4 @@
-//! What a shell gets: completions; and what a person asks for: help.
+//! Shell completions and help.
 
 use super::process::{Ran, run, tuplewatch};
 use std::path::Path;
@@ -7,7 +7,7 @@ use tokio::process::Command;
 const SUBCOMMANDS: [&str; 10] =
     ["serve", "setup", "doctor", "teardown", "dev", "watch", "health", "token", "config", "completions"];
 
-/// Runs a script in a bash that has our completions, and nothing of somebody's configuration.
+/// Runs a script in a bash with our completions, without any user configuration.
 async fn bash(completions: &Path, script: &str) -> Ran {
     let mut bash = Command::new("bash");
     bash.args(["--norc", "--noprofile", "-euc", script, "bash"]).arg(completions).kill_on_drop(true);
@@ -47,7 +47,7 @@ async fn bash_completes_the_command_line() {
 }
 
 #[tokio::test]
-async fn other_shells_have_scripts_too() {
+async fn other_shells_have_completion_scripts() {
     for (shell, starts) in [("zsh", "#compdef tuplewatch"), ("fish", "#"), ("elvish", ""), ("powershell", "")] {
         let script = tuplewatch(&["completions", shell]).await.succeeded();
         assert!(script.starts_with(starts), "{shell}");
@@ -59,7 +59,7 @@ async fn other_shells_have_scripts_too() {
 }
 
 #[tokio::test]
-async fn help_is_short_or_whole() {
+async fn help_has_a_short_and_a_long_form() {
     let root = tuplewatch(&["--help"]).await.succeeded();
     for subcommand in SUBCOMMANDS {
         assert!(root.contains(&format!("\n  {subcommand} ")), "{subcommand} is not listed");
@@ -68,7 +68,7 @@ async fn help_is_short_or_whole() {
         for help in [&short, &whole] {
             assert!(help.contains("\nExamples:\n  tuplewatch "), "{subcommand}: {help}");
         }
-        // A flag a key is much to read for who wants to know what there is.
+        // The short help leaves out the flags of the configuration keys.
         assert!(!short.contains("--changelog-memory-window"), "{short}");
         let configures = whole.contains("-c, --config <FILE>");
         assert_eq!(whole.contains("--changelog-memory-window"), configures, "{whole}");

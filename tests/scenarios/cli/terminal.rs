@@ -1,7 +1,7 @@
-//! What is different on a terminal: colours and layout, and that Ctrl-C ends a program.
+//! Behaviour on a terminal: colours, layout, and Ctrl-C.
 
 use super::prerequisites::serve;
-use super::process::{CTRL_C, Process, on_terminal, program};
+use super::process::{CTRL_C, Process, address_in, on_terminal, program};
 use crate::support::change::Change;
 use crate::support::postgres::Postgres;
 use crate::support::server::Server;
@@ -11,7 +11,7 @@ use tokio::process::Command;
 use tonic::Code;
 use tonic::transport::Endpoint;
 
-/// `watch` of t1, with nothing in the environment that says something of colours.
+/// `watch` of t1, without variables about colours in its environment.
 fn watch(server: &Server, flags: &[&str]) -> Command {
     let mut command = program(&std::env::temp_dir());
     for name in ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "CI"] {
@@ -27,7 +27,7 @@ fn watch(server: &Server, flags: &[&str]) -> Command {
 const GREEN: &str = "\x1b[32m";
 
 #[tokio::test]
-async fn colours_are_for_terminals() {
+async fn only_terminals_get_colours() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -36,7 +36,7 @@ async fn colours_are_for_terminals() {
     plain_terminal.env("NO_COLOR", "1");
     let mut forced = watch(&server, &["--color", "always"]);
     forced.env("NO_COLOR", "1");
-    // What has colours, and what is laid out for a person.
+    // Each with whether it has colours, and whether it has the layout for people.
     let runs = [
         ("a pipe", watch(&server, &[]), false, false),
         ("a pipe, --color always", forced, true, false),
@@ -47,9 +47,9 @@ async fn colours_are_for_terminals() {
     let runs =
         runs.map(|(what, command, is_colored, is_terminal)| (what, Process::start(command), is_colored, is_terminal));
     for (what, process, ..) in &runs {
-        // On a terminal both streams are one.
-        let said = || [process.printed(), process.complained()].concat();
-        let has_begun = async || said().iter().any(|line| line.contains("watching tenant t1 on "));
+        // On a terminal both outputs are one.
+        let output = || [process.printed(), process.logged()].concat();
+        let has_begun = async || output().iter().any(|line| line.contains("watching tenant t1 on "));
         eventually(&format!("the watch into {what} has begun"), has_begun).await;
     }
     sql.run(
@@ -73,7 +73,7 @@ async fn colours_are_for_terminals() {
     }
 }
 
-/// The end of a part is the end of the process, so no part may end because a terminal is attached. `dev` has a scenario of its own.
+/// The process ends when any part of it ends, so no part may end because of a terminal. `dev` has its own scenario.
 #[tokio::test]
 async fn serve_runs_on_a_terminal_until_ctrl_c_is_typed() {
     let postgres = Postgres::start().await;
@@ -82,10 +82,10 @@ async fn serve_runs_on_a_terminal_until_ctrl_c_is_typed() {
     let mut command = serve(&postgres.uri(), directory.path());
     command.args(["--color", "never"]);
     let mut process = Process::start(on_terminal(&command));
-    process.comes_to_print("streaming").await;
-    process.comes_to_print("gRPC is listening").await;
+    process.reaches_on_terminal("streaming").await;
+    process.reaches_on_terminal("gRPC is listening").await;
     let printed = process.printed();
-    let address = printed.iter().find_map(|line| line.split_once("gRPC is listening address=")).unwrap().1;
+    let address = address_in(printed.iter().find(|line| line.contains("gRPC is listening")).unwrap());
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
 
     let sql = postgres.sql().await;

@@ -1,4 +1,4 @@
-//! Writers that meet: deadlocks, serialization failures, locks, and many at once.
+//! Concurrent writers: deadlocks, serialization failures, locks, and contention.
 
 use super::{Api, refusal, subjects};
 use crate::support::change::Change;
@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use tonic::Code;
 use tuplewatch::api::grpc::proto::{AttributeFilter, TupleFilter};
 
-/// Has inserts of an entity do something first.
+/// Runs this code before every insert of an entity.
 async fn on_insert(sql: &Sql, entity: &str, does: &str) {
     sql.run(&format!(
         "CREATE FUNCTION hook() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {does} RETURN NEW; END $$;
@@ -22,14 +22,14 @@ async fn on_insert(sql: &Sql, entity: &str, does: &str) {
 }
 
 #[tokio::test]
-async fn the_victim_of_a_deadlock_tries_again() {
+async fn the_victim_of_a_deadlock_is_retried() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
     let (sql, other, gate) = (postgres.sql().await, postgres.sql().await, postgres.sql().await);
     on_insert(&sql, "b", "PERFORM pg_advisory_xact_lock(1);").await;
 
-    // Ours has a, and waits at b; the other has c, and waits for a without ever looking for deadlocks.
+    // Ours holds a and waits at b. The other holds c and waits for a, without ever checking for deadlocks.
     gate.run("SELECT pg_advisory_lock(1)").await;
     other.run("SET deadlock_timeout = '10min'; BEGIN").await;
     other.insert("t1", "c").await;
@@ -49,7 +49,7 @@ async fn the_victim_of_a_deadlock_tries_again() {
     let token = within("the write", write).await.unwrap().unwrap();
     within("the other", other).await.unwrap();
     let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
-    // More than one where ours was back at a before the other had noticed.
+    // There is more than one if ours is back at a before the other has continued.
     eventually("there was a deadlock", async || sql.value(deadlocks).await != "0").await;
     assert_eq!(sql.facts("t1").await.len(), 3);
     sql.insert("t1", "after").await;
@@ -57,12 +57,12 @@ async fn the_victim_of_a_deadlock_tries_again() {
 }
 
 #[tokio::test]
-async fn serialization_failures_are_tried_again_a_bounded_number_of_times() {
+async fn serialization_failures_are_retried_a_bounded_number_of_times() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
     let sql = postgres.sql().await;
-    // Sequences count also what is rolled back.
+    // A sequence also counts attempts that are rolled back.
     sql.run("CREATE SEQUENCE tries; CREATE TABLE failures AS SELECT 3 AS count").await;
     let fail = "IF nextval('tries') <= (SELECT count FROM failures) THEN RAISE serialization_failure; END IF;";
     on_insert(&sql, "unlucky", fail).await;
@@ -82,7 +82,7 @@ async fn serialization_failures_are_tried_again_a_bounded_number_of_times() {
 }
 
 #[tokio::test]
-async fn what_postgresql_refuses_is_not_tried_again_and_tells_no_values() {
+async fn refused_statements_are_not_retried_and_reveal_no_values() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut api = Api::of(&server).await;
@@ -91,33 +91,39 @@ async fn what_postgresql_refuses_is_not_tried_again_and_tells_no_values() {
     let status = api.try_write("t1", &["document:secret#viewer@user:u"]).await.unwrap_err();
     assert!(!format!("{status:?}").contains("secret"));
     assert_eq!(refusal::<()>(Err(status)), (Code::Internal, "ERROR_CODE_EXECUTION".to_owned()));
-    server.says("a call of Data or Tenancy failed").await;
-    assert!(!server.has_said("secret"));
-    // A constraint that somebody added is for the caller to meet.
+    server.until_logged("a call of Data or Tenancy failed").await;
+    assert!(!server.has_logged("secret"));
+    // A violation of an added constraint is an error of the caller.
     sql.run("ALTER TABLE tuplewatch.relation_tuples ADD CONSTRAINT short CHECK (length(entity_id) < 10)").await;
     let status = api.try_write("t1", &["document:tenletters#viewer@user:u"]).await.unwrap_err();
     assert!(!format!("{status:?}").contains("tenletters"));
     assert_eq!(refusal::<()>(Err(status)), (Code::InvalidArgument, "ERROR_CODE_VALIDATION".to_owned()));
-    // The connection is as good as before.
+    // The connection is still usable.
     api.write("t1", &["document:fine#viewer@user:u"]).await;
 }
 
 #[tokio::test]
-async fn when_all_connections_are_busy_it_says_so() {
+async fn a_call_without_a_free_connection_is_refused() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--database-max-connections", "5")]).await;
     let mut api = Api::of(&server).await;
     let sql = postgres.sql().await;
-    // Longer than anybody waits for a connection.
-    on_insert(&sql, "a", "PERFORM pg_sleep(14);").await;
+    // Not by waiting for the lock, because a write that waits for a lock gives its connection back.
+    let blocks = "WHILE NOT pg_try_advisory_xact_lock(1) LOOP PERFORM pg_sleep(0.01); END LOOP;";
+    on_insert(&sql, "a", blocks).await;
+    let gate = postgres.sql().await;
+    gate.run("SELECT pg_advisory_lock(1)").await;
     let mut first = api.clone();
     let write = tokio::spawn(async move { first.try_write("t1", &["document:a#viewer@user:u"]).await });
+    // It has the only connection of Data until the gate opens.
     let sleeps = "EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep')";
     eventually("the write has the connection", async || sql.is_true(sleeps).await).await;
     let busy = (Code::ResourceExhausted, "ERROR_CODE_DATASTORE".to_owned());
     assert_eq!(refusal(api.try_write("t1", &["document:b#viewer@user:u"]).await), busy);
-    // Watch has its own.
+    // Watch uses another connection.
     server.watch("t1", "").await;
+    assert!(!write.is_finished());
+    gate.run("SELECT pg_advisory_unlock(1)").await;
     within("the write", write).await.unwrap().unwrap();
     api.write("t1", &["document:b#viewer@user:u"]).await;
     let ours = sql.value(
@@ -127,9 +133,9 @@ async fn when_all_connections_are_busy_it_says_so() {
     assert!(ours.await.parse::<u32>().unwrap() <= 5);
 }
 
-/// There is one connection for all of them.
+/// All writes share one connection.
 #[tokio::test]
-async fn a_write_that_waits_for_a_lock_holds_no_other_up() {
+async fn a_write_that_waits_for_a_lock_delays_no_other() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--database-max-connections", "5")]).await;
     let mut api = Api::of(&server).await;
@@ -145,9 +151,9 @@ async fn a_write_that_waits_for_a_lock_holds_no_other_up() {
     within("the write", write).await.unwrap().unwrap();
 }
 
-/// Writers through the API and in SQL, in every order, over few rows. What the stream adds up to is what is there.
+/// Writers through the API and in SQL, in every order, over few rows. The stream must add up to the table.
 #[tokio::test]
-async fn many_writers_over_few_rows_leave_what_the_stream_says() {
+async fn the_stream_adds_up_to_the_table_under_contention() {
     const WRITERS: u64 = 8;
     const WRITES: u32 = 30;
     let postgres = Postgres::start().await;
@@ -175,7 +181,7 @@ async fn many_writers_over_few_rows_leave_what_the_stream_says() {
         })
         .collect();
     for n in 0..WRITES {
-        // Against the order in which ours write; the victim of a deadlock is whoever it is.
+        // In the opposite order of the API. Either side may be the victim of a deadlock.
         let insert = format!(
             "BEGIN; INSERT INTO tuplewatch.relation_tuples SELECT 't1', 'd', n, 'viewer', 'user', {}
              FROM generate_series(5, 0, -1) n ON CONFLICT DO NOTHING; COMMIT",

@@ -18,7 +18,7 @@ fn texts(read: Result<RelationshipReadResponse, Status>) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_read_sees_ones_own_write_while_replication_is_held_up() {
+async fn a_read_sees_the_callers_write_while_replication_is_stalled() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -40,14 +40,14 @@ async fn a_read_sees_ones_own_write_while_replication_is_held_up() {
     stream.expect_silence().await;
     signal("-CONT").await;
     let last = stream.up_to(&Change::create("d:4#viewer@user:a#")).await.pop().unwrap();
-    // And with the token of a message.
+    // The token of a message works too.
     assert_eq!(texts(api.try_read(fresh("t1", &last.token)).await), expected);
     let read = attribute_read("t1", AttributeFilter::default(), &last.token);
     assert!(api.try_read_attributes(read).await.unwrap().attributes.is_empty());
 }
 
 #[tokio::test]
-async fn a_read_waits_for_the_transaction_of_its_token_but_not_for_ever() {
+async fn a_read_waits_for_the_transaction_of_its_token_until_a_timeout() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[("--service-watch-resolve-timeout", "1s")]).await;
     let mut api = Api::of(&server).await;
@@ -58,7 +58,7 @@ async fn a_read_waits_for_the_transaction_of_its_token_but_not_for_ever() {
     let status = api.try_read(fresh("t1", &token)).await.unwrap_err();
     assert_eq!(reason(&status), (Code::Unavailable, "TRANSACTION_STILL_RUNNING".into()));
 
-    // Longer than it takes to commit, however busy the machine.
+    // Longer than the commit takes on a busy machine.
     drop(server);
     let mut server = Server::serve(&postgres, &[("--service-watch-resolve-timeout", "1m")]).await;
     let mut api = Api::of(&server).await;
@@ -77,7 +77,7 @@ async fn a_read_waits_for_the_transaction_of_its_token_but_not_for_ever() {
     let read = within("the read", reading).await.unwrap();
     assert_eq!(texts(read), ["document:own#viewer@user:u"]);
 
-    // Nor does it hold up a shutdown.
+    // A waiting read does not delay a shutdown.
     writer.run("BEGIN").await;
     let token = writer.value("SELECT tuplewatch.snap_token()").await;
     let mut api = Api::of(&server).await;
@@ -89,9 +89,9 @@ async fn a_read_waits_for_the_transaction_of_its_token_but_not_for_ever() {
     assert_eq!(server.ended().await.code(), Some(0));
 }
 
-/// Two nodes: the slow one has not received what the fast one has delivered.
+/// Two nodes: the fast one has delivered a change that the slow one has not received.
 #[tokio::test]
-async fn a_read_waits_until_its_position_is_visible_here() {
+async fn a_read_waits_until_its_position_is_visible() {
     let postgres = Postgres::start().await;
     let fast = Server::serve(&postgres, &[]).await;
     let mut slow = Server::prepare_slot(&postgres.uri(), "slow", &[("--service-watch-resolve-timeout", "1s")]).await;
@@ -116,7 +116,7 @@ async fn a_read_waits_until_its_position_is_visible_here() {
 }
 
 #[tokio::test]
-async fn tokens_that_mean_nothing_here_are_refused_as_watch_refuses_them() {
+async fn reads_and_watch_refuse_the_same_tokens() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -127,7 +127,7 @@ async fn tokens_that_mean_nothing_here_are_refused_as_watch_refuses_them() {
     let SnapToken::Position { source, timeline, place, commit_time } = good.clone() else { panic!("a position token") };
     let written: SnapToken = api.write("t1", &[]).await.parse().unwrap();
     let SnapToken::Transaction { mut id, xid, floor, .. } = written else { panic!("a transaction token") };
-    // Of a transaction that is not in the log.
+    // The id of a transaction that is not in the log.
     id.0[0] ^= 1;
     let mut ahead = place.clone();
     ahead.position.lsn.0 += 1 << 40;

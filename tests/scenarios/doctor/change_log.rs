@@ -6,7 +6,7 @@ use crate::support::postgres::Postgres;
 const SUBJECT: &str = "change log";
 
 #[tokio::test]
-async fn it_cannot_be_kept_there() {
+async fn an_unusable_path_is_an_error() {
     let patient = Patient::ready(Postgres::start().await).await.with("--changelog-path", "a-file/log");
     std::fs::write(patient.path().join("a-file"), "").unwrap();
     let diagnostic = patient.has(SUBJECT, "a-file is not a directory").await;
@@ -18,7 +18,7 @@ async fn it_cannot_be_kept_there() {
 }
 
 #[tokio::test]
-async fn it_holds_something_else() {
+async fn a_directory_with_other_files_is_an_error() {
     let patient = Patient::ready(Postgres::start().await).await.with("--changelog-path", ".");
     std::fs::write(patient.path().join("somebody's"), "").unwrap();
     let diagnostic = patient.has(SUBJECT, "holds no change log of tuplewatch").await;
@@ -29,7 +29,7 @@ async fn it_holds_something_else() {
 }
 
 #[tokio::test]
-async fn it_is_damaged() {
+async fn a_damaged_log_is_an_error() {
     let patient = Patient::used(Postgres::start().await).await;
     std::fs::remove_dir_all(patient.path().join("log/data")).unwrap();
     let diagnostic = patient.has(SUBJECT, "is damaged").await;
@@ -39,7 +39,7 @@ async fn it_is_damaged() {
 }
 
 #[tokio::test]
-async fn the_disk_has_less_than_the_reserve() {
+async fn a_disk_with_less_than_the_reserve_is_an_error() {
     let patient = Patient::ready(Postgres::start().await).await.with("--changelog-disk-reserve", "1000000GiB");
     let diagnostic = patient.has("room for the change log", "less than changelog.disk_reserve").await;
     assert!(diagnostic.fix.unwrap().contains("set changelog.disk_reserve to less"));

@@ -1,18 +1,18 @@
-//! Servers that cannot be asked: one diagnostic, and the change log is looked at all the same.
+//! Servers that cannot be queried give one diagnostic, and the change log is still examined.
 
 use super::Patient;
 use crate::support::postgres::Postgres;
 
 const SUBJECT: &str = "connection";
 
-/// Puts lines in front of pg_hba.conf.
+/// Inserts lines at the beginning of pg_hba.conf.
 async fn allow(patient: &Patient, lines: &str) {
     let before = std::fs::read_to_string(patient.postgres.pgdata().join("pg_hba.conf")).unwrap();
     patient.postgres.put_file("pg_hba.conf", &format!("{lines}\n{before}"));
     patient.reload().await;
 }
 
-/// What is looked at without a server.
+/// The server is refused, and the change log is still examined.
 async fn is_refused(patient: &Patient, what: &str, fix: &str) {
     let diagnostic = patient.has(SUBJECT, what).await;
     assert!(diagnostic.fix.as_deref().unwrap().contains(fix), "{diagnostic:?}");
@@ -21,7 +21,7 @@ async fn is_refused(patient: &Patient, what: &str, fix: &str) {
 }
 
 #[tokio::test]
-async fn nothing_listens() {
+async fn a_refused_connection_is_an_error() {
     let mut patient = Patient::ready(Postgres::start().await).await;
     patient.postgres.stop(tuplewatch::dev_postgres::StopMode::Fast).await;
     is_refused(&patient, "Connection refused", "-- Nothing listens there: check host and port in database.uri").await;
@@ -30,7 +30,7 @@ async fn nothing_listens() {
 }
 
 #[tokio::test]
-async fn there_is_no_such_database() {
+async fn a_missing_database_is_an_error() {
     let patient = Patient::ready(Postgres::start().await).await;
     let (right, wrong) = (patient.postgres.uri(), patient.postgres.uri_of("nowhere"));
     let patient = patient.with("--database-uri", &wrong);
@@ -39,7 +39,7 @@ async fn there_is_no_such_database() {
 }
 
 #[tokio::test]
-async fn the_password_is_wrong() {
+async fn a_wrong_password_is_an_error() {
     let patient = Patient::ready(Postgres::start().await).await;
     patient.sql().await.run("CREATE ROLE secret LOGIN SUPERUSER PASSWORD 'right'").await;
     allow(&patient, "host all secret 127.0.0.1/32 scram-sha-256").await;
@@ -55,7 +55,7 @@ async fn the_password_is_wrong() {
 }
 
 #[tokio::test]
-async fn the_server_wants_tls() {
+async fn a_server_that_requires_tls_is_an_error_without_it() {
     let patient = Patient::ready(Postgres::start().await).await;
     let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     patient.postgres.put_file("server.crt", &certificate.cert.pem());

@@ -5,9 +5,9 @@ use crate::support::postgres::Postgres;
 use crate::support::wait::eventually;
 
 #[tokio::test]
-async fn wal_level_is_replica() {
+async fn a_wal_level_of_replica_is_an_error() {
     let mut patient = Patient::new(Postgres::with(&[("wal_level", "replica")]).await);
-    // All or nothing.
+    // Setup does all or nothing.
     let fix = "ALTER SYSTEM SET wal_level = logical";
     patient.run("setup", &[]).await.failed(&["nothing was changed", "wal_level: is replica", fix, "restart"]);
     assert!(patient.sql().await.is_true("to_regnamespace('tuplewatch') IS NULL").await);
@@ -17,7 +17,7 @@ async fn wal_level_is_replica() {
     let diagnostic = patient.has("wal_level", "is replica").await;
     assert!(!diagnostic.what.contains("waits for a restart"), "{diagnostic:?}");
 
-    // Half of the fix: somebody has set it, and did not restart.
+    // Half of the fix: the setting is changed, and the restart is missing.
     patient.sql().await.run("ALTER SYSTEM SET wal_level = logical").await;
     patient.reload().await;
     let is_pending = "(SELECT pending_restart FROM pg_settings WHERE name = 'wal_level')";
@@ -26,7 +26,7 @@ async fn wal_level_is_replica() {
 }
 
 #[tokio::test]
-async fn no_replication_slot_is_free() {
+async fn exhausted_replication_slots_are_an_error() {
     let mut patient = Patient::ready(Postgres::with(&[("max_replication_slots", "1")]).await).await;
     patient.sql().await.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
     patient.sql().await.run("SELECT pg_create_physical_replication_slot('theirs')").await;
@@ -35,7 +35,7 @@ async fn no_replication_slot_is_free() {
 }
 
 #[tokio::test]
-async fn no_walsender_is_free() {
+async fn exhausted_walsenders_are_an_error() {
     let mut patient = Patient::ready(Postgres::with(&[("max_wal_senders", "1")]).await).await;
     let other = [("--replication-slot", "theirs"), ("--changelog-path", "their-log")];
     let theirs = patient.serve(&other, &[]).await;
@@ -43,7 +43,7 @@ async fn no_walsender_is_free() {
     stops(theirs).await;
 }
 
-/// A role that may log on, and connects.
+/// A node with a role that may log on.
 async fn with_role(rights: &str) -> Patient {
     let patient = Patient::ready(Postgres::start().await).await;
     patient.sql().await.run(&format!("CREATE ROLE \"a reader\" LOGIN; {rights}")).await;
@@ -55,14 +55,14 @@ const MAY_READ: &str = "GRANT USAGE ON SCHEMA tuplewatch TO \"a reader\"; \
                         GRANT SELECT ON ALL TABLES IN SCHEMA tuplewatch TO \"a reader\";";
 
 #[tokio::test]
-async fn the_role_may_not_replicate() {
+async fn a_role_without_replication_is_an_error() {
     let mut patient = with_role(MAY_READ).await;
     patient.heals("role a reader", "has no REPLICATION").await;
 }
 
-/// Limits below what `serve` opens. It works all the same, until there is none at all.
+/// Limits below the connections of `serve`, which works with fewer, as long as it has one.
 #[tokio::test]
-async fn there_are_fewer_connections_than_serve_uses() {
+async fn connection_limits_below_the_needs_of_serve_are_warnings() {
     let mut patient = with_role(&format!("ALTER ROLE \"a reader\" REPLICATION; {MAY_READ}")).await;
     let sql = patient.sql().await;
     sql.run("ALTER ROLE \"a reader\" CONNECTION LIMIT 5; ALTER DATABASE postgres CONNECTION LIMIT 9").await;
@@ -84,14 +84,14 @@ async fn there_are_fewer_connections_than_serve_uses() {
 }
 
 #[tokio::test]
-async fn the_role_may_not_read_a_table() {
+async fn a_table_without_select_is_an_error() {
     let revoke = "REVOKE SELECT ON tuplewatch.attributes FROM \"a reader\"";
     let mut patient = with_role(&format!("ALTER ROLE \"a reader\" REPLICATION; {MAY_READ}; {revoke}")).await;
     patient.heals("table tuplewatch.attributes", "has no SELECT").await;
 }
 
 #[tokio::test]
-async fn the_role_may_not_use_the_schema() {
+async fn a_schema_without_usage_is_an_error() {
     let revoke = "REVOKE USAGE ON SCHEMA tuplewatch FROM PUBLIC, \"a reader\"";
     let mut patient = with_role(&format!("ALTER ROLE \"a reader\" REPLICATION; {MAY_READ}; {revoke}")).await;
     let errors = patient.doctor(&[]).await.of_severity("error");
@@ -104,9 +104,9 @@ async fn the_role_may_not_use_the_schema() {
     patient.streams().await;
 }
 
-/// Settings with which it works until the day when it does not.
+/// Settings that are dangerous only later.
 #[tokio::test]
-async fn a_limit_that_is_missing_is_a_warning() {
+async fn a_missing_limit_is_a_warning() {
     let mut patient = Patient::ready(Postgres::with(&[("track_commit_timestamp", "off")]).await).await;
     for setting in ["max_slot_wal_keep_size", "track_commit_timestamp"] {
         let found = patient.doctor(&[]).await.about("warning", setting);
@@ -120,15 +120,15 @@ async fn a_limit_that_is_missing_is_a_warning() {
 const HOLD_BACK: (&str, &str) = ("--replication-acknowledgement-delay-age", "1m");
 
 #[tokio::test]
-async fn the_server_keeps_less_than_is_held_back() {
+async fn a_wal_limit_below_the_acknowledgement_delay_is_an_error() {
     let patient = Patient::ready(Postgres::with(&[("max_slot_wal_keep_size", "512MB")]).await).await;
     let mut patient = patient.with(HOLD_BACK.0, HOLD_BACK.1);
     patient.heals("max_slot_wal_keep_size", "lets 1024 MiB be held back of it").await;
 }
 
-/// PostgreSQL takes a logical walsender for a standby, too.
+/// PostgreSQL counts a logical walsender as a standby too.
 #[tokio::test]
-async fn commits_would_wait_for_what_is_held_back() {
+async fn commits_that_would_wait_for_tuplewatch_are_reported() {
     const SETTING: &str = "synchronous_standby_names";
     let patient = Patient::ready(Postgres::start().await).await;
     patient.sql().await.run(&format!("ALTER SYSTEM SET {SETTING} = '*'")).await;
@@ -142,7 +142,7 @@ async fn commits_would_wait_for_what_is_held_back() {
     let diagnostic = patient.has(SETTING, "tuplewatch matches too").await;
     patient.apply(&diagnostic).await;
     patient.is_well().await;
-    // Of that name there is none here, and a commit would wait for it.
+    // There is no standby of that name, and a commit would wait for it.
     patient.sql().await.run(&format!("ALTER SYSTEM RESET {SETTING}")).await;
     patient.reload().await;
     patient.streams().await;

@@ -1,4 +1,4 @@
-//! The slot: lost, taken, behind, and held back.
+//! The slot: lost, held by others, behind, or delayed by a transaction.
 
 use super::{Diagnostic, Patient, stops};
 use crate::support::postgres::Postgres;
@@ -7,7 +7,7 @@ use crate::support::wait::{eventually, within};
 
 const SLOT: &str = "replication slot tuplewatch";
 
-/// Writes WAL, a segment at a time, until this holds of the slot.
+/// Writes WAL segments until this condition holds for the slot.
 async fn write_until(sql: &Sql, what: &str, condition: &str) {
     let condition = format!("(SELECT {condition} FROM pg_replication_slots WHERE slot_name = 'tuplewatch')");
     eventually(what, async || {
@@ -20,7 +20,7 @@ async fn write_until(sql: &Sql, what: &str, condition: &str) {
 }
 
 #[tokio::test]
-async fn it_is_lost() {
+async fn a_lost_slot_is_an_error() {
     let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "1MB")]).await).await;
     write_until(&patient.sql().await, "the slot is lost", "wal_status = 'lost'").await;
     patient.run("setup", &[]).await.failed(&["nothing was changed", "is lost", "tuplewatch setup --recreate-slot"]);
@@ -28,14 +28,14 @@ async fn it_is_lost() {
 }
 
 #[tokio::test]
-async fn it_was_dropped() {
+async fn a_dropped_slot_is_an_error() {
     let mut patient = Patient::used(Postgres::start().await).await;
     patient.sql().await.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
     patient.heals(SLOT, "does not exist").await;
 }
 
 #[tokio::test]
-async fn it_is_somebody_elses() {
+async fn a_physical_slot_is_an_error() {
     let patient = Patient::ready(Postgres::start().await).await;
     patient.sql().await.run("SELECT pg_drop_replication_slot('tuplewatch')").await;
     patient.sql().await.run("SELECT pg_create_physical_replication_slot('tuplewatch')").await;
@@ -46,9 +46,9 @@ async fn it_is_somebody_elses() {
     patient.streams().await;
 }
 
-/// Nobody reads, and the server keeps WAL: serving is what helps.
+/// The server keeps WAL for a slot that is not read, and serving is the remedy.
 #[tokio::test]
-async fn nobody_reads_it() {
+async fn an_unread_slot_is_a_warning() {
     let patient = Patient::used(Postgres::start().await).await.with("--replication-warn-retained-wal", "32MiB");
     let kept = "pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > 48 * 1024 * 1024";
     write_until(&patient.sql().await, "much is kept", kept).await;
@@ -59,7 +59,7 @@ async fn nobody_reads_it() {
 
     let process = patient.serve(&[], &[]).await;
     let sql = patient.sql().await;
-    // The server moves on what it keeps when it next notes what runs, with something to note it for.
+    // The server releases WAL after it next logs the running transactions, which needs activity.
     eventually("it catches up, and nothing is kept", async || {
         sql.insert("t1", &fastrand::u64(..).to_string()).await;
         sql.run("CHECKPOINT").await;
@@ -70,7 +70,7 @@ async fn nobody_reads_it() {
 }
 
 #[tokio::test]
-async fn it_is_about_to_be_lost() {
+async fn a_slot_close_to_its_wal_limit_is_a_warning() {
     let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "64MB")]).await).await;
     let warnings = patient.doctor(&[]).await.about("warning", SLOT);
     let [diagnostic] = warnings.as_slice() else { panic!("{warnings:#?}") };
@@ -79,9 +79,9 @@ async fn it_is_about_to_be_lost() {
     assert!(patient.doctor(&[]).await.about("warning", SLOT).is_empty());
 }
 
-/// Past the limit, and not yet given up: that takes a checkpoint.
+/// Past the limit, but not invalidated before the next checkpoint.
 #[tokio::test]
-async fn it_is_as_good_as_lost() {
+async fn an_unreserved_slot_is_a_warning() {
     let mut patient = Patient::used(Postgres::with(&[("max_slot_wal_keep_size", "1MB")]).await).await;
     let sql = patient.sql().await;
     let is_unreserved = "(SELECT wal_status = 'unreserved' FROM pg_replication_slots WHERE slot_name = 'tuplewatch')";
@@ -101,23 +101,23 @@ async fn it_is_as_good_as_lost() {
 }
 
 #[tokio::test]
-async fn another_node_has_it() {
+async fn a_slot_held_by_another_node_is_a_warning() {
     let mut patient = Patient::used(Postgres::start().await).await;
     let mut thief = patient.serve(&[("--changelog-path", "their-log")], &[]).await;
     let diagnosis = patient.doctor(&[]).await;
     let warnings = diagnosis.about("warning", SLOT);
     let [diagnostic] = warnings.as_slice() else { panic!("{diagnosis:#?}") };
     assert!(diagnostic.what.contains("which is not this tuplewatch"), "{diagnostic:?}");
-    // Whatever starts it is stopped first, as it says.
+    // The other node is stopped first, as the fix says.
     thief.kill_9().await;
     patient.apply(diagnostic).await;
     eventually("the slot is free", async || patient.doctor(&[]).await.about("warning", SLOT).is_empty()).await;
     patient.streams().await;
 }
 
-/// Whatever it is, it does not give way.
+/// Another program does not give way.
 #[tokio::test]
-async fn a_stranger_has_it() {
+async fn a_slot_held_by_another_program_is_an_error() {
     let patient = Patient::used(Postgres::start().await).await;
     let mut stranger = patient.postgres.stranger("cdc").await;
     patient.sql().await.insert("t1", "theirs").await;
@@ -127,9 +127,9 @@ async fn a_stranger_has_it() {
     eventually("the slot is free", async || patient.doctor(&[]).await.summary.error == 0).await;
 }
 
-/// `serve` has stopped where it was, and the role that it has sees of its own walsender only that there is one.
+/// `serve` is suspended, and its role sees nothing of its walsender but its existence.
 #[tokio::test]
-async fn it_is_read_too_slowly() {
+async fn a_slot_that_is_read_too_slowly_is_a_warning() {
     let postgres = Postgres::start().await;
     let admin = postgres.uri();
     let patient = Patient::used(postgres).await.with("--replication-warn-retained-wal", "32MiB");
@@ -151,13 +151,13 @@ async fn it_is_read_too_slowly() {
 
 /// A forgotten `BEGIN`.
 #[tokio::test]
-async fn a_transaction_holds_it_back() {
+async fn a_long_transaction_is_a_warning() {
     let mut patient = Patient::used(Postgres::start().await).await;
     let forgotten = patient.sql().await;
     forgotten.run("BEGIN; SELECT pg_current_xact_id()").await;
     let pid = forgotten.value("SELECT pg_backend_pid()").await;
     let subject = format!("transaction of process {pid}");
-    // Not for so long.
+    // It is not old enough for the default.
     assert!(patient.doctor(&[]).await.about("warning", &subject).is_empty());
     let warnings = patient.doctor(&["--long-transaction", "0s"]).await.about("warning", &subject);
     let [diagnostic] = warnings.as_slice() else { panic!("{warnings:#?}") };
@@ -171,7 +171,7 @@ async fn a_transaction_holds_it_back() {
     })
     .await;
 
-    // A role that must not see since when is told so, and how it may.
+    // A role that may not see its age gets a diagnostic with the remedy.
     let other = patient.sql().await;
     other.run("CREATE ROLE reader LOGIN REPLICATION; GRANT USAGE ON SCHEMA tuplewatch TO reader").await;
     other.run("GRANT SELECT ON ALL TABLES IN SCHEMA tuplewatch TO reader; BEGIN; SELECT pg_current_xact_id()").await;
@@ -184,9 +184,9 @@ async fn a_transaction_holds_it_back() {
     assert!(diagnosis.of_severity("warning").iter().any(|diagnostic| diagnostic.subject.starts_with("transaction of")));
 }
 
-/// A gap does not end before it, and nothing tells of it but its lock: it has written nothing.
+/// A gap cannot end before it does, and only its lock shows it, because it has written nothing.
 #[tokio::test]
-async fn a_transaction_has_locked_a_watched_table() {
+async fn a_transaction_that_locks_a_watched_table_is_a_warning() {
     let mut patient = Patient::used(Postgres::with(&[("max_prepared_transactions", "5")]).await).await;
     let writer = patient.sql().await;
     let reader = patient.sql().await;
@@ -198,8 +198,8 @@ async fn a_transaction_has_locked_a_watched_table() {
         warnings.iter().filter(|diagnostic| diagnostic.subject.contains("transaction")).collect();
     let [diagnostic] = about.as_slice() else { panic!("{warnings:#?}") };
     assert_eq!(diagnostic.subject, format!("transaction of process {pid}"));
-    for says in ["has locked tuplewatch.attributes", "user postgres", "nightly", "idle in transaction"] {
-        assert!(diagnostic.what.contains(says), "{diagnostic:?}");
+    for expected in ["has locked tuplewatch.attributes", "user postgres", "nightly", "idle in transaction"] {
+        assert!(diagnostic.what.contains(expected), "{diagnostic:?}");
     }
     assert!(diagnostic.meaning.as_deref().unwrap().contains("A gap"), "{diagnostic:?}");
     patient.apply(diagnostic).await;
@@ -216,7 +216,7 @@ async fn a_transaction_has_locked_a_watched_table() {
 }
 
 #[tokio::test]
-async fn a_prepared_transaction_holds_it_back() {
+async fn a_prepared_transaction_is_a_warning() {
     let mut patient = Patient::used(Postgres::with(&[("max_prepared_transactions", "5")]).await).await;
     patient.sql().await.run("BEGIN; CREATE TABLE forgotten (); PREPARE TRANSACTION E'it''s\\nforgotten'").await;
     let warnings = patient.doctor(&["--long-transaction", "0s"]).await.of_severity("warning");
@@ -227,9 +227,9 @@ async fn a_prepared_transaction_holds_it_back() {
     assert_eq!(diagnosis.about("ok", "transactions").len(), 1, "{diagnosis:#?}");
 }
 
-/// From version 18 on there is a limit to how long a slot may go unread.
+/// From version 18 on there can be a limit to the time that a slot is not read.
 #[tokio::test]
-async fn it_must_not_idle() {
+async fn an_idle_timeout_of_slots_is_a_warning() {
     let mut patient = Patient::used(Postgres::since(18, &[("idle_replication_slot_timeout", "1d")]).await).await;
     let setting = "idle_replication_slot_timeout";
     let found = patient.doctor(&[]).await.about("warning", setting);

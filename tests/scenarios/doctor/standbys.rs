@@ -1,4 +1,4 @@
-//! Slots that survive a promotion, from version 17 on: and what they wait for.
+//! Failover slots (from version 17 on), and the standbys that they wait for.
 
 use super::Patient;
 use crate::scenarios::cli::setup::psql;
@@ -9,11 +9,11 @@ use tuplewatch::dev_postgres::StopMode;
 const SETTING: &str = "synchronized_standby_slots";
 
 #[tokio::test]
-async fn it_waits_for_a_slot_that_is_not_there() {
+async fn a_missing_synchronized_standby_slot_is_an_error() {
     let patient = Patient::new(Postgres::since(17, &[(SETTING, "gone")]).await);
     let mut patient = patient.with("--replication-failover", "off");
     patient.run("setup", &[]).await.succeeded();
-    // Without failover it does not wait.
+    // Without failover the slot does not wait.
     let diagnosis = patient.doctor(&[]).await;
     assert_eq!(diagnosis.about("warning", SETTING).len(), 1, "{diagnosis:#?}");
     patient.is_well().await;
@@ -26,9 +26,9 @@ async fn it_waits_for_a_slot_that_is_not_there() {
     patient.streams().await;
 }
 
-/// A standby that nobody told of the slot.
+/// A standby without a copy of the slot.
 #[tokio::test]
-async fn a_promotion_would_lose_it() {
+async fn a_slot_that_a_promotion_would_lose_is_a_warning() {
     let patient = Patient::new(Postgres::since(17, &[]).await);
     let mut patient = patient.with("--replication-failover", "off");
     patient.run("setup", &[]).await.succeeded();
@@ -65,9 +65,9 @@ async fn a_promotion_would_lose_it() {
     );
     patient.streams().await;
 
-    // The standby goes, and what is to wait for it waits for ever.
+    // The standby stops, and the slot would wait for it for ever.
     standby.stop(StopMode::Fast).await;
-    eventually("the slot has nobody", async || {
+    eventually("the slot is not active", async || {
         sql.is_true("EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'standby1' AND NOT active)").await
     })
     .await;
@@ -76,9 +76,9 @@ async fn a_promotion_would_lose_it() {
     patient.is_well().await;
 }
 
-/// A standby itself is no place to read from.
+/// tuplewatch cannot read from a standby.
 #[tokio::test]
-async fn it_was_pointed_to_a_standby() {
+async fn a_uri_that_leads_to_a_standby_is_an_error() {
     let mut patient = Patient::ready(Postgres::start().await).await;
     patient.postgres.stop(StopMode::Fast).await;
     patient.postgres.put_signal("standby.signal");

@@ -1,17 +1,17 @@
-//! The publication, and the tables that are mapped.
+//! The publication and the mapped tables.
 
 use super::Patient;
 use crate::support::postgres::Postgres;
 
 #[tokio::test]
-async fn there_is_no_publication_yet() {
+async fn a_missing_publication_is_an_error() {
     let mut patient = Patient::new(Postgres::start().await);
     patient.sql().await.run(include_str!("../../../sql/0001_tables.sql")).await;
     patient.heals("publication tuplewatch", "does not exist").await;
 }
 
 #[tokio::test]
-async fn there_is_nothing_yet() {
+async fn an_empty_database_is_repaired_by_setup() {
     let mut patient = Patient::new(Postgres::start().await);
     let errors = patient.doctor(&[]).await.of_severity("error");
     assert_eq!(errors.len(), 4, "{errors:#?}");
@@ -21,33 +21,33 @@ async fn there_is_nothing_yet() {
 }
 
 #[tokio::test]
-async fn the_publication_was_dropped() {
+async fn a_dropped_publication_is_an_error() {
     let mut patient = Patient::used(Postgres::start().await).await;
     patient.sql().await.run("DROP PUBLICATION tuplewatch").await;
     patient.heals("publication tuplewatch", "does not exist").await;
 }
 
 #[tokio::test]
-async fn deletions_are_not_published() {
+async fn unpublished_deletes_are_an_error() {
     let mut patient = Patient::used(Postgres::start().await).await;
     patient.sql().await.run("ALTER PUBLICATION tuplewatch SET (publish = 'insert, update, truncate')").await;
     patient.heals("publication tuplewatch", "does not publish delete").await;
 }
 
 #[tokio::test]
-async fn a_table_was_taken_out_of_the_publication() {
+async fn a_table_outside_the_publication_is_an_error() {
     let mut patient = Patient::used(Postgres::start().await).await;
     patient.sql().await.run("ALTER PUBLICATION tuplewatch DROP TABLE tuplewatch.attributes").await;
-    // A running tuplewatch looks at once.
+    // A running tuplewatch checks at once.
     let diagnostic = patient.has("table tuplewatch.attributes", "is not in publication tuplewatch").await;
     let fix = diagnostic.fix.unwrap();
     assert!(fix.contains("SELECT pg_logical_emit_message(true, 'tuplewatch', 'check');"), "{fix}");
     patient.heals("table tuplewatch.attributes", "is not in publication tuplewatch").await;
 }
 
-/// Rows or columns that are held back: from version 15 on.
+/// Filtered rows or columns, from version 15 on.
 #[tokio::test]
-async fn a_publication_is_not_of_everything() {
+async fn row_filters_and_column_lists_are_errors() {
     let mut patient = Patient::used(Postgres::since(15, &[]).await).await;
     let rest = "ALTER PUBLICATION tuplewatch SET TABLE tuplewatch.attributes, tuplewatch.relation_tuples";
     for (part, what) in [
@@ -60,7 +60,7 @@ async fn a_publication_is_not_of_everything() {
 }
 
 #[tokio::test]
-async fn old_rows_are_incomplete() {
+async fn incomplete_old_rows_are_an_error() {
     let mut patient = Patient::used(Postgres::start().await).await;
     patient.sql().await.run("ALTER TABLE tuplewatch.attributes REPLICA IDENTITY DEFAULT").await;
     patient.heals("table tuplewatch.attributes", "old rows lack column value").await;
@@ -71,7 +71,7 @@ async fn old_rows_are_incomplete() {
 const SHARES: &str = "tables: [{table: shop.shares, tenant: company, tuple: {
     entity_type: {constant: document}, entity_id: id, relation: role, subject_type: {constant: user}, subject_id: person}}]";
 
-/// With a table of somebody's own.
+/// A node with a custom table.
 async fn with_shares(sql: &str) -> Patient {
     let patient = Patient::new(Postgres::start().await).with("--mapping-file", "m.yaml");
     std::fs::write(patient.path().join("m.yaml"), SHARES).unwrap();
@@ -82,7 +82,7 @@ async fn with_shares(sql: &str) -> Patient {
 const COLUMNS: &str = "company text, id text, role text, person text, PRIMARY KEY (company, id, role, person)";
 
 #[tokio::test]
-async fn a_partitioned_table_is_published_under_other_names() {
+async fn partitions_published_under_their_own_names_are_an_error() {
     let sql = format!(
         "CREATE TABLE shop.shares ({COLUMNS}) PARTITION BY LIST (company);
          CREATE TABLE shop.rest PARTITION OF shop.shares DEFAULT"
@@ -94,7 +94,7 @@ async fn a_partitioned_table_is_published_under_other_names() {
 }
 
 #[tokio::test]
-async fn a_table_is_not_logged() {
+async fn an_unlogged_table_is_an_error() {
     let sql = format!("CREATE UNLOGGED TABLE shop.shares ({COLUMNS}); CREATE PUBLICATION tuplewatch FOR ALL TABLES");
     let mut patient = with_shares(&sql).await;
     patient.run("setup", &[]).await.succeeded();
@@ -102,7 +102,7 @@ async fn a_table_is_not_logged() {
 }
 
 #[tokio::test]
-async fn a_mapped_column_is_missing() {
+async fn a_missing_mapped_column_is_an_error() {
     let sql = format!("CREATE TABLE shop.shares ({COLUMNS})");
     let patient = with_shares(&sql).await;
     patient.run("setup", &[]).await.succeeded();
@@ -114,9 +114,9 @@ async fn a_mapped_column_is_missing() {
     patient.streams().await;
 }
 
-/// What has the name of a table, and what it is.
+/// Other objects with the name of a mapped table.
 #[tokio::test]
-async fn a_mapped_name_is_not_that_of_a_table() {
+async fn a_mapped_name_of_another_object_is_an_error() {
     let foreign = "CREATE FOREIGN DATA WRAPPER nowhere; CREATE SERVER elsewhere FOREIGN DATA WRAPPER nowhere;
                    CREATE FOREIGN TABLE shop.shares (company text) SERVER elsewhere";
     for (create, drop, what) in [

@@ -1,4 +1,4 @@
-//! Whether a node says that it delivers: everywhere where it can be asked, in the same words.
+//! Asks a node on every interface whether it delivers, and checks that all give the same answer.
 
 use crate::scenarios::cli::process::{Ran, tuplewatch};
 use crate::support::server::Server;
@@ -9,11 +9,11 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-/// All that `grpc.health.v1` knows.
+/// The services that `grpc.health.v1` knows.
 const SERVICES: [&str; 4] = ["", "base.v1.Watch", "base.v1.Data", "base.v1.Tenancy"];
 
 impl Server {
-    /// Waits until it says that it delivers.
+    /// Waits until it reports that it delivers.
     pub(crate) async fn ready(&self) {
         eventually("ready", async || self.readiness().await == (200, json!({"status": "READY"}))).await;
         for service in SERVICES {
@@ -25,7 +25,7 @@ impl Server {
         assert_eq!(scrape.get("tuplewatch_not_ready", &[]), 0.0);
     }
 
-    /// Waits until it says that it does not deliver, with this in the reason, which metrics call `label`.
+    /// Waits until it reports that it does not deliver, with this text in the reason. `label` is the name of the reason in metrics.
     pub(crate) async fn not_ready(&self, label: &str, reason: &str) {
         let mut last = String::new();
         eventually(&format!("not ready: {reason}"), async || {
@@ -42,7 +42,7 @@ impl Server {
         assert_eq!(scrape.get("tuplewatch_ready", &[]), 0.0);
         assert_eq!(scrape.get("tuplewatch_not_ready", &[("reason", label)]), 1.0, "{}", scrape.text);
         assert_eq!(scrape.get("tuplewatch_not_ready", &[]), 1.0, "one reason at a time");
-        // It is not dead for that, and a reason is for everybody to read.
+        // It is still alive, and a reason reveals no secrets.
         assert_eq!(self.ask(Method::GET, "/healthz", "").await.0, 200);
         for secret in ["127.0.0.1", "feeder", "postgres@"] {
             assert!(!last.contains(secret), "{last}");
@@ -66,7 +66,7 @@ impl Server {
     }
 }
 
-/// What `Health/Watch` tells.
+/// The stream of `Health/Watch`.
 pub(crate) struct HealthChanges(tonic::Streaming<tonic_health::pb::HealthCheckResponse>);
 
 impl HealthChanges {

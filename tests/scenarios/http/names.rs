@@ -1,4 +1,4 @@
-//! What is not understood is refused, and changes nothing.
+//! Unknown names and ambiguous requests are refused, and change nothing.
 
 use super::{created, document};
 use crate::support::http::{EventSource, Seen, reason};
@@ -12,12 +12,12 @@ use serde_json::{Value as Json, json};
 
 const WATCH: &str = "/v1/tenants/t1/watch";
 
-/// Is refused as invalid, with this in its message.
-async fn refused(server: &Server, method: Method, path: &str, body: &str, says: &str) {
+/// The request is refused as invalid, with this text in the message.
+async fn refused(server: &Server, method: Method, path: &str, body: &str, expected: &str) {
     let (status, error) = server.ask(method.clone(), path, body.to_owned()).await;
     assert_eq!((status, reason(&error).0), (400, 3), "{method} {path} {body}: {error}");
     let message = error["message"].as_str().unwrap();
-    assert!(message.contains(says), "{method} {path} {body}: {message}");
+    assert!(message.contains(expected), "{method} {path} {body}: {message}");
 }
 
 fn tuple(id: &str) -> Json {
@@ -31,7 +31,7 @@ async fn an_unknown_name_is_refused_with_the_nearest_known_one() {
     let sql = postgres.sql().await;
     sql.insert("t1", "kept").await;
     let before = sql.facts("t1").await;
-    for (path, body, says) in [
+    for (path, body, expected) in [
         (WATCH, json!({"snaptoken": "x"}), "unknown field `snaptoken`: did you mean `snap_token`?"),
         (WATCH, json!({"SnapToken": "x"}), "did you mean `snap_token`?"),
         ("/v1/watch/watch", json!({"tenant": "t1"}), "unknown field `tenant`: known here: tenant_id, snap_token"),
@@ -58,9 +58,9 @@ async fn an_unknown_name_is_refused_with_the_nearest_known_one() {
         ("/v1/tenants/list", json!({"continuoustoken": ""}), "did you mean `continuous_token`?"),
         ("/v1/tenants/create", json!({"id": "t9", "names": "n"}), "did you mean `name`?"),
     ] {
-        refused(&server, Method::POST, path, &body.to_string(), says).await;
+        refused(&server, Method::POST, path, &body.to_string(), expected).await;
     }
-    for (method, path, body, says) in [
+    for (method, path, body, expected) in [
         (
             Method::GET,
             "/v1/tenants/t1/watch?snaptoken=x",
@@ -77,7 +77,7 @@ async fn an_unknown_name_is_refused_with_the_nearest_known_one() {
         (Method::DELETE, "/v1/tenants/t1", r#"{"id": "t2"}"#, "`id` has one value in the path"),
         (Method::POST, "/v1/tenants/t1/data/write", r#"{"tenant_id": "t2"}"#, "`tenant_id` has one value in the path"),
     ] {
-        refused(&server, method, path, body, says).await;
+        refused(&server, method, path, body, expected).await;
     }
     assert_eq!(sql.facts("t1").await, before);
     assert!(sql.is_true("NOT EXISTS (SELECT FROM tuplewatch.tenants WHERE id = 't9')").await);
@@ -85,12 +85,12 @@ async fn an_unknown_name_is_refused_with_the_nearest_known_one() {
 }
 
 #[tokio::test]
-async fn a_body_that_says_two_things_or_none_is_refused() {
+async fn an_ambiguous_or_malformed_body_is_refused() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let write = "/v1/tenants/t1/data/write";
     let one = tuple("1");
-    for (path, body, says) in [
+    for (path, body, expected) in [
         (WATCH, r#"{"snap_token": "", "snap_token": ""}"#.to_owned(), "`snap_token` is there twice"),
         (WATCH, r#"{"snap_token": "", "snapToken": ""}"#.to_owned(), "`snapToken` is there twice"),
         (write, format!(r#"{{"tuples": [{one}], "tuples": []}}"#), "`tuples` is there twice"),
@@ -109,18 +109,18 @@ async fn a_body_that_says_two_things_or_none_is_refused() {
             "unknown field of attributes[0].value `value`: known here: data",
         ),
     ] {
-        refused(&server, Method::POST, path, &body, says).await;
+        refused(&server, Method::POST, path, &body, expected).await;
     }
     assert!(postgres.sql().await.facts("t1").await.is_empty());
 
-    // Null is a field that is not there, and the content type is not looked at: as in Permify's gateway.
+    // As in Permify's gateway, null means an absent field, and the content type is ignored.
     let body = format!(r#"{{"tuples": [{one}], "attributes": null, "metadata": null}}"#);
     let request =
         reqwest::Client::new().post(server.url(write)).header("content-type", "application/x-www-form-urlencoded");
     assert_eq!(within("an answer", request.body(body).send()).await.unwrap().status(), 200);
     assert_eq!(postgres.sql().await.facts("t1").await.len(), 1);
 
-    // What is not there is said in JSON, and by what methods the rest is.
+    // Unknown paths are refused in JSON, and wrong methods with the allowed ones.
     for path in ["/v1/tenants/t1/watches", "/v1/tenants/t1/watch/", "/v2/tenants/t1/watch", "/v1/tenants/t1/data"] {
         let (status, error) = server.ask(Method::POST, path, "{}").await;
         assert_eq!((status, reason(&error).0), (404, 5), "{path}");
@@ -136,7 +136,7 @@ async fn a_body_that_says_two_things_or_none_is_refused() {
     }
 }
 
-/// The first change after this token, which is in the query as it is.
+/// The first change after this token, which is put into the query unchanged.
 async fn first_after(server: &Server, token: &str) -> String {
     let mut source = EventSource::new(server.url(&format!("{WATCH}?snap_token={token}")));
     assert_eq!(source.next().await, Seen::Open, "{token}");
@@ -145,12 +145,12 @@ async fn first_after(server: &Server, token: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_plus_in_the_query_is_a_plus() {
+async fn a_plus_in_the_query_is_not_a_space() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
     let mut stream = server.watch("t1", "").await;
-    // In the standard alphabet of base64, which is taken, too, some tokens have one.
+    // In the standard alphabet of base64, which is accepted too, some tokens contain a plus.
     let mut n = 0;
     let token = loop {
         sql.insert("t1", &n.to_string()).await;
@@ -173,7 +173,7 @@ async fn insert(sql: &Sql, id: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_plus_in_permifys_token_is_a_plus() {
+async fn a_plus_in_permifys_token_is_not_a_space() {
     let postgres = Postgres::start().await;
     let permify = Permify::create(&postgres, "public", Tables::New).await;
     let server = permify.serve(&postgres, &[]).await;
@@ -194,7 +194,7 @@ async fn a_plus_in_permifys_token_is_a_plus() {
 }
 
 #[tokio::test]
-async fn the_last_event_wins_over_the_query_and_is_not_for_lines() {
+async fn last_event_id_overrides_the_query_of_an_event_source_only() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let (sql, mut stream, first) = server.first_delivered(&postgres, "first").await;
@@ -204,12 +204,12 @@ async fn the_last_event_wins_over_the_query_and_is_not_for_lines() {
     let url = server.url(&format!("{WATCH}?snap_token={first}"));
     let get = reqwest::Client::new().get(url).header("last-event-id", &second);
     let mut response = within("an answer", get.send()).await.unwrap();
-    let mut said = String::new();
-    while !said.contains("data: ") {
+    let mut received = String::new();
+    while !received.contains("data: ") {
         let chunk = within("an event", response.chunk()).await.unwrap().unwrap();
-        said.push_str(std::str::from_utf8(&chunk).unwrap());
+        received.push_str(std::str::from_utf8(&chunk).unwrap());
     }
-    assert!(said.contains("third") && !said.contains("second"), "{said}");
+    assert!(received.contains("third") && !received.contains("second"), "{received}");
 
     let post = reqwest::Client::new().post(server.url(WATCH)).header("last-event-id", &second).body("{}");
     let response = within("an answer", post.send()).await.unwrap();
@@ -226,7 +226,7 @@ tables:
 ";
 
 #[tokio::test]
-async fn tenants_have_permifys_form_in_the_presets_and_any_in_a_mapping_of_ones_own() {
+async fn presets_restrict_tenant_ids_and_custom_mappings_do_not() {
     let postgres = Postgres::start().await;
     let permify = Permify::create(&postgres, "public", Tables::New).await;
     let long = "x".repeat(129);

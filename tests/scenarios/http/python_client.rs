@@ -1,4 +1,4 @@
-//! Permify's own client for Python, from its registry, as it is.
+//! Permify's own client for Python, unchanged, from its registry.
 
 use crate::support::foreign;
 use crate::support::postgres::Postgres;
@@ -24,7 +24,7 @@ impl Client {
         Self { lines: BufReader::new(process.stdout.take().unwrap()).lines(), process }
     }
 
-    async fn says(&mut self) -> Json {
+    async fn answer(&mut self) -> Json {
         let line = within("a line of the client", self.lines.next_line()).await.unwrap();
         let line = line.unwrap_or_else(|| panic!("the client ended: see what it wrote to the standard error"));
         serde_json::from_str(&line).unwrap()
@@ -36,43 +36,43 @@ impl Client {
 }
 
 #[tokio::test]
-async fn it_watches() {
+async fn permifys_python_client_watches() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
     let mut client = Client::start(&server, &["watch", "t1", "", "2"]).await;
-    assert_eq!(client.says().await, json!({"status": 200}));
+    assert_eq!(client.answer().await, json!({"status": 200}));
     sql.insert("t1", "a").await;
     sql.insert("t1", "b").await;
-    let first = client.says().await;
+    let first = client.answer().await;
     assert_eq!(first["changes"], super::created("a"));
-    assert_eq!(client.says().await["changes"], super::created("b"));
+    assert_eq!(client.answer().await["changes"], super::created("b"));
     client.ends().await;
 
-    // Comes back with its token, and stays until the end.
+    // It resumes with its token, and stays until the end.
     let mut client = Client::start(&server, &["watch", "t1", first["snap_token"].as_str().unwrap(), "2"]).await;
-    assert_eq!(client.says().await, json!({"status": 200}));
-    assert_eq!(client.says().await["changes"], super::created("b"));
+    assert_eq!(client.answer().await, json!({"status": 200}));
+    assert_eq!(client.answer().await["changes"], super::created("b"));
     server.terminate().await;
-    assert!(client.says().await["error"].as_str().unwrap().contains("shutting down"));
+    assert!(client.answer().await["error"].as_str().unwrap().contains("shutting down"));
     client.ends().await;
 }
 
 #[tokio::test]
-async fn it_writes_reads_and_deletes() {
+async fn permifys_python_client_writes_reads_and_deletes() {
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let mut watch = server.lines("/v1/tenants/t1/watch", json!({})).await;
     let mut client = Client::start(&server, &["data", "t1"]).await;
-    assert_eq!(client.says().await, json!({"written": true}));
-    let read = client.says().await;
+    assert_eq!(client.answer().await, json!({"written": true}));
+    let read = client.answer().await;
     let tuple = &super::created("1")[0]["tuple"];
     assert_eq!(read["tuples"], json!([tuple]));
     let value = json!({"@type": "type.googleapis.com/base.v1.BooleanValue", "data": true});
     let attribute = json!({"entity": {"type": "document", "id": "1"}, "attribute": "public", "value": value});
     assert_eq!(read["attributes"], json!([attribute]));
-    assert_eq!(client.says().await, json!({"left": 0}));
-    assert_eq!(client.says().await, json!({"refused": "ERROR_CODE_TENANT_NOT_FOUND"}));
+    assert_eq!(client.answer().await, json!({"left": 0}));
+    assert_eq!(client.answer().await, json!({"refused": "ERROR_CODE_TENANT_NOT_FOUND"}));
     client.ends().await;
 
     for operation in ["OPERATION_CREATE", "OPERATION_DELETE"] {

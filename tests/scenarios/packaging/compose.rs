@@ -24,7 +24,7 @@ impl Compose {
         self.services.get(name).unwrap_or_else(|| panic!("no service {name}"))
     }
 
-    /// What a service of our image runs.
+    /// The command of a service of our image.
     fn recipe(&self, name: &str) -> Recipe {
         let service = self.service(name);
         assert_eq!(service["image"], concat!("tuplewatch:", env!("CARGO_PKG_VERSION")));
@@ -52,7 +52,7 @@ impl Compose {
         command[1..].chunks(2).map(setting).collect()
     }
 
-    /// What depends on `of` waits for this.
+    /// The condition of `of` that `service` waits for before it starts.
     fn waits(&self, service: &str, of: &str) -> String {
         text(&self.service(service)["depends_on"][of]["condition"])
     }
@@ -75,7 +75,7 @@ fn interpolated(text: &str, variables: &Environment) -> String {
 }
 
 #[tokio::test]
-async fn a_tuple_comes_through_what_compose_starts() {
+async fn the_compose_file_delivers_a_tuple() {
     let compose = Compose::read();
     assert_eq!(compose.waits("setup", "postgres"), "service_healthy");
     assert_eq!(compose.waits("tuplewatch", "setup"), "service_completed_successfully");
@@ -89,8 +89,8 @@ async fn a_tuple_comes_through_what_compose_starts() {
     let node = compose.recipe("tuplewatch").serves(&database).await;
     node.delivers(&database, "d1").await;
     assert_eq!(node.check_health(&compose.image.healthcheck()).await.succeeded(), "alive\n");
-    // Nothing was wrong with the server, nor worth a warning.
-    let complaints = node.process.complained();
+    // The log has neither warnings nor errors.
+    let complaints = node.process.logged();
     assert!(!complaints.iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{complaints:?}");
     may_only_read(&database, &compose.recipe("tuplewatch")).await;
 
@@ -113,7 +113,7 @@ async fn may_only_read(database: &Database, recipe: &Recipe) {
 }
 
 #[test]
-fn ports_are_of_this_machine_and_files_are_there() {
+fn compose_ports_are_local_and_mounted_files_exist() {
     let compose = Compose::read();
     for (name, service) in compose.services.as_object().unwrap() {
         for port in service.get("ports").map(texts).unwrap_or_default() {

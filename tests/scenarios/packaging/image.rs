@@ -7,7 +7,7 @@ use std::process::Command;
 use tuplewatch::config::Config;
 
 pub(super) struct Image {
-    /// Name and the rest, in order.
+    /// Name and arguments, in order.
     instructions: Vec<(String, String)>,
 }
 
@@ -23,7 +23,7 @@ impl Image {
         Self { instructions: text.lines().map(instruction).collect() }
     }
 
-    /// What comes behind each instruction of this name.
+    /// The arguments of each instruction of this name.
     fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
         self.instructions.iter().filter(move |(given, _)| given == name).map(|(_, rest)| rest.as_str())
     }
@@ -32,19 +32,19 @@ impl Image {
         self.all(name).last().unwrap_or_else(|| panic!("no {name}"))
     }
 
-    /// Without a shell, of which the image has none.
+    /// An instruction in exec form, because the image has no shell.
     fn exec_form(&self, name: &str) -> Vec<String> {
         let rest = self.last(name);
         let list = rest.find('[').map(|at| &rest[at..]).unwrap_or_else(|| panic!("{name} {rest} takes a shell"));
         serde_json::from_str(list).unwrap()
     }
 
-    /// Arguments of the program, where a file gives none.
+    /// The default arguments of the program.
     pub(super) fn arguments(&self) -> Vec<String> {
         self.exec_form("CMD")
     }
 
-    /// Of the health check, behind the program.
+    /// The arguments of the program in the health check.
     pub(super) fn healthcheck(&self) -> Vec<String> {
         let command = self.exec_form("HEALTHCHECK");
         assert_eq!(command[0], self.program());
@@ -57,7 +57,7 @@ impl Image {
         entrypoint[0].clone()
     }
 
-    /// Of the image that runs; the one that builds has its own.
+    /// The environment of the image that runs. The one that builds has its own.
     pub(super) fn environment(&self) -> Environment {
         let last_stage = self.instructions.iter().rposition(|(name, _)| name == "FROM").unwrap();
         let last_stage = self.instructions[last_stage..].iter();
@@ -80,7 +80,7 @@ impl Image {
 }
 
 #[test]
-fn the_image_is_what_its_files_say() {
+fn the_image_matches_its_files() {
     let image = Image::read();
     let [built, ran] = image.all("FROM").collect::<Vec<_>>()[..] else { panic!("two stages") };
     let manifest = read("Cargo.toml");
@@ -92,7 +92,7 @@ fn the_image_is_what_its_files_say() {
 
     let environment = image.environment();
     assert!(environment["TUPLEWATCH_CHANGELOG__PATH"].starts_with(&format!("{}/", image.volume())));
-    // COPY changes the owner of nothing that is there already.
+    // COPY does not change the owner of existing files.
     let owned = format!(" /volume {}", image.volume());
     assert!(image.all("COPY").any(|rest| rest.contains("--chown=65532:65532") && rest.ends_with(&owned)));
     assert!(image.all("RUN").all(|rest| !rest.contains(&format!("/image{}", image.volume()))));
@@ -102,9 +102,9 @@ fn the_image_is_what_its_files_say() {
     assert_eq!(image.arguments(), ["serve"]);
 }
 
-/// What the image has besides the program is collected as the file says; and the program runs with these libraries and no others.
+/// Collects the files of the image as the Dockerfile does, and runs the program with these libraries only.
 #[test]
-fn the_image_has_all_that_the_program_needs() {
+fn the_image_has_every_library_that_the_program_needs() {
     let image = Image::read();
     let root = tempfile::tempdir().unwrap();
     let program = format!("{}{}", root.path().display(), image.program());
@@ -144,9 +144,9 @@ fn find(directory: &Path, name: &str, found: &mut BTreeSet<PathBuf>) {
     }
 }
 
-/// Cargo takes what is copied for the whole project, and the sources find all that they include.
+/// Cargo accepts the copied files as a complete project, and every included file is among them.
 #[test]
-fn what_is_copied_is_enough_to_build() {
+fn the_copied_files_are_enough_to_build() {
     let image = Image::read();
     let copied: BTreeSet<&str> = image
         .all("COPY")

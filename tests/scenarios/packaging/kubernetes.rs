@@ -27,10 +27,10 @@ impl Manifests {
         text(&secret["stringData"][text(&reference["key"])])
     }
 
-    /// What the only container of a pod runs. `index`: the number of a StatefulSet's pod.
+    /// The command of the only container of a pod. `index` is the number of a StatefulSet's pod.
     fn recipe(&self, object: &Json, index: usize) -> Recipe {
         let spec = &object["spec"]["template"]["spec"];
-        // Services called tuplewatch would else add variables that look like ours.
+        // Otherwise services named tuplewatch would add variables that look like ours.
         assert_eq!(spec["enableServiceLinks"], false);
         let [container] = &spec["containers"].as_array().unwrap()[..] else { panic!("one container") };
         assert_eq!(container["image"], concat!("tuplewatch:", env!("CARGO_PKG_VERSION")));
@@ -61,7 +61,7 @@ impl Manifests {
 }
 
 #[tokio::test]
-async fn a_token_of_one_pod_is_good_at_the_other() {
+async fn a_token_of_one_pod_resumes_on_the_other() {
     let manifests = Manifests::read();
     let job = manifests.object("Job", "tuplewatch-setup");
     let set = manifests.object("StatefulSet", "tuplewatch");
@@ -99,7 +99,7 @@ async fn a_token_of_one_pod_is_good_at_the_other() {
 }
 
 #[test]
-fn names_in_the_manifests_are_those_of_the_image() {
+fn names_in_the_manifests_match_the_image() {
     let manifests = Manifests::read();
     let set = manifests.object("StatefulSet", "tuplewatch");
     let container = &set["spec"]["template"]["spec"]["containers"][0];
@@ -109,7 +109,7 @@ fn names_in_the_manifests_are_those_of_the_image() {
     assert_eq!(container["volumeMounts"][0]["mountPath"], manifests.image.volume());
     assert_eq!(container["volumeMounts"][0]["name"], set["spec"]["volumeClaimTemplates"][0]["metadata"]["name"]);
     manifests.object("Service", set["spec"]["serviceName"].as_str().unwrap());
-    // The user of the image may write what Kubernetes mounts for this group.
+    // Kubernetes mounts the volume for this group, so that the user of the image may write to it.
     assert_eq!(set["spec"]["template"]["spec"]["securityContext"]["fsGroup"], 65532);
     let selector = &set["spec"]["selector"]["matchLabels"];
     for object in manifests.objects.iter().filter(|object| object["kind"] == "Service") {

@@ -4,7 +4,7 @@ use super::{Recipe, assignments, database_that_is_set_up, leaves_time_to_stop, r
 use crate::scenarios::cli::process::run;
 use std::collections::BTreeMap;
 
-/// Settings of a unit, in order; one may come several times.
+/// The settings of a unit in order. One may occur several times.
 struct Unit(Vec<(String, String)>);
 
 impl Unit {
@@ -21,7 +21,7 @@ impl Unit {
         value
     }
 
-    /// `file`: the environment file, as somebody edited it.
+    /// `file` is the edited environment file.
     fn recipe(&self, file: &str) -> Recipe {
         let mut words = self.one("ExecStart").split(' ').map(str::to_owned);
         assert_eq!(words.next().unwrap(), "/usr/local/bin/tuplewatch");
@@ -35,7 +35,7 @@ impl Unit {
 }
 
 #[tokio::test]
-async fn a_tuple_comes_through_what_systemd_starts() {
+async fn the_systemd_unit_delivers_a_tuple() {
     let unit = Unit::read();
     assert!(unit.one("EnvironmentFile").ends_with("/tuplewatch.env"));
     let (database, passwords) = database_that_is_set_up().await;
@@ -45,7 +45,7 @@ async fn a_tuple_comes_through_what_systemd_starts() {
     leaves_time_to_stop(unit.one("TimeoutStopSec"));
     node.stops("TERM").await;
 
-    // What systemd does not start again.
+    // systemd does not restart it after this exit code.
     let volume = tempfile::tempdir().unwrap();
     let wrong = unit.recipe("TUPLEWATCH_DATABASE_URI=x");
     let ran = run(wrong.command(&database, volume.path())).await;
