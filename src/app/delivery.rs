@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_the_way_and_from_when_on() {
+    fn each_obstacle_counts_from_its_own_delay_on() {
         let cases = [
             ("all is well", well(), None, 0),
             (
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_was_not_ready_becomes_so_with_an_answer_only() {
+    fn an_unready_node_becomes_ready_only_with_an_answer() {
         for (what, silence, now, expected) in [
             (
                 "it could not be asked before there was a session",
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_is_stuck_from_when_it_stopped_to_move() {
+    fn a_log_is_stuck_since_its_last_progress() {
         let mut syncing = Syncing::default();
         let mut since = |received, durable, now| syncing.since(Lsn(received), Lsn(durable), at(now));
         assert_eq!(since(0, 10, 0), None, "a log from before");

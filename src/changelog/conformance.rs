@@ -267,7 +267,7 @@ fn the_model_conforms() {
 }
 
 #[test]
-fn the_local_log_conforms_and_keeps_it() {
+fn the_local_log_conforms_and_persists() {
     let directory = tempfile::tempdir().unwrap();
     let log = LocalLog::open(options(directory.path())).unwrap();
     conforms(&log);
@@ -278,7 +278,7 @@ fn the_local_log_conforms_and_keeps_it() {
 }
 
 #[test]
-fn staged_leftovers_go_at_open() {
+fn open_removes_staged_leftovers() {
     let directory = tempfile::tempdir().unwrap();
     let log = LocalLog::open(options(directory.path())).unwrap();
     log.append(&[adopt(), staged(100, "a", &[1, 2])]).unwrap();
@@ -352,7 +352,7 @@ fn a_transaction_of_very_many_tenants_is_read_in_their_order() {
 }
 
 #[test]
-fn a_full_disk_drops_history_and_then_says_so() {
+fn a_full_disk_drops_history_before_it_is_reported() {
     let directory = tempfile::tempdir().unwrap();
     let log = LocalLog::open(Options { reserve_bytes: u64::MAX - 1, ..options(directory.path()) }).unwrap();
     log.append(&[adopt(), transaction(100, &["a"])]).unwrap();
@@ -362,7 +362,7 @@ fn a_full_disk_drops_history_and_then_says_so() {
 }
 
 #[test]
-fn directories_that_are_not_a_log() {
+fn directories_without_a_log_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("log");
     let open = || LocalLog::open(options(&path)).map(drop).map_err(|error| error.to_string());

@@ -159,7 +159,7 @@ error    slot s     is lost (a long reason that has to be broken)
     }
 
     #[test]
-    fn on_a_terminal() {
+    fn text_is_wrapped_and_coloured_on_a_terminal() {
         let broken = text(&diagnosis(), Layout { style: Style::COLORED, width: Some(62) });
         assert!(
             broken.contains("\u{1b}[1m\u{1b}[31merror   \u{1b}[0m slot s     is lost (a long reason that has to be\n"),
@@ -173,7 +173,7 @@ error    slot s     is lost (a long reason that has to be broken)
     }
 
     #[test]
-    fn as_json() {
+    fn a_diagnosis_is_written_as_json() {
         let json = serde_json::to_value(diagnosis()).unwrap();
         let expected = serde_json::json!({
             "server": "db:5432",

@@ -190,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions() {
+    fn versions_are_parsed() {
         let check = |text, expected| assert_eq!(parse_version(text), expected, "{text}");
         check("postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)\n", Some(("15.18", 15)));
         check("postgres (PostgreSQL) 18beta1\n", Some(("18beta1", 18)));
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn install_commands() {
+    fn each_system_has_its_install_command() {
         let check = |os, release, expected: &str| {
             let command = install_command(os, release);
             assert!(command.contains(expected), "{os} {release:?}: {command}");
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn newest_first_by_number() {
+    fn installations_are_sorted_newest_first() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["pgsql-9", "pgsql-16", "pgsql-14", "pgsql-x", "other"] {
             fs::create_dir(dir.path().join(name)).unwrap();

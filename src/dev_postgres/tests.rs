@@ -85,7 +85,7 @@ async fn begin<T>(future: impl Future<Output = T>) {
 }
 
 #[tokio::test]
-async fn creates_starts_and_continues() {
+async fn a_cluster_is_created_started_and_continued() {
     let place = Place::new();
     let mut cluster = started(&place).await;
     assert!(cluster.is_running() && !cluster.is_elsewhere());
@@ -126,7 +126,7 @@ async fn creates_starts_and_continues() {
 }
 
 #[tokio::test]
-async fn survives_kill_9_under_load() {
+async fn a_cluster_survives_kill_9_under_load() {
     let place = Place::new();
     let mut cluster = started(&place).await;
     psql(&cluster, "CREATE TABLE kept (n int)");
@@ -154,7 +154,7 @@ async fn survives_kill_9_under_load() {
 }
 
 #[tokio::test]
-async fn takes_over_from_a_killed_run() {
+async fn a_cluster_of_a_killed_run_is_taken_over() {
     let place = Place::new();
     let cluster = started(&place).await;
     psql(&cluster, "CREATE TABLE kept (n int)");
@@ -194,7 +194,7 @@ async fn an_outdated_pid_file_is_ignored() {
 }
 
 #[tokio::test]
-async fn drop_leaves_nothing_behind() {
+async fn dropping_a_cluster_leaves_no_process() {
     let place = Place::new();
     let cluster = started(&place).await;
     let pid = pid_in_file(&cluster);
@@ -235,7 +235,7 @@ async fn an_interrupted_initdb_is_repeated() {
 }
 
 #[tokio::test]
-async fn only_one_at_a_time() {
+async fn a_cluster_has_one_owner_at_a_time() {
     let place = Place::new();
     let cluster = open(place.data_dir()).await.unwrap();
     let error = open(place.data_dir()).await.unwrap_err();

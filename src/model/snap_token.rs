@@ -296,7 +296,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn round_trip(token in tokens()) {
+        fn native_tokens_round_trip(token in tokens()) {
             let text = token.to_string();
             let is_between = matches!(&token, SnapToken::Position { place: Place { within: Some(_), .. }, .. });
             prop_assert!(text.len() == 60 || is_between, "{}", text);
@@ -306,7 +306,7 @@ mod tests {
         }
 
         #[test]
-        fn permifys_round_trip(
+        fn permifys_tokens_round_trip(
             xid in 0..1u64 << 56,
             (xmin, xmax) in any::<(u64, u64)>(),
             running in proptest::collection::vec(any::<u64>(), 0..100),
@@ -333,7 +333,7 @@ mod tests {
         }
 
         #[test]
-        fn every_flipped_bit_is_noticed(token in tokens(), bit in any::<proptest::sample::Index>()) {
+        fn every_flipped_bit_is_detected(token in tokens(), bit in any::<proptest::sample::Index>()) {
             let mut bytes = token.to_bytes();
             let bit = bit.index(bytes.len() * 8);
             bytes[bit / 8] ^= 1 << (bit % 8);
@@ -354,14 +354,14 @@ mod tests {
     }
 
     #[test]
-    fn stays_clear_of_permify() {
+    fn native_tokens_differ_from_permifys() {
         for version in [VERSION_POSITION, VERSION_TRANSACTION, VERSION_BETWEEN_TENANTS] {
             assert!(!version.is_ascii_digit());
         }
     }
 
     #[test]
-    fn permifys_tokens() {
+    fn permifys_tokens_are_read_as_permify_writes_them() {
         assert_eq!(SnapToken::Xid(Xid8(818)).to_string(), "MgMAAAAAAAA=");
         assert_eq!("MgMAAAAAAAA=".parse(), Ok(SnapToken::Xid(Xid8(818))));
         assert_eq!("MgMAAAAAAAA".parse::<SnapToken>(), Err(Error::Damaged));
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn long_text_is_refused_unread() {
+    fn long_text_is_refused_without_decoding() {
         assert_eq!("A".repeat(1 << 20).parse::<SnapToken>(), Err(Error::TooLong));
         assert_eq!("".parse::<SnapToken>(), Err(Error::Damaged));
     }

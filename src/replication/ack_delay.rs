@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn bounded_never_more_than_is_durable_and_never_back() {
+    fn acknowledgement_is_bounded_durable_and_monotonic() {
         let mut held = AckTracker::new(AckDelay { age: Duration::from_secs(60), size_bytes: 10_000 });
         let mut now = Instant::now();
         let (mut durable, mut released) = (Lsn(0), Lsn(0));

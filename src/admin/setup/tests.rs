@@ -77,7 +77,7 @@ async fn the_plan_is_sql_that_can_be_run_by_hand() {
 }
 
 #[tokio::test]
-async fn only_what_is_missing() {
+async fn setup_creates_only_missing_parts() {
     let database = Database::new().await;
     let client = &database.connection.client;
     let mapping = one_table("Odd \"Schema\".it's");
@@ -154,7 +154,7 @@ async fn a_table_of_transactions_needs_some_identity() {
 }
 
 #[tokio::test]
-async fn slots_of_others_and_slots_in_use_are_left_alone() {
+async fn foreign_slots_and_slots_in_use_are_left_alone() {
     let database = Database::new().await;
     let other = Database::new().await;
     let client = &database.connection.client;

@@ -1,7 +1,7 @@
 //! `base.v1.WatchResponse`: one `DataChanges` with a snap token and the changes of a message (`proto/base/v1/base.proto`).
 //!
 //! The changes of tuples are copied as they are. Those of attributes are transcoded: field 3 instead of 4, and the value in an Any.
-//! It is sent as a [`frame`] of gRPC or as a [`line`] of JSON.
+//! It is sent as a [`mod@frame`] of gRPC or as a [`mod@line`] of JSON.
 
 pub mod frame;
 pub mod line;

@@ -230,7 +230,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everything_wrong_is_said_at_once_and_bounded() {
+    fn all_violations_are_reported_at_once_up_to_a_bound() {
         use tonic_types::StatusExt as _;
         let tuple = proto::Tuple { entity: Some(proto::Entity::default()), ..Default::default() };
         let status = batch(&vec![tuple; 100], &[proto::Attribute::default()], 1).unwrap_err();
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_bounded() {
+    fn page_sizes_are_bounded() {
         for (asked, expected) in [(0, 50), (1, 1), (100, 100), (u32::MAX, PAGE_SIZE_MAX)] {
             assert_eq!(page_size(asked), expected);
         }

@@ -3,7 +3,7 @@
 //! What tonic would generate from the service, with one difference: what is sent are frames that were made before, once for all
 //! subscribers. There is no codec, no task and no allocation for each message in between; who sends them is
 //! `super::connection`. What is ready is sent together: many small messages become one DATA frame of several KiB. How frames are made
-//! is in [`frame`](crate::api::encode::base_v1::frame).
+//! is in [`frame`].
 
 use super::{proto, status};
 use crate::access::authn::Caller;

@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn values_of_all_types_go_in_and_out() {
+    fn values_of_all_types_round_trip() {
         for (kind, data) in [
             ("StringValue", json!("text")),
             ("StringValue", json!("")),
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_value_is_refused() {
+    fn invalid_values_are_refused() {
         for (kind, data) in [
             ("IntegerValue", json!(2_147_483_648_i64)),
             ("IntegerValue", json!(1.5)),
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_taken_in_both_forms() {
+    fn names_are_accepted_in_both_forms() {
         for body in [
             json!({"tenant_id": "t1", "page_size": 5, "metadata": {"snap_token": "s"}, "filter": null}),
             json!({"tenantId": "t1", "pageSize": "5", "metadata": {"snapToken": "s"}}),
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_json_is_refused() {
+    fn malformed_json_is_refused() {
         let deep = format!("{{\"x\": {}", "[".repeat(100_000));
         let any = |depth| {
             format!("{{\"@type\": \"type.googleapis.com/google.protobuf.Any\", \"value\": {}", "{".repeat(depth))
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_texts() {
+    fn timestamps_are_written_as_text() {
         let created_at = Some(prost_types::Timestamp { seconds: 0, nanos: 5_000_000 });
         let tenant = Some(Tenant { id: "t1".into(), name: "é".into(), created_at });
         let expected = json!({"tenant": {"id": "t1", "name": "é", "created_at": "1970-01-01T00:00:00.005Z"}});

@@ -178,7 +178,7 @@ async fn every_route_leads_to_its_method() {
 }
 
 #[tokio::test]
-async fn what_is_known_of_the_caller_goes_along() {
+async fn the_caller_and_its_credentials_reach_the_service() {
     let request = Request::post("/v1/tenants/t1/data/write").header("authorization", "Bearer key");
     let request = request.extension(Caller::default()).body(Body::empty()).unwrap();
     let (status, _, body) = send(router(&[]), request).await;
@@ -189,7 +189,7 @@ async fn what_is_known_of_the_caller_goes_along() {
 }
 
 #[tokio::test]
-async fn errors_have_one_form() {
+async fn all_errors_have_the_same_form() {
     let write = "/v1/tenants/t1/data/write";
     for (method, path, body, http, code, message) in [
         ("POST", "/v1/tenants/missing/data/write", "{}", 404, 5, "ERROR_CODE_TENANT_NOT_FOUND"),
@@ -300,7 +300,7 @@ async fn says(sent: &[u8]) -> String {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_says_nothing_is_not_kept() {
+async fn silent_and_slow_connections_are_closed() {
     assert_eq!(says(b"").await, "");
     assert_eq!(says(b"GET /healthz HT").await, "");
     let idle = says(b"GET /healthz HTTP/1.1\r\nhost: t\r\n\r\n").await;
@@ -310,7 +310,7 @@ async fn who_says_nothing_is_not_kept() {
 }
 
 #[tokio::test]
-async fn what_the_process_says_of_itself() {
+async fn probes_and_metrics_are_served() {
     for (path, status, kind, body) in [
         ("/healthz", 200, "application/json", r#"{"status":"ALIVE"}"#),
         ("/readyz", 503, "application/json", r#"{"reason":"the \"slot\" is away","status":"NOT_READY"}"#),
@@ -393,7 +393,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_request_is_an_internal_error(
+    fn no_request_causes_an_internal_error(
         route in prop::sample::select(ROUTES.to_vec()),
         method in prop::sample::select(vec!["GET", "POST", "DELETE", "PUT", "OPTIONS"]),
         body in prop_oneof![

@@ -82,7 +82,7 @@ fn run(assembler: &mut Assembler, rows: &[Vec<u8>]) -> (Vec<Staged>, Transaction
 }
 
 #[test]
-fn a_message_per_tenant() {
+fn each_tenant_gets_its_own_message() {
     let mut assembler = assembler(LIMITS, OnUndecodable::Gap);
     let rows = [insert(1, "b", "1"), insert(2, "b", "x"), insert(1, "a", "2"), insert(1, "b", "3")];
     let (staged, transaction) = run(&mut assembler, &rows);
@@ -172,14 +172,14 @@ fn a_change_too_large_to_send_is_a_gap() {
 }
 
 #[test]
-fn halting() {
+fn a_bad_row_halts_if_configured() {
     let mut assembler = assembler(LIMITS, OnUndecodable::Halt);
     assembler.begin(header()).unwrap();
     assert!(matches!(assembler.change(&insert(1, "a", "-")), Err(Error::Halted { .. })));
 }
 
 #[test]
-fn tokens() {
+fn token_ids_are_taken_from_our_logical_messages() {
     let mut assembler = assembler(LIMITS, OnUndecodable::Gap);
     assembler.logical_message(MESSAGE_PREFIX, &[1; 16]);
     assembler.begin(header()).unwrap();
@@ -192,7 +192,7 @@ fn tokens() {
 }
 
 #[test]
-fn out_of_order() {
+fn events_out_of_order_are_errors() {
     let mut assembler = assembler(LIMITS, OnUndecodable::Gap);
     assert!(assembler.change(&insert(1, "a", "1")).is_err());
     assert!(assembler.commit(CommitLsn(Lsn(100)), EndLsn(Lsn(200))).is_err());

@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn all_eight() {
+    fn all_types_of_values_are_parsed() {
         use AttributeValue as V;
         let check = |kind: &str, data: &str, expected: V| assert_eq!(of(kind, data), Ok(expected));
         check("StringValue", r#""é""#, V::String("é".into()));
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn refused() {
+    fn malformed_values_are_refused() {
         for (kind, data) in [
             ("IntegerValue", "1.5"),
             ("IntegerValue", "2147483648"),

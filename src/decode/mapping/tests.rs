@@ -94,7 +94,7 @@ fn check(plan: &Plan, kind: u8, rows: &[(u8, &str)], expected: &[&str]) {
 }
 
 #[test]
-fn tuples() {
+fn rows_become_changes_of_tuples() {
     let plan = preset().plan(&relation("relation_tuples", &TUPLE_COLUMNS)).unwrap();
     let (a, b) = ("t1 doc 1 viewer user 7 ''", "t1 doc 1 viewer user 8 member");
     check(&plan, b'I', &[(b'N', a)], &["2+ t1 doc:1#viewer@user:7#"]);
@@ -131,7 +131,7 @@ fn columns_are_found_by_name() {
 }
 
 #[test]
-fn attributes() {
+fn rows_become_changes_of_attributes() {
     let columns = ["tenant_id*", "entity_type*", "entity_id*", "attribute*", "value*"];
     let plan = preset().plan(&relation("attributes", &columns)).unwrap();
     let public = |data: &str| {
@@ -197,7 +197,7 @@ fn undecodable_rows() {
 
 /// Permify's own tables: rows are inserted and marked, and the order of the columns varies.
 #[test]
-fn permify() {
+fn the_permify_preset_maps_marked_rows() {
     let mapping = Mapping::new(spec(PERMIFY_PRESET).in_schema("Authz")).unwrap();
     assert_eq!(mapping.tenants().unwrap().table.to_string(), "Authz.tenants");
     assert!(mapping.tells_transactions() && !preset().tells_transactions());
@@ -240,7 +240,7 @@ fn permify() {
 }
 
 #[test]
-fn any_table() {
+fn custom_tables_are_mapped() {
     let mapping = Mapping::new(spec(
         r#"
         tables:
@@ -272,7 +272,7 @@ fn any_table() {
 }
 
 #[test]
-fn bad_mappings() {
+fn invalid_mappings_are_refused() {
     let tuple = "tuple: { entity_type: a, entity_id: a, relation: a, subject_type: a, subject_id: a }";
     let check = |yaml: &str, expected: &str| {
         assert_eq!(Mapping::new(spec(yaml)).unwrap_err().to_string(), expected);

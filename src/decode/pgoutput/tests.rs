@@ -49,7 +49,7 @@ fn values(row: &Row<'_>) -> Vec<String> {
 }
 
 #[test]
-fn boundaries() {
+fn begin_commit_and_messages_are_boundaries() {
     let wire = Wire::of(b'B').u32(0).u32(900).u32(0).u32(5).u32(7);
     assert_eq!(boundary(&wire.0), Ok(Some(Boundary::Begin { commit: 900, commit_time: 5, xid: 7 })));
     let wire = Wire::of(b'C').u8(0).u32(1).u32(900).u32(1).u32(950).u32(0).u32(5);
@@ -70,7 +70,7 @@ fn boundaries() {
 }
 
 #[test]
-fn relation_message() {
+fn a_relation_message_decodes() {
     let wire = Wire::of(b'R').u32(7).str("public").str("doc").u8(b'f').u16(2);
     let wire = wire.u8(1).str("id").u32(23).u32(u32::MAX).u8(0).str("body").u32(25).u32(u32::MAX);
     let Ok(Message::Relation(relation)) = decode(&wire.0) else { panic!() };
@@ -81,7 +81,7 @@ fn relation_message() {
 }
 
 #[test]
-fn row_messages() {
+fn row_messages_decode() {
     let new = [Value::Text("é"), Value::Null, Value::Unchanged, Value::Text(""), Value::Bytes(b"\xE9")];
     let expected: Vec<_> = new.iter().map(|value| format!("{value:?}")).collect();
 
@@ -104,7 +104,7 @@ fn row_messages() {
 }
 
 #[test]
-fn other_messages() {
+fn other_messages_decode() {
     let wire = Wire::of(b'T').u32(2).u8(1).u32(7).u32(8);
     assert_eq!(decode(&wire.0), Ok(Message::Truncate { relations: vec![RelationId(7), RelationId(8)] }));
     let wire = Wire::of(b'Y').u32(7).str("public").str("mood");
@@ -114,7 +114,7 @@ fn other_messages() {
 }
 
 #[test]
-fn malformed_messages() {
+fn malformed_messages_are_refused() {
     let check = |wire: Wire, expected: Error| assert_eq!(decode(&wire.0), Err(expected));
     check(Wire::default(), Error::Truncated("a message type"));
     check(Wire::of(b'S'), Error::UnknownType(b'S'));

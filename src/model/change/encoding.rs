@@ -437,7 +437,7 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn a_tuple_is_read_as_it_was_written(columns in proptest::array::uniform6(".{0,200}"), create in any::<bool>()) {
+        fn a_tuple_round_trips(columns in proptest::array::uniform6(".{0,200}"), create in any::<bool>()) {
             let [entity_type, entity_id, relation, subject_type, subject_id, subject_relation] = &columns;
             let operation = if create { Operation::Create } else { Operation::Delete };
             let tuple = Tuple { entity_type, entity_id, relation, subject_type, subject_id, subject_relation };
@@ -452,7 +452,7 @@ pub(crate) mod tests {
         }
 
         #[test]
-        fn an_attribute_is_read_as_it_was_written(columns in proptest::array::uniform3(".{0,200}"), written in values()) {
+        fn an_attribute_round_trips(columns in proptest::array::uniform3(".{0,200}"), written in values()) {
             let [entity_type, entity_id, attribute] = &columns;
             let fact = Fact::Attribute(Attribute { entity_type, entity_id, attribute, value: written.clone() });
             let mut changes = Vec::new();
@@ -474,7 +474,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_schema_says_the_same() {
+    fn the_field_numbers_match_the_schema() {
         let check = |operation, fact: Fact<'_>, expected: &str| {
             let mut element = Vec::new();
             encode(operation, &fact, &mut element);

@@ -192,7 +192,7 @@ mod tests {
 
     /// A walsender that sends each row by itself, and then one more at each request.
     #[tokio::test]
-    async fn a_backlog_comes_in_large_pieces_and_its_end_is_not_late() {
+    async fn a_backlog_arrives_in_large_pieces_and_its_end_at_once() {
         let (mut peer, mut walsender) = connected().await;
         peer.trust();
         let (request, requested) = std::sync::mpsc::channel();
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn messages_of_any_length_and_what_is_none() {
+    async fn messages_of_any_length_are_read_and_others_refused() {
         let (mut peer, mut server) = connected().await;
         let too_long = message(&vec![0; EARLY_MESSAGE_MAX]);
         let sender = std::thread::spawn(move || {
