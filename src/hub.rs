@@ -4,7 +4,7 @@
 //!               admit                release                      subscriptions
 //!   session ───────────▶ window ──(visible in Postgres?)──▶ released ──▶ one reader each:
 //!                        (memory, bounded)                                window, or change log
-//!                          │ evicts only what the log can give back
+//!                          │ evicts only transactions that the log has
 //!                          ▼
 //!                        change log
 //! ```
@@ -12,8 +12,8 @@
 //! - **A delivered change is already visible to SELECT.** PostgreSQL streams a commit before it is visible, and a cache that reloads on
 //!   the message would cache the old state again. So a transaction is released once a snapshot of PostgreSQL sees it. One statement
 //!   decides for all transactions that wait ([`releaser`]).
-//! - **One reader over memory and disk.** A [`Subscription`] is a position. It yields the messages after it, from memory where memory
-//!   has them and from the log where not, and then waits. There is no catch-up mode to leave.
+//! - **One reader over memory and disk.** A [`Subscription`] is a position. It yields the messages after it, from memory if memory has
+//!   them and from the log otherwise, and then waits. There is no catch-up mode.
 //! - **A slow subscriber delays nobody else.** It holds no memory: the window evicts by its own bound, and the subscription continues
 //!   from the log.
 //! - A full window whose oldest part is not in the log yet makes [`Hub::admit`] wait, and so the slot is not read.
@@ -41,6 +41,7 @@ use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Xid8};
 use crate::model::timeline::{History, Source};
 use crate::model::transaction::{Gap, Message, Transaction};
 use bytes::Bytes;
+use item::LongItems;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
@@ -58,7 +59,7 @@ pub struct Options {
     pub before_visible: bool,
 }
 
-/// What is in memory, and how its readers do.
+/// The contents of memory, and the progress of its readers.
 #[derive(Clone, Debug, Default)]
 pub struct Usage {
     /// Bytes that recent messages take.
@@ -69,41 +70,42 @@ pub struct Usage {
     pub pending: usize,
     /// Everything before is released.
     pub released: Lsn,
-    /// How far each subscription is behind that, in bytes of WAL; zero for those that wait for more.
+    /// The distance of each subscription from that LSN, in bytes of WAL; zero for a subscription that waits for more.
     pub lags: Vec<u64>,
 }
 
-/// What waits in memory, and since when.
+/// The transactions that wait in memory, and since when.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Waits {
     /// When the oldest transaction was received that was not released yet.
     pub unreleased_since: Option<Instant>,
-    /// Since when there is no room for what is received next.
+    /// Since when there is no room for the next transaction.
     pub full_since: Option<Instant>,
 }
 
-/// What positions belong to. Cheap to clone.
+/// The source and the history that positions belong to. Cheap to clone.
 pub type Origin = (Source, Arc<History>);
 
 /// See the module. Cheap to clone.
 #[derive(Clone)]
 pub struct Hub {
     inner: Arc<Inner>,
-    /// What subscriptions of this handle are woken by.
+    /// The batch that wakes subscriptions of this handle.
     wake_batch: Option<WakeBatch>,
 }
 
 struct Inner {
     log: Arc<dyn ChangeLog>,
-    /// Up to which end LSN the log can give back what memory forgets.
+    /// The end LSN up to which the log can be read.
     appended: watch::Receiver<Lsn>,
     /// Held for short, bounded work, and never across an await.
     window: Mutex<Window>,
     /// Tells the releaser that something waits.
     admitted: watch::Sender<Lsn>,
-    /// Follows the window's watermark; also tells who waits for room in it.
+    /// Follows the window's watermark, and wakes transactions that wait for room in the window.
     watermark: watch::Sender<Lsn>,
     disk_reads: Arc<Semaphore>,
+    long_items: LongItems,
     options: Options,
 }
 
@@ -118,7 +120,7 @@ impl Hub {
         options: Options,
     ) -> Result<Self, crate::changelog::Error> {
         let state = log.state();
-        // What the log has and PostgreSQL may not show yet waits like what is received.
+        // Transactions that the log has and PostgreSQL may not show yet wait like received ones.
         let in_doubt = log.transactions_since(state.watermark)?;
         let origin = state.origin.map(|origin| (origin.source, Arc::new(origin.history)));
         let window = Window::new(options, origin, state.watermark, &in_doubt, state.tail, log.gaps());
@@ -130,6 +132,7 @@ impl Hub {
                 admitted: watch::Sender::new(state.tail),
                 watermark: watch::Sender::new(state.watermark),
                 disk_reads: Arc::new(Semaphore::new(DISK_READS_MAX)),
+                long_items: LongItems::default(),
                 options,
             }),
             wake_batch: None,
@@ -143,33 +146,34 @@ impl Hub {
         (Self { inner: self.inner.clone(), wake_batch: Some(wake_batch.clone()) }, wake_batch)
     }
 
-    /// Ends all subscriptions, and those to come.
+    /// Ends all subscriptions, and every later one.
     pub fn close(&self) {
         self.window().close();
     }
 
     fn window(&self) -> MutexGuard<'_, Window> {
-        // A panic inside would be a broken invariant of the window; the process does not go on serving from it.
+        // A panic while it was held would have broken an invariant, and ends the process.
         self.inner.window.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a transaction in stream order; waits while the window is full of what the log does not have yet, or of what is
-    /// not visible yet.
+    /// Takes a transaction in stream order. Waits while the window is full of transactions that are not in the log yet, or not visible yet.
     pub async fn admit(&self, transaction: Arc<Transaction>) {
-        if !self.window().admit(&transaction, *self.inner.appended.borrow()) {
-            self.wait_for_room(&transaction).await;
+        // Made before the window is locked, as there can be many.
+        let mut items = window::items_of(&transaction);
+        if !self.window().admit(&transaction, &mut items, *self.inner.appended.borrow()) {
+            self.wait_for_room(&transaction, items).await;
         }
         self.inner.admitted.send_replace(transaction.end.0);
     }
 
     /// Returns once it is admitted, or the log is gone and the process with it.
-    async fn wait_for_room(&self, transaction: &Transaction) {
+    async fn wait_for_room(&self, transaction: &Transaction, mut items: Vec<Arc<Item>>) {
         let mut appended = self.inner.appended.clone();
         let mut watermark = self.inner.watermark.subscribe();
         loop {
             watermark.mark_unchanged();
             let tail = *appended.borrow_and_update();
-            if self.window().admit(transaction, tail) {
+            if self.window().admit(transaction, &mut items, tail) {
                 return;
             }
             tokio::select! {
@@ -195,7 +199,7 @@ impl Hub {
         self.inner.admitted.send_replace(lsn);
     }
 
-    /// The server went on along another history: forget what lies past `at`, and end the streams that have seen it.
+    /// The server continues on another history: forgets everything past `at`, and ends the streams that have delivered something of it.
     pub fn diverge(&self, at: Lsn, history: History) {
         let mut window = self.window();
         window.diverge(at, Arc::new(history));
@@ -204,7 +208,7 @@ impl Hub {
         self.inner.watermark.send_replace(window.watermark());
     }
 
-    /// A log that had nothing begins here.
+    /// An empty log begins here.
     pub fn begin_at(&self, source: Source, history: History, lsn: Lsn) {
         self.window().begin_at((source, Arc::new(history)), lsn);
         self.inner.watermark.send_replace(lsn);
@@ -225,28 +229,32 @@ impl Hub {
         if let Some(made) = item.made(form) {
             return Ok(made.clone());
         }
-        item.make(form, make, |made| {
+        let make = |message: &Message| {
+            let made = make(message)?;
             form.count_made();
+            Ok(made)
+        };
+        item.make(form, make, |made| {
             form.is_counted_up_front() || self.window().reserve(item, made.len(), *self.inner.appended.borrow())
         })
     }
 
-    /// What positions belong to; `None` until it is known.
+    /// The source and the history that positions belong to; `None` until they are known.
     pub fn origin(&self) -> Option<Origin> {
         self.window().origin().cloned()
     }
 
-    /// What is in memory, and how its readers do. Holds up releasing for a moment, which grows with the number of subscriptions.
+    /// The contents of memory, and the progress of its readers. Delays releases for a moment, which grows with the number of subscriptions.
     pub fn usage(&self) -> Usage {
         self.window().usage()
     }
 
-    /// What waits, and since when.
+    /// The transactions that wait, and since when.
     pub fn waits(&self) -> Waits {
         self.window().waits()
     }
 
-    /// Follows up to where everything is visible to new snapshots. May repeat itself.
+    /// Follows the LSN up to which everything is visible to new snapshots. May repeat a value.
     pub fn watch_watermark(&self) -> watch::Receiver<Lsn> {
         self.inner.watermark.subscribe()
     }
@@ -268,7 +276,7 @@ impl Hub {
         let recent = self.window().transaction_before(commit);
         match recent {
             Some(xid) => Ok(Some(xid)),
-            // What memory has forgotten, or never had, is in the log.
+            // The log has older transactions, and those that never were in memory.
             None => self.on_disk(move |log| log.transaction_before(commit)).await,
         }
     }
@@ -285,7 +293,7 @@ impl Hub {
             self.inner.disk_reads.clone().acquire_owned().await.map_err(crate::changelog::Error::unreadable)?;
         let log = self.inner.log.clone();
         let reading = tokio::task::spawn_blocking(move || {
-            // Held for as long as the read runs, also when nobody waits for it any more.
+            // Held for as long as the read runs, even if its subscription was dropped meanwhile.
             let _permit = permit;
             read(&*log)
         });

@@ -1,8 +1,8 @@
 //! The messages of each tenant in memory, and the readers of each scope.
 //!
-//! A *feed* has the readers of one scope, and where that is a tenant, the tenant's messages; those of all tenants are the window's own. It is
-//! complete from its floor on: a reader at or past the floor needs no disk, however long it slept. A scope without a feed has no messages in
-//! memory of its own, and is complete from the window's floor on.
+//! A *feed* has the readers of one scope. The feed of a tenant also has the tenant's messages; the messages of all tenants are the window's
+//! own. A feed is complete from its floor on: a reader at or past the floor needs no disk, however long it slept. A tenant without a feed has
+//! no messages in memory, and is complete from the window's floor on.
 
 use super::Item;
 use super::wake_batch::WakeBatch;
@@ -14,7 +14,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::task::Waker;
 
-/// All of them. A feed stays where it is while it has a reader, who finds it without its name.
+/// All feeds. A feed keeps its index while it has a reader, and the reader finds it by that.
 #[derive(Default)]
 pub(super) struct Feeds {
     feeds: Slab<Feed>,
@@ -134,7 +134,7 @@ impl Feeds {
         }
     }
 
-    /// How far each reader is behind, with everything before `released` released. Who waits is not.
+    /// The distance of each reader from `released`, in bytes of WAL. A waiting reader has zero.
     pub(super) fn lags(&self, released: Lsn) -> Vec<u64> {
         let readers = self.feeds.iter().flat_map(|(_, feed)| feed.readers.iter());
         let lag = |reader: &Reader| if reader.waker.is_some() { 0 } else { released.0.saturating_sub(reader.has.0) };
@@ -159,7 +159,7 @@ impl Feeds {
 }
 
 impl Feed {
-    /// Wakes those that wait, which so far had all that there was: everything before `had`.
+    /// Wakes the waiting readers, which have everything before `had`.
     pub(super) fn wake(&mut self, had: Lsn) {
         for (_, reader) in &mut self.readers {
             let Some(waker) = reader.waker.take() else { continue };
@@ -171,8 +171,8 @@ impl Feed {
         }
     }
 
-    /// The first message that is not wholly at or before `cursor`. Who keeps up finds it among the last, without a search through
-    /// all that is in memory.
+    /// The index of the first message that is not wholly at or before `cursor`. A reader that keeps up finds it among the last messages,
+    /// without a search through all of memory.
     pub(super) fn first_after(&self, cursor: Position) -> usize {
         const LAST: usize = 8;
         let is_after = |item: &Arc<Item>| item.message.order() > cursor;

@@ -1,4 +1,4 @@
-//! Where a subscription starts: now, or after a snap token.
+//! The start of a subscription: now, or after a snap token.
 //!
 //! | token | start |
 //! | --- | --- |
@@ -51,10 +51,10 @@ pub enum Error {
         "the snap token is too old: the changes after it are no longer kept; start without a token and read the state anew"
     )]
     TooOld {
-        /// From where on the log is complete for the scope.
+        /// The earliest position from which the log is complete for the scope.
         earliest: Position,
     },
-    /// Nothing to go by.
+    /// Nothing is known of the transaction.
     #[error(
         "nothing is known of transaction {xid} of the snap token: its changes are no longer kept, or it is from before the \
          change log began, was rolled back, or changed nothing that is watched; start without a token and read the state anew"
@@ -62,13 +62,13 @@ pub enum Error {
     UnknownTransaction {
         /// The transaction.
         xid: Xid8,
-        /// From where on the log is complete for the scope.
+        /// The earliest position from which the log is complete for the scope.
         earliest: Position,
     },
     /// The transaction of the token runs on.
     #[error("the transaction of the snap token is still running after {0:?}: try again when it has ended")]
     StillRunning(Duration),
-    /// What the answer depends on is out of reach.
+    /// PostgreSQL is needed for the answer, and cannot be asked.
     #[error("PostgreSQL cannot be asked at the moment, try again: {0}")]
     Unreachable(#[from] Unreachable),
     /// The log cannot be read.
@@ -76,18 +76,18 @@ pub enum Error {
     Log(#[from] changelog::Error),
 }
 
-/// Where a subscription starts.
+/// The start of a subscription.
 pub(super) struct Start {
-    /// What is delivered comes after it.
+    /// The stream delivers the changes after it.
     pub(super) place: Place,
     /// The reader has a state of no later than this.
     pub(super) seen: Position,
-    /// What of it the reader has already.
+    /// The transactions after `place` that the reader's state already contains.
     pub(super) filter: Option<Filter>,
 }
 
 impl Start {
-    /// For a reader who has everything up to here.
+    /// For a reader that has everything up to here.
     pub(super) fn after(place: impl Into<Place>) -> Self {
         let place = place.into();
         Self { seen: place.outer(), place, filter: None }
@@ -116,7 +116,7 @@ async fn check_place(
         return Err(Error::Abandoned);
     }
     let lsn = place.position.lsn;
-    // What the log has was sent by the server, whether it is released yet or not.
+    // Everything in the log was sent by the server, even if it is not released yet.
     if lsn > anchor.released.max(appended) && lsn > primary.look(scope).await?.flush_lsn {
         return Err(Error::BeyondHistory);
     }
@@ -131,7 +131,7 @@ fn require(scope: &Scope, exists: bool) -> Result<(), Error> {
 }
 
 impl Hub {
-    /// Starts a subscription. When this returns the start is fixed: what commits later will be in it.
+    /// Starts a subscription. When this returns, the start is fixed: every later commit will be in the stream.
     ///
     /// # Errors
     /// See [`Error`].
@@ -169,7 +169,7 @@ impl Hub {
                 self.after_snapshot(primary, &scope, xid, snapshot, resolve_timeout).await?
             }
             None => {
-                // What was visible before is visible to the snapshot that is taken now.
+                // Everything that was visible before is visible to the snapshot that is taken now.
                 let look = primary.look(&scope).await?;
                 require(&scope, look.scope_exists || known)?;
                 origin(&anchor)?;
@@ -190,7 +190,7 @@ impl Hub {
     /// Waits until a new snapshot of the primary sees all that the token stands for; an empty one stands for nothing.
     ///
     /// # Errors
-    /// As [`Hub::start`], but for what concerns the tenant and what the log still has.
+    /// As [`Hub::start`], except the errors about the tenant and about changes that are no longer kept.
     pub async fn readable(
         &self,
         primary: &impl Primary,

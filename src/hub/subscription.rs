@@ -14,17 +14,17 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use tokio::sync::watch;
 
-/// How much more is read from the log at a time than is taken from memory: a read takes a thread for a moment.
+/// A read of the log takes this many times as many bytes as a look into memory, because it needs a thread for a moment.
 const READ_FACTOR: usize = 16;
 
-/// Leaves out what a reader has already: of what committed before `lsn`, what is visible in `snapshot`, and what is its own.
-/// For one that starts *now*, that is its own first read.
+/// Leaves out transactions that the reader's state already contains: of those that committed before `lsn`, the ones that `snapshot` sees, and
+/// the reader's own. For a stream that starts *now*, that state is the reader's first read.
 #[derive(Clone, Debug)]
 pub struct Filter {
-    /// The server's flush position at the start, and not its insert position: what is visible and not flushed (by
-    /// `synchronous_commit = off`) can go in a crash, and then its id and its place in the WAL are another transaction's.
+    /// The server's flush position at the start. Not its insert position: a visible transaction that is not flushed (with
+    /// `synchronous_commit = off`) can be lost in a crash, and then another transaction gets its id and its place in the WAL.
     pub lsn: Lsn,
-    /// What was visible then.
+    /// The transactions that were visible then.
     pub snapshot: Arc<Snapshot>,
     /// The transaction that the reader made itself, whether it is visible in the snapshot or not.
     pub own: Option<Xid8>,
@@ -41,14 +41,14 @@ impl Filter {
 pub enum End {
     /// History is not continuous: the state has to be read anew. [`Subscription::continue_after`] resumes behind it.
     Gap(Gap),
-    /// What was received past this LSN was abandoned by the server.
+    /// The server abandoned everything past this LSN, and the stream has delivered something of it.
     Abandoned {
         /// The switch LSN.
         at: Lsn,
     },
-    /// The log no longer has what comes next.
+    /// The log no longer has the next changes.
     TooOld {
-        /// From where it can still be read.
+        /// The earliest position that can still be read from.
         earliest: Position,
     },
     /// The log cannot be read.
@@ -57,7 +57,7 @@ pub enum End {
     Closed,
 }
 
-/// What a subscription is doing.
+/// The activity of a subscription.
 enum Activity {
     /// It looks into memory when it is polled.
     Looking,
@@ -69,7 +69,7 @@ enum Activity {
 
 /// The result of a look into memory.
 enum Looked {
-    /// There are messages. Where they are `all`, the reader is woken when there are more.
+    /// There are messages. If they are `all`, the reader is woken when there are more.
     Found { all: bool },
     /// The subscription has moved, or begun to read the log.
     Again,
@@ -77,21 +77,21 @@ enum Looked {
     Nothing,
 }
 
-/// Where a subscription had its last messages from.
+/// The source of a subscription's last messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Tier {
-    /// It has not had any.
+    /// None were delivered yet.
     None,
     Memory,
     Log,
 }
 
-/// What came of a read.
+/// The result of a read.
 struct Read {
     batch: Batch,
-    /// As it was afterwards.
+    /// The horizon after the read.
     horizon: Position,
-    /// Where it ended.
+    /// The place up to which it read.
     up_to: Place,
 }
 
@@ -101,22 +101,22 @@ pub struct Subscription {
     scope: Scope,
     /// Everything up to here was yielded, or does not exist.
     cursor: Place,
-    /// The newest that the reader has: what was yielded last, or the state that it had at the start. Behind the cursor, where
-    /// there was nothing for it.
+    /// The newest state of the reader: the last message, or its state at the start. It is behind the cursor if the cursor has moved past
+    /// parts that had nothing for the reader.
     seen: Position,
     filter: Option<Filter>,
-    /// Its place among those that wait for the tenant.
+    /// Its place among the readers of its scope.
     key: ReaderKey,
     activity: Activity,
     tier: Tier,
     divergences_checked: usize,
-    /// What the positions of the last batch belong to.
+    /// The source and the history of the last batch's positions.
     origin: Option<Origin>,
 }
 
 impl Subscription {
-    /// A reader of this scope after `cursor`, whose state is at most `seen`; decided on when there had been `divergences`. Whether the log
-    /// still has the changes is found out by reading.
+    /// A reader of this scope after `cursor`, whose state is at most `seen`, and whose start was decided when there had been `divergences`.
+    /// Reading shows whether the log still has the changes.
     pub(super) fn new(
         hub: Hub,
         scope: Scope,
@@ -150,23 +150,23 @@ impl Subscription {
         &self.cursor
     }
 
-    /// Resumes behind a gap that ended it: in a stream of all tenants behind one of a single tenant, or where the reader has decided to
-    /// read the state anew.
+    /// Resumes behind a gap that ended the stream: behind the gap of one tenant in a stream of all, or if the reader has decided to read the
+    /// state anew.
     pub fn continue_after(&mut self, gap: &Gap) {
         self.cursor = gap.ends(&self.scope, &self.cursor);
         self.seen = self.seen.max(self.cursor.outer());
     }
 
-    /// What the positions of the last batch belong to: not what the server went on to since.
+    /// The source and the history of the last batch's positions, and not those to which the server has switched since.
     pub const fn origin(&self) -> Option<&Origin> {
         self.origin.as_ref()
     }
 
-    /// Adds the next messages: at least one, and about `bytes_max` bytes where there are more; from the log, 16 times as many.
-    /// Yields `true` where that is all there is, and who polled is woken when there is more: as if it had polled once more.
+    /// Adds the next messages: at least one, and about `bytes_max` bytes if there are more; from the log, 16 times as many. Yields `true` if
+    /// these are all, and then the task that polled is woken when there are more, as if it had polled once more.
     ///
     /// # Errors
-    /// Where there is no continuing from here; the same again on every later call.
+    /// If the stream cannot continue from here. Every later call returns the same error.
     pub fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
@@ -178,6 +178,10 @@ impl Subscription {
             let all = if let Activity::Reading(reading) = &mut self.activity {
                 let read = ready!(reading.as_mut().poll(cx));
                 self.activity = Activity::Looking;
+                if self.hub.window().divergences() != self.divergences_checked {
+                    // It may have read parts of two histories.
+                    continue;
+                }
                 self.add_read(read.map_err(End::Log)?, messages)?;
                 false
             } else {
@@ -194,7 +198,7 @@ impl Subscription {
         }
     }
 
-    /// Adds what was read from the log.
+    /// Adds the messages that were read from the log.
     fn add_read(&mut self, read: Read, messages: &mut VecDeque<Arc<Item>>) -> Result<(), End> {
         // Retention may have dropped something meanwhile.
         if self.cursor.outer() < read.horizon {
@@ -203,7 +207,7 @@ impl Subscription {
         if read.batch.messages.is_empty() && !read.batch.more {
             self.cursor = read.up_to;
         }
-        messages.extend(read.batch.messages.into_iter().map(Item::new));
+        messages.extend(read.batch.messages.into_iter().map(|message| self.hub.inner.long_items.share(message)));
         Ok(())
     }
 
@@ -280,7 +284,7 @@ impl Subscription {
         Looked::Nothing
     }
 
-    /// Moves past the messages from `first` on, and leaves out what is not for this reader.
+    /// Moves past the messages from `first` on, and removes those that the reader's state already contains.
     fn take(&mut self, first: usize, messages: &mut VecDeque<Arc<Item>>) {
         let mut kept = first;
         for at in first..messages.len() {
@@ -289,9 +293,9 @@ impl Subscription {
             let reached = item.reached(&self.scope, &self.cursor);
             let had = self.cursor.of(&item.tenant);
             if had.lsn == header.commit.0 && item.message.first_step().is_some_and(|step| step <= had.steps) {
-                // Shared as it is, but where another node cut its messages elsewhere.
+                // The reader has a part of the message, because another node cuts messages elsewhere.
                 let Some(rest) = item.message.clone().after(had) else {
-                    // Nothing of it is left.
+                    // The reader has all of its changes.
                     self.cursor = reached;
                     continue;
                 };
@@ -310,7 +314,7 @@ impl Subscription {
         messages.truncate(kept);
     }
 
-    /// Memory no longer has what comes next: it never had it for this reader, or the reader was too slow.
+    /// Memory does not have the next messages: the reader has just begun, or it was too slow.
     fn count_log_reader(&mut self) {
         match std::mem::replace(&mut self.tier, Tier::Log) {
             Tier::None => metrics().replays.inc(),
@@ -329,7 +333,7 @@ impl Subscription {
         Activity::Reading(Box::pin(async move { hub.on_disk(read).await }))
     }
 
-    /// [`Subscription::poll_next`] to be awaited. Cancel safe: what was not returned comes again.
+    /// [`Subscription::poll_next`] as a future. Cancel safe: messages that were not returned come again.
     ///
     /// # Errors
     /// As there.

@@ -7,7 +7,7 @@ use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Position, Snapshot, Xid8}
 use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::{SnapToken, TokenId};
 use crate::model::timeline::Timeline;
-use crate::model::transaction::{GapReason, Header, Message, MessageBuilder};
+use crate::model::transaction::{GapReason, Header, Message, MessageBuilder, TenantMessage};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
@@ -738,18 +738,65 @@ async fn without_room_an_envelope_is_not_kept() {
     make_json_of(&fixture, &item, &made, 2 * each);
     assert_eq!((made.load(Ordering::Relaxed), fixture.hub.usage().bytes), (2, 2 * each));
 
-    // Nothing newer is forgotten for what is older, and an envelope that is larger than all memory is nobody's.
+    // Newer messages are not evicted for an older one, and nothing is evicted in vain.
     fixture.append(transaction(200, &["t1"]));
     fixture.append(transaction(300, &["t1"]));
     make_json(&fixture, 100, &made, 2 * each).await;
-    assert_eq!(fixture.hub.usage().bytes, 2 * each);
-    make_json_of(&fixture, &item, &made, 4 * each);
-    assert_eq!(fixture.hub.usage().bytes, each);
-    // Once its message has left, it is its readers'.
+    make_json(&fixture, 210, &made, 4 * each).await;
+    assert_eq!((made.load(Ordering::Relaxed), fixture.hub.usage().bytes), (4, 2 * each));
+    // From then on each reader makes its own, and none waits for another.
     fixture.hub.diverge(Lsn(250), History::first());
     make_json_of(&fixture, &item, &made, 4 * each);
-    make_json_of(&fixture, &item, &made, 4 * each);
-    assert_eq!((made.into_inner(), fixture.hub.usage().bytes), (5, 0));
+    assert_eq!((made.into_inner(), fixture.hub.usage().bytes), (5, each));
+}
+
+#[test]
+fn readers_of_the_log_share_long_messages_while_one_holds_them() {
+    let items = item::LongItems::default();
+    let long = |byte: u8, bytes: usize| TenantMessage {
+        tenant: tenant("a"),
+        message: Message { changes: vec![byte; bytes].into(), ..message(100, Some(110), &[1]) },
+        ends_transaction: None,
+    };
+    let first = items.share(long(1, item::LONG_BYTES));
+    assert!(Arc::ptr_eq(&first, &items.share(long(1, item::LONG_BYTES))));
+    assert!(!Arc::ptr_eq(&first, &items.share(long(2, item::LONG_BYTES))), "another message in the same place");
+    let short = long(1, item::LONG_BYTES - 1);
+    assert!(!Arc::ptr_eq(&items.share(short.clone()), &items.share(short)), "not worth it");
+
+    // Bytes that wait to be sent keep it, too.
+    let first = items.share(long(3, item::LONG_BYTES));
+    let weak = Arc::downgrade(&first);
+    let sent = first.keep(vec![0; item::LONG_BYTES].into());
+    drop(first);
+    assert!(Arc::ptr_eq(&weak.upgrade().unwrap(), &items.share(long(3, item::LONG_BYTES))));
+    drop(sent);
+    assert!(weak.upgrade().is_none());
+}
+
+/// A look inside a transaction of very many tenants begins where the reader is.
+#[tokio::test(start_paused = true)]
+async fn a_stream_of_all_tenants_takes_a_transaction_of_many_in_small_steps() {
+    let fixture = Fixture::new(1 << 30, true);
+    let names: Vec<String> = (0..5_000).map(|n| format!("{n:05}")).collect();
+    fixture.admit(transaction(200, &names.iter().map(String::as_str).collect::<Vec<_>>())).await;
+    fixture.release(1000, "");
+    let mut subscription = fixture.subscribe_to_all();
+    let mut received = Vec::new();
+    while received.len() < names.len() {
+        for item in subscription.next(1).await.unwrap() {
+            received.push(item.tenant.as_str().to_owned());
+        }
+    }
+    assert_eq!(received, names);
+    assert_eq!(subscription.place(), &Place::at(Lsn(210)));
+}
+
+#[test]
+fn the_overhead_of_a_message_covers_its_item() {
+    let places = 2 * size_of::<Arc<Item>>();
+    let counters = 2 * size_of::<usize>();
+    assert!(size_of::<Item>() + counters + places < crate::model::transaction::MESSAGE_OVERHEAD_BYTES);
 }
 
 /// A transaction with a change of each tenant, whose row of `broken` does not decode, after `steps`.

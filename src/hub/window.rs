@@ -23,7 +23,7 @@ pub(super) struct Window {
     /// Transactions with anything in memory, in stream order.
     entries: VecDeque<Entry>,
     bytes: usize,
-    /// Everything after is in memory, but for what is `on disk`.
+    /// Everything after it is in memory, except transactions in `holes`.
     floor: Position,
     feeds: Feeds,
     /// Admitted and not yet visible, in stream order; the first `pending_released` of them are released.
@@ -33,11 +33,11 @@ pub(super) struct Window {
     watermark: Lsn,
     /// In stream order of their ends. Those past `released` do not count yet.
     gaps: Vec<Gap>,
-    /// What positions belong to.
+    /// The source and the history that positions belong to.
     origin: Option<Origin>,
     /// Transactions that are partly in the log only, commit and end LSN, as far as they are in `entries`.
     holes: VecDeque<(CommitLsn, EndLsn)>,
-    /// Every divergence so far; a reader that has not looked since the last one checks itself against it.
+    /// The first abandoned LSN of every divergence so far; a reader that has not looked since the last one checks itself against it.
     divergences: Vec<Lsn>,
     /// Those that readers are woken by.
     wake_batches: Vec<WakeBatch>,
@@ -61,7 +61,7 @@ struct Pending {
     /// When it was admitted.
     since: Instant,
     end: Lsn,
-    /// `None` where nothing has to become visible.
+    /// `None`: nothing has to become visible.
     xid: Option<Xid8>,
     /// The log must have it before it is released.
     on_disk: bool,
@@ -74,7 +74,7 @@ enum Wake {
     Everybody,
 }
 
-/// What a start is decided on. A divergence that comes after it is noticed by the subscription.
+/// The state of the window that a start is based on. The subscription notices a divergence that comes later.
 #[derive(Clone)]
 pub(super) struct Anchor {
     pub(super) watermark: Lsn,
@@ -84,30 +84,30 @@ pub(super) struct Anchor {
     pub(super) divergences: usize,
 }
 
-/// What a reader at a position should do next.
+/// The next action of a reader.
 pub(super) enum Next {
-    /// Take what was added to the messages. They are whole: the first may begin before the reader's position. Where they are
-    /// `all`, there is nothing else to be told for now: wait to be woken, as with `Wait`.
+    /// Take the messages that were added. They are whole: the first may begin before the reader's place. If they are `all`, there is
+    /// nothing else for now: wait to be woken, as with `Wait`.
     Messages { all: bool },
-    /// Read the log, up to here: memory begins `behind` the reader, or it leaves out a transaction that was too large for it.
+    /// Read the log up to here: memory begins `behind` the reader, or lacks a transaction that was too large for it.
     Disk { up_to: Place, behind: bool },
-    /// There is nothing up to here for the scope: go there.
+    /// The scope has nothing up to here: move there.
     Skip { to: Place },
-    /// What there was nothing in was abandoned: go back to here.
+    /// An abandoned part of history, which had nothing for the scope, was passed: move back to here.
     Back { to: Lsn },
     /// Wait to be woken: see [`Window::wait`].
     Wait,
     /// History is not continuous here.
     Gap(Gap),
-    /// What was read past here was abandoned.
+    /// The server abandoned everything past here, and the reader has something of it.
     Abandoned { at: Lsn },
     /// The window was closed.
     Closed,
 }
 
 impl Window {
-    /// A window in front of a log that reaches to `tail`, of which everything up to `watermark` is visible; end LSN and id of
-    /// what is past that are `in_doubt`.
+    /// A window in front of a log that ends at `tail`. Everything up to `watermark` is visible; `in_doubt` has the end LSN and the id of the
+    /// transactions past that.
     pub(super) fn new(
         options: Options,
         origin: Option<Origin>,
@@ -168,14 +168,16 @@ impl Window {
     }
 
     /// Takes a transaction, unless there is no room that the log (which has everything up to `appended`) could make.
-    pub(super) fn admit(&mut self, transaction: &Transaction, appended: Lsn) -> bool {
+    ///
+    /// `items` are its messages, from [`items_of`]; they are left where there is no room.
+    pub(super) fn admit(&mut self, transaction: &Transaction, items: &mut Vec<Arc<Item>>, appended: Lsn) -> bool {
         let bytes = transaction.bytes();
         if !self.make_room(bytes, appended) {
             self.full_since.get_or_insert_with(Instant::now);
             return false;
         }
         self.full_since = None;
-        let items = items_of(transaction);
+        let items = std::mem::take(items);
         for item in &items {
             self.feeds.of_tenant_or_new(&item.tenant, self.floor).messages.push_back(item.clone());
         }
@@ -219,20 +221,28 @@ impl Window {
         true
     }
 
-    /// Counts an envelope that was made of this message, and forgets what is older where that takes room. `false`: there is none, and
-    /// the envelope must not be kept. What is not in the window (any more) is its readers' to hold.
+    /// Counts an envelope of this message, and evicts older transactions if they take its room. `false`: there is no room, and the envelope
+    /// must not be kept. The envelope of a message that is not in the window is not counted: its readers hold it.
     pub(super) fn reserve(&mut self, item: &Item, bytes: usize, appended: Lsn) -> bool {
         if !item.is_in_window() {
             return true;
         }
         let commit = item.message.header.commit;
         let is_older = |entry: &Entry| entry.commit < commit;
-        while self.bytes + bytes > self.options.window_bytes
-            && self.entries.front().is_some_and(is_older)
-            && self.evict_oldest(appended)
-        {}
-        if self.bytes + bytes > self.options.window_bytes {
+        // Nothing is evicted in vain.
+        let missing = (self.bytes + bytes).saturating_sub(self.options.window_bytes);
+        let evictable = self.entries.iter().take_while(|entry| is_older(entry) && entry.end.0 <= appended);
+        let evictable = evictable.scan(0, |freed, entry| {
+            let before = *freed;
+            *freed += entry.bytes;
+            Some((before, *freed))
+        });
+        let count = evictable.clone().take_while(|(before, _)| *before < missing).count();
+        if evictable.take(count).last().map_or(0, |(_, freed)| freed) < missing {
             return false;
+        }
+        for _ in 0..count {
+            self.evict_oldest(appended);
         }
         let at = self.entries.partition_point(is_older);
         let Some(entry) = self.entries.get_mut(at) else { return false };
@@ -306,12 +316,12 @@ impl Window {
         self.pending.len()
     }
 
-    /// Whether what waits first needs a snapshot to be decided.
+    /// Whether the first waiting transaction needs a snapshot.
     pub(super) fn needs_snapshot(&self) -> bool {
         self.pending.front().is_some_and(|first| first.xid.is_some())
     }
 
-    /// Releases what can be, in stream order. `appended` is how far the log can be read.
+    /// Releases in stream order every transaction that it can. `appended` is the end LSN up to which the log can be read.
     pub(super) fn advance(&mut self, snapshot: Option<&Snapshot>, appended: Lsn) {
         let seen = |item: &Pending| item.xid.is_none_or(|xid| snapshot.is_some_and(|snapshot| snapshot.sees(xid)));
         while let Some(item) = self.pending.get_mut(self.pending_released) {
@@ -326,6 +336,7 @@ impl Window {
             match wake {
                 Wake::Nobody => {}
                 Wake::Everybody => self.wake_everybody(before),
+                Wake::Tenants(tenants) if tenants.is_empty() => {}
                 Wake::Tenants(tenants) => {
                     for tenant in &tenants {
                         if let Some(feed) = self.feeds.of_tenant(tenant) {
@@ -368,7 +379,10 @@ impl Window {
     pub(super) fn diverge(&mut self, at: Lsn, history: Arc<History>) {
         self.origin = self.origin.take().map(|(source, _)| (source, history));
         self.holes.retain(|(_, end)| end.0 <= at);
+        // A commit record can cross the switch.
+        let mut first = at;
         while let Some(entry) = self.entries.pop_back_if(|entry| entry.end.0 > at) {
+            first = first.min(entry.commit.0);
             self.bytes -= entry.bytes;
             for item in &entry.items {
                 item.leave_window();
@@ -385,18 +399,17 @@ impl Window {
         let floor = Position::at(at);
         self.floor = self.floor.min(floor);
         self.feeds.iter_mut().for_each(|feed| feed.floor = feed.floor.min(floor));
-        self.divergences.push(at);
+        self.divergences.push(first);
         self.wake_everybody(at);
     }
 
-    /// The gap that stands for this one: where it was recorded with an open end, the later one that covers it, once that is
-    /// released.
+    /// The gap to report: for an open one the later gap that covers it, once that is released.
     fn whole<'a>(&'a self, gap: &'a Gap) -> &'a Gap {
         let released = |later: &&Gap| later.to <= Position::at(self.released);
         self.gaps.iter().rev().filter(released).find(|later| gap.is_open() && later.covers(gap)).unwrap_or(gap)
     }
 
-    /// What it holds and may hold, and who reads it.
+    /// The bytes that it holds and may hold, and its readers.
     pub(super) fn usage(&self) -> Usage {
         Usage {
             bytes: self.bytes,
@@ -413,7 +426,7 @@ impl Window {
         Waits { unreleased_since: unreleased.map(|item| item.since), full_since: self.full_since }
     }
 
-    /// Where everything stands, as one look.
+    /// The state that a start is based on.
     pub(super) fn anchor(&self) -> Anchor {
         Anchor {
             watermark: self.watermark,
@@ -435,6 +448,11 @@ impl Window {
 
     pub(super) fn leave(&mut self, key: ReaderKey) {
         self.feeds.leave(key);
+    }
+
+    /// How many divergences there were so far.
+    pub(super) const fn divergences(&self) -> usize {
+        self.divergences.len()
     }
 
     /// Whether anything of this tenant is in memory.
@@ -478,7 +496,7 @@ impl Window {
             None if cursor.outer() >= Position::at(self.released) => return Next::Wait,
             None => Place::at(self.released),
         };
-        // Of all tenants everything behind the window's floor is in memory, but for what was too large.
+        // In the feed of all tenants everything after the window's floor is in memory, except holes.
         let floor = if feed.scope == Scope::All { feed.floor.max(self.floor) } else { feed.floor };
         if floor > cursor.outer() {
             return Next::Disk { up_to: limit, behind: true };
@@ -496,8 +514,7 @@ impl Window {
             messages,
         };
         if feed.scope == Scope::All {
-            let first = self.entries.partition_point(|entry| entry.commit.0 < cursor.position.lsn);
-            let items = self.entries.range(first..).flat_map(|entry| &entry.items);
+            let items = self.items_from(cursor);
             let _ = items
                 .filter(|item| item.message.order() > cursor.of(&item.tenant))
                 .try_for_each(|item| taking.offer(item));
@@ -516,10 +533,21 @@ impl Window {
         }
     }
 
+    /// The items of all tenants from `cursor` on. The first ones may be before it.
+    fn items_from(&self, cursor: &Place) -> impl Iterator<Item = &Arc<Item>> {
+        let first = self.entries.partition_point(|entry| entry.commit.0 < cursor.position.lsn);
+        let begun = self.entries.get(first).filter(|entry| entry.commit.0 == cursor.position.lsn);
+        let begun = begun.map_or(&[][..], |entry| entry.items.as_slice());
+        let passed =
+            cursor.within.as_ref().map_or(0, |(tenant, _)| begun.partition_point(|item| item.tenant < *tenant));
+        let rest = self.entries.range(first + usize::from(!begun.is_empty())..).flat_map(|entry| &entry.items);
+        begun.iter().skip(passed).chain(rest)
+    }
+
     /// The next gap that a reader at `cursor` has to report, and that is released.
     fn gap_ahead(&self, scope: &Scope, cursor: &Place) -> Option<&Gap> {
         let released = Position::at(self.released);
-        // Those that end at or before the place are passed. In front of it are few.
+        // Gaps that end at or before the place are passed. Few gaps lie ahead.
         let passed = self.gaps.partition_point(|gap| gap.to <= cursor.outer());
         let ahead = self.gaps.iter().skip(passed).take_while(|gap| gap.to <= released);
         let mut ahead = ahead.filter(|gap| gap.concerns(scope) && !gap.is_passed(scope, cursor));
@@ -536,7 +564,7 @@ impl Window {
 /// Takes messages for a reader, in stream order.
 struct Taking<'a> {
     limit: &'a Place,
-    /// The commit LSN of a transaction that memory does not have, nor may the reader have anything behind it.
+    /// The commit LSN of a transaction that memory does not have. Nothing behind it may be taken before it.
     hole: Option<CommitLsn>,
     bytes_left: usize,
     /// Whether there is nothing else for now.
@@ -550,7 +578,7 @@ impl Taking<'_> {
         let message = &item.message;
         let is_within = message.is_before(self.limit.of(&item.tenant));
         if self.bytes_left == 0 || !is_within || self.hole.is_some_and(|hole| message.header.commit >= hole) {
-            // What is not released yet is a reason to be woken, and not to look again.
+            // The reader is woken for a message that is not released yet, so it need not look again.
             self.all &= !is_within;
             return ControlFlow::Break(());
         }
@@ -561,7 +589,7 @@ impl Taking<'_> {
 }
 
 /// The messages of a transaction as in a stream of all tenants.
-fn items_of(transaction: &Transaction) -> Vec<Arc<Item>> {
+pub(super) fn items_of(transaction: &Transaction) -> Vec<Arc<Item>> {
     let record = |(tenant, message): &(TenantId, Message)| TenantMessage {
         tenant: tenant.clone(),
         message: message.clone(),
@@ -569,7 +597,7 @@ fn items_of(transaction: &Transaction) -> Vec<Arc<Item>> {
     };
     let mut all: Vec<_> = transaction.messages.iter().map(record).collect();
     all.sort_by(|a, b| a.tenant.cmp(&b.tenant));
-    // What was staged is not here, and a stream of all reads it from the log.
+    // Staged messages are not here: a stream of all tenants reads such a transaction from the log.
     if transaction.gaps.is_empty()
         && !transaction.staged
         && let Some(last) = all.last_mut()

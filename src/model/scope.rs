@@ -12,8 +12,8 @@
 //!           └ (c, 0, [a, 1]): a up to step 1
 //! ```
 //!
-//! A stream of all tenants can begin with the token of one tenant's stream, which says how many row steps of the transaction its reader has
-//! had, of whichever tenant. So a [`Place`] has both: those steps, and how far the stream has come since, tenant by tenant.
+//! A stream of all tenants can begin with the token of one tenant's stream, which includes the same number of row steps for every tenant. So a
+//! [`Place`] has both: those steps, and the progress of the stream since, tenant by tenant.
 
 use crate::model::change::TenantId;
 use crate::model::lsn::{EndLsn, Lsn, Position};
@@ -61,13 +61,13 @@ impl fmt::Display for Scope {
     }
 }
 
-/// A place in a stream: what its reader has had.
+/// A place in a stream, between two changes.
 ///
-/// Every transaction with a commit LSN below that of `position` is had. Of the transaction that commits *at* it: where `within` is `None`, the
-/// first `position.steps` row steps of every tenant; where it is `Some((tenant, steps))`, the tenants below that one whole, that one up to
-/// `steps`, and those above up to `position.steps`. In the stream of one tenant `within` is `None`.
+/// It includes every transaction that commits below `position.lsn`. Of the transaction that commits *at* it, a place without `within` includes
+/// the first `position.steps` row steps of every tenant. A place with `within: Some((tenant, steps))` includes all tenants below that one whole,
+/// that one up to `steps`, and those above up to `position.steps`. In the stream of one tenant, `within` is always `None`.
 ///
-/// Places inside one transaction are in order only for the same `position.steps`, which stay what they are for as long as a stream lasts.
+/// Places inside one transaction are ordered only if they have the same `position.steps`. Those do not change while a stream lasts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Place {
     /// A commit LSN with row steps, or an end LSN without.
@@ -96,12 +96,12 @@ impl Place {
         Self::at(end.0)
     }
 
-    /// In the transaction of `from`, when this tenant's changes have been had up to `steps`.
+    /// In the transaction of `from`, after `steps` row steps of this tenant.
     pub fn inside(from: Position, tenant: TenantId, steps: u64) -> Self {
         Self { position: from, within: Some((tenant, steps)) }
     }
 
-    /// The same place in the stream of one tenant. The end of a transaction whose LSN is not known is its commit LSN with
+    /// The same place in the stream of one tenant. The end of a transaction whose end LSN is not known is its commit LSN with
     /// [`Place::WHOLE`] row steps.
     pub fn of(&self, tenant: &TenantId) -> Position {
         let steps = match &self.within {
@@ -120,7 +120,7 @@ impl Place {
         }
     }
 
-    /// The place in stream order as far as transactions go: one between the tenants of a transaction counts as behind all of its row steps.
+    /// The same place in commit order. Between the tenants of a transaction, it is the position after all row steps of the transaction.
     pub fn outer(&self) -> Position {
         match self.within {
             None => self.position,

@@ -345,7 +345,7 @@ impl Gap {
                 self.from.lsn == place.position.lsn && tenant == within && self.from.steps <= *steps
             }
             (Scope::All, Some(_), None) => false,
-            (Scope::All, None, Some(_)) => self.from.lsn < place.position.lsn,
+            (Scope::All, None, Some(_)) => self.from <= Position::at(place.position.lsn),
             (_, _, _) => self.from <= place.position,
         }
     }
@@ -401,6 +401,10 @@ impl Tally {
     }
 }
 
+/// Memory for each message of a transaction in a window, beside its bytes: the item, its envelopes' slots, and its places in a feed and in the
+/// list of transactions; some of a feed.
+pub const MESSAGE_OVERHEAD_BYTES: usize = 400;
+
 impl Transaction {
     /// The position after the whole transaction.
     pub const fn reached(&self) -> Position {
@@ -414,12 +418,12 @@ impl Transaction {
 
     /// Its approximate size in memory, in bytes.
     pub fn bytes(&self) -> usize {
-        /// For each message: the struct, the tenant's id, and the bookkeeping of the window.
-        const OVERHEAD: usize = 256;
         // The stored changes, and the response that is made from them.
-        let bytes = |m: &Message| m.changes.len() + Changes::of(&m.changes).envelope_bytes() + m.steps.len() + OVERHEAD;
+        let bytes = |m: &Message| {
+            m.changes.len() + Changes::of(&m.changes).envelope_bytes() + m.steps.len() + MESSAGE_OVERHEAD_BYTES
+        };
         let messages: usize = self.messages.iter().map(|(_, message)| bytes(message)).sum();
-        messages + OVERHEAD * (1 + self.gaps.len() + self.token_ids.len())
+        messages + MESSAGE_OVERHEAD_BYTES * (1 + self.gaps.len() + self.token_ids.len())
     }
 }
 

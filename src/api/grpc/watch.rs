@@ -60,7 +60,8 @@ impl Responses {
     pub(super) fn poll_frames(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frames, Status>>> {
         let Some(stream) = &mut self.0 else { return Poll::Ready(None) };
         let next = ready!(poll_joined(stream, cx));
-        if next.is_err() {
+        if let Err(error) = &next {
+            stream.end(error);
             self.0 = None;
         }
         Poll::Ready(Some(next.map_err(Status::from)))

@@ -26,8 +26,9 @@ use tokio::time::{Instant, Sleep};
 const READY_BYTES: usize = 1 << 10;
 /// What is ready is joined up to this, and what is longer is sent in pieces of it.
 const PIECE_BYTES: usize = 16 << 10;
-/// Given to hyper at a time, before the other streams of the thread have their turn: what it buffers.
-const TURN_BYTES: usize = 64 << 10;
+/// Given to hyper at a time, before the other streams of the thread have their turn. hyper polls a pending body once more in the same turn
+/// (`poll_loop` of its HTTP/1 dispatcher), so that a turn comes to twice as much, which is its buffer.
+const TURN_BYTES: usize = 32 << 10;
 /// In place of a snap token: there is no going on from here.
 pub(super) const ENDED: &str = "ended";
 /// Proxies forget a quiet connection after a minute, some after half of it.
@@ -94,6 +95,7 @@ impl Body {
                     bytes += form.put(Line::new(envelope), out) as u64;
                 }
                 Poll::Ready(Err(error)) => {
+                    open.end(&error);
                     form.put_error(error, out);
                     *stream = None;
                 }

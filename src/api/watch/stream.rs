@@ -23,7 +23,7 @@ pub struct Stream {
     hub: Hub,
     token_form: Form,
     subscription: Subscription,
-    /// When it must end, whatever is ready.
+    /// When it must end. What is ready is sent before.
     expires: Option<Pin<Box<Sleep>>>,
     ready: VecDeque<Arc<Item>>,
     before: Before,
@@ -88,6 +88,11 @@ impl Stream {
         }
     }
 
+    /// Counts the stream as ended by this error, which its client receives.
+    pub fn end(&mut self, error: &Error) {
+        self.counted.reason = Some(error.reason().unwrap_or("INTERNAL"));
+    }
+
     /// Messages that the next polls return without asking the hub.
     pub fn ready(&self) -> usize {
         self.ready.len()
@@ -99,26 +104,18 @@ impl Stream {
     /// # Errors
     /// Where there is no going on; the same again on every later call.
     pub fn poll_next(&mut self, cx: &mut Context<'_>, encoder: Encoder, bytes: usize) -> Poll<Result<Next, Error>> {
-        let next = ready!(self.poll_encoded(cx, encoder, bytes));
-        if let Err(error) = &next {
-            self.counted.reason = Some(error.reason().unwrap_or("INTERNAL"));
-        }
-        Poll::Ready(next)
-    }
-
-    fn poll_encoded(&mut self, cx: &mut Context<'_>, encoder: Encoder, bytes: usize) -> Poll<Result<Next, Error>> {
-        if let Some(expires) = &mut self.expires
-            && expires.as_mut().poll(cx).is_ready()
-        {
-            return Poll::Ready(Err(Error::Expired));
-        }
         // Whoever polled when those that are ready were taken may have been woken since.
         let mut is_all = false;
         loop {
             if let Some(item) = self.ready.front().cloned() {
                 let envelope = ready!(self.poll_envelope(cx, &item, encoder))?;
                 self.ready.pop_front();
-                return Poll::Ready(Ok(Next { envelope, is_all }));
+                return Poll::Ready(Ok(Next { envelope: item.keep(envelope), is_all }));
+            }
+            if let Some(expires) = &mut self.expires
+                && expires.as_mut().poll(cx).is_ready()
+            {
+                return Poll::Ready(Err(Error::Expired));
             }
             // Held only while there is something in it: idle streams are many.
             self.ready.shrink_to(READY_MAX);

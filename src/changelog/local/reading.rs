@@ -1,8 +1,8 @@
 //! Reading messages back: those of one tenant, or of all tenants in the order of their transactions.
 //!
-//! Messages lie by tenant, so that one tenant's are read in a row. For all tenants the index has the transactions in order, and whose
-//! changes each has: a read walks along the index, and keeps the page that it is in for each tenant that it meets. What it keeps is bounded
-//! by what it returns, as every step yields a message.
+//! Messages lie by tenant, so one tenant's are read in a row. For all tenants the index has the transactions in order, with the tenants of
+//! each: a read walks along the index, and keeps the current page of each tenant that it meets, so that it looks for each page once. The
+//! tenants of a transaction that has many of them, or was staged, are rarely met again: their pages are not kept.
 
 use super::super::Batch;
 use super::Unreadable;
@@ -79,6 +79,15 @@ pub(super) fn all(
     Ok(batch.messages)
 }
 
+/// A message counts at least this many bytes: it takes some also without changes.
+const MESSAGE_BYTES_MIN: usize = 64;
+
+/// The message with bytes of its own.
+fn copied(message: Message) -> Message {
+    let [steps, changes] = [&message.steps, &message.changes].map(|bytes| Bytes::copy_from_slice(bytes));
+    Message { steps, changes, ..message }
+}
+
 /// A batch up to its limit.
 struct Bounded {
     messages: Batch,
@@ -97,7 +106,7 @@ impl Bounded {
             self.messages.more = true;
             return false;
         }
-        self.bytes += message.changes.len();
+        self.bytes += message.changes.len().max(MESSAGE_BYTES_MIN);
         self.messages.messages.push(TenantMessage { tenant: tenant.clone(), message, ends_transaction: None });
         true
     }
@@ -138,10 +147,19 @@ impl Tenants<'_> {
                 if !message.is_before(up_to.of(&this)) {
                     return Ok(false);
                 }
-                let Some(message) = message.after(had) else { continue };
-                if !batch.push(&this, message) {
+                let is_last = message.end.is_some();
+                // Copied, because a slice would keep a whole block in memory for one message of its tenant.
+                if let Some(message) = message.after(had).map(copied)
+                    && !batch.push(&this, message)
+                {
                     return Ok(false);
                 }
+                if is_last {
+                    break;
+                }
+            }
+            if transaction.tenants.is_empty() {
+                self.open.remove(&this);
             }
             tenant = self.tenant_above(transaction, indexed_in, Some(&this))?;
         }

@@ -405,7 +405,7 @@ impl Segment {
             Some(below) => Bound::Excluded(record::tenant_key(commit, below)),
             None => Bound::Included(record::tenants_prefix(commit)),
         };
-        let behind = Bound::Excluded(record::tenants_prefix(CommitLsn(Lsn(commit.0.0 + 1))));
+        let behind = Bound::Excluded(record::tenants_prefix(CommitLsn(Lsn(commit.0.0.saturating_add(1)))));
         let Some(item) = self.keyspace.range((from, behind)).next() else { return Ok(None) };
         let (_, tenant) = record::read_tenant_key(&item.key()?).ok_or(Malformed("tenants of a transaction"))?;
         Ok(Some(tenant))

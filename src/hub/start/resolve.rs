@@ -27,8 +27,8 @@ struct Missing {
 }
 
 impl Hub {
-    /// Right after the transaction that carried `id`. One that left no trace resolves to its floor: everything after it
-    /// includes everything after the transaction. What the reader has seen reaches to where the transaction ended, no earlier.
+    /// Right after the transaction that carried `id`. A transaction without a trace resolves to its floor, because
+    /// everything after the transaction is after the floor. The reader's state reaches at least to the end of the transaction.
     pub(super) async fn after_token(
         &self,
         primary: &impl Primary,
@@ -99,7 +99,7 @@ impl Hub {
         Ok(Error::UnknownTransaction { xid, earliest })
     }
 
-    /// What `find` finds of the transaction, once it is over and the stream is past it.
+    /// The result of `find` for the transaction, once it has ended and the stream is past it.
     async fn await_outcome<T: Send + 'static>(
         &self,
         primary: &impl Primary,
@@ -124,7 +124,7 @@ impl Hub {
     }
 }
 
-/// Waits for a transaction to end; what it is then.
+/// Waits for a transaction to end, and returns its status.
 pub(super) async fn await_end(
     primary: &impl Primary,
     xid: Xid8,
@@ -140,12 +140,10 @@ pub(super) async fn await_end(
     }
 }
 
-/// A position before everything that the snapshot does not see, and not long before it; `None` where the log does not reach
-/// back that far.
+/// A position shortly before the first transaction that the snapshot does not see; `None` if the log does not reach back that far.
 ///
-/// Transactions from `xmax` on got their ids after the snapshot was taken, and so after whatever it sees had committed: they
-/// come behind any one that it sees. Those that were running are looked up one by one, since one may have committed, and not
-/// been visible yet.
+/// Transactions from `xmax` on got their ids after the snapshot was taken, and so after every transaction that it sees had committed: they
+/// come later in the stream. The running ones are looked up one by one, because one may have committed without being visible yet.
 fn first_unseen(log: &dyn ChangeLog, scope: &Scope, snapshot: &Snapshot) -> Result<Option<Position>, changelog::Error> {
     let mut below = log.largest_below(snapshot.xmax())?;
     while let Some((xid, _)) = below.filter(|(xid, _)| !snapshot.sees(*xid)) {

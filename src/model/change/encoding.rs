@@ -412,11 +412,11 @@ pub(crate) mod tests {
         prop_oneof![
             ".*".prop_map(AttributeValue::String),
             any::<i32>().prop_map(AttributeValue::Integer),
-            any::<f64>().prop_map(AttributeValue::Double),
+            proptest::num::f64::ANY.prop_map(AttributeValue::Double),
             any::<bool>().prop_map(AttributeValue::Boolean),
             proptest::collection::vec(".*", 0..4).prop_map(AttributeValue::StringArray),
             proptest::collection::vec(any::<i32>(), 0..4).prop_map(AttributeValue::IntegerArray),
-            proptest::collection::vec(any::<f64>(), 0..4).prop_map(AttributeValue::DoubleArray),
+            proptest::collection::vec(proptest::num::f64::ANY, 0..4).prop_map(AttributeValue::DoubleArray),
             proptest::collection::vec(any::<bool>(), 0..4).prop_map(AttributeValue::BooleanArray),
         ]
     }

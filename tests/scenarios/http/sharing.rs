@@ -65,12 +65,21 @@ async fn stuck(server: &Server) -> TcpStream {
     stream
 }
 
-/// A hundred that do not read hold one message, and not a hundred.
+/// A hundred clients that do not read hold one message of 1 MiB, and not a hundred.
 #[tokio::test]
 async fn clients_that_do_not_read_hold_one_message_together() {
+    // Nearly one message, which is some 3 MB of JSON.
+    hold_together(16_000).await;
+}
+
+/// The same with a transaction of many messages, which is too large for memory, so that each stream reads it from the change log.
+#[tokio::test]
+async fn clients_that_do_not_read_share_messages_from_the_log() {
+    hold_together(100_000).await;
+}
+
+async fn hold_together(tuples: u32) {
     const CLIENTS: usize = 100;
-    /// Nearly one message of 1 MiB, and some 3 MB of JSON.
-    const TUPLES: u32 = 16_000;
     let postgres = Postgres::start().await;
     let server = Server::serve(&postgres, &[]).await;
     let sql = postgres.sql().await;
@@ -79,10 +88,10 @@ async fn clients_that_do_not_read_hold_one_message_together() {
         clients.push(stuck(&server).await);
     }
     let before_kib = server.memory_kib("VmRSS");
-    insert_many(&sql, TUPLES).await;
+    insert_many(&sql, tuples).await;
     eventually("all have begun to take it", async || messages_sent(&server).await >= CLIENTS as f64).await;
     assert_eq!(lines_made(&server).await, messages_sent(&server).await / CLIENTS as f64);
-    // With one for each, it would be more than 256 MiB. A transaction of that size costs some by itself.
+    // One line for each client would take more than 256 MiB. A transaction of that size takes some memory by itself.
     let grown_kib = server.memory_kib("VmRSS").saturating_sub(before_kib);
     assert!(grown_kib < 64 << 10, "{grown_kib} KiB more");
 }
