@@ -1,4 +1,4 @@
-//! The routes, over services that echo what they are asked.
+//! Tests of the routes, with services that echo their requests.
 
 use super::*;
 use crate::access::authn::Authenticator;
@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tonic::{Response as Answer, Status};
 use tower::ServiceExt as _;
 
-/// Answers with what it was asked, and fails where a tenant is called after a gRPC code.
+/// A service that answers with its request. If the tenant has the name of a gRPC code, it fails with that code.
 struct Echo;
 
 fn refused(tenant: &str) -> Result<(), Status> {
@@ -111,7 +111,7 @@ impl Tenancy for Echo {
     }
 }
 
-/// Is not ready, and says so.
+/// A process that is not ready.
 struct Stalled;
 
 impl Probes for Stalled {
@@ -126,7 +126,7 @@ impl Probes for Stalled {
     }
 }
 
-/// The gateway without Watch, which has no other service to stand in: tests/scenarios/http.rs has that.
+/// Returns the gateway without Watch. Watch cannot be replaced by an echo, and tests/scenarios/http.rs covers it.
 fn router(overrides: &[(&str, &str)]) -> Router {
     let overrides: Vec<_> = overrides.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     let config = Config::load(None, [], &overrides).unwrap().server.http.unwrap();
@@ -271,22 +271,22 @@ async fn pages_of_allowed_origins_may_call() {
             let headers = header(&headers, "access-control-allow-headers");
             assert_eq!(headers.as_deref(), Some("authorization,content-type,last-event-id"));
         }
-        // An error, too, is for the page to read.
+        // The page must be able to read errors as well.
         let request = Request::post("/v1/tenants/missing/data/write").header("origin", here);
         let (status, headers, _) = send(router, request.body(Body::empty()).unwrap()).await;
-        // And others do not get so far.
+        // Pages of other origins are refused earlier.
         assert_eq!(status, if allowed.is_some() { StatusCode::NOT_FOUND } else { StatusCode::FORBIDDEN });
         assert_eq!(header(&headers, "access-control-allow-origin").as_deref(), allowed, "{origins}");
     }
 }
 
-/// Everybody gets in.
+/// An admission that accepts everyone.
 fn open() -> Admission {
     Admission::new(Authenticator::Open, Exempt { health: true, reflection: true, metrics: true }, None)
 }
 
-/// A connection to the gateway, with what it says to these bytes until it closes it. The clock is paused: it goes to the next timeout as
-/// soon as there is nothing else to do.
+/// Sends these bytes to the gateway, and returns its answer up to the end of the connection. The clock is paused, and
+/// jumps to the next timeout when there is nothing else to do.
 async fn says(sent: &[u8]) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
@@ -323,7 +323,7 @@ async fn probes_and_metrics_are_served() {
     }
 }
 
-/// JSON that is about what a request has, with anything in its places.
+/// Arbitrary JSON in the shape of a request.
 fn any_json() -> impl Strategy<Value = Json> {
     let names = prop::sample::select(vec![
         "tenant_id",

@@ -1,4 +1,4 @@
-//! The snap tokens that clients are given.
+//! The snap tokens that clients receive.
 
 use crate::hub::Origin;
 use crate::model::lsn::{CommitTime, Xid8};
@@ -16,14 +16,14 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    /// For positions of this source and history.
+    /// A writer for positions of this source and history.
     pub fn new((source, history): &Origin) -> Self {
         Self { source: source.id(), history: history.clone() }
     }
 
-    /// The token of a message. An id alone cannot say "inside a transaction": all messages of it but the last have the one of
-    /// the transaction before, and whoever comes back with that gets them once more. Where the log has none before, the
-    /// position it is.
+    /// Returns the token of a message. A transaction id cannot denote a place inside a transaction. In that form, all
+    /// messages of a transaction except the last carry the id of the transaction before, and a client that resumes with
+    /// it receives them again. If the log contains no transaction before, the token is the position.
     pub fn of_message(&self, message: &Message, form: Form, before: Option<Xid8>) -> String {
         let xid = if message.end.is_some() { Some(message.header.xid) } else { before };
         match (form, xid) {
@@ -32,7 +32,7 @@ impl Tokens {
         }
     }
 
-    /// The token of a place, which is taken whatever form messages have.
+    /// Returns the native token of a place, whatever the form of the messages' tokens.
     pub fn write(&self, place: impl Into<Place>, commit_time: CommitTime) -> String {
         let place = place.into();
         let timeline = self.history.writer_of(place.extent()).id();
