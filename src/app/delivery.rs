@@ -1,13 +1,16 @@
-//! Whether changes are delivered: the one judgement that `/readyz`, `grpc.health.v1`, `tuplewatch health` and the metrics repeat.
+//! Readiness: whether changes are delivered. `/readyz`, `grpc.health.v1`, `tuplewatch health` and the metrics all
+//! repeat this one judgement.
 //!
-//! A node delivers where the slot streams, PostgreSQL says what is visible, streams can start, and nothing is stuck on the way. An
-//! idle node is asked the same: [`super::primary`] and the hub's releaser probe every few seconds what they would need for the next
-//! change.
+//! A node is ready if the slot streams, if PostgreSQL answers which transactions are visible, if streams can start, and
+//! if nothing is stuck on the way. This also holds for an idle node: every few seconds, [`super::primary`] and the
+//! hub's releaser probe what the next change will need.
 //!
-//! It does not flap. What the session says counts at once. A statement counts against a node that was ready only after
-//! [`Answers::LATE`], and a node that was not becomes ready only with an answer. So a statement that fails once changes nothing.
+//! Readiness does not flap. The status of the session counts at once. A failing statement makes a ready node unready
+//! only after [`Answers::LATE`], and an unready node becomes ready only after an answer. So one failed statement
+//! changes nothing.
 //!
-//! How far the node is behind the server is not judged here: it delivers, late. `/readyz` asks that too (`server.http.ready_lag_max`).
+//! The lag behind the server does not count here: a node that lags still delivers. Only `/readyz` considers it
+//! (`server.http.ready_lag_max`).
 
 use super::primary::{Answers, Silence, Why};
 use crate::changelog::DiskSpace;
@@ -19,16 +22,17 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-/// How often it is judged, besides at every change of the session's status and of the log's room.
+/// The interval between judgements. A change of the session's status, or of the log's room, causes another one at once.
 const JUDGE_EVERY: Duration = Duration::from_secs(1);
-/// A commit is visible at once, or when a synchronous standby has it. One that takes longer waits for an operator.
+/// A commit becomes visible at once, or when a synchronous standby confirms it. A longer wait needs an operator.
 const INVISIBLE_MAX: Duration = Duration::from_secs(15);
-/// A sync takes milliseconds; one that takes longer is no busy disk but one that hangs.
+/// A sync takes milliseconds. One that takes this long is not slow, it hangs.
 const UNSYNCED_MAX: Duration = Duration::from_secs(30);
-/// Room in memory comes with each release, and each write to the log.
+/// Each release, and each write to the log, frees memory of the window.
 const FULL_MAX: Duration = Duration::from_secs(15);
 
-/// Why nothing is delivered. No text names a host or has data, because probes need no credentials. All are ASCII.
+/// The reason why nothing is delivered. The messages contain neither hosts nor data, because probes need no
+/// credentials. They are ASCII.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Obstacle {
     #[error("tuplewatch starts: PostgreSQL has not been asked everything yet")]
@@ -76,7 +80,7 @@ pub(super) enum Obstacle {
     WindowFull,
 }
 
-/// What to do about a statement without an answer.
+/// The remedy for a statement without an answer.
 const fn cause(why: Option<Why>) -> &'static str {
     match why {
         None | Some(Why::Late) => {
@@ -93,7 +97,8 @@ const fn cause(why: Option<Why>) -> &'static str {
 }
 
 impl Obstacle {
-    /// One of [`NOT_READY_REASONS`](crate::metrics::readings::NOT_READY_REASONS).
+    /// The label of the obstacle in the metrics, one of
+    /// [`NOT_READY_REASONS`](crate::metrics::readings::NOT_READY_REASONS).
     pub(super) const fn reason(self) -> &'static str {
         match self {
             Self::Starting => "starting",
@@ -111,32 +116,33 @@ impl Obstacle {
     }
 }
 
-/// What is judged, as of one moment.
+/// The facts of one moment, for the judgement.
 #[derive(Clone, Debug)]
 struct Facts {
     status: Status,
-    /// Since when the slot streams, where it does.
+    /// The time since which the slot streams, if it does.
     streaming_since: Option<Instant>,
     room: DiskSpace,
-    /// PostgreSQL refuses the session a connection, because there are too many.
+    /// Whether PostgreSQL refuses the session a connection because of a limit.
     session_refused: bool,
-    /// Of the statement that says what is visible; `None` where changes are released without it.
+    /// The silence of the statement that finds visible transactions. `None` if it was answered, or if changes are
+    /// released without it.
     visibility: Option<Silence>,
-    /// Of the statement that starts streams.
+    /// The silence of the statement that starts streams.
     starts: Option<Silence>,
     waits: Waits,
-    /// Since when something received is not durable, and nothing became durable.
+    /// The time since which received data waits to become durable without progress.
     unsynced_since: Option<Instant>,
 }
 
-/// The first thing in the way, the cause before what follows from it.
+/// Returns the first obstacle, or `None`. A cause precedes its consequences.
 fn judge(facts: &Facts, was_ready: bool, now: Instant) -> Option<Obstacle> {
     let longer =
         |since: Option<Instant>, most: Duration| since.is_some_and(|since| now.saturating_duration_since(since) > most);
-    // What a node can do must have been seen; that it cannot, must last.
+    // A node becomes ready only after an answer, and unready only after a lasting silence.
     let silent = |silence: Option<Silence>, obstacle: fn(Option<Why>) -> Obstacle| {
         let Silence { since, why } = silence?;
-        // With the session comes the first moment that it could be asked.
+        // Nothing could be asked before the session streamed.
         let is_over = longer(facts.streaming_since.max(Some(since)), Answers::LATE);
         match (was_ready, is_over) {
             (true, false) => None,
@@ -169,7 +175,7 @@ fn judge(facts: &Facts, was_ready: bool, now: Instant) -> Option<Obstacle> {
     longer(facts.waits.full_since, FULL_MAX).then_some(Obstacle::WindowFull)
 }
 
-/// Follows the parts. Holds no handle that a part would wait for at the end.
+/// Follows the status of all parts. It holds no handle whose drop a part waits for at shutdown.
 pub(super) struct Delivery {
     pub(super) hub: Hub,
     pub(super) status: watch::Receiver<Status>,
@@ -177,16 +183,16 @@ pub(super) struct Delivery {
     pub(super) received: watch::Receiver<Option<Lsn>>,
     pub(super) durable: watch::Receiver<Lsn>,
     pub(super) primaries: PrimaryConnector,
-    /// Of snapshots; `None` where changes are released without any (`service.watch.before_visible`).
+    /// The answers about snapshots. `None` if changes are released without them (`service.watch.before_visible`).
     pub(super) visibility: Option<Answers>,
     pub(super) starts: Answers,
 }
 
-/// The judgement; nothing where changes are delivered.
+/// The judgement: `None` while changes are delivered.
 pub(super) type Readiness = watch::Receiver<Option<Obstacle>>;
 
 impl Delivery {
-    /// The judgement, and the task that makes it until `stop` turns true.
+    /// Returns the judgement, and the task that updates it until `stop` turns true.
     pub(super) fn follow(self, stop: watch::Receiver<bool>) -> (Readiness, impl Future<Output = ()>) {
         let (judgement, readiness) = watch::channel(Some(Obstacle::Starting));
         (readiness, self.run(judgement, stop))
@@ -202,14 +208,14 @@ impl Delivery {
             let before = *judgement.borrow();
             let now = judge(&facts, before.is_none(), Instant::now());
             if judgement.send_replace(now) != now {
-                tell(before, now);
+                log(before, now);
             }
-            // At the start, readiness does not wait for the next second.
+            // At the start, the node becomes ready without waiting for the next second.
             let coming_up = now == Some(Obstacle::Starting);
             tokio::select! {
                 _ = ticks.tick() => {}
                 () = tokio::time::sleep(JUDGE_EVERY / 50), if coming_up => {}
-                // The process ends with a part that has ended.
+                // If the sender is dropped, a part has ended, and the process ends with it.
                 Ok(()) = self.status.changed() => {}
                 Ok(()) = self.room.changed() => {}
                 _ = stop.changed() => {}
@@ -222,7 +228,7 @@ impl Delivery {
     }
 
     fn look(&mut self, syncing: &mut Syncing, streaming_since: &mut Option<Instant>) -> Facts {
-        // In this order: what is durable was received before.
+        // Read `durable` first: it was received before, so it cannot be ahead of `received`.
         let durable = *self.durable.borrow();
         let received = self.received.borrow().unwrap_or_default();
         let status = *self.status.borrow_and_update();
@@ -240,11 +246,11 @@ impl Delivery {
     }
 }
 
-/// For the log: once when it begins, and once when it is over.
-fn tell(before: Option<Obstacle>, now: Option<Obstacle>) {
+/// Logs an obstacle once when it appears, and once when it is over.
+fn log(before: Option<Obstacle>, now: Option<Obstacle>) {
     match (before, now) {
         (_, Some(Obstacle::Starting)) => {}
-        // The session and the recorder say more of themselves.
+        // The session and the recorder log these in more detail.
         (_, Some(Obstacle::Connecting | Obstacle::Retrying | Obstacle::Failed)) => {}
         (_, Some(Obstacle::LogGone | Obstacle::DiskFull)) => {}
         (_, Some(obstacle)) => tracing::error!(reason = obstacle.reason(), "not ready: {obstacle}"),
@@ -253,7 +259,7 @@ fn tell(before: Option<Obstacle>, now: Option<Obstacle>) {
     }
 }
 
-/// How long the log has taken nothing of what was received.
+/// Measures how long the log has made nothing durable while received data waits.
 #[derive(Debug, Default)]
 struct Syncing(Option<(Lsn, Instant)>);
 
@@ -278,7 +284,7 @@ mod tests {
         *EPOCH + Duration::from_secs(seconds)
     }
 
-    /// A node that delivers.
+    /// The facts of a node that delivers.
     fn well() -> Facts {
         Facts {
             status: Status::Streaming,

@@ -1,4 +1,4 @@
-//! The status of the process for probes and metrics, put together from the log, the hub, the session and the slot's monitor.
+//! The status of the process for probes and metrics, from the log, the hub, the session and the slot's monitor.
 
 use super::delivery::{Obstacle, Readiness};
 use crate::admin::monitor::{Lag, Report, SlotReport};
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
-/// What it is read from. Holds no handle that a part would wait for at the end.
+/// The sources of the status. It holds no handle whose drop a part waits for at shutdown.
 pub(super) struct NodeStatus {
     pub(super) log: Arc<dyn ChangeLog>,
     pub(super) hub: Hub,
@@ -24,11 +24,11 @@ pub(super) struct NodeStatus {
     pub(super) durable: watch::Receiver<Lsn>,
     pub(super) room: watch::Receiver<DiskSpace>,
     pub(super) reports: watch::Receiver<Option<Report>>,
-    /// Zero: however far behind.
+    /// The largest lag at which `/readyz` succeeds. Zero permits any lag.
     pub(super) ready_lag_max: Duration,
 }
 
-/// Why `/readyz` says no.
+/// The reason why `/readyz` fails.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 pub(super) enum NotReady {
     #[error(transparent)]
@@ -72,13 +72,13 @@ impl Probes for NodeStatus {
 }
 
 impl NodeStatus {
-    /// What the monitor found, unless that is too long ago to say anything.
+    /// The latest report of the monitor, unless it is outdated.
     fn report(&self) -> Option<Report> {
         self.reports.borrow().clone().filter(|report| report.at.elapsed() <= Report::AGE_MAX)
     }
 
     fn read(&self) -> Readings {
-        // In this order: what is acknowledged was durable, and what is durable was received, before it was published.
+        // This order matters: what is acknowledged was durable before, and what is durable was received before.
         let looked_at_seconds = self.reports.borrow().as_ref().map(|report| seconds(report.at_time));
         let server = self.report().map(server);
         let durable = *self.durable.borrow();
@@ -151,7 +151,7 @@ const fn lag_seconds(lag: Lag) -> f64 {
     lag.time.as_secs_f64()
 }
 
-/// Zero stands for a log that has not begun.
+/// Zero denotes a log that has not begun.
 fn known(lsn: Lsn) -> Option<u64> {
     (lsn > Lsn::ZERO).then_some(lsn.0)
 }
