@@ -7,7 +7,7 @@
 pub mod encode;
 mod forms;
 pub mod grpc;
-pub mod http;
+pub(crate) mod http;
 mod scope;
 mod threads;
-pub mod watch;
+pub(crate) mod watch;

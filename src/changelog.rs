@@ -28,9 +28,9 @@
 //! PostgreSQL is the source of truth: losing this log costs history, not correctness. One thread writes the log
 //! ([`Recorder`](recorder::Recorder)), and many threads read it.
 
-pub mod examination;
+pub(crate) mod examination;
 mod local;
-pub mod recorder;
+pub(crate) mod recorder;
 
 #[cfg(test)]
 mod conformance;

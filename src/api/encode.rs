@@ -10,11 +10,10 @@ use bytes::Bytes;
 
 /// The encoder of one form of envelopes.
 #[derive(Clone, Copy, Debug)]
-pub struct Encoder {
-    /// The form of its envelopes.
-    pub form: EnvelopeForm,
+pub(crate) struct Encoder {
+    pub(crate) form: EnvelopeForm,
     /// Encodes a message and its snap token.
-    pub encode: fn(&Message, &str) -> Result<Bytes, Malformed>,
+    pub(crate) encode: fn(&Message, &str) -> Result<Bytes, Malformed>,
 }
 
 /// A change that the assembler did not encode.

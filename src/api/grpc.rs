@@ -6,14 +6,14 @@
 
 mod calls;
 mod connection;
-pub mod data;
+pub(crate) mod data;
 mod fact;
-pub mod health;
+pub(crate) mod health;
 mod send_counters;
-pub mod status;
-pub mod tenancy;
+pub(crate) mod status;
+pub(crate) mod tenancy;
 mod validation;
-pub mod watch;
+pub(crate) mod watch;
 
 use crate::access::admission::Admission;
 use crate::access::authn::Caller;
@@ -46,12 +46,7 @@ pub mod proto {
 pub(crate) enum Error {
     /// The address is in use, or is not an address of this machine.
     #[error("cannot listen on {address} for gRPC: {source} (server.host, server.grpc.port)")]
-    Bind {
-        /// The address.
-        address: String,
-        /// The cause.
-        source: std::io::Error,
-    },
+    Bind { address: String, source: std::io::Error },
     /// The certificate or the key is unusable.
     #[error(transparent)]
     Tls(#[from] tls::Error),
@@ -64,7 +59,7 @@ pub(crate) enum Error {
 }
 
 /// A bound listener. It is bound before everything else starts, so that a port in use is reported at once.
-pub struct Listener {
+pub(crate) struct Listener {
     listener: connections::Listener,
     tls: Option<tls::Acceptor>,
 }
@@ -86,18 +81,17 @@ impl Listener {
     }
 
     /// The address that it listens on.
-    pub const fn address(&self) -> SocketAddr {
+    pub(crate) const fn address(&self) -> SocketAddr {
         self.listener.address()
     }
 }
 
 /// The services of `proto/`, for every protocol. Cheap to clone.
 #[derive(Clone)]
-#[expect(missing_docs, reason = "the fields have the names of the services")]
-pub struct Services<P> {
-    pub watch: WatchService<P>,
-    pub data: Arc<data::DataService<P>>,
-    pub tenancy: Arc<tenancy::TenancyService>,
+pub(crate) struct Services<P> {
+    pub(crate) watch: WatchService<P>,
+    pub(crate) data: Arc<data::DataService<P>>,
+    pub(crate) tenancy: Arc<tenancy::TenancyService>,
 }
 
 /// Serves until `stop` turns true and all streams have ended. Dropping the future closes all connections.

@@ -29,7 +29,7 @@ mod tenancy;
 mod watch;
 
 pub(crate) use listener::{Listener, serve};
-pub use probes::Probes;
+pub(crate) use probes::Probes;
 
 use crate::access::admission::Admission;
 use crate::api::grpc::proto::data_server::Data;
@@ -55,7 +55,7 @@ const CORS_MAX_AGE: Duration = Duration::from_secs(3600);
 
 /// The routes. Cheap to clone.
 #[derive(Clone)]
-pub struct Gateway {
+pub(crate) struct Gateway {
     routes: Router,
     body_bytes_max: usize,
     cors: Option<CorsLayer>,

@@ -7,11 +7,9 @@ mod error;
 mod stream;
 mod tokens;
 
-pub use error::{
-    AFTER_GAP, CREDENTIALS_EXPIRED, EARLIEST_SNAP_TOKEN, Ended, Error, NEXT_SNAP_TOKEN, SNAP_TOKEN_TOO_OLD,
-};
-pub use stream::{Next, Stream};
-pub use tokens::Tokens;
+pub(crate) use error::{AFTER_GAP, Error, NEXT_SNAP_TOKEN, SNAP_TOKEN_TOO_OLD};
+pub(crate) use stream::{Next, Stream};
+pub(crate) use tokens::Tokens;
 
 use super::scope::Requested;
 use super::{forms, scope};
@@ -29,21 +27,21 @@ use tokio::sync::{Semaphore, watch};
 
 /// The settings of streams.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// Whether Watch is enabled.
-    pub enabled: bool,
+    pub(crate) enabled: bool,
     /// The most streams at a time.
-    pub subscribers_max: usize,
+    pub(crate) subscribers_max: usize,
     /// The longest wait for a transaction token to resolve.
-    pub resolve_timeout: Duration,
+    pub(crate) resolve_timeout: Duration,
     /// The form of the tokens in messages.
-    pub token_form: Form,
+    pub(crate) token_form: Form,
     /// Whether tenant ids must have Permify's form, as with the presets. Other mappings permit any text.
-    pub permify_tenants: bool,
+    pub(crate) permify_tenants: bool,
 }
 
 /// The Watch service. Cheap to clone.
-pub struct WatchService<P> {
+pub(crate) struct WatchService<P> {
     hub: Hub,
     inner: Arc<Inner<P>>,
 }
@@ -64,16 +62,16 @@ impl<P> Clone for WatchService<P> {
 }
 
 /// A stream with a fixed start: it delivers everything that commits from now on.
-pub struct Started {
-    pub stream: Stream,
+pub(crate) struct Started {
+    pub(crate) stream: Stream,
     /// The token that resumes from the start, for a client that has received no message yet.
-    pub snap_token: Option<String>,
+    pub(crate) snap_token: Option<String>,
 }
 
 impl<P: Primary> WatchService<P> {
     /// A service on this hub. `primary` resolves starts that depend on PostgreSQL. After `stop` turns true, no stream
     /// starts; open streams end with the hub.
-    pub fn new(hub: Hub, primary: P, options: Options, stop: watch::Receiver<bool>) -> Self {
+    pub(crate) fn new(hub: Hub, primary: P, options: Options, stop: watch::Receiver<bool>) -> Self {
         let streams = Arc::new(Semaphore::new(options.subscribers_max));
         metrics().subscribers_limit.set(i64::try_from(options.subscribers_max).unwrap_or(i64::MAX));
         // Initialized at zero, so that `rate()` sees the first increment.
@@ -85,12 +83,12 @@ impl<P: Primary> WatchService<P> {
 
     /// Returns the same service for a thread with its own handle of the hub.
     #[must_use]
-    pub fn with_hub(&self, hub: Hub) -> Self {
+    pub(crate) fn with_hub(&self, hub: Hub) -> Self {
         Self { hub, inner: self.inner.clone() }
     }
 
     /// The hub of the streams.
-    pub const fn hub(&self) -> &Hub {
+    pub(crate) const fn hub(&self) -> &Hub {
         &self.hub
     }
 

@@ -24,17 +24,17 @@ const SYNC_MAX: Duration = Duration::from_millis(20);
 
 /// The result of an examination.
 #[derive(Debug)]
-pub struct Examination {
+pub(crate) struct Examination {
     /// The node id of the existing log.
-    pub node_id: Option<String>,
+    pub(crate) node_id: Option<String>,
     /// Whether the existing log follows a slot.
-    pub has_begun: bool,
+    pub(crate) has_begun: bool,
     /// The findings.
-    pub diagnostics: Vec<Diagnostic>,
+    pub(crate) diagnostics: Vec<Diagnostic>,
 }
 
 /// Examines the directory. Blocks on the disk.
-pub fn examine(options: &Options, commands: &CommandLine) -> Examination {
+pub(crate) fn examine(options: &Options, commands: &CommandLine) -> Examination {
     let mut report = Report::default();
     let marker = look(options, commands, &mut report);
     let has_begun = marker.as_ref().is_some_and(|marker| marker.has_begun);

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 ///
 /// The session acknowledges WAL at most once a second, so this delay costs the server little WAL. It limits a busy log
 /// to 20 syncs a second on any disk.
-pub const SYNC_DELAY: Duration = Duration::from_millis(50);
+pub(crate) const SYNC_DELAY: Duration = Duration::from_millis(50);
 
 /// The shortest time between two appends, so that a busy log gathers entries: one append of many small transactions
 /// writes hardly more than an append of one, and wakes this thread once. Subscribers read from memory, and
@@ -46,11 +46,11 @@ enum Command {
 /// The recorder has ended: the log is poisoned, or the process is ending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the change log takes no more entries")]
-pub struct Closed;
+pub(crate) struct Closed;
 
 /// Hands entries to the recorder. Cheap to clone. Entries of one handle keep their order.
 #[derive(Clone, Debug)]
-pub struct Handle {
+pub(crate) struct Handle {
     commands: mpsc::Sender<Command>,
     /// Bounds the queue by bytes: one permit for each byte.
     room_in_queue: Arc<Semaphore>,
@@ -60,7 +60,7 @@ pub struct Handle {
 }
 
 /// The writing side. Run it on its own thread.
-pub struct Recorder {
+pub(crate) struct Recorder {
     log: Arc<dyn ChangeLog>,
     commands: mpsc::Receiver<Command>,
     appended: watch::Sender<Lsn>,
@@ -69,7 +69,7 @@ pub struct Recorder {
 }
 
 /// Returns a recorder for this log, and a handle to it.
-pub fn new(log: Arc<dyn ChangeLog>) -> (Recorder, Handle) {
+pub(crate) fn new(log: Arc<dyn ChangeLog>) -> (Recorder, Handle) {
     let tail = log.state().tail;
     let (commands_tx, commands) = mpsc::channel(QUEUE_ENTRIES);
     let (appended, appended_rx) = watch::channel(tail);
@@ -90,7 +90,7 @@ impl Handle {
     ///
     /// # Errors
     /// If the recorder has ended.
-    pub async fn append(&self, entry: Entry) -> Result<(), Closed> {
+    pub(crate) async fn append(&self, entry: Entry) -> Result<(), Closed> {
         let bytes = bytes(&entry).min(QUEUE_BYTES);
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
         let permit = self.room_in_queue.clone().acquire_many_owned(permits).await.map_err(|_| Closed)?;
@@ -101,24 +101,24 @@ impl Handle {
     ///
     /// # Errors
     /// If the recorder has ended.
-    pub async fn flush(&self) -> Result<State, Closed> {
+    pub(crate) async fn flush(&self) -> Result<State, Closed> {
         let (reply, state) = oneshot::channel();
         self.commands.send(Command::Flush(reply)).await.map_err(|_| Closed)?;
         state.await.map_err(|_| Closed)
     }
 
     /// The end LSN up to which the log can be read.
-    pub fn appended(&self) -> watch::Receiver<Lsn> {
+    pub(crate) fn appended(&self) -> watch::Receiver<Lsn> {
         self.appended.clone()
     }
 
     /// The end LSN up to which the log survives a crash.
-    pub fn durable(&self) -> watch::Receiver<Lsn> {
+    pub(crate) fn durable(&self) -> watch::Receiver<Lsn> {
         self.durable.clone()
     }
 
     /// Whether the log may append.
-    pub fn room(&self) -> watch::Receiver<DiskSpace> {
+    pub(crate) fn room(&self) -> watch::Receiver<DiskSpace> {
         self.room.clone()
     }
 }
@@ -141,7 +141,7 @@ impl Recorder {
     ///
     /// # Errors
     /// If a write or a sync fails.
-    pub async fn run(self) -> Result<(), Error> {
+    pub(crate) async fn run(self) -> Result<(), Error> {
         let log = self.log.clone();
         self.record().await.map_err(|error| match error {
             Error::Poisoned(cause) if !log.is_in_place() => Error::Displaced(cause),

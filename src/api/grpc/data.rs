@@ -14,14 +14,14 @@ use tokio::sync::watch::Receiver;
 use tonic::{Request, Response, Status};
 
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// The most tuples and attributes of one write.
-    pub rows_per_write_max: usize,
+    pub(crate) rows_per_write_max: usize,
     /// The longest wait of a read for its snap token.
-    pub resolve_timeout: Duration,
+    pub(crate) resolve_timeout: Duration,
 }
 
-pub struct DataService<P> {
+pub(crate) struct DataService<P> {
     /// `None` if another engine writes the watched tables.
     store: Option<Store>,
     hub: Hub,

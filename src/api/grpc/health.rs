@@ -14,7 +14,7 @@ use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
 /// The metadata key of the reason.
-pub const REASON: &str = "tuplewatch-reason";
+pub(crate) const REASON: &str = "tuplewatch-reason";
 
 /// The names that it knows: the empty name of the whole server, and its services.
 const SERVICES: [&str; 4] = ["", "base.v1.Watch", "base.v1.Data", "base.v1.Tenancy"];
@@ -22,21 +22,21 @@ const SERVICES: [&str; 4] = ["", "base.v1.Watch", "base.v1.Data", "base.v1.Tenan
 /// The health service. `readiness` holds the reason, in ASCII, why nothing is delivered, or `None` while the node
 /// delivers. A watching client receives a message at each change of the status, and its stream ends when the sender is
 /// dropped.
-pub fn service<R: Reason>(readiness: watch::Receiver<Option<R>>) -> Server<R> {
+pub(crate) fn service<R: Reason>(readiness: watch::Receiver<Option<R>>) -> Server<R> {
     Server::new(HealthService { readiness })
 }
 
 /// The server of the service.
-pub type Server<R> = HealthServer<HealthService<R>>;
+pub(crate) type Server<R> = HealthServer<HealthService<R>>;
 
 /// The reason why nothing is delivered.
-pub trait Reason: fmt::Display + Send + Sync + 'static {}
+pub(crate) trait Reason: fmt::Display + Send + Sync + 'static {}
 
 impl<R: fmt::Display + Send + Sync + 'static> Reason for R {}
 
 /// The health service, see [`service`].
 #[derive(Debug)]
-pub struct HealthService<R> {
+pub(crate) struct HealthService<R> {
     readiness: watch::Receiver<Option<R>>,
 }
 

@@ -20,14 +20,14 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 /// The domain of `google.rpc.ErrorInfo`.
-pub const DOMAIN: &str = "tuplewatch";
+pub(crate) const DOMAIN: &str = "tuplewatch";
 fn with_reason(code: Code, message: String, reason: &str, metadata: Vec<(&str, String)>) -> Status {
     let metadata: HashMap<String, String> = metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
     Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, metadata))
 }
 
 /// The reason in the status's `ErrorInfo`, if there is one.
-pub fn reason(status: &Status) -> Option<String> {
+pub(crate) fn reason(status: &Status) -> Option<String> {
     status.get_details_error_info().map(|info| info.reason)
 }
 
@@ -136,21 +136,21 @@ pub(crate) fn of_store(error: store::Error) -> Status {
 }
 
 /// The status of a request with invalid fields.
-pub fn invalid(violations: Vec<FieldViolation>) -> Status {
+pub(crate) fn invalid(violations: Vec<FieldViolation>) -> Status {
     let fields: Vec<&str> = violations.iter().map(|violation| violation.field.as_str()).collect();
     let says = format!("the request is not valid: see {}", fields.join(", "));
     with_name(Code::InvalidArgument, "VALIDATION", says, violations)
 }
 
 /// The status of a tuple that relates an entity to itself.
-pub fn entity_is_subject(field: String) -> Status {
+pub(crate) fn entity_is_subject(field: String) -> Status {
     let violation = FieldViolation::new(field, "nothing has a relation to itself through the same relation");
     let says = "entity and relation are the same as the subject's";
     with_name(Code::InvalidArgument, "ENTITY_AND_SUBJECT_CANNOT_BE_EQUAL", says, vec![violation])
 }
 
 /// The status of a write with too many rows.
-pub fn too_much_data(rows: usize, max: usize) -> Status {
+pub(crate) fn too_much_data(rows: usize, max: usize) -> Status {
     let says =
         format!("{rows} tuples and attributes in one request, and {max} are allowed (database.max_data_per_write)");
     with_name(Code::InvalidArgument, "MAX_DATA_PER_WRITE_EXCEEDED", says, vec![])
@@ -164,7 +164,7 @@ pub(crate) fn bad_continuous_token(error: store::ParseKeyError) -> Status {
 }
 
 /// The status of Data and Tenancy if another engine writes the tables.
-pub fn not_our_store() -> Status {
+pub(crate) fn not_our_store() -> Status {
     let message = "this server only watches the tables of its mapping, and does not write or read them for clients: use \
                    the program that owns them (for Permify's tables, Permify itself). Data and Tenancy are served over \
                    tuplewatch's own tables, with mapping.preset: tuples";
@@ -172,7 +172,7 @@ pub fn not_our_store() -> Status {
 }
 
 /// The status of bundle methods, which only Permify has.
-pub fn no_bundles() -> Status {
+pub(crate) fn no_bundles() -> Status {
     let message = "bundles are Permify's: write what a bundle would with Data.Write and Data.Delete".to_owned();
     with_reason(Code::Unimplemented, message, "NOT_IMPLEMENTED", vec![])
 }
@@ -197,7 +197,7 @@ pub(crate) fn of_admission(error: &admission::Error) -> Status {
 }
 
 /// The status of a write by a page of a forbidden origin.
-pub fn other_origin(origin: &str) -> Status {
+pub(crate) fn other_origin(origin: &str) -> Status {
     let message = format!("pages of {origin} may not do this: see server.http.cors_allowed_origins");
     with_reason(Code::PermissionDenied, message, "ORIGIN_FORBIDDEN", vec![])
 }

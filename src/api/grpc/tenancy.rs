@@ -7,7 +7,7 @@ use crate::access::authn::Caller;
 use crate::store::{Store, Tenant};
 use tonic::{Request, Response, Status};
 
-pub struct TenancyService {
+pub(crate) struct TenancyService {
     /// `None` if another engine writes the watched tables.
     store: Option<Store>,
 }

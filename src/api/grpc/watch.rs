@@ -27,7 +27,7 @@ use tower_service::Service;
 const JOIN_BYTES: usize = 16 << 10;
 /// The response header with the token that resumes from the start of the stream, for a client that has received no
 /// message yet.
-pub const START_SNAP_TOKEN: &str = "snap-token";
+pub(crate) const START_SNAP_TOKEN: &str = "snap-token";
 /// The largest request. Its fields are short, but a field that is too long should get a specific error.
 const REQUEST_BYTES_MAX: usize = 4 << 20;
 const SERVICE: &str = "/base.v1.Watch/";

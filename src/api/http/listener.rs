@@ -33,12 +33,7 @@ const BUFFER_BYTES_MAX: usize = 64 << 10;
 pub(crate) enum Error {
     /// The address is in use, or is not an address of this machine.
     #[error("cannot listen on {address} for HTTP: {source} (server.host, server.http.port)")]
-    Bind {
-        /// The address.
-        address: String,
-        /// The cause.
-        source: io::Error,
-    },
+    Bind { address: String, source: io::Error },
     /// The certificate or the key is unusable.
     #[error(transparent)]
     Tls(#[from] tls::Error),

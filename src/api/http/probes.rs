@@ -16,7 +16,7 @@ use std::sync::Arc;
 use tokio::sync::Mutex;
 
 /// The source of the answers.
-pub trait Probes: Send + Sync + 'static {
+pub(crate) trait Probes: Send + Sync + 'static {
     /// The reason why the process is not ready, in words that a client without credentials may read.
     type NotReady: fmt::Display;
 

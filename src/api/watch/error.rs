@@ -13,18 +13,18 @@ use crate::model::transaction::GapReason;
 
 /// The key of the token that continues after a gap. It is absent while the end of the gap is unknown: see
 /// [`crate::model::transaction::Gap::writers`].
-pub const NEXT_SNAP_TOKEN: &str = "next_snap_token";
+pub(crate) const NEXT_SNAP_TOKEN: &str = "next_snap_token";
 /// The key of the oldest token that is still valid.
-pub const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
+pub(crate) const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
 /// The end of a gap's message, with the remedy.
-pub const AFTER_GAP: &str = ". Read the state anew, then go on from next_snap_token in the error details";
+pub(crate) const AFTER_GAP: &str = ". Read the state anew, then go on from next_snap_token in the error details";
 
 /// The reason if the client needs new credentials.
-pub const CREDENTIALS_EXPIRED: &str = "CREDENTIALS_EXPIRED";
+pub(crate) const CREDENTIALS_EXPIRED: &str = "CREDENTIALS_EXPIRED";
 /// The reason if the tenant id is invalid.
 const INVALID_TENANT: &str = "INVALID_TENANT";
 /// The reason if the next changes were dropped.
-pub const SNAP_TOKEN_TOO_OLD: &str = "SNAP_TOKEN_TOO_OLD";
+pub(crate) const SNAP_TOKEN_TOO_OLD: &str = "SNAP_TOKEN_TOO_OLD";
 
 const LOG_UNREADABLE: &str = "the change log cannot be read: see the server's log";
 const TOO_SLOW: &str = "this stream was read so slowly that the changes that come next are no longer kept: start without a token and \
@@ -32,7 +32,7 @@ const TOO_SLOW: &str = "this stream was read so slowly that the changes that com
 
 /// The error that a stream fails to start with, or ends with.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The credentials do not give access to the scope.
     #[error(transparent)]
     Forbidden(#[from] Forbidden),
@@ -50,14 +50,10 @@ pub enum Error {
     ShuttingDown,
     /// Too many streams are open.
     #[error("{max} streams are open, which is the limit (service.watch.subscribers_max): try again later")]
-    TooMany {
-        /// The limit.
-        max: usize,
-    },
+    TooMany { max: usize },
     /// The token cannot be resolved to a start.
     #[error("{}", start_message(.error))]
     Start {
-        /// The cause.
         error: StartError,
         /// `None` while the source of positions is unknown.
         tokens: Option<Tokens>,
@@ -81,10 +77,8 @@ pub enum Error {
 /// The end of a stream.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", end_message(.end, .scope))]
-pub struct Ended {
-    /// The cause.
-    pub end: End,
-    /// The scope of the stream.
+pub(crate) struct Ended {
+    pub(crate) end: End,
     scope: Scope,
     /// Writes the tokens in its message.
     tokens: Tokens,
@@ -92,7 +86,7 @@ pub struct Ended {
 
 impl Error {
     /// The error of a stream that cannot start.
-    pub fn of_start(error: StartError, tokens: Option<Tokens>) -> Self {
+    pub(crate) fn of_start(error: StartError, tokens: Option<Tokens>) -> Self {
         if let StartError::Log(error) = &error {
             tracing::error!("a stream could not start: {error}");
         }
@@ -108,7 +102,7 @@ impl Error {
     }
 
     /// A stable name for programs. `None` for an internal error, which a client cannot resolve.
-    pub fn reason(&self) -> Option<&'static str> {
+    pub(crate) fn reason(&self) -> Option<&'static str> {
         Some(match self {
             Self::Forbidden(_) => "TENANT_FORBIDDEN",
             Self::Disabled => "WATCH_DISABLED",
@@ -140,7 +134,7 @@ impl Error {
     }
 
     /// The token that helps the client, with its key.
-    pub fn snap_token(&self) -> Option<(&'static str, String)> {
+    pub(crate) fn snap_token(&self) -> Option<(&'static str, String)> {
         let write = |tokens: &Tokens, position| tokens.write(position, CommitTime::default());
         match self {
             Self::Start {
@@ -159,7 +153,7 @@ impl Error {
     }
 
     /// Whether the same request may succeed later without any change.
-    pub fn is_temporary(&self) -> bool {
+    pub(crate) fn is_temporary(&self) -> bool {
         match self {
             Self::ShuttingDown | Self::TooMany { .. } | Self::Unsendable(_) | Self::NoSource => true,
             Self::Start { error, .. } => {
@@ -171,7 +165,7 @@ impl Error {
     }
 
     /// Whether a stream that resumes after the last message would end here again.
-    pub fn ends_again_on_resume(&self) -> bool {
+    pub(crate) fn ends_again_on_resume(&self) -> bool {
         match self {
             Self::Ended(ended) => matches!(ended.end, End::Gap(_) | End::Abandoned { .. } | End::TooOld { .. }),
             _ => false,

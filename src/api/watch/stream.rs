@@ -19,7 +19,7 @@ use tokio::time::{Instant, Sleep};
 const READY_MAX: usize = 4;
 
 /// An open stream. Dropping it releases its resources.
-pub struct Stream {
+pub(crate) struct Stream {
     hub: Hub,
     token_form: Form,
     subscription: Subscription,
@@ -31,11 +31,11 @@ pub struct Stream {
     _permit: OwnedSemaphorePermit,
 }
 
-pub struct Next {
+pub(crate) struct Next {
     /// The encoded message.
-    pub envelope: Bytes,
+    pub(crate) envelope: Bytes,
     /// Whether no other message is ready, and the polling task is registered for the next one.
-    pub is_all: bool,
+    pub(crate) is_all: bool,
 }
 
 /// The transaction that precedes a transaction of several messages, with the commit LSN of the latter.
@@ -88,7 +88,7 @@ impl Stream {
     }
 
     /// The number of messages that the next polls return without asking the hub.
-    pub fn ready(&self) -> usize {
+    pub(crate) fn ready(&self) -> usize {
         self.ready.len()
     }
 
@@ -97,7 +97,12 @@ impl Stream {
     ///
     /// # Errors
     /// If the stream cannot continue. Every later call then returns the same error.
-    pub fn poll_next(&mut self, cx: &mut Context<'_>, encoder: Encoder, bytes: usize) -> Poll<Result<Next, Error>> {
+    pub(crate) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        encoder: Encoder,
+        bytes: usize,
+    ) -> Poll<Result<Next, Error>> {
         let next = ready!(self.poll_encoded(cx, encoder, bytes));
         if let Err(error) = &next {
             self.counted.reason = Some(error.reason().unwrap_or("INTERNAL"));

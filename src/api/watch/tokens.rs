@@ -10,21 +10,21 @@ use std::sync::Arc;
 
 /// Writes positions as tokens.
 #[derive(Clone, Debug)]
-pub struct Tokens {
+pub(crate) struct Tokens {
     source: SourceId,
     history: Arc<History>,
 }
 
 impl Tokens {
     /// A writer for positions of this source and history.
-    pub fn new((source, history): &Origin) -> Self {
+    pub(crate) fn new((source, history): &Origin) -> Self {
         Self { source: source.id(), history: history.clone() }
     }
 
     /// Returns the token of a message. A transaction id cannot denote a place inside a transaction. In that form, all
     /// messages of a transaction except the last carry the id of the transaction before, and a client that resumes with
     /// it receives them again. If the log contains no transaction before, the token is the position.
-    pub fn of_message(&self, message: &Message, form: Form, before: Option<Xid8>) -> String {
+    pub(crate) fn of_message(&self, message: &Message, form: Form, before: Option<Xid8>) -> String {
         let xid = if message.end.is_some() { Some(message.header.xid) } else { before };
         match (form, xid) {
             (Form::Permify, Some(xid)) => SnapToken::Xid(xid).to_string(),
@@ -33,7 +33,7 @@ impl Tokens {
     }
 
     /// Returns the native token of a place, whatever the form of the messages' tokens.
-    pub fn write(&self, place: impl Into<Place>, commit_time: CommitTime) -> String {
+    pub(crate) fn write(&self, place: impl Into<Place>, commit_time: CommitTime) -> String {
         let place = place.into();
         let timeline = self.history.writer_of(place.extent()).id();
         SnapToken::Position { source: self.source, timeline, place, commit_time }.to_string()

@@ -19,11 +19,11 @@ use crate::model::transaction::Message;
 use bytes::{BufMut as _, Bytes};
 use prost::encoding::{WireType, encode_key, encode_varint};
 
-pub const FRAME: Encoder = Encoder { form: EnvelopeForm::BaseV1Frame, encode };
+pub(crate) const FRAME: Encoder = Encoder { form: EnvelopeForm::BaseV1Frame, encode };
 
 /// The length to which frames are padded, see the module. It is below 256, the length from which h2 writes each frame
 /// separately.
-pub const BYTES_MIN: usize = 192;
+pub(crate) const BYTES_MIN: usize = 192;
 const PREFIX_BYTES: usize = 5;
 /// The unknown field of `WatchResponse` that pads short ones. Clients skip unknown fields.
 const PADDING: u32 = 15;

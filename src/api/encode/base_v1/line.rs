@@ -16,7 +16,7 @@ use crate::model::transaction::Message;
 use bytes::Bytes;
 use serde::Serialize;
 
-pub const LINE: Encoder = Encoder { form: EnvelopeForm::BaseV1Json, encode };
+pub(crate) const LINE: Encoder = Encoder { form: EnvelopeForm::BaseV1Json, encode };
 
 const BEFORE_JSON: &str = "{\"result\":";
 const BEFORE_TOKEN: &str = "{\"changes\":{\"snap_token\":\"";
@@ -115,31 +115,31 @@ fn put(before: &str, value: &(impl Serialize + ?Sized), out: &mut Vec<u8>) -> Re
 
 /// An encoded line, and access to its parts.
 #[derive(Debug)]
-pub struct Line(Bytes);
+pub(crate) struct Line(Bytes);
 
 impl Line {
     /// Wraps a line that [`LINE`] has encoded.
-    pub const fn new(encoded: Bytes) -> Self {
+    pub(crate) const fn new(encoded: Bytes) -> Self {
         Self(encoded)
     }
 
     /// The whole line, with its line end.
-    pub fn whole(self) -> Bytes {
+    pub(crate) fn whole(self) -> Bytes {
         self.0
     }
 
     /// The JSON text of the response.
-    pub fn json(&self) -> Bytes {
+    pub(crate) fn json(&self) -> Bytes {
         self.0.slice(BEFORE_JSON.len()..self.0.len() - AFTER_JSON.len())
     }
 
     /// The snap token of the message.
-    pub fn snap_token(&self) -> Bytes {
+    pub(crate) fn snap_token(&self) -> Bytes {
         self.0.slice(BEFORE_JSON.len() + BEFORE_TOKEN.len()..self.end_of_token())
     }
 
     /// The parts before and after the name of the list of changes.
-    pub fn around_name(&self) -> (Bytes, Bytes) {
+    pub(crate) fn around_name(&self) -> (Bytes, Bytes) {
         let name = self.end_of_token() + BEFORE_NAME.len();
         (self.0.slice(..name), self.0.slice(name + NAME.len()..))
     }
