@@ -271,14 +271,14 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     // This ends the streams of grpc.health.v1, for which the server would wait.
     let _ = judging.await;
     if !server.is_finished() && tokio::time::timeout_at(deadline, &mut server).await.is_err() {
-        tracing::warn!("streams were still open at the end of shutdown.grace_period and are cut");
+        tracing::warn!("streams were still open at the end of shutdown.grace_period, and are closed");
         server.abort();
     }
     stop_session.send_replace(true);
     // The log and the slot get this time even if the streams have used the grace period up.
     let last = deadline.max(tokio::time::Instant::now() + Duration::from_secs(1));
     if !session.is_finished() && tokio::time::timeout_at(last, &mut session).await.is_err() {
-        tracing::warn!("PostgreSQL did not take the last acknowledgement in time: some changes will be sent again");
+        tracing::warn!("PostgreSQL did not confirm the last acknowledgement in time: it will send some changes again");
         session.abort();
     }
     background.shutdown().await;
@@ -304,7 +304,7 @@ async fn open_log(config: &Config, reset: bool) -> anyhow::Result<Arc<dyn Change
     let open = move || {
         if reset {
             LocalLog::reset(&options.path)?;
-            tracing::warn!("the change log was deleted and begins anew: tokens from before are refused");
+            tracing::warn!("the change log was deleted, and a new one begins: earlier tokens are refused");
         }
         LocalLog::open(options)
     };
@@ -345,7 +345,7 @@ async fn request_checks(request: Arc<Notify>) {
         match signal(SignalKind::hangup()) {
             Ok(mut hangups) => {
                 while hangups.recv().await.is_some() {
-                    tracing::info!("SIGHUP: checking at once what is published");
+                    tracing::info!("SIGHUP: checking the publication at once");
                     request.notify_one();
                 }
             }

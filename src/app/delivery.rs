@@ -35,7 +35,7 @@ const FULL_MAX: Duration = Duration::from_secs(15);
 /// credentials. They are ASCII.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Obstacle {
-    #[error("tuplewatch starts: PostgreSQL has not been asked everything yet")]
+    #[error("tuplewatch is starting: PostgreSQL has not answered all questions yet")]
     Starting,
     #[error("tuplewatch is shutting down")]
     Stopping,
@@ -53,7 +53,7 @@ pub(super) enum Obstacle {
          server that tuplewatch doctor names"
     )]
     ConnectionLimit,
-    #[error("the slot does not stream yet: the log of tuplewatch says what it waits for")]
+    #[error("the slot does not stream yet: the log of tuplewatch has the reason")]
     Connecting,
     #[error("the slot does not stream, and is tried again: see the log of tuplewatch, or ask tuplewatch doctor")]
     Retrying,

@@ -33,12 +33,12 @@ pub(super) struct NodeStatus {
 pub(super) enum NotReady {
     #[error(transparent)]
     Obstacle(#[from] Obstacle),
-    #[error("how far the server is has not been seen lately")]
+    #[error("the position of the server is not known")]
     UnknownLag,
     #[error("{bytes} bytes of WAL behind, and how old they are is unknown: it catches up")]
     OldLag { bytes: u64 },
     #[error(
-        "what was received is where the server was {} s ago, {bytes} bytes of WAL behind (server.http.ready_lag_max)",
+        "{} s and {bytes} bytes of WAL behind the server (server.http.ready_lag_max)",
         time.as_secs()
     )]
     Lag { time: Duration, bytes: u64 },

@@ -261,10 +261,10 @@ impl Lazy {
         let statement = tokio::time::timeout(ANSWER_MAX, prepare).await.map_err(|_| Unanswered::Late(ANSWER_MAX))??;
         match (was_shared, line.is_shared()) {
             (false, true) => tracing::warn!(
-                "PostgreSQL takes no more connections, so {} are asked on the session's: tuplewatch doctor names the limit",
+                "PostgreSQL takes no more connections, so {} share the session's connection: tuplewatch doctor names the limit",
                 self.purpose
             ),
-            (true, false) => tracing::info!("{} have a connection of their own again", self.purpose),
+            (true, false) => tracing::info!("{} have their own connection again", self.purpose),
             _ => {}
         }
         let open = Open { line, statement, since: Instant::now() };

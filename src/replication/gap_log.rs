@@ -75,13 +75,13 @@ const fn remedy(reason: &GapReason) -> &'static str {
     match reason {
         GapReason::Truncate { .. } => "Nothing is to be repaired. To remove rows without a gap, DELETE them",
         GapReason::Undecodable { .. } => {
-            "Correct the rows, or the mapping; which program wrote them is seen from the transactions of that time"
+            "Correct the rows, or the mapping; the transactions of that time show which program wrote them"
         }
         GapReason::SlotMoved => {
             "Find the program that dropped, recreated or advanced the slot: only this tuplewatch may use it"
         }
         GapReason::SchemaChanged { .. } => "If this change was not intended, run tuplewatch doctor",
-        GapReason::MappingChanged => "Nothing is to be repaired if the mapping was changed on purpose",
+        GapReason::MappingChanged => "Repair nothing if the mapping was changed on purpose",
         GapReason::TimelineDiverged => "Nothing is to be repaired after an intended failover",
     }
 }

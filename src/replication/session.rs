@@ -178,7 +178,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
                     Origin { source: server.source, history: server.history, lsn: started.confirmed, xid: started.xid };
                 tracing::info!(
                     position = %started.confirmed,
-                    "the change log begins where the slot is: tokens from before are refused (OUT_OF_RANGE)"
+                    "the change log begins where the slot is: earlier tokens are refused (OUT_OF_RANGE)"
                 );
                 self.sink.deliver(Entry::Adopt(origin)).await?;
                 started.confirmed
@@ -449,7 +449,9 @@ impl<U: Upstream, O: Sink> Session<U, O> {
             Ok::<(), Error>(())
         };
         if !matches!(timeout(LAST_STATUS_MAX, taken).await, Ok(Ok(()))) {
-            tracing::warn!("PostgreSQL did not take the last acknowledgement in time: some changes will be sent again");
+            tracing::warn!(
+                "PostgreSQL did not confirm the last acknowledgement in time: it will send some changes again"
+            );
         }
         link.close().await;
         Ok(())

@@ -144,7 +144,7 @@ pub(crate) fn invalid(violations: Vec<FieldViolation>) -> Status {
 
 /// The status of a tuple that relates an entity to itself.
 pub(crate) fn entity_is_subject(field: String) -> Status {
-    let violation = FieldViolation::new(field, "nothing has a relation to itself through the same relation");
+    let violation = FieldViolation::new(field, "an entity cannot have a relation to itself through the same relation");
     let says = "entity and relation are the same as the subject's";
     with_name(Code::InvalidArgument, "ENTITY_AND_SUBJECT_CANNOT_BE_EQUAL", says, vec![violation])
 }

@@ -54,7 +54,7 @@ pub(super) enum Failure {
     #[error("the log-on failed: the server sent something unexpected {when}")]
     Unexpected { when: &'static str },
     /// The server requires an unsupported kind of authentication.
-    #[error("the server asks for {0}, which tuplewatch cannot do")]
+    #[error("the server asks for {0}, which tuplewatch does not support")]
     Method(String),
     #[error("the password is not UTF-8, and cannot be used for scram-sha-256")]
     PasswordIsNoText,
@@ -169,7 +169,7 @@ impl Refusal {
                 "Close other sessions, or raise max_connections and restart the server"
             }
             (&SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, _) => {
-                "Have it take connections again: ALTER DATABASE … ALLOW_CONNECTIONS true, by a superuser in another database; or \
+                "Let it accept connections again: ALTER DATABASE … ALLOW_CONNECTIONS true, by a superuser in another database; or \
                  name another database in database.uri"
             }
             (&SqlState::CANNOT_CONNECT_NOW, _) => STARTING,
@@ -300,7 +300,7 @@ pub(crate) enum SessionEnd {
     #[error(transparent)]
     Failed(Arc<SqlError>),
     /// This process closed it.
-    #[error("the SQL connection was given up")]
+    #[error("the SQL connection was closed by tuplewatch")]
     GivenUp,
 }
 
@@ -451,7 +451,7 @@ impl Failure {
 
 const POOLER: &str = "tuplewatch needs a direct connection, as poolers do not pass on replication and the settings of a session: \
      point database.uri at PostgreSQL itself";
-const STARTING: &str = "It is starting or stopping, or is a standby that takes no queries: wait";
+const STARTING: &str = "It is starting or stopping, or is a standby that accepts no queries: wait";
 
 /// The remedy for errors of statements and of replication commands.
 fn session_remedy(code: &SqlState) -> Option<&'static str> {

@@ -128,7 +128,7 @@ impl LogOn<'_> {
             .await
             .map_err(Failure::Lost)?;
         let Message::AuthenticationSaslContinue(first) = self.receive(peer).await? else {
-            return Err(Failure::Unexpected { when: "in the middle of SCRAM" });
+            return Err(Failure::Unexpected { when: "during SCRAM" });
         };
         let first = String::from_utf8_lossy(first.data()).into_owned();
         let (last, messages, salted) = client.client_final(&password, &first).map_err(Failure::Impostor)?;

@@ -27,7 +27,7 @@ const EARLY_MESSAGE_MAX: usize = 64 << 10;
 enum Malformed {
     #[error("it sent something that is not of PostgreSQL's protocol")]
     Length,
-    #[error("it sent a message that is not whole")]
+    #[error("it sent an incomplete message")]
     Incomplete,
 }
 

@@ -46,9 +46,9 @@ impl SslMode {
 /// A failure to establish TLS.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
-    #[error("the server does not do TLS")]
+    #[error("the server does not support TLS")]
     NotOffered,
-    #[error("'{0}' is not a name that a certificate can be for")]
+    #[error("'{0}' is not a name that a certificate can contain")]
     HostName(String),
     #[error(transparent)]
     File(#[from] FileError),
@@ -65,9 +65,9 @@ pub(super) enum Error {
 pub(super) enum FileError {
     #[error("cannot read {} ({setting}): {source}", path.display())]
     Read { setting: &'static str, path: PathBuf, source: io::Error },
-    #[error("{} ({setting}) holds no certificate in PEM form", path.display())]
+    #[error("{} ({setting}) contains no certificate in PEM form", path.display())]
     NoCertificate { setting: &'static str, path: PathBuf },
-    #[error("{} (sslkey) holds no key", path.display())]
+    #[error("{} (sslkey) contains no key", path.display())]
     NoKey { path: PathBuf, source: pem::Error },
     #[error("sslcert and sslkey cannot be used: {0}")]
     Identity(#[source] rustls::Error),
