@@ -1,4 +1,5 @@
-//! The replication session: from the slot to transactions, and acknowledgements back.
+//! The replication session: it reads transactions from the slot, delivers them, and acknowledges them when they are
+//! durable.
 //!
 //! ```text
 //!   connect ─▶ checks before ─▶ START_REPLICATION ─▶ checks after ─▶ stream ─▶ (lost) ─▶ back off ─▶ connect …
@@ -8,17 +9,19 @@
 //!
 //! Invariants:
 //!
-//! - *acknowledged ≤ durable ≤ received*, and further back by the delay of [`ack_delay`]. Until the checks have passed, the session
-//!   reports `0/0` to the server, which PostgreSQL takes for "nothing to report".
-//! - Idle progress is a log record too, at most one a second, synced before it is acknowledged.
-//! - A reconnect within the process continues after the last transaction that was delivered in full, and drops the transactions
-//!   that the slot sends again, so that no subscriber gets a change twice.
+//! - *acknowledged ≤ durable ≤ received*, and further back by the delay of [`ack_delay`]. Until the checks have passed,
+//!   the session reports `0/0` to the server, which PostgreSQL reads as "nothing to report".
+//! - Idle progress is also a log record, at most one a second, and synced before it is acknowledged.
+//! - A reconnect within the process continues after the last transaction that was delivered in full. It drops the
+//!   transactions that the slot sends again, so no subscriber receives a change twice.
 //! - Every reason for incomplete history is a gap in the stream. The session never silently restarts at the head.
 //!
-//! Errors are *transient* (back off and reconnect), *definite* (nothing will flow until somebody repairs something: logged
-//! once, retried slowly), or *fatal* (the process must end: this log does not belong to this database). See [`Error`].
+//! Errors are *transient* (back off and reconnect), *definite* (nothing arrives until somebody repairs something:
+//! logged once, retried slowly), or *fatal* (the process must end: this log does not belong to this database). See
+//! [`Error`].
 //!
-//! This room does not know the hub. It reads the slot through a contract ([`upstream`]); the connection is [`crate::postgres::connection`].
+//! This room does not know the hub. It reads the slot through a contract ([`upstream`]), which [`upstream::walsender`]
+//! implements with [`crate::postgres::connection`].
 
 mod ack_delay;
 mod counting;

@@ -1,4 +1,7 @@
 //! The authorization of a caller for a scope.
+//!
+//! Admission authenticates the caller, and this module decides whether the credentials cover the tenant, or all
+//! tenants, that the request names. gRPC and HTTP both use it.
 
 use crate::access::authn::Caller;
 

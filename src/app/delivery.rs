@@ -45,7 +45,7 @@ pub(super) enum Obstacle {
     )]
     LogGone,
     #[error(
-        "the disk of the change log is full up to changelog.disk_reserve, so nothing is read from PostgreSQL: free some of it"
+        "the disk of the change log is full up to changelog.disk_reserve, so nothing is read from PostgreSQL: free some space"
     )]
     DiskFull,
     #[error(
@@ -70,12 +70,10 @@ pub(super) enum Obstacle {
          standby (wait_event SyncRep in pg_stat_activity): repair the standby, or take it out of synchronous_standby_names"
     )]
     NotVisible,
-    #[error(
-        "the disk of the change log does not take what is written to it, so nothing is acknowledged: look at that disk"
-    )]
+    #[error("the disk of the change log does not complete writes, so nothing is acknowledged: check the disk")]
     LogStuck,
     #[error(
-        "memory is full of changes that are not released or not written to the change log yet (changelog.memory_window)"
+        "memory is full of changes that are not yet released, or not yet in the change log (changelog.memory_window)"
     )]
     WindowFull,
 }
@@ -204,7 +202,7 @@ impl Delivery {
         let mut ticks = interval(JUDGE_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while !*stop.borrow_and_update() {
-            let facts = self.look(&mut syncing, &mut streaming_since);
+            let facts = self.observe(&mut syncing, &mut streaming_since);
             let before = *judgement.borrow();
             let now = judge(&facts, before.is_none(), Instant::now());
             if judgement.send_replace(now) != now {
@@ -227,7 +225,7 @@ impl Delivery {
         judgement.send_replace(Some(Obstacle::Stopping));
     }
 
-    fn look(&mut self, syncing: &mut Syncing, streaming_since: &mut Option<Instant>) -> Facts {
+    fn observe(&mut self, syncing: &mut Syncing, streaming_since: &mut Option<Instant>) -> Facts {
         // Read `durable` first: it was received before, so it cannot be ahead of `received`.
         let durable = *self.durable.borrow();
         let received = self.received.borrow().unwrap_or_default();
@@ -285,7 +283,7 @@ mod tests {
     }
 
     /// The facts of a node that delivers.
-    fn well() -> Facts {
+    fn healthy() -> Facts {
         Facts {
             status: Status::Streaming,
             streaming_since: Some(at(90)),
@@ -309,79 +307,79 @@ mod tests {
     #[test]
     fn each_obstacle_counts_from_its_own_delay_on() {
         let cases = [
-            ("all is well", well(), None, 0),
+            ("all is well", healthy(), None, 0),
             (
                 "a slot that does not stream counts at once",
-                Facts { status: Status::Retrying, ..well() },
+                Facts { status: Status::Retrying, ..healthy() },
                 Some(Obstacle::Retrying),
                 0,
             ),
-            ("so does one that needs repair", Facts { status: Status::Failed, ..well() }, Some(Obstacle::Failed), 0),
+            ("so does one that needs repair", Facts { status: Status::Failed, ..healthy() }, Some(Obstacle::Failed), 0),
             (
                 "a limit of connections is named",
-                Facts { status: Status::Retrying, session_refused: true, ..well() },
+                Facts { status: Status::Retrying, session_refused: true, ..healthy() },
                 Some(Obstacle::ConnectionLimit),
                 0,
             ),
-            ("a limit is over when the slot streams", Facts { session_refused: true, ..well() }, None, 0),
+            ("a limit is over when the slot streams", Facts { session_refused: true, ..healthy() }, None, 0),
             (
                 "the disk is the cause of a slot that does not stream",
-                Facts { status: Status::Retrying, room: DiskSpace::Short { free: 1 }, ..well() },
+                Facts { status: Status::Retrying, room: DiskSpace::Short { free: 1 }, ..healthy() },
                 Some(Obstacle::DiskFull),
                 0,
             ),
             (
                 "and so is its directory",
-                Facts { status: Status::Retrying, room: DiskSpace::Elsewhere, ..well() },
+                Facts { status: Status::Retrying, room: DiskSpace::Elsewhere, ..healthy() },
                 Some(Obstacle::LogGone),
                 0,
             ),
             (
                 "a snapshot that fails once is nothing",
-                Facts { visibility: silence(100, Some(Why::Other)), ..well() },
+                Facts { visibility: silence(100, Some(Why::Other)), ..healthy() },
                 None,
                 105,
             ),
             (
                 "one that fails for long is",
-                Facts { visibility: silence(100, Some(Why::Limit)), ..well() },
+                Facts { visibility: silence(100, Some(Why::Limit)), ..healthy() },
                 Some(Obstacle::VisibilityUnknown(Some(Why::Limit))),
                 106,
             ),
             (
                 "and so is one without an answer",
-                Facts { visibility: silence(100, None), starts: silence(100, None), ..well() },
+                Facts { visibility: silence(100, None), starts: silence(100, None), ..healthy() },
                 Some(Obstacle::VisibilityUnknown(None)),
                 106,
             ),
             (
                 "a start that fails for long",
-                Facts { starts: silence(100, Some(Why::Rights)), ..well() },
+                Facts { starts: silence(100, Some(Why::Rights)), ..healthy() },
                 Some(Obstacle::NoStarts(Some(Why::Rights))),
                 106,
             ),
-            ("a commit that a standby confirms soon", Facts { waits: waits(Some(100), None), ..well() }, None, 115),
+            ("a commit that a standby confirms soon", Facts { waits: waits(Some(100), None), ..healthy() }, None, 115),
             (
                 "one that it does not",
-                Facts { waits: waits(Some(100), None), ..well() },
+                Facts { waits: waits(Some(100), None), ..healthy() },
                 Some(Obstacle::NotVisible),
                 116,
             ),
             (
                 "what waits because of the snapshot is not blamed on a standby",
-                Facts { visibility: silence(100, Some(Why::Late)), waits: waits(Some(100), None), ..well() },
+                Facts { visibility: silence(100, Some(Why::Late)), waits: waits(Some(100), None), ..healthy() },
                 Some(Obstacle::VisibilityUnknown(Some(Why::Late))),
                 120,
             ),
-            ("a slow disk", Facts { unsynced_since: Some(at(100)), ..well() }, None, 130),
+            ("a slow disk", Facts { unsynced_since: Some(at(100)), ..healthy() }, None, 130),
             (
                 "a disk that hangs, and memory that is full because of it",
-                Facts { unsynced_since: Some(at(100)), waits: waits(Some(100), Some(110)), ..well() },
+                Facts { unsynced_since: Some(at(100)), waits: waits(Some(100), Some(110)), ..healthy() },
                 Some(Obstacle::LogStuck),
                 131,
             ),
-            ("memory that is full for a moment", Facts { waits: waits(None, Some(100)), ..well() }, None, 115),
-            ("and for long", Facts { waits: waits(None, Some(100)), ..well() }, Some(Obstacle::WindowFull), 116),
+            ("memory that is full for a moment", Facts { waits: waits(None, Some(100)), ..healthy() }, None, 115),
+            ("and for long", Facts { waits: waits(None, Some(100)), ..healthy() }, Some(Obstacle::WindowFull), 116),
         ];
         for (what, facts, expected, now) in cases {
             assert_eq!(judge(&facts, true, at(now)), expected, "{what}");
@@ -402,7 +400,7 @@ mod tests {
             ("a lock stays", silence(10, Some(Why::Locked)), 96, Some(Obstacle::NoStarts(Some(Why::Locked)))),
             ("it was answered", None, 106, None),
         ] {
-            assert_eq!(judge(&Facts { starts: silence, ..well() }, false, at(now)), expected, "{what}");
+            assert_eq!(judge(&Facts { starts: silence, ..healthy() }, false, at(now)), expected, "{what}");
         }
     }
 
@@ -419,7 +417,7 @@ mod tests {
 
     #[test]
     fn reasons_are_a_bounded_label_and_fit_a_header() {
-        let whys = [None, Some(Why::Late), Some(Why::Limit), Some(Why::Rights), Some(Why::Locked), Some(Why::Other)];
+        let causes = [None, Some(Why::Late), Some(Why::Limit), Some(Why::Rights), Some(Why::Locked), Some(Why::Other)];
         let plain = [
             Obstacle::Starting,
             Obstacle::Stopping,
@@ -433,7 +431,7 @@ mod tests {
             Obstacle::LogStuck,
             Obstacle::WindowFull,
         ];
-        let statements = whys.into_iter().flat_map(|why| [Obstacle::VisibilityUnknown(why), Obstacle::NoStarts(why)]);
+        let statements = causes.into_iter().flat_map(|why| [Obstacle::VisibilityUnknown(why), Obstacle::NoStarts(why)]);
         for obstacle in plain.into_iter().chain(statements) {
             assert!(NOT_READY_REASONS.contains(&obstacle.reason()), "{obstacle:?}");
             assert!(obstacle.to_string().bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{obstacle}");

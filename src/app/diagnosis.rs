@@ -1,4 +1,7 @@
 //! The diagnosis of `doctor`: the change log's directory and the server, examined beside a running `serve`.
+//!
+//! It only combines the checks of [`crate::changelog::examination`] and [`crate::admin::doctor`]; the command line
+//! prints the result.
 
 use super::{ack_delay, connections_max, endpoints, load_mapping, log_options, thresholds};
 use crate::admin::doctor::Examination;

@@ -1,4 +1,7 @@
 //! The status of the process for probes and metrics, from the log, the hub, the session and the slot's monitor.
+//!
+//! `/readyz` repeats the judgement of [`super::delivery`], and adds the lag behind the server. Everything is read when
+//! it is asked for, so no part maintains gauges.
 
 use super::delivery::{Obstacle, Readiness};
 use crate::admin::monitor::{Lag, Report, SlotReport};
@@ -33,9 +36,9 @@ pub(super) struct NodeStatus {
 pub(super) enum NotReady {
     #[error(transparent)]
     Obstacle(#[from] Obstacle),
-    #[error("the position of the server is not known")]
+    #[error("the position of the server has not been read lately")]
     UnknownLag,
-    #[error("{bytes} bytes of WAL behind, and how old they are is unknown: it catches up")]
+    #[error("{bytes} bytes of WAL behind, of unknown age: it is catching up")]
     OldLag { bytes: u64 },
     #[error(
         "{} s and {bytes} bytes of WAL behind the server (server.http.ready_lag_max)",

@@ -1,4 +1,10 @@
 //! Answers the hub's questions to the primary ([`crate::hub::primary`]) with SQL, on separate connections.
+//!
+//! One connection answers the questions about snapshots, for the releaser, and another one those that start streams. A
+//! task owns each connection, opens it when it is needed, and moves it when the session finds another primary.
+//! Questions that wait together share one statement. At a connection limit, both use the session's connection. The
+//! record of answers and failures ([`Answers`]) is a part of readiness, and probes keep it up to date while nothing
+//! happens.
 
 use crate::decode::mapping::TenantsSpec;
 use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
@@ -394,7 +400,7 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
             Ok(_) => {}
             Err(_idle) => {
                 // A probe is the statement that starts streams, without a tenant.
-                let failed = look(&mut lazy, &[]).await.err();
+                let failed = primary_state(&mut lazy, &[]).await.err();
                 let is_lasting = lazy.answers.silence().is_some_and(|silence| silence.since.elapsed() > Answers::LATE);
                 if let Some(error) = failed.as_ref().filter(|_| is_lasting && !is_logged) {
                     tracing::warn!("no stream can start: {}", InFull(error.clone()));
@@ -405,10 +411,10 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
                 continue;
             }
         }
-        let mut looks = Vec::new();
+        let mut state_questions = Vec::new();
         for question in batch.drain(..) {
             match question {
-                Question::State { scope, reply } if !reply.is_closed() => looks.push((scope, reply)),
+                Question::State { scope, reply } if !reply.is_closed() => state_questions.push((scope, reply)),
                 // Skip questions whose caller has gone away.
                 Question::State { .. } => {}
                 Question::Status { reply, .. } if reply.is_closed() => {}
@@ -421,16 +427,17 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
                 }
             }
         }
-        if looks.is_empty() {
+        if state_questions.is_empty() {
             continue;
         }
-        let tenants: Vec<&str> = looks.iter().filter_map(|(scope, _)| scope.tenant()).map(TenantId::as_str).collect();
-        let answer = look(&mut lazy, &tenants).await;
-        for (scope, reply) in looks {
+        let tenants: Vec<&str> =
+            state_questions.iter().filter_map(|(scope, _)| scope.tenant()).map(TenantId::as_str).collect();
+        let answer = primary_state(&mut lazy, &tenants).await;
+        for (scope, reply) in state_questions {
             let _ = reply.send(match &answer {
-                Ok((look, known)) => {
+                Ok((state, known)) => {
                     let scope_exists = scope.tenant().is_none_or(|tenant| known.contains(tenant.as_str()));
-                    Ok(PrimaryState { scope_exists, ..look.clone() })
+                    Ok(PrimaryState { scope_exists, ..state.clone() })
                 }
                 Err(error) => Err(error.clone().into()),
             });
@@ -438,7 +445,7 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
     }
 }
 
-async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(PrimaryState, HashSet<String>), Unanswered> {
+async fn primary_state(lazy: &mut Lazy, tenants: &[&str]) -> Result<(PrimaryState, HashSet<String>), Unanswered> {
     ask(lazy, async |client, statement| {
         let row = client.query_one(statement, &[&tenants]).await?;
         let flush_lsn: String = row.get(0);
@@ -446,8 +453,8 @@ async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(PrimaryState, HashSe
         let snapshot: String = row.get(1);
         let snapshot = snapshot.parse::<Snapshot>()?;
         let known: Vec<String> = row.get(2);
-        let look = PrimaryState { flush_lsn, snapshot: Arc::new(snapshot), scope_exists: false };
-        Ok((look, known.into_iter().collect()))
+        let state = PrimaryState { flush_lsn, snapshot: Arc::new(snapshot), scope_exists: false };
+        Ok((state, known.into_iter().collect()))
     })
     .await
 }

@@ -36,12 +36,12 @@ pub(crate) struct Examination {
 /// Examines the directory. Blocks on the disk.
 pub(crate) fn examine(options: &Options, commands: &CommandLine) -> Examination {
     let mut report = Report::default();
-    let marker = look(options, commands, &mut report);
+    let marker = examine_directory(options, commands, &mut report);
     let has_begun = marker.as_ref().is_some_and(|marker| marker.has_begun);
     Examination { node_id: marker.map(|marker| marker.node_id), has_begun, diagnostics: report.into_diagnostics() }
 }
 
-fn look(options: &Options, commands: &CommandLine, report: &mut Report) -> Option<Marker> {
+fn examine_directory(options: &Options, commands: &CommandLine, report: &mut Report) -> Option<Marker> {
     let path = std::path::absolute(&options.path).unwrap_or_else(|_| options.path.clone());
     let place = match nearest(&path) {
         Ok(place) => place,

@@ -34,12 +34,12 @@
 //! log. If checks were missed, several harmless changes may together look harmful, which causes a needless gap, but
 //! never a missing one.
 //!
-//! - **Rewrites.** If a column keeps its type, are its values the same? The text of a value depends on its bytes and
-//!   its type, not on the modifier or collation of its column. Its bytes change without a row event only when ALTER
-//!   COLUMN ... TYPE or ... SET EXPRESSION rewrites the table, and that gives the table another file *and* updates the
-//!   column's row of `pg_attribute`, in one commit. VACUUM FULL, CLUSTER, TRUNCATE, SET TABLESPACE, SET ACCESS METHOD
-//!   and rewrites of other columns change only the file. SET STATISTICS, SET DEFAULT, SET NOT NULL, or a longer varchar
-//!   change only that row.
+//! - **Rewrites.** The text of a value depends on its bytes and the type of its column, not on the column's modifier or
+//!   collation. While the type stays the same, bytes change without a row event only when ALTER COLUMN ... TYPE or ...
+//!   SET EXPRESSION rewrites the table. That gives the table another file *and* updates the column's row of
+//!   `pg_attribute`, in one commit. VACUUM FULL, CLUSTER, TRUNCATE, SET TABLESPACE, SET ACCESS METHOD and rewrites of
+//!   other columns change only the file. SET STATISTICS, SET DEFAULT, SET NOT NULL, or a longer varchar change only
+//!   that row.
 //! - **Labels.** ADD VALUE changes no stored value.
 //! - **Partitions.** A partition that was created as one began empty, and all its rows were written through its root.
 //! - **Row level security** does not affect the stream. It is in the fingerprint so that the requirements are checked

@@ -61,11 +61,11 @@ impl AckTracker {
     /// Remembers an end LSN that is far enough from the last sample.
     fn sample(&mut self, lsn: Lsn, now: Instant) {
         let AckDelay { age, size_bytes } = self.limit;
-        let is_worth_it = self.samples.back().is_none_or(|(at, last)| {
+        let is_far_enough = self.samples.back().is_none_or(|(at, last)| {
             let grown = lsn.0.saturating_sub(last.0);
             grown > 0 && (now.duration_since(*at) >= age / SAMPLES || grown >= size_bytes / u64::from(SAMPLES))
         });
-        if is_worth_it && lsn > self.released {
+        if is_far_enough && lsn > self.released {
             self.samples.push_back((now, lsn));
         }
     }

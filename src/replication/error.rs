@@ -1,4 +1,7 @@
 //! The errors that end a session, in classes that decide the reaction: back off, wait for a repair, or end the process.
+//!
+//! In doubt an error is transient. A definite error names its remedy, because an operator reads it. A fatal error means
+//! that this log must not follow this database.
 
 use super::receiver;
 use crate::changelog::{self, recorder::Closed};
@@ -72,13 +75,13 @@ pub(crate) enum Definite {
     #[error("{}", lines(.0))]
     Unfit(Vec<Diagnostic>),
     #[error(
-        "publication {publication} does not exist. The slot is older than a new one would be: run {recreate_slot}; what has changed \
-         since the publication was dropped is lost, and subscribers get a gap"
+        "publication {publication} does not exist. The slot is older than a new one would be: run {recreate_slot}; the changes \
+         since the publication was dropped are lost, and subscribers receive a gap"
     )]
     NoPublication { publication: String, recreate_slot: String },
     #[error(
-        "{source}. The slot reads from before the publication was created: run {recreate_slot}; what has changed in between is \
-         lost, and subscribers get a gap"
+        "{source}. The slot reads from before the publication was created: run {recreate_slot}; the changes in between are \
+         lost, and subscribers receive a gap"
     )]
     YoungPublication { source: WalsenderError, recreate_slot: String },
     #[error(

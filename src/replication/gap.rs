@@ -1,10 +1,10 @@
 //! The gap of a changed publication or mapping, from the check that notices the change to the end of the gap.
 //!
-//! PostgreSQL decides for each row whether to send it, by the publication at the time when the row was written, and sends a transaction when
-//! it commits. So a transaction that wrote to a table while it was not published, and that is still open when the table is published again,
-//! commits *later*, without these rows. Therefore the gap ends only after every transaction that may have been writing when the change was
-//! noticed: every holder of a lock, of a kind that writers take, on a mapped table. A transaction that takes such a lock later writes under
-//! the publication that the check has seen.
+//! PostgreSQL decides for each row whether to send it, by the publication at the time when the row was written, and
+//! sends a transaction when it commits. So a transaction that wrote to a table while the table was not published, and
+//! that is still open when the table is published again, commits *later*, without these rows. Therefore the gap ends
+//! only after every transaction that may have been writing when the change was noticed: every holder of a writer's lock
+//! on a mapped table. A transaction that takes such a lock later writes under the publication that the check has seen.
 //!
 //! ```text
 //!  noticed ──▶ all writers have ended ──▶ marker ──▶ the gap, with its end

@@ -25,13 +25,13 @@ impl GapLog {
     /// Logs the gaps of an entry that has reached the log and the hub.
     pub(super) fn log(&mut self, entry: &Entry) {
         match entry {
-            Entry::Transaction(transaction) => transaction.gaps.iter().for_each(|gap| self.tell_gap(gap)),
-            Entry::Gap(gap) => self.tell_gap(gap),
+            Entry::Transaction(transaction) => transaction.gaps.iter().for_each(|gap| self.log_gap(gap)),
+            Entry::Gap(gap) => self.log_gap(gap),
             _ => {}
         }
     }
 
-    fn tell_gap(&mut self, gap: &Gap) {
+    fn log_gap(&mut self, gap: &Gap) {
         let Some(left_out) = self.is_due(&gap.reason) else { return };
         tracing::error!(
             reason = gap.reason.code(),
@@ -73,7 +73,7 @@ impl GapLog {
 /// The remedy, for the operator.
 const fn remedy(reason: &GapReason) -> &'static str {
     match reason {
-        GapReason::Truncate { .. } => "Nothing is to be repaired. To remove rows without a gap, DELETE them",
+        GapReason::Truncate { .. } => "No repair is needed. To remove rows without a gap, DELETE them",
         GapReason::Undecodable { .. } => {
             "Correct the rows, or the mapping; the transactions of that time show which program wrote them"
         }
@@ -81,8 +81,8 @@ const fn remedy(reason: &GapReason) -> &'static str {
             "Find the program that dropped, recreated or advanced the slot: only this tuplewatch may use it"
         }
         GapReason::SchemaChanged { .. } => "If this change was not intended, run tuplewatch doctor",
-        GapReason::MappingChanged => "Repair nothing if the mapping was changed on purpose",
-        GapReason::TimelineDiverged => "Nothing is to be repaired after an intended failover",
+        GapReason::MappingChanged => "No repair is needed if the mapping was changed on purpose",
+        GapReason::TimelineDiverged => "No repair is needed after an intended failover",
     }
 }
 

@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_stands_before_the_first_transaction_that_is_not_in_it() {
+    fn a_gap_precedes_the_first_transaction_after_it() {
         let gap = |from, to| Gap {
             tenant: None,
             from: Position::at(Lsn(from)),

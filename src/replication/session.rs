@@ -1,4 +1,12 @@
 //! The session on the slot: it connects, checks and streams, and starts again after an error.
+//!
+//! [`Session::run`] is a loop over sessions. Each session opens a link to the server, compares the server's history,
+//! the publication and the mapping with those of the log, and only then acknowledges anything. While it streams, one
+//! task does everything in turn: it passes events to the receiver, delivers entries to the sink, acknowledges durable
+//! WAL, checks the publication, and asks which writers of a gap are still running.
+//!
+//! The state in [`Session`] outlives a link. So after a reconnect the stream continues behind the last delivered
+//! transaction. Everything about one link ends with [`Opened`].
 
 use super::{Backoff, Closed, Definite, Error, Fatal, Options, Sink, Status, Transient};
 use crate::changelog::{DiskSpace, Entry, Origin, State, Verified};
@@ -197,7 +205,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
             Some(resume) => resume,
         };
         self.received = Some(received);
-        self.tell_received();
+        self.publish_received();
         link.announce();
         let assembler = Assembler::new(self.options.mapping.clone(), self.options.limits, self.options.on_undecodable);
         let mut receiver = Receiver::new(assembler, received, started.xid);
@@ -335,7 +343,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
                     backoff.reset();
                 }
             }
-            self.tell_received();
+            self.publish_received();
             // The entries before the error have been delivered.
             if let Some(error) = unreadable {
                 return Err(Definite::Stream(error).into());
@@ -387,7 +395,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         Ok(())
     }
 
-    fn tell_received(&self) {
+    fn publish_received(&self) {
         self.delivered.send_if_modified(|known| std::mem::replace(known, self.received) != self.received);
     }
 

@@ -1,4 +1,4 @@
-//! Counts requests by method and code when they end.
+//! Counts requests by method and code when they end. A stream of Watch is one request.
 
 use super::proto;
 use crate::metrics::metrics;

@@ -12,8 +12,8 @@
 //! them hands the same bytes to h2 a hundred times, and then writes once. h2 implements the protocol: frames, windows
 //! and limits.
 //!
-//! - **Memory is bounded.** A stream takes its next message from the hub only when h2 has room for it: within the
-//!   client's window, and within [`SEND_BYTES_MAX`] for bytes that the socket does not accept. It reserves room only
+//! - **Memory is bounded.** A stream takes a message from the hub, and the next one only after h2 had room for the first:
+//!   within the client's window, and within [`SEND_BYTES_MAX`] for bytes that the socket does not accept. It reserves room only
 //!   when it has something to send, because the room that an idle stream reserves is missing for other streams.
 //! - **Resources of a lost client are freed.** A stream ends when it is reset, when its connection is closed, or when
 //!   pings stay unanswered.
@@ -85,16 +85,16 @@ pub(super) async fn serve(
     mut stop: Receiver<bool>,
 ) -> io::Result<()> {
     let Some(acceptor) = tls else {
-        return talk(stream, watch, others, stop).await;
+        return serve_h2(stream, watch, others, stop).await;
     };
     let stream = tokio::select! {
         stream = acceptor.accept(stream) => stream?,
         _ = stop.wait_for(|stop| *stop) => return Ok(()),
     };
-    talk(stream, watch, others, stop).await
+    serve_h2(stream, watch, others, stop).await
 }
 
-async fn talk(
+async fn serve_h2(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     watch: impl Serves<Responses>,
     others: impl Serves<Body>,
@@ -183,13 +183,14 @@ where
         let request = request.map(RequestBody);
         let mut call = Call::begin(request.uri().path());
         if watch::is_path(request.uri().path()) {
-            let (mut watch, starts, patience) = (self.watch.clone(), self.starts.clone(), patience(request.headers()));
+            let (mut watch, starts, timeout) =
+                (self.watch.clone(), self.starts.clone(), grpc_timeout(request.headers()));
             let sent = self.sent.clone();
             return Box::pin(async move {
                 // The semaphore is never closed.
                 let _start = starts.acquire().await;
                 let answer = watch.call(request);
-                let Some(response) = answered(answer, patience, &mut reply).await? else { return Ok(None) };
+                let Some(response) = answered(answer, timeout, &mut reply).await? else { return Ok(None) };
                 let (head, responses) = response.into_parts();
                 let is_refused = responses.is_end();
                 call.end_with(&head.headers);
@@ -197,10 +198,10 @@ where
                 Ok((!is_refused).then(|| Following::new(responses, send, sent, call)))
             });
         }
-        let patience = patience(request.headers());
+        let timeout = grpc_timeout(request.headers());
         let answer = self.others.clone().call(request);
         Box::pin(async move {
-            let Some(response) = answered(answer, patience, &mut reply).await? else { return Ok(None) };
+            let Some(response) = answered(answer, timeout, &mut reply).await? else { return Ok(None) };
             let (head, body) = response.into_parts();
             let is_end = body.is_end_stream();
             call.end_with(&head.headers);
@@ -215,7 +216,7 @@ where
 
 /// The time that the client waits for an answer: the header `grpc-timeout` of gRPC over HTTP/2, up to eight digits and
 /// a unit.
-fn patience(headers: &HeaderMap) -> Option<Duration> {
+fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -236,15 +237,15 @@ fn patience(headers: &HeaderMap) -> Option<Duration> {
 /// Returns the answer of the service, or a status if it takes too long. `None` if the client has cancelled the request.
 async fn answered<B: Default>(
     answer: impl Future<Output = Result<Response<B>, Infallible>>,
-    patience: Option<Duration>,
+    timeout: Option<Duration>,
     reply: &mut SendResponse<Bytes>,
 ) -> Result<Option<Response<B>>, h2::Error> {
     let mut answer = pin!(async {
-        match patience {
+        match timeout {
             None => answer.await,
-            Some(patience) => {
-                tokio::time::timeout(patience, answer).await.unwrap_or_else(|_| Ok(status::late(patience).into_http()))
-            }
+            Some(timeout) => tokio::time::timeout(timeout, answer)
+                .await
+                .unwrap_or_else(|_| Ok(status::deadline_exceeded(timeout).into_http())),
         }
     });
     poll_fn(|cx| match answer.as_mut().poll(cx) {
@@ -286,8 +287,8 @@ async fn send_body(mut body: Body, mut send: SendStream<Bytes>, call: &mut Call)
     }
 }
 
-/// Waits until h2 has room for more bytes of this stream. Returns `false` if the client has gone away. The bytes may
-/// then exceed the room, because h2 buffers the rest.
+/// Waits until h2 has room for more bytes of this stream. Returns `false` if the client has gone away. The next
+/// write may exceed the room, because h2 buffers the rest.
 fn poll_room(send: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Poll<Result<bool, h2::Error>> {
     send.reserve_capacity(1);
     while send.capacity() == 0 {
@@ -379,7 +380,7 @@ impl Following {
             }
             match responses.poll_frames(hub) {
                 Poll::Ready(Some(Ok(frames))) => {
-                    // Valid in this poll only: the hub does not wake a stream again while the stream waits for room.
+                    // Valid in this poll only: while a stream waits for room, the hub wakes it only once.
                     is_all = frames.is_all;
                     *unsent = Some(frames);
                 }
@@ -461,7 +462,7 @@ mod tests {
     fn a_timeout_is_read_in_every_unit() {
         let check = |value: &'static str, expected: Option<Duration>| {
             let headers = HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), value.parse().unwrap())]);
-            assert_eq!(patience(&headers), expected, "{value:?}");
+            assert_eq!(grpc_timeout(&headers), expected, "{value:?}");
         };
         check("2H", Some(Duration::from_secs(7200)));
         check("3M", Some(Duration::from_secs(180)));
@@ -472,6 +473,6 @@ mod tests {
         for unreadable in ["", "S", "5", "5s", "-5S", "+5S", "1.5S", "100000000S", "5\u{b5}"] {
             check(unreadable, None);
         }
-        assert_eq!(patience(&HeaderMap::new()), None);
+        assert_eq!(grpc_timeout(&HeaderMap::new()), None);
     }
 }

@@ -87,7 +87,7 @@ impl<P: Primary + 'static> Data for DataService<P> {
     ) -> Result<Response<proto::RelationshipWriteResponse>, Status> {
         let asked = request.get_ref();
         let (store, tenant) = self.admit(&request, &asked.tenant_id)?;
-        validation::some_tuples(&asked.tuples)?;
+        validation::require_tuples(&asked.tuples)?;
         let batch = validation::batch(&asked.tuples, &[], self.options.rows_per_write_max)?;
         let snap_token = store.write(&tenant, &batch).await.map_err(status::of_store)?;
         Ok(Response::new(proto::RelationshipWriteResponse { snap_token }))
@@ -136,7 +136,7 @@ impl<P: Primary + 'static> Data for DataService<P> {
         // If only one of the filters is empty, the request concerns only the other kind of data.
         let tuples = Some(&tuples).filter(|filter| !filter.is_empty());
         let attributes = Some(&attributes).filter(|filter| !filter.is_empty());
-        validation::some_filter(tuples.is_some() || attributes.is_some(), "tuple_filter")?;
+        validation::require_filter(tuples.is_some() || attributes.is_some(), "tuple_filter")?;
         let snap_token = store.delete(&tenant, tuples, attributes).await.map_err(status::of_store)?;
         Ok(Response::new(proto::DataDeleteResponse { snap_token }))
     }
@@ -148,7 +148,7 @@ impl<P: Primary + 'static> Data for DataService<P> {
         let asked = request.get_ref();
         let (store, tenant) = self.admit(&request, &asked.tenant_id)?;
         let tuples = validation::tuple_filter("filter", asked.filter.as_ref())?;
-        validation::some_filter(!tuples.is_empty(), "filter")?;
+        validation::require_filter(!tuples.is_empty(), "filter")?;
         let snap_token = store.delete(&tenant, Some(&tuples), None).await.map_err(status::of_store)?;
         Ok(Response::new(proto::RelationshipDeleteResponse { snap_token }))
     }

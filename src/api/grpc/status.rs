@@ -94,8 +94,8 @@ pub(super) fn bad_request(error: &prost::DecodeError) -> Status {
 }
 
 /// The client's deadline has passed.
-pub(super) fn late(patience: Duration) -> Status {
-    Status::deadline_exceeded(format!("no answer within the {patience:?} of grpc-timeout"))
+pub(super) fn deadline_exceeded(timeout: Duration) -> Status {
+    Status::deadline_exceeded(format!("no answer within the {timeout:?} of grpc-timeout"))
 }
 
 impl From<Forbidden> for Status {
@@ -105,9 +105,9 @@ impl From<Forbidden> for Status {
 }
 
 /// A status with the message `ERROR_CODE_` and the reason.
-fn with_name(code: Code, reason: &str, says: impl Into<String>, violations: Vec<FieldViolation>) -> Status {
+fn with_name(code: Code, reason: &str, explanation: impl Into<String>, violations: Vec<FieldViolation>) -> Status {
     let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::<String, String>::new());
-    details.set_localized_message("en", says);
+    details.set_localized_message("en", explanation);
     if !violations.is_empty() {
         details.set_bad_request(violations);
     }
@@ -116,7 +116,7 @@ fn with_name(code: Code, reason: &str, says: impl Into<String>, violations: Vec<
 
 /// The status of a failed operation of the store.
 pub(crate) fn of_store(error: store::Error) -> Status {
-    let says = error.to_string();
+    let explanation = error.to_string();
     let (code, reason) = match error {
         store::Error::UnknownTenant(_) => (Code::NotFound, "TENANT_NOT_FOUND"),
         store::Error::TenantExists(_) => (Code::AlreadyExists, "UNIQUE_CONSTRAINT"),
@@ -130,37 +130,37 @@ pub(crate) fn of_store(error: store::Error) -> Status {
         store::Error::Unreadable(_) => (Code::Internal, "SCAN"),
     };
     if code == Code::Internal {
-        tracing::error!("a call of Data or Tenancy failed: {says}");
+        tracing::error!("a call of Data or Tenancy failed: {explanation}");
     }
-    with_name(code, reason, says, vec![])
+    with_name(code, reason, explanation, vec![])
 }
 
 /// The status of a request with invalid fields.
 pub(crate) fn invalid(violations: Vec<FieldViolation>) -> Status {
     let fields: Vec<&str> = violations.iter().map(|violation| violation.field.as_str()).collect();
-    let says = format!("the request is not valid: see {}", fields.join(", "));
-    with_name(Code::InvalidArgument, "VALIDATION", says, violations)
+    let explanation = format!("the request is not valid: see {}", fields.join(", "));
+    with_name(Code::InvalidArgument, "VALIDATION", explanation, violations)
 }
 
 /// The status of a tuple that relates an entity to itself.
 pub(crate) fn entity_is_subject(field: String) -> Status {
     let violation = FieldViolation::new(field, "an entity cannot have a relation to itself through the same relation");
-    let says = "entity and relation are the same as the subject's";
-    with_name(Code::InvalidArgument, "ENTITY_AND_SUBJECT_CANNOT_BE_EQUAL", says, vec![violation])
+    let explanation = "entity and relation are the same as the subject's";
+    with_name(Code::InvalidArgument, "ENTITY_AND_SUBJECT_CANNOT_BE_EQUAL", explanation, vec![violation])
 }
 
 /// The status of a write with too many rows.
 pub(crate) fn too_much_data(rows: usize, max: usize) -> Status {
-    let says =
+    let explanation =
         format!("{rows} tuples and attributes in one request, and {max} are allowed (database.max_data_per_write)");
-    with_name(Code::InvalidArgument, "MAX_DATA_PER_WRITE_EXCEEDED", says, vec![])
+    with_name(Code::InvalidArgument, "MAX_DATA_PER_WRITE_EXCEEDED", explanation, vec![])
 }
 
 /// The status of an invalid page token.
 pub(crate) fn bad_continuous_token(error: store::ParseKeyError) -> Status {
     let violation = FieldViolation::new("continuous_token", error.to_string());
-    let says = "begin with an empty continuous_token";
-    with_name(Code::InvalidArgument, "INVALID_CONTINUOUS_TOKEN", says, vec![violation])
+    let explanation = "begin with an empty continuous_token";
+    with_name(Code::InvalidArgument, "INVALID_CONTINUOUS_TOKEN", explanation, vec![violation])
 }
 
 /// The status of Data and Tenancy if another engine writes the tables.

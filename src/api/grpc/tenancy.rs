@@ -1,4 +1,4 @@
-//! `base.v1.Tenancy`: the tenants of the `tuples` preset.
+//! `base.v1.Tenancy`: the tenants of the preset `tuples`. With any other mapping, every method returns UNIMPLEMENTED.
 
 use super::data::parts;
 use super::proto::tenancy_server::Tenancy;

@@ -107,7 +107,7 @@ pub(super) fn batch<'a>(
 }
 
 /// The older method for tuples only requires at least one.
-pub(super) fn some_tuples(tuples: &[proto::Tuple]) -> Result<(), Status> {
+pub(super) fn require_tuples(tuples: &[proto::Tuple]) -> Result<(), Status> {
     check(!tuples.is_empty(), "tuples", "must have at least one tuple")
 }
 
@@ -205,7 +205,7 @@ pub(super) fn attribute_filter<'a>(
 }
 
 /// A delete must have a filter. To delete all data of a tenant, delete the tenant.
-pub(super) fn some_filter(is_there: bool, field: &str) -> Result<(), Status> {
+pub(super) fn require_filter(is_there: bool, field: &str) -> Result<(), Status> {
     check(is_there, field, "must say what to delete: an empty filter would pick everything")
 }
 

@@ -100,17 +100,21 @@ pub(super) async fn connect(
     mut stop: Receiver<bool>,
 ) -> io::Result<()> {
     let Some(acceptor) = tls else {
-        return talk(stream, router, stop).await;
+        return serve_http1(stream, router, stop).await;
     };
     let stream = tokio::select! {
         stream = acceptor.accept(stream) => stream?,
         _ = stop.wait_for(|stop| *stop) => return Ok(()),
     };
-    talk(stream, router, stop).await
+    serve_http1(stream, router, stop).await
 }
 
 /// Serves requests and responses, one after the other.
-async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, mut stop: Receiver<bool>) -> io::Result<()> {
+async fn serve_http1(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    router: Router,
+    mut stop: Receiver<bool>,
+) -> io::Result<()> {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADERS_TIMEOUT)

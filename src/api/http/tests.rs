@@ -36,8 +36,8 @@ impl Data for Echo {
         let authorization = request.metadata().get("authorization").map(|value| value.to_str().unwrap().to_owned());
         let request = request.into_inner();
         refused(&request.tenant_id)?;
-        let said = json!([request.tenant_id, request.tuples.len(), authorization, caller]);
-        Ok(Answer::new(proto::DataWriteResponse { snap_token: said.to_string() }))
+        let echo = json!([request.tenant_id, request.tuples.len(), authorization, caller]);
+        Ok(Answer::new(proto::DataWriteResponse { snap_token: echo.to_string() }))
     }
 
     async fn write_relationships(
@@ -287,25 +287,25 @@ fn open() -> Admission {
 
 /// Sends these bytes to the gateway, and returns its answer up to the end of the connection. The clock is paused, and
 /// jumps to the next timeout when there is nothing else to do.
-async fn says(sent: &[u8]) -> String {
+async fn exchange(sent: &[u8]) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (_stop, stopped) = tokio::sync::watch::channel(false);
     let server = tokio::spawn(listener::connect(listener.accept().await.unwrap().0, None, router(&[]), stopped));
     client.write_all(sent).await.unwrap();
-    let mut said = String::new();
-    client.read_to_string(&mut said).await.unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).await.unwrap();
     let _ = server.await.unwrap();
-    said
+    answer
 }
 
 #[tokio::test(start_paused = true)]
 async fn silent_and_slow_connections_are_closed() {
-    assert_eq!(says(b"").await, "");
-    assert_eq!(says(b"GET /healthz HT").await, "");
-    let idle = says(b"GET /healthz HTTP/1.1\r\nhost: t\r\n\r\n").await;
+    assert_eq!(exchange(b"").await, "");
+    assert_eq!(exchange(b"GET /healthz HT").await, "");
+    let idle = exchange(b"GET /healthz HTTP/1.1\r\nhost: t\r\n\r\n").await;
     assert!(idle.starts_with("HTTP/1.1 200 OK\r\n"), "{idle}");
-    let slow = says(b"POST /v1/tenants/t1/data/write HTTP/1.1\r\nhost: t\r\ncontent-length: 9\r\n\r\n{").await;
+    let slow = exchange(b"POST /v1/tenants/t1/data/write HTTP/1.1\r\nhost: t\r\ncontent-length: 9\r\n\r\n{").await;
     assert!(slow.starts_with("HTTP/1.1 408 Request Timeout\r\n") && slow.contains("\"code\":4"), "{slow}");
 }
 
@@ -317,9 +317,9 @@ async fn probes_and_metrics_are_served() {
         ("/metrics", 200, "text/plain; version=0.0.4", "up 1\n"),
     ] {
         let request = Request::get(path).body(Body::empty()).unwrap();
-        let (code, headers, said) = send(router(&[]), request).await;
+        let (code, headers, text) = send(router(&[]), request).await;
         assert_eq!((code.as_u16(), headers[CONTENT_TYPE].to_str().unwrap()), (status, kind), "{path}");
-        assert_eq!(said, body, "{path}");
+        assert_eq!(text, body, "{path}");
     }
 }
 

@@ -1,4 +1,7 @@
 //! An open stream: it turns the items of a subscription into envelopes.
+//!
+//! A stream takes items from the hub only when its protocol has room for them, and holds memory only for messages that
+//! are ready. It ends when the hub ends it or when the credentials expire, and records the reason in the metrics.
 
 use super::{Error, Tokens};
 use crate::api::encode::Encoder;

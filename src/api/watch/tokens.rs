@@ -1,4 +1,7 @@
-//! The snap tokens that clients receive.
+//! The snap tokens that clients receive: the conversion of positions into text.
+//!
+//! Messages have tokens in the configured form. Starts and errors always have native tokens, because an id of a
+//! transaction can only denote its end. The bytes of tokens are defined in [`crate::model::snap_token`].
 
 use crate::hub::Origin;
 use crate::model::lsn::{CommitTime, Xid8};

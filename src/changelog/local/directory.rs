@@ -99,17 +99,17 @@ type Identity = (u64, u64);
 impl Location {
     /// The current location of the open log in this directory.
     pub(super) fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { path: path.to_owned(), opened: Self::look(path)? })
+        Ok(Self { path: path.to_owned(), opened: Self::identities(path)? })
     }
 
     /// Whether the path still leads to the opened files. It does not if the directory was moved, deleted, replaced,
     /// unmounted, or hidden by another mount, although the open files keep working.
     pub(super) fn is_intact(&self) -> bool {
-        Self::look(&self.path).is_ok_and(|found| found == self.opened)
+        Self::identities(&self.path).is_ok_and(|found| found == self.opened)
     }
 
     /// The marker does not count, because it is replaced when the log begins.
-    fn look(path: &Path) -> io::Result<Vec<Identity>> {
+    fn identities(path: &Path) -> io::Result<Vec<Identity>> {
         let data = path.join(DATA);
         let identity = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()));
         [path, &data, &data.join(FJALL_LOCK)].into_iter().map(identity).collect()

@@ -1,4 +1,9 @@
 //! The effect of each entry on the log: on the state in memory, and on the batch that is written to disk.
+//!
+//! [`Memory`] is the copy of the keyspace `meta` that answers questions about the state. [`Written`] gathers the
+//! entries of one append into pages, and commits them in one atomic batch together with the new state. Entries are
+//! applied in stream order. Messages and transactions that the log already contains are ignored, because the slot sends
+//! unacknowledged transactions again.
 
 use super::super::{Entry, Error, GAPS_MAX};
 use super::page::{Indexed, MessagePage, TransactionPage, XidPage};

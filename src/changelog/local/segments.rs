@@ -1,4 +1,9 @@
 //! The list of segments, in stream order. Each segment is a keyspace, and the last one is active: appends go there.
+//!
+//! Retention drops the oldest segment as a whole, and a new active segment begins when the old one has its share of
+//! size or age. A segment contains everything of its part of the stream: messages, token ids and the index of
+//! transactions (see [`record`] for the keys). So a search by id asks each segment, and a read of the stream skips the
+//! segments before its start.
 
 use super::super::{Error, TransactionOutcome};
 use super::page::{self, Indexed, Malformed, MessagePage, Messages, TransactionPage, XidPage};

@@ -93,7 +93,7 @@ pub(crate) struct Refusal {
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_poolers() {
+        if self.is_from_pooler() {
             f.write_str("something that is not PostgreSQL, most likely a connection pooler such as PgBouncer, says: ")?;
         }
         say(f, &self.code, &self.message)
@@ -184,7 +184,7 @@ impl Refusal {
     /// PgBouncer knows some parameters of the startup message, and refuses all others, which PostgreSQL would treat as
     /// settings. It names the parameter, with the SQLSTATE of a protocol violation, as other poolers do. No pooler
     /// names a routine.
-    fn is_poolers(&self) -> bool {
+    fn is_from_pooler(&self) -> bool {
         self.code == SqlState::PROTOCOL_VIOLATION && self.routine.is_empty()
     }
 }
@@ -206,8 +206,8 @@ impl ConnectError {
 
     /// Describes the failure at each address.
     pub(crate) fn cause(&self) -> String {
-        let said = |attempt: &Attempt| format!("{}: {}", attempt.endpoint, attempt.failure);
-        self.attempts.iter().map(said).collect::<Vec<_>>().join("; nor at ")
+        let describe = |attempt: &Attempt| format!("{}: {}", attempt.endpoint, attempt.failure);
+        self.attempts.iter().map(describe).collect::<Vec<_>>().join("; nor at ")
     }
 
     /// The remedy, if it is known.
@@ -399,7 +399,7 @@ impl Failure {
                 error.get_ref().is_some_and(|cause| cause.is::<rustls::Error>())
             }
             Self::Tls(_) | Self::Method(_) | Self::PasswordIsNoText | Self::Impostor(_) => true,
-            Self::Refused(refusal) => refusal.is_poolers() || refusal.is_definite(),
+            Self::Refused(refusal) => refusal.is_from_pooler() || refusal.is_definite(),
             Self::Replication(error) => error.is_definite(),
             Self::Sql(error) => error.is_definite(),
         }
@@ -437,7 +437,7 @@ impl Failure {
             Self::Method(_) => "Let its pg_hba.conf ask for scram-sha-256 or cert",
             Self::PasswordIsNoText => "Give the role a password of text: ALTER ROLE … PASSWORD",
             Self::Impostor(_) => "Check that the address leads to the right server",
-            Self::Refused(refusal) if refusal.is_poolers() => POOLER,
+            Self::Refused(refusal) if refusal.is_from_pooler() => POOLER,
             Self::Refused(refusal) => match refusal.remedy() {
                 None => return refusal.hint.clone(),
                 Some(remedy) => remedy,
@@ -533,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_publication_is_told_from_a_missing_slot() {
+    fn a_missing_publication_is_distinguished_from_a_missing_slot() {
         let check = |routine: &str, expected: bool| {
             let error = WalsenderError::Refused(Box::new(refusal("42704", "…", routine)));
             assert_eq!(error.is_missing_publication(), expected, "{routine}");

@@ -57,7 +57,7 @@ impl LowWater {
     }
 
     /// Records a read of this many bytes. `had_lapsed`: the read followed a [`LowWater::lower`].
-    pub(super) fn came(&mut self, bytes: usize, had_lapsed: bool, now: Instant) {
+    pub(super) fn record_read(&mut self, bytes: usize, had_lapsed: bool, now: Instant) {
         if self.is_raised {
             return;
         }
@@ -112,7 +112,7 @@ mod tests {
         let mut mark = LowWater::new(Some(socket.into()));
         let began = Instant::now();
         for (at, bytes) in reads {
-            mark.came(*bytes, false, began + Duration::from_micros(*at));
+            mark.record_read(*bytes, false, began + Duration::from_micros(*at));
         }
         mark.is_raised()
     }
@@ -133,16 +133,16 @@ mod tests {
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         let mut mark = LowWater::new(Some(socket.into()));
         let now = Instant::now();
-        mark.came(MUCH, false, now);
+        mark.record_read(MUCH, false, now);
         for bytes in [STILL_MUCH, STILL_MUCH, STILL_MUCH - 1] {
             assert!(mark.is_raised());
             mark.lower();
             assert!(!mark.is_raised());
-            mark.came(bytes, true, now);
+            mark.record_read(bytes, true, now);
         }
         assert!(!mark.is_raised());
         let mut none = LowWater::new(None);
-        none.came(MUCH, false, now);
+        none.record_read(MUCH, false, now);
         assert!(!none.is_raised());
     }
 }

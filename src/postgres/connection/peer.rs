@@ -117,15 +117,15 @@ impl Incoming {
         let mut had_lapsed = false;
         if self.mark.is_raised() {
             match timeout(WAIT_MAX, self.wire.read_buf(&mut self.buffer)).await {
-                Ok(read) => return read.and_then(some).map(drop),
+                Ok(read) => return read.and_then(unless_closed).map(drop),
                 Err(_) => {
                     self.mark.lower();
                     had_lapsed = true;
                 }
             }
         }
-        let bytes = self.wire.read_buf(&mut self.buffer).await.and_then(some)?;
-        self.mark.came(bytes, had_lapsed, Instant::now());
+        let bytes = self.wire.read_buf(&mut self.buffer).await.and_then(unless_closed)?;
+        self.mark.record_read(bytes, had_lapsed, Instant::now());
         Ok(())
     }
 
@@ -154,7 +154,7 @@ pub(super) async fn send(
 }
 
 /// Fails if a read returned no bytes, because the connection is then closed.
-fn some(bytes: usize) -> io::Result<usize> {
+fn unless_closed(bytes: usize) -> io::Result<usize> {
     if bytes == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(bytes) }
 }
 

@@ -1,4 +1,6 @@
 //! The difference between two fingerprints: whether it is harmful, and its description.
+//!
+//! The module [`publication`](super) explains which differences are harmless, and why.
 
 use super::{
     ATTRIBUTE, BORN_EMPTY, CHILD, COLUMN, COLUMN_LIST, DEFINITION, FILE, FILTER, HAD_CHILDREN, IDENTITY, LABEL, MEMBER,

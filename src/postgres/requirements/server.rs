@@ -194,7 +194,7 @@ impl Server {
             (delayed_bytes >> 20).saturating_mul(4)
         );
         if delayed_bytes < keep_bytes {
-            let meaning = "The slot is lost after little WAL while tuplewatch is down.";
+            let meaning = "While tuplewatch is down, only little WAL may be written before the slot is lost.";
             report.add(Diagnostic::warning(SETTING, what).means(meaning).fix(fix));
         } else {
             report.add(
@@ -236,7 +236,7 @@ impl Server {
         } else {
             "ALTER SYSTEM SET wal_level = logical;  -- then restart PostgreSQL: a reload is not enough"
         };
-        let meaning = "Only a logical WAL contains row changes.";
+        let meaning = "Row changes can be read from the WAL only with wal_level = logical.";
         report.add(Diagnostic::error("wal_level", what).means(meaning).fix(fix));
     }
 

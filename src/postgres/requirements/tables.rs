@@ -1,4 +1,7 @@
 //! The requirements on the watched tables, and on the table of tenants.
+//!
+//! A watched table must be readable, published with complete old rows, and must change only by row events. Otherwise
+//! the stream would silently lack rows or values, so each violation is an error that keeps `serve` from starting.
 
 use serde::Deserialize;
 use tokio_postgres::Client;
@@ -123,7 +126,7 @@ fn check_access(table: &TableName, schema_usable: bool, selectable: bool, role: 
 
 /// If policies apply to our role, SQL returns fewer rows than the stream.
 fn report_row_security(table: &TableName, role: &str, report: &mut Report) {
-    let what = format!("row level security applies to role {role}: SQL would see and delete only some of the rows");
+    let what = format!("row level security applies to role {role}: SQL would return and delete only some of the rows");
     let meaning = "The stream is not filtered. So a state that is read, and the stream after it, would not match.";
     let fix = format!(
         "ALTER ROLE {} BYPASSRLS;  -- at once, no reload; or ALTER TABLE {} DISABLE ROW LEVEL SECURITY;",
@@ -165,8 +168,7 @@ fn check_membership(
     if !table.is_published(publication) {
         let fix = fixes.alter(&format!("ALTER PUBLICATION {published} ADD TABLE {}", name.to_sql()));
         let what = format!("is not in publication {}", expected.publication);
-        let meaning =
-            "No change of it reaches tuplewatch. Those made meanwhile are a gap, of which subscribers are told.";
+        let meaning = "No change of it reaches tuplewatch. Subscribers receive a gap for the changes made meanwhile.";
         return report.add(Diagnostic::error(subject, what).means(meaning).fix(fix));
     }
     if table.is_published_as_its_root(publication) {

@@ -1,4 +1,9 @@
 //! The upstream for a real PostgreSQL: one connection for SQL, and one for replication.
+//!
+//! Both connections lead to the same server, which is checked by its system identifier. SQL checks the requirements,
+//! creates the slot, reads the publication, and asks every few seconds whether the server still has the walsender,
+//! because a silent replication connection proves nothing. Every statement has a time limit. The replication connection
+//! reads the slot.
 
 use super::{Link, Server, Started, Upstream};
 use crate::changelog::State;
