@@ -63,7 +63,7 @@ pub(super) enum Obstacle {
     Failed,
     #[error("PostgreSQL does not say which transactions are visible, so no change can be released: {}", cause(*.0))]
     VisibilityUnknown(Option<Why>),
-    #[error("no stream can start, because PostgreSQL does not say where to: {}", cause(*.0))]
+    #[error("no stream can start, because PostgreSQL does not answer for its position: {}", cause(*.0))]
     NoStarts(Option<Why>),
     #[error(
         "a transaction has committed and is not visible to new snapshots of PostgreSQL: its commit waits for a synchronous \
@@ -78,7 +78,7 @@ pub(super) enum Obstacle {
     WindowFull,
 }
 
-/// The remedy for a statement without an answer.
+/// The cause and the remedy of a statement without an answer.
 const fn cause(why: Option<Why>) -> &'static str {
     match why {
         None | Some(Why::Late) => {

@@ -53,7 +53,7 @@ fn examine_directory(options: &Options, commands: &CommandLine, report: &mut Rep
     };
     if !place.is_dir() {
         let what = format!("cannot be kept in {}: {} is not a directory", path.display(), place.display());
-        report.error(SUBJECT, what, "-- set changelog.path to a directory, or to where one can be made");
+        report.error(SUBJECT, what, "-- set changelog.path to a directory, or to a path where one can be created");
         return None;
     }
     let marker = if place == path { Marker::read(&path) } else { Ok(None) };

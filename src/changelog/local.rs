@@ -120,7 +120,7 @@ impl LocalLog {
                 fjall::Error::Locked => Error::Locked(path.clone()),
                 // The marker shows that the log was complete once, so a missing file is damage.
                 fjall::Error::Io(source) if is_damage(source.kind()) => {
-                    damaged(format!("a file of it is missing or does not read: {source}"))
+                    damaged(format!("a file is missing or cannot be read: {source}"))
                 }
                 fjall::Error::Io(source) => Error::Open { path: path.clone(), source },
                 error => damaged(error.to_string()),
@@ -135,14 +135,14 @@ impl LocalLog {
             None => Stored::default(),
         };
         let tail = match meta.get(META_TAIL).map_err(read)? {
-            Some(bytes) => record::read_lsn(&bytes).ok_or_else(|| damaged("its tail does not read".into()))?,
+            Some(bytes) => record::read_lsn(&bytes).ok_or_else(|| damaged("its tail cannot be decoded".into()))?,
             None => Lsn::ZERO,
         };
         let mut gaps = Vec::new();
         for item in meta.prefix(META_GAP) {
             let json = item.value().map_err(read)?;
             let stored = serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?;
-            gaps.push(read_gap(stored).ok_or_else(|| damaged("a gap does not read".into()))?);
+            gaps.push(read_gap(stored).ok_or_else(|| damaged("a gap cannot be decoded".into()))?);
         }
         let segments = Segments::open(&db, &meta, &damaged)?;
         let log = Self {

@@ -180,7 +180,7 @@ pub(crate) async fn create_slot(
     client.batch_execute("SET statement_timeout = 0; SET lock_timeout = 0").await?;
     // Not every operating system supports this. Without it, an abandoned wait continues.
     let unavailable = client.batch_execute("SET client_connection_check_interval = '1s'").await.is_err();
-    tracing::debug!(unavailable, "asked the server to notice when a client that waits has gone");
+    tracing::debug!(unavailable, "asked the server to detect that a waiting client is gone");
 
     let started = Instant::now();
     let sql = format!("SELECT lsn FROM {}", creation("$1", failover && can_fail_over(client).await?));

@@ -173,7 +173,7 @@ pub(crate) fn not_our_store() -> Status {
 
 /// The status of bundle methods, which only Permify has.
 pub(crate) fn no_bundles() -> Status {
-    let message = "bundles are Permify's: write what a bundle would with Data.Write and Data.Delete".to_owned();
+    let message = "bundles are a feature of Permify: use Data.Write and Data.Delete instead".to_owned();
     with_reason(Code::Unimplemented, message, "NOT_IMPLEMENTED", vec![])
 }
 

@@ -206,7 +206,7 @@ pub(super) fn attribute_filter<'a>(
 
 /// A delete must have a filter. To delete all data of a tenant, delete the tenant.
 pub(super) fn require_filter(is_there: bool, field: &str) -> Result<(), Status> {
-    check(is_there, field, "must say what to delete: an empty filter would pick everything")
+    check(is_there, field, "must not be empty: an empty filter would match everything")
 }
 
 /// The number of rows of a page.

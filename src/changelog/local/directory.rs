@@ -47,7 +47,7 @@ impl Marker {
         let marker = match fs::read(path.join(MARKER)) {
             Ok(json) => {
                 let marker: Self = serde_json::from_slice(&json)
-                    .map_err(|error| damaged(format!("{MARKER} does not read: {error}")))?;
+                    .map_err(|error| damaged(format!("{MARKER} cannot be decoded: {error}")))?;
                 if marker.format != FORMAT {
                     return Err(Error::Format { path: path.to_owned(), found: marker.format, expected: FORMAT });
                 }

@@ -132,7 +132,7 @@ impl Refusal {
                 "Check user and password in database.uri, PGPASSWORD or the password file"
             }
             (&SqlState::INVALID_AUTHORIZATION_SPECIFICATION, "ClientAuthentication") => {
-                "Add a line for this user, database and address to the server's pg_hba.conf and reload it; where it has one for \
+                "Add a line for this user, database and address to the server's pg_hba.conf and reload it; if it has one for \
                  TLS alone (hostssl), set sslmode=require in database.uri"
             }
             (&SqlState::INVALID_AUTHORIZATION_SPECIFICATION, "InitializeSessionUserId") => {
@@ -321,9 +321,9 @@ pub(crate) enum WalsenderError {
     Pgoutput(#[from] pgoutput::Error),
     #[error("the answer to IDENTIFY_SYSTEM does not say which server this is")]
     NoIdentity,
-    #[error("the answer to TIMELINE_HISTORY has no history")]
+    #[error("the answer to TIMELINE_HISTORY contains no history")]
     NoHistory,
-    #[error("no command is possible any more: the stream has started")]
+    #[error("no further command is possible: the stream has started")]
     Started,
 }
 

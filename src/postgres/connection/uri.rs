@@ -37,7 +37,7 @@ pub(crate) enum UriError {
     #[error("{part} has a quote that is not closed")]
     Quote { part: String },
     #[error(
-        "a parameter has no value or a name that cannot be one: where a password holds one of ?, &, /, @, : or a space, write %3F, %26, %2F, %40, %3A or %20 (in a list of pairs, put it in single quotes)"
+        "a parameter has no value or a name that cannot be one: if a password contains one of ?, &, /, @, : or a space, write %3F, %26, %2F, %40, %3A or %20 (in a list of pairs, put it in single quotes)"
     )]
     Punctuation,
     #[error("parameter '{0}' is unknown: remove it, or correct its name")]
@@ -366,7 +366,7 @@ impl Given {
             ("ssl_max_protocol_version", &["TLSv1.3"], "TLS 1.2 and 1.3 are always allowed"),
             ("load_balance_hosts", &["disable"], "hosts are tried in order, since one of them is the primary"),
             ("client_encoding", &["UTF8", "utf8", "UTF-8", "utf-8", "auto"], "text is always UTF-8"),
-            ("replication", &["false", "off", "no", "0"], "replication connections are made where they are needed"),
+            ("replication", &["false", "off", "no", "0"], "tuplewatch opens replication connections itself"),
         ];
         for (name, harmless, why) in HARMLESS {
             if let Some(value) = self.take(name)

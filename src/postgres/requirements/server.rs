@@ -48,9 +48,8 @@ impl Version {
         } else if let Some((major, minor)) =
             MENDED_IN.iter().find(|(major, minor)| self.major == *major && self.minor < *minor)
         {
-            let what =
-                format!("PostgreSQL {text} can continue with what was published before a publication was altered");
-            let meaning = "Where the publication is altered while a transaction writes, rows of later transactions may not be sent, \
+            let what = format!("PostgreSQL {text} can miss that a publication was altered");
+            let meaning = "If the publication is altered while a transaction writes, rows of later transactions may not be sent, \
                            and nothing tells.";
             let fix = format!(
                 "-- update PostgreSQL to {major}.{minor} or newer; until then restart tuplewatch after ALTER PUBLICATION"
@@ -60,7 +59,7 @@ impl Version {
             Diagnostic::ok(SUBJECT, format!("PostgreSQL {text}"))
         } else {
             let what = format!("PostgreSQL {text} is newer than what tuplewatch is tested with ({newest})");
-            Diagnostic::warning(SUBJECT, what).fix("-- see whether there is a newer tuplewatch that is")
+            Diagnostic::warning(SUBJECT, what).fix("-- check for a newer version of tuplewatch")
         }
     }
 }
@@ -160,7 +159,7 @@ impl Server {
             report.ok("track_commit_timestamp", "on");
         } else {
             let what = format!(
-                "is off: tuplewatch does without, but pg_xact_commit_timestamp() and Permify's own Watch do not{}",
+                "is off: tuplewatch does not need it, but pg_xact_commit_timestamp() and Permify's own Watch do{}",
                 self.pending("track_commit_timestamp")
             );
             let fix =
