@@ -1,12 +1,13 @@
-//! The services. [`watch`] is what a stream of changes is, without a protocol; [`grpc`] and [`http`] serve it and the others, each in
-//! its own way, and [`encode`] makes the messages of each version of the API.
+//! The services over gRPC and HTTP. [`watch`] implements a stream of changes independently of protocols. [`grpc`] and
+//! [`http`] serve it, and the other services, over their protocol. [`encode`] makes the messages of each version of the
+//! API.
 //!
-//! What a protocol is made of (its statuses, its frames, its headers) is known only in [`grpc`], [`http`] and [`encode`].
+//! Only [`grpc`], [`http`] and [`encode`] know the parts of a protocol, such as statuses, frames and headers.
 
 pub mod encode;
 mod forms;
 pub mod grpc;
-pub mod http;
+pub(crate) mod http;
 mod scope;
 mod threads;
-pub mod watch;
+pub(crate) mod watch;

@@ -1,4 +1,4 @@
-//! The composition root: builds the parts of `serve`, joins them, watches over them, and takes them down in order.
+//! The composition root: it builds the parts of `serve`, connects and supervises them, and shuts them down in order.
 //!
 //! ```text
 //!  session ──▶ LogAndHub ──┬──▶ recorder ──▶ change log ──┐
@@ -9,8 +9,8 @@
 //!  gRPC calls of Data and Tenancy ◀──▶ store ◀──▶ PostgreSQL
 //! ```
 //!
-//! The parts are taken down in the order of the stream: subscribers first (with a status that lets them come back), then the session
-//! (its last acknowledgement waits for the log), then the log.
+//! The parts shut down in the order of the stream: first the subscribers, with a status that lets them resume; then the
+//! session, whose last acknowledgement waits for the log; then the log.
 
 mod delivery;
 pub mod diagnosis;
@@ -49,35 +49,36 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
-/// gRPC clients refuse messages above 4 MiB by default; a little of it is for the token and the framing.
+/// The largest change. gRPC clients refuse messages above 4 MiB by default, and the token and the framing need some of
+/// it.
 const CHANGE_BYTES_MAX: usize = (4 << 20) - 1024;
-/// What a response has around its changes: a token of 60 characters, keys and lengths. Far below the smallest
-/// `message_size_max`.
+/// The bytes of a response besides its changes: a token of 60 characters, keys and lengths. It is far below the
+/// smallest `message_size_max`.
 const RESPONSE_BYTES: usize = 80;
 /// An open transaction is handed to the log in pieces of this size.
 const STAGE_BYTES: usize = 4 << 20;
 
-/// An error of the configuration that only its use brings to light. The cause is in the chain.
+/// An error of the configuration that shows only when it is used. Its source has the cause.
 #[derive(Debug, thiserror::Error)]
 pub enum Misconfigured {
     /// The file cannot be read.
     #[error("cannot read {0} (mapping.file)")]
     MappingFile(MappingName),
-    /// The text is not YAML, or has not the form of a mapping.
+    /// The text is not YAML, or does not have the form of a mapping.
     #[error("{0} does not read")]
     MappingForm(MappingName),
-    /// The mapping contradicts itself.
+    /// The mapping is inconsistent.
     #[error("{0} cannot be used")]
     Mapping(MappingName),
     /// The URI cannot be parsed.
     #[error("database.uri cannot be used")]
     DatabaseUri,
-    /// The command does not go with the configuration.
+    /// The configuration does not permit the command.
     #[error("{0}")]
     Command(&'static str),
 }
 
-/// The mapping that an error is about.
+/// The mapping that an error concerns.
 #[derive(Clone, Debug)]
 pub struct MappingName(MappingSource);
 
@@ -91,10 +92,10 @@ impl fmt::Display for MappingName {
     }
 }
 
-/// The mapping that the configuration names.
+/// Loads the configured mapping.
 ///
 /// # Errors
-/// Where the file cannot be read, or is no mapping.
+/// If the file cannot be read, or is not a valid mapping.
 pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
     let name = || MappingName(config.mapping.source.clone());
     let text = match &config.mapping.source {
@@ -111,16 +112,16 @@ pub fn load_mapping(config: &Config) -> anyhow::Result<Mapping> {
     Mapping::new(spec).with_context(|| Misconfigured::Mapping(name()))
 }
 
-/// Where the configured database is.
+/// The endpoints of the configured database.
 ///
 /// # Errors
-/// Where it is not configured, or does not read.
+/// If no database is configured, or its URI is invalid.
 pub fn endpoints(config: &Config) -> anyhow::Result<Endpoints> {
     let uri = config.require_database_uri()?;
     Endpoints::parse(uri.expose()).context(Misconfigured::DatabaseUri)
 }
 
-/// What the session is to do.
+/// The options of the session.
 fn session_options(config: &Config, mapping: Arc<Mapping>) -> replication::Options {
     replication::Options {
         slot: config.replication.slot.clone(),
@@ -142,7 +143,7 @@ fn session_options(config: &Config, mapping: Arc<Mapping>) -> replication::Optio
     }
 }
 
-/// SQL connections that this process may have: Data and Tenancy have none where the tables are another program's.
+/// The most SQL connections of this process. Data and Tenancy use none if another program writes the tables.
 fn connections_max(config: &Config) -> usize {
     let for_store = if edges::has_store(config) { config.database.connections_for_store() } else { 0 };
     config::STREAMING_CONNECTIONS + for_store
@@ -153,7 +154,8 @@ fn ack_delay(config: &Config) -> AckDelay {
     AckDelay { age, size_bytes: size.get() }
 }
 
-/// From where on the slot is worth a warning. What is held back on purpose is none; zero stays what turns one off.
+/// The thresholds of the slot's monitor. WAL that is retained on purpose, by the acknowledgement delay, does not count.
+/// Zero still disables a warning.
 fn thresholds(config: &Config) -> Thresholds {
     let (warn, ack_delay) = (&config.replication.warn, ack_delay(config));
     let retained = warn.retained_wal.get();
@@ -164,14 +166,14 @@ fn thresholds(config: &Config) -> Thresholds {
     }
 }
 
-/// Serves until `stop` completes. Errors before the first stream say what to repair.
+/// Serves until `stop` completes. An error before the first stream names the remedy.
 ///
 /// # Errors
-/// Where it cannot start, or the change log fails.
+/// If it cannot start, or if the change log fails.
 pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let mapping = Arc::new(load_mapping(config)?);
     let endpoints = endpoints(config)?;
-    // The first reading is taken for the start of the process.
+    // The first reading determines the start time of the process.
     Process::read();
     let edges = Edges::bind(config).await?;
 
@@ -256,7 +258,7 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
         () = &mut stop => Ok(()),
         served = &mut server => flatten(served).and(Err(anyhow!("the servers ended by themselves"))),
         streamed = &mut session => flatten(streamed).and(Err(anyhow!("the replication session ended by itself"))),
-        // Without the releaser, say, nothing would be delivered any more; only a new process has one.
+        // Without the releaser, for example, nothing would be delivered any more, and only a new process has a new one.
         Some(part) = background.join_next() => {
             part.context("a part panicked").and(Err(anyhow!("a part that delivers changes ended by itself")))
         }
@@ -266,21 +268,21 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
     let deadline = tokio::time::Instant::now() + config.shutdown.grace_period;
     stop_streams.send_replace(true);
     hub.close();
-    // Ends the streams of grpc.health.v1, which would hold up the server.
+    // This ends the streams of grpc.health.v1, for which the server would wait.
     let _ = judging.await;
     if !server.is_finished() && tokio::time::timeout_at(deadline, &mut server).await.is_err() {
-        tracing::warn!("streams were still open at the end of shutdown.grace_period and are cut");
+        tracing::warn!("streams were still open at the end of shutdown.grace_period, and are closed");
         server.abort();
     }
     stop_session.send_replace(true);
-    // However the streams took their time: the log and the slot get a moment of their own.
+    // The log and the slot get this time even if the streams have used the grace period up.
     let last = deadline.max(tokio::time::Instant::now() + Duration::from_secs(1));
     if !session.is_finished() && tokio::time::timeout_at(last, &mut session).await.is_err() {
-        tracing::warn!("PostgreSQL did not take the last acknowledgement in time: some changes will be sent again");
+        tracing::warn!("PostgreSQL did not confirm the last acknowledgement in time: it will send some changes again");
         session.abort();
     }
     background.shutdown().await;
-    // The cause first: a failed log is what ends a session.
+    // The failure of the log comes first, because it is what ends a session.
     recording.await.map_err(Into::into).and(ended)
 }
 
@@ -302,14 +304,15 @@ async fn open_log(config: &Config, reset: bool) -> anyhow::Result<Arc<dyn Change
     let open = move || {
         if reset {
             LocalLog::reset(&options.path)?;
-            tracing::warn!("the change log was deleted and begins anew: tokens from before are refused");
+            tracing::warn!("the change log was deleted, and a new one begins: earlier tokens are refused");
         }
         LocalLog::open(options)
     };
     Ok(Arc::new(tokio::task::spawn_blocking(open).await??))
 }
 
-/// Runs the recorder on a thread of its own. What comes back completes when everything is on disk, which is when all handles are gone.
+/// Runs the recorder on its own thread. The returned future completes when all handles are dropped and everything is
+/// durable.
 fn start_recorder(
     recorder: recorder::Recorder,
 ) -> anyhow::Result<impl Future<Output = Result<(), changelog::Error>> + Send + 'static> {
@@ -324,7 +327,7 @@ fn start_recorder(
     Ok(recorded)
 }
 
-/// Reads what was not visible when the log was closed.
+/// Opens the hub with the transactions that were not yet visible when the log was closed.
 async fn open_hub(
     log: Arc<dyn ChangeLog>,
     appended: watch::Receiver<Lsn>,
@@ -333,15 +336,16 @@ async fn open_hub(
     Ok(tokio::task::spawn_blocking(move || Hub::new(log, appended, options)).await??)
 }
 
-/// SIGHUP: what is published is checked at once, and a session that waits to try again does not wait. A terminal that is closed sends
-/// the same signal, and means that the process should end. Never returns: the end of a part is the end of the process.
+/// On SIGHUP, the session checks the publication at once, and does not wait before its next attempt. A closing terminal
+/// sends the same signal to end the process, so a process with a terminal does not catch it. Never returns, because the
+/// end of a part ends the process.
 async fn request_checks(request: Arc<Notify>) {
     use tokio::signal::unix::{SignalKind, signal};
     if !std::io::stderr().is_terminal() {
         match signal(SignalKind::hangup()) {
             Ok(mut hangups) => {
                 while hangups.recv().await.is_some() {
-                    tracing::info!("SIGHUP: checking at once what is published");
+                    tracing::info!("SIGHUP: checking the publication at once");
                     request.notify_one();
                 }
             }

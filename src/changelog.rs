@@ -1,4 +1,4 @@
-//! The change log: a durable, bounded, replayable copy of the stream.
+//! The change log: a durable, bounded copy of the stream that subscribers can replay.
 //!
 //! ```text
 //!        horizon(scope)                     tail
@@ -8,28 +8,29 @@
 //!            └──────────────┴───────┴────────┴──────────────┘
 //! ```
 //!
-//! [`ChangeLog`] is the contract; [`LocalLog`] keeps it on local disk. The contract in full:
+//! [`ChangeLog`] is the contract, and [`LocalLog`] implements it on local disk. The contract:
 //!
-//! - [`ChangeLog::append`] takes entries in stream order and applies each atomically, in memory and to the operating
-//!   system; they are *durable* once [`ChangeLog::sync`] returned. After a crash the log is some prefix of what was
-//!   appended, at least all that was synced.
-//! - Messages that were [`Entry::Staged`] become readable with their [`Entry::Transaction`], and vanish with
-//!   [`Entry::Discard`] or at the next open.
-//! - A transaction that ends at or before the tail is there already, and is ignored.
-//! - [`ChangeLog::read`] gives the messages of one tenant or of all, in the order of such a stream ([`Scope`]), and costs in proportion to
-//!   them.
-//! - Below [`ChangeLog::horizon`] something *of that scope* was dropped by retention. A tenant that was quiet keeps an old
-//!   horizon, however long ago its last change was.
-//! - A transaction with changes is found by its id as long as it is here. One that was abandoned stays known as such.
-//! - Gaps outlive the messages around them.
-//! - Any failed write or sync poisons the log: every later call fails, and the process must end.
+//! - [`ChangeLog::append`] takes entries in stream order and applies each atomically. An entry is *durable* once a
+//!   later [`ChangeLog::sync`] has returned. After a crash the log is a prefix of the appended entries, and contains at
+//!   least all durable ones.
+//! - Messages of an [`Entry::Staged`] become readable with the [`Entry::Transaction`] of their transaction.
+//!   [`Entry::Discard`] removes them, and so does opening the log.
+//! - A transaction that ends at or before the tail is already in the log, and is ignored.
+//! - [`ChangeLog::read`] returns the messages of one tenant or of all tenants, in the order of that stream ([`Scope`]).
+//!   Its cost is proportional to the messages that it returns.
+//! - Retention has dropped messages of a scope only below the [`ChangeLog::horizon`] of that scope. A quiet tenant
+//!   keeps its old horizon, however old its last change is.
+//! - The log finds a transaction with changes by its id while the transaction is in the log. It remembers the ids of
+//!   abandoned transactions.
+//! - A gap stays in the log when the messages around it are dropped.
+//! - A failed write or sync poisons the log: every later call fails, and the process must end.
 //!
-//! PostgreSQL is the truth: losing this log costs history, not correctness. It is written by one thread
-//! ([`Recorder`](recorder::Recorder)) and read by many.
+//! PostgreSQL is the source of truth: losing this log costs history, not correctness. One thread writes the log
+//! ([`Recorder`](recorder::Recorder)), and many threads read it.
 
-pub mod examination;
+pub(crate) mod examination;
 mod local;
-pub mod recorder;
+pub(crate) mod recorder;
 
 #[cfg(test)]
 mod conformance;
@@ -48,149 +49,150 @@ use crate::model::transaction::{Gap, TenantMessage, Transaction};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Most gaps that are kept; with more, the oldest go, and nobody from before them can resume. An open one stays.
+/// The maximum number of gaps in the log. Beyond it the oldest closed gap is dropped, and tokens from before that gap
+/// are refused.
 pub const GAPS_MAX: usize = 10_000;
 
-/// One thing to append.
+/// An entry to append.
 #[derive(Clone, Debug)]
 pub enum Entry {
-    /// The log begins: from this source, on this history, complete from `origin` on.
+    /// The log begins with this source and history, and is complete from `lsn` on.
     Adopt(Origin),
-    /// Messages of a transaction that has not ended yet.
+    /// Messages of a transaction that has not ended.
     Staged(Arc<Staged>),
-    /// The open transaction will not end: the session is gone.
+    /// The open transaction will not end, because the session has ended.
     Discard,
-    /// A whole transaction, except for what was staged.
+    /// A whole transaction, without the messages that were staged before.
     Transaction(Arc<Transaction>),
-    /// Nothing for us up to this LSN.
+    /// The stream contains nothing for us up to this LSN.
     Progress(Lsn),
-    /// A gap that is not inside a transaction; the tail moves to its end.
+    /// A gap outside of transactions. The tail moves to the end of the gap.
     Gap(Gap),
-    /// The server went on along another history: what lies past `at` is abandoned.
+    /// The server continues on another history. Everything after `at` is abandoned.
     Diverge {
         /// The switch LSN.
         at: Lsn,
-        /// The history from now on.
+        /// The new history.
         history: History,
     },
-    /// What is published was checked.
+    /// The result of a check of the mapped tables and the publication.
     Verified(Verified),
-    /// The mapping in use from the tail on.
+    /// The fingerprint of the mapping that applies from the tail on.
     Mapping([u8; 32]),
-    /// Everything up to here is visible to every new snapshot of PostgreSQL.
+    /// Every new snapshot of PostgreSQL sees everything up to this LSN.
     Watermark(Lsn),
 }
 
-/// Where a log began.
+/// The beginning of a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin {
     /// The database.
     pub source: Source,
-    /// Its history at the time.
+    /// The history of the database at that time.
     pub history: History,
-    /// Everything that committed at or after is here.
+    /// The log contains every transaction that commits at or after this LSN.
     pub lsn: Lsn,
-    /// Everything that committed before has an id below.
+    /// Every transaction that committed before `lsn` has a smaller id.
     pub xid: Xid8,
 }
 
-/// A check of what is published.
+/// The result of a check of the mapped tables and the publication.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verified {
-    /// What was found, in a form to compare.
+    /// The fingerprint of the checked definitions.
     pub fingerprint: String,
-    /// Everything before this LSN was written under it.
+    /// All WAL before this LSN was written under these definitions.
     pub at: Lsn,
 }
 
-/// What the log knows of itself.
+/// The state of the log, without its messages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
-    /// This log directory's own id, made with it.
+    /// The id of this log directory, created with the directory.
     pub node_id: String,
     /// `None` until [`Entry::Adopt`].
     pub origin: Option<Origin>,
-    /// Everything before is here, or was; also how far an idle stream got.
+    /// The end of the log: everything before this LSN was appended. It advances also while the stream is idle.
     pub tail: Lsn,
-    /// The last check.
+    /// The most recent check.
     pub verified: Option<Verified>,
-    /// The mapping that the log was written with.
+    /// The fingerprint of the mapping that applies at the tail.
     pub mapping: Option<[u8; 32]>,
-    /// Everything up to here was visible when it was last recorded; not past the tail.
+    /// The most recently recorded watermark, at most the tail.
     pub watermark: Lsn,
-    /// The gap whose end is not known yet, if there is one: see [`Gap::writers`].
+    /// The open gap, if there is one: see [`Gap::writers`].
     pub open_gap: Option<Gap>,
 }
 
-/// What [`ChangeLog::read`] found.
+/// The result of [`ChangeLog::read`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
-    /// In stream order; the first may begin inside a message.
+    /// The messages in stream order. The first may begin inside a message.
     pub messages: Vec<TenantMessage>,
-    /// Whether the limit on bytes ended it, so that there may be more.
+    /// Whether the byte limit ended the read, so that more messages may follow.
     pub more: bool,
 }
 
-/// What the log knows of a transaction id.
+/// The outcome of a transaction, found by its id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TransactionOutcome {
-    /// It committed, with changes.
+    /// The transaction committed, with changes.
     Committed {
         /// Its commit LSN.
         commit: CommitLsn,
         /// Its end LSN.
         end: EndLsn,
     },
-    /// The server went on along a history on which it did not commit. The id may be another transaction's there, and then
-    /// nobody can tell which of the two is meant.
+    /// The server continued on a history in which this transaction did not commit. The new history may use the id
+    /// again, so the id alone is ambiguous.
     Abandoned,
 }
 
-/// What the disk has room for.
+/// Whether the log may append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskSpace {
-    /// Go on.
+    /// The log may append.
     Enough,
-    /// Less than the reserve is free, and nothing is left to drop: stop appending.
+    /// Less than the reserve is free and retention has nothing left to drop: stop appending.
     Short {
-        /// Bytes free.
+        /// The number of free bytes.
         free: u64,
     },
-    /// The directory is not the one that was opened: nobody could read back what is appended now.
+    /// The path no longer leads to the directory that was opened. The next process would not find new entries.
     Elsewhere,
 }
 
-/// What the log takes, and what it may.
+/// The disk usage of the log, and its limits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Bytes on disk that retention counts: not the journals, nor what is still in memory.
+    /// The bytes on disk that retention counts: neither the journals nor the data still in memory.
     pub bytes: u64,
-    /// Above this the oldest goes.
+    /// The limit of `bytes`: above it, retention drops the oldest segment.
     pub bytes_max: u64,
-    /// Bytes of journals.
+    /// The bytes of the journals.
     pub journal_bytes: u64,
-    /// Pieces that are dropped as a whole.
+    /// The number of segments. Retention drops whole segments.
     pub segments: u64,
-    /// When the oldest of them was begun, in seconds since 1970.
+    /// The time at which the oldest segment began, in seconds since 1970.
     pub oldest_unix_seconds: u64,
-    /// Bytes free on the disk. `None` where the file system does not say.
+    /// The free bytes of the disk. `None` if the file system does not report them.
     pub free_bytes: Option<u64>,
-    /// With less free the oldest goes early.
+    /// The reserve: with fewer free bytes, retention drops segments early.
     pub reserve_bytes: u64,
 }
 
-/// Why the log cannot be used.
+/// A failure of the log.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Another process has it open.
+    /// Another process has the log open.
     #[error(
         "the change log at {0} is in use by another process: stop that one, or set changelog.path to another directory"
     )]
     Locked(PathBuf),
-    /// The directory holds something else.
+    /// The directory contains other files.
     #[error("{0} is not empty and holds no change log of tuplewatch: set changelog.path to an empty or new directory")]
     Foreign(PathBuf),
-    /// The directory was written by a version of tuplewatch with another format.
+    /// A version of tuplewatch with another format wrote the directory.
     #[error(
         "the change log at {path} has format {found}, and this version of tuplewatch writes format {expected}: \
          use the version that wrote it, or start it anew with --reset-log (history is lost, subscribers re-read)"
@@ -198,12 +200,12 @@ pub enum Error {
     Format {
         /// The directory.
         path: PathBuf,
-        /// What it says.
+        /// The format in the directory.
         found: u32,
-        /// What we write.
+        /// The format of this version.
         expected: u32,
     },
-    /// Parts are missing or do not read.
+    /// Parts of the log are missing or cannot be decoded.
     #[error(
         "the change log at {path} is damaged ({detail}): start it anew with --reset-log \
          (its history is lost, and subscribers re-read their state)"
@@ -211,28 +213,28 @@ pub enum Error {
     Damaged {
         /// The directory.
         path: PathBuf,
-        /// What is wrong.
+        /// The damage.
         detail: String,
     },
-    /// A directory or file cannot be made or opened.
+    /// A directory or file cannot be created or opened.
     #[error("the change log at {path} cannot be opened: {source}")]
     Open {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
-    /// A write or sync failed. Nothing later is accepted, and the process must end.
+    /// A write or sync failed. The log accepts nothing more, and the process must end.
     #[error("writing the change log failed, so that nothing more can be promised durable: {0}")]
     Poisoned(Cause),
-    /// The same, and its directory is no longer where it was. The write may have failed because of that: new files are made by their
-    /// path.
+    /// As `Poisoned`, and the directory is no longer in its place. This may be the cause, because new files are created
+    /// by path.
     #[error(
         "writing the change log failed, so that nothing more can be promised durable: {0}: its directory was moved, deleted, \
          unmounted or replaced"
     )]
     Displaced(Cause),
-    /// Reading failed.
+    /// A read failed.
     #[error("reading the change log failed: {0}")]
     Read(Cause),
 }
@@ -243,95 +245,103 @@ impl Error {
     }
 }
 
-/// An error of whatever the log is kept in.
+/// An error of the storage engine.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
-/// See the module.
+/// The contract of the change log, see the module.
 pub trait ChangeLog: Send + Sync + 'static {
-    /// What the log knows of itself, as of the last append.
+    /// The state as of the last append.
     fn state(&self) -> State;
 
-    /// Applies entries in order. Not durable before [`ChangeLog::sync`].
+    /// Applies entries in order. They are durable only after a [`ChangeLog::sync`].
     ///
     /// # Errors
-    /// Only [`Error::Poisoned`], and then from there on for ever.
+    /// Only [`Error::Poisoned`], as every later call.
     fn append(&self, entries: &[Entry]) -> Result<(), Error>;
 
-    /// Makes everything appended durable.
+    /// Makes all appended entries durable.
     ///
     /// # Errors
-    /// Only [`Error::Poisoned`], and then from there on for ever.
+    /// Only [`Error::Poisoned`], as every later call.
     fn sync(&self) -> Result<(), Error>;
 
-    /// The messages of this scope after `after` and up to `up_to` (inclusive, and not beyond the tail), at least one and then
-    /// about `bytes_max` bytes. The caller compares its start with [`ChangeLog::horizon`] *afterwards*.
+    /// Returns the messages of this scope after `after` and up to `up_to`, inclusive, but not beyond the tail: at least
+    /// one message, then about `bytes_max` bytes. Retention may run meanwhile, so the caller must compare `after` with
+    /// [`ChangeLog::horizon`] *afterwards*.
     ///
     /// # Errors
-    /// Where the disk cannot be read.
+    /// If the disk cannot be read.
     fn read(&self, scope: &Scope, after: &Place, up_to: &Place, bytes_max: usize) -> Result<Batch, Error>;
 
-    /// Whether reading may wait for a disk, and so belongs on a thread for such. A log in memory answers at once.
+    /// Whether a read may wait for a disk, and therefore must run on a blocking thread. A log in memory returns at
+    /// once.
     fn reads_block(&self) -> bool {
         true
     }
 
-    /// End LSN and id of every transaction with changes that committed at or after `from`, in stream order.
+    /// Returns end LSN and id of every transaction with changes that committed at or after `from`, in stream order.
     ///
     /// # Errors
-    /// Where the disk cannot be read.
+    /// If the disk cannot be read.
     fn transactions_since(&self, from: Lsn) -> Result<Vec<(EndLsn, Xid8)>, Error>;
 
-    /// The earliest position from which the changes of this scope are complete; of all tenants, an end LSN.
+    /// Returns the earliest position from which the changes of this scope are complete. For all tenants this is an end
+    /// LSN.
     ///
     /// # Errors
-    /// Where the disk cannot be read.
+    /// If the disk cannot be read.
     fn horizon(&self, scope: &Scope) -> Result<Position, Error>;
 
     /// Whether the log has ever held a change of this tenant.
     ///
     /// # Errors
-    /// Where the disk cannot be read.
+    /// If the disk cannot be read.
     fn knows(&self, tenant: &TenantId) -> Result<bool, Error>;
 
-    /// The end LSN of the transaction that carried this token id, if it is still here.
+    /// Returns the end LSN of the transaction with this token id, if the log still contains the transaction.
     ///
     /// # Errors
-    /// Where the disk cannot be read.
+    /// If the disk cannot be read.
     fn find_token(&self, id: TokenId) -> Result<Option<EndLsn>, Error>;
 
-    /// What became of the transaction with this id, if it is still here or is the newest of this scope that retention dropped.
+    /// Returns the outcome of the transaction with this id, if the log still contains it, or if it is the newest
+    /// transaction of this scope that retention dropped.
     ///
     /// # Errors
-    /// Where the disk cannot be read.
+    /// If the disk cannot be read.
     fn find_transaction(&self, scope: &Scope, xid: Xid8) -> Result<Option<TransactionOutcome>, Error>;
 
-    /// The id of the last transaction with changes, of whichever tenant, that committed before `commit`, if it is still here.
+    /// Returns the id of the last transaction with changes of any tenant that committed before `commit`, if the log
+    /// still contains it.
     ///
     /// # Errors
-    /// Where the disk cannot be read.
+    /// If the disk cannot be read.
     fn transaction_before(&self, commit: CommitLsn) -> Result<Option<Xid8>, Error>;
 
-    /// Of the transactions with changes that are still here, the one with the largest id below `xid`: id and commit LSN.
+    /// Returns id and commit LSN of the transaction with changes that has the largest id below `xid`, of those in the
+    /// log.
     ///
     /// # Errors
-    /// Where the disk cannot be read.
+    /// If the disk cannot be read.
     fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, CommitLsn)>, Error>;
 
-    /// All gaps, in stream order of their ends.
+    /// Returns all gaps, ordered by their ends.
     fn gaps(&self) -> Vec<Gap>;
 
-    /// What it takes on disk. A log in memory takes nothing.
+    /// Returns the disk usage. A log in memory has none.
     fn usage(&self) -> Usage {
         Usage::default()
     }
 
-    /// Drops what retention no longer wants: by age (`now` in seconds since 1970), by size, and early for the reserve.
+    /// Applies retention by age (against the time `now_unix_seconds`) and by size, and drops segments early to keep the
+    /// reserve free.
     ///
     /// # Errors
-    /// As [`ChangeLog::append`].
+    /// The same as those of [`ChangeLog::append`].
     fn retain(&self, now_unix_seconds: u64) -> Result<DiskSpace, Error>;
 
-    /// Whether its directory is still the one that was opened: a process that starts now would find what is synced.
+    /// Whether the path still leads to the directory that was opened, so that a new process would find the synced
+    /// entries.
     fn is_in_place(&self) -> bool {
         true
     }

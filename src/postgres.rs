@@ -1,8 +1,9 @@
-//! PostgreSQL as a server: connections to it, and the contents of its catalogs about tables, publication and slot.
+//! PostgreSQL as a server: the connections to it, and its catalogs of tables, publications and slots.
 //!
-//! [`connection`] logs on, for SQL and for replication alike. [`primary`] directs all other statements to the server that the session found.
-//! [`catalog`] reads tables and publication once, for [`requirements`], which reports errors, and for [`publication`], which finds
-//! changes. [`slot`] reads and creates the replication slot, and [`transactions`] finds open transactions that others wait for.
+//! [`connection`] logs on, for SQL and for replication alike. [`primary`] directs all other statements to the server
+//! that the session found. [`catalog`] reads tables and publication once, for [`requirements`], which reports errors,
+//! and for [`publication`], which finds changes. [`slot`] reads and creates the replication slot, and [`transactions`]
+//! finds open transactions that others wait for.
 //!
 //! Only this room and [`replication`](crate::replication) name the drivers. Nothing here keeps state about the stream.
 

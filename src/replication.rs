@@ -1,4 +1,5 @@
-//! The replication session: from the slot to transactions, and acknowledgements back.
+//! The replication session: it reads transactions from the slot, delivers them, and acknowledges them when they are
+//! durable.
 //!
 //! ```text
 //!   connect ─▶ checks before ─▶ START_REPLICATION ─▶ checks after ─▶ stream ─▶ (lost) ─▶ back off ─▶ connect …
@@ -8,17 +9,19 @@
 //!
 //! Invariants:
 //!
-//! - *acknowledged ≤ durable ≤ received*, and further back by the delay of [`ack_delay`]. Until the checks have passed, the session
-//!   reports `0/0` to the server, which PostgreSQL takes for "nothing to report".
-//! - Idle progress is a log record too, at most one a second, synced before it is acknowledged.
-//! - A reconnect within the process continues after the last transaction that was delivered in full, and drops the transactions
-//!   that the slot sends again, so that no subscriber gets a change twice.
+//! - *acknowledged ≤ durable ≤ received*, and further back by the delay of [`ack_delay`]. Until the checks have passed,
+//!   the session reports `0/0` to the server, which PostgreSQL reads as "nothing to report".
+//! - Idle progress is also a log record, at most one a second, and synced before it is acknowledged.
+//! - A reconnect within the process continues after the last transaction that was delivered in full. It drops the
+//!   transactions that the slot sends again, so no subscriber receives a change twice.
 //! - Every reason for incomplete history is a gap in the stream. The session never silently restarts at the head.
 //!
-//! Errors are *transient* (back off and reconnect), *definite* (nothing will flow until somebody repairs something: logged
-//! once, retried slowly), or *fatal* (the process must end: this log does not belong to this database). See [`Error`].
+//! Errors are *transient* (back off and reconnect), *definite* (nothing arrives until somebody repairs something:
+//! logged once, retried slowly), or *fatal* (the process must end: this log does not belong to this database). See
+//! [`Error`].
 //!
-//! This room does not know the hub. It reads the slot through a contract ([`upstream`]); the connection is [`crate::postgres::connection`].
+//! This room does not know the hub. It reads the slot through a contract ([`upstream`]), which [`upstream::walsender`]
+//! implements with [`crate::postgres::connection`].
 
 mod ack_delay;
 mod counting;
@@ -42,37 +45,38 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// What a session reads, and how.
+/// The options of a session.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
-    /// The slot's name; each tuplewatch has its own.
+    /// The name of the slot. Each tuplewatch has its own slot.
     pub(crate) slot: String,
     pub(crate) publication: String,
     pub(crate) mapping: Arc<Mapping>,
-    /// Sizes of messages and of what is held in memory.
+    /// The limits of messages, and of data in memory.
     pub(crate) limits: Limits,
-    /// What to do with rows that do not decode.
+    /// The treatment of rows that cannot be decoded.
     pub(crate) on_undecodable: OnUndecodable,
-    /// How late the slot is acknowledged.
+    /// The delay of acknowledgements.
     pub(crate) ack_delay: AckDelay,
-    /// How messages write commands.
+    /// The form of commands in messages.
     pub(crate) commands: CommandLine,
-    /// Whether the slot is to be one that standbys keep a copy of, where PostgreSQL can (17).
+    /// Whether standbys should keep a copy of the slot, if PostgreSQL supports it (from 17 on).
     pub(crate) failover: bool,
-    /// SQL connections that this process may have, those of Data and Tenancy included.
+    /// The most SQL connections of this process, including those of Data and Tenancy.
     pub(crate) connections_max: usize,
 }
 
 /// The sink for received entries: the change log and the hub, joined by `app`.
 pub(crate) trait Sink: Send + Sync {
-    /// Takes one entry, in stream order. Waits while there is no room for it. After a cancelled call, the entry may or may not
-    /// have reached the log, and has not reached a subscriber.
+    /// Delivers one entry, in stream order. Waits while there is no room for it. After a cancelled call the entry may
+    /// have reached the log, but no subscriber.
     fn deliver(&self, entry: Entry) -> impl Future<Output = Result<(), Closed>> + Send;
 
-    /// The state of the log, once everything that was delivered is durable.
+    /// Waits until all delivered entries are durable, and returns the state of the log.
     fn checkpoint(&self) -> impl Future<Output = Result<State, Closed>> + Send;
 
-    /// End LSN and id of the transactions with changes that are in the log and committed at or after `from`, in stream order.
+    /// Returns end LSN and id of the transactions with changes in the log that committed at or after `from`, in stream
+    /// order.
     fn recorded_since(&self, from: Lsn) -> impl Future<Output = Result<Vec<(EndLsn, Xid8)>, Error>> + Send;
 
     /// The end LSN up to which the log survives a crash.
@@ -87,13 +91,13 @@ pub(crate) trait Sink: Send + Sync {
 pub(crate) enum Status {
     Connecting,
     Streaming,
-    /// The last session failed for a reason that may pass. The log has it.
+    /// The last session failed for a temporary reason, which was logged.
     Retrying,
-    /// The last session failed for a reason that somebody has to repair. The log has it.
+    /// The last session failed for a reason that somebody has to repair, which was logged.
     Failed,
 }
 
-/// Waits between attempts: growing, with jitter so that many processes do not come back as one.
+/// The waits between attempts. They grow, and have jitter so that many processes do not reconnect together.
 #[derive(Debug, Default)]
 pub(crate) struct Backoff {
     failures: u32,
@@ -105,7 +109,7 @@ impl Backoff {
     /// A repair takes longer than seconds.
     const DEFINITE: Duration = Duration::from_secs(15);
 
-    /// How long to wait after an attempt that failed.
+    /// Returns the wait after a failed attempt.
     pub(crate) fn after(&mut self, error: &Error) -> Duration {
         let base = match error {
             Error::Definite(_) => Self::DEFINITE,
@@ -115,7 +119,7 @@ impl Backoff {
         base.mul_f64(0.8 + 0.4 * fastrand::f64())
     }
 
-    /// Starts anew after an attempt that succeeded.
+    /// Starts anew after a successful attempt.
     pub(crate) const fn reset(&mut self) {
         self.failures = 0;
     }

@@ -1,5 +1,6 @@
-//! Envelopes: from the changes of a message to what a version of the API sends. An envelope is made once for each form, by the first
-//! stream that needs it, and all others share the bytes ([`Hub::envelope`](crate::hub::Hub::envelope)).
+//! Envelopes: the encoded messages of a version of the API, made from the changes of a message. The first stream that
+//! needs an envelope encodes it, once for each form, and all other streams share its bytes
+//! ([`Hub::envelope`](crate::hub::Hub::envelope)).
 
 pub mod base_v1;
 
@@ -7,16 +8,15 @@ use crate::hub::EnvelopeForm;
 use crate::model::transaction::Message;
 use bytes::Bytes;
 
-/// Makes the envelopes of one form.
+/// The encoder of one form of envelopes.
 #[derive(Clone, Copy, Debug)]
-pub struct Encoder {
-    /// The form.
-    pub form: EnvelopeForm,
-    /// From a message and its snap token.
-    pub encode: fn(&Message, &str) -> Result<Bytes, Malformed>,
+pub(crate) struct Encoder {
+    pub(crate) form: EnvelopeForm,
+    /// Encodes a message and its snap token.
+    pub(crate) encode: fn(&Message, &str) -> Result<Bytes, Malformed>,
 }
 
-/// A change is not what the assembler encodes.
+/// A change that the assembler did not encode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a change does not decode")]
 pub struct Malformed;

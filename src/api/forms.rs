@@ -1,13 +1,13 @@
-//! Permify's forms of ids and names, which the tables' constraints demand as well.
+//! The forms of ids and names in Permify, which the constraints of the tables require as well.
 //!
-//! | what | form |
+//! | text | form |
 //! | --- | --- |
 //! | ids | 1 to 128 of `a-z A-Z 0-9 _ - @ . : +`, or a single `*` |
-//! | types, relations, names of attributes | 1 to 64 of `a-z A-Z _` |
+//! | types, relations, attribute names | 1 to 64 of `a-z A-Z _` |
 
-/// What an id must be.
+/// The required form of an id.
 pub(super) const ID: &str = "must be 1 to 128 of a-z, A-Z, 0-9, _, -, @, ., :, + or a single *";
-/// What a name must be.
+/// The required form of a name.
 pub(super) const NAME: &str = "must be 1 to 64 of a-z, A-Z and _";
 
 pub(super) fn is_id(text: &str) -> bool {

@@ -1,19 +1,19 @@
-//! The gRPC edge: `base.v1.Watch`, `base.v1.Data`, `base.v1.Tenancy`, health and reflection.
+//! The gRPC server: `base.v1.Watch`, `base.v1.Data`, `base.v1.Tenancy`, health and reflection.
 //!
-//! Only the edges know the generated types. A message is encoded once ([`crate::model::change`]) and framed once, and every subscriber
-//! is sent the same frame: see [`crate::api::encode`] for its bytes, and `connection` for how they are sent. Methods other than Watch are
-//! tonic's. [`status`] is the one place that turns errors into statuses.
+//! Only the protocols know the generated types. A message is encoded once ([`crate::model::change`]) and framed once,
+//! and every subscriber receives the same frame: [`crate::api::encode`] defines its bytes, and `connection` sends it.
+//! tonic serves all methods except Watch. [`status`] is the only place that turns errors into statuses.
 
 mod calls;
 mod connection;
-pub mod data;
+pub(crate) mod data;
 mod fact;
-pub mod health;
+pub(crate) mod health;
 mod send_counters;
-pub mod status;
-pub mod tenancy;
+pub(crate) mod status;
+pub(crate) mod tenancy;
 mod validation;
-pub mod watch;
+pub(crate) mod watch;
 
 use crate::access::admission::Admission;
 use crate::access::authn::Caller;
@@ -31,49 +31,44 @@ use tonic::Request;
 use tonic::service::Routes;
 use tower_layer::Layer as _;
 
-/// The types, servers and clients of `proto/`. Everything in `src/api/grpc/proto/` is generated: `just generate` writes it, and
-/// `tests/generated.rs` fails where it is not up to date.
+/// The types, servers and clients of `proto/`. `just generate` writes everything in `src/api/grpc/proto/`, and
+/// `tests/generated.rs` fails if it is out of date.
 #[expect(missing_docs, clippy::all, reason = "generated")]
 pub mod proto {
     include!("grpc/proto/base.v1.rs");
 
-    /// All of `proto/`, for reflection.
+    /// The descriptors of all of `proto/`, for reflection.
     pub const DESCRIPTORS: &[u8] = include_bytes!("grpc/proto/descriptors.bin");
 }
 
-/// Why the server cannot serve.
+/// A failure of the gRPC server.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// The address is taken or not ours.
+    /// The address is in use, or is not an address of this machine.
     #[error("cannot listen on {address} for gRPC: {source} (server.host, server.grpc.port)")]
-    Bind {
-        /// The address.
-        address: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The certificate or the key cannot be used.
+    Bind { address: String, source: std::io::Error },
+    /// The certificate or the key is unusable.
     #[error(transparent)]
     Tls(#[from] tls::Error),
-    /// A thread to serve on cannot be had, or is gone.
+    /// A thread cannot be started, or has failed.
     #[error("the threads of the gRPC server failed: {0}")]
     Threads(std::io::Error),
-    /// The descriptors do not read.
+    /// The descriptors cannot be decoded.
     #[error("the gRPC reflection service failed: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
-/// A bound listener: bound before anything else starts, so that a taken port is said at once.
-pub struct Listener {
+/// A bound listener. It is bound before everything else starts, so that a port in use is reported at once.
+pub(crate) struct Listener {
     listener: connections::Listener,
     tls: Option<tls::Acceptor>,
 }
 
 impl Listener {
-    /// Binds host and port (port 0 takes any), and reads certificates and keys.
+    /// Binds host and port (port 0 stands for any free port), and reads certificates and keys.
     ///
     /// # Errors
-    /// Where that is not possible.
+    /// If one of these fails.
     pub(crate) async fn bind(host: &str, config: &GrpcConfig) -> Result<Self, Error> {
         let port = config.port;
         let tls = match &config.tls {
@@ -85,25 +80,24 @@ impl Listener {
         Ok(Self { listener, tls })
     }
 
-    /// Where it listens.
-    pub const fn address(&self) -> SocketAddr {
+    /// The address that it listens on.
+    pub(crate) const fn address(&self) -> SocketAddr {
         self.listener.address()
     }
 }
 
-/// The services of `proto/`, whoever they are served to. Cheap to clone.
+/// The services of `proto/`, for every protocol. Cheap to clone.
 #[derive(Clone)]
-#[expect(missing_docs, reason = "the fields are the services' names")]
-pub struct Services<P> {
-    pub watch: WatchService<P>,
-    pub data: Arc<data::DataService<P>>,
-    pub tenancy: Arc<tenancy::TenancyService>,
+pub(crate) struct Services<P> {
+    pub(crate) watch: WatchService<P>,
+    pub(crate) data: Arc<data::DataService<P>>,
+    pub(crate) tenancy: Arc<tenancy::TenancyService>,
 }
 
-/// Serves until `stop` turns true and all streams have ended. Dropped before, it cuts them.
+/// Serves until `stop` turns true and all streams have ended. Dropping the future closes all connections.
 ///
 /// # Errors
-/// Where serving fails.
+/// If a thread fails.
 pub(crate) async fn serve<P: crate::hub::primary::Primary + 'static>(
     listener: Listener,
     services: Services<P>,
@@ -119,7 +113,7 @@ pub(crate) async fn serve<P: crate::hub::primary::Primary + 'static>(
     };
     let others = Routes::new(health)
         .add_service(reflection().build_v1()?)
-        // Many clients have only learned this one, which is the same in all but its name.
+        // Many clients know only this older version, which differs only in its name.
         .add_service(reflection().build_v1alpha()?)
         .add_service(proto::data_server::DataServer::from_arc(services.data))
         .add_service(proto::tenancy_server::TenancyServer::from_arc(services.tenancy));
@@ -136,7 +130,7 @@ pub(crate) async fn serve<P: crate::hub::primary::Primary + 'static>(
     threads::serve(listener, "gRPC", connections_max, stop.clone(), hub, connector).await.map_err(Error::Threads)
 }
 
-/// An error unless who makes the request may use the tenant.
+/// Checks that the caller may use the tenant.
 fn authorize<T>(request: &Request<T>, tenant: &str) -> Result<(), Forbidden> {
     scope::authorize(request.extensions().get::<Caller>(), Requested::Tenant(tenant))
 }

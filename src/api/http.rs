@@ -1,4 +1,4 @@
-//! The HTTP gateway: what gRPC serves, as JSON.
+//! The HTTP gateway: the services of gRPC, as JSON.
 //!
 //! ```text
 //!  HTTP ─▶ listener ─▶ Gateway ─▶ call: JSON, path and query → request ─▶ api::watch · Data and Tenancy of gRPC, in process
@@ -6,15 +6,16 @@
 //!  HTTP ◀──────── JSON · JSON lines · Server-Sent Events ◀── answer · refusal · stream
 //! ```
 //!
-//! Nothing is decided here that the services decide: validation, authorization and statuses are theirs, and a request's headers
-//! and extensions (with the caller, once known) go over to them. What is decided here is how it looks in HTTP: paths, the JSON
-//! form (`json`), the HTTP status of a gRPC status (`refusal`), and how a stream of changes is written (`watch`, `stream`).
+//! The gateway decides nothing that the services decide. They validate, authorize and choose statuses, and they receive
+//! the headers and extensions of the HTTP request, with the caller if it is known. The gateway decides only the form in
+//! HTTP: paths, JSON (`json`), the HTTP status of a gRPC status (`refusal`), and the body of a stream (`watch`,
+//! `stream`).
 //!
-//! A stream's body is pulled from the service as fast as the client reads, so that a slow one costs here what it costs in gRPC.
-//! Connections are on threads of their own ([`crate::api::threads`]), and with them the probes, which come in on the same port.
+//! The body of a stream takes messages only as fast as the client reads, so a slow client costs no more here than in
+//! gRPC. Connections run on their own threads ([`crate::api::threads`]), and so do the probes, which use the same port.
 //!
-//! Left out on purpose: HTTP/2 (a browser that wants more than six streams comes through a proxy that speaks it) and
-//! compression, which would hold back small messages.
+//! Absent on purpose: HTTP/2, because a browser that needs more than six streams can use a proxy that speaks it; and
+//! compression, because it would delay small messages.
 
 mod call;
 mod data;
@@ -28,7 +29,7 @@ mod tenancy;
 mod watch;
 
 pub(crate) use listener::{Listener, serve};
-pub use probes::Probes;
+pub(crate) use probes::Probes;
 
 use crate::access::admission::Admission;
 use crate::api::grpc::proto::data_server::Data;
@@ -49,22 +50,22 @@ use std::sync::Arc;
 use std::time::Duration;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
-/// How long a browser may remember what CORS allows.
+/// The time for which a browser may cache the answer of CORS.
 const CORS_MAX_AGE: Duration = Duration::from_secs(3600);
 
-/// The routes that are served. Cheap to clone.
+/// The routes. Cheap to clone.
 #[derive(Clone)]
-pub struct Gateway {
+pub(crate) struct Gateway {
     routes: Router,
     body_bytes_max: usize,
     cors: Option<CorsLayer>,
-    /// Origins whose pages may write, or `*`.
+    /// The origins whose pages may write, or `*`.
     origins: Arc<[String]>,
     admission: Admission,
 }
 
 impl Gateway {
-    /// To all services but Watch, and to what the process says of itself.
+    /// Routes to all services except Watch, and to the probes.
     pub(crate) fn new<P: Primary + 'static>(
         config: &HttpConfig,
         services: &Services<P>,
@@ -76,7 +77,7 @@ impl Gateway {
             .with_tenancy(services.tenancy.clone())
     }
 
-    /// To Watch as well: each thread has its own handle of the hub.
+    /// Adds the route of Watch. Each thread has its own handle of the hub.
     fn with_watch<P: Primary + 'static>(mut self, service: WatchService<P>) -> Self {
         self.routes = self.routes.merge(watch::routes(service));
         self
@@ -102,7 +103,7 @@ impl Gateway {
         }
     }
 
-    /// All routes, with what holds for each.
+    /// All routes, with the layers that apply to each.
     fn into_router(self) -> Router {
         let router = self
             .routes
@@ -111,7 +112,7 @@ impl Gateway {
             .layer(DefaultBodyLimit::max(self.body_bytes_max))
             .layer(from_fn_with_state(self.origins, refuse_cross_origin_writes))
             .layer(self.admission.layer(|error| Refusal::from(status::of_admission(error)).into_response()));
-        // Outermost: a page of another origin may read why it was refused, too.
+        // This layer is the outermost, so that a page of another origin may also read a refusal.
         let router = match self.cors {
             Some(cors) => router.layer(cors),
             None => router,
@@ -120,8 +121,8 @@ impl Gateway {
     }
 }
 
-/// A browser sends what a form could send without asking first, wherever the page is from, and keeps only the answer from it: so
-/// that nobody's page writes to a server that its reader happens to reach.
+/// A browser sends a request that a form could send without asking first, from a page of any origin, and only hides the
+/// answer from the page. This check keeps such pages from writing to a server that the browser can reach.
 async fn refuse_cross_origin_writes(State(allowed): State<Arc<[String]>>, request: Request, next: Next) -> Response {
     match cross_origin_write(&allowed, &request) {
         Some(refusal) if !request.method().is_safe() => refusal.into_response(),
@@ -129,7 +130,7 @@ async fn refuse_cross_origin_writes(State(allowed): State<Arc<[String]>>, reques
     }
 }
 
-/// The refusal of a page that is neither of this server nor allowed.
+/// The refusal of a write by a page of an origin that is neither this server's nor allowed.
 fn cross_origin_write(allowed: &[String], request: &Request) -> Option<Refusal> {
     let header = |name| request.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
     let origin = header(ORIGIN)?;

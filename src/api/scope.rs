@@ -1,11 +1,14 @@
-//! The data that a caller may use.
+//! The authorization of a caller for a scope.
+//!
+//! Admission authenticates the caller, and this module decides whether the credentials cover the tenant, or all
+//! tenants, that the request names. gRPC and HTTP both use it.
 
 use crate::access::authn::Caller;
 
 /// The scope that a request names, before anything about it is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Requested<'a> {
-    /// One tenant, by any text.
+    /// One tenant, as unchecked text.
     Tenant(&'a str),
     /// All tenants. No request of base.v1 can name them.
     #[cfg_attr(not(test), expect(dead_code, reason = "requests of tuplewatch.v1 name it"))]
@@ -15,16 +18,16 @@ pub(crate) enum Requested<'a> {
 /// The credentials do not give access to the requested scope.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Forbidden {
-    /// The tenant belongs to others.
+    /// The credentials do not cover the tenant.
     #[error("{}", forbidden(.0))]
     Tenant(String),
-    /// The credentials are restricted to some tenants.
+    /// The credentials cover some tenants only.
     #[error("these credentials are restricted to some tenants, and not for a stream of all tenants")]
     All,
 }
 
 fn forbidden(tenant: &str) -> String {
-    // Nothing has checked the text yet, and headers have bounds.
+    // The text is unchecked, and headers are limited.
     const SHOWN_MAX: usize = 128;
     if tenant.len() <= SHOWN_MAX {
         format!("these credentials are not for tenant '{tenant}'")
@@ -33,7 +36,7 @@ fn forbidden(tenant: &str) -> String {
     }
 }
 
-/// An error unless the caller may use the scope. Without admission in front, there is no caller, and everything is allowed.
+/// Checks that the caller may use the scope. Without admission there is no caller, and everything is permitted.
 pub(super) fn authorize(caller: Option<&Caller>, requested: Requested<'_>) -> Result<(), Forbidden> {
     let Some(caller) = caller else { return Ok(()) };
     match requested {

@@ -1,11 +1,11 @@
-//! The threads that serve the connections of a protocol, each with a runtime of its own.
+//! The threads that serve the connections of a protocol, each with its own runtime.
 //!
-//! A connection stays on one thread. So what is released wakes its streams from within that thread, all of them before it runs
-//! ([`crate::hub::WakeBatch`]), and it writes once. On a runtime of several threads it would run, and write, as soon as the first
-//! stream was woken.
+//! A connection stays on one thread. When a batch is released, the thread itself wakes all its streams before it runs
+//! any of them ([`crate::hub::WakeBatch`]), so a connection writes once. A runtime with several threads would run the
+//! connection, and write, as soon as it wakes the first stream.
 //!
-//! gRPC and HTTP have threads of their own, and neither is on the runtime that releases changes and asks PostgreSQL: what is encoded for
-//! the readers of one protocol delays nothing else.
+//! gRPC and HTTP have separate threads, and neither uses the runtime of the releaser and of SQL. So encoding for the
+//! readers of one protocol delays nothing else.
 
 use crate::access::connections::{Listener, Place};
 use crate::hub::Hub;
@@ -19,16 +19,17 @@ use tokio::runtime::Handle;
 use tokio::sync::watch::Receiver;
 use tokio::task::JoinSet;
 
-/// Half of the processors for each protocol, as the stream from PostgreSQL goes on meanwhile.
+/// Half of the processors for each protocol, because the replication session needs processor time as well.
 fn count() -> usize {
     std::thread::available_parallelism().map_or(1, |all| all.get() / 2).max(1)
 }
 
-/// Accepts at most `connections_max` connections at a time, until `stop` turns true and all have ended. Dropped before, it cuts them.
-/// `connector` makes for each thread, and its own handle of the hub, what serves a connection there.
+/// Accepts at most `connections_max` connections at a time, until `stop` turns true and all have ended. Dropping the
+/// future closes all connections. For each thread, `connector` receives the thread's handle of the hub, and returns the
+/// service of its connections.
 ///
 /// # Errors
-/// Where the operating system has no more threads, or one has failed.
+/// If the operating system refuses a thread, or a thread fails.
 pub(super) async fn serve<C, F>(
     listener: Listener,
     protocol: &'static str,
@@ -43,16 +44,16 @@ where
 {
     let (threads, running) = Threads::start(protocol, hub, connector)?;
     let spawn = |connections: &mut JoinSet<()>, stream: TcpStream, place| {
-        let Some((thread, held)) = threads.take_on(place) else { return };
+        let Some((thread, counted)) = threads.take_on(place) else { return };
         let connect = thread.connect.clone();
-        // The runtime that accepted it gives it up; that of the thread takes it on.
+        // The runtime that accepted the connection releases it, and the runtime of the thread registers it.
         let stream = stream.into_std();
         let serving = async move {
             let served = async move { connect(TcpStream::from_std(stream?)?).await };
             if let Err(error) = served.await {
                 tracing::debug!("a connection of {protocol} ended: {error}");
             }
-            drop(held);
+            drop(counted);
         };
         connections.spawn_on(serving, &thread.runtime);
     };
@@ -62,7 +63,7 @@ where
     }
 }
 
-/// Threads, and who is on them.
+/// The threads, with the number of connections on each.
 struct Threads<C>(Vec<Thread<C>>);
 
 struct Thread<C> {
@@ -71,14 +72,15 @@ struct Thread<C> {
     connections: Arc<AtomicUsize>,
 }
 
-/// A connection, counted as long as this value lives.
+/// Counts a connection until it is dropped.
 struct Counted {
     connections: Arc<AtomicUsize>,
     _place: Place,
 }
 
 impl<C> Threads<C> {
-    /// Starts them. What comes back besides ends where one has failed; dropped, it ends them and cuts what they serve.
+    /// Starts the threads. A task of the returned set ends only if a thread fails. Dropping the set ends the threads
+    /// and closes their connections.
     fn start(protocol: &str, hub: &Hub, connector: impl Fn(Hub) -> C) -> io::Result<(Self, JoinSet<Infallible>)> {
         let (mut threads, mut running) = (Vec::new(), JoinSet::new());
         for n in 0..count() {
@@ -90,7 +92,7 @@ impl<C> Threads<C> {
         Ok((Self(threads), running))
     }
 
-    /// The thread that has the fewest connections, for one more.
+    /// Chooses the thread with the fewest connections, and counts one more.
     fn take_on(&self, place: Place) -> Option<(&Thread<C>, Counted)> {
         let thread = self.0.iter().min_by_key(|thread| thread.connections.load(Ordering::Relaxed))?;
         thread.connections.fetch_add(1, Ordering::Relaxed);

@@ -1,17 +1,15 @@
-//! Watch: who may read whose changes, where a stream starts, how many there are, and why one ends.
+//! Watch: the access to tenants, the start of a stream, the number of streams, and the end of a stream.
 //!
-//! There is no protocol in here: [`WatchService::start`] gives a [`Stream`] or an [`Error`], and each protocol makes frames and
-//! statuses of them.
+//! This module knows no protocol: [`WatchService::start`] returns a [`Stream`] or an [`Error`], and each protocol turns
+//! them into frames and statuses.
 
 mod error;
 mod stream;
 mod tokens;
 
-pub use error::{
-    AFTER_GAP, CREDENTIALS_EXPIRED, EARLIEST_SNAP_TOKEN, Ended, Error, NEXT_SNAP_TOKEN, SNAP_TOKEN_TOO_OLD,
-};
-pub use stream::{Next, Stream};
-pub use tokens::Tokens;
+pub(crate) use error::{AFTER_GAP, Error, NEXT_SNAP_TOKEN, SNAP_TOKEN_TOO_OLD};
+pub(crate) use stream::{Next, Stream};
+pub(crate) use tokens::Tokens;
 
 use super::scope::Requested;
 use super::{forms, scope};
@@ -27,23 +25,23 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 
-/// How streams behave.
+/// The settings of streams.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Whether Watch is on.
-    pub enabled: bool,
-    /// Streams at a time.
-    pub subscribers_max: usize,
-    /// Longest wait for a transaction token to resolve.
-    pub resolve_timeout: Duration,
-    /// The form of the tokens of messages.
-    pub token_form: Form,
-    /// Whether tenant ids have Permify's form, as in the presets. A mapping of one's own may have any.
-    pub permify_tenants: bool,
+pub(crate) struct Options {
+    /// Whether Watch is enabled.
+    pub(crate) enabled: bool,
+    /// The most streams at a time.
+    pub(crate) subscribers_max: usize,
+    /// The longest wait for a transaction token to resolve.
+    pub(crate) resolve_timeout: Duration,
+    /// The form of the tokens in messages.
+    pub(crate) token_form: Form,
+    /// Whether tenant ids must have Permify's form, as with the presets. Other mappings permit any text.
+    pub(crate) permify_tenants: bool,
 }
 
-/// The service. Cheap to clone.
-pub struct WatchService<P> {
+/// The Watch service. Cheap to clone.
+pub(crate) struct WatchService<P> {
     hub: Hub,
     inner: Arc<Inner<P>>,
 }
@@ -51,9 +49,9 @@ pub struct WatchService<P> {
 struct Inner<P> {
     primary: P,
     options: Options,
-    /// One permit a stream.
+    /// One permit for each stream.
     streams: Arc<Semaphore>,
-    /// Turns true when streams must end.
+    /// Turns true when no stream may start any more.
     stop: watch::Receiver<bool>,
 }
 
@@ -63,18 +61,17 @@ impl<P> Clone for WatchService<P> {
     }
 }
 
-/// A stream whose start is fixed: what commits later will be in it.
-pub struct Started {
-    /// The stream.
-    pub stream: Stream,
-    /// Resumes from the start, for who has had no message yet.
-    pub snap_token: Option<String>,
+/// A stream with a fixed start: it delivers everything that commits from now on.
+pub(crate) struct Started {
+    pub(crate) stream: Stream,
+    /// The token that resumes from the start, for a client that has received no message yet.
+    pub(crate) snap_token: Option<String>,
 }
 
 impl<P: Primary> WatchService<P> {
-    /// Streams from this hub; `primary` is asked where a start depends on it. `stop` turns true when none may start any more;
-    /// those that are open end with the hub.
-    pub fn new(hub: Hub, primary: P, options: Options, stop: watch::Receiver<bool>) -> Self {
+    /// A service on this hub. `primary` resolves starts that depend on PostgreSQL. After `stop` turns true, no stream
+    /// starts; open streams end with the hub.
+    pub(crate) fn new(hub: Hub, primary: P, options: Options, stop: watch::Receiver<bool>) -> Self {
         let streams = Arc::new(Semaphore::new(options.subscribers_max));
         metrics().subscribers_limit.set(i64::try_from(options.subscribers_max).unwrap_or(i64::MAX));
         // Initialized at zero, so that `rate()` sees the first increment.
@@ -84,18 +81,19 @@ impl<P: Primary> WatchService<P> {
         Self { hub, inner: Arc::new(Inner { primary, options, streams, stop }) }
     }
 
-    /// The same service, for a thread that has its own handle of the hub.
+    /// Returns the same service for a thread with its own handle of the hub.
     #[must_use]
-    pub fn with_hub(&self, hub: Hub) -> Self {
+    pub(crate) fn with_hub(&self, hub: Hub) -> Self {
         Self { hub, inner: self.inner.clone() }
     }
 
-    /// The hub that it streams from.
-    pub const fn hub(&self) -> &Hub {
+    /// The hub of the streams.
+    pub(crate) const fn hub(&self) -> &Hub {
         &self.hub
     }
 
-    /// Starts a stream of the changes after the token, or from now on if the token is empty. The edge counts it.
+    /// Starts a stream of the changes after the token, or from now on if the token is empty. The protocol counts the
+    /// stream.
     ///
     /// # Errors
     /// See [`Error`].
@@ -142,7 +140,7 @@ impl<P: Primary> WatchService<P> {
     }
 }
 
-/// Where the tables are those of a preset. What is a tenant nowhere is for the start to refuse.
+/// Checks the form of a tenant id with a preset. The start of the stream refuses ids that no tenant can have.
 fn check_form(tenant: &str) -> Result<(), Error> {
     if forms::is_id(tenant) || TenantId::new(tenant).is_err() { Ok(()) } else { Err(Error::TenantForm(forms::ID)) }
 }

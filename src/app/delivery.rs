@@ -1,13 +1,16 @@
-//! Whether changes are delivered: the one judgement that `/readyz`, `grpc.health.v1`, `tuplewatch health` and the metrics repeat.
+//! Readiness: whether changes are delivered. `/readyz`, `grpc.health.v1`, `tuplewatch health` and the metrics all
+//! repeat this one judgement.
 //!
-//! A node delivers where the slot streams, PostgreSQL says what is visible, streams can start, and nothing is stuck on the way. An
-//! idle node is asked the same: [`super::primary`] and the hub's releaser probe every few seconds what they would need for the next
-//! change.
+//! A node is ready if the slot streams, if PostgreSQL answers which transactions are visible, if streams can start, and
+//! if nothing is stuck on the way. This also holds for an idle node: every few seconds, [`super::primary`] and the
+//! hub's releaser probe what the next change will need.
 //!
-//! It does not flap. What the session says counts at once. A statement counts against a node that was ready only after
-//! [`Answers::LATE`], and a node that was not becomes ready only with an answer. So a statement that fails once changes nothing.
+//! Readiness does not flap. The status of the session counts at once. A failing statement makes a ready node unready
+//! only after [`Answers::LATE`], and an unready node becomes ready only after an answer. So one failed statement
+//! changes nothing.
 //!
-//! How far the node is behind the server is not judged here: it delivers, late. `/readyz` asks that too (`server.http.ready_lag_max`).
+//! The lag behind the server does not count here: a node that lags still delivers. Only `/readyz` considers it
+//! (`server.http.ready_lag_max`).
 
 use super::primary::{Answers, Silence, Why};
 use crate::changelog::DiskSpace;
@@ -19,19 +22,20 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-/// How often it is judged, besides at every change of the session's status and of the log's room.
+/// The interval between judgements. A change of the session's status, or of the log's room, causes another one at once.
 const JUDGE_EVERY: Duration = Duration::from_secs(1);
-/// A commit is visible at once, or when a synchronous standby has it. One that takes longer waits for an operator.
+/// A commit becomes visible at once, or when a synchronous standby confirms it. A longer wait needs an operator.
 const INVISIBLE_MAX: Duration = Duration::from_secs(15);
-/// A sync takes milliseconds; one that takes longer is no busy disk but one that hangs.
+/// A sync takes milliseconds. One that takes this long is not slow, it hangs.
 const UNSYNCED_MAX: Duration = Duration::from_secs(30);
-/// Room in memory comes with each release, and each write to the log.
+/// Each release, and each write to the log, frees memory of the window.
 const FULL_MAX: Duration = Duration::from_secs(15);
 
-/// Why nothing is delivered. No text names a host or has data, because probes need no credentials. All are ASCII.
+/// The reason why nothing is delivered. The messages contain neither hosts nor data, because probes need no
+/// credentials. They are ASCII.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Obstacle {
-    #[error("tuplewatch starts: PostgreSQL has not been asked everything yet")]
+    #[error("tuplewatch is starting: PostgreSQL has not answered all questions yet")]
     Starting,
     #[error("tuplewatch is shutting down")]
     Stopping,
@@ -41,7 +45,7 @@ pub(super) enum Obstacle {
     )]
     LogGone,
     #[error(
-        "the disk of the change log is full up to changelog.disk_reserve, so nothing is read from PostgreSQL: free some of it"
+        "the disk of the change log is full up to changelog.disk_reserve, so nothing is read from PostgreSQL: free some space"
     )]
     DiskFull,
     #[error(
@@ -49,7 +53,7 @@ pub(super) enum Obstacle {
          server that tuplewatch doctor names"
     )]
     ConnectionLimit,
-    #[error("the slot does not stream yet: the log of tuplewatch says what it waits for")]
+    #[error("the slot does not stream yet: the log of tuplewatch has the reason")]
     Connecting,
     #[error("the slot does not stream, and is tried again: see the log of tuplewatch, or ask tuplewatch doctor")]
     Retrying,
@@ -59,24 +63,22 @@ pub(super) enum Obstacle {
     Failed,
     #[error("PostgreSQL does not say which transactions are visible, so no change can be released: {}", cause(*.0))]
     VisibilityUnknown(Option<Why>),
-    #[error("no stream can start, because PostgreSQL does not say where to: {}", cause(*.0))]
+    #[error("no stream can start, because PostgreSQL does not answer for its position: {}", cause(*.0))]
     NoStarts(Option<Why>),
     #[error(
         "a transaction has committed and is not visible to new snapshots of PostgreSQL: its commit waits for a synchronous \
          standby (wait_event SyncRep in pg_stat_activity): repair the standby, or take it out of synchronous_standby_names"
     )]
     NotVisible,
-    #[error(
-        "the disk of the change log does not take what is written to it, so nothing is acknowledged: look at that disk"
-    )]
+    #[error("the disk of the change log does not complete writes, so nothing is acknowledged: check the disk")]
     LogStuck,
     #[error(
-        "memory is full of changes that are not released or not written to the change log yet (changelog.memory_window)"
+        "memory is full of changes that are not yet released, or not yet in the change log (changelog.memory_window)"
     )]
     WindowFull,
 }
 
-/// What to do about a statement without an answer.
+/// The cause and the remedy of a statement without an answer.
 const fn cause(why: Option<Why>) -> &'static str {
     match why {
         None | Some(Why::Late) => {
@@ -93,7 +95,8 @@ const fn cause(why: Option<Why>) -> &'static str {
 }
 
 impl Obstacle {
-    /// One of [`NOT_READY_REASONS`](crate::metrics::readings::NOT_READY_REASONS).
+    /// The label of the obstacle in the metrics, one of
+    /// [`NOT_READY_REASONS`](crate::metrics::readings::NOT_READY_REASONS).
     pub(super) const fn reason(self) -> &'static str {
         match self {
             Self::Starting => "starting",
@@ -111,32 +114,33 @@ impl Obstacle {
     }
 }
 
-/// What is judged, as of one moment.
+/// The facts of one moment, for the judgement.
 #[derive(Clone, Debug)]
 struct Facts {
     status: Status,
-    /// Since when the slot streams, where it does.
+    /// The time since which the slot streams, if it does.
     streaming_since: Option<Instant>,
     room: DiskSpace,
-    /// PostgreSQL refuses the session a connection, because there are too many.
+    /// Whether PostgreSQL refuses the session a connection because of a limit.
     session_refused: bool,
-    /// Of the statement that says what is visible; `None` where changes are released without it.
+    /// The silence of the statement that finds visible transactions. `None` if it was answered, or if changes are
+    /// released without it.
     visibility: Option<Silence>,
-    /// Of the statement that starts streams.
+    /// The silence of the statement that starts streams.
     starts: Option<Silence>,
     waits: Waits,
-    /// Since when something received is not durable, and nothing became durable.
+    /// The time since which received data waits to become durable without progress.
     unsynced_since: Option<Instant>,
 }
 
-/// The first thing in the way, the cause before what follows from it.
+/// Returns the first obstacle, or `None`. A cause precedes its consequences.
 fn judge(facts: &Facts, was_ready: bool, now: Instant) -> Option<Obstacle> {
     let longer =
         |since: Option<Instant>, most: Duration| since.is_some_and(|since| now.saturating_duration_since(since) > most);
-    // What a node can do must have been seen; that it cannot, must last.
+    // A node becomes ready only after an answer, and unready only after a lasting silence.
     let silent = |silence: Option<Silence>, obstacle: fn(Option<Why>) -> Obstacle| {
         let Silence { since, why } = silence?;
-        // With the session comes the first moment that it could be asked.
+        // Nothing could be asked before the session streamed.
         let is_over = longer(facts.streaming_since.max(Some(since)), Answers::LATE);
         match (was_ready, is_over) {
             (true, false) => None,
@@ -169,7 +173,7 @@ fn judge(facts: &Facts, was_ready: bool, now: Instant) -> Option<Obstacle> {
     longer(facts.waits.full_since, FULL_MAX).then_some(Obstacle::WindowFull)
 }
 
-/// Follows the parts. Holds no handle that a part would wait for at the end.
+/// Follows the status of all parts. It holds no handle whose drop a part waits for at shutdown.
 pub(super) struct Delivery {
     pub(super) hub: Hub,
     pub(super) status: watch::Receiver<Status>,
@@ -177,16 +181,16 @@ pub(super) struct Delivery {
     pub(super) received: watch::Receiver<Option<Lsn>>,
     pub(super) durable: watch::Receiver<Lsn>,
     pub(super) primaries: PrimaryConnector,
-    /// Of snapshots; `None` where changes are released without any (`service.watch.before_visible`).
+    /// The answers about snapshots. `None` if changes are released without them (`service.watch.before_visible`).
     pub(super) visibility: Option<Answers>,
     pub(super) starts: Answers,
 }
 
-/// The judgement; nothing where changes are delivered.
+/// The judgement: `None` while changes are delivered.
 pub(super) type Readiness = watch::Receiver<Option<Obstacle>>;
 
 impl Delivery {
-    /// The judgement, and the task that makes it until `stop` turns true.
+    /// Returns the judgement, and the task that updates it until `stop` turns true.
     pub(super) fn follow(self, stop: watch::Receiver<bool>) -> (Readiness, impl Future<Output = ()>) {
         let (judgement, readiness) = watch::channel(Some(Obstacle::Starting));
         (readiness, self.run(judgement, stop))
@@ -198,18 +202,18 @@ impl Delivery {
         let mut ticks = interval(JUDGE_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while !*stop.borrow_and_update() {
-            let facts = self.look(&mut syncing, &mut streaming_since);
+            let facts = self.observe(&mut syncing, &mut streaming_since);
             let before = *judgement.borrow();
             let now = judge(&facts, before.is_none(), Instant::now());
             if judgement.send_replace(now) != now {
-                tell(before, now);
+                log(before, now);
             }
-            // At the start, readiness does not wait for the next second.
+            // At the start, the node becomes ready without waiting for the next second.
             let coming_up = now == Some(Obstacle::Starting);
             tokio::select! {
                 _ = ticks.tick() => {}
                 () = tokio::time::sleep(JUDGE_EVERY / 50), if coming_up => {}
-                // The process ends with a part that has ended.
+                // If the sender is dropped, a part has ended, and the process ends with it.
                 Ok(()) = self.status.changed() => {}
                 Ok(()) = self.room.changed() => {}
                 _ = stop.changed() => {}
@@ -221,8 +225,8 @@ impl Delivery {
         judgement.send_replace(Some(Obstacle::Stopping));
     }
 
-    fn look(&mut self, syncing: &mut Syncing, streaming_since: &mut Option<Instant>) -> Facts {
-        // In this order: what is durable was received before.
+    fn observe(&mut self, syncing: &mut Syncing, streaming_since: &mut Option<Instant>) -> Facts {
+        // Read `durable` first: it was received before, so it cannot be ahead of `received`.
         let durable = *self.durable.borrow();
         let received = self.received.borrow().unwrap_or_default();
         let status = *self.status.borrow_and_update();
@@ -240,11 +244,11 @@ impl Delivery {
     }
 }
 
-/// For the log: once when it begins, and once when it is over.
-fn tell(before: Option<Obstacle>, now: Option<Obstacle>) {
+/// Logs an obstacle once when it appears, and once when it is over.
+fn log(before: Option<Obstacle>, now: Option<Obstacle>) {
     match (before, now) {
         (_, Some(Obstacle::Starting)) => {}
-        // The session and the recorder say more of themselves.
+        // The session and the recorder log these in more detail.
         (_, Some(Obstacle::Connecting | Obstacle::Retrying | Obstacle::Failed)) => {}
         (_, Some(Obstacle::LogGone | Obstacle::DiskFull)) => {}
         (_, Some(obstacle)) => tracing::error!(reason = obstacle.reason(), "not ready: {obstacle}"),
@@ -253,7 +257,7 @@ fn tell(before: Option<Obstacle>, now: Option<Obstacle>) {
     }
 }
 
-/// How long the log has taken nothing of what was received.
+/// Measures how long the log has made nothing durable while received data waits.
 #[derive(Debug, Default)]
 struct Syncing(Option<(Lsn, Instant)>);
 
@@ -278,8 +282,8 @@ mod tests {
         *EPOCH + Duration::from_secs(seconds)
     }
 
-    /// A node that delivers.
-    fn well() -> Facts {
+    /// The facts of a node that delivers.
+    fn healthy() -> Facts {
         Facts {
             status: Status::Streaming,
             streaming_since: Some(at(90)),
@@ -303,79 +307,79 @@ mod tests {
     #[test]
     fn each_obstacle_counts_from_its_own_delay_on() {
         let cases = [
-            ("all is well", well(), None, 0),
+            ("all is well", healthy(), None, 0),
             (
                 "a slot that does not stream counts at once",
-                Facts { status: Status::Retrying, ..well() },
+                Facts { status: Status::Retrying, ..healthy() },
                 Some(Obstacle::Retrying),
                 0,
             ),
-            ("so does one that needs repair", Facts { status: Status::Failed, ..well() }, Some(Obstacle::Failed), 0),
+            ("so does one that needs repair", Facts { status: Status::Failed, ..healthy() }, Some(Obstacle::Failed), 0),
             (
                 "a limit of connections is named",
-                Facts { status: Status::Retrying, session_refused: true, ..well() },
+                Facts { status: Status::Retrying, session_refused: true, ..healthy() },
                 Some(Obstacle::ConnectionLimit),
                 0,
             ),
-            ("a limit is over when the slot streams", Facts { session_refused: true, ..well() }, None, 0),
+            ("a limit is over when the slot streams", Facts { session_refused: true, ..healthy() }, None, 0),
             (
                 "the disk is the cause of a slot that does not stream",
-                Facts { status: Status::Retrying, room: DiskSpace::Short { free: 1 }, ..well() },
+                Facts { status: Status::Retrying, room: DiskSpace::Short { free: 1 }, ..healthy() },
                 Some(Obstacle::DiskFull),
                 0,
             ),
             (
                 "and so is its directory",
-                Facts { status: Status::Retrying, room: DiskSpace::Elsewhere, ..well() },
+                Facts { status: Status::Retrying, room: DiskSpace::Elsewhere, ..healthy() },
                 Some(Obstacle::LogGone),
                 0,
             ),
             (
                 "a snapshot that fails once is nothing",
-                Facts { visibility: silence(100, Some(Why::Other)), ..well() },
+                Facts { visibility: silence(100, Some(Why::Other)), ..healthy() },
                 None,
                 105,
             ),
             (
                 "one that fails for long is",
-                Facts { visibility: silence(100, Some(Why::Limit)), ..well() },
+                Facts { visibility: silence(100, Some(Why::Limit)), ..healthy() },
                 Some(Obstacle::VisibilityUnknown(Some(Why::Limit))),
                 106,
             ),
             (
                 "and so is one without an answer",
-                Facts { visibility: silence(100, None), starts: silence(100, None), ..well() },
+                Facts { visibility: silence(100, None), starts: silence(100, None), ..healthy() },
                 Some(Obstacle::VisibilityUnknown(None)),
                 106,
             ),
             (
                 "a start that fails for long",
-                Facts { starts: silence(100, Some(Why::Rights)), ..well() },
+                Facts { starts: silence(100, Some(Why::Rights)), ..healthy() },
                 Some(Obstacle::NoStarts(Some(Why::Rights))),
                 106,
             ),
-            ("a commit that a standby confirms soon", Facts { waits: waits(Some(100), None), ..well() }, None, 115),
+            ("a commit that a standby confirms soon", Facts { waits: waits(Some(100), None), ..healthy() }, None, 115),
             (
                 "one that it does not",
-                Facts { waits: waits(Some(100), None), ..well() },
+                Facts { waits: waits(Some(100), None), ..healthy() },
                 Some(Obstacle::NotVisible),
                 116,
             ),
             (
                 "what waits because of the snapshot is not blamed on a standby",
-                Facts { visibility: silence(100, Some(Why::Late)), waits: waits(Some(100), None), ..well() },
+                Facts { visibility: silence(100, Some(Why::Late)), waits: waits(Some(100), None), ..healthy() },
                 Some(Obstacle::VisibilityUnknown(Some(Why::Late))),
                 120,
             ),
-            ("a slow disk", Facts { unsynced_since: Some(at(100)), ..well() }, None, 130),
+            ("a slow disk", Facts { unsynced_since: Some(at(100)), ..healthy() }, None, 130),
             (
                 "a disk that hangs, and memory that is full because of it",
-                Facts { unsynced_since: Some(at(100)), waits: waits(Some(100), Some(110)), ..well() },
+                Facts { unsynced_since: Some(at(100)), waits: waits(Some(100), Some(110)), ..healthy() },
                 Some(Obstacle::LogStuck),
                 131,
             ),
-            ("memory that is full for a moment", Facts { waits: waits(None, Some(100)), ..well() }, None, 115),
-            ("and for long", Facts { waits: waits(None, Some(100)), ..well() }, Some(Obstacle::WindowFull), 116),
+            ("memory that is full for a moment", Facts { waits: waits(None, Some(100)), ..healthy() }, None, 115),
+            ("and for long", Facts { waits: waits(None, Some(100)), ..healthy() }, Some(Obstacle::WindowFull), 116),
         ];
         for (what, facts, expected, now) in cases {
             assert_eq!(judge(&facts, true, at(now)), expected, "{what}");
@@ -396,7 +400,7 @@ mod tests {
             ("a lock stays", silence(10, Some(Why::Locked)), 96, Some(Obstacle::NoStarts(Some(Why::Locked)))),
             ("it was answered", None, 106, None),
         ] {
-            assert_eq!(judge(&Facts { starts: silence, ..well() }, false, at(now)), expected, "{what}");
+            assert_eq!(judge(&Facts { starts: silence, ..healthy() }, false, at(now)), expected, "{what}");
         }
     }
 
@@ -413,7 +417,7 @@ mod tests {
 
     #[test]
     fn reasons_are_a_bounded_label_and_fit_a_header() {
-        let whys = [None, Some(Why::Late), Some(Why::Limit), Some(Why::Rights), Some(Why::Locked), Some(Why::Other)];
+        let causes = [None, Some(Why::Late), Some(Why::Limit), Some(Why::Rights), Some(Why::Locked), Some(Why::Other)];
         let plain = [
             Obstacle::Starting,
             Obstacle::Stopping,
@@ -427,7 +431,7 @@ mod tests {
             Obstacle::LogStuck,
             Obstacle::WindowFull,
         ];
-        let statements = whys.into_iter().flat_map(|why| [Obstacle::VisibilityUnknown(why), Obstacle::NoStarts(why)]);
+        let statements = causes.into_iter().flat_map(|why| [Obstacle::VisibilityUnknown(why), Obstacle::NoStarts(why)]);
         for obstacle in plain.into_iter().chain(statements) {
             assert!(NOT_READY_REASONS.contains(&obstacle.reason()), "{obstacle:?}");
             assert!(obstacle.to_string().bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{obstacle}");

@@ -1,4 +1,7 @@
-//! What `doctor` says: the change log's directory and the server, looked at beside whatever is running.
+//! The diagnosis of `doctor`: the change log's directory and the server, examined beside a running `serve`.
+//!
+//! It only combines the checks of [`crate::changelog::examination`] and [`crate::admin::doctor`]; the command line
+//! prints the result.
 
 use super::{ack_delay, connections_max, endpoints, load_mapping, log_options, thresholds};
 use crate::admin::doctor::Examination;
@@ -9,20 +12,20 @@ use crate::postgres::requirements::Expectation;
 use serde::Serialize;
 use std::time::Duration;
 
-/// Everything that was found.
+/// The complete result.
 #[derive(Debug, Serialize)]
 pub struct Diagnosis {
-    /// Hosts, database and user.
+    /// The hosts, the database and the user.
     pub server: String,
-    /// In the order in which it was looked for.
+    /// The findings, in the order of the checks.
     pub diagnostics: Vec<Diagnostic>,
-    /// How many there are of each kind.
+    /// The number of findings of each severity.
     pub summary: Summary,
 }
 
-/// Numbers of diagnostics.
+/// The number of findings of each severity.
 #[derive(Clone, Copy, Debug, Serialize)]
-#[expect(missing_docs, reason = "the names of the severities")]
+#[expect(missing_docs, reason = "the fields have the names of the severities")]
 pub struct Summary {
     pub error: usize,
     pub warning: usize,
@@ -36,10 +39,10 @@ impl Summary {
     }
 }
 
-/// Runs all checks. They change nothing, and disturb no running program.
+/// Runs all checks. They change nothing, and do not disturb a running program.
 ///
 /// # Errors
-/// Only where the configuration is wrong: what cannot be reached is a diagnostic.
+/// Only if the configuration is invalid. An unreachable server is a finding.
 pub async fn diagnose(config: &Config, long_transaction: Duration) -> anyhow::Result<Diagnosis> {
     let mapping = load_mapping(config)?;
     let endpoints = endpoints(config)?;

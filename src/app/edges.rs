@@ -1,5 +1,5 @@
-//! The listeners. They are bound before anything else starts, so that a port that is taken is an error at once, and accept connections when
-//! there is something to serve.
+//! The listeners of gRPC and HTTP. They are bound before anything else starts, so that a port in use is reported at
+//! once. They accept connections only when the services are ready.
 
 use super::primary::SqlPrimary;
 use crate::access::admission::Admission;
@@ -19,12 +19,12 @@ use anyhow::Context as _;
 use std::sync::Arc;
 use tokio::sync::watch::Receiver;
 
-/// Both ports, and the admission to them.
+/// The listeners, and the admission of their requests.
 pub(super) struct Edges {
     grpc: grpc::Listener,
     http: Option<(http::Listener, config::Http)>,
     admission: Admission,
-    /// Keeps the keys fresh that tokens are checked with.
+    /// Refreshes the keys that verify tokens.
     issuer_keys: Option<oidc::Refresher>,
 }
 
@@ -68,7 +68,7 @@ impl Edges {
             (listener, Gateway::new(&config, &services, probes, admission.clone()), services.watch.clone())
         });
         let over_http = async {
-            // Where it is switched off there is nothing that could end.
+            // A disabled HTTP server is not a part that could end.
             if let Some((listener, gateway, watch)) = http {
                 http::serve(listener, gateway, watch, connections_max, stop.clone()).await?;
             }
@@ -89,7 +89,7 @@ impl Edges {
     }
 }
 
-/// The services, for every way to reach them.
+/// Builds the services for both protocols.
 pub(super) fn services(
     config: &Config,
     hub: &Hub,
@@ -116,17 +116,18 @@ pub(super) fn services(
     }
 }
 
-/// Whether Data and Tenancy work: other tables are other programs' to write.
+/// Whether Data and Tenancy are available: they write only the tables of the preset `tuples`, because all other tables
+/// belong to other programs.
 pub(super) fn has_store(config: &Config) -> bool {
     config.mapping.source == MappingSource::Preset(Preset::Tuples)
 }
 
-/// Streams at a time, in gRPC and HTTP together.
+/// The most streams at a time, over gRPC and HTTP together.
 pub(super) fn streams_max(config: &Config) -> usize {
     usize::try_from(config.service.watch.subscribers_max).unwrap_or(usize::MAX)
 }
 
-/// The form of the tokens that are handed out.
+/// The form of the tokens in messages.
 fn token_form(config: &Config) -> snap_token::Form {
     match (config.snap_token.format, &config.mapping.source) {
         (SnapTokenFormat::Permify, _) | (SnapTokenFormat::Auto, MappingSource::Preset(Preset::Permify)) => {

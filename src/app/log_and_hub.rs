@@ -1,12 +1,12 @@
-//! Where the session, the change log and the hub meet.
+//! The connection of the session to the change log and the hub.
 //!
 //! ```text
 //!  session ──▶ LogAndHub ──┬──▶ recorder ──▶ change log
 //!                          └──▶ hub ──▶ releaser ──▶ record_watermark ──▶ recorder
 //! ```
 //!
-//! The session hands over one entry at a time, and neither of the two knows the other. The positions that new snapshots can see go back
-//! to the log, so that a restart knows what it has to ask PostgreSQL about.
+//! The session delivers one entry at a time, and neither it nor the hub knows the other. The watermark of the hub is
+//! recorded in the log, so that a restart waits only for the visibility of later transactions.
 
 use crate::changelog::recorder::{self, Closed};
 use crate::changelog::{DiskSpace, Entry, State};
@@ -16,15 +16,15 @@ use crate::replication::{self, Sink};
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// The log and the hub, as the session sees them.
+/// The change log and the hub, as the sink of the session.
 pub(crate) struct LogAndHub {
     pub(crate) recorder: recorder::Handle,
     pub(crate) hub: Hub,
 }
 
 impl Sink for LogAndHub {
-    /// The log first: what waits for room in the window waits for the log. The hub's part is the last, and either happens
-    /// or does not, so that a cancelled delivery can be repeated.
+    /// The log receives the entry first, because the window waits for the log before it evicts messages. The hub's part
+    /// is last and atomic, so a cancelled delivery can be repeated.
     async fn deliver(&self, entry: Entry) -> Result<(), Closed> {
         self.recorder.append(entry.clone()).await?;
         match entry {
@@ -33,7 +33,7 @@ impl Sink for LogAndHub {
             Entry::Progress(lsn) => self.hub.progress(lsn),
             Entry::Gap(gap) => self.hub.interrupt(gap),
             Entry::Diverge { at, history } => {
-                // Readers go to the log for what the hub forgets: it must have forgotten too.
+                // Readers use the log for everything that the hub has dropped, so the log must have removed it as well.
                 self.recorder.flush().await?;
                 self.hub.diverge(at, history);
             }
@@ -59,7 +59,8 @@ impl Sink for LogAndHub {
     }
 }
 
-/// Most often that the watermark is recorded. What is past it is asked for again after a restart.
+/// The shortest time between two records of the watermark. After a restart, the visibility of later transactions is
+/// determined again.
 const WATERMARK_EVERY: Duration = Duration::from_secs(1);
 
 pub(crate) async fn record_watermark(mut watermark: watch::Receiver<Lsn>, recorder: recorder::Handle) {

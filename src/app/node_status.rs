@@ -1,4 +1,7 @@
-//! The status of the process for probes and metrics, put together from the log, the hub, the session and the slot's monitor.
+//! The status of the process for probes and metrics, from the log, the hub, the session and the slot's monitor.
+//!
+//! `/readyz` repeats the judgement of [`super::delivery`], and adds the lag behind the server. Everything is read when
+//! it is asked for, so no part maintains gauges.
 
 use super::delivery::{Obstacle, Readiness};
 use crate::admin::monitor::{Lag, Report, SlotReport};
@@ -14,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
-/// What it is read from. Holds no handle that a part would wait for at the end.
+/// The sources of the status. It holds no handle whose drop a part waits for at shutdown.
 pub(super) struct NodeStatus {
     pub(super) log: Arc<dyn ChangeLog>,
     pub(super) hub: Hub,
@@ -24,21 +27,21 @@ pub(super) struct NodeStatus {
     pub(super) durable: watch::Receiver<Lsn>,
     pub(super) room: watch::Receiver<DiskSpace>,
     pub(super) reports: watch::Receiver<Option<Report>>,
-    /// Zero: however far behind.
+    /// The largest lag at which `/readyz` succeeds. Zero permits any lag.
     pub(super) ready_lag_max: Duration,
 }
 
-/// Why `/readyz` says no.
+/// The reason why `/readyz` fails.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 pub(super) enum NotReady {
     #[error(transparent)]
     Obstacle(#[from] Obstacle),
-    #[error("how far the server is has not been seen lately")]
+    #[error("the position of the server has not been read lately")]
     UnknownLag,
-    #[error("{bytes} bytes of WAL behind, and how old they are is unknown: it catches up")]
+    #[error("{bytes} bytes of WAL behind, of unknown age: it is catching up")]
     OldLag { bytes: u64 },
     #[error(
-        "what was received is where the server was {} s ago, {bytes} bytes of WAL behind (server.http.ready_lag_max)",
+        "{} s and {bytes} bytes of WAL behind the server (server.http.ready_lag_max)",
         time.as_secs()
     )]
     Lag { time: Duration, bytes: u64 },
@@ -72,13 +75,13 @@ impl Probes for NodeStatus {
 }
 
 impl NodeStatus {
-    /// What the monitor found, unless that is too long ago to say anything.
+    /// The latest report of the monitor, unless it is outdated.
     fn report(&self) -> Option<Report> {
         self.reports.borrow().clone().filter(|report| report.at.elapsed() <= Report::AGE_MAX)
     }
 
     fn read(&self) -> Readings {
-        // In this order: what is acknowledged was durable, and what is durable was received, before it was published.
+        // This order matters: what is acknowledged was durable before, and what is durable was received before.
         let looked_at_seconds = self.reports.borrow().as_ref().map(|report| seconds(report.at_time));
         let server = self.report().map(server);
         let durable = *self.durable.borrow();
@@ -151,7 +154,7 @@ const fn lag_seconds(lag: Lag) -> f64 {
     lag.time.as_secs_f64()
 }
 
-/// Zero stands for a log that has not begun.
+/// Zero denotes a log that has not begun.
 fn known(lsn: Lsn) -> Option<u64> {
     (lsn > Lsn::ZERO).then_some(lsn.0)
 }

@@ -1,4 +1,10 @@
-//! Answers the hub's questions to the primary ([`crate::hub::primary`]) with SQL, on connections of their own.
+//! Answers the hub's questions to the primary ([`crate::hub::primary`]) with SQL, on separate connections.
+//!
+//! One connection answers the questions about snapshots, for the releaser, and another one those that start streams. A
+//! task owns each connection, opens it when it is needed, and moves it when the session finds another primary.
+//! Questions that wait together share one statement. At a connection limit, both use the session's connection. The
+//! record of answers and failures ([`Answers`]) is a part of readiness, and probes keep it up to date while nothing
+//! happens.
 
 use crate::decode::mapping::TenantsSpec;
 use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
@@ -17,30 +23,30 @@ use tokio::time::Instant;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Statement};
 
-/// Longest wait for one answer.
+/// The longest wait for one answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
-/// Longest wait of one caller, with connecting and with those before it.
+/// The longest wait of one caller, including the time to connect and earlier questions.
 const CALL_MAX: Duration = Duration::from_secs(30);
-/// After a failure to connect, the next try is not before this; twice as long after each further one. A session that has come to
-/// stream is a reason to try at once.
+/// The shortest time between two attempts to connect. Each failure doubles it. When a session begins to stream, the
+/// next attempt is immediate.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(5);
-/// Requests that wait for the connection.
+/// The questions that may wait for the connection.
 const QUEUE_MAX: usize = 4096;
-/// Requests that share one statement.
+/// The questions that share one statement.
 const SHARED_MAX: usize = 1024;
 
-/// While the session's connection is shared, the next try for one of our own is not before this.
+/// The shortest time on the session's connection before the next attempt to open a separate one.
 const SHARE_FOR: Duration = Duration::from_secs(60);
-/// On a shared connection a lock, of a migration for instance, must not hold up everything else that is asked there.
+/// On the shared connection, a lock (of a migration, for example) must not delay all other statements.
 const SHARED_LOCK_MAX: Duration = Duration::from_secs(1);
-/// An idle node asks this often, so that it finds out that it could not when there is something to deliver.
+/// The interval of probes on an idle node, so that it detects a problem before the next change needs an answer.
 const PROBE_EVERY: Duration = Duration::from_secs(5);
-/// The same, for as long as there was no answer.
+/// The interval of probes while there is no answer.
 const PROBE_AGAIN_AFTER: Duration = Duration::from_millis(250);
 
-/// Why a question was not answered. The text may be sent to callers: it names no host and no role. Cheap to clone, for all that
-/// share an answer.
+/// A question without an answer. Callers may see the message, so it names neither hosts nor roles. Cheap to clone,
+/// because all questions of a statement share its error.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(super) enum Unanswered {
     #[error("no answer within {} s", .0.as_secs())]
@@ -59,18 +65,18 @@ pub(super) enum Unanswered {
     Stopping,
 }
 
-/// The kind of an [`Unanswered`], for the probes, which need no credentials.
+/// The kind of an [`Unanswered`], for probes, which need no credentials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Why {
-    /// No answer in good time.
+    /// There was no answer in time.
     Late,
-    /// PostgreSQL takes no more connections.
+    /// PostgreSQL accepts no more connections.
     Limit,
     /// The role lacks a privilege.
     Rights,
     /// A lock was not available in time.
     Locked,
-    /// Anything else; the log has it.
+    /// Any other reason, which the log names.
     Other,
 }
 
@@ -108,7 +114,7 @@ impl From<Unanswered> for Unreachable {
     }
 }
 
-/// The same error for the log, where its text names hosts and roles.
+/// The same error for the log, with hosts and roles.
 pub(super) struct InFull(Unanswered);
 
 impl fmt::Display for InFull {
@@ -120,29 +126,29 @@ impl fmt::Display for InFull {
     }
 }
 
-/// Whether questions of one kind are answered, as the last ones were. Cheap to clone.
+/// Whether questions of one kind are being answered. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct Answers(Arc<Mutex<Asked>>);
 
 #[derive(Debug)]
 struct Asked {
-    /// The question that waits for its answer.
+    /// The time at which the waiting question was asked.
     waiting_since: Option<Instant>,
-    /// Since the last answer in good time.
+    /// The silence since the last answer in time.
     silence: Option<Silence>,
 }
 
-/// No answer, or none in good time.
+/// A time without answers, or without answers in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Silence {
-    /// The first question without an answer was asked then.
+    /// The time of the first question without an answer.
     pub(super) since: Instant,
-    /// Why the last one was not answered; `None` where it still waits, or none was asked yet.
+    /// The reason why the last question was not answered. `None` if it still waits, or if there was none yet.
     pub(super) why: Option<Why>,
 }
 
 impl Answers {
-    /// An answer that took longer is as good as none: what waits for it waits for that long.
+    /// The time after which an answer counts as missing, because everything that needs the answer waits that long.
     pub(super) const LATE: Duration = Duration::from_secs(5);
 
     fn new() -> Self {
@@ -150,7 +156,7 @@ impl Answers {
         Self(Arc::new(Mutex::new(Asked { waiting_since: None, silence })))
     }
 
-    /// Nothing, where the last question was answered in good time, and the present one is not late.
+    /// `None` if the last question was answered in time, and the waiting one is not late.
     pub(super) fn silence(&self) -> Option<Silence> {
         let asked = self.lock();
         let late = asked.waiting_since.filter(|since| since.elapsed() > Self::LATE);
@@ -158,7 +164,7 @@ impl Answers {
     }
 
     fn lock(&self) -> MutexGuard<'_, Asked> {
-        // Nothing inside can panic half way.
+        // No code that holds the lock can leave the contents half changed.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -181,20 +187,20 @@ impl Answers {
     }
 }
 
-/// A connection that is made when it is needed, and again when it was lost or the session found another primary, with one
-/// prepared statement.
+/// A connection with one prepared statement. It is opened when it is needed, and again after it was lost or the session
+/// has found another primary.
 struct Lazy {
     primaries: PrimaryConnector,
-    /// For the log: what is asked on it.
+    /// The kind of its questions, for the log.
     purpose: &'static str,
     statement: String,
     open: Option<Open>,
-    /// The last failure to connect, which later questions share until it is time to try again.
+    /// The last failure to connect. Questions share it until the next attempt.
     failed: Option<Failed>,
     answers: Answers,
 }
 
-/// When connecting failed last, and why.
+/// The time and the error of a failure to connect.
 struct Failed {
     at: Instant,
     retry_after: Duration,
@@ -230,7 +236,7 @@ impl Lazy {
         {
             return Err(error.clone());
         }
-        // Bounded by the connect timeout of the URI.
+        // The connect timeout of the URI bounds this.
         match self.connect(was_shared).await {
             Ok((connection, open)) => {
                 self.failed = None;
@@ -250,7 +256,7 @@ impl Lazy {
         let line = self.primaries.connect_or_share().await?;
         let connection = line.get().ok_or(Unanswered::Ended)?;
         let prepare = async {
-            // A mark must not wait for a synchronous standby.
+            // A marker must not wait for a synchronous standby.
             connection.client.batch_execute("SET synchronous_commit = local").await?;
             if line.is_shared() {
                 let set = format!("SET lock_timeout = '{}s'", SHARED_LOCK_MAX.as_secs());
@@ -261,10 +267,10 @@ impl Lazy {
         let statement = tokio::time::timeout(ANSWER_MAX, prepare).await.map_err(|_| Unanswered::Late(ANSWER_MAX))??;
         match (was_shared, line.is_shared()) {
             (false, true) => tracing::warn!(
-                "PostgreSQL takes no more connections, so {} are asked on the session's: tuplewatch doctor names the limit",
+                "PostgreSQL takes no more connections, so {} share the session's connection: tuplewatch doctor names the limit",
                 self.purpose
             ),
-            (true, false) => tracing::info!("{} have a connection of their own again", self.purpose),
+            (true, false) => tracing::info!("{} have their own connection again", self.purpose),
             _ => {}
         }
         let open = Open { line, statement, since: Instant::now() };
@@ -272,7 +278,7 @@ impl Lazy {
     }
 }
 
-/// Runs one question within its time; a connection that is late is given up.
+/// Asks one question within its time limit. A connection without an answer in time is closed.
 async fn ask<T>(
     lazy: &mut Lazy,
     question: impl AsyncFnOnce(&Client, &Statement) -> Result<T, Unanswered>,
@@ -302,7 +308,7 @@ impl SqlSnapshots {
         Self(Lazy::new(primaries, "snapshots", "SELECT pg_current_snapshot()::text".into()))
     }
 
-    /// Whether snapshots can be taken.
+    /// Whether snapshots are being answered.
     pub(super) fn answers(&self) -> Answers {
         self.0.answers.clone()
     }
@@ -327,15 +333,15 @@ enum Question {
     Mark { reply: oneshot::Sender<Result<Lsn, Unreachable>> },
 }
 
-/// Asks the task that owns the connection. Cheap to clone.
+/// A handle to the task that owns the connection. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct SqlPrimary {
     questions: mpsc::Sender<Question>,
 }
 
 impl SqlPrimary {
-    /// The handle, whether questions are answered, and the task to be run. `tenants` tells where tenants are listed; without it
-    /// every one exists.
+    /// Returns the handle, the record of its answers, and the task to run. `tenants` names the table of tenants;
+    /// without it every tenant exists.
     pub(super) fn new(
         primaries: PrimaryConnector,
         tenants: Option<&TenantsSpec>,
@@ -348,7 +354,8 @@ impl SqlPrimary {
             }
             None => "$1::text[]".to_owned(),
         };
-        // The snapshot of a statement is taken before any of it is evaluated, and so before the flush position is read.
+        // A statement's snapshot is taken before any of its expressions is evaluated, and so before the flush position
+        // is read.
         let statement = format!("SELECT pg_current_wal_flush_lsn()::text, pg_current_snapshot()::text, {known}");
         let lazy = Lazy::new(primaries, "starts of streams", statement);
         (Self { questions }, lazy.answers.clone(), answer_all(lazy, received))
@@ -392,8 +399,8 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
             Ok(0) => return,
             Ok(_) => {}
             Err(_idle) => {
-                // A probe: the statement that starts streams, without a tenant.
-                let failed = look(&mut lazy, &[]).await.err();
+                // A probe is the statement that starts streams, without a tenant.
+                let failed = primary_state(&mut lazy, &[]).await.err();
                 let is_lasting = lazy.answers.silence().is_some_and(|silence| silence.since.elapsed() > Answers::LATE);
                 if let Some(error) = failed.as_ref().filter(|_| is_lasting && !is_logged) {
                     tracing::warn!("no stream can start: {}", InFull(error.clone()));
@@ -404,11 +411,11 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
                 continue;
             }
         }
-        let mut looks = Vec::new();
+        let mut state_questions = Vec::new();
         for question in batch.drain(..) {
             match question {
-                Question::State { scope, reply } if !reply.is_closed() => looks.push((scope, reply)),
-                // The caller may be gone, before and after.
+                Question::State { scope, reply } if !reply.is_closed() => state_questions.push((scope, reply)),
+                // Skip questions whose caller has gone away.
                 Question::State { .. } => {}
                 Question::Status { reply, .. } if reply.is_closed() => {}
                 Question::Mark { reply } if reply.is_closed() => {}
@@ -420,16 +427,17 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
                 }
             }
         }
-        if looks.is_empty() {
+        if state_questions.is_empty() {
             continue;
         }
-        let tenants: Vec<&str> = looks.iter().filter_map(|(scope, _)| scope.tenant()).map(TenantId::as_str).collect();
-        let answer = look(&mut lazy, &tenants).await;
-        for (scope, reply) in looks {
+        let tenants: Vec<&str> =
+            state_questions.iter().filter_map(|(scope, _)| scope.tenant()).map(TenantId::as_str).collect();
+        let answer = primary_state(&mut lazy, &tenants).await;
+        for (scope, reply) in state_questions {
             let _ = reply.send(match &answer {
-                Ok((look, known)) => {
+                Ok((state, known)) => {
                     let scope_exists = scope.tenant().is_none_or(|tenant| known.contains(tenant.as_str()));
-                    Ok(PrimaryState { scope_exists, ..look.clone() })
+                    Ok(PrimaryState { scope_exists, ..state.clone() })
                 }
                 Err(error) => Err(error.clone().into()),
             });
@@ -437,7 +445,7 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
     }
 }
 
-async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(PrimaryState, HashSet<String>), Unanswered> {
+async fn primary_state(lazy: &mut Lazy, tenants: &[&str]) -> Result<(PrimaryState, HashSet<String>), Unanswered> {
     ask(lazy, async |client, statement| {
         let row = client.query_one(statement, &[&tenants]).await?;
         let flush_lsn: String = row.get(0);
@@ -445,8 +453,8 @@ async fn look(lazy: &mut Lazy, tenants: &[&str]) -> Result<(PrimaryState, HashSe
         let snapshot: String = row.get(1);
         let snapshot = snapshot.parse::<Snapshot>()?;
         let known: Vec<String> = row.get(2);
-        let look = PrimaryState { flush_lsn, snapshot: Arc::new(snapshot), scope_exists: false };
-        Ok((look, known.into_iter().collect()))
+        let state = PrimaryState { flush_lsn, snapshot: Arc::new(snapshot), scope_exists: false };
+        Ok((state, known.into_iter().collect()))
     })
     .await
 }
@@ -457,7 +465,7 @@ async fn status(lazy: &mut Lazy, xid: Xid8) -> Result<TransactionStatus, Unanswe
         match client.query_one(statement, &[&xid.to_string()]).await {
             Ok(row) if row.get(0) => Ok(TransactionStatus::InProgress),
             Ok(_) => Ok(TransactionStatus::Over),
-            // Its transaction was lost in a crash, or the token is forged.
+            // A crash has lost the transaction of the token, or the token is forged.
             Err(error) if error.code() == Some(&SqlState::INVALID_PARAMETER_VALUE) => Ok(TransactionStatus::Unassigned),
             Err(error) => Err(error.into()),
         }
@@ -492,14 +500,14 @@ mod tests {
         answers.answered(&Ok(()));
         assert_eq!(answers.silence(), None);
 
-        // One that waits is no silence before it is late.
+        // A waiting question is no silence before it is late.
         let asked_at = Instant::now();
         answers.asked();
         tokio::time::advance(LATE).await;
         assert_eq!(answers.silence(), None);
         tokio::time::advance(second).await;
         assert_eq!(answers.silence(), Some(Silence { since: asked_at, why: None }));
-        // And late, it does not end one.
+        // A late answer does not end a silence.
         answers.answered(&Ok(()));
         assert_eq!(answers.silence(), Some(Silence { since: asked_at, why: Some(Why::Late) }));
         answers.asked();

@@ -1,5 +1,5 @@
-//! What `doctor` looks at in the directory of the change log: whether `serve` could keep a log there, and how good the disk
-//! is. It works beside a `serve` that has the log open, and nothing that it makes stays.
+//! The examination of the log's directory by `doctor`: whether `serve` could keep a log there, and how fast the disk
+//! syncs. It may run while a `serve` has the log open, and it leaves no files behind.
 
 use super::Error;
 use super::local::Options;
@@ -13,35 +13,35 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 const SUBJECT: &str = "change log";
-/// The id of its user.
+/// The user id of root.
 const ROOT: u32 = 0;
-/// Enough that their median is not an accident, few enough that nobody waits for it on a slow disk.
+/// Enough for a stable median, and few enough to be quick on a slow disk.
 const SYNCS: usize = 20;
-/// A page, as the log's journal grows by.
+/// One page, like the writes of the log's journal.
 const SYNC_BYTES: usize = 4096;
-/// A disk that is fit for a database takes a fraction of it.
+/// A disk that is fit for a database needs a fraction of this.
 const SYNC_MAX: Duration = Duration::from_millis(20);
 
-/// What was found.
+/// The result of an examination.
 #[derive(Debug)]
-pub struct Examination {
-    /// Of the log that is there.
-    pub node_id: Option<String>,
-    /// Whether it follows a slot already.
-    pub has_begun: bool,
-    /// What was found.
-    pub diagnostics: Vec<Diagnostic>,
+pub(crate) struct Examination {
+    /// The node id of the existing log.
+    pub(crate) node_id: Option<String>,
+    /// Whether the existing log follows a slot.
+    pub(crate) has_begun: bool,
+    /// The findings.
+    pub(crate) diagnostics: Vec<Diagnostic>,
 }
 
-/// Looks at the directory. Waits for the disk.
-pub fn examine(options: &Options, commands: &CommandLine) -> Examination {
+/// Examines the directory. Blocks on the disk.
+pub(crate) fn examine(options: &Options, commands: &CommandLine) -> Examination {
     let mut report = Report::default();
-    let marker = look(options, commands, &mut report);
+    let marker = examine_directory(options, commands, &mut report);
     let has_begun = marker.as_ref().is_some_and(|marker| marker.has_begun);
     Examination { node_id: marker.map(|marker| marker.node_id), has_begun, diagnostics: report.into_diagnostics() }
 }
 
-fn look(options: &Options, commands: &CommandLine, report: &mut Report) -> Option<Marker> {
+fn examine_directory(options: &Options, commands: &CommandLine, report: &mut Report) -> Option<Marker> {
     let path = std::path::absolute(&options.path).unwrap_or_else(|_| options.path.clone());
     let place = match nearest(&path) {
         Ok(place) => place,
@@ -53,13 +53,13 @@ fn look(options: &Options, commands: &CommandLine, report: &mut Report) -> Optio
     };
     if !place.is_dir() {
         let what = format!("cannot be kept in {}: {} is not a directory", path.display(), place.display());
-        report.error(SUBJECT, what, "-- set changelog.path to a directory, or to where one can be made");
+        report.error(SUBJECT, what, "-- set changelog.path to a directory, or to a path where one can be created");
         return None;
     }
     let marker = if place == path { Marker::read(&path) } else { Ok(None) };
     let marker = match marker {
         Ok(marker) => marker,
-        // Nothing is tried out in what may be somebody else's.
+        // The directory may belong to another program: write nothing to it.
         Err(error) => {
             report.add(unreadable(&error, commands));
             return None;
@@ -76,15 +76,15 @@ fn look(options: &Options, commands: &CommandLine, report: &mut Report) -> Optio
     marker
 }
 
-/// The directory itself, or the nearest above it that is there.
+/// Returns the directory itself, or its nearest existing ancestor.
 ///
 /// # Errors
-/// Where that cannot be seen.
+/// If the user may not see it.
 fn nearest(path: &Path) -> io::Result<&Path> {
     for ancestor in path.ancestors() {
         match ancestor.symlink_metadata() {
             Ok(_) => return Ok(ancestor),
-            // Nothing can be below a file.
+            // A path below a file does not exist.
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
             Err(error) => return Err(error),
         }
@@ -92,7 +92,7 @@ fn nearest(path: &Path) -> io::Result<&Path> {
     Ok(path)
 }
 
-/// `is_open`: unknown where its lock cannot be read.
+/// `is_open` is `None` if this user cannot read the lock.
 fn describe(path: &Path, marker: Option<&Marker>, is_open: Option<bool>) -> String {
     let path = path.display();
     let Some(Marker { node_id, .. }) = marker else {
@@ -111,19 +111,19 @@ fn unreadable(error: &Error, commands: &CommandLine) -> Diagnostic {
         Error::Foreign(_) => "-- set changelog.path to an empty or new directory".to_owned(),
         Error::Open { .. } => "-- let the user that tuplewatch runs as read it".to_owned(),
         Error::Format { .. } => format!(
-            "-- run the version that wrote it. Or, where that is not to be had, at the cost of its history: {}",
+            "-- run the version that wrote it. Without that version, discard its history: {}",
             commands.reset_log()
         ),
-        _ => commands.reset_log().fix("the history of the log is lost, and subscribers are told"),
+        _ => commands.reset_log().fix("the history of the log is lost, and subscribers re-read their state"),
     };
     Diagnostic::error(SUBJECT, error.to_string()).fix(fix)
 }
 
-/// Files that a run as another user left behind.
+/// Checks for files that a run as another user left behind.
 fn check_owners(path: &Path, report: &mut Report) {
     let Ok(own) = fs::metadata(path) else { return };
     if own.uid() == ROOT {
-        // Whoever made the files could make them there, and root can write them: a volume, say, that belongs to a group.
+        // On a volume that belongs to a group, other users create files in root's directory. Root can write those too.
         return;
     }
     let inside = fs::read_dir(path.join(DATA)).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -131,9 +131,9 @@ fn check_owners(path: &Path, report: &mut Report) {
     let mut owners = files.filter_map(|file| Some((fs::metadata(&file).ok()?.uid(), file)));
     let Some((owner, file)) = owners.find(|(owner, _)| *owner != own.uid()) else { return };
     let what = format!("{} belongs to user {owner}, and its directory to user {}", file.display(), own.uid());
-    let meaning = "A tuplewatch that runs as the one cannot write what belongs to the other.";
+    let meaning = "tuplewatch cannot write files that belong to another user.";
     let fix = format!("chown -R {}:{} {}  # as root", own.uid(), own.gid(), word(path));
-    // To root everything is open, which says nothing of the one that serves.
+    // Root can open everything, so a success says nothing about the user that runs `serve`.
     let diagnostic = match access(&file, Access::WRITE_OK) {
         Ok(()) if rustix::process::geteuid().is_root() => Diagnostic::warning,
         Ok(()) => return,
@@ -142,7 +142,7 @@ fn check_owners(path: &Path, report: &mut Report) {
     report.add(diagnostic(SUBJECT, what).means(meaning).fix(fix));
 }
 
-/// Whether it can be written, how long a sync takes, and what kind of file system it is.
+/// Checks that the disk can be written, the time of a sync, and the kind of file system.
 fn check_disk(place: &Path, is_open: bool, report: &mut Report) {
     match median_sync(place) {
         Ok(sync) => {
@@ -155,7 +155,7 @@ fn check_disk(place: &Path, is_open: bool, report: &mut Report) {
                 report.ok("disk of the change log", what);
             }
         }
-        // Another user than this one writes it.
+        // The log belongs to another user, who has it open.
         Err(error) if is_open && error.kind() == ErrorKind::PermissionDenied => {
             report.ok("disk of the change log", "cannot be measured by this user");
         }
@@ -171,7 +171,7 @@ fn unwritable(place: &Path, error: &io::Error) -> Diagnostic {
     let user = rustix::process::geteuid().as_raw();
     let fix = match error.kind() {
         ErrorKind::PermissionDenied => format!(
-            "-- run doctor as the user that tuplewatch runs as; where that is this one, as root: chown -R {user} {}",
+            "-- run doctor as the user that tuplewatch runs as; if this is that user, as root: chown -R {user} {}",
             word(place)
         ),
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "-- make room on the disk".to_owned(),
@@ -181,7 +181,7 @@ fn unwritable(place: &Path, error: &io::Error) -> Diagnostic {
     Diagnostic::error(SUBJECT, what).fix(fix)
 }
 
-/// A file that goes with this value.
+/// A file that is deleted with this value.
 struct Probe {
     path: PathBuf,
     file: File,
@@ -189,14 +189,14 @@ struct Probe {
 
 impl Drop for Probe {
     fn drop(&mut self) {
-        // Another doctor may have taken it away.
+        // Another doctor may have deleted the file.
         let _ = fs::remove_file(&self.path);
     }
 }
 
 fn median_sync(place: &Path) -> io::Result<Duration> {
     let path = place.join(PROBE);
-    // One that was left behind. Made anew, and not opened: whatever is there under this name may lead elsewhere.
+    // A killed doctor may have left its file. Never open an existing file: it could be a link to elsewhere.
     let _ = fs::remove_file(&path);
     let mut probe = Probe { file: File::create_new(&path)?, path };
     let mut times = Vec::with_capacity(SYNCS);
@@ -226,7 +226,7 @@ fn check_space(path: &Path, place: &Path, options: &Options, report: &mut Report
             Bytes(options.size_bytes),
             Bytes(reserve)
         );
-        let meaning = "If the log grows that large, its oldest changes go before their time.";
+        let meaning = "If the log grows that large, its oldest changes are dropped early.";
         let fix = "-- make room on the disk, or set changelog.retention.size to less";
         report.add(Diagnostic::warning(SUBJECT, what).means(meaning).fix(fix));
     } else {
@@ -234,7 +234,7 @@ fn check_space(path: &Path, place: &Path, options: &Options, report: &mut Report
     }
 }
 
-/// What the files take on disk. Some may come and go meanwhile.
+/// The bytes that the files take on disk. Files may appear and disappear meanwhile.
 fn bytes_below(path: &Path) -> u64 {
     let entries = fs::read_dir(path).into_iter().flatten().flatten();
     entries.fold(0, |sum, entry| {
@@ -247,18 +247,18 @@ fn bytes_below(path: &Path) -> u64 {
     })
 }
 
-/// File systems that a log should not be on, and what comes of it.
+/// File systems that are unfit for a log, with the consequence.
 #[cfg(target_os = "linux")]
 fn file_system(place: &Path) -> Option<(&'static str, &'static str)> {
-    const REMOTE: &str = "When the network is away, so is the log; and a sync may not mean what it says.";
-    // linux/magic.h; the field is signed on some systems, and the low 32 bits are what counts.
+    const REMOTE: &str = "The log is unavailable whenever the network is, and a sync may not reach the disk.";
+    // The constants are those of linux/magic.h. The field is signed on some systems, and only its low 32 bits count.
     let kind = rustix::fs::statfs(place).ok()?.f_type as u32;
     Some(match kind {
         0x6969 => ("on NFS", REMOTE),
         0xff53_4d42 | 0xfe53_4d42 | 0x517b => ("on SMB", REMOTE),
         0x0102_1997 => ("on 9P", REMOTE),
         0x00c3_6400 => ("on Ceph", REMOTE),
-        0x6573_5546 => ("on FUSE", "It may be a network's, and a sync may not mean what it says."),
+        0x6573_5546 => ("on FUSE", "It may be on a network, and a sync may not reach the disk."),
         0x0102_1994 => ("in memory (tmpfs)", "The log's history is lost when the machine restarts."),
         0x794c_7630 => ("in a container's own layer (overlay)", "The log's history is lost with the container."),
         _ => return None,
@@ -284,7 +284,6 @@ mod tests {
         Options { path: path.to_owned(), age_seconds: 3600, size_bytes: 64 << 20, reserve_bytes: 16 << 20 }
     }
 
-    /// The errors.
     fn errors(options: &Options) -> Vec<Diagnostic> {
         let diagnostics = examine(options, &CommandLine::default()).diagnostics;
         diagnostics.into_iter().filter(|diagnostic| diagnostic.severity == Severity::Error).collect()

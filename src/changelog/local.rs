@@ -1,4 +1,5 @@
-//! The change log on local disk, in fjall: an embedded LSM tree with atomic batches across keyspaces and checksums.
+//! The change log on local disk, in fjall: an embedded LSM tree with checksums, and with atomic batches across
+//! keyspaces.
 //!
 //! ```text
 //! <path>/tuplewatch-log.json     format and node id, written once
@@ -7,11 +8,13 @@
 //!   keyspace "segment-<n>"       messages by tenant, token ids, transactions (see `record`)
 //! ```
 //!
-//! Retention is a matter of dropping whole segments: before one goes, the newest position of each tenant in it is kept as
-//! that tenant's horizon. Facts about fjall that this relies on: it does not sync by default, so that `sync` does; keyspaces
-//! deleted while somebody reads them stay readable for that reader; any failed write poisons the database; and a damaged end
-//! of its journal is cut off at open. The last one means that a log can come back shorter than it was synced, after a fault
-//! of the disk: the session notices, because the slot is then ahead of the log.
+//! Retention drops whole segments. Before it drops a segment, it stores each tenant's newest position in it as that
+//! tenant's horizon.
+//!
+//! This module relies on these properties of fjall: it does not sync by itself, so that `sync` decides; a reader can
+//! still read a keyspace that is deleted meanwhile; a failed write poisons the database; and opening a database cuts a
+//! damaged end off its journal. So after a fault of the disk, the log may be shorter than its last sync. The session
+//! notices this, because the slot is then ahead of the log.
 
 pub(super) mod directory;
 mod memory;
@@ -38,49 +41,49 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use stored::{META_GAP, META_STATE, META_TAIL, Stored, meta_abandoned, meta_horizon, read_gap, read_origin, unpair};
 
-/// Memory for blocks read from disk, shared by all readers.
+/// The cache of blocks that were read from disk, shared by all readers.
 const CACHE_BYTES: u64 = 32 << 20;
-/// A segment's write buffer. Several of them can be full at once, while they are being written out.
+/// The write buffer of a segment. Several buffers can be full at once, while fjall writes them out.
 const MEMTABLE_BYTES: u64 = 16 << 20;
-/// Journals above this make fjall write out buffers.
+/// fjall writes out buffers while the journals are larger than this.
 const JOURNAL_BYTES: u64 = 128 << 20;
-/// Threads of fjall's. By itself it has as many as there are cores; with two, the first passes compactions back to the queue, from
-/// which it takes them again, as long as the second is busy with one (`fjall::worker_pool`).
+/// The threads of fjall. Its default is the number of cores. With two threads, the first spins while the second runs a
+/// compaction: it returns other compactions to the queue and takes them again (`fjall::worker_pool`).
 const WORKERS: usize = 3;
 
-/// Bounds of a log.
+/// The location and the bounds of a log.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The directory.
     pub path: PathBuf,
-    /// What was appended longer ago may go.
+    /// The age beyond which a segment is dropped.
     pub age_seconds: u64,
-    /// Above this the oldest goes, in bytes on disk.
+    /// The bytes on disk above which the oldest segment is dropped.
     pub size_bytes: u64,
-    /// With less free on the disk the oldest goes early, in bytes.
+    /// The free bytes of the disk below which segments are dropped early.
     pub reserve_bytes: u64,
 }
 
-/// See the module.
+/// The change log on local disk, see the module.
 pub struct LocalLog {
     options: Options,
     node_id: String,
     place: directory::Location,
     db: Database,
     meta: Keyspace,
-    /// For readers: the segments, replaced as a whole when one comes or goes.
+    /// The segments for readers, replaced as a whole when a segment is added or dropped.
     segments: RwLock<Segments>,
-    /// Changed by the one writer, read by all.
+    /// Changed by the one writer, and read by all threads.
     memory: Mutex<Memory>,
 }
 
-/// Why something that was written cannot be read.
+/// A failure to read stored data.
 #[derive(Debug, thiserror::Error)]
 enum Unreadable {
-    /// The disk, or what is on it.
+    /// The disk failed, or fjall found damage.
     #[error(transparent)]
     Store(#[from] fjall::Error),
-    /// Its checksum is right, and it is nothing that we write.
+    /// The checksum is right, but the contents are not in our format.
     #[error(transparent)]
     Page(#[from] Malformed),
 }
@@ -94,10 +97,10 @@ fn segment_options() -> KeyspaceCreateOptions {
 }
 
 impl LocalLog {
-    /// Opens the log, or begins one in an empty or missing directory.
+    /// Opens the log, or creates one in an empty or missing directory.
     ///
     /// # Errors
-    /// Where the directory is somebody else's, in use, damaged, or cannot be made.
+    /// If the directory belongs to another program, is in use or damaged, or cannot be created.
     pub fn open(options: Options) -> Result<Self, Error> {
         let path = options.path.clone();
         let open = |source| Error::Open { path: path.clone(), source };
@@ -115,9 +118,9 @@ impl LocalLog {
             .open()
             .map_err(|error| match error {
                 fjall::Error::Locked => Error::Locked(path.clone()),
-                // The directory is there, and was whole once: what is not as it was is somebody's doing.
+                // The marker shows that the log was complete once, so a missing file is damage.
                 fjall::Error::Io(source) if is_damage(source.kind()) => {
-                    damaged(format!("a file of it is missing or does not read: {source}"))
+                    damaged(format!("a file is missing or cannot be read: {source}"))
                 }
                 fjall::Error::Io(source) => Error::Open { path: path.clone(), source },
                 error => damaged(error.to_string()),
@@ -132,14 +135,14 @@ impl LocalLog {
             None => Stored::default(),
         };
         let tail = match meta.get(META_TAIL).map_err(read)? {
-            Some(bytes) => record::read_lsn(&bytes).ok_or_else(|| damaged("its tail does not read".into()))?,
+            Some(bytes) => record::read_lsn(&bytes).ok_or_else(|| damaged("its tail cannot be decoded".into()))?,
             None => Lsn::ZERO,
         };
         let mut gaps = Vec::new();
         for item in meta.prefix(META_GAP) {
             let json = item.value().map_err(read)?;
             let stored = serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?;
-            gaps.push(read_gap(stored).ok_or_else(|| damaged("a gap does not read".into()))?);
+            gaps.push(read_gap(stored).ok_or_else(|| damaged("a gap cannot be decoded".into()))?);
         }
         let segments = Segments::open(&db, &meta, &damaged)?;
         let log = Self {
@@ -151,11 +154,11 @@ impl LocalLog {
             segments: RwLock::new(segments),
             memory: Mutex::new(Memory { stored, tail, gaps }),
         };
-        // Of a version that did not note it.
+        // The marker is of a version that did not record this.
         if !marker.has_begun && log.memory().stored.origin.is_some() {
             Marker::begin(&path, &log.node_id).map_err(open)?;
         }
-        // What was staged when the process ended will be sent again.
+        // The slot sends the messages again that were staged when the process ended.
         log.append(&[Entry::Discard])?;
         Ok(log)
     }
@@ -163,7 +166,7 @@ impl LocalLog {
     /// Deletes the log in this directory, if there is one.
     ///
     /// # Errors
-    /// Where the directory holds something else, or cannot be changed.
+    /// If the directory contains other files, or cannot be changed.
     pub fn reset(path: &Path) -> Result<(), Error> {
         let open = |source| Error::Open { path: path.to_owned(), source };
         let mut entries = match std::fs::read_dir(path) {
@@ -179,11 +182,11 @@ impl LocalLog {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(open(error)),
             _ => Ok(()),
         };
-        // A lock file that another process holds says so before anything is deleted.
+        // Take the lock first, so that nothing is deleted while another process has the log open.
         if path.join(MARKER).exists() && path.join(DATA).is_dir() {
             match Database::builder(path.join(DATA)).open() {
                 Err(fjall::Error::Locked) => return Err(Error::Locked(path.to_owned())),
-                // Damaged or not: it goes.
+                // Also a damaged log is deleted.
                 opened => drop(opened),
             }
         }
@@ -195,7 +198,7 @@ impl LocalLog {
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {
-        // A panic while it was held would have been a broken invariant; the contents are replaced in one piece.
+        // Changes replace the contents in one piece, so a panic cannot leave them half changed.
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -207,9 +210,10 @@ impl LocalLog {
         *self.segments.write().unwrap_or_else(PoisonError::into_inner) = segments;
     }
 
-    /// Begins a new segment where the active one has had its share, so that retention has pieces to drop.
+    /// Begins a new segment if the active one has reached its share of the size or the age, so that retention has
+    /// segments to drop.
     fn roll(&self, segments: &Segments, frontier: Position, now_unix_seconds: u64) -> Result<Segments, Error> {
-        /// Retention drops about this share of a full log at a time.
+        /// Retention drops about one in this many parts of a full log at a time.
         const PIECES: u64 = 16;
         const SEGMENT_BYTES_MIN: u64 = 4 << 20;
         let size_max = (self.options.size_bytes / PIECES).max(SEGMENT_BYTES_MIN);
@@ -229,7 +233,7 @@ impl LocalLog {
         Ok(rolled)
     }
 
-    /// Drops the oldest segment, keeping each tenant's newest position in it.
+    /// Drops the oldest segment, and keeps each tenant's newest position in it.
     fn drop_oldest(&self, segments: &Segments) -> Result<Segments, Error> {
         let Some((oldest, rest)) = segments.without_oldest() else { return Ok(segments.clone()) };
         let mut batch = self.db.batch();
@@ -246,7 +250,7 @@ impl LocalLog {
         }
         rest.store(&mut batch, &self.meta)?;
         batch.commit().map_err(poisoned)?;
-        // The horizons must be there before the messages are gone.
+        // The horizons must be durable before the messages are deleted.
         self.sync()?;
         self.replace_segments(rest.clone());
         self.db.delete_keyspace(oldest.keyspace).map_err(poisoned)?;
@@ -257,10 +261,11 @@ impl LocalLog {
         self.db.journal_disk_space().map_err(poisoned)
     }
 
-    /// Writes out the write buffers, so that only the present journal is left. The others are a second copy of what is in the
-    /// buffers, and keep the files of dropped segments from going too. Needs less room for it than the journals take.
+    /// Writes out the write buffers, so that only the current journal remains. The other journals duplicate the
+    /// contents of the buffers, and they also keep the files of dropped segments on the disk. The new files need less
+    /// space than the journals take.
     fn shed_journals(&self, segments: &Segments) -> Result<(), Error> {
-        /// The disk may be slow; what goes later is seen the next time.
+        /// A slow disk may need longer. The next run of retention then counts the rest.
         const WAIT_MAX: Duration = Duration::from_secs(2);
         const POLL: Duration = Duration::from_millis(10);
         for keyspace in segments.newest_first().map(|segment| &segment.keyspace).chain([&self.meta]) {
@@ -274,7 +279,7 @@ impl LocalLog {
     }
 
     fn free_bytes(&self) -> u64 {
-        // Where the file system does not say, there is nothing to go by.
+        // If the file system does not report free space, assume that there is enough.
         directory::free_bytes(&self.options.path).unwrap_or(u64::MAX)
     }
 }
@@ -285,13 +290,13 @@ fn is_damage(kind: std::io::ErrorKind) -> bool {
 }
 
 impl LocalLog {
-    /// The newest message of this scope that retention dropped.
+    /// Returns the newest message of this scope that retention dropped.
     fn horizon_of(&self, scope: &Scope) -> Result<Option<Horizon>, Error> {
         let stored = self.meta.get(meta_horizon(scope)).map_err(Error::unreadable)?;
         Ok(stored.and_then(|bytes| record::read_horizon(&bytes)))
     }
 
-    /// The end of the transaction of a dropped message. One that has not ended yet ends behind all of its row steps.
+    /// Returns the end of the transaction of a dropped message. An open transaction ends after all of its row steps.
     fn end_of(&self, dropped: &Horizon) -> Result<EndLsn, Error> {
         if dropped.end > EndLsn::default() {
             return Ok(dropped.end);
@@ -326,7 +331,7 @@ impl ChangeLog for LocalLog {
         let mut memory = self.memory();
         let mut written = Written::new(self, &memory, active);
         for entry in entries {
-            // These look for what is there already, which a batch is not before it is committed.
+            // A removal reads what is stored, and therefore needs the entries before it to be committed.
             let is_removal = matches!(entry, Entry::Discard | Entry::Diverge { .. });
             if is_removal {
                 written.commit(self, &memory)?;
@@ -335,7 +340,7 @@ impl ChangeLog for LocalLog {
             written.rare |= !matches!(entry, Entry::Transaction(t) if !t.staged && t.gaps.is_empty())
                 && !matches!(entry, Entry::Progress(_));
             memory.apply(entry, self, &mut written)?;
-            // In a batch, the removal of a key and its insertion would have no order.
+            // In one batch, a removal and an insertion of the same key have no defined order.
             if is_removal {
                 written.commit(self, &memory)?;
                 written = Written::new(self, &memory, active);
@@ -384,7 +389,7 @@ impl ChangeLog for LocalLog {
         let Some(dropped) = self.horizon_of(scope)? else { return Ok(floor) };
         let complete_from = match scope {
             Scope::Tenant(_) => dropped.position,
-            // The rest of the transaction is of no use to a stream of all.
+            // A stream of all tenants cannot use the rest of the transaction.
             Scope::All => Position::after(self.end_of(&dropped)?),
         };
         Ok(floor.max(complete_from))
@@ -442,7 +447,7 @@ impl ChangeLog for LocalLog {
         Usage {
             bytes: segments.bytes(),
             bytes_max: self.options.size_bytes,
-            // A failure of the disk is for who writes to find.
+            // The writer reports failures of the disk.
             journal_bytes: self.db.journal_disk_space().unwrap_or_default(),
             segments: segments.len() as u64,
             oldest_unix_seconds: segments.oldest_created_unix_seconds(),
@@ -456,11 +461,11 @@ impl ChangeLog for LocalLog {
         let mut segments = self.roll(&self.segments(), frontier, now_unix_seconds)?;
         let free = self.free_bytes();
         if free < self.options.reserve_bytes && self.db.journal_count() > 1 && self.journal_bytes()? < free {
-            // Costs no history.
+            // Free the journals first: this costs no history.
             self.shed_journals(&segments)?;
         }
-        // A reader may keep the files of a dropped segment for a moment: that is no reason to drop the next one. A journal may
-        // keep them for long: then only what is really free counts.
+        // A reader may keep the files of a dropped segment for a moment, so dropped bytes count as free. But old journals
+        // may keep these files for long: with them, only space that is already free counts.
         let mut expected = if self.db.journal_count() == 1 { self.free_bytes() } else { 0 };
         loop {
             let expired = segments
@@ -475,7 +480,8 @@ impl ChangeLog for LocalLog {
                 if !short {
                     return Ok(DiskSpace::Enough);
                 }
-                // The active segment goes as well before the disk fills up: history is what the log is asked to give up.
+                // Before the disk fills up, drop the active segment as well: history is worth less than continued
+                // delivery.
                 if segments.active().is_empty() {
                     return Ok(DiskSpace::Short { free: self.free_bytes() });
                 }

@@ -1,4 +1,5 @@
-//! The change log as a handful of vectors: what the real one is compared with, and the storage of tests without a disk.
+//! The change log as a few vectors: the reference for the tests of the real log, and the storage of tests without a
+//! disk.
 
 use super::{Batch, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome};
 use crate::model::change::TenantId;
@@ -18,7 +19,7 @@ pub(crate) struct Inner {
     state: Option<State>,
     messages: Vec<(TenantId, Message)>,
     staged: Vec<(TenantId, Message)>,
-    /// Those with changes, and their ends.
+    /// The transactions with changes, and their end LSNs.
     transactions: Vec<(Header, EndLsn)>,
     abandoned: Vec<Xid8>,
     tokens: Vec<(TokenId, EndLsn)>,

@@ -1,8 +1,10 @@
-//! The one writer of the change log: a thread that appends in order, syncs in groups, and enforces retention.
+//! The recorder, the one writer of the change log: a thread that appends entries in order, syncs them in groups, and
+//! applies retention.
 //!
-//! Live delivery does not wait for it, but acknowledgements to the slot do. So it syncs rarely under load (every [`SYNC_DELAY`]) and soon when
-//! idle. Two watches follow how far the log is *appended*, which readers can have, and *durable*, which can be acknowledged. A failed write
-//! ends the recorder, and with it the process.
+//! Live delivery does not wait for the recorder, but acknowledgements to the slot do. Under load the recorder therefore
+//! syncs only every [`SYNC_DELAY`], and in a quiet log soon after an append. One watch publishes the LSN up to which
+//! the log is *appended*, and so readable; another the LSN up to which it is *durable*, and may be acknowledged. A
+//! failed write ends the recorder, and then the process.
 
 use super::{ChangeLog, DiskSpace, Entry, Error, State};
 use crate::metrics::metrics;
@@ -12,27 +14,28 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-/// Longest that something appended stays unsynced.
+/// The longest time between an append and its sync.
 ///
-/// The slot is told once a second at most, so this costs at most a little WAL on the server, and it keeps a busy log at 20
-/// syncs a second whatever the disk.
-pub const SYNC_DELAY: Duration = Duration::from_millis(50);
+/// The session acknowledges WAL at most once a second, so this delay costs the server little WAL. It limits a busy log
+/// to 20 syncs a second on any disk.
+pub(crate) const SYNC_DELAY: Duration = Duration::from_millis(50);
 
-/// Shortest time between two appends, so that a busy log gathers entries: an append of many small transactions writes hardly more than
-/// that of one, and the session does not wake this thread for each. Subscribers read from memory, and the slot is acknowledged after the
-/// sync only. So it delays only a transaction that was too large for memory, a token that waits for the log, and a flush.
+/// The shortest time between two appends, so that a busy log gathers entries: one append of many small transactions
+/// writes hardly more than an append of one, and wakes this thread once. Subscribers read from memory, and
+/// acknowledgements wait for the sync anyway. So this delays only transactions that are too large for memory, tokens
+/// that wait for the log, and flushes.
 const APPEND_EVERY: Duration = Duration::from_millis(2);
-/// How often retention is looked at.
+/// The interval of retention.
 const RETAIN_EVERY: Duration = Duration::from_secs(5);
-/// Bytes appended after which retention is looked at, however soon.
+/// The number of appended bytes after which retention runs early.
 const RETAIN_BYTES: usize = 64 << 20;
-/// How often a full disk is looked at.
+/// The interval at which a full disk is checked again.
 const ROOM_EVERY: Duration = Duration::from_secs(1);
-/// Bytes that may wait to be appended. Whoever has more waits.
+/// The bytes that may wait to be appended. Beyond them, [`Handle::append`] waits.
 const QUEUE_BYTES: usize = 16 << 20;
-/// Entries that may wait to be appended.
+/// The entries that may wait to be appended.
 const QUEUE_ENTRIES: usize = 4096;
-/// Bytes that go into one atomic append.
+/// The bytes of one atomic append.
 const APPEND_BYTES: usize = 4 << 20;
 
 enum Command {
@@ -40,24 +43,24 @@ enum Command {
     Flush(oneshot::Sender<State>),
 }
 
-/// The recorder is gone: the log is poisoned, or the process is ending.
+/// The recorder has ended: the log is poisoned, or the process is ending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the change log takes no more entries")]
-pub struct Closed;
+pub(crate) struct Closed;
 
-/// Hands entries to the recorder. Cheap to clone; entries of one handle keep their order.
+/// Hands entries to the recorder. Cheap to clone. Entries of one handle keep their order.
 #[derive(Clone, Debug)]
-pub struct Handle {
+pub(crate) struct Handle {
     commands: mpsc::Sender<Command>,
-    /// Bounds the queue by bytes, in units of one.
+    /// Bounds the queue by bytes: one permit for each byte.
     room_in_queue: Arc<Semaphore>,
     appended: watch::Receiver<Lsn>,
     durable: watch::Receiver<Lsn>,
     room: watch::Receiver<DiskSpace>,
 }
 
-/// The writing side, to be run on a thread of its own.
-pub struct Recorder {
+/// The writing side. Run it on its own thread.
+pub(crate) struct Recorder {
     log: Arc<dyn ChangeLog>,
     commands: mpsc::Receiver<Command>,
     appended: watch::Sender<Lsn>,
@@ -65,8 +68,8 @@ pub struct Recorder {
     room: watch::Sender<DiskSpace>,
 }
 
-/// A recorder for this log, and the handle to it.
-pub fn new(log: Arc<dyn ChangeLog>) -> (Recorder, Handle) {
+/// Returns a recorder for this log, and a handle to it.
+pub(crate) fn new(log: Arc<dyn ChangeLog>) -> (Recorder, Handle) {
     let tail = log.state().tail;
     let (commands_tx, commands) = mpsc::channel(QUEUE_ENTRIES);
     let (appended, appended_rx) = watch::channel(tail);
@@ -83,44 +86,44 @@ pub fn new(log: Arc<dyn ChangeLog>) -> (Recorder, Handle) {
 }
 
 impl Handle {
-    /// Queues an entry; waits while the queue is full.
+    /// Queues an entry. Waits while the queue is full.
     ///
     /// # Errors
-    /// Where the recorder is gone.
-    pub async fn append(&self, entry: Entry) -> Result<(), Closed> {
+    /// If the recorder has ended.
+    pub(crate) async fn append(&self, entry: Entry) -> Result<(), Closed> {
         let bytes = bytes(&entry).min(QUEUE_BYTES);
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
         let permit = self.room_in_queue.clone().acquire_many_owned(permits).await.map_err(|_| Closed)?;
         self.commands.send(Command::Append(entry, permit)).await.map_err(|_| Closed)
     }
 
-    /// Waits until everything queued before is durable, and tells the state of the log then.
+    /// Waits until all entries queued so far are durable, and returns the state of the log at that time.
     ///
     /// # Errors
-    /// Where the recorder is gone.
-    pub async fn flush(&self) -> Result<State, Closed> {
+    /// If the recorder has ended.
+    pub(crate) async fn flush(&self) -> Result<State, Closed> {
         let (reply, state) = oneshot::channel();
         self.commands.send(Command::Flush(reply)).await.map_err(|_| Closed)?;
         state.await.map_err(|_| Closed)
     }
 
-    /// Up to which end LSN the log can be read.
-    pub fn appended(&self) -> watch::Receiver<Lsn> {
+    /// The end LSN up to which the log can be read.
+    pub(crate) fn appended(&self) -> watch::Receiver<Lsn> {
         self.appended.clone()
     }
 
-    /// Up to which end LSN the log survives a crash.
-    pub fn durable(&self) -> watch::Receiver<Lsn> {
+    /// The end LSN up to which the log survives a crash.
+    pub(crate) fn durable(&self) -> watch::Receiver<Lsn> {
         self.durable.clone()
     }
 
-    /// Whether the disk has room.
-    pub fn room(&self) -> watch::Receiver<DiskSpace> {
+    /// Whether the log may append.
+    pub(crate) fn room(&self) -> watch::Receiver<DiskSpace> {
         self.room.clone()
     }
 }
 
-/// What an entry counts for in the queue.
+/// The bytes that an entry takes up in the queue.
 fn bytes(entry: &Entry) -> usize {
     const OVERHEAD: usize = 128;
     match entry {
@@ -133,11 +136,12 @@ fn bytes(entry: &Entry) -> usize {
 }
 
 impl Recorder {
-    /// Appends until all handles are gone, then syncs and returns. Blocks on the disk: to be run on its own thread.
+    /// Appends until all handles are dropped, then syncs and returns. It blocks on the disk, so it needs its own
+    /// thread.
     ///
     /// # Errors
-    /// Where a write or sync failed.
-    pub async fn run(self) -> Result<(), Error> {
+    /// If a write or a sync fails.
+    pub(crate) async fn run(self) -> Result<(), Error> {
         let log = self.log.clone();
         self.record().await.map_err(|error| match error {
             Error::Poisoned(cause) if !log.is_in_place() => Error::Displaced(cause),
@@ -179,14 +183,14 @@ impl Recorder {
             let due = unsynced_since.is_some_and(|since| since.elapsed() >= SYNC_DELAY);
             if due || (!flushes.is_empty() && unsynced_since.is_some()) {
                 if !self.log.is_in_place() {
-                    // Until it is: nothing is called durable that the next process would not find.
+                    // Wait until the directory is back: the next process would not find what this one calls durable.
                     self.retain().await?;
                 }
                 self.sync()?;
                 unsynced_since = None;
             }
             for flush in flushes {
-                // Whoever asked may have gone.
+                // The caller may have stopped waiting.
                 let _ = flush.send(self.log.state());
             }
             if retained_at.elapsed() >= RETAIN_EVERY || retained_bytes >= RETAIN_BYTES {
@@ -197,7 +201,7 @@ impl Recorder {
         }
     }
 
-    /// Appends the first command and what is queued behind it; how many bytes that were.
+    /// Appends the first command and the commands queued behind it. Returns the number of appended bytes.
     fn append(&mut self, first: Command, flushes: &mut Vec<oneshot::Sender<State>>) -> Result<usize, Error> {
         let mut entries = Vec::new();
         let mut permits = Vec::new();
@@ -225,7 +229,7 @@ impl Recorder {
     }
 
     fn sync(&self) -> Result<(), Error> {
-        // What is appended now is durable then; the log has no other writer.
+        // The log has no other writer, so the sync covers exactly the tail of now.
         let tail = *self.appended.borrow();
         let began = std::time::Instant::now();
         self.log.sync()?;
@@ -234,8 +238,8 @@ impl Recorder {
         Ok(())
     }
 
-    /// Enforces retention. Where the disk has no room left even so, or the log's directory is gone, waits for it: nothing is appended
-    /// meanwhile, and nothing becomes durable.
+    /// Applies retention. If the disk is still full, or the log's directory is gone, waits until that changes.
+    /// Meanwhile nothing is appended, and nothing becomes durable.
     async fn retain(&self) -> Result<(), Error> {
         loop {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
@@ -263,7 +267,7 @@ impl Recorder {
                     if before != DiskSpace::Elsewhere {
                         tracing::error!(
                             "the directory of the change log (changelog.path) was moved, deleted, unmounted or replaced: reading \
-                             from PostgreSQL stops, and WAL is kept there. Put the directory back, and tuplewatch goes on; a \
+                             from PostgreSQL stops, and WAL is kept there. Put the directory back, and tuplewatch continues; a \
                              restart without it begins a new change log, and every token from before is refused"
                         );
                     }
@@ -300,7 +304,7 @@ mod tests {
         let under_load = *synced.borrow();
         assert!((15..=20).contains(&under_load), "{under_load} syncs in a second under load");
 
-        // Nothing to sync, and nothing is.
+        // There is nothing to sync.
         tokio::time::sleep(Duration::from_secs(60)).await;
         let before = *synced.borrow();
         assert!(before <= under_load + 1, "{before} syncs, {under_load} of them under load");

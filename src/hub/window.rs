@@ -590,19 +590,14 @@ impl Taking<'_> {
 
 /// The messages of a transaction as in a stream of all tenants.
 pub(super) fn items_of(transaction: &Transaction) -> Vec<Arc<Item>> {
-    let record = |(tenant, message): &(TenantId, Message)| TenantMessage {
-        tenant: tenant.clone(),
-        message: message.clone(),
-        ends_transaction: None,
-    };
-    let mut all: Vec<_> = transaction.messages.iter().map(record).collect();
-    all.sort_by(|a, b| a.tenant.cmp(&b.tenant));
+    let mut messages: Vec<&(TenantId, Message)> = transaction.messages.iter().collect();
+    messages.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let last = messages.len().saturating_sub(1);
     // Staged messages are not here: a stream of all tenants reads such a transaction from the log.
-    if transaction.gaps.is_empty()
-        && !transaction.staged
-        && let Some(last) = all.last_mut()
-    {
-        last.ends_transaction = Some(transaction.end);
-    }
-    all.into_iter().map(Item::in_window).collect()
+    let end = (transaction.gaps.is_empty() && !transaction.staged).then_some(transaction.end);
+    let item = |(n, (tenant, message)): (usize, &(TenantId, Message))| {
+        let ends_transaction = end.filter(|_| n == last);
+        Item::in_window(TenantMessage { tenant: tenant.clone(), message: message.clone(), ends_transaction })
+    };
+    messages.into_iter().enumerate().map(item).collect()
 }

@@ -1,13 +1,13 @@
-//! The publication and the mapped tables in PostgreSQL's catalogs, read in one statement; and a cheap checksum of them.
+//! The publication and the mapped tables in PostgreSQL's catalogs, read in one statement, and a cheap checksum of them.
 //!
-//! Three readers share the same data: [`crate::postgres::requirements`] finds errors, [`crate::admin::setup`] missing objects,
-//! [`crate::postgres::publication`] changes. So there is one [`Catalog`].
+//! Three readers share the same data: [`crate::postgres::requirements`] finds errors, [`crate::admin::setup`] finds
+//! missing objects, and [`crate::postgres::publication`] finds changes. So there is one [`Catalog`].
 //!
-//! Only plain catalog tables are read for it, never functions such as `pg_get_publication_tables`: those look things up
-//! with a newer snapshot than the statement's, and the answer would mix two states. (Privileges and row level security are looked
-//! up that way; they decide nothing of what is streamed.)
+//! The statements read only plain catalog tables, never functions such as `pg_get_publication_tables`. These functions
+//! use a newer snapshot than the statement, so the answer would mix two states. (Privileges and row level security need
+//! such functions, but neither affects the stream.)
 //!
-//! Any role may read these catalogs. PostgreSQL 14 to 18.
+//! Any role may read these catalogs, in PostgreSQL 14 to 18.
 
 mod statement;
 
@@ -20,23 +20,23 @@ use tokio_postgres::types::{FromSql, Type, accepts};
 use crate::decode::mapping::{Mapping, TableName};
 use crate::model::lsn::Lsn;
 
-/// The result of one statement.
+/// The catalogs' contents, from one statement.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Catalog {
     /// The WAL insert position, read after the statement's snapshot was taken. 0/0 on a standby.
     #[serde(deserialize_with = "lsn")]
     pub(crate) lsn: Lsn,
     pub(crate) publication: Option<Publication>,
-    /// In the order of the mapping.
+    /// The mapped tables, in the order of the mapping.
     pub(crate) tables: Vec<Table>,
-    /// Whether row level security applies to our role in the table that lists tenants.
+    /// Whether row level security applies to our role in the table of tenants.
     pub(crate) tenants_are_filtered: bool,
 }
 
 /// A checksum that differs after any change of the contents of a [`Catalog`].
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Sum {
-    /// As in [`Catalog`].
+    /// The WAL insert position, as in [`Catalog`].
     #[serde(deserialize_with = "lsn")]
     pub(crate) lsn: Lsn,
     pub(crate) value: String,
@@ -46,7 +46,7 @@ pub(crate) struct Sum {
 #[derive(Debug, Deserialize)]
 pub(crate) struct Publication {
     pub(crate) oid: u32,
-    /// xmin of the row: another one after every ALTER PUBLICATION that changes the row itself.
+    /// xmin of the row. Every ALTER PUBLICATION that changes the row itself changes it.
     pub(crate) version: u64,
     pub(crate) all_tables: bool,
     pub(crate) insert: bool,
@@ -63,27 +63,28 @@ pub(crate) struct Publication {
 pub(crate) struct Table {
     pub(crate) schema: String,
     pub(crate) name: String,
-    /// None: no such table, and everything below is empty.
+    /// `None` if there is no such table. All following fields are then empty.
     pub(crate) oid: Option<u32>,
     /// `relkind`: r for a table, p for a partitioned one.
     pub(crate) kind: Option<String>,
-    /// `relfilenode` of an ordinary table: another one after TRUNCATE, VACUUM FULL, and whatever rewrites it.
+    /// `relfilenode` of an ordinary table. TRUNCATE, VACUUM FULL and every rewrite change it.
     pub(crate) file: Option<u32>,
-    /// `relkind` of an object that has this name and is not a table.
+    /// `relkind` of an object that has the name of the table but is not a table.
     pub(crate) other_kind: Option<String>,
     /// The mapped columns that exist.
     pub(crate) columns: Vec<Column>,
-    /// Where the rows are: the table, and with a partitioned one all its leaves.
+    /// The relations that store the rows: the table itself, or all leaves of a partitioned table.
     pub(crate) relations: Vec<Relation>,
-    /// Every partition below it.
+    /// Every partition of the table, at any level.
     pub(crate) partitions: Vec<Partition>,
-    /// Every table that inherits from it, except partitions and temporary tables, which only their own session sees.
+    /// Every table that inherits from this one, except partitions, and except temporary tables, which are visible only
+    /// to their own session.
     pub(crate) children: Vec<Child>,
-    /// `relhassubclass` of an ordinary table: it has had children since it was last analyzed.
+    /// `relhassubclass` of an ordinary table: it has had children since its last ANALYZE.
     pub(crate) had_children: bool,
-    /// Its own membership in the publication, and those of the partitioned tables above it.
+    /// The publication's rows for this table, and for the partitioned tables above it.
     pub(crate) members: Vec<Member>,
-    /// Schemas in the publication, of the table and of the partitioned tables above it.
+    /// The publication's schemas that contain this table, or a partitioned table above it.
     pub(crate) schemas: Vec<SchemaMember>,
     /// Whether it is a partition of another table.
     pub(crate) is_partition: bool,
@@ -91,7 +92,7 @@ pub(crate) struct Table {
     pub(crate) is_filtered: bool,
     pub(crate) selectable: bool,
     pub(crate) schema_usable: bool,
-    /// Whether the mapping uses the old rows. Not from the catalog.
+    /// Whether the mapping uses old rows. This is not in the catalogs.
     #[serde(skip)]
     pub(crate) reads_old_rows: bool,
 }
@@ -104,9 +105,10 @@ pub(crate) struct Column {
     pub(crate) type_oid: u32,
     /// `attgenerated`: s(tored), v(irtual, from version 18 on), or empty.
     pub(crate) generated: String,
-    /// xmin of its row of `pg_attribute`: another one after every ALTER COLUMN.
+    /// xmin of the column's row of `pg_attribute`. Every ALTER COLUMN changes it.
     pub(crate) version: u64,
-    /// Its type, and every type under that: of elements, attributes, and what a domain or range is of.
+    /// The type of the column and all types that it consists of: element types, attribute types, and the types below
+    /// domains and ranges.
     pub(crate) types: Vec<ValueType>,
 }
 
@@ -116,9 +118,9 @@ pub(crate) struct ValueType {
     pub(crate) oid: u32,
     pub(crate) schema: String,
     pub(crate) name: String,
-    /// Of an enum.
+    /// The labels of an enum.
     pub(crate) labels: Vec<Label>,
-    /// Of a composite type, also those that were dropped.
+    /// The attributes of a composite type, including dropped ones.
     pub(crate) attributes: Vec<CompositeAttribute>,
 }
 
@@ -135,7 +137,7 @@ pub(crate) struct Label {
 #[derive(Debug, Deserialize)]
 pub(crate) struct CompositeAttribute {
     pub(crate) number: i16,
-    /// 0 where it was dropped.
+    /// 0 if the attribute was dropped.
     pub(crate) type_oid: u32,
 }
 
@@ -148,14 +150,14 @@ impl Column {
         self.generated == "s"
     }
 
-    /// The type in it whose text depends on names of other objects.
+    /// Returns the component type whose text depends on names of other objects, if there is one.
     pub(crate) fn type_that_follows_names(&self) -> Option<&ValueType> {
         self.types.iter().find(|value_type| value_type.follows_names())
     }
 }
 
 impl ValueType {
-    /// `regclass` and its kin store an oid, and are written as a name.
+    /// Types such as `regclass` store an oid, and are written as a name.
     fn follows_names(&self) -> bool {
         self.schema == "pg_catalog" && (self.name.starts_with("reg") || self.name == "aclitem")
     }
@@ -165,9 +167,10 @@ impl ValueType {
 #[derive(Debug, Deserialize)]
 pub(crate) struct Partition {
     pub(crate) relation: u32,
-    /// xmin of the row: another one where it was detached and attached again.
+    /// xmin of the row. A partition that was detached and attached again has another one.
     pub(crate) version: u64,
-    /// Whether it was created as a partition, and not truncated by a later transaction: all that ever was in it came under its root.
+    /// Whether the partition was created as one, and not truncated by a later transaction. All rows that it ever had
+    /// were then written through its root.
     pub(crate) was_born_empty: bool,
 }
 
@@ -188,27 +191,27 @@ impl Child {
         TableName { schema: self.schema.clone(), name: self.name.clone() }
     }
 
-    /// The table that it inherits from, which may itself inherit from the mapped one.
+    /// The table that it inherits from. That table may itself inherit from the mapped one.
     pub(crate) fn parent(&self) -> TableName {
         TableName { schema: self.parent_schema.clone(), name: self.parent.clone() }
     }
 }
 
-/// A table that holds rows itself, or the root of a partitioned one.
+/// A relation that stores rows, or the root of a partitioned table.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Relation {
     pub(crate) oid: u32,
     pub(crate) schema: String,
     pub(crate) name: String,
-    /// `relkind`: f for a foreign table, which only a partition can be.
+    /// `relkind`. A partition can also be f, a foreign table.
     pub(crate) kind: String,
-    /// `relpersistence`: p is the one that is in the WAL.
+    /// `relpersistence`. Only p, a permanent table, is in the WAL.
     pub(crate) persistence: String,
-    /// `relfilenode` of a partition below the mapped table: another one after TRUNCATE, and after a rewrite.
+    /// `relfilenode` of a partition below the mapped table. TRUNCATE and every rewrite change it.
     pub(crate) storage: Option<u32>,
     /// `relreplident`: d(efault: primary key), i(ndex), f(ull), n(othing).
     pub(crate) identity: String,
-    /// Key columns of that index.
+    /// The columns of the replica identity.
     pub(crate) identity_columns: Vec<IdentityColumn>,
 }
 
@@ -254,7 +257,7 @@ impl Catalog {
         Ok(catalog)
     }
 
-    /// The tables that inherit from this one without being mapped: their changes are not read.
+    /// Returns the unmapped tables that inherit from this one. Their changes are not read.
     pub(crate) fn unmapped_children<'a>(&'a self, table: &'a Table) -> impl Iterator<Item = &'a Child> {
         let is_mapped = |child: &Child| self.tables.iter().any(|table| table.oid == Some(child.relation));
         table.children.iter().filter(move |child| !is_mapped(child))
@@ -271,7 +274,7 @@ impl Sum {
     }
 }
 
-/// Executes one of the statements.
+/// Runs one of the two statements.
 async fn ask<T: DeserializeOwned>(
     client: &Client,
     statement: fn(i32) -> String,
@@ -282,7 +285,7 @@ async fn ask<T: DeserializeOwned>(
         client.query_typed_one("SELECT current_setting('server_version_num')::int4", &[]).await?.try_get(0)?;
     let schemas: Vec<&str> = mapping.tables().iter().map(|table| table.table.schema.as_str()).collect();
     let names: Vec<&str> = mapping.tables().iter().map(|table| table.table.name.as_str()).collect();
-    // A flat list of the mapped columns, with the number of their table: arrays of arrays would have to be square.
+    // The mapped columns are a flat list with the number of their table, because arrays of arrays must be rectangular.
     let mut column_tables = Vec::new();
     let mut columns = Vec::new();
     for (n, table) in (1_i64..).zip(mapping.tables()) {
@@ -318,17 +321,18 @@ impl Table {
         self.kind.as_deref() == Some("p")
     }
 
-    /// Whether it is one of PostgreSQL's own, which have the oids below `FirstNormalObjectId`.
+    /// Whether the table is a system catalog. Their oids are below `FirstNormalObjectId`.
     pub(crate) fn is_system(&self) -> bool {
         self.oid.is_some_and(|oid| oid < 16_384)
     }
 
-    /// Whether the publication has it: by itself, by its schema, by a table that it is a partition of, or with all.
+    /// Whether the publication contains the table: by itself, by its schema, by a partitioned table above it, or with
+    /// all tables.
     pub(crate) fn is_published(&self, publication: &Publication) -> bool {
         publication.all_tables || !self.members.is_empty() || !self.schemas.is_empty()
     }
 
-    /// Whether its changes are published under the name of a table that it is a partition of.
+    /// Whether its changes are published under the name of a partitioned table above it.
     pub(crate) fn is_published_as_its_root(&self, publication: &Publication) -> bool {
         let above = publication.all_tables
             || self.members.iter().any(|member| Some(member.relation) != self.oid)
@@ -336,7 +340,7 @@ impl Table {
         publication.via_root && self.is_partition && above
     }
 
-    /// The relations whose replica identity is insufficient, and why.
+    /// Returns the relations with an insufficient replica identity, with the reason.
     pub(crate) fn unidentified(&self) -> impl Iterator<Item = (&Relation, String)> {
         self.relations.iter().filter_map(|relation| {
             let what = if self.reads_old_rows {
@@ -351,8 +355,8 @@ impl Table {
         })
     }
 
-    /// Its own row in the publication, where its filter and its columns count: a publication of its whole schema is for all
-    /// rows and columns.
+    /// Returns the table's own row in the publication. Its row filter and column list do not apply if its whole schema
+    /// is published.
     pub(crate) fn own_member(&self) -> Option<&Member> {
         let by_schema = self.schemas.iter().any(|member| member.schema == self.schema);
         self.members.iter().find(|member| !by_schema && Some(member.relation) == self.oid)
@@ -364,7 +368,7 @@ impl Relation {
         TableName { schema: self.schema.clone(), name: self.name.clone() }
     }
 
-    /// The first of the columns that old rows would lack.
+    /// Returns the first of these columns that is missing from old rows.
     fn uncovered<'a>(&self, columns: &'a [Column]) -> Option<&'a Column> {
         let covers = |column: &Column| match self.identity.as_str() {
             "f" => true,
@@ -375,12 +379,12 @@ impl Relation {
     }
 }
 
-/// A name as an SQL identifier.
+/// Quotes a name as an SQL identifier.
 pub(crate) fn identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// A text as an SQL literal on one line, whatever `standard_conforming_strings` is.
+/// Quotes a text as an SQL literal on one line, valid with any `standard_conforming_strings`.
 pub(crate) fn literal(text: &str) -> String {
     let quoted = text.replace('\'', "''");
     if !quoted.contains(|c: char| c == '\\' || c.is_control()) {
@@ -394,7 +398,7 @@ pub(crate) fn literal(text: &str) -> String {
     format!("E'{}'", quoted.chars().map(escaped).collect::<String>())
 }
 
-/// A value of type json, read as `T`.
+/// A json value that is decoded as `T`.
 pub(crate) struct Document<T>(pub(crate) T);
 
 impl<'a, T: DeserializeOwned> FromSql<'a> for Document<T> {
@@ -419,7 +423,7 @@ mod tests {
     use super::*;
     use crate::postgres::test_postgres::{Database, one_table};
 
-    /// Rows that the statement goes through, whether it keeps them or not.
+    /// Returns the number of rows that the statement's plan reads, including those that it discards.
     async fn rows_read(client: &Client, statement: fn(i32) -> String) -> f64 {
         fn of(plan: &serde_json::Value) -> f64 {
             let number = |key: &str| plan.get(key).and_then(serde_json::Value::as_f64).unwrap_or_default();
@@ -451,7 +455,7 @@ mod tests {
         of(&plans[0]["Plan"])
     }
 
-    /// With twice the partitions it is no more than twice the work, whatever the planner knows of them.
+    /// Twice the partitions cost at most twice the work, whatever statistics the planner has.
     #[tokio::test]
     async fn the_work_is_linear_in_the_partitions() {
         const COUNT: i32 = 300;

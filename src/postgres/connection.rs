@@ -1,9 +1,9 @@
-//! Connections to PostgreSQL, as `database.uri` says.
+//! Connections to PostgreSQL according to `database.uri`.
 //!
-//! `database.uri` may contain everything that libpq's can, and two kinds of connection have to follow it: SQL, by tokio-postgres, and
-//! replication, whose messages pgwire-replication reads and writes. So the URI is parsed once, here, and resolved once, to one
-//! address of one host; and both connections begin with a session that `logon` has logged on:
-//!
+//! `database.uri` may contain everything that libpq understands. Two kinds of connections follow it: SQL through
+//! tokio-postgres, and replication, whose messages pgwire-replication reads and writes. So the URI is parsed once, in
+//! this module, and resolved once, to one address of one host. Both connections begin with a session that `logon` has
+//! logged on:
 //! ```text
 //! "postgres://…"  ──parse──▶ Endpoints ──connect──▶ Connection (SQL) ──endpoint()──▶ Endpoint
 //!  or "host=…"               every host             the first that is a primary      │
@@ -15,20 +15,20 @@
 //!
 //! # Invariants
 //!
-//! - Both connections go to the same *address*, not merely to the same name, which may stand for several servers.
-//! - Both have the same TLS, the same password and the same settings, whatever the defaults of role, database and server are:
+//! - Both connections go to the same *address*. A name is not enough, because it may stand for several servers.
+//! - Both have the same TLS, password and settings, whatever the defaults of the role, the database and the server are:
 //!   see `pins`.
-//! - Neither goes to a standby: [`Endpoint::connect`] asks. Nor to an old primary, while there is a newer one.
-//! - No message and no `Debug` output has the password in it.
+//! - Neither goes to a standby, which [`Endpoint::connect`] checks, nor to an old primary while there is a newer one.
+//! - No message and no `Debug` output contains the password.
 //!
 //! # Differences from libpq
 //!
-//! - `sslmode=prefer` takes TLS where the server offers it, and does not try again without TLS when that fails.
+//! - `sslmode=prefer` uses TLS if the server offers it, and does not retry without TLS after a failure.
 //! - A certificate of X.509 version 1 is refused, and a common name is not compared with an address.
-//! - Without a host it is `localhost`, over TCP. Without `sslrootcert` and without `~/.postgresql/root.crt`,
-//!   certificates are verified against Mozilla's roots.
-//! - A client certificate is used if it is named, not because it lies in `~/.postgresql`.
-//! - Every host is tried, also after one that refused the password; see [`ConnectError::is_definite`].
+//! - The default host is `localhost`, over TCP. Without `sslrootcert` and `~/.postgresql/root.crt`, certificates are
+//!   verified against Mozilla's roots.
+//! - A client certificate is used only if the URI names it. `~/.postgresql` is not searched for one.
+//! - Every host is tried, even after one that refused the password; see [`ConnectError::is_definite`].
 
 mod failure;
 mod logon;
@@ -65,26 +65,27 @@ pub(crate) use failure::{SessionEnd, WalsenderError};
 pub(crate) use uri::UriError;
 pub(crate) use walsender::{Event, Walsender};
 
-/// The name that connections of the node with this id have, in `pg_stat_activity` and `pg_stat_replication`.
+/// The application name of the connections of the node with this id, in `pg_stat_activity` and `pg_stat_replication`.
 pub(crate) fn application_name(node_id: &str) -> String {
     format!("tuplewatch {node_id}")
 }
 
-/// The timeline that a primary writes; NULL on a standby. The first eight digits of a WAL file's name are its timeline.
+/// The timeline that a primary writes, or NULL on a standby. The first eight digits of a WAL file's name are its
+/// timeline.
 const TIMELINE: &str = "SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery() THEN
     ('x' || pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int8 END";
 
-/// Most hosts of one URI: a bound, far above any cluster.
+/// The most hosts of one URI: a bound far above any cluster.
 const HOSTS_MAX: usize = 16;
-/// Most addresses of one name that are tried. Each may cost a whole connect_timeout.
+/// The most addresses of one name that are tried. Each may take a whole connect_timeout.
 const ADDRESSES_MAX: usize = 8;
 
-/// The contents of `database.uri`: the hosts in their order, and how to log on to any of them.
+/// The contents of `database.uri`: the hosts in order, and the parameters of the log-on.
 #[derive(Clone, Debug)]
 pub struct Endpoints {
     hosts: Vec<Host>,
     user: String,
-    /// From the URI or PGPASSWORD; empty where the password file is used.
+    /// The password of the URI or PGPASSWORD. Empty if the password file is used.
     password: Password,
     passfile: Option<Passfile>,
     database: String,
@@ -105,13 +106,13 @@ struct Host {
 
 #[derive(Clone, Debug)]
 enum Place {
-    /// The name is the address again where only the address was given.
+    /// If the URI contains only the address, it is also the name.
     Tcp { name: String, address: Option<IpAddr> },
     /// The directory of a Unix socket.
     Socket { dir: String },
 }
 
-/// TCP keepalive. (The replication connection notices a dead peer sooner, by its own traffic.)
+/// The settings of TCP keepalive. (The replication connection detects a dead server sooner, by its own messages.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Keepalive {
     enabled: bool,
@@ -123,7 +124,7 @@ struct Keepalive {
 }
 
 impl Default for Keepalive {
-    /// A dead peer is noticed within a minute: 30 s + 3 × 10 s. The systems' own default is over two hours.
+    /// These values detect a dead server within a minute: 30 s + 3 × 10 s. The systems' defaults need over two hours.
     fn default() -> Self {
         Self {
             enabled: true,
@@ -136,10 +137,10 @@ impl Default for Keepalive {
 }
 
 impl Endpoints {
-    /// Reads `database.uri`. Missing parts come from PGUSER, PGPASSWORD, PGPASSFILE and HOME.
+    /// Parses `database.uri`. PGUSER, PGPASSWORD, PGPASSFILE and HOME supply missing parts.
     ///
     /// # Errors
-    /// Where a part cannot be understood or honoured. The error names the part, without its value.
+    /// If a part cannot be understood or honoured. The error names the part, without its value.
     pub(crate) fn parse(uri: &str) -> Result<Self, UriError> {
         Self::parse_in(uri, &|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     }
@@ -148,17 +149,17 @@ impl Endpoints {
         uri::parse(uri, environment)
     }
 
-    /// From now on a primary on an older timeline is used only where there is no other: an old primary that a failover has replaced
-    /// may still answer, and is not in recovery.
+    /// From now on, a primary on an older timeline is used only if there is no other. An old primary that a failover
+    /// has replaced may still answer, and is not in recovery.
     pub(crate) fn prefer_timeline(&self, id: u32) {
         self.timeline.store(id, Ordering::Relaxed);
     }
 
-    /// Connects to the first address that answers and is a primary. Each address has `connect_timeout` (10 s) from the first packet
-    /// to the answer whether it is a primary.
+    /// Connects to the first address that answers and is a primary. Each address has `connect_timeout` (10 s) from the
+    /// first packet to the answer whether it is a primary.
     ///
     /// # Errors
-    /// With the failure at each address.
+    /// The failure at each address.
     pub(crate) async fn connect(&self, application_name: &str) -> Result<Connection, ConnectError> {
         let timeline = self.timeline.load(Ordering::Relaxed);
         let mut older = None;
@@ -195,7 +196,7 @@ impl Endpoints {
             }
         };
         let password = self.password_for(host).await;
-        // Ours first: it identifies our own sessions, and the server cuts the name at 63 bytes.
+        // Our name comes first, because it identifies our own sessions, and the server cuts names at 63 bytes.
         let application_name = match &self.application_name {
             Some(theirs) => format!("{application_name} {theirs}"),
             None => application_name.to_owned(),
@@ -223,7 +224,7 @@ impl Endpoints {
         };
         let hosts: &[&str] = match &host.place {
             Place::Tcp { name, .. } => &[name],
-            // Under this name libpq looks for sockets in its own directory, and builds differ in which that is.
+            // For a socket of this name, libpq searches its own default directory, which differs between builds.
             Place::Socket { dir } if ["/tmp", "/run/postgresql", "/var/run/postgresql"].contains(&dir.as_str()) => {
                 &[dir, "localhost"]
             }
@@ -250,7 +251,7 @@ impl fmt::Display for Endpoints {
     }
 }
 
-/// One address, and how to log on to it.
+/// One address, with the parameters of the log-on.
 #[derive(Clone, Debug)]
 pub(crate) struct Endpoint {
     target: Target,
@@ -267,7 +268,7 @@ pub(crate) struct Endpoint {
 
 #[derive(Clone, Debug)]
 enum Target {
-    /// The name as it was given, which the certificate has to have.
+    /// The name in the URI, for which the certificate must be valid.
     Tcp {
         name: String,
         address: SocketAddr,
@@ -278,7 +279,7 @@ enum Target {
 }
 
 impl Endpoint {
-    /// Another SQL connection to the same address.
+    /// Opens another SQL connection to the same address.
     ///
     /// # Errors
     /// As [`Endpoints::connect`].
@@ -286,7 +287,7 @@ impl Endpoint {
         self.attempt().await.map(|primary| primary.connection).map_err(|failure| self.failed(failure))
     }
 
-    /// Logs on for replication, at the same address. The session is called `application_name`.
+    /// Logs on for replication at the same address, with this application name.
     ///
     /// # Errors
     /// As [`Endpoints::connect`].
@@ -311,7 +312,7 @@ impl Endpoint {
         ConnectError::new(vec![Attempt { endpoint: self.to_string(), failure }])
     }
 
-    /// The name of our sessions in `pg_stat_activity`; the server shows 63 bytes of it.
+    /// The application name of our sessions. `pg_stat_activity` shows 63 bytes of it.
     pub(crate) fn application_name(&self) -> &str {
         &self.application_name
     }
@@ -358,7 +359,7 @@ impl Endpoint {
 
     async fn start(&self, session: LoggedOn) -> Result<Connection, Failure> {
         let mut config = tokio_postgres::Config::new();
-        // The driver's startup message is dropped: the session is logged on already.
+        // The driver's startup message is dropped, because the session is already logged on.
         config.user(&self.user).ssl_mode(tokio_postgres::config::SslMode::Disable);
         let (client, driver) =
             config.connect_raw(session.disguised(), NoTls).await.map_err(|error| Failure::Sql(error.into()))?;
@@ -369,7 +370,7 @@ impl Endpoint {
                 Ok(()) => SessionEnd::Closed,
                 Err(error) => SessionEnd::Failed(Arc::new(error.into())),
             };
-            // Every user of the client gets an error too, and handles that.
+            // Every user of the client receives an error too, and handles it.
             tracing::debug!(%endpoint, %end, "an SQL connection ended");
             ending.send_replace(Some(end));
         });
@@ -410,7 +411,7 @@ impl Keepalive {
     }
 }
 
-/// A primary that was found at an address.
+/// A primary, found at an address.
 struct Primary {
     connection: Connection,
     timeline: u32,
@@ -419,27 +420,28 @@ struct Primary {
 /// An SQL connection to a primary. Dropping it closes it.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    /// Runs statements, many at a time.
+    /// Runs statements, many concurrently.
     pub(crate) client: Client,
     endpoint: Endpoint,
-    /// Moves the bytes. Aborted with this connection, so that it does not live on where a statement is still held.
+    /// Transfers the bytes. It is aborted with this connection, because a statement that is kept would otherwise keep
+    /// it alive.
     driver: JoinHandle<()>,
-    /// Why the connection has ended. The sender is dropped with the driver.
+    /// The reason why the connection has ended. The driver drops the sender.
     ended: watch::Receiver<Option<SessionEnd>>,
 }
 
 impl Connection {
-    /// The address and user that the connection was made with.
+    /// The address and the user of this connection.
     pub(crate) const fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
-    /// Whether the connection has ended. Keepalive notices a dead peer within a minute.
+    /// Whether the connection has ended. Keepalive detects a dead server within a minute.
     pub(crate) fn is_closed(&self) -> bool {
         self.client.is_closed()
     }
 
-    /// Completes when the connection has ended, with the reason.
+    /// Completes with the reason when the connection has ended.
     pub(crate) fn closed(&self) -> impl Future<Output = SessionEnd> + Send + 'static {
         let mut ended = self.ended.clone();
         async move {

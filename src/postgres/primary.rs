@@ -1,7 +1,9 @@
-//! The server to ask: the one that the session reads from, and no other, even if another one still answers.
+//! The server for all other statements: always the one that the session reads from, even if another server still
+//! answers.
 //!
-//! If PostgreSQL refuses more connections (because of a limit of the role, the database or the server), other statements share the session's
-//! SQL connection, which exists for as long as anything streams. If the session itself is refused, all others close their connections for it.
+//! If PostgreSQL refuses more connections (because of a limit of the role, the database or the server), other
+//! statements share the session's SQL connection, which exists while the slot streams. If PostgreSQL refuses the
+//! session itself, all other parts close their connections.
 
 use crate::postgres::connection::{ConnectError, Connection, Endpoint};
 use std::fmt;
@@ -9,22 +11,23 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// Longest wait for the session to find a primary, when there was none before. A process that has just started gets there soon.
+/// The longest wait for the session to find its first primary. A process that has just started needs little time for
+/// this.
 const FIRST_SESSION_MAX: Duration = Duration::from_secs(5);
 
-/// Why there is no connection. The text may be sent to callers: only the source names hosts and roles.
+/// The reason why there is no connection. Callers may see the message, so only the source names hosts and roles.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// The session has found no primary yet.
     #[error("no session with PostgreSQL was established yet: the log of tuplewatch says why")]
     NoSession,
-    /// The session needs the next connection that is free.
+    /// The session needs the next free connection.
     #[error("PostgreSQL takes no more connections: the next one that is free is for the replication session")]
     SessionFirst,
-    /// The primary has as many connections as it may have.
+    /// A limit on connections is reached at the primary.
     #[error("PostgreSQL takes no more connections: tuplewatch doctor names the limit")]
     Limit(#[source] ConnectError),
-    /// The primary cannot be connected to for another reason.
+    /// The connection to the primary failed for another reason.
     #[error("no connection to PostgreSQL could be made: see the log of tuplewatch, or ask tuplewatch doctor")]
     Connect(#[source] ConnectError),
 }
@@ -36,12 +39,12 @@ impl From<ConnectError> for Error {
 }
 
 impl Error {
-    /// Whether a limit of connections is the reason.
+    /// Whether a limit on connections is the reason.
     pub(crate) const fn is_limit(&self) -> bool {
         matches!(self, Self::SessionFirst | Self::Limit(_))
     }
 
-    /// The text for the log, with hosts and roles.
+    /// The message for the log, with hosts and roles.
     pub(crate) fn in_full(&self) -> &dyn fmt::Display {
         match self {
             Self::Limit(error) | Self::Connect(error) => error,
@@ -50,28 +53,28 @@ impl Error {
     }
 }
 
-/// The session's server, for the other connections to it.
+/// The server that the session found, for the other connections.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Found {
-    /// The primary of the present or last session.
+    /// The primary of the current or the last session.
     pub(crate) endpoint: Option<Endpoint>,
-    /// The session's SQL connection, for as long as it streams.
+    /// The session's SQL connection, while it streams.
     pub(crate) session: Weak<Connection>,
-    /// PostgreSQL refused the session a connection, because there are too many.
+    /// Whether PostgreSQL refuses the session a connection because of a limit.
     pub(crate) is_refused: bool,
 }
 
-/// A connection to ask on.
+/// A connection for statements.
 #[derive(Debug)]
 pub(crate) enum Line {
-    /// A connection that nothing else uses.
+    /// A separate connection.
     Own(Arc<Connection>),
-    /// The session's: it ends with the session.
+    /// The session's connection. It ends with the session.
     Shared(Weak<Connection>),
 }
 
 impl Line {
-    /// The connection, unless it has ended.
+    /// Returns the connection, unless it has ended.
     pub(crate) fn get(&self) -> Option<Arc<Connection>> {
         let connection = match self {
             Self::Own(connection) => Some(connection.clone()),
@@ -80,7 +83,7 @@ impl Line {
         connection.filter(|connection| !connection.is_closed())
     }
 
-    /// Whether it is the session's.
+    /// Whether it is the session's connection.
     pub(crate) const fn is_shared(&self) -> bool {
         matches!(self, Self::Shared(_))
     }
@@ -91,28 +94,28 @@ impl Line {
 pub(crate) struct PrimaryConnector(watch::Receiver<Found>);
 
 impl PrimaryConnector {
-    /// `found` has each primary that the session reads from.
+    /// `found` holds each primary that the session reads from.
     pub(crate) const fn new(found: watch::Receiver<Found>) -> Self {
         Self(found)
     }
 
-    /// Whether the session has found a primary, or needs a connection, since [`PrimaryConnector::connect`]: connections of before should
-    /// be given up.
+    /// Whether the session has found a primary, or needs a connection, since the last [`PrimaryConnector::connect`].
+    /// Earlier connections should then be closed.
     pub(crate) fn has_moved(&self) -> bool {
         self.0.has_changed().unwrap_or(false)
     }
 
-    /// Whether PostgreSQL refuses the session a connection, because there are too many.
+    /// Whether PostgreSQL refuses the session a connection because of a limit.
     pub(crate) fn is_session_refused(&self) -> bool {
         self.0.borrow().is_refused
     }
 
-    /// Completes when the session is refused a connection; never where it has ended for good.
+    /// Completes when PostgreSQL refuses the session a connection. Never completes if the session has ended for good.
     pub(crate) async fn session_refused(&mut self) {
         self.wait(|found| found.is_refused).await;
     }
 
-    /// Completes when the session is not refused, or no longer.
+    /// Completes when PostgreSQL does not, or no longer, refuse the session.
     pub(crate) async fn session_accepted(&mut self) {
         self.wait(|found| !found.is_refused).await;
     }
@@ -123,12 +126,12 @@ impl PrimaryConnector {
         }
     }
 
-    /// A connection to the present one. Bounded by the wait for a first session and the connect timeout of the URI.
+    /// Connects to the current primary. The wait for a first session and the connect timeout of the URI bound the time.
     ///
     /// # Errors
-    /// Where there is none yet, or it takes no connection.
+    /// If there is no primary yet, or it accepts no connection.
     pub(crate) async fn connect(&mut self) -> Result<Connection, Error> {
-        // Whether the wait timed out shows below.
+        // A timeout of this wait shows below.
         let found = |found: &Found| found.endpoint.is_some() || found.is_refused;
         let _ = tokio::time::timeout(FIRST_SESSION_MAX, self.0.wait_for(found)).await.map(drop);
         let Found { endpoint, is_refused, .. } = self.0.borrow_and_update().clone();
@@ -138,7 +141,7 @@ impl PrimaryConnector {
         Ok(endpoint.ok_or(Error::NoSession)?.connect().await?)
     }
 
-    /// A connection to the present primary, or the session's where PostgreSQL takes no more.
+    /// Connects to the current primary, or shares the session's connection if PostgreSQL accepts no more.
     ///
     /// # Errors
     /// As [`PrimaryConnector::connect`].
@@ -150,7 +153,7 @@ impl PrimaryConnector {
         }
     }
 
-    /// The session's connection, while it streams.
+    /// Returns the session's connection, while it streams.
     pub(crate) fn share(&self) -> Option<Line> {
         let session = self.0.borrow().session.clone();
         (session.strong_count() > 0).then_some(Line::Shared(session))

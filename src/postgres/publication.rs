@@ -1,61 +1,67 @@
-//! Whether the publication, and the text of its values, are still the same.
+//! The check whether the publication, and the text of its values, have changed.
 //!
-//! Changes of a publication are silent. A table that is taken out and put in again lost what was written in between; a
-//! publication that was dropped and created anew wedges the slot on 14 to 17, and on 18 loses the middle; a row filter
-//! hides rows. Some changes of values come without a row event, too: a rewrite of the table, another label of an enum. None of that is
-//! in the stream. So everything that decides which rows come out of the slot, and as which text, is read every few seconds and
-//! compared: the [`Published::fingerprint`].
+//! Changes of a publication are silent. If a table is removed from a publication and added again, the rows written in
+//! between are missing. If a publication is dropped and created again, the slot fails in PostgreSQL 14 to 17, and in 18
+//! it skips the rows in between. A row filter hides rows. Some changes of values also come without a row event: a
+//! rewrite of the table, or a renamed label of an enum. The stream contains none of this. So everything that determines
+//! the rows of the slot, and their text, is read every few seconds and compared: the [`Published::fingerprint`].
 //!
 //! # What an equal fingerprint proves
 //!
-//! Let check A and, later, check B find the same fingerprint. Then **everything that was committed before A's LSN was
-//! published under that fingerprint**: the last verified LSN is that of the *previous* equal check, not of the present
-//! one.
+//! Let check A and a later check B find the same fingerprint. Then **everything that was committed before A's LSN was
+//! published under that fingerprint**: the last verified LSN is that of the *previous* equal check, not that of the
+//! current one.
 //!
-//! - A statement's snapshot is taken before anything in it is evaluated. So A's LSN is *newer* than what A saw, and by itself
-//!   says nothing: a DDL may have committed between the two.
-//! - But B's snapshot was taken after A's LSN was read. Whatever committed below A's LSN is visible to B, and B saw nothing
-//!   new. Nor can there have been a change and its reversal: rows that are written or deleted and written again have
-//!   another oid or another xmin, and those are in the fingerprint. (Replica identities have no such mark.
-//!   Where one is changed and changed back between two checks, the stream itself tells: it describes the table anew, and
-//!   a row that is incomplete is a gap of its own.)
-//! - One exception is left: a commit is in the WAL a moment before it is visible, and with synchronous replication the
-//!   moment lasts until a standby has answered. A DDL in that moment is noticed when it becomes visible, and the gap then lies
-//!   behind it by a check or two. No reader misses it: a gap is for all readers, and all pass it.
+//! - A statement's snapshot is taken before any of its expressions is evaluated. So A's LSN is *newer* than A's
+//!   snapshot, and by itself proves nothing: a DDL statement may have committed between the two.
+//! - But B's snapshot was taken after A's LSN was read. Everything that committed before A's LSN is visible to B, and B
+//!   found no difference. A change and its reversal are impossible too: a row that is updated, or deleted and inserted
+//!   again, has another oid or another xmin, and the fingerprint contains both. (Replica identities have neither. If
+//!   one is changed and changed back between two checks, the stream shows it: it describes the table again, and an
+//!   incomplete row is a gap by itself.)
+//! - One exception remains. A commit is in the WAL a moment before it is visible, and with synchronous replication this
+//!   lasts until a standby has answered. A DDL statement in that moment is noticed when it becomes visible, and the gap
+//!   then follows it by a check or two. No reader misses the gap, because all readers receive it.
 //!
-//! Most checks read only a `Sum`, which takes the xmin of every catalog row that the fingerprint is made of. Where it is that of
-//! the check before, no such row was written in between, and the fingerprint is the same. Its LSN is read in the same way.
+//! Most checks read only a `Sum`, which contains the xmin of every catalog row in the fingerprint. If it equals the sum
+//! of the previous check, none of these rows was written in between, and the fingerprint is the same. Its LSN is read
+//! in the same way.
 //!
-//! # What differs and changes nothing
+//! # Harmless differences
 //!
-//! Some lines may differ between fingerprints that are equivalent ([`is_equivalent`]): between their checks nothing happened that
-//! rows or values depend on. Equivalence is decided between one fingerprint and the next, and the next takes its place in the log. Where
-//! checks were missed, several harmless changes may look like one that is not: a gap too many, never one too few.
+//! Some lines may differ between fingerprints that are equivalent ([`is_equivalent`]): nothing happened between their
+//! checks that affects rows or values. Each fingerprint is compared with the next one, which then replaces it in the
+//! log. If checks were missed, several harmless changes may together look harmful, which causes a needless gap, but
+//! never a missing one.
 //!
-//! - **Rewrites.** A column has the same type; are its values the same? What a value is written as depends on its bytes and its type, not
-//!   on the modifier or collation of its column. Its bytes change without a row event only where ALTER COLUMN ... TYPE or ... SET
-//!   EXPRESSION writes the table anew, and that gives the table another file *and* updates the column's row of `pg_attribute`, in
-//!   one commit. VACUUM FULL, CLUSTER, TRUNCATE, SET TABLESPACE, SET ACCESS METHOD and rewrites of other columns change only the
-//!   file; SET STATISTICS, SET DEFAULT, SET NOT NULL, or a longer varchar only that row.
-//! - **Labels.** ADD VALUE changes no value that is stored.
-//! - **Partitions.** One that was created as such was empty when it became one, and what was written to it since came under its root.
-//! - **Row level security** has no say in what is streamed. It is in the fingerprint so that the requirements are looked at again.
+//! - **Rewrites.** The text of a value depends on its bytes and the type of its column, not on the column's modifier or
+//!   collation. While the type stays the same, bytes change without a row event only when ALTER COLUMN ... TYPE or ...
+//!   SET EXPRESSION rewrites the table. That gives the table another file *and* updates the column's row of
+//!   `pg_attribute`, in one commit. VACUUM FULL, CLUSTER, TRUNCATE, SET TABLESPACE, SET ACCESS METHOD and rewrites of
+//!   other columns change only the file. SET STATISTICS, SET DEFAULT, SET NOT NULL, or a longer varchar change only
+//!   that row.
+//! - **Labels.** ADD VALUE changes no stored value.
+//! - **Partitions.** A partition that was created as one began empty, and all its rows were written through its root.
+//! - **Row level security** does not affect the stream. It is in the fingerprint so that the requirements are checked
+//!   again.
 //!
 //! # Partitions
 //!
-//! pgoutput publishes the TRUNCATE of a partitioned table, and says nothing of one of a partition that it publishes as its
-//! root. Such a TRUNCATE gives the partition other storage, and that is in the fingerprint. VACUUM FULL, CLUSTER and rewrites
-//! by ALTER TABLE look the same, and are gaps too: rather one too many than rows that are gone and still reported.
+//! pgoutput publishes the TRUNCATE of a partitioned table, but not that of a partition that is published as its root.
+//! Such a TRUNCATE gives the partition other storage, which is in the fingerprint. VACUUM FULL, CLUSTER and rewrites by
+//! ALTER TABLE look the same, and are gaps as well: a needless gap is better than deleted rows that subscribers keep.
 //!
-//! # Left out
+//! # Absent on purpose
 //!
-//! Unmapped columns, and everything else that does not decide which rows come out: owners, privileges, statistics. A table
-//! that gets another name and its old one back between two checks: what is written meanwhile comes under the other name.
+//! Unmapped columns, and everything else that does not affect the rows of the slot: owners, privileges, statistics. If
+//! a table is renamed and renamed back between two checks, the rows in between have the other name, and no check
+//! notices.
 //!
-//! A partition that no check has seen before its rows went without a DELETE: created, filled and dropped between two checks, or
-//! filled and truncated by the very transaction that created it. It leaves no trace in the catalogs.
+//! A partition whose rows disappear without a DELETE before a check has seen it: it was created, filled and dropped
+//! between two checks, or it was filled and truncated by the transaction that created it. The catalogs contain no trace
+//! of either.
 //!
-//! Input and output functions of types that are replaced: by another version of an extension, for example.
+//! Replaced input and output functions of types, by another version of an extension for example.
 
 mod difference;
 
@@ -71,7 +77,7 @@ use crate::decode::pgoutput::RelationId;
 use crate::model::lsn::Lsn;
 use crate::postgres::catalog::{Catalog, CompositeAttribute, Label, Publication, Sum, Table};
 
-/// Makes a running session check the publication at once, and not with its next check, after something was repaired or changed.
+/// Makes a running session check the publication at once after a repair or a change, instead of at the next interval.
 pub(crate) const LOOK_AT_ONCE: &str = "SELECT pg_logical_emit_message(true, 'tuplewatch', 'check');";
 /// The content of its message. A role that may write one may also write tuples.
 pub(crate) const CHECK_REQUEST: &[u8] = b"check";
@@ -79,29 +85,28 @@ pub(crate) const CHECK_REQUEST: &[u8] = b"check";
 /// The result of a check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Published {
-    /// Lines of `subject TAB topic TAB value`. None: there is no such publication.
+    /// Lines of `subject TAB topic TAB value`. `None` if there is no such publication.
     pub(crate) fingerprint: Option<String>,
-    /// The WAL insert position after the check's snapshot was taken. The *next* check that is equal verifies everything
-    /// before it.
+    /// The WAL insert position after the check's snapshot was taken. The *next* equal check verifies everything before
+    /// it.
     pub(crate) lsn: Lsn,
     /// The mapped tables that exist, by oid.
     pub(crate) tables: HashMap<RelationId, String>,
 }
 
-/// Checks, one after the other, of the same mapping on one server. Only the first, and those that find a change, read
-/// everything.
+/// Successive checks of one mapping on one server. Only the first check, and those that find a change, read everything.
 #[derive(Debug, Default)]
 pub(crate) struct Checks {
-    /// The sum that was read before the fingerprint was.
+    /// The last result, with the sum that was read before it.
     last: Mutex<Option<(String, Published)>>,
 }
 
 impl Checks {
-    /// The next check. One statement where nothing changed, or else two (and one for the server's version). Costs the server some
-    /// 10 ms, most of it planning.
+    /// Runs the next check: one statement if nothing has changed, otherwise two (and one for the server's version). It
+    /// costs the server about 10 ms, most of it for planning.
     ///
     /// # Errors
-    /// Where PostgreSQL cannot be asked.
+    /// If PostgreSQL does not answer.
     pub(crate) async fn next(
         &self,
         client: &Client,
@@ -114,16 +119,16 @@ impl Checks {
             return Ok(Published { lsn: sum.lsn, ..published });
         }
         let published = fingerprint(client, publication, mapping).await?;
-        // What changed since the sum was read makes the next one differ: everything is read once more.
+        // A change since the sum was read makes the next sum differ, so everything is then read again.
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some((sum.value, published.clone()));
         Ok(published)
     }
 }
 
-/// Reads the fingerprint: one statement, with its LSN (and one for the server's version).
+/// Reads the fingerprint and its LSN in one statement (and one for the server's version).
 ///
 /// # Errors
-/// Where PostgreSQL cannot be asked.
+/// If PostgreSQL does not answer.
 pub(crate) async fn fingerprint(
     client: &Client,
     publication: &str,
@@ -165,7 +170,7 @@ const FILE: &str = "file";
 const LABEL: &str = "label";
 const ATTRIBUTE: &str = "attribute";
 const PARTITION: &str = "partition";
-/// A partition that was created as such.
+/// A partition that was created as one.
 const BORN_EMPTY: &str = "born empty";
 const CHILD: &str = "child";
 const HAD_CHILDREN: &str = "had children";
@@ -178,7 +183,7 @@ struct Lines(String);
 
 impl Lines {
     fn add(&mut self, subject: &str, topic: &str, value: impl fmt::Display) {
-        // Names may hold tabs and line breaks, which separate here.
+        // Names may contain tabs and line breaks, which are separators here.
         let escaped = subject.replace('\\', "\\\\").replace('\t', "\\t").replace('\n', "\\n");
         let value = value.to_string().replace('\\', "\\\\").replace('\t', "\\t").replace('\n', "\\n");
         let _ = writeln!(self.0, "{escaped}\t{topic}\t{value}");
@@ -221,7 +226,7 @@ fn describe_table(table: &Table, publication: &Publication, lines: &mut Lines) {
             lines.add(&name, FILTER, format!("{through}: {filter}"));
         }
         if let Some(columns) = &member.columns {
-            // Only mapped ones: the rest may come and go.
+            // Only mapped columns: other columns may be added and dropped.
             let mapped: Vec<String> = table
                 .columns
                 .iter()
@@ -274,12 +279,12 @@ fn describe_table(table: &Table, publication: &Publication, lines: &mut Lines) {
     }
 }
 
-/// Whether no row and no value can have changed in silence between two checks, one after the other. See the module.
+/// Whether no row and no value can have changed silently between two successive checks. See the module.
 pub(crate) fn is_equivalent(old: &str, new: &str) -> bool {
     Difference::between(old, new).is_harmless()
 }
 
-/// What differs between two fingerprints, in a sentence for people. Names tables, and nothing that was in them.
+/// Describes the difference between two fingerprints in a sentence. It names tables, but no values.
 pub(crate) fn difference(old: Option<&str>, new: Option<&str>) -> String {
     match (old, new) {
         (None, None) => "there is no publication".to_owned(),

@@ -1,10 +1,10 @@
-//! The requirements on PostgreSQL, and how to meet them.
+//! The requirements on PostgreSQL, and their remedies.
 //!
-//! `serve` refuses to start where [`check`] finds an error. Each diagnostic has the statement that fixes it, to be pasted into
-//! psql as it is. A step that no statement can do (a restart) stands behind it as a comment. `doctor` makes the same checks, and more:
+//! `serve` refuses to start if [`check`] finds an error. Each diagnostic contains the statement that fixes it, ready
+//! for psql. A step that is not a statement (a restart) follows as a comment. `doctor` makes the same checks and more:
 //! [`crate::admin::doctor`].
 //!
-//! The checks need no privilege: they read only catalogs that are open to all roles.
+//! The checks need no privileges, because they read only catalogs that every role may read.
 
 mod connections;
 mod server;
@@ -24,10 +24,10 @@ pub(crate) use server::Version;
 pub(crate) use tables::not_a_table;
 use tables::{Tenants, check_table};
 
-/// The versions that tuplewatch is tested with.
+/// The versions of PostgreSQL that tuplewatch is tested with.
 const MAJORS: std::ops::RangeInclusive<i32> = 14..=18;
 
-/// The objects that tuplewatch is going to use.
+/// The objects that tuplewatch will use.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Expectation<'a> {
     pub(crate) mapping: &'a Mapping,
@@ -35,18 +35,18 @@ pub(crate) struct Expectation<'a> {
     pub(crate) slot: &'a str,
     /// The publication's name.
     pub(crate) publication: &'a str,
-    /// Whether the slot must be there. If not, there must be room for it.
+    /// Whether the slot must exist. If not, there must be room for it.
     pub(crate) slot_expected: bool,
-    /// How late the slot will be acknowledged.
+    /// The delay of acknowledgements.
     pub(crate) ack_delay: AckDelay,
-    /// How fixes write commands.
+    /// The form of commands in fixes.
     pub(crate) commands: &'a CommandLine,
 }
 
-/// Looks at everything, in five statements.
+/// Checks all requirements, in five statements.
 ///
 /// # Errors
-/// Where PostgreSQL cannot be asked. What it answers is never an error but a diagnostic.
+/// If PostgreSQL does not answer. Its answers become diagnostics, never errors.
 pub(crate) async fn check(
     client: &Client,
     expected: &Expectation<'_>,
@@ -81,10 +81,10 @@ pub(crate) async fn check(
     Ok(report.into_diagnostics())
 }
 
-/// What is in the way of a new slot: settings, rights, and room where it does not take the place of another.
+/// Checks the requirements of a new slot: settings, rights, and room unless it replaces another slot.
 ///
 /// # Errors
-/// Where PostgreSQL cannot be asked.
+/// If PostgreSQL does not answer.
 pub(crate) async fn check_for_slot(
     client: &Client,
     takes_room: bool,
@@ -94,16 +94,16 @@ pub(crate) async fn check_for_slot(
     Ok(())
 }
 
-/// How fixes are written.
+/// The form of fixes.
 #[derive(Clone, Copy)]
 struct Fixes<'a> {
-    /// With a slot, a tuplewatch may be running, which has to check at once.
+    /// If there is a slot, tuplewatch may be running, and must check at once.
     has_slot: bool,
     commands: &'a CommandLine,
 }
 
 impl Fixes<'_> {
-    /// A statement that changes what is published.
+    /// A statement that alters the publication, or what it publishes.
     fn alter(self, statement: &str) -> String {
         if self.has_slot {
             format!("{statement}; {LOOK_AT_ONCE}  -- at once, no reload")
@@ -119,9 +119,9 @@ impl Fixes<'_> {
     }
 }
 
-/// The fix where the slot can no longer be used.
+/// The fix for an unusable slot.
 pub(crate) fn recreate_slot(commands: &CommandLine) -> String {
-    commands.recreate_slot().fix("what changed in between is lost, and subscribers are told")
+    commands.recreate_slot().fix("the changes in between are lost, and subscribers receive a gap")
 }
 
 fn check_publication(catalog: &Catalog, expected: &Expectation<'_>, fixes: Fixes<'_>, report: &mut Report) {
@@ -135,7 +135,7 @@ fn check_publication(catalog: &Catalog, expected: &Expectation<'_>, fixes: Fixes
         } else {
             format!("{}  -- or: {}", creation(expected.publication, &tables), expected.commands.setup())
         };
-        let meaning = "It says which tables are read: without it no change reaches tuplewatch.";
+        let meaning = "It lists the tables to read: without it no change reaches tuplewatch.";
         return report.add(Diagnostic::error(subject, "does not exist").means(meaning).fix(fix));
     };
     let operations = [
@@ -159,7 +159,7 @@ fn check_publication(catalog: &Catalog, expected: &Expectation<'_>, fixes: Fixes
     }
 }
 
-/// As `WITH (publish = …)` wants it.
+/// The value for `WITH (publish = …)`.
 pub(crate) const ALL_OPERATIONS: &str = "insert, update, delete, truncate";
 
 /// The statement that creates the publication.
@@ -175,9 +175,9 @@ fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, 
     let subject = format!("replication slot {}", expected.slot);
     let Some(slot) = slot else {
         if !expected.slot_expected {
-            return report.ok(subject, "is not there: tuplewatch serve makes it with a new change log");
+            return report.ok(subject, "does not exist: tuplewatch serve creates it with a new change log");
         }
-        let meaning = "The change log goes on from it: somebody has dropped it, or the server is another one (a promotion, an upgrade).";
+        let meaning = "The change log continues from it: it was dropped, or this is another server (after a promotion or an upgrade).";
         return report
             .add(Diagnostic::error(subject, "does not exist").means(meaning).fix(recreate_slot(expected.commands)));
     };
@@ -193,14 +193,14 @@ fn check_slot(slot: Option<&Slot>, expected: &Expectation<'_>, server: &Server, 
     }
 }
 
-/// The diagnostic for a slot that is not one of tuplewatch for this database.
+/// The diagnostic for a slot that is not tuplewatch's, or not for this database.
 pub(crate) fn foreign_slot(slot: &Slot, name: &str, database: &str) -> Option<Diagnostic> {
     let what = if slot.slot_type != "logical" || slot.plugin.as_deref() != Some("pgoutput") {
         format!("is a {} slot of {}", slot.slot_type, slot.plugin.as_deref().unwrap_or("no plugin"))
     } else if slot.database.as_deref() != Some(database) {
         format!("is for database {}", slot.database.as_deref().unwrap_or("?"))
     } else if slot.temporary {
-        "is a temporary one, which goes with the session that made it".to_owned()
+        "is a temporary one, and disappears with the session that created it".to_owned()
     } else {
         return None;
     };
@@ -208,10 +208,10 @@ pub(crate) fn foreign_slot(slot: &Slot, name: &str, database: &str) -> Option<Di
     Some(Diagnostic::error(format!("replication slot {name}"), what).fix(fix))
 }
 
-/// Whether the needed WAL can still be read from the slot, and for how long.
+/// Checks whether the needed WAL can still be read from the slot, and for how long.
 pub(crate) fn check_fit(slot: &Slot, subject: &str, commands: &CommandLine, report: &mut Report) {
     if let Some(reason) = slot.loss() {
-        let meaning = "Nothing can be read from it any more: tuplewatch was away, or behind, for longer than the server keeps WAL.";
+        let meaning = "It can no longer be read: tuplewatch was down, or behind, for longer than the server keeps WAL.";
         let diagnostic = Diagnostic::error(subject, format!("is lost ({reason})"));
         report.add(diagnostic.means(meaning).fix(recreate_slot(commands)));
     } else if slot.wal_status.as_deref() == Some("unreserved") {

@@ -1,7 +1,7 @@
-//! The replication slot: its state, and how to create one.
+//! The replication slot: its state, and its creation.
 //!
-//! Creating a slot waits until every transaction of the whole cluster has ended that was open when it began. One forgotten `BEGIN` can
-//! delay it without limit, so the caller learns which transactions it waits for.
+//! The creation of a slot waits for every transaction of the cluster that was open when it began. One forgotten `BEGIN`
+//! can delay it without limit, so the caller learns which transactions it waits for.
 
 use serde::Deserialize;
 use std::fmt;
@@ -14,12 +14,12 @@ use crate::postgres::catalog::Document;
 use crate::postgres::connection::Connection;
 use crate::postgres::transactions::{self, Locks, NAMED_MAX, Watched};
 
-/// How late the slot is acknowledged.
+/// The delay of acknowledgements.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct AckDelay {
-    /// What became durable here within this time is not acknowledged yet. Zero: no delay.
+    /// WAL is acknowledged only this long after it became durable. Zero means no delay.
     pub(crate) age: Duration,
-    /// The delay is never more than this, in bytes of WAL.
+    /// The largest delay, in bytes of WAL.
     pub(crate) size_bytes: u64,
 }
 
@@ -30,10 +30,10 @@ impl AckDelay {
     }
 }
 
-/// Between two reports of a wait. Shorter waits are normal.
+/// The time between two reports of a wait. Shorter waits are normal.
 const REPORT_EVERY: Duration = Duration::from_secs(3);
 
-/// A row of `pg_replication_slots`. Columns that this version of PostgreSQL does not have are as if nothing were wrong.
+/// A row of `pg_replication_slots`. Columns that this version of PostgreSQL lacks have the value of a healthy slot.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Slot {
     pub(crate) plugin: Option<String>,
@@ -41,7 +41,7 @@ pub(crate) struct Slot {
     pub(crate) database: Option<String>,
     pub(crate) active_pid: Option<i32>,
     pub(crate) wal_status: Option<String>,
-    /// How much may still be written before the slot is lost. None: there is no limit.
+    /// The bytes of WAL that may still be written before the slot is lost. `None` if there is no limit.
     pub(crate) safe_wal_size: Option<i64>,
     #[serde(default)]
     pub(crate) two_phase: bool,
@@ -53,10 +53,10 @@ pub(crate) struct Slot {
     /// From version 17 on.
     #[serde(default)]
     pub(crate) invalidation_reason: Option<String>,
-    /// Whether standbys keep a copy of it. From version 17 on.
+    /// Whether standbys keep a copy of the slot. From version 17 on.
     #[serde(default)]
     pub(crate) failover: Option<bool>,
-    /// Whether it is itself such a copy, on what was a standby. From version 17 on.
+    /// Whether the slot is itself such a copy, on a server that was a standby. From version 17 on.
     #[serde(default)]
     pub(crate) synced: Option<bool>,
 }
@@ -68,12 +68,13 @@ impl Slot {
         row.map(|row| row.try_get::<_, Document<Self>>(0).map(|document| document.0)).transpose()
     }
 
-    /// WAL that may still be written before it is lost; `None`: there is no limit. Below zero the next checkpoint takes it.
+    /// The bytes of WAL that may still be written before the slot is lost. `None` if there is no limit. If it is
+    /// negative, the next checkpoint invalidates the slot.
     pub(crate) fn safe_bytes(&self) -> Option<u64> {
         self.safe_wal_size.map(|left| u64::try_from(left).unwrap_or(0))
     }
 
-    /// Why nothing can be read from the slot any more.
+    /// The reason why the slot can no longer be read, if it cannot.
     pub(crate) fn loss(&self) -> Option<Loss> {
         if let Some(reason) = &self.invalidation_reason {
             return Some(Loss::Invalidated(reason.clone()));
@@ -85,7 +86,7 @@ impl Slot {
     }
 }
 
-/// Why nothing can be read from a slot any more.
+/// The reason why a slot can no longer be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Loss {
     /// PostgreSQL's `invalidation_reason`.
@@ -100,14 +101,14 @@ pub(crate) enum Loss {
 /// The state of a slot and of its server, at one moment.
 #[derive(Debug, Deserialize)]
 pub(crate) struct SlotStatus {
-    /// None: there is no such slot.
+    /// `None` if there is no such slot.
     pub(crate) slot: Option<Slot>,
     /// The application name of the backend that holds the slot.
     pub(crate) holder: Option<String>,
     /// The LSN up to which the server has written WAL.
     #[serde(deserialize_with = "crate::postgres::catalog::lsn")]
     pub(crate) wal_end: Lsn,
-    /// From the oldest WAL that is kept for the slot. None: none is.
+    /// The bytes of WAL from the oldest that is kept for the slot. `None` if no WAL is kept for it.
     pub(crate) retained_bytes: Option<u64>,
     /// The end LSN up to which the slot was acknowledged.
     #[serde(deserialize_with = "crate::postgres::catalog::optional_lsn")]
@@ -131,11 +132,11 @@ impl SlotStatus {
     }
 }
 
-/// The wait of a slot that is being created.
+/// The wait of a slot's creation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Waiting {
     pub(crate) elapsed: Duration,
-    /// The transactions that it waits for, each in words. Empty if they have just ended.
+    /// Descriptions of the transactions that it waits for. Empty if they have just ended.
     pub(crate) transactions: Vec<String>,
 }
 
@@ -153,18 +154,20 @@ impl fmt::Display for Waiting {
 pub(crate) const OPEN_TRANSACTIONS: &str =
     "SELECT pid, xact_start, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start";
 
-/// The oldest version whose standbys can keep copies of logical slots, as `server_version_num` has it.
+/// The oldest version whose standbys can keep copies of logical slots, as in `server_version_num`.
 pub(crate) const FAILOVER_SLOTS: i32 = 170_000;
 
-/// Makes the slot and returns its consistent point: the slot streams every transaction that commits at or after it. The
-/// publication must exist already. With `failover`, standbys may keep a copy of the slot, where PostgreSQL can.
+/// Creates the slot and returns its consistent point: the slot streams every transaction that commits at or after it.
+/// The publication must already exist. With `failover`, standbys may keep a copy of the slot, if PostgreSQL supports
+/// it.
 ///
-/// `report` is called every few seconds for as long as older transactions are open. The wait has no limit: end these transactions, or
-/// drop this future. If it is dropped, the server notices within seconds that the client is gone, and there is no slot.
+/// `report` is called every few seconds while older transactions are open. The wait has no limit: end these
+/// transactions, or drop this future. After a drop, the server notices within seconds that the client is gone, and
+/// creates no slot.
 ///
 /// # Errors
-/// Of PostgreSQL: 42710 if there is a slot of that name, 53400 if there are too many, 55000 if `wal_level` is wrong, 42501
-/// if the role has no REPLICATION.
+/// Those of PostgreSQL: 42710 if a slot of that name exists, 53400 if there are too many slots, 55000 if `wal_level` is
+/// wrong, 42501 if the role lacks REPLICATION.
 pub(crate) async fn create_slot(
     connection: &Connection,
     name: &str,
@@ -173,17 +176,17 @@ pub(crate) async fn create_slot(
 ) -> Result<Lsn, tokio_postgres::Error> {
     let client = &connection.client;
     let pid: i32 = client.query_typed_one("SELECT pg_backend_pid()", &[]).await?.try_get(0)?;
-    // The limits on statements and locks do not apply: this wait is normal.
+    // Limits on statements and locks must not apply, because this wait is normal.
     client.batch_execute("SET statement_timeout = 0; SET lock_timeout = 0").await?;
-    // Not every system that PostgreSQL runs on supports this. Without it, an abandoned wait continues.
+    // Not every operating system supports this. Without it, an abandoned wait continues.
     let unavailable = client.batch_execute("SET client_connection_check_interval = '1s'").await.is_err();
-    tracing::debug!(unavailable, "asked the server to notice when a client that waits has gone");
+    tracing::debug!(unavailable, "asked the server to detect that a waiting client is gone");
 
     let started = Instant::now();
     let sql = format!("SELECT lsn FROM {}", creation("$1", failover && can_fail_over(client).await?));
     let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 1] = [(&name, Type::NAME)];
     let mut creation = std::pin::pin!(client.query_typed_one(&sql, &parameters));
-    // A second connection, made only if there is something to report.
+    // A second connection, opened only if there is something to report.
     let mut observer: Option<Connection> = None;
     let created = loop {
         if let Ok(created) = tokio::time::timeout(REPORT_EVERY, &mut creation).await {
@@ -210,13 +213,13 @@ pub(crate) async fn can_fail_over(client: &Client) -> Result<bool, tokio_postgre
     client.query_typed_one(sql, &[(&FAILOVER_SLOTS, Type::INT4)]).await?.try_get(0)
 }
 
-/// The call that makes a slot; `name` is SQL.
+/// The call that creates a slot. `name` is SQL.
 pub(crate) fn creation(name: &str, failover: bool) -> String {
     let failover = if failover { ", failover => true" } else { "" };
     format!("pg_catalog.pg_create_logical_replication_slot({name}, 'pgoutput'{failover})")
 }
 
-/// The oldest transactions that have an id, for which a slot waits.
+/// Returns the oldest transactions with an id, for which the slot waits.
 async fn blockers(client: &Client, waiting: i32) -> Result<Vec<String>, tokio_postgres::Error> {
     let open = transactions::open(client, &Watched::default(), Locks::Writing, Some(waiting)).await?;
     Ok(open.iter().take(NAMED_MAX).map(ToString::to_string).collect())

@@ -1,4 +1,4 @@
-//! Real PostgreSQL for the tests of this module.
+//! Real PostgreSQL for the tests of this room.
 
 use std::path::PathBuf;
 use std::process::{ChildStdin, Command, Stdio};
@@ -9,7 +9,8 @@ use crate::dev_postgres::{Cluster, ClusterOptions, Installation};
 use crate::model::diagnostic::CommandLine;
 use crate::postgres::connection::{Connection, Endpoints};
 
-/// A directory of its own, gone afterwards. Not created, so that PostgreSQL's user can reach it whatever our umask.
+/// A directory that is deleted with this value. It is not created here, so that PostgreSQL's user can reach it whatever
+/// our umask is.
 pub(crate) struct Place(pub(crate) PathBuf);
 
 impl Place {
@@ -25,7 +26,7 @@ impl Drop for Place {
     }
 }
 
-/// Not started.
+/// Returns a cluster that is not started.
 pub(crate) async fn cluster(data_dir: PathBuf, settings: &[(&str, &str)]) -> Cluster {
     let mut all = vec![("fsync".to_owned(), "off".to_owned())];
     all.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
@@ -33,19 +34,19 @@ pub(crate) async fn cluster(data_dir: PathBuf, settings: &[(&str, &str)]) -> Clu
     Cluster::create_or_open(Installation::find(None).unwrap(), options).await.unwrap()
 }
 
-/// One for all tests of this process that do not restart it.
+/// One cluster for all tests of this process that do not restart it.
 struct Shared {
     cluster: Cluster,
-    /// Statics are never dropped. When this process ends, however it does, the pipe closes, and a shell at its other end
-    /// stops the cluster and deletes it.
+    /// Statics are never dropped. However this process ends, its end closes the pipe, and a shell at the other end
+    /// stops and deletes the cluster.
     _reaper: ChildStdin,
 }
 
-#[expect(clippy::zombie_processes, reason = "the reaper outlives this process, which is what it is for")]
+#[expect(clippy::zombie_processes, reason = "the reaper outlives this process")]
 fn shared() -> &'static Shared {
     static SHARED: OnceLock<Shared> = OnceLock::new();
     SHARED.get_or_init(|| {
-        // Each test has a runtime of its own that ends with it.
+        // Each test has a runtime that ends with the test.
         let started = std::thread::spawn(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
@@ -73,7 +74,7 @@ fn shared() -> &'static Shared {
     })
 }
 
-/// A database of its own in the shared cluster.
+/// A separate database in the shared cluster.
 pub(crate) struct Database {
     pub(crate) name: String,
     pub(crate) connection: Connection,
@@ -88,7 +89,7 @@ impl Database {
         Self { connection: connect(&cluster.uri(&name)).await, name }
     }
 
-    /// As another user, whom the cluster trusts.
+    /// Connects as another user, whom the cluster trusts.
     pub(crate) async fn connect_as(&self, user: &str) -> Connection {
         let uri = shared().cluster.uri(&self.name).replace("postgres@", &format!("{user}@"));
         connect(&uri).await
@@ -104,7 +105,8 @@ impl Database {
     }
 }
 
-/// Statements of the tests name tables without their schema, which those of tuplewatch's own sessions could not.
+/// Connects like an ordinary client: the statements of tests name tables without a schema, which tuplewatch's own
+/// sessions could not resolve.
 pub(crate) async fn connect(uri: &str) -> Connection {
     let connection = Endpoints::parse(uri).unwrap().connect("tests").await.unwrap_or_else(|error| panic!("{error}"));
     connection.client.batch_execute("SET search_path = public").await.unwrap();

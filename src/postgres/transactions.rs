@@ -1,7 +1,7 @@
-//! Open transactions that something else waits for: a new slot, the end of a gap, a lock on a table.
+//! Open transactions that delay something: a new slot, the end of a gap, or a lock on a table.
 //!
-//! Every role can see that a transaction exists, whether it has an id, and which tables it has locked. Only members of its role and of
-//! `pg_read_all_stats` can see since when it is open and what it does.
+//! Every role can see that a transaction exists, whether it has an id, and which tables it has locked. Only members of
+//! its role and of `pg_read_all_stats` can see its start and its state.
 
 use serde::Deserialize;
 use std::fmt;
@@ -15,17 +15,17 @@ use crate::model::diagnostic::Span;
 use crate::model::lsn::Xid8;
 use crate::postgres::catalog::{Document, Table, literal};
 
-/// At most this many of the oldest transactions are named; more would not help the reader.
+/// The most transactions that are named. More would not help.
 pub(crate) const NAMED_MAX: usize = 5;
 
 /// An open transaction, of a session or prepared.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Transaction {
     owner: Owner,
-    /// None: hidden from us.
+    /// `None` if the role may not see it.
     open_seconds: Option<f64>,
-    /// User, database, application and state, as far as they can be seen.
-    pub(crate) whose: String,
+    /// User, database, application and state, as far as the role may see them.
+    pub(crate) details: String,
     /// The watched tables that it has locked.
     pub(crate) tables: Vec<String>,
 }
@@ -40,25 +40,24 @@ enum Owner {
 /// A transaction that may be writing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Writer {
-    /// Its id.
     pub(crate) xid: Xid8,
-    /// Its owner and the statement that ends it, as far as they can be seen, for people.
+    /// The details and the statement that ends the transaction, as far as the role may see them.
     pub(crate) description: String,
 }
 
-/// Locks of a table that count.
+/// The table locks that count.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Locks {
-    /// Those that writers take.
+    /// The locks of writers.
     Writing,
-    /// Those that `LOCK TABLE … IN SHARE ROW EXCLUSIVE MODE` waits for.
+    /// The locks for which `LOCK TABLE … IN SHARE ROW EXCLUSIVE MODE` waits.
     NotReading,
-    /// All, for which `ALTER TABLE` waits.
+    /// All locks, for which `ALTER TABLE` waits.
     All,
 }
 
 impl Locks {
-    /// As `pg_locks` names them.
+    /// The names in `pg_locks`.
     const fn modes(self) -> &'static [&'static str] {
         match self {
             Self::Writing => &["RowExclusiveLock", "ShareRowExclusiveLock", "ExclusiveLock", "AccessExclusiveLock"],
@@ -84,7 +83,7 @@ impl Locks {
     }
 }
 
-/// Tables by oid, each partition under the name of the table that is mapped.
+/// Tables by oid. A partition has the name of the mapped table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Watched {
     oids: Vec<u32>,
@@ -109,16 +108,16 @@ impl Watched {
     }
 }
 
-/// The open transactions of the whole cluster that have an id, and those that have locked one of the tables; the oldest first. Leaves
-/// out our own and that of the process `waiting`.
+/// Returns the open transactions of the cluster that have an id or have locked one of the tables, oldest first. It
+/// omits our own transaction and that of the process `waiting`.
 pub(crate) async fn open(
     client: &Client,
     watched: &Watched,
     locks: Locks,
     waiting: Option<i32>,
 ) -> Result<Vec<Transaction>, tokio_postgres::Error> {
-    // The locks of prepared transactions have no process. What they have in common with the transaction is a virtual id, which
-    // also has the lock of the id itself.
+    // The locks of prepared transactions have no process. A virtual id connects them with their transaction, which also
+    // holds the lock of its id under that virtual id.
     let sql = "
         WITH locked AS (
             SELECT pid, virtualtransaction, json_agg(DISTINCT watched.name) AS tables
@@ -128,7 +127,7 @@ pub(crate) async fn open(
              GROUP BY pid, virtualtransaction),
         open AS (
             SELECT json_build_object('session', pid) AS owner, xact_start AS since, backend_xid AS xid, tables,
-                   concat_ws(', ', 'user ' || usename, 'database ' || datname, NULLIF(application_name, ''), state) AS whose
+                   concat_ws(', ', 'user ' || usename, 'database ' || datname, NULLIF(application_name, ''), state) AS details
               FROM pg_stat_activity LEFT JOIN locked USING (pid)
              WHERE (backend_xid IS NOT NULL OR tables IS NOT NULL) AND pid <> pg_backend_pid()
                AND pid IS DISTINCT FROM $4
@@ -140,7 +139,7 @@ pub(crate) async fn open(
                           WHERE locked.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid') AS prepared_locks
                      ON transactionid = transaction)
         SELECT COALESCE(json_agg(json_build_object(
-                   'owner', owner, 'whose', whose, 'tables', COALESCE(tables, '[]'),
+                   'owner', owner, 'details', details, 'tables', COALESCE(tables, '[]'),
                    'open_seconds', extract(epoch FROM clock_timestamp() - since)) ORDER BY since, age(xid) DESC), '[]')
           FROM open";
     let row = client
@@ -157,18 +156,18 @@ pub(crate) async fn open(
     row.try_get::<_, Document<Vec<Transaction>>>(0).map(|document| document.0)
 }
 
-/// Ids of the transactions that have locked one of these tables, or a partition of one, as writers do.
+/// Returns the ids of the transactions that hold a writer's lock on one of these tables or their partitions.
 ///
 /// # Errors
-/// Where PostgreSQL cannot be asked.
+/// If PostgreSQL does not answer.
 pub(crate) async fn writers(client: &Client, tables: &[RelationId]) -> Result<Vec<Xid8>, tokio_postgres::Error> {
-    // All locks in one look, so that a transaction's lock of a table and the one of its id belong together. A transaction that has the
-    // first and not yet the second has not written. Ids of savepoints are among them.
+    // Read all locks at once, so that a transaction's lock of a table matches the lock of its id. A transaction that
+    // has the first but not yet the second has not written. Ids of savepoints are included.
     let sql = "
-        WITH held AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted)
+        WITH locks AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted)
         SELECT DISTINCT pg_snapshot_xmax(pg_current_snapshot())::text::int8, own.transactionid::text::int8
-          FROM held AS lock
-          JOIN held AS own ON own.virtualtransaction = lock.virtualtransaction AND own.pid IS NOT DISTINCT FROM lock.pid
+          FROM locks AS lock
+          JOIN locks AS own ON own.virtualtransaction = lock.virtualtransaction AND own.pid IS NOT DISTINCT FROM lock.pid
          WHERE lock.locktype = 'relation' AND lock.mode = ANY ($2)
            AND lock.database = (SELECT oid FROM pg_database WHERE datname = current_database())
            AND (lock.relation = ANY ($1)
@@ -185,11 +184,11 @@ pub(crate) async fn writers(client: &Client, tables: &[RelationId]) -> Result<Ve
         .collect()
 }
 
-/// Those of these transactions that have not ended. A transaction releases the lock of its id when it ends, after its commit record
-/// was written.
+/// Returns those of these transactions that have not ended. A transaction releases the lock of its id when it ends,
+/// after its commit record was written.
 ///
 /// # Errors
-/// Where PostgreSQL cannot be asked.
+/// If PostgreSQL does not answer.
 pub(crate) async fn running(client: &Client, of: &[Xid8]) -> Result<Vec<Writer>, tokio_postgres::Error> {
     let sql = "
         SELECT COALESCE(json_agg(json_build_object(
@@ -197,7 +196,7 @@ pub(crate) async fn running(client: &Client, of: &[Xid8]) -> Result<Vec<Writer>,
                    'owner', CASE WHEN gid IS NULL THEN json_build_object('session', lock.pid)
                                  ELSE json_build_object('prepared', gid) END,
                    'open_seconds', extract(epoch FROM clock_timestamp() - COALESCE(xact_start, prepared)),
-                   'whose', concat_ws(', ', 'user ' || COALESCE(usename, owner), NULLIF(application_name, ''), state))), '[]')
+                   'details', concat_ws(', ', 'user ' || COALESCE(usename, owner), NULLIF(application_name, ''), state))), '[]')
           FROM pg_locks AS lock
           LEFT JOIN pg_stat_activity AS activity ON activity.pid = lock.pid
           LEFT JOIN pg_prepared_xacts ON transaction = transactionid
@@ -218,18 +217,18 @@ pub(crate) async fn running(client: &Client, of: &[Xid8]) -> Result<Vec<Writer>,
     Ok(running.into_iter().filter_map(writer).collect())
 }
 
-/// As PostgreSQL's `xid` has it.
+/// The lower half of the id, which PostgreSQL's type `xid` contains.
 const fn low_half(xid: Xid8) -> u32 {
     (xid.0 & 0xFFFF_FFFF) as u32
 }
 
 impl Transaction {
-    /// How long it has been open; `None`: hidden from us.
+    /// The time since it began. `None` if the role may not see it.
     pub(crate) fn open(&self) -> Option<Duration> {
         self.open_seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default())
     }
 
-    /// "transaction of process 7".
+    /// For example "transaction of process 7".
     pub(crate) fn subject(&self) -> String {
         match &self.owner {
             Owner::Session(pid) => format!("transaction of process {pid}"),
@@ -237,8 +236,8 @@ impl Transaction {
         }
     }
 
-    /// The statement that ends the transaction, with advice as a comment. Names that others chose stay out of the comment, where
-    /// nothing quotes them.
+    /// Returns the statement that ends the transaction, with advice as a comment. Names that other users chose are not
+    /// in the comment, where nothing would quote them.
     pub(crate) fn ending(&self) -> String {
         match &self.owner {
             Owner::Session(pid) => {
@@ -253,10 +252,10 @@ impl Transaction {
 }
 
 impl fmt::Display for Transaction {
-    /// The owner, and the statement that ends the transaction, on one line.
+    /// Writes the details, and the statement that ends the transaction, on one line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let open = self.open().map(|open| format!(", open for {}", Span(open))).unwrap_or_default();
-        write!(f, "{} ({}{open}), which ends with ", self.subject(), self.whose)?;
+        write!(f, "{} ({}{open}), which ends with ", self.subject(), self.details)?;
         match &self.owner {
             Owner::Session(pid) => write!(f, "SELECT pg_terminate_backend({pid})"),
             Owner::Prepared(gid) => write!(f, "COMMIT PREPARED {0} or ROLLBACK PREPARED {0}", literal(gid)),

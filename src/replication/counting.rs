@@ -1,25 +1,25 @@
-//! Counts entries that were handed over: transactions, changes by table, and gaps.
+//! Counts delivered entries: transactions, changes by table, and gaps.
 //!
-//! The assembler does not count, because it is pure, and because it sees transactions again after a reconnect. A transaction carries the
-//! tallies of its rows, and is counted as a whole, once.
+//! The assembler does not count, because it is pure, and because it sees transactions again after a reconnect. A
+//! transaction carries the tallies of its rows, and is counted once, as a whole.
 
 use crate::changelog::Entry;
 use crate::metrics::{Table, metrics};
 use crate::model::transaction::{GapReason, Tally};
 use std::sync::Arc;
 
-/// Tables whose counters are kept; with more, they are looked up anew.
+/// The number of tables whose counters are cached. Beyond it, the cache starts anew.
 const TABLES_MAX: usize = 256;
 
-/// See the module. Belongs to a session.
+/// The counters of a session.
 #[derive(Debug)]
 pub(super) struct Counting {
-    /// By the name that the assembler shares among all tallies of a table; mostly few.
+    /// The counters by table name. The assembler shares one name among all tallies of a table. Tables are mostly few.
     tables: Vec<(Arc<str>, Table)>,
 }
 
 impl Counting {
-    /// Counters of these tables, and of others that may come.
+    /// Creates counters for these tables. Other tables may follow.
     pub(super) fn new(tables: impl Iterator<Item = String>) -> Self {
         // Initialized at zero, so that `rate()` sees the first increment.
         for code in GapReason::CODES {
@@ -62,7 +62,7 @@ impl Counting {
             self.tables.push((name.clone(), metrics().table(name)));
             self.tables.len() - 1
         });
-        #[expect(clippy::indexing_slicing, reason = "found or added just now")]
+        #[expect(clippy::indexing_slicing, reason = "the index was found or added above")]
         &self.tables[at].1
     }
 }

@@ -1,4 +1,7 @@
-//! Why a session ended, in the classes that decide what follows: back off, wait for a repair, or end the process.
+//! The errors that end a session, in classes that decide the reaction: back off, wait for a repair, or end the process.
+//!
+//! In doubt an error is transient. A definite error names its remedy, because an operator reads it. A fatal error means
+//! that this log must not follow this database.
 
 use super::receiver;
 use crate::changelog::{self, recorder::Closed};
@@ -8,21 +11,21 @@ use crate::model::timeline::{ParseHistoryError, Source};
 use crate::postgres::connection::{ConnectError, SessionEnd, SqlError, WalsenderError};
 use std::time::Duration;
 
-/// Why a session ended.
+/// The error that ended a session.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// It may pass: back off and reconnect.
+    /// A temporary error: back off and reconnect.
     #[error(transparent)]
     Transient(#[from] Transient),
-    /// It lasts until somebody repairs it.
+    /// An error that lasts until somebody repairs it.
     #[error(transparent)]
     Definite(#[from] Definite),
-    /// The process must end.
+    /// An error after which the process must end.
     #[error(transparent)]
     Fatal(#[from] Fatal),
 }
 
-/// What may pass without anybody doing anything.
+/// An error that may resolve itself.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Transient {
     #[error(transparent)]
@@ -59,7 +62,7 @@ pub(crate) enum Transient {
     Log(#[from] changelog::Error),
 }
 
-/// What lasts until somebody repairs it; each message has the remedy.
+/// An error that lasts until somebody repairs it. Each message contains the remedy.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Definite {
     #[error(transparent)]
@@ -68,17 +71,17 @@ pub(crate) enum Definite {
     Replication(WalsenderError),
     #[error(transparent)]
     Stream(#[from] receiver::Error),
-    /// PostgreSQL is not as it must be.
+    /// PostgreSQL does not meet the requirements.
     #[error("{}", lines(.0))]
     Unfit(Vec<Diagnostic>),
     #[error(
-        "publication {publication} does not exist. The slot is older than a new one would be: run {recreate_slot}; what has changed \
-         since the publication was dropped is lost, and subscribers get a gap"
+        "publication {publication} does not exist. The slot is older than a new one would be: run {recreate_slot}; the changes \
+         since the publication was dropped are lost, and subscribers receive a gap"
     )]
     NoPublication { publication: String, recreate_slot: String },
     #[error(
-        "{source}. The slot reads from before the publication was created: run {recreate_slot}; what has changed in between is \
-         lost, and subscribers get a gap"
+        "{source}. The slot reads from before the publication was created: run {recreate_slot}; the changes in between are \
+         lost, and subscribers receive a gap"
     )]
     YoungPublication { source: WalsenderError, recreate_slot: String },
     #[error(
@@ -108,7 +111,7 @@ fn lines(diagnostics: &[Diagnostic]) -> String {
     diagnostics.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
 
-/// Why the process must end.
+/// An error after which the process must end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Fatal {
     /// The log was written from another database.
@@ -117,12 +120,12 @@ pub(crate) enum Fatal {
          point database.uri at the right one, set changelog.path to another directory, or start the log anew with --reset-log"
     )]
     ForeignSource {
-        /// The database whose log it is.
+        /// The database of the log.
         recorded: Source,
-        /// The database that database.uri leads to.
+        /// The database of database.uri.
         found: Source,
     },
-    /// The change log takes no more entries.
+    /// The change log accepts no more entries.
     #[error(transparent)]
     Log(#[from] Closed),
 }

@@ -1,10 +1,10 @@
 //! The gap of a changed publication or mapping, from the check that notices the change to the end of the gap.
 //!
-//! PostgreSQL decides for each row whether to send it, by the publication at the time when the row was written, and sends a transaction when
-//! it commits. So a transaction that wrote to a table while it was not published, and that is still open when the table is published again,
-//! commits *later*, without these rows. Therefore the gap ends only after every transaction that may have been writing when the change was
-//! noticed: every holder of a lock, of a kind that writers take, on a mapped table. A transaction that takes such a lock later writes under
-//! the publication that the check has seen.
+//! PostgreSQL decides for each row whether to send it, by the publication at the time when the row was written, and
+//! sends a transaction when it commits. So a transaction that wrote to a table while the table was not published, and
+//! that is still open when the table is published again, commits *later*, without these rows. Therefore the gap ends
+//! only after every transaction that may have been writing when the change was noticed: every holder of a writer's lock
+//! on a mapped table. A transaction that takes such a lock later writes under the publication that the check has seen.
 //!
 //! ```text
 //!  noticed ──▶ all writers have ended ──▶ marker ──▶ the gap, with its end
@@ -26,20 +26,21 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long a gap waits for writers before it is recorded as open. With the time between two checks, subscribers get it within 10 s.
+/// The time for which a gap waits for writers before it is recorded as open. Together with the interval of the checks,
+/// subscribers receive the gap within 10 s.
 const WRITERS_MAX: Duration = Duration::from_secs(3);
-/// How often the server is asked whether writers have ended.
+/// The interval at which the server is asked whether writers have ended.
 pub(super) const WRITERS_EVERY: Duration = Duration::from_millis(250);
 
-/// See the module. Belongs to one session.
+/// A gap without an end, or one that is not recorded. It belongs to one session.
 #[derive(Debug)]
 pub(super) struct UnsettledGap {
-    /// Complete up to and including here.
+    /// The stream is complete up to this position, inclusive.
     from: Position,
     reason: GapReason,
-    /// Still running when last asked.
+    /// The writers that were running when they were last asked for.
     writers: BTreeSet<Xid8>,
-    /// The new state, until it is recorded with the gap.
+    /// The new state, until it is recorded together with the gap.
     found: Option<Found>,
     noticed: Instant,
 }
@@ -52,7 +53,8 @@ struct Found {
 }
 
 impl UnsettledGap {
-    /// A check found that the publication or the mapping differs from the recorded one, while these transactions were writing.
+    /// A gap that begins because a check found another publication or mapping than the recorded one, while these
+    /// transactions were writing.
     pub(super) fn noticed(
         from: Lsn,
         reason: GapReason,
@@ -70,13 +72,13 @@ impl UnsettledGap {
         }
     }
 
-    /// One that an earlier session recorded as open.
+    /// A gap that an earlier session recorded as open.
     pub(super) fn recorded(gap: &Gap) -> Self {
         let writers = gap.writers.iter().copied().collect();
         Self { from: gap.from, reason: gap.reason.clone(), writers, found: None, noticed: Instant::now() }
     }
 
-    /// This gap and an earlier one that has not ended, as one.
+    /// Merges this gap with an earlier one that has not ended.
     pub(super) fn with(mut self, earlier: Option<Self>) -> Self {
         if let Some(earlier) = earlier {
             self.from = self.from.min(earlier.from);
@@ -95,7 +97,8 @@ impl UnsettledGap {
         self.found.is_some()
     }
 
-    /// Asks which writers are still running, and passes the gap to `receiver` when it is due. Returns what is left of the gap.
+    /// Checks which writers are still running, and passes the gap to `receiver` when it is due. Returns the rest of the
+    /// gap, if there is one.
     pub(super) async fn await_outcome(
         mut self,
         link: &impl Link,
@@ -119,7 +122,7 @@ impl UnsettledGap {
                 describe(&running)
             );
         }
-        // Past everything that the ended writers wrote.
+        // The marker is after everything that the ended writers wrote.
         let to = link.mark().await?;
         let gap = Gap {
             tenant: None,
@@ -136,10 +139,10 @@ impl UnsettledGap {
     }
 }
 
-/// The transactions, for people.
+/// Formats the transactions for people.
 fn describe(running: &[Writer]) -> String {
     let mut named: Vec<&str> = running.iter().map(|writer| writer.description.as_str()).collect();
-    // One that has savepoints has several ids.
+    // A transaction with savepoints has several ids.
     named.sort_unstable();
     named.dedup();
     let more = named.len().saturating_sub(NAMED_MAX);

@@ -1,7 +1,7 @@
-//! Gaps in the server's log: one line each, with the reason, the table and what to do, for people who do not subscribe.
+//! Logs gaps in the server's log: one line for each gap, with the reason, the table and the remedy, for operators.
 //!
-//! Names no tenant and no values. Gaps that come often (a program that writes rows which do not decode) are a line a minute for each
-//! reason and table, with the number of those left out.
+//! A line contains neither tenants nor values. Frequent gaps (of a program that writes undecodable rows, for example)
+//! produce one line a minute for each reason and table, with the number of omitted lines.
 
 use crate::changelog::Entry;
 use crate::model::transaction::{Gap, GapReason};
@@ -9,29 +9,29 @@ use std::collections::HashMap;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Least time between two lines about one table for one reason.
+/// The shortest time between two lines with the same table and reason.
 const LINE_EVERY: Duration = Duration::from_secs(60);
-/// Tables and reasons that are remembered; with more, the memory starts anew.
+/// The number of tables and reasons that are remembered. Beyond it, the memory starts anew.
 const SUBJECTS_MAX: usize = 1_000;
 
-/// See the module. Belongs to a session.
+/// The log lines of a session's gaps.
 #[derive(Debug, Default)]
 pub(super) struct GapLog {
-    /// When the last line was written, and how many gaps had none since.
+    /// The time of the last line, and the number of gaps since then.
     lines: HashMap<(&'static str, String), (Instant, u64)>,
 }
 
 impl GapLog {
     /// Logs the gaps of an entry that has reached the log and the hub.
-    pub(super) fn tell(&mut self, entry: &Entry) {
+    pub(super) fn log(&mut self, entry: &Entry) {
         match entry {
-            Entry::Transaction(transaction) => transaction.gaps.iter().for_each(|gap| self.tell_gap(gap)),
-            Entry::Gap(gap) => self.tell_gap(gap),
+            Entry::Transaction(transaction) => transaction.gaps.iter().for_each(|gap| self.log_gap(gap)),
+            Entry::Gap(gap) => self.log_gap(gap),
             _ => {}
         }
     }
 
-    fn tell_gap(&mut self, gap: &Gap) {
+    fn log_gap(&mut self, gap: &Gap) {
         let Some(left_out) = self.is_due(&gap.reason) else { return };
         tracing::error!(
             reason = gap.reason.code(),
@@ -46,7 +46,7 @@ impl GapLog {
         );
     }
 
-    /// How many were left out since the last line, if it is time for one.
+    /// Returns the number of lines omitted since the last one, if a line is due.
     fn is_due(&mut self, reason: &GapReason) -> Option<u64> {
         if self.lines.len() >= SUBJECTS_MAX {
             self.lines.clear();
@@ -70,19 +70,19 @@ impl GapLog {
     }
 }
 
-/// The remedy, for the person on call.
+/// The remedy, for the operator.
 const fn remedy(reason: &GapReason) -> &'static str {
     match reason {
-        GapReason::Truncate { .. } => "Nothing is to be repaired. To remove rows without a gap, DELETE them",
+        GapReason::Truncate { .. } => "No repair is needed. To remove rows without a gap, DELETE them",
         GapReason::Undecodable { .. } => {
-            "Correct the rows, or the mapping; which program wrote them is seen from the transactions of that time"
+            "Correct the rows, or the mapping; the transactions of that time show which program wrote them"
         }
         GapReason::SlotMoved => {
             "Find the program that dropped, recreated or advanced the slot: only this tuplewatch may use it"
         }
         GapReason::SchemaChanged { .. } => "If this change was not intended, run tuplewatch doctor",
-        GapReason::MappingChanged => "Nothing is to be repaired if the mapping was changed on purpose",
-        GapReason::TimelineDiverged => "Nothing is to be repaired after an intended failover",
+        GapReason::MappingChanged => "No repair is needed if the mapping was changed on purpose",
+        GapReason::TimelineDiverged => "No repair is needed after an intended failover",
     }
 }
 
@@ -102,7 +102,7 @@ mod tests {
         assert_eq!(log.is_due(&truncated("a")), None);
         tokio::time::advance(LINE_EVERY).await;
         assert_eq!(log.is_due(&truncated("a")), Some(2));
-        // Each of these is a line, however soon.
+        // Each of these gaps has a line, however soon it follows.
         assert_eq!(log.is_due(&GapReason::SlotMoved), Some(0));
         assert_eq!(log.is_due(&GapReason::SlotMoved), Some(0));
     }

@@ -1,7 +1,7 @@
 //! Turns the events of the slot into entries of the change log, in order.
 //!
-//! The receiver does no I/O: the session passes it events, and so do tests. It drops transactions that were received before, turns keepalives
-//! into progress, and puts the gap that a check found in its place in the stream.
+//! The receiver does no I/O: the session, or a test, passes events to it. It drops transactions that were received
+//! before, turns keepalives into progress, and inserts the gap that a check found at its place in the stream.
 
 use crate::changelog::Entry;
 use crate::decode::assembler::{self, Assembler, MESSAGE_PREFIX};
@@ -13,7 +13,7 @@ use crate::postgres::publication::CHECK_REQUEST;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-/// Why the stream cannot be read any further. All of these are lasting.
+/// The error after which the stream cannot be read any further. All of these errors last.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Error {
     #[error(transparent)]
@@ -27,54 +27,55 @@ pub(crate) enum Error {
     Rewritten { at: EndLsn },
 }
 
-/// A gap that a check found, waiting for the stream to get to its end.
+/// A gap that a check found, until the stream reaches its end.
 #[derive(Clone, Debug)]
 struct PendingGap {
     gap: Gap,
-    /// Entries that are recorded with the gap.
+    /// The entries that are recorded with the gap.
     then: Vec<Entry>,
 }
 
-/// See the module. Belongs to one session.
+/// The receiver of one session.
 #[derive(Debug)]
 pub(crate) struct Receiver {
     assembler: Assembler,
-    /// Everything up to this end LSN was handed on.
+    /// Everything up to this end LSN was turned into entries.
     received: Lsn,
-    /// Transactions are widened from here.
+    /// The reference from which 32-bit transaction ids are widened.
     xid: Xid8,
-    /// The open transaction was handed on before.
+    /// Whether the open transaction was received before.
     skipping: bool,
-    /// How far an idle server has got, beyond `received`.
+    /// The position of an idle server, beyond `received`.
     idle: Option<Lsn>,
     pending: Option<PendingGap>,
-    /// End LSN and id of the transactions that the log has and the slot has to send again.
+    /// End LSN and id of the transactions in the log that the slot must send again.
     recorded: VecDeque<(EndLsn, Xid8)>,
     out: VecDeque<Entry>,
     check_requested: bool,
 }
 
 impl Receiver {
-    /// For a session whose slot begins at or before `received`; `xid` is the server's next transaction id at the time.
+    /// Creates a receiver for a session whose slot begins at or before `received`. `xid` is the server's next
+    /// transaction id at the time.
     pub(crate) fn new(assembler: Assembler, received: Lsn, xid: Xid8) -> Self {
         let (pending, recorded, out) = (None, VecDeque::new(), VecDeque::new());
         let (skipping, idle, check_requested) = (false, None, false);
         Self { assembler, received, xid, skipping, idle, pending, recorded, out, check_requested }
     }
 
-    /// The transactions of the log that the slot is going to send again, in stream order. If one of them does not come, the server's
-    /// storage was rolled back, and the WAL that it has written since must not be taken for the WAL that was received.
+    /// Expects these transactions of the log again, in stream order. If one does not arrive, the server's storage was
+    /// rolled back, and the WAL that the server has written since then is not the WAL that was received.
     pub(crate) fn expect(&mut self, recorded: Vec<(EndLsn, Xid8)>) {
         let received = self.received;
         self.recorded = recorded.into_iter().filter(|(end, _)| end.0 <= received).collect();
     }
 
-    /// The mapped tables that exist; see [`Assembler::await_tables`].
+    /// Passes on the mapped tables that exist; see [`Assembler::await_tables`].
     pub(crate) fn await_tables(&mut self, tables: HashMap<RelationId, String>) {
         self.assembler.await_tables(tables);
     }
 
-    /// Everything up to this end LSN has been turned into entries.
+    /// The end LSN up to which everything was turned into entries.
     pub(crate) const fn received(&self) -> Lsn {
         self.received
     }
@@ -84,8 +85,8 @@ impl Receiver {
         self.pending.is_some()
     }
 
-    /// History is not known to be continuous in this gap, whose end is ahead of everything received: it will follow once the
-    /// stream is there, and then `then`. One at a time.
+    /// Queues a gap in the history. Its end is ahead of everything received, and the gap and then the entries of `then`
+    /// follow when the stream reaches it. There may be only one such gap at a time.
     pub(crate) fn interrupt(&mut self, gap: Gap, then: Vec<Entry>) {
         assert!(self.pending.is_none(), "the session waits for one gap before it finds the next");
         let from = gap.from.min(Position::at(self.received));
@@ -100,12 +101,12 @@ impl Receiver {
     /// Takes one event. [`Receiver::pop`] returns the resulting entries.
     ///
     /// # Errors
-    /// Where the stream cannot be read any further; lasting.
+    /// If the stream cannot be read any further. The error lasts.
     pub(crate) fn take(&mut self, event: Event) -> Result<(), Error> {
         match event {
             Event::Begin { commit, xid, commit_time } => {
                 self.expect_nothing_before(commit.0)?;
-                // A gap ends before the first transaction that is not in it.
+                // A gap precedes the first transaction after it.
                 self.gap_up_to(commit.0);
                 self.xid = self.xid.widen(xid);
                 self.skipping = commit.0 < self.received;
@@ -127,7 +128,8 @@ impl Receiver {
                 if self.skipping {
                     self.check_off(&transaction)?;
                 } else if self.gap_up_to(end.0) {
-                    // The marker, which ends where the gap ends. The gap includes it, so no reader passes it without seeing the gap.
+                    // This is the marker of the gap. The gap includes it, so no reader passes it without seeing the
+                    // gap.
                     self.out.extend(transaction.staged.then_some(Entry::Discard));
                 } else {
                     self.received = end.0;
@@ -146,17 +148,17 @@ impl Receiver {
         Ok(())
     }
 
-    /// The next entry to deliver.
+    /// Returns the next entry to deliver.
     pub(crate) fn pop(&mut self) -> Option<Entry> {
         self.out.pop_front()
     }
 
-    /// Whether the server is ahead of the received position, without changes in between.
+    /// Whether the server is ahead of the received position without any changes in between.
     pub(crate) fn is_idle_ahead(&self) -> bool {
         self.idle.is_some() && !self.assembler.in_transaction()
     }
 
-    /// Turns idle progress into an entry. To be called at most once a second.
+    /// Turns idle progress into an entry. Call it at most once a second.
     pub(crate) fn advance(&mut self) {
         if self.assembler.in_transaction() {
             return;
@@ -168,7 +170,7 @@ impl Receiver {
         }
     }
 
-    /// Queues the pending gap, if the stream has reached the gap's end; whether it did.
+    /// Queues the pending gap if the stream has reached the gap's end. Returns whether it has.
     fn gap_up_to(&mut self, lsn: Lsn) -> bool {
         let Some(pending) = self.pending.take_if(|pending| pending.gap.to <= Position::at(lsn)) else { return false };
         self.received = self.received.max(pending.gap.to.lsn);
@@ -177,7 +179,8 @@ impl Receiver {
         true
     }
 
-    /// A transaction came again. It is the one in the log, if the server still has the history that the log followed.
+    /// Checks a repeated transaction against the log. It is the same transaction if the server still has the history of
+    /// the log.
     fn check_off(&mut self, transaction: &Transaction) -> Result<(), Error> {
         let known = |(end, xid): &mut (EndLsn, Xid8)| *end == transaction.end && *xid == transaction.header.xid;
         if self.recorded.pop_front_if(known).is_none()
@@ -188,7 +191,7 @@ impl Receiver {
         Ok(())
     }
 
-    /// Checks that no expected transaction ends at or before here: it would have come already.
+    /// Checks that no expected transaction ends at or before this LSN, because it would have arrived already.
     fn expect_nothing_before(&self, lsn: Lsn) -> Result<(), Error> {
         match self.recorded.front() {
             Some((end, _)) if end.0 <= lsn => Err(Error::Rewritten { at: *end }),
@@ -196,7 +199,7 @@ impl Receiver {
         }
     }
 
-    /// Queues an entry behind what was received so far.
+    /// Queues an entry after everything received so far.
     pub(crate) fn record(&mut self, entry: Entry) {
         self.out.push_back(entry);
     }
@@ -242,7 +245,7 @@ mod tests {
         let mut receiver = receiver(300);
         transaction(&mut receiver, 280);
         assert!(out(&mut receiver).is_empty());
-        // Its commit LSN is the end LSN that was received last.
+        // The commit LSN equals the last received end LSN.
         transaction(&mut receiver, 300);
         assert_eq!(out(&mut receiver), ["transaction 310"]);
         assert_eq!(receiver.received(), Lsn(310));
@@ -264,12 +267,12 @@ mod tests {
         };
         check(&[], &[100, 200], None);
         check(&[(110, 1001), (210, 1001)], &[100, 200, 300], None);
-        // Without changes it is not in the log.
+        // A transaction without changes is not in the log.
         check(&[(210, 1001)], &[100, 200], None);
         check(&[(210, 1001)], &[100], Some(210));
         check(&[(210, 1001)], &[100, 300], Some(210));
         check(&[(210, 999)], &[200], Some(210));
-        // Past the received position.
+        // This transaction ends after the received position.
         check(&[(310, 1001)], &[200], None);
     }
 
@@ -290,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_stands_before_the_first_transaction_that_is_not_in_it() {
+    fn a_gap_precedes_the_first_transaction_after_it() {
         let gap = |from, to| Gap {
             tenant: None,
             from: Position::at(Lsn(from)),

@@ -1,4 +1,12 @@
-//! One session after the other: connect, check, stream, and again.
+//! The session on the slot: it connects, checks and streams, and starts again after an error.
+//!
+//! [`Session::run`] is a loop over sessions. Each session opens a link to the server, compares the server's history,
+//! the publication and the mapping with those of the log, and only then acknowledges anything. While it streams, one
+//! task does everything in turn: it passes events to the receiver, delivers entries to the sink, acknowledges durable
+//! WAL, checks the publication, and asks which writers of a gap are still running.
+//!
+//! The state in [`Session`] outlives a link. So after a reconnect the stream continues behind the last delivered
+//! transaction. Everything about one link ends with [`Opened`].
 
 use super::{Backoff, Closed, Definite, Error, Fatal, Options, Sink, Status, Transient};
 use crate::changelog::{DiskSpace, Entry, Origin, State, Verified};
@@ -19,52 +27,52 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
-/// Most often that idle progress is recorded.
+/// The shortest time between two records of idle progress.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
-/// How often the publication is checked.
+/// The interval of checks of the publication.
 const VERIFY_EVERY: Duration = Duration::from_secs(5);
-/// Longest wait for the last acknowledgement when stopping.
+/// The longest wait for the last acknowledgement at shutdown.
 const LAST_STATUS_MAX: Duration = Duration::from_secs(2);
-/// How often the slot is read during that wait.
+/// The interval at which the slot is read during that wait.
 const LAST_STATUS_POLL: Duration = Duration::from_millis(50);
 
-/// See the module above.
+/// The session, see the module [`replication`](super).
 pub(crate) struct Session<U, O> {
     options: Options,
     upstream: U,
     sink: O,
     status: watch::Sender<Status>,
-    /// The failure that was logged last, while nothing has streamed since.
+    /// The failure that was logged last, until the slot streams again.
     logged: Option<String>,
-    /// Everything up to this end LSN was delivered by this process; `None` before the first session.
+    /// The end LSN up to which this process has delivered everything. `None` before the first session.
     received: Option<Lsn>,
-    held: AckTracker,
+    ack_tracker: AckTracker,
     /// Publishes `received`, once for each batch.
     delivered: watch::Sender<Option<Lsn>>,
     counting: Counting,
     gap_log: GapLog,
-    /// Wakes the session to check the publication, or to try again, at once.
+    /// Makes the session check the publication, or reconnect, at once.
     check_request: Arc<Notify>,
-    /// Whether any session has streamed.
+    /// Whether the slot has streamed in this process.
     has_streamed: bool,
 }
 
 /// Turns `true` to end the session.
 pub(super) type Stop = watch::Receiver<bool>;
 
-/// A stream that may be acknowledged.
+/// A stream whose checks have passed, so that it may be acknowledged.
 struct Opened<L> {
     link: L,
     receiver: Receiver,
-    /// A gap that a check found, or that an earlier session left open.
+    /// The gap that a check found, or that an earlier session left open.
     gap: Option<UnsettledGap>,
 }
 
 impl<U: Upstream, O: Sink> Session<U, O> {
-    /// A session that reads from `upstream` and delivers to `sink`.
+    /// Creates a session that reads from `upstream` and delivers to `sink`.
     pub(crate) fn new(options: Options, upstream: U, sink: O) -> Self {
         Self {
-            held: AckTracker::new(options.ack_delay),
+            ack_tracker: AckTracker::new(options.ack_delay),
             counting: Counting::new(options.mapping.tables().iter().map(|spec| spec.table.to_string())),
             options,
             upstream,
@@ -79,26 +87,26 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         }
     }
 
-    /// Follows the session's status.
+    /// Follows the status of the session.
     pub(crate) fn status(&self) -> watch::Receiver<Status> {
         self.status.subscribe()
     }
 
-    /// Follows the end LSN up to which everything was delivered; `None` before the first session.
+    /// Follows the end LSN up to which everything was delivered. `None` before the first session.
     pub(crate) fn received(&self) -> watch::Receiver<Option<Lsn>> {
         self.delivered.subscribe()
     }
 
-    /// When notified, the session checks the publication at once, and does not wait before it tries again.
+    /// A notification makes the session check the publication at once, and skip the wait before the next attempt.
     pub(crate) fn check_request(&self) -> Arc<Notify> {
         self.check_request.clone()
     }
 
-    /// Streams until `stop` turns true; reconnects as often as it takes. When it returns without an error, everything that was
-    /// delivered is durable, and acknowledged if the server still answered.
+    /// Streams until `stop` turns true, and reconnects as often as necessary. When it returns without an error,
+    /// everything that was delivered is durable, and is acknowledged if the server still answered.
     ///
     /// # Errors
-    /// Where the process must end.
+    /// If the process must end.
     pub(crate) async fn run(mut self, mut stop: Stop) -> Result<(), Fatal> {
         let mut backoff = Backoff::default();
         loop {
@@ -128,7 +136,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         }
     }
 
-    /// Publishes a failure, and logs it once, however often it recurs.
+    /// Publishes a failure, and logs it once while it repeats.
     fn fail(&mut self, error: &Error, wait: Duration) {
         let is_definite = matches!(error, Error::Definite(_));
         self.status.send_replace(if is_definite { Status::Failed } else { Status::Retrying });
@@ -178,7 +186,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
                     Origin { source: server.source, history: server.history, lsn: started.confirmed, xid: started.xid };
                 tracing::info!(
                     position = %started.confirmed,
-                    "the change log begins where the slot is: tokens from before are refused (OUT_OF_RANGE)"
+                    "the change log begins where the slot is: earlier tokens are refused (OUT_OF_RANGE)"
                 );
                 self.sink.deliver(Entry::Adopt(origin)).await?;
                 started.confirmed
@@ -197,7 +205,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
             Some(resume) => resume,
         };
         self.received = Some(received);
-        self.tell_received();
+        self.publish_received();
         link.announce();
         let assembler = Assembler::new(self.options.mapping.clone(), self.options.limits, self.options.on_undecodable);
         let mut receiver = Receiver::new(assembler, received, started.xid);
@@ -206,21 +214,21 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         let gap = state.open_gap.as_ref().map(UnsettledGap::recorded);
         let gap = self.compare(&link, &published, &state, &mut receiver, gap).await?;
         let recorded = self.sink.recorded_since(started.confirmed).await?;
-        self.held.resume(started.confirmed, recorded.iter().map(|(end, _)| end.0), Instant::now());
+        self.ack_tracker.resume(started.confirmed, recorded.iter().map(|(end, _)| end.0), Instant::now());
         if !receiver.has_pending_gap() && !gap.as_ref().is_some_and(UnsettledGap::is_unrecorded) {
-            // Under another mapping or publication other transactions would have changes.
+            // With another mapping or publication, the repeated transactions could differ from those in the log.
             receiver.expect(recorded);
             receiver.await_tables(published.tables);
         }
         Ok(Opened { link, receiver, gap })
     }
 
-    /// A link that has not started, to a server whose history the log follows; and the position after which the log continues, if it
-    /// has begun.
+    /// Returns a link that has not started, to a server whose history the log follows, and the position after which the
+    /// log continues, if it has begun.
     async fn connect_on_history(&mut self) -> Result<(U::Link, Option<Lsn>), Error> {
         loop {
             let state = self.sink.checkpoint().await?;
-            // A running process continues after the position of its hub, a new one after that of the log.
+            // A running process continues after the position of its hub, and a new process after that of the log.
             let resume = state.origin.as_ref().map(|_| self.received.unwrap_or(state.tail));
             let link = self.upstream.connect(&state).await?;
             let server = link.server();
@@ -241,20 +249,20 @@ impl<U: Upstream, O: Sink> Session<U, O> {
                     metrics().gaps(GapReason::TimelineDiverged.code()).inc();
                 }
                 self.received = self.received.map(|received| received.min(at));
-                self.held.forget();
-                // The abandoned transactions do not come again: read the state of the log once more.
+                self.ack_tracker.forget();
+                // The abandoned transactions will not arrive again, so read the state of the log again.
                 continue;
             }
             if let Some(log_end) = resume.filter(|resume| server.wal_end < *resume) {
-                // The next WAL that the server writes would be taken for the WAL that the log has.
+                // Otherwise new WAL of the server would count as WAL that is already in the log.
                 return Err(Definite::RolledBack { server_end: server.wal_end, log_end }.into());
             }
             return Ok((link, resume));
         }
     }
 
-    /// Compares mapping and publication with those that the log was written under. A difference is a gap, merged with an earlier one
-    /// that has not ended. The gap is settled at once where no transaction is writing.
+    /// Compares mapping and publication with those under which the log was written. A difference is a gap, which is
+    /// merged with an earlier one that has not ended. The gap ends at once if no transaction is writing.
     async fn compare(
         &self,
         link: &U::Link,
@@ -276,7 +284,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
             if state.mapping.is_none() {
                 receiver.record(Entry::Mapping(mapping));
             }
-            // The next publication is compared with this one. The next check determines how far this one was verified.
+            // The next check compares with this publication, and determines up to where this one was verified.
             if recorded.is_none_or(|verified| verified.fingerprint != fingerprint) {
                 let at = recorded.map_or(receiver.received(), |verified| verified.at);
                 receiver.record(Entry::Verified(Verified { fingerprint, at }));
@@ -284,14 +292,15 @@ impl<U: Upstream, O: Sink> Session<U, O> {
             return Ok(gap);
         }
         let reason = match schema_changed {
-            // Another mapping has other tables and columns, so their difference says nothing about the schema.
+            // Another mapping has other tables and columns, so the difference says nothing about the schema.
             Some(verified) if !mapping_changed => GapReason::SchemaChanged {
                 detail: publication::difference(Some(&verified.fingerprint), Some(&fingerprint)),
             },
             _ => GapReason::MappingChanged,
         };
         let from = schema_changed.map_or(receiver.received(), |verified| verified.at);
-        // After the check: a transaction that begins to write later writes under the publication that the check has seen.
+        // Ask only after the check: a transaction that begins to write later writes under the publication that the
+        // check has seen.
         let tables: Vec<RelationId> = published.tables.keys().copied().collect();
         let writers = link.writers(&tables).await?;
         UnsettledGap::noticed(from, reason, mapping, fingerprint, writers).with(gap).await_outcome(link, receiver).await
@@ -330,11 +339,11 @@ impl<U: Upstream, O: Sink> Session<U, O> {
                 }
                 if reached.is_some() {
                     self.received = reached;
-                    // Not before: a session that connects and then fails has made no progress.
+                    // Reset only now, because a session that connects and then fails has made no progress.
                     backoff.reset();
                 }
             }
-            self.tell_received();
+            self.publish_received();
             // The entries before the error have been delivered.
             if let Some(error) = unreadable {
                 return Err(Definite::Stream(error).into());
@@ -372,7 +381,7 @@ impl<U: Upstream, O: Sink> Session<U, O> {
                         verify.reset_immediately();
                     }
                 }
-                // After the stream, whose error is more precise.
+                // Poll the stream first, because its error is more precise.
                 error = &mut lost => return Err(error),
             }
         }
@@ -382,24 +391,25 @@ impl<U: Upstream, O: Sink> Session<U, O> {
     async fn deliver(&mut self, entry: Entry) -> Result<(), Closed> {
         self.sink.deliver(entry.clone()).await?;
         self.counting.count(&entry);
-        self.gap_log.tell(&entry);
+        self.gap_log.log(&entry);
         Ok(())
     }
 
-    fn tell_received(&self) {
+    fn publish_received(&self) {
         self.delivered.send_if_modified(|known| std::mem::replace(known, self.received) != self.received);
     }
 
-    /// Acknowledges what is durable, less the delay, but never more than was delivered: after a reconnect the rest would not come
-    /// again. Returns the acknowledged end LSN.
+    /// Acknowledges the durable WAL, less the delay, but never more than was delivered, because the server does not
+    /// send acknowledged WAL again after a reconnect. Returns the acknowledged end LSN.
     fn acknowledge(&mut self, link: &U::Link, durable: &watch::Receiver<Lsn>) -> Lsn {
         let durable = *durable.borrow();
-        let released = self.held.release(durable.min(self.received.unwrap_or_default()), Instant::now());
+        let released = self.ack_tracker.release(durable.min(self.received.unwrap_or_default()), Instant::now());
         link.acknowledge(released);
         released
     }
 
-    /// Checks the publication, and records up to which position it was unchanged. Returns what is left of the gap.
+    /// Checks the publication, and records up to which position it was unchanged. Returns the rest of the gap, if there
+    /// is one.
     async fn verify(
         &self,
         link: &U::Link,
@@ -414,16 +424,18 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         let published = link.published().await?;
         let fingerprint = published.fingerprint.clone().ok_or_else(|| self.no_publication())?;
         match last_check.as_ref().filter(|last| last.fingerprint == published.fingerprint) {
-            // Before the gap is recorded, the new publication must not count as verified.
+            // The new publication must not count as verified before the gap is recorded.
             Some(_) if gap.as_ref().is_some_and(UnsettledGap::is_unrecorded) => {}
-            // Equal twice: everything before the first check was written under this publication.
+            // The fingerprints of two checks agree, so everything before the first check was written under this
+            // publication.
             Some(last) if last.lsn <= receiver.received() => {
                 receiver.record(Entry::Verified(Verified { fingerprint, at: last.lsn }));
             }
             Some(_) => {}
             None => {
                 let state = self.sink.checkpoint().await?;
-                // Where less is published than the mapping needs, nothing may flow: a definite error, and a gap once it is repaired.
+                // If the publication lacks something that the mapping needs, the stream must stop: a definite error
+                // now, and a gap after the repair.
                 link.check_fit().await?;
                 gap = self.compare(link, &published, &state, receiver, gap).await?;
             }
@@ -432,20 +444,22 @@ impl<U: Upstream, O: Sink> Session<U, O> {
         Ok(gap)
     }
 
-    /// Stops in order: everything that was delivered becomes durable and is acknowledged.
+    /// Shuts down in order: everything that was delivered becomes durable, and is acknowledged.
     async fn finish(&mut self, link: U::Link, durable: watch::Receiver<Lsn>) -> Result<(), Error> {
         self.sink.checkpoint().await?;
         let target = self.acknowledge(&link, &durable);
         let taken = async {
-            // Wait until the server shows the acknowledgement: a connection that is closed with unread data on its way can lose its
-            // last message.
+            // Wait until the server shows the acknowledgement: closing a connection with unread data can lose its last
+            // message.
             while link.confirmed().await? < target {
                 tokio::time::sleep(LAST_STATUS_POLL).await;
             }
             Ok::<(), Error>(())
         };
         if !matches!(timeout(LAST_STATUS_MAX, taken).await, Ok(Ok(()))) {
-            tracing::warn!("PostgreSQL did not take the last acknowledgement in time: some changes will be sent again");
+            tracing::warn!(
+                "PostgreSQL did not confirm the last acknowledgement in time: it will send some changes again"
+            );
         }
         link.close().await;
         Ok(())
@@ -459,12 +473,12 @@ fn every(period: Duration) -> tokio::time::Interval {
 }
 
 async fn stopped(stop: &mut Stop) {
-    // A dropped sender is a stop too.
+    // A dropped sender also stops the session.
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-/// Completes when the log's disk has no room. The session ends then, because a walsender whose client cannot acknowledge delays the
-/// shutdown of PostgreSQL.
+/// Completes when the log may not append. The session then ends, because a walsender whose client cannot acknowledge
+/// delays the shutdown of PostgreSQL.
 async fn no_room(room: &mut watch::Receiver<DiskSpace>) -> Error {
     match room.wait_for(|room| *room != DiskSpace::Enough).await {
         Ok(room) if *room == DiskSpace::Elsewhere => Transient::LogGone.into(),

@@ -44,6 +44,6 @@ fn diagnostic(transaction: &Transaction, open: Duration) -> Diagnostic {
         [] => (String::new(), KEEPS_WAL),
         tables => (format!(", has locked {}", tables.join(", ")), KEEPS_TABLE),
     };
-    let what = format!("has been open for {}{locked} ({})", Span(open), transaction.whose);
+    let what = format!("has been open for {}{locked} ({})", Span(open), transaction.details);
     Diagnostic::warning(transaction.subject(), what).means(meaning).fix(transaction.ending())
 }

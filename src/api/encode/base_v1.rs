@@ -1,10 +1,10 @@
 //! `base.v1.WatchResponse`: one `DataChanges` with a snap token and the changes of a message (`proto/base/v1/base.proto`).
 //!
-//! The changes of tuples are copied as they are. Those of attributes are transcoded: field 3 instead of 4, and the value in an Any.
-//! It is sent as a [`mod@frame`] of gRPC or as a [`mod@line`] of JSON.
+//! Changes of tuples are copied unchanged. Changes of attributes are transcoded: field 3 instead of 4, and the value in
+//! an Any. The response is sent as a [`mod@frame`] of gRPC or as a [`mod@line`] of JSON.
 
-pub mod frame;
-pub mod line;
+pub(crate) mod frame;
+pub(crate) mod line;
 
 use super::Malformed;
 use crate::model::change::{AttributeValue, ChangeView, Changes, FactView, TYPE_URL_PREFIX};
@@ -26,10 +26,10 @@ const ANY_TYPE_URL: u32 = 1;
 const ANY_VALUE: u32 = 2;
 const DATA: u32 = 1;
 
-/// The whole response.
+/// Encodes the whole response.
 ///
 /// # Errors
-/// Where the changes have an attribute that does not decode.
+/// If an attribute among the changes cannot be decoded.
 pub fn response(snap_token: &str, changes: &[u8]) -> Result<Vec<u8>, Malformed> {
     if Changes::of(changes).have_attributes() {
         Ok(envelope(snap_token, &transcoded(changes)?))
@@ -76,14 +76,14 @@ fn transcoded(changes: &[u8]) -> Result<Vec<u8>, Malformed> {
     Ok(out)
 }
 
-/// The bytes of the message in the Any: field 1, left out where it has its default.
+/// Encodes the message in the Any: field 1, which is omitted if it has the default value.
 pub(in crate::api) fn encode_data(value: &AttributeValue) -> Vec<u8> {
     use prost::encoding as p;
     let mut out = Vec::new();
     match value {
         AttributeValue::String(value) if !value.is_empty() => p::string::encode(DATA, value, &mut out),
         AttributeValue::Integer(value) if *value != 0 => p::int32::encode(DATA, value, &mut out),
-        // Negative zero is not the default.
+        // Negative zero is not the default value.
         AttributeValue::Double(value) if value.to_bits() != 0 => p::double::encode(DATA, value, &mut out),
         AttributeValue::Boolean(value) if *value => p::bool::encode(DATA, value, &mut out),
         AttributeValue::String(_)
@@ -107,7 +107,7 @@ mod tests {
     use proptest::prelude::*;
     use prost::Message as _;
 
-    /// prost takes negative zero for the default and loses its sign; we do not.
+    /// prost treats negative zero as the default value, and loses its sign.
     fn without_negative_zero(value: AttributeValue) -> AttributeValue {
         match value {
             AttributeValue::Double(value) => AttributeValue::Double(value + 0.0),

@@ -1,4 +1,4 @@
-//! Counts requests by method and code, each when it has ended.
+//! Counts requests by method and code when they end. A stream of Watch is one request.
 
 use super::proto;
 use crate::metrics::metrics;
@@ -9,14 +9,13 @@ use std::collections::HashMap;
 use std::sync::LazyLock;
 use tonic::Code;
 
-/// A method that is served.
 #[derive(Debug)]
 struct Method {
     service: String,
     name: String,
 }
 
-/// By path. Clients may ask for any other, and what they ask for is no label.
+/// The methods by path. Clients may request any other path, so a requested path is never a label.
 static METHODS: LazyLock<HashMap<String, Method>> = LazyLock::new(|| {
     let sets = [
         proto::DESCRIPTORS,
@@ -25,7 +24,7 @@ static METHODS: LazyLock<HashMap<String, Method>> = LazyLock::new(|| {
         tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
     ];
     let mut methods = HashMap::new();
-    // What does not read is not served either: a test finds all methods here.
+    // A test checks that all methods are found, so errors can be skipped here.
     for file in sets.into_iter().filter_map(|set| FileDescriptorSet::decode(set).ok()).flat_map(|set| set.file) {
         for service in &file.service {
             let service_name = format!("{}.{}", file.package(), service.name());
@@ -38,7 +37,7 @@ static METHODS: LazyLock<HashMap<String, Method>> = LazyLock::new(|| {
     methods
 });
 
-/// A request until it has ended: counted when it is dropped. Where nobody has said how it ended, the client has gone.
+/// A request in progress, counted when it is dropped. If it has no code by then, the client has gone away.
 #[derive(Debug)]
 pub(super) struct Call {
     method: Option<&'static Method>,
@@ -46,12 +45,12 @@ pub(super) struct Call {
 }
 
 impl Call {
-    /// Of the method with this path.
+    /// Begins a request of the method with this path.
     pub(super) fn begin(path: &str) -> Self {
         Self { method: METHODS.get(path), code: Code::Cancelled }
     }
 
-    /// If that is what these are, by the headers or trailers that end it.
+    /// Records the code, if these headers or trailers contain one.
     pub(super) fn end_with(&mut self, headers: &HeaderMap) {
         if let Some(code) = headers.get("grpc-status") {
             self.code = Code::from_bytes(code.as_bytes());
@@ -69,7 +68,7 @@ impl Drop for Call {
     }
 }
 
-/// As the specification of gRPC spells it.
+/// The spelling of the gRPC specification.
 pub(super) const fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",

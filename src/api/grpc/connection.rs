@@ -1,4 +1,4 @@
-//! One connection of HTTP/2, and everything on it, in one task.
+//! One HTTP/2 connection and everything on it, in one task.
 //!
 //! ```text
 //!            requests                    Watch has started
@@ -7,16 +7,17 @@
 //!    └──────────── flushed once for all that was ready ──────────┘
 //! ```
 //!
-//! Fan-out is what this is for. A server that has a task, a chain of boxed bodies and a queue of its own for each stream spends
-//! more on these than on the message. Here a message to a thousand streams of ten connections is ten tasks, each of which hands
-//! the same bytes to h2 a hundred times and then writes. h2 does the protocol: frames, windows, limits.
+//! The design serves fan-out. A server with a task, a queue and a chain of boxed bodies for each stream spends more
+//! time on these than on the message. Here a message to a thousand streams on ten connections wakes ten tasks. Each of
+//! them hands the same bytes to h2 a hundred times, and then writes once. h2 implements the protocol: frames, windows
+//! and limits.
 //!
-//! - **Nothing piles up.** A stream takes a message from the hub, and the next one only once h2 has room for the first: within the
-//!   client's window, and within [`SEND_BYTES_MAX`] for what the socket does not take. It reserves no room before it has something
-//!   to send, because room that an idle stream has reserved is missing to the others.
-//! - **Who is gone is noticed**: a stream that is reset, a connection that is closed, one that does not answer pings. All that it
-//!   had goes with it.
-//! - When the server stops, streams end with a status, and then the connection does.
+//! - **Memory is bounded.** A stream takes a message from the hub, and the next one only after h2 had room for the first:
+//!   within the client's window, and within [`SEND_BYTES_MAX`] for bytes that the socket does not accept. It reserves room only
+//!   when it has something to send, because the room that an idle stream reserves is missing for other streams.
+//! - **Resources of a lost client are freed.** A stream ends when it is reset, when its connection is closed, or when
+//!   pings stay unanswered.
+//! - When the server stops, its streams end with a status, and then the connection ends.
 
 use super::calls::Call;
 use super::send_counters::SendCounters;
@@ -45,26 +46,26 @@ use tokio::time::{Instant, Sleep};
 use tonic::body::Body;
 use tower_service::Service;
 
-/// A client that has not said what HTTP/2 begins with by then is cut off. Nothing else ends a connection that says nothing at all,
-/// as pings begin behind it.
+/// The time within which a client must send the HTTP/2 preface. Pings begin only after the preface, so nothing else
+/// ends a silent connection.
 const OPENING_MAX: Duration = Duration::from_secs(10);
-/// Pings keep middleboxes from forgetting a connection, and find clients that are gone.
+/// Pings keep middleboxes from dropping a quiet connection, and detect lost clients.
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(20);
-/// A client that does not answer a ping for this long is gone, and what it held is given back.
+/// A client that leaves a ping unanswered for this long is lost, and its resources are freed.
 const KEEPALIVE_MAX: Duration = Duration::from_secs(10);
-/// Streams on one connection. Clients do better with several connections at about a hundred each.
+/// Streams on one connection. Clients should use several connections with about a hundred streams each.
 const STREAMS_MAX: u32 = 1_000;
-/// Of these, how many start at the same time; others wait for them. What it takes to start one is much more than what an open one
-/// has, and clients that come back all open theirs at once.
+/// Streams of a connection that start at the same time; further ones wait. The start of a stream takes much more memory
+/// than an open stream, and clients that reconnect open all their streams at once.
 const STARTS_MAX: usize = 16;
-/// Longest header list of a request, in bytes.
+/// The longest header list of a request, in bytes.
 const HEADERS_MAX: u32 = 16 << 10;
-/// What a client may send ahead of what is read: one request of Data that is as large as they may be, and some.
+/// The bytes that a client may send before they are read: the largest request of Data, and some more.
 const RECEIVE_WINDOW: u32 = 1 << 20;
-/// Bytes of one stream that wait for a socket which does not take them, where the client's window is larger; and one message more.
+/// Bytes of one stream that may wait for the socket, if the client's window is larger, in addition to one message.
 const SEND_BYTES_MAX: usize = 64 << 10;
 
-/// A service of a connection: what [`crate::access::admission`] stands in front of.
+/// A service of a connection, behind [`crate::access::admission`].
 pub(super) trait Serves<B>:
     Service<Request<RequestBody>, Response = Response<B>, Error = Infallible, Future: Send> + Clone + Send + 'static
 {
@@ -84,16 +85,16 @@ pub(super) async fn serve(
     mut stop: Receiver<bool>,
 ) -> io::Result<()> {
     let Some(acceptor) = tls else {
-        return talk(stream, watch, others, stop).await;
+        return serve_h2(stream, watch, others, stop).await;
     };
     let stream = tokio::select! {
         stream = acceptor.accept(stream) => stream?,
         _ = stop.wait_for(|stop| *stop) => return Ok(()),
     };
-    talk(stream, watch, others, stop).await
+    serve_h2(stream, watch, others, stop).await
 }
 
-async fn talk(
+async fn serve_h2(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     watch: impl Serves<Responses>,
     others: impl Serves<Body>,
@@ -132,16 +133,16 @@ struct Connection<T, W, O> {
     h2: server::Connection<T, Bytes>,
     watch: W,
     others: O,
-    /// What is being answered.
+    /// The requests without a complete answer.
     exchanges: FuturesUnordered<Exchange>,
     starts: Arc<Semaphore>,
-    /// What is being followed.
+    /// The open streams of Watch.
     streams: FuturesUnordered<Following>,
     keepalive: Option<Keepalive>,
     sent: SendCounters,
 }
 
-/// A request until it is answered, or until it turns out to be one of Watch that can be followed.
+/// A request until its answer is sent. A request of Watch instead becomes a stream.
 type Exchange = Pin<Box<dyn Future<Output = Result<Option<Following>, h2::Error>> + Send>>;
 
 impl<T, W, O> Connection<T, W, O>
@@ -159,10 +160,10 @@ where
                     Err(error) => tracing::trace!("a request was not answered: {error}"),
                 }
             }
-            // Those that have ended leave the set.
+            // Polling removes ended streams from the set.
             while let Poll::Ready(Some(())) = Pin::new(&mut self.streams).poll_next(cx) {}
             self.sent.settle();
-            // Writes what they have sent, and reads.
+            // Writes the messages of the streams, and reads requests.
             match self.h2.poll_accept(cx).map_err(io::Error::other)? {
                 Poll::Ready(Some((request, reply))) => {
                     self.exchanges.push(self.exchange(request, reply));
@@ -182,13 +183,14 @@ where
         let request = request.map(RequestBody);
         let mut call = Call::begin(request.uri().path());
         if watch::is_path(request.uri().path()) {
-            let (mut watch, starts, patience) = (self.watch.clone(), self.starts.clone(), patience(request.headers()));
+            let (mut watch, starts, timeout) =
+                (self.watch.clone(), self.starts.clone(), grpc_timeout(request.headers()));
             let sent = self.sent.clone();
             return Box::pin(async move {
-                // Never closed.
+                // The semaphore is never closed.
                 let _start = starts.acquire().await;
                 let answer = watch.call(request);
-                let Some(response) = answered(answer, patience, &mut reply).await? else { return Ok(None) };
+                let Some(response) = answered(answer, timeout, &mut reply).await? else { return Ok(None) };
                 let (head, responses) = response.into_parts();
                 let is_refused = responses.is_end();
                 call.end_with(&head.headers);
@@ -196,10 +198,10 @@ where
                 Ok((!is_refused).then(|| Following::new(responses, send, sent, call)))
             });
         }
-        let patience = patience(request.headers());
+        let timeout = grpc_timeout(request.headers());
         let answer = self.others.clone().call(request);
         Box::pin(async move {
-            let Some(response) = answered(answer, patience, &mut reply).await? else { return Ok(None) };
+            let Some(response) = answered(answer, timeout, &mut reply).await? else { return Ok(None) };
             let (head, body) = response.into_parts();
             let is_end = body.is_end_stream();
             call.end_with(&head.headers);
@@ -212,8 +214,9 @@ where
     }
 }
 
-/// How long the client waits for an answer to begin: `grpc-timeout` of gRPC over HTTP/2, up to eight digits and a unit.
-fn patience(headers: &HeaderMap) -> Option<Duration> {
+/// The time that the client waits for an answer: the header `grpc-timeout` of gRPC over HTTP/2, up to eight digits and
+/// a unit.
+fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -231,18 +234,18 @@ fn patience(headers: &HeaderMap) -> Option<Duration> {
     }
 }
 
-/// What the service answers, in time; `None` where the client does not want it any more.
+/// Returns the answer of the service, or a status if it takes too long. `None` if the client has cancelled the request.
 async fn answered<B: Default>(
     answer: impl Future<Output = Result<Response<B>, Infallible>>,
-    patience: Option<Duration>,
+    timeout: Option<Duration>,
     reply: &mut SendResponse<Bytes>,
 ) -> Result<Option<Response<B>>, h2::Error> {
     let mut answer = pin!(async {
-        match patience {
+        match timeout {
             None => answer.await,
-            Some(patience) => {
-                tokio::time::timeout(patience, answer).await.unwrap_or_else(|_| Ok(status::late(patience).into_http()))
-            }
+            Some(timeout) => tokio::time::timeout(timeout, answer)
+                .await
+                .unwrap_or_else(|_| Ok(status::deadline_exceeded(timeout).into_http())),
         }
     });
     poll_fn(|cx| match answer.as_mut().poll(cx) {
@@ -284,8 +287,8 @@ async fn send_body(mut body: Body, mut send: SendStream<Bytes>, call: &mut Call)
     }
 }
 
-/// Waits until h2 takes something more for this stream; `false` where nobody wants it any more. What is then sent may be larger than the
-/// room there is: h2 keeps the rest.
+/// Waits until h2 has room for more bytes of this stream. Returns `false` if the client has gone away. The next
+/// write may exceed the room, because h2 buffers the rest.
 fn poll_room(send: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Poll<Result<bool, h2::Error>> {
     send.reserve_capacity(1);
     while send.capacity() == 0 {
@@ -298,10 +301,10 @@ fn poll_room(send: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Poll<Result<
     Poll::Ready(Ok(true))
 }
 
-/// An open stream of Watch. Ready when it has ended, one way or another.
+/// An open stream of Watch. Ready when it has ended, for whatever reason.
 struct Following {
     responses: Responses,
-    /// Taken from the hub, and waiting for room.
+    /// Messages from the hub that wait for room.
     unsent: Option<Frames>,
     send: SendStream<Bytes>,
     h2_waker: Option<Arc<H2Waker>>,
@@ -309,10 +312,11 @@ struct Following {
     call: Call,
 }
 
-/// Wakes a stream for what h2 has to tell it: that there is room, that it was reset.
+/// Wakes a stream for h2's events: there is room, or the stream was reset.
 ///
-/// But not while it is polled. h2 changes only within this task, so what it tells a stream then is what this stream just did itself;
-/// it is told of room, for instance, by the very call that takes it, and would be polled twice for each message.
+/// Wake-ups during the stream's own poll are ignored. h2's state changes only within this task, so the stream itself
+/// caused the event. For example, the call that takes room also wakes the stream, which would then be polled twice for
+/// each message.
 struct H2Waker {
     stream: Waker,
     is_polled: AtomicBool,
@@ -340,14 +344,14 @@ impl Future for Following {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let known = self.h2_waker.take().filter(|told| told.stream.will_wake(cx.waker()));
-        let told = known
+        let known = self.h2_waker.take().filter(|waker| waker.stream.will_wake(cx.waker()));
+        let h2_waker = known
             .unwrap_or_else(|| Arc::new(H2Waker { stream: cx.waker().clone(), is_polled: AtomicBool::new(false) }));
-        told.is_polled.store(true, Ordering::Relaxed);
-        let waker = Waker::from(told.clone());
+        h2_waker.is_polled.store(true, Ordering::Relaxed);
+        let waker = Waker::from(h2_waker.clone());
         let polled = self.poll_both(cx, &mut Context::from_waker(&waker));
-        told.is_polled.store(false, Ordering::Relaxed);
-        self.h2_waker = Some(told);
+        h2_waker.is_polled.store(false, Ordering::Relaxed);
+        self.h2_waker = Some(h2_waker);
         polled
     }
 }
@@ -376,7 +380,7 @@ impl Following {
             }
             match responses.poll_frames(hub) {
                 Poll::Ready(Some(Ok(frames))) => {
-                    // Of use in this poll alone: who waits for room meanwhile is woken by the hub only once.
+                    // Valid in this poll only: while a stream waits for room, the hub wakes it only once.
                     is_all = frames.is_all;
                     *unsent = Some(frames);
                 }
@@ -393,12 +397,12 @@ impl Following {
                 Poll::Pending => break,
             }
         }
-        // Whatever it waits for: the client may be gone.
+        // The client may go away whatever the stream waits for.
         send.poll_reset(h2).map(drop)
     }
 }
 
-/// The body of a request, as services take it.
+/// The body of a request, in the form that services read.
 pub(super) struct RequestBody(RecvStream);
 
 impl http_body::Body for RequestBody {
@@ -407,7 +411,7 @@ impl http_body::Body for RequestBody {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
         if let Some(data) = ready!(self.0.poll_data(cx)?) {
-            // It is the service's now, which has bounds of its own: the client may send as much again.
+            // The service bounds its memory itself, so the client may send as many bytes again.
             self.0.flow_control().release_capacity(data.len())?;
             return Poll::Ready(Some(Ok(Frame::data(data))));
         }
@@ -420,10 +424,10 @@ impl http_body::Body for RequestBody {
     }
 }
 
-/// Asks the other side now and then whether it is there.
+/// Pings the client, and detects that it is lost.
 struct Keepalive {
     pings: PingPong,
-    /// Until the next ping, or while a ping is unanswered until it is given up.
+    /// The time of the next ping, or the deadline of an unanswered one.
     timer: Pin<Box<Sleep>>,
     is_unanswered: bool,
 }
@@ -433,7 +437,7 @@ impl Keepalive {
         Self { pings, timer: Box::pin(tokio::time::sleep(KEEPALIVE_EVERY)), is_unanswered: false }
     }
 
-    /// Ready when the other side is lost.
+    /// Ready when the client is lost.
     fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             if self.is_unanswered && self.pings.poll_pong(cx).is_ready() {
@@ -458,7 +462,7 @@ mod tests {
     fn a_timeout_is_read_in_every_unit() {
         let check = |value: &'static str, expected: Option<Duration>| {
             let headers = HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), value.parse().unwrap())]);
-            assert_eq!(patience(&headers), expected, "{value:?}");
+            assert_eq!(grpc_timeout(&headers), expected, "{value:?}");
         };
         check("2H", Some(Duration::from_secs(7200)));
         check("3M", Some(Duration::from_secs(180)));
@@ -469,6 +473,6 @@ mod tests {
         for unreadable in ["", "S", "5", "5s", "-5S", "+5S", "1.5S", "100000000S", "5\u{b5}"] {
             check(unreadable, None);
         }
-        assert_eq!(patience(&HeaderMap::new()), None);
+        assert_eq!(grpc_timeout(&HeaderMap::new()), None);
     }
 }

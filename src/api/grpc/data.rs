@@ -1,6 +1,6 @@
 //! `base.v1.Data`: writes and reads of the `tuples` preset's tables.
 //!
-//! Over any other mapping every method answers UNIMPLEMENTED: two engines must not write one store.
+//! With any other mapping, every method returns UNIMPLEMENTED, because two engines must not write the same tables.
 
 use super::proto::data_server::Data;
 use super::{authorize, proto, status, validation};
@@ -13,28 +13,27 @@ use std::time::Duration;
 use tokio::sync::watch::Receiver;
 use tonic::{Request, Response, Status};
 
-/// Bounds of the service.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Tuples and attributes of one write.
-    pub rows_per_write_max: usize,
-    /// Longest wait of a read for what its snap token stands for.
-    pub resolve_timeout: Duration,
+pub(crate) struct Options {
+    /// The most tuples and attributes of one write.
+    pub(crate) rows_per_write_max: usize,
+    /// The longest wait of a read for its snap token.
+    pub(crate) resolve_timeout: Duration,
 }
 
-/// The service.
-pub struct DataService<P> {
-    /// `None` where the watched tables are not ours.
+pub(crate) struct DataService<P> {
+    /// `None` if another engine writes the watched tables.
     store: Option<Store>,
     hub: Hub,
     primary: P,
     options: Options,
-    /// Turns true when whoever waits must be told to come back.
+    /// Turns true when waiting calls must end.
     stop: Receiver<bool>,
 }
 
 impl<P: Primary> DataService<P> {
-    /// Writes and reads this store; snap tokens are this hub's, with `primary` asked where they depend on it.
+    /// A service on this store. Snap tokens are those of this hub, and `primary` resolves tokens that depend on
+    /// PostgreSQL.
     pub(crate) const fn new(
         store: Option<Store>,
         hub: Hub,
@@ -45,14 +44,14 @@ impl<P: Primary> DataService<P> {
         Self { store, hub, primary, options, stop }
     }
 
-    /// The store and the tenant, for a caller who may use it.
+    /// Returns the store and the tenant, if the caller may use the tenant.
     fn admit<T>(&self, request: &Request<T>, tenant: &str) -> Result<(&Store, TenantId), Status> {
         authorize(request, tenant)?;
         let store = self.store.as_ref().ok_or_else(status::not_our_store)?;
         Ok((store, validation::tenant("tenant_id", tenant)?))
     }
 
-    /// Waits until a read sees what the token stands for.
+    /// Waits until a read sees the state of the token.
     async fn wait_until_readable(&self, tenant: &TenantId, token: &str) -> Result<(), Status> {
         let mut stop = self.stop.clone();
         let readable = tokio::select! {
@@ -88,7 +87,7 @@ impl<P: Primary + 'static> Data for DataService<P> {
     ) -> Result<Response<proto::RelationshipWriteResponse>, Status> {
         let asked = request.get_ref();
         let (store, tenant) = self.admit(&request, &asked.tenant_id)?;
-        validation::some_tuples(&asked.tuples)?;
+        validation::require_tuples(&asked.tuples)?;
         let batch = validation::batch(&asked.tuples, &[], self.options.rows_per_write_max)?;
         let snap_token = store.write(&tenant, &batch).await.map_err(status::of_store)?;
         Ok(Response::new(proto::RelationshipWriteResponse { snap_token }))
@@ -134,10 +133,10 @@ impl<P: Primary + 'static> Data for DataService<P> {
         let (store, tenant) = self.admit(&request, &asked.tenant_id)?;
         let tuples = validation::tuple_filter("tuple_filter", asked.tuple_filter.as_ref())?;
         let attributes = validation::attribute_filter("attribute_filter", asked.attribute_filter.as_ref())?;
-        // One of them may be empty: then it is the other's kind of data that is meant.
+        // If only one of the filters is empty, the request concerns only the other kind of data.
         let tuples = Some(&tuples).filter(|filter| !filter.is_empty());
         let attributes = Some(&attributes).filter(|filter| !filter.is_empty());
-        validation::some_filter(tuples.is_some() || attributes.is_some(), "tuple_filter")?;
+        validation::require_filter(tuples.is_some() || attributes.is_some(), "tuple_filter")?;
         let snap_token = store.delete(&tenant, tuples, attributes).await.map_err(status::of_store)?;
         Ok(Response::new(proto::DataDeleteResponse { snap_token }))
     }
@@ -149,7 +148,7 @@ impl<P: Primary + 'static> Data for DataService<P> {
         let asked = request.get_ref();
         let (store, tenant) = self.admit(&request, &asked.tenant_id)?;
         let tuples = validation::tuple_filter("filter", asked.filter.as_ref())?;
-        validation::some_filter(!tuples.is_empty(), "filter")?;
+        validation::require_filter(!tuples.is_empty(), "filter")?;
         let snap_token = store.delete(&tenant, Some(&tuples), None).await.map_err(status::of_store)?;
         Ok(Response::new(proto::RelationshipDeleteResponse { snap_token }))
     }

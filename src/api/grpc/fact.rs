@@ -1,4 +1,4 @@
-//! Tuples and attributes, between their protobuf messages and the words of [`crate::model::change`].
+//! Conversions of tuples and attributes between their protobuf messages and [`crate::model::change`].
 
 use super::proto;
 use crate::api::encode::base_v1;
@@ -31,10 +31,10 @@ impl From<Attribute<'_>> for proto::Attribute {
     }
 }
 
-/// Reads an attribute's value.
+/// Decodes an attribute's value.
 ///
 /// # Errors
-/// Says what is wrong with its form, never its contents.
+/// A description of the invalid form, never with contents of the value.
 pub(super) fn value_of(any: &Any) -> Result<AttributeValue, &'static str> {
     fn data<M: Message + Default>(
         any: &Any,

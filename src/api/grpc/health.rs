@@ -1,6 +1,6 @@
-//! `grpc.health.v1`, with the reason: a node that is NOT_SERVING says why in the metadata of its answer.
+//! `grpc.health.v1`. A node that is NOT_SERVING gives the reason in the metadata of its answer.
 //!
-//! All services are served by the same stream from PostgreSQL, so that they have one health.
+//! All services depend on the same stream from PostgreSQL, so they share one health.
 
 use futures_util::Stream;
 use futures_util::stream;
@@ -13,29 +13,30 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
-/// Where the reason is, in the metadata of an answer.
-pub const REASON: &str = "tuplewatch-reason";
+/// The metadata key of the reason.
+pub(crate) const REASON: &str = "tuplewatch-reason";
 
-/// Names that it knows: the server as a whole, and its services.
+/// The names that it knows: the empty name of the whole server, and its services.
 const SERVICES: [&str; 4] = ["", "base.v1.Watch", "base.v1.Data", "base.v1.Tenancy"];
 
-/// The service. `readiness` follows why nothing is delivered, in ASCII; nothing where it is. Whoever watches gets a message for each
-/// change of the status, and the end with its sender.
-pub fn service<R: Reason>(readiness: watch::Receiver<Option<R>>) -> Server<R> {
+/// The health service. `readiness` holds the reason, in ASCII, why nothing is delivered, or `None` while the node
+/// delivers. A watching client receives a message at each change of the status, and its stream ends when the sender is
+/// dropped.
+pub(crate) fn service<R: Reason>(readiness: watch::Receiver<Option<R>>) -> Server<R> {
     Server::new(HealthService { readiness })
 }
 
-/// As it is served.
-pub type Server<R> = HealthServer<HealthService<R>>;
+/// The server of the service.
+pub(crate) type Server<R> = HealthServer<HealthService<R>>;
 
-/// Why nothing is delivered.
-pub trait Reason: fmt::Display + Send + Sync + 'static {}
+/// The reason why nothing is delivered.
+pub(crate) trait Reason: fmt::Display + Send + Sync + 'static {}
 
 impl<R: fmt::Display + Send + Sync + 'static> Reason for R {}
 
-/// See [`service`].
+/// The health service, see [`service`].
 #[derive(Debug)]
-pub struct HealthService<R> {
+pub(crate) struct HealthService<R> {
     readiness: watch::Receiver<Option<R>>,
 }
 
@@ -72,11 +73,11 @@ impl<R: Reason> Health for HealthService<R> {
 
     async fn watch(&self, request: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
         Self::require(&request)?;
-        let changes = stream::unfold((self.readiness.clone(), None), |(mut readiness, told)| async move {
+        let changes = stream::unfold((self.readiness.clone(), None), |(mut readiness, sent)| async move {
             loop {
                 let now = status(readiness.borrow_and_update().as_ref());
-                // Another reason is the same status.
-                if told != Some(now.status) {
+                // A changed reason does not change the status.
+                if sent != Some(now.status) {
                     return Some((Ok(now), (readiness, Some(now.status))));
                 }
                 readiness.changed().await.ok()?;

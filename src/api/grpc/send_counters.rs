@@ -1,13 +1,13 @@
-//! Counts what a connection sends to its streams of Watch.
+//! The counters of messages and bytes that a connection sends on its streams of Watch.
 //!
-//! Threads that share a counter wait for each other with every message. So streams count in their connection, which one task
-//! has, and the connection adds that up whenever it is polled: once for all the streams that it sent something to.
+//! Threads that share a counter contend for it with every message. So the streams of a connection count in the
+//! connection, which belongs to one task. Each poll of the connection adds its counts to the metrics once.
 
 use crate::metrics::metrics;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Of one connection. Cheap to clone.
+/// The counters of one connection. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SendCounters(Arc<Counts>);
 
@@ -18,15 +18,15 @@ struct Counts {
 }
 
 impl SendCounters {
-    /// Only by the task of the connection.
+    /// Adds to the counts. Only the task of the connection may call this.
     pub(super) fn add(&self, messages: usize, bytes: usize) {
         for (count, more) in [(&self.0.messages, messages), (&self.0.bytes, bytes)] {
-            // No other task changes it, so that two plain steps do.
+            // No other task changes the count, so a load and a store suffice.
             count.store(count.load(Ordering::Relaxed) + more as u64, Ordering::Relaxed);
         }
     }
 
-    /// Adds up what was counted since the last time.
+    /// Adds the counts since the last call to the metrics.
     pub(super) fn settle(&self) {
         let messages = self.0.messages.load(Ordering::Relaxed);
         if messages > 0 {

@@ -1,11 +1,11 @@
-//! Errors → gRPC statuses: the one place.
+//! The mapping of errors to gRPC statuses, all in this file.
 //!
-//! Every status says what to do next. Where a token would help, it is in `google.rpc.ErrorInfo`, domain `tuplewatch`,
-//! metadata `next_snap_token` (after a gap) or `earliest_snap_token` (for a token that is too old).
+//! Every status says what to do next. If a token helps the client, it is in `google.rpc.ErrorInfo` with domain
+//! `tuplewatch`: in the metadata `next_snap_token` after a gap, or `earliest_snap_token` for a token that is too old.
 //!
-//! Clients of Data and Tenancy compare the *message* of a status with Permify's names of errors. So there the message is
-//! such a name, and what it means here, and what to do, is in `google.rpc.LocalizedMessage`; the fields that are wrong are in
-//! `google.rpc.BadRequest`.
+//! Clients of Data and Tenancy compare the *message* of a status with Permify's error names. So the message of their
+//! statuses is such a name. `google.rpc.LocalizedMessage` contains the explanation and the remedy, and
+//! `google.rpc.BadRequest` the invalid fields.
 
 use crate::access::admission;
 use crate::access::authn;
@@ -19,15 +19,15 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
-/// Domain of `google.rpc.ErrorInfo`.
-pub const DOMAIN: &str = "tuplewatch";
+/// The domain of `google.rpc.ErrorInfo`.
+pub(crate) const DOMAIN: &str = "tuplewatch";
 fn with_reason(code: Code, message: String, reason: &str, metadata: Vec<(&str, String)>) -> Status {
     let metadata: HashMap<String, String> = metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
     Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, metadata))
 }
 
-/// The reason in its `ErrorInfo`, if it has one.
-pub fn reason(status: &Status) -> Option<String> {
+/// The reason in the status's `ErrorInfo`, if there is one.
+pub(crate) fn reason(status: &Status) -> Option<String> {
     status.get_details_error_info().map(|info| info.reason)
 }
 
@@ -68,34 +68,34 @@ fn code_of(error: &watch::Error) -> Code {
     }
 }
 
-/// Not the method of Watch.
+/// A path of Watch that is not its method.
 pub(super) fn no_method() -> Status {
     Status::unimplemented("base.v1.Watch has one method, Watch")
 }
 
-/// A request of Watch in an encoding.
+/// A compressed request of Watch.
 pub(super) fn compressed_request() -> Status {
     Status::unimplemented("requests of Watch are not compressed")
 }
 
-/// A request of Watch that is far too long.
+/// A request of Watch that is too large.
 pub(super) fn large_request() -> Status {
     Status::invalid_argument("the request is larger than any WatchRequest")
 }
 
-/// The end where the message of a request should be.
+/// A request without a message.
 pub(super) fn no_request() -> Status {
     Status::internal("a request without a message")
 }
 
-/// No request of Watch.
+/// A request of Watch that cannot be decoded.
 pub(super) fn bad_request(error: &prost::DecodeError) -> Status {
     Status::invalid_argument(format!("the request is no WatchRequest: {error}"))
 }
 
-/// The client did not want to wait any longer.
-pub(super) fn late(patience: Duration) -> Status {
-    Status::deadline_exceeded(format!("no answer within the {patience:?} of grpc-timeout"))
+/// The client's deadline has passed.
+pub(super) fn deadline_exceeded(timeout: Duration) -> Status {
+    Status::deadline_exceeded(format!("no answer within the {timeout:?} of grpc-timeout"))
 }
 
 impl From<Forbidden> for Status {
@@ -104,19 +104,19 @@ impl From<Forbidden> for Status {
     }
 }
 
-/// A status whose message is `ERROR_CODE_` and the reason.
-fn with_name(code: Code, reason: &str, says: impl Into<String>, violations: Vec<FieldViolation>) -> Status {
+/// A status with the message `ERROR_CODE_` and the reason.
+fn with_name(code: Code, reason: &str, explanation: impl Into<String>, violations: Vec<FieldViolation>) -> Status {
     let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::<String, String>::new());
-    details.set_localized_message("en", says);
+    details.set_localized_message("en", explanation);
     if !violations.is_empty() {
         details.set_bad_request(violations);
     }
     Status::with_error_details(code, format!("ERROR_CODE_{reason}"), details)
 }
 
-/// Why the store did not do it.
+/// The status of a failed operation of the store.
 pub(crate) fn of_store(error: store::Error) -> Status {
-    let says = error.to_string();
+    let explanation = error.to_string();
     let (code, reason) = match error {
         store::Error::UnknownTenant(_) => (Code::NotFound, "TENANT_NOT_FOUND"),
         store::Error::TenantExists(_) => (Code::AlreadyExists, "UNIQUE_CONSTRAINT"),
@@ -130,54 +130,54 @@ pub(crate) fn of_store(error: store::Error) -> Status {
         store::Error::Unreadable(_) => (Code::Internal, "SCAN"),
     };
     if code == Code::Internal {
-        tracing::error!("a call of Data or Tenancy failed: {says}");
+        tracing::error!("a call of Data or Tenancy failed: {explanation}");
     }
-    with_name(code, reason, says, vec![])
+    with_name(code, reason, explanation, vec![])
 }
 
-/// Fields that are not as they must be.
-pub fn invalid(violations: Vec<FieldViolation>) -> Status {
+/// The status of a request with invalid fields.
+pub(crate) fn invalid(violations: Vec<FieldViolation>) -> Status {
     let fields: Vec<&str> = violations.iter().map(|violation| violation.field.as_str()).collect();
-    let says = format!("the request is not valid: see {}", fields.join(", "));
-    with_name(Code::InvalidArgument, "VALIDATION", says, violations)
+    let explanation = format!("the request is not valid: see {}", fields.join(", "));
+    with_name(Code::InvalidArgument, "VALIDATION", explanation, violations)
 }
 
-/// A tuple of something with itself.
-pub fn entity_is_subject(field: String) -> Status {
-    let violation = FieldViolation::new(field, "nothing has a relation to itself through the same relation");
-    let says = "entity and relation are the same as the subject's";
-    with_name(Code::InvalidArgument, "ENTITY_AND_SUBJECT_CANNOT_BE_EQUAL", says, vec![violation])
+/// The status of a tuple that relates an entity to itself.
+pub(crate) fn entity_is_subject(field: String) -> Status {
+    let violation = FieldViolation::new(field, "an entity cannot have a relation to itself through the same relation");
+    let explanation = "entity and relation are the same as the subject's";
+    with_name(Code::InvalidArgument, "ENTITY_AND_SUBJECT_CANNOT_BE_EQUAL", explanation, vec![violation])
 }
 
-/// More rows than one write may have.
-pub fn too_much_data(rows: usize, max: usize) -> Status {
-    let says =
+/// The status of a write with too many rows.
+pub(crate) fn too_much_data(rows: usize, max: usize) -> Status {
+    let explanation =
         format!("{rows} tuples and attributes in one request, and {max} are allowed (database.max_data_per_write)");
-    with_name(Code::InvalidArgument, "MAX_DATA_PER_WRITE_EXCEEDED", says, vec![])
+    with_name(Code::InvalidArgument, "MAX_DATA_PER_WRITE_EXCEEDED", explanation, vec![])
 }
 
-/// No token of a page.
+/// The status of an invalid page token.
 pub(crate) fn bad_continuous_token(error: store::ParseKeyError) -> Status {
     let violation = FieldViolation::new("continuous_token", error.to_string());
-    let says = "begin with an empty continuous_token";
-    with_name(Code::InvalidArgument, "INVALID_CONTINUOUS_TOKEN", says, vec![violation])
+    let explanation = "begin with an empty continuous_token";
+    with_name(Code::InvalidArgument, "INVALID_CONTINUOUS_TOKEN", explanation, vec![violation])
 }
 
-/// Data and Tenancy over tables that somebody else writes.
-pub fn not_our_store() -> Status {
+/// The status of Data and Tenancy if another engine writes the tables.
+pub(crate) fn not_our_store() -> Status {
     let message = "this server only watches the tables of its mapping, and does not write or read them for clients: use \
                    the program that owns them (for Permify's tables, Permify itself). Data and Tenancy are served over \
                    tuplewatch's own tables, with mapping.preset: tuples";
     with_reason(Code::Unimplemented, message.to_owned(), "NOT_IMPLEMENTED", vec![])
 }
 
-/// Bundles are Permify's.
-pub fn no_bundles() -> Status {
-    let message = "bundles are Permify's: write what a bundle would with Data.Write and Data.Delete".to_owned();
+/// The status of bundle methods, which only Permify has.
+pub(crate) fn no_bundles() -> Status {
+    let message = "bundles are a feature of Permify: use Data.Write and Data.Delete instead".to_owned();
     with_reason(Code::Unimplemented, message, "NOT_IMPLEMENTED", vec![])
 }
 
-/// Why a request did not get in.
+/// The status of a request that admission refused.
 pub(crate) fn of_admission(error: &admission::Error) -> Status {
     let message = error.to_string();
     match error {
@@ -196,8 +196,8 @@ pub(crate) fn of_admission(error: &admission::Error) -> Status {
     }
 }
 
-/// A browser's page that may not write here.
-pub fn other_origin(origin: &str) -> Status {
+/// The status of a write by a page of a forbidden origin.
+pub(crate) fn other_origin(origin: &str) -> Status {
     let message = format!("pages of {origin} may not do this: see server.http.cors_allowed_origins");
     with_reason(Code::PermissionDenied, message, "ORIGIN_FORBIDDEN", vec![])
 }

@@ -1,4 +1,4 @@
-//! `base.v1.Tenancy`: the tenants of the `tuples` preset.
+//! `base.v1.Tenancy`: the tenants of the preset `tuples`. With any other mapping, every method returns UNIMPLEMENTED.
 
 use super::data::parts;
 use super::proto::tenancy_server::Tenancy;
@@ -7,14 +7,12 @@ use crate::access::authn::Caller;
 use crate::store::{Store, Tenant};
 use tonic::{Request, Response, Status};
 
-/// The service.
-pub struct TenancyService {
-    /// `None` where the watched tables are not ours.
+pub(crate) struct TenancyService {
+    /// `None` if another engine writes the watched tables.
     store: Option<Store>,
 }
 
 impl TenancyService {
-    /// Over this store.
     pub(crate) const fn new(store: Option<Store>) -> Self {
         Self { store }
     }
@@ -28,7 +26,7 @@ impl From<Tenant> for proto::Tenant {
     fn from(tenant: Tenant) -> Self {
         let created_at = tenant.created_at_micros.map(|micros| prost_types::Timestamp {
             seconds: micros.div_euclid(1_000_000),
-            // Below 10^9.
+            // The value is below 10^9.
             nanos: i32::try_from(micros.rem_euclid(1_000_000) * 1_000).unwrap_or_default(),
         });
         Self { id: tenant.id, name: tenant.name, created_at }
@@ -62,7 +60,7 @@ impl Tenancy for TenancyService {
         Ok(Response::new(proto::TenantDeleteResponse { tenant_id: asked.id.clone() }))
     }
 
-    /// A caller with tenants of their own sees those.
+    /// A caller that is restricted to some tenants sees only those.
     async fn list(
         &self,
         request: Request<proto::TenantListRequest>,

@@ -1,8 +1,8 @@
-//! What a request of Data or Tenancy must be like: ids and names have Permify's forms ([`crate::api::forms`]), and a subject's relation
-//! may also be empty, or `...`, which means the same.
+//! The validation of requests of Data and Tenancy. Ids and names have Permify's forms ([`crate::api::forms`]). A
+//! subject's relation may also be empty, or `...`, which means the same.
 //!
-//! What is wrong is said of all fields at once, and never with their contents. Filters may hold any text: what does not
-//! fit the forms picks nothing.
+//! A status lists all invalid fields at once, and never their contents. Filters may contain any text: a text of another
+//! form matches nothing.
 
 use super::proto;
 use super::{fact, status};
@@ -14,28 +14,29 @@ use std::fmt::Arguments;
 use tonic::Status;
 use tonic_types::FieldViolation;
 
-/// Violations that are reported; the status travels in headers, which clients bound at 8 KiB and more.
+/// The most violations in a status. The status travels in headers, which some clients limit to 8 KiB.
 const VIOLATIONS_MAX: usize = 10;
-/// An attribute's value must fit into one message of Watch, which gRPC clients refuse above 4 MiB.
+/// The largest value of an attribute. It must fit into one message of Watch, and gRPC clients refuse messages above 4
+/// MiB.
 const VALUE_BYTES_MAX: usize = (4 << 20) - (4 << 10);
-/// A tenant's name is for people.
+/// The longest name of a tenant. Names are for people.
 const TENANT_NAME_BYTES_MAX: usize = 512;
-/// Rows of a page, where the request does not say.
+/// The rows of a page, if the request does not say.
 const PAGE_SIZE_DEFAULT: usize = 50;
-/// Rows of a page at most. Permify refuses larger pages in some versions and not in others; here they end early.
+/// The most rows of a page. Only some versions of Permify refuse larger pages; here such a page ends early.
 const PAGE_SIZE_MAX: usize = 1_000;
 
 const REQUIRED: &str = "is required";
 const NO_NUL: &str = "must not contain a NUL character";
 
-/// Permify's word for a subject without a relation.
+/// The text by which Permify denotes a subject without a relation.
 const NO_RELATION: &str = "...";
 
 fn without_dots(relation: &str) -> &str {
     if relation == NO_RELATION { "" } else { relation }
 }
 
-/// Gathers what is wrong.
+/// Collects violations.
 #[derive(Default)]
 struct Violations(Vec<FieldViolation>);
 
@@ -57,13 +58,13 @@ fn check(holds: bool, field: &str, description: &str) -> Result<(), Status> {
     violations.finish()
 }
 
-/// The tenant of a request.
+/// Checks the tenant of a request.
 pub(super) fn tenant(field: &str, id: &str) -> Result<TenantId, Status> {
     check(is_id(id), field, ID)?;
     TenantId::new(id).map_err(|error| status::invalid(vec![FieldViolation::new(field, error.to_string())]))
 }
 
-/// The name of a new tenant.
+/// Checks the name of a new tenant.
 pub(super) fn tenant_name(name: &str) -> Result<(), Status> {
     check(!name.contains('\0'), "name", NO_NUL)?;
     check(
@@ -73,7 +74,7 @@ pub(super) fn tenant_name(name: &str) -> Result<(), Status> {
     )
 }
 
-/// What a write writes.
+/// Checks and converts the rows of a write.
 pub(super) fn batch<'a>(
     tuples: &'a [proto::Tuple],
     attributes: &'a [proto::Attribute],
@@ -105,8 +106,8 @@ pub(super) fn batch<'a>(
     Ok(batch)
 }
 
-/// The older method for tuples alone wants at least one.
-pub(super) fn some_tuples(tuples: &[proto::Tuple]) -> Result<(), Status> {
+/// The older method for tuples only requires at least one.
+pub(super) fn require_tuples(tuples: &[proto::Tuple]) -> Result<(), Status> {
     check(!tuples.is_empty(), "tuples", "must have at least one tuple")
 }
 
@@ -145,7 +146,7 @@ fn put_attribute<'a>(n: usize, attribute: &'a proto::Attribute, batch: &mut Batc
     }
 }
 
-/// What `jsonb` can hold, and one message carry.
+/// Checks that `jsonb` can store the value, and that one message can carry it.
 fn storable(value: AttributeValue) -> Result<AttributeValue, &'static str> {
     let has_nul = match &value {
         AttributeValue::String(text) => text.contains('\0'),
@@ -161,14 +162,14 @@ fn storable(value: AttributeValue) -> Result<AttributeValue, &'static str> {
     Ok(value)
 }
 
-/// Texts of a filter, which PostgreSQL must be able to hold.
+/// Checks that PostgreSQL can represent the texts of a filter.
 fn check_texts(field: &str, texts: [&str; 3], lists: [&[String]; 2]) -> Result<(), Status> {
     let lists = lists.into_iter().flatten().map(String::as_str);
     let has_nul = texts.into_iter().chain(lists).any(|text| text.contains('\0'));
     check(!has_nul, field, NO_NUL)
 }
 
-/// What is left out picks all.
+/// An absent field matches everything.
 pub(super) fn tuple_filter<'a>(field: &str, filter: Option<&'a proto::TupleFilter>) -> Result<TupleFilter<'a>, Status> {
     let Some(filter) = filter else { return Ok(TupleFilter::default()) };
     let mut checked = TupleFilter { relation: &filter.relation, ..TupleFilter::default() };
@@ -189,7 +190,7 @@ pub(super) fn tuple_filter<'a>(field: &str, filter: Option<&'a proto::TupleFilte
     Ok(checked)
 }
 
-/// What is left out picks all.
+/// An absent field matches everything.
 pub(super) fn attribute_filter<'a>(
     field: &str,
     filter: Option<&'a proto::AttributeFilter>,
@@ -203,12 +204,12 @@ pub(super) fn attribute_filter<'a>(
     Ok(checked)
 }
 
-/// A delete says what it deletes: a tenant's whole data goes with the tenant.
-pub(super) fn some_filter(is_there: bool, field: &str) -> Result<(), Status> {
-    check(is_there, field, "must say what to delete: an empty filter would pick everything")
+/// A delete must have a filter. To delete all data of a tenant, delete the tenant.
+pub(super) fn require_filter(is_there: bool, field: &str) -> Result<(), Status> {
+    check(is_there, field, "must not be empty: an empty filter would match everything")
 }
 
-/// Rows of a page.
+/// The number of rows of a page.
 pub(super) fn page_size(asked: u32) -> usize {
     match usize::try_from(asked) {
         Ok(0) => PAGE_SIZE_DEFAULT,
@@ -217,7 +218,7 @@ pub(super) fn page_size(asked: u32) -> usize {
     }
 }
 
-/// Where a page begins; `None` for the first one.
+/// Decodes the start of a page. `None` for the first page.
 pub(super) fn continuous_token<const COLUMNS: usize>(token: &str) -> Result<Option<Key<COLUMNS>>, Status> {
     if token.is_empty() {
         return Ok(None);

@@ -1,9 +1,9 @@
 //! `base.v1.Watch/Watch`.
 //!
-//! What tonic would generate from the service, with one difference: what is sent are frames that were made before, once for all
-//! subscribers. There is no codec, no task and no allocation for each message in between; who sends them is
-//! `super::connection`. What is ready is sent together: many small messages become one DATA frame of several KiB. How frames are made
-//! is in [`frame`].
+//! The code that tonic would generate from the service, with one difference: it sends frames that were encoded once for
+//! all subscribers. Between the hub and the connection there is no codec, no task, and no allocation for each message.
+//! `super::connection` sends the frames. Messages that are ready together are sent together, so many small messages
+//! become one DATA frame of several KiB. The bytes of a frame are defined in [`frame`].
 
 use super::{proto, status};
 use crate::access::authn::Caller;
@@ -22,41 +22,44 @@ use tonic::codec::{DecodeBuf, Decoder, Streaming};
 use tonic::{Code, Status};
 use tower_service::Service;
 
-/// What is ready is taken from the hub, and joined, up to this: a DATA frame of HTTP/2 has at most 16 KiB, where the client does not
-/// allow more.
+/// The bytes up to which ready messages are joined. A DATA frame of HTTP/2 has at most 16 KiB, unless the client
+/// permits more.
 const JOIN_BYTES: usize = 16 << 10;
-/// Header of a response: the token that resumes from the start of its stream, for who has had no message yet.
-pub const START_SNAP_TOKEN: &str = "snap-token";
-/// Largest request. Both fields are short, but what is too long in them should be said of them.
+/// The response header with the token that resumes from the start of the stream, for a client that has received no
+/// message yet.
+pub(crate) const START_SNAP_TOKEN: &str = "snap-token";
+/// The largest request. Its fields are short, but a field that is too long should get a specific error.
 const REQUEST_BYTES_MAX: usize = 4 << 20;
 const SERVICE: &str = "/base.v1.Watch/";
 const METHOD: &str = "Watch";
 
-/// Whether a request with this path is for this service.
+/// Whether this service serves the path.
 pub(super) fn is_path(path: &str) -> bool {
     path.starts_with(SERVICE)
 }
 
-/// The body of a response. By default, that of a refusal, which has none.
+/// The body of a response. The default is the body of a refusal, which is empty.
 #[derive(Default)]
 pub(super) struct Responses(Option<Box<Stream>>);
 
-/// One or more messages, as they go over the wire.
+/// One or more messages as bytes of the wire.
 pub(super) struct Frames {
     pub(super) bytes: Bytes,
-    /// How many.
+    /// The number of messages.
     pub(super) messages: usize,
-    /// There are no others, and who polled is woken when there are: to poll once more now is of no use.
+    /// Whether no other message is ready, and the polling task is registered for the next one. An immediate second poll
+    /// would find nothing.
     pub(super) is_all: bool,
 }
 
 impl Responses {
-    /// Whether nothing comes any more.
+    /// Whether the body has ended.
     pub(super) const fn is_end(&self) -> bool {
         self.0.is_none()
     }
 
-    /// The next messages, as frames that are joined up to some KiB. Ends with at most one error.
+    /// Polls for the next messages, as frames that are joined up to [`JOIN_BYTES`]. It returns at most one error, as
+    /// its last item.
     pub(super) fn poll_frames(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frames, Status>>> {
         let Some(stream) = &mut self.0 else { return Poll::Ready(None) };
         let next = ready!(poll_joined(stream, cx));
@@ -73,14 +76,15 @@ fn poll_joined(stream: &mut Stream, cx: &mut Context<'_>) -> Poll<Result<Frames,
     if stream.ready() == 0 || first.len() >= JOIN_BYTES {
         return Poll::Ready(Ok(Frames { bytes: first, messages: 1, is_all: is_all && stream.ready() == 0 }));
     }
-    // As much as there is, if the others are like the first: what h2 keeps should not be mostly empty.
+    // Assume that the other ready messages are as long as the first: h2 keeps the buffer, so it should not be mostly
+    // empty.
     let expected = first.len() * (stream.ready() + 1);
     let mut joined = BytesMut::with_capacity(expected.min(JOIN_BYTES + frame::BYTES_MIN));
     joined.put(first);
     let mut messages = 1;
     while stream.ready() > 0
         && joined.len() < JOIN_BYTES
-        // An error comes again the next time.
+        // The next call returns the same error again.
         && let Poll::Ready(Ok(next)) = stream.poll_next(cx, FRAME, JOIN_BYTES)
     {
         joined.put(next.envelope);
@@ -89,7 +93,7 @@ fn poll_joined(stream: &mut Stream, cx: &mut Context<'_>) -> Poll<Result<Frames,
     Poll::Ready(Ok(Frames { bytes: joined.freeze(), messages, is_all: is_all && stream.ready() == 0 }))
 }
 
-/// The service, as a connection calls it.
+/// The service as a connection calls it.
 pub(super) struct Watch<P>(pub(super) WatchService<P>);
 
 impl<P> Clone for Watch<P> {
@@ -127,7 +131,7 @@ where
     }
 }
 
-/// The one message of a request.
+/// Reads the single message of a request.
 async fn read<B>(request: http::Request<B>) -> Result<proto::WatchRequest, Status>
 where
     B: http_body::Body + Send + 'static,
@@ -142,7 +146,7 @@ where
     }
     let mut messages = Streaming::new_request(RequestDecoder, body, None, Some(REQUEST_BYTES_MAX));
     let message = messages.message().await.map_err(|status| match status.code() {
-        // That is what a token is that is too old.
+        // tonic's code for a message above the limit.
         Code::OutOfRange => status::large_request(),
         _ => status,
     })?;

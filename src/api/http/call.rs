@@ -1,4 +1,4 @@
-//! An HTTP request → the request of a service, and back.
+//! The conversion of an HTTP request into the request of a service, and of the answer back.
 
 use super::json::{self, Reading};
 use super::refusal::{Invalid, Refusal};
@@ -12,13 +12,14 @@ use std::time::Duration;
 use tonic::metadata::MetadataMap;
 use tonic::{Extensions, Status};
 
-/// Longest time for a body to come: far more than the largest takes on a slow line.
+/// The longest time to receive a body: far more than the largest body takes on a slow line.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A call of a service: body, path and (for GET) query make the message, and headers and extensions go along.
+/// A call of a service. Its message is made from the body, the path and (for GET) the query. Headers and extensions are
+/// passed on.
 ///
-/// Everything that is said is understood or refused; a field may be set in two places if they agree. The content type is not
-/// looked at, as in Permify's gateway: whatever it says, the body is JSON or is refused.
+/// Everything in the request is either understood or refused. A field may be set in two places if both agree. The
+/// content type is ignored, as in Permify's gateway: the body must be JSON in any case.
 pub(super) struct Call<T>(pub(super) tonic::Request<T>);
 
 impl<T: Message + Name + Default, S: Send + Sync> FromRequest<S> for Call<T> {
@@ -42,7 +43,7 @@ impl<T: Message + Name + Default, S: Send + Sync> FromRequest<S> for Call<T> {
             reading.path(name, text)?;
         }
         for (name, text) in &query {
-            // No value here has a space. In a query `+` stands for one, and in a token for itself.
+            // In a query, `+` stands for a space. No valid value contains a space, but a token may contain `+`.
             reading.parameter(name, &text.replace(' ', "+"))?;
         }
         let message = reading.finish()?;
@@ -52,7 +53,7 @@ impl<T: Message + Name + Default, S: Send + Sync> FromRequest<S> for Call<T> {
     }
 }
 
-/// The answer of a service, in JSON.
+/// Writes the answer of a service as JSON.
 pub(super) fn answer<T: Message + Name>(answered: Result<tonic::Response<T>, Status>) -> Result<Response, Refusal> {
     let json = json::write(answered?.get_ref())?;
     Ok(([(CONTENT_TYPE, json::CONTENT_TYPE)], json).into_response())

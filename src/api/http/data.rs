@@ -30,7 +30,7 @@ pub(super) fn routes<D: Data>(data: Arc<D>) -> Router {
             "/v1/tenants/{tenant_id}/data/run-bundle",
             post(async |State(data): Service<D>, Call(request)| answer(data.run_bundle(request).await)),
         )
-        // As older clients write and delete.
+        // The paths by which older clients write and delete.
         .route(
             "/v1/tenants/{tenant_id}/relationships/write",
             post(async |State(data): Service<D>, Call(request)| answer(data.write_relationships(request).await)),

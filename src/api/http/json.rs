@@ -1,8 +1,9 @@
-//! Messages ↔ protobuf's JSON form.
+//! The conversion between messages and protobuf's JSON form.
 //!
-//! Out: field names as in `proto/`, fields that are not set written out (`"relation": ""`, `[]`; a message that is not
-//! set has nothing to write), an Any as `{"@type": …, …}`, `NaN` and `Infinity` as strings. In: these names or their
-//! lowerCamelCase forms, each known and set once (`names`). The library does all of it, from the descriptors of `proto/`.
+//! Output: field names as in `proto/`; fields that are not set are written (`"relation": ""`, `[]`), except for
+//! messages; an Any as `{"@type": …, …}`; `NaN` and `Infinity` as strings. Input: the same names or their
+//! lowerCamelCase forms, each of them known and set at most once (`names`). prost-reflect does all of this from the
+//! descriptors of `proto/`.
 
 use super::names;
 use crate::api::grpc::proto::DESCRIPTORS;
@@ -15,26 +16,26 @@ use prost_reflect::{
 use std::sync::LazyLock;
 use tonic_types::pb;
 
-/// Of all JSON here but streams.
+/// The content type of all JSON except streams.
 pub(super) const CONTENT_TYPE: &str = "application/json";
 
 const READ: DeserializeOptions = DeserializeOptions::new().deny_unknown_fields(true);
 const WRITE: SerializeOptions = SerializeOptions::new().use_proto_field_name(true).skip_default_fields(false);
 
-/// Why a request is not read, or an answer not written.
+/// A request that cannot be read, or an answer that cannot be written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Error {
-    /// The body is not the JSON of this message.
+    /// The body is not JSON of this message.
     #[error("the body is no {name}: {reason}")]
     Body { name: &'static str, reason: String },
-    /// A parameter of the query that no field of text has the name of, and what would have been one.
+    /// A query parameter without a text field of its name, with the names of those that exist.
     #[error("{0}")]
     UnknownParameter(String),
     #[error("query parameter `{0}` is there twice")]
     RepeatedParameter(String),
     #[error("`{0}` has one value in the path or the query, and another one elsewhere")]
     Contradiction(String),
-    /// An answer that has no JSON form: why is in the log.
+    /// The answer has no JSON form. The server's log has the reason.
     #[error("the answer cannot be written as JSON: see the server's log, or use gRPC")]
     Unwritable,
     #[error("{0} has no JSON form")]
@@ -46,28 +47,28 @@ const COMPILED_IN: &str = "the descriptors are compiled in, and a test reads the
 #[expect(clippy::expect_used, reason = "compiled in")]
 static MESSAGES: LazyLock<DescriptorPool> = LazyLock::new(|| DescriptorPool::decode(DESCRIPTORS).expect(COMPILED_IN));
 
-/// `google.rpc`, with the details that an error can have.
+/// The descriptors of `google.rpc`, for the details of errors.
 #[expect(clippy::expect_used, reason = "compiled in")]
 static ERRORS: LazyLock<DescriptorPool> =
     LazyLock::new(|| DescriptorPool::decode(tonic_types::pb::FILE_DESCRIPTOR_SET).expect(COMPILED_IN));
 
-/// A request that is being put together from its body, its path and its query.
+/// A request, while it is assembled from body, path and query.
 pub(super) struct Reading {
     message: DynamicMessage,
-    /// Parameters of the query that were there.
+    /// The numbers of the fields that query parameters have set.
     parameters: Vec<u32>,
 }
 
 impl Reading {
-    /// From the body.
+    /// Begins with the body.
     ///
     /// # Errors
-    /// With what is wrong, and where.
+    /// The first problem, and its place in the body.
     pub(super) fn body<T: Message + Name>(body: &[u8]) -> Result<Self, Error> {
         let descriptor = descriptor(&MESSAGES, &T::full_name())?;
         let parameters = Vec::new();
         if body.trim_ascii().is_empty() {
-            // As nothing at all: what is required is for the service to say.
+            // An empty body stands for an empty message. The service checks required fields.
             return Ok(Self { message: DynamicMessage::new(descriptor), parameters });
         }
         let mut json = serde_json::Deserializer::from_slice(body);
@@ -77,10 +78,10 @@ impl Reading {
         Ok(Self { message, parameters })
     }
 
-    /// A part of the path, whose name is a field's.
+    /// Adds a part of the path, under the name of its field.
     ///
     /// # Errors
-    /// Where the body has another value for it.
+    /// If the body has another value for the field.
     pub(super) fn path(&mut self, name: &str, text: &str) -> Result<(), Error> {
         match text_field(&self.message.descriptor(), name) {
             Some(field) => self.set(&field, text),
@@ -88,10 +89,10 @@ impl Reading {
         }
     }
 
-    /// A parameter of the query.
+    /// Adds a query parameter.
     ///
     /// # Errors
-    /// Where it is unknown, repeated, or has another value elsewhere.
+    /// If the parameter is unknown or repeated, or its field has another value elsewhere.
     pub(super) fn parameter(&mut self, name: &str, text: &str) -> Result<(), Error> {
         let descriptor = self.message.descriptor();
         let Some(field) = text_field(&descriptor, name) else {
@@ -106,7 +107,7 @@ impl Reading {
         self.set(&field, text)
     }
 
-    /// Sets a field, unless that would hide what was said elsewhere.
+    /// Sets a field, unless another part of the request has set it to another value.
     fn set(&mut self, field: &FieldDescriptor, text: &str) -> Result<(), Error> {
         if self.message.has_field(field) && self.message.get_field(field).as_str() != Some(text) {
             return Err(Error::Contradiction(field.name().to_owned()));
@@ -115,10 +116,10 @@ impl Reading {
         Ok(())
     }
 
-    /// The request.
+    /// Returns the request.
     ///
     /// # Errors
-    /// Where it is none.
+    /// If the parts do not form a request.
     pub(super) fn finish<T: Message + Name + Default>(self) -> Result<T, Error> {
         let message = self.message.transcode_to();
         message.map_err(|error| Error::Body { name: T::NAME, reason: error.to_string() })
@@ -133,15 +134,16 @@ fn is_text(field: &FieldDescriptor) -> bool {
     field.kind() == Kind::String && !field.is_list()
 }
 
-/// The JSON of a message.
+/// Writes a message as JSON.
 ///
 /// # Errors
-/// Where it has an Any of a type that is not in `proto/`.
+/// If the message contains an Any whose type is not in `proto/`.
 pub(super) fn write<T: Message + Name>(message: &T) -> Result<String, Error> {
     to_json(&decode(&descriptor(&MESSAGES, &T::full_name())?, Bytes::from(message.encode_to_vec()))?)
 }
 
-/// `{code, message, details}`: a `google.rpc.Status`. Without the details, where one of them is of a type that is not in `google.rpc`.
+/// Writes a `google.rpc.Status` as `{code, message, details}`. It leaves out all details if the type of one is not in
+/// `google.rpc`.
 pub(super) fn write_status(status: &pb::Status) -> String {
     let json = |status: &pb::Status| {
         to_json(&decode(&descriptor(&ERRORS, "google.rpc.Status")?, Bytes::from(status.encode_to_vec()))?)
@@ -191,7 +193,7 @@ mod tests {
         Reading::body::<T>(body)?.finish()
     }
 
-    /// An attribute goes in as JSON and comes out as the same.
+    /// Converts an attribute from JSON and back, and checks that it is unchanged.
     fn value(kind: &str, data: &Json) -> Result<Json, Error> {
         let value = json!({"@type": format!("{TYPE}{kind}"), "data": data});
         let request = json!({"attributes": [{"entity": {"type": "a", "id": "1"}, "attribute": "x", "value": value}]});
@@ -258,7 +260,7 @@ mod tests {
         }
     }
 
-    /// What path and query add to a body.
+    /// Assembles a request from these parts.
     fn put_together(body: &str, path: &[(&str, &str)], query: &[(&str, &str)]) -> Result<WatchRequest, Error> {
         let mut reading = Reading::body::<WatchRequest>(body.as_bytes())?;
         path.iter().try_for_each(|(name, text)| reading.path(name, text))?;

@@ -1,8 +1,8 @@
-//! Connections: how long one may last that does nothing.
+//! HTTP connections, and the time limits of a silent one.
 //!
-//! A connection that says nothing costs a descriptor until a timeout: of the TLS handshake, of the headers (which is also how
-//! long it may idle between requests), of the body (`call`). How many there are is bounded by [`crate::access::connections`], which also
-//! finds a client that is gone without a word, as HTTP/1 has no pings.
+//! A silent connection uses a descriptor until a timeout: of the TLS handshake, of the headers (this is also the time
+//! that it may idle between requests), or of the body (`call`). [`crate::access::connections`] limits the number of
+//! connections, and detects lost clients, because HTTP/1 has no pings.
 
 use super::Gateway;
 use crate::access::connections;
@@ -23,41 +23,36 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::watch::Receiver;
 
-/// Longest time for the headers of a request to come, counted from when the connection is ready for one.
+/// The longest time to receive the headers of a request, from the moment at which the connection is ready for it.
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(30);
-/// Bytes of a response that wait for a client that does not read, and the longest headers of a request.
+/// The bytes of a response that may wait for a client to read them, and the longest headers of a request.
 const BUFFER_BYTES_MAX: usize = 64 << 10;
 
-/// Why the gateway cannot listen.
+/// A failure of the HTTP server.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// The address is taken or not ours.
+    /// The address is in use, or is not an address of this machine.
     #[error("cannot listen on {address} for HTTP: {source} (server.host, server.http.port)")]
-    Bind {
-        /// The address.
-        address: String,
-        /// Why.
-        source: io::Error,
-    },
-    /// The certificate or the key is not usable.
+    Bind { address: String, source: io::Error },
+    /// The certificate or the key is unusable.
     #[error(transparent)]
     Tls(#[from] tls::Error),
-    /// A thread to serve on cannot be had, or is gone.
+    /// A thread cannot be started, or has failed.
     #[error("the threads of the HTTP server failed: {0}")]
     Threads(io::Error),
 }
 
-/// A bound listener: bound before anything else starts, so that a taken port is said at once.
+/// A bound listener. It is bound before everything else starts, so that a port in use is reported at once.
 pub(crate) struct Listener {
     listener: connections::Listener,
     tls: Option<tls::Acceptor>,
 }
 
 impl Listener {
-    /// Binds host and port (port 0 takes any), and reads certificate and key.
+    /// Binds host and port (port 0 stands for any free port), and reads certificate and key.
     ///
     /// # Errors
-    /// Where that is not possible.
+    /// If one of these fails.
     pub(crate) async fn bind(host: &str, config: &HttpConfig) -> Result<Self, Error> {
         let port = config.port;
         let tls = match &config.tls {
@@ -69,16 +64,16 @@ impl Listener {
         Ok(Self { listener, tls })
     }
 
-    /// Where it listens.
+    /// The address that it listens on.
     pub(crate) const fn address(&self) -> SocketAddr {
         self.listener.address()
     }
 }
 
-/// Serves until `stop` turns true and all connections have ended. Dropped before, it cuts them.
+/// Serves until `stop` turns true and all connections have ended. Dropping the future closes all connections.
 ///
 /// # Errors
-/// Where there are no threads to serve on.
+/// If no thread can be started, or one fails.
 pub(crate) async fn serve<P: Primary + 'static>(
     listener: Listener,
     gateway: Gateway,
@@ -105,17 +100,21 @@ pub(super) async fn connect(
     mut stop: Receiver<bool>,
 ) -> io::Result<()> {
     let Some(acceptor) = tls else {
-        return talk(stream, router, stop).await;
+        return serve_http1(stream, router, stop).await;
     };
     let stream = tokio::select! {
         stream = acceptor.accept(stream) => stream?,
         _ = stop.wait_for(|stop| *stop) => return Ok(()),
     };
-    talk(stream, router, stop).await
+    serve_http1(stream, router, stop).await
 }
 
-/// Requests and responses, one after the other.
-async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, mut stop: Receiver<bool>) -> io::Result<()> {
+/// Serves requests and responses, one after the other.
+async fn serve_http1(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    router: Router,
+    mut stop: Receiver<bool>,
+) -> io::Result<()> {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADERS_TIMEOUT)
@@ -128,7 +127,7 @@ async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, mut s
     let ended = tokio::select! {
         ended = &mut connection => ended,
         () = stopped => {
-            // The answer that is on its way is sent; a stream ends by itself, with a last word.
+            // An answer in progress is completed. A stream ends by itself, with its final message.
             connection.as_mut().graceful_shutdown();
             connection.await
         }

@@ -1,19 +1,19 @@
-//! The names in a request: each is known, and is there once.
+//! The check of the names in a request: each must be known, and occur once.
 //!
-//! A name that nobody knows is one that somebody meant: a client that writes `snaptoken` would start now instead of resuming, and one
-//! that writes `tuple` would write nothing, each with a 200. So an unknown name is an error that suggests the nearest known one.
-//! Known is all that Permify's API has for the call, also where it has no effect here, in both spellings of protobuf's JSON form
-//! (`snap_token`, `snapToken`).
+//! An unknown name is probably a misspelled one. A client that writes `snaptoken` would start now instead of resuming,
+//! and one that writes `tuple` would write nothing, each with status 200. So an unknown name is an error, which
+//! suggests the nearest known name. The known names are all names that Permify's API has for the call, even if they
+//! have no effect here, in both spellings of protobuf's JSON form (`snap_token`, `snapToken`).
 //!
-//! This looks at names, and at which values are objects and lists, because it knows where in the request it is. All else about
-//! values is for the library that reads them (`json`).
+//! This check covers names, and values that must be objects or lists, because it knows their place in the request. The
+//! library that reads the values checks everything else about them (`json`).
 
 use crate::config::nearest;
 use prost_reflect::{FieldDescriptor, Kind, MessageDescriptor};
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use std::fmt;
 
-/// As much of an unknown name as it takes to recognize it.
+/// The length at which an unknown name is cut in an error.
 const SHOWN_CHARS_MAX: usize = 64;
 
 /// The field with this name, in either spelling.
@@ -21,13 +21,13 @@ pub(super) fn field(message: &MessageDescriptor, name: &str) -> Option<FieldDesc
     message.get_field_by_name(name).or_else(|| message.get_field_by_json_name(name))
 }
 
-/// `unknown {what} …`, with the name that was probably meant, or all there are.
+/// Formats `unknown {what} …`, with the name that was probably meant, or with all known names.
 pub(super) fn unknown(what: &str, name: &str, known: &[&str]) -> String {
     let shown: String = name.chars().take(SHOWN_CHARS_MAX).collect();
-    // Who writes `SnapToken` or `ID` has the right letters.
+    // `SnapToken` or `ID` differ only in their case.
     let hint = match (nearest(&name.to_lowercase(), known.iter().copied()), known) {
         (Some(name), _) => format!("did you mean `{name}`?"),
-        (None, []) => "there are none here".to_owned(),
+        (None, []) => "no name is valid here".to_owned(),
         (None, known) => format!("known here: {}", known.join(", ")),
     };
     format!("unknown {what} `{shown}`: {hint}")
@@ -36,14 +36,15 @@ pub(super) fn unknown(what: &str, name: &str, known: &[&str]) -> String {
 /// Checks the names in a JSON body.
 ///
 /// # Errors
-/// The first that is unknown or repeated, the first value that should be an object or a list and is not, or what is no JSON.
+/// If the body is not JSON. Otherwise the first name that is unknown or repeated, or the first value that should be an
+/// object or a list but is not.
 pub(super) fn check(message: &MessageDescriptor, body: &[u8]) -> Result<(), serde_json::Error> {
     let mut json = serde_json::Deserializer::from_slice(body);
     Object { message, path: &Path::Body, is_optional: false }.deserialize(&mut json)?;
     json.end()
 }
 
-/// Where in the body something is. Written out only in errors.
+/// A place in the body. It is formatted only for errors.
 enum Path<'a> {
     Body,
     Field(&'a Path<'a>, &'a str),
@@ -77,14 +78,14 @@ impl Path<'_> {
     }
 }
 
-/// A message. Null stands for one that is not there, where that may be.
+/// A message. Null stands for an absent message if one may be absent.
 struct Object<'a> {
     message: &'a MessageDescriptor,
     path: &'a Path<'a>,
     is_optional: bool,
 }
 
-/// What a field with `repeated` has: null, or a list.
+/// The value of a `repeated` field: null, or a list.
 struct List<'a> {
     kind: &'a Kind,
     path: &'a Path<'a>,
@@ -123,7 +124,7 @@ impl<'de> Visitor<'de> for Object<'_> {
             let (kind, path) = (field.kind(), &Path::Field(self.path, field.name()));
             match &kind {
                 _ if field.is_list() => map.next_value_seed(List { kind: &kind, path })?,
-                // The keys of a map are the caller's.
+                // The keys of a map are data of the caller.
                 Kind::Message(message) if !field.is_map() => {
                     map.next_value_seed(Object { message, path, is_optional: true })?;
                 }
@@ -135,7 +136,7 @@ impl<'de> Visitor<'de> for Object<'_> {
 }
 
 impl Object<'_> {
-    /// `@type` says what fields there are, wherever it stands.
+    /// Checks an Any: its `@type` determines its fields, in whatever order they are.
     fn visit_any<'de, A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         const TYPE: &str = "@type";
         let (mut names, mut url) = (Vec::new(), None);
@@ -153,7 +154,7 @@ impl Object<'_> {
         let Some(url) = url else {
             return Err(A::Error::custom(format_args!("{} has no `{TYPE}`", self.path)));
         };
-        // An unknown type, or one with a JSON form of its own, is not for us to judge.
+        // If the type is unknown, or has its own JSON form, the library checks the value.
         let kind = url.rsplit('/').next().and_then(|name| self.message.parent_pool().get_message_by_name(name));
         let Some(kind) = kind.filter(|kind| kind.package_name() != "google.protobuf") else { return Ok(()) };
         match names.iter().find(|name| field(&kind, name).is_none()) {

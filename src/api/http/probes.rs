@@ -1,7 +1,7 @@
-//! What the process says of itself: whether it is alive, whether it is ready, and its metrics.
+//! The probes: whether the process is alive, whether it is ready, and its metrics.
 //!
-//! *Alive* is who answers: who restarts what is not alive should not restart it because PostgreSQL is away. *Ready* is who delivers,
-//! and is not far behind: a change that was made shortly ago has been sent.
+//! The process is *alive* if it answers: an orchestrator must not restart it because PostgreSQL is down. It is *ready*
+//! if it delivers changes with little delay.
 
 use super::json;
 use crate::metrics;
@@ -15,22 +15,23 @@ use std::fmt;
 use std::sync::Arc;
 use tokio::sync::Mutex;
 
-/// What is asked for here.
-pub trait Probes: Send + Sync + 'static {
-    /// What is in the way, in words for somebody without credentials.
+/// The source of the answers.
+pub(crate) trait Probes: Send + Sync + 'static {
+    /// The reason why the process is not ready, in words that a client without credentials may read.
     type NotReady: fmt::Display;
 
-    /// Whether the process delivers and has nearly all there is.
+    /// Checks whether the process delivers changes with little delay.
     ///
     /// # Errors
-    /// Where it does not.
+    /// The reason, if it does not.
     fn ready(&self) -> Result<(), Self::NotReady>;
 
     /// All metrics in the text format. May block.
     fn metrics(&self) -> String;
 }
 
-/// Alone in its own time: to read metrics holds up releasing for a moment, and must not do so all the time, whoever asks.
+/// One request at a time reads the metrics. Reading them delays the releaser for a moment, so many requests together
+/// must not delay it all the time.
 type Alone<P> = Arc<Mutex<Arc<P>>>;
 
 pub(super) fn routes<P: Probes>(probes: P) -> Router {
@@ -58,7 +59,7 @@ async fn ready<P: Probes>(State(probes): State<Arc<P>>) -> Response {
 }
 
 async fn scrape<P: Probes>(State(alone): State<Alone<P>>) -> Response {
-    // Held for as long as it reads, also when nobody waits for it any more.
+    // The lock is held until the metrics are read, even if the client has gone away.
     let probes = alone.lock_owned().await;
     match tokio::task::spawn_blocking(move || probes.metrics()).await {
         Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),

@@ -1,7 +1,7 @@
-//! Errors → HTTP statuses: the one place.
+//! The mapping of errors to HTTP statuses, all in this file.
 //!
-//! The body is `{code, message, details}`, a `google.rpc.Status` with the gRPC code, and the HTTP status is the one that gRPC's own
-//! gateway has for it. What HTTP itself refuses has the form, too.
+//! The body is `{code, message, details}`: a `google.rpc.Status` with the gRPC code. The HTTP status is the one to
+//! which grpc-gateway maps the code. Errors of HTTP itself have the same form.
 
 use super::json;
 use crate::api::watch;
@@ -13,12 +13,12 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{StatusExt as _, pb};
 
-/// A request that is not answered, or a stream that ends.
+/// The answer to a refused request, or the end of a stream.
 #[derive(Debug)]
 pub(super) struct Refusal {
     http: StatusCode,
     status: Box<pb::Status>,
-    /// When it is worth trying again.
+    /// The time after which a client should try again.
     retry_after: Option<Duration>,
 }
 
@@ -35,42 +35,42 @@ impl Refusal {
         Self::new(http_status(code), code, message)
     }
 
-    /// Nothing is served at this path.
+    /// The path is unknown.
     pub(super) fn no_route(path: &str) -> Self {
         Self::of_code(Code::NotFound, format!("nothing is served at {path}"))
     }
 
-    /// Something is served at this path, by other methods.
+    /// The path is known, but not with this method.
     pub(super) fn method_not_allowed(method: &Method) -> Self {
         let message = format!("this path is not served by {method}: see Allow");
         Self::new(StatusCode::METHOD_NOT_ALLOWED, Code::Unimplemented, message)
     }
 
-    /// A parameter where there are none.
+    /// A query parameter of a method that has none.
     pub(super) fn not_in_query(method: &Method, name: &str) -> Self {
         let message =
             format!("{method} takes no query parameters, and there is `{name}`: put it into the JSON of the body");
         Invalid(message).into()
     }
 
-    /// The body cannot be read to its end: it is too large, or the connection broke.
+    /// The body cannot be read to its end, because it is too large or the connection broke.
     pub(super) fn unreadable(http: StatusCode, message: String) -> Self {
         let code = if http == StatusCode::PAYLOAD_TOO_LARGE { Code::ResourceExhausted } else { Code::InvalidArgument };
         Self::new(http, code, message)
     }
 
-    /// The body did not come in time.
+    /// The body did not arrive in time.
     pub(super) fn too_slow(limit: Duration) -> Self {
         let message = format!("the body of the request did not come within {limit:?}");
         Self::new(StatusCode::REQUEST_TIMEOUT, Code::DeadlineExceeded, message)
     }
 
-    /// It is our fault.
+    /// The server is at fault.
     pub(super) fn internal(message: String) -> Self {
         Self::of_code(Code::Internal, message)
     }
 
-    /// The body of an answer, or the end of a stream.
+    /// The JSON of the body, or of the end of a stream.
     pub(super) fn json(&self) -> String {
         json::write_status(&self.status)
     }
@@ -97,7 +97,7 @@ impl From<watch::Error> for Refusal {
     }
 }
 
-/// Of the services that speak gRPC.
+/// The refusal of a service.
 impl From<Status> for Refusal {
     fn from(status: Status) -> Self {
         let mut refusal = Self::of_code(status.code(), status.message().to_owned());
@@ -107,11 +107,11 @@ impl From<Status> for Refusal {
     }
 }
 
-/// As gRPC's own gateway has it.
+/// The mapping of grpc-gateway.
 fn http_status(code: Code) -> StatusCode {
     match code {
         Code::Ok => StatusCode::OK,
-        // "Client closed request": it has no name.
+        // "Client Closed Request" has no constant.
         Code::Cancelled => StatusCode::from_u16(499).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
         Code::InvalidArgument | Code::FailedPrecondition | Code::OutOfRange => StatusCode::BAD_REQUEST,
         Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
@@ -133,7 +133,7 @@ impl IntoResponse for Refusal {
         if self.http == StatusCode::UNAUTHORIZED {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        // In whole seconds, and never before the time.
+        // Round up to whole seconds, so that a client does not come back too early.
         if let Some(delay) = self.retry_after {
             headers.insert(
                 RETRY_AFTER,
@@ -203,7 +203,7 @@ mod tests {
         let rich = json(Status::with_error_details(Code::Aborted, "broken", details));
         assert_eq!(rich, json!({"code": 10, "message": "broken", "details": [info]}));
 
-        // What does not decode, or has no JSON form, is left out.
+        // Details that cannot be decoded, or have no JSON form, are left out.
         let details = pb::Status { code: 13, message: "m".into(), details: vec![unknown()] }.encode_to_vec();
         for details in [b"\xff".to_vec(), details] {
             let status = Status::with_details(Code::Internal, "m", details.into());

@@ -1,11 +1,13 @@
-//! The body of a stream: pulled as fast as the client reads, and fair to the others of its thread.
+//! The body of a stream. It takes messages only as fast as the client reads, and leaves time for the other streams of
+//! its thread.
 //!
-//! - **Made once.** A message is a line that all streams share, of whichever thread ([`LINE`]). Short ones are copied together, and of long
-//!   ones the body has slices.
-//! - **Little is ready.** What is taken from the hub at a time comes to about [`READY_BYTES`], or sixteen times as much where it is read from
-//!   the log; it is encoded only when hyper has room for it, and hyper has room for 64 KiB of a connection. So a client that does not read
-//!   costs that, and the message that it has begun to read.
-//! - **Nobody waits long.** After [`TURN_BYTES`], or a message that is longer, a body lets the others of its thread run.
+//! - **Lines are shared.** All streams, of all threads, share the encoded line of a message ([`LINE`]). The body joins
+//!   copies of short lines, and contains slices of long ones.
+//! - **Memory is bounded.** The body takes about [`READY_BYTES`] from the hub at a time, or sixteen times as much from
+//!   the log. It encodes a message only when hyper has room for it, and hyper buffers 64 KiB for a connection. So a
+//!   client that does not read costs these bytes, and the message that it has begun to read.
+//! - **Streams take turns.** After [`TURN_BYTES`], or one longer message, the body lets the other streams of its thread
+//!   run.
 
 use super::refusal::Refusal;
 use crate::api::encode::base_v1::line::{LINE, Line};
@@ -21,52 +23,52 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::{Instant, Sleep};
 
-/// Of messages, taken from the hub at a time. From the log it is 16 KiB, about as much as fills the buffer of a connection as JSON, and
-/// little enough for many clients that do not read.
+/// The bytes of messages that are taken from the hub at a time. From the log it is 16 KiB: as JSON, this about fills
+/// the buffer of a connection, and it is small enough for many clients that do not read.
 const READY_BYTES: usize = 1 << 10;
-/// What is ready is joined up to this, and what is longer is sent in pieces of it.
+/// Messages are joined up to this length, and longer ones are sent in pieces of this length.
 const PIECE_BYTES: usize = 16 << 10;
-/// Given to hyper at a time, before the other streams of the thread have their turn. hyper polls a pending body once more in the same turn
-/// (`poll_loop` of its HTTP/1 dispatcher), so that a turn comes to twice as much, which is its buffer.
+/// The bytes that hyper receives before the other streams of the thread run. hyper polls a pending body once more in the same turn
+/// (`poll_loop` of its HTTP/1 dispatcher), so a turn comes to twice this length, which is the size of its buffer.
 const TURN_BYTES: usize = 32 << 10;
-/// In place of a snap token: there is no going on from here.
+/// The event id that replaces the snap token when the stream must not continue.
 pub(super) const ENDED: &str = "ended";
-/// Proxies forget a quiet connection after a minute, some after half of it.
+/// Proxies close a quiet connection after a minute, and some after half a minute.
 const COMMENT_EVERY: Duration = Duration::from_secs(15);
 
-/// What the list of changes is called.
+/// The name of the list of changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Changes {
-    /// In the first version of the API.
+    /// The name in the first version of the API.
     TupleChanges,
-    /// In later ones.
+    /// The name in later versions.
     DataChanges,
 }
 
-/// How messages, and an error at the end, are written.
+/// The form of messages, and of an error at the end.
 enum Form {
     Lines(Changes),
     /// Server-Sent Events, with the time of the next comment.
     Events(Pin<Box<Sleep>>),
 }
 
-/// See the module.
+/// The body of a stream, see the module.
 pub(super) struct Body {
     form: Form,
-    /// `None`: it has ended.
+    /// `None` after the end.
     stream: Option<Box<Stream>>,
     out: Output,
-    /// Given to hyper since the others had their turn.
+    /// The bytes that hyper has received in this turn.
     turn_bytes: usize,
 }
 
 impl Body {
-    /// JSON lines.
+    /// A body of JSON lines.
     pub(super) fn lines(stream: Stream, changes: Changes) -> Self {
         Self { form: Form::Lines(changes), stream: Some(Box::new(stream)), out: Output::default(), turn_bytes: 0 }
     }
 
-    /// Server-Sent Events. They begin with the id of the start, which no page sees.
+    /// A body of Server-Sent Events. The first event carries the id of the start, and no data, so pages do not see it.
     pub(super) fn events(stream: Stream, start: Option<&str>) -> Self {
         let mut out = Output::default();
         if let Some(start) = start {
@@ -75,14 +77,14 @@ impl Body {
         Self { form: events(), stream: Some(Box::new(stream)), out, turn_bytes: 0 }
     }
 
-    /// Server-Sent Events that end at once.
+    /// A body of Server-Sent Events with this error only.
     pub(super) fn failed_events(error: Error) -> Self {
         let (form, mut out) = (events(), Output::default());
         form.put_error(error, &mut out);
         Self { form, stream: None, out, turn_bytes: 0 }
     }
 
-    /// Takes what is ready, up to a piece. `Pending` where nothing is, and nothing is to be said.
+    /// Writes ready messages, up to a piece. `Pending` if no message is ready and no comment is due.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Self { form, stream, out, .. } = self;
         let (mut messages, mut bytes) = (0, 0);
@@ -143,7 +145,7 @@ fn events() -> Form {
 }
 
 impl Form {
-    /// Writes a message. Returns how long its JSON is.
+    /// Writes a message. Returns the length of its JSON.
     fn put(&self, line: Line, out: &mut Output) -> usize {
         let json = line.json();
         let length = json.len();
@@ -166,9 +168,9 @@ impl Form {
         length
     }
 
-    /// Writes why there is no more.
+    /// Writes the error that ends the stream.
     fn put_error(&self, error: Error, out: &mut Output) {
-        let id = if error.recurs() { ["id: ", ENDED, "\n"] } else { [""; 3] };
+        let id = if error.ends_again_on_resume() { ["id: ", ENDED, "\n"] } else { [""; 3] };
         let json = Refusal::from(error).json();
         match self {
             Self::Lines(_) => out.put_all(&["{\"error\":", &json, "}\n"]),
@@ -181,10 +183,10 @@ impl Form {
     }
 }
 
-/// What is written and not yet given to hyper.
+/// The output that hyper has not received yet.
 #[derive(Default)]
 struct Output {
-    /// Slices of long lines, with what is between them, in front of what is joined.
+    /// Pieces that precede `joined`: slices of long lines, and the bytes between them.
     pieces: VecDeque<Bytes>,
     pieces_bytes: usize,
     joined: BytesMut,
@@ -199,7 +201,7 @@ impl Output {
         texts.iter().for_each(|text| self.joined.put_slice(text.as_bytes()));
     }
 
-    /// Copies what is short, and shares what is long.
+    /// Copies short bytes, and shares long ones.
     fn put(&mut self, bytes: Bytes) {
         if bytes.len() < PIECE_BYTES {
             return self.joined.put(bytes);
@@ -209,10 +211,10 @@ impl Output {
         self.pieces.extend([joined, bytes].into_iter().filter(|piece| !piece.is_empty()));
     }
 
-    /// The next piece.
+    /// Returns the next piece.
     fn take(&mut self) -> Option<Bytes> {
         let Some(first) = self.pieces.front_mut() else {
-            // With its memory: an idle stream has none.
+            // Give the memory away too: an idle stream holds none.
             return Some(std::mem::take(&mut self.joined).freeze()).filter(|joined| !joined.is_empty());
         };
         let piece = first.split_to(first.len().min(PIECE_BYTES));
@@ -245,7 +247,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::{Wake, Waker};
 
-    /// Who resumes within what the hub knows asks PostgreSQL nothing.
+    /// A resume within the window sends no query to PostgreSQL.
     struct Unasked;
 
     impl Primary for Unasked {
@@ -272,7 +274,8 @@ mod tests {
         }
     }
 
-    /// Over a hub whose tenant `t1` has these messages, with this many tuples each; and what keeps it open.
+    /// Returns a service on a hub with these messages for the tenant `t1`, each with this many tuples, and a value that
+    /// keeps the hub open.
     async fn watch(tuples: &[usize]) -> (WatchService<Unasked>, impl Sized) {
         let log = Arc::new(ModelLog::default());
         let source = Source { system_identifier: 1, database_oid: 2 };
@@ -316,7 +319,7 @@ mod tests {
         (WatchService::new(hub, Unasked, options, stop), (append, stopping))
     }
 
-    /// From before all messages.
+    /// Starts before all messages.
     async fn start(service: &WatchService<Unasked>) -> Stream {
         let token = Tokens::new(&service.hub().origin().unwrap()).write(Position::at(Lsn(100)), CommitTime(0));
         let started = service.start(None, Requested::Tenant("t1"), &token, &metrics().http).await;
@@ -325,7 +328,7 @@ mod tests {
         stream
     }
 
-    /// Counts how often it was woken.
+    /// Counts wake-ups.
     #[derive(Default)]
     struct Woken(AtomicUsize);
 
@@ -335,14 +338,14 @@ mod tests {
         }
     }
 
-    /// The pieces of each turn, until the body waits for the hub.
+    /// Returns the pieces of each turn, until the body waits for the hub.
     fn turns(body: &mut Body) -> Vec<Vec<Bytes>> {
         let (woken, mut turns) = (Arc::new(Woken::default()), Vec::new());
         loop {
             let (before, mut pieces) = (woken.0.load(Ordering::Relaxed), Vec::new());
             let waker = Waker::from(woken.clone());
             while let Poll::Ready(frame) = Pin::new(&mut *body).poll_frame(&mut Context::from_waker(&waker)) {
-                pieces.push(frame.expect("a body that goes on").unwrap().into_data().unwrap());
+                pieces.push(frame.expect("an open body").unwrap().into_data().unwrap());
             }
             turns.push(pieces);
             if woken.0.load(Ordering::Relaxed) == before {
@@ -382,7 +385,7 @@ mod tests {
         });
         assert_eq!(events, as_events.collect::<String>());
 
-        // All have slices of the same bytes.
+        // All bodies contain slices of the same bytes.
         let long = |turns: &[Vec<Bytes>]| -> Vec<*const u8> {
             turns.iter().flatten().filter(|piece| piece.len() == PIECE_BYTES).map(|piece| piece.as_ptr()).collect()
         };

@@ -1,4 +1,4 @@
-//! The routes, over services that echo what they are asked.
+//! Tests of the routes, with services that echo their requests.
 
 use super::*;
 use crate::access::authn::Authenticator;
@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tonic::{Response as Answer, Status};
 use tower::ServiceExt as _;
 
-/// Answers with what it was asked, and fails where a tenant is called after a gRPC code.
+/// A service that answers with its request. If the tenant has the name of a gRPC code, it fails with that code.
 struct Echo;
 
 fn refused(tenant: &str) -> Result<(), Status> {
@@ -36,8 +36,8 @@ impl Data for Echo {
         let authorization = request.metadata().get("authorization").map(|value| value.to_str().unwrap().to_owned());
         let request = request.into_inner();
         refused(&request.tenant_id)?;
-        let said = json!([request.tenant_id, request.tuples.len(), authorization, caller]);
-        Ok(Answer::new(proto::DataWriteResponse { snap_token: said.to_string() }))
+        let echo = json!([request.tenant_id, request.tuples.len(), authorization, caller]);
+        Ok(Answer::new(proto::DataWriteResponse { snap_token: echo.to_string() }))
     }
 
     async fn write_relationships(
@@ -111,7 +111,7 @@ impl Tenancy for Echo {
     }
 }
 
-/// Is not ready, and says so.
+/// A process that is not ready.
 struct Stalled;
 
 impl Probes for Stalled {
@@ -126,7 +126,7 @@ impl Probes for Stalled {
     }
 }
 
-/// The gateway without Watch, which has no other service to stand in: tests/scenarios/http.rs has that.
+/// Returns the gateway without Watch. Watch cannot be replaced by an echo, and tests/scenarios/http.rs covers it.
 fn router(overrides: &[(&str, &str)]) -> Router {
     let overrides: Vec<_> = overrides.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     let config = Config::load(None, [], &overrides).unwrap().server.http.unwrap();
@@ -271,41 +271,41 @@ async fn pages_of_allowed_origins_may_call() {
             let headers = header(&headers, "access-control-allow-headers");
             assert_eq!(headers.as_deref(), Some("authorization,content-type,last-event-id"));
         }
-        // An error, too, is for the page to read.
+        // The page must be able to read errors as well.
         let request = Request::post("/v1/tenants/missing/data/write").header("origin", here);
         let (status, headers, _) = send(router, request.body(Body::empty()).unwrap()).await;
-        // And others do not get so far.
+        // Pages of other origins are refused earlier.
         assert_eq!(status, if allowed.is_some() { StatusCode::NOT_FOUND } else { StatusCode::FORBIDDEN });
         assert_eq!(header(&headers, "access-control-allow-origin").as_deref(), allowed, "{origins}");
     }
 }
 
-/// Everybody gets in.
+/// An admission that accepts everyone.
 fn open() -> Admission {
     Admission::new(Authenticator::Open, Exempt { health: true, reflection: true, metrics: true }, None)
 }
 
-/// A connection to the gateway, with what it says to these bytes until it closes it. The clock is paused: it goes to the next timeout as
-/// soon as there is nothing else to do.
-async fn says(sent: &[u8]) -> String {
+/// Sends these bytes to the gateway, and returns its answer up to the end of the connection. The clock is paused, and
+/// jumps to the next timeout when there is nothing else to do.
+async fn exchange(sent: &[u8]) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (_stop, stopped) = tokio::sync::watch::channel(false);
     let server = tokio::spawn(listener::connect(listener.accept().await.unwrap().0, None, router(&[]), stopped));
     client.write_all(sent).await.unwrap();
-    let mut said = String::new();
-    client.read_to_string(&mut said).await.unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).await.unwrap();
     let _ = server.await.unwrap();
-    said
+    answer
 }
 
 #[tokio::test(start_paused = true)]
 async fn silent_and_slow_connections_are_closed() {
-    assert_eq!(says(b"").await, "");
-    assert_eq!(says(b"GET /healthz HT").await, "");
-    let idle = says(b"GET /healthz HTTP/1.1\r\nhost: t\r\n\r\n").await;
+    assert_eq!(exchange(b"").await, "");
+    assert_eq!(exchange(b"GET /healthz HT").await, "");
+    let idle = exchange(b"GET /healthz HTTP/1.1\r\nhost: t\r\n\r\n").await;
     assert!(idle.starts_with("HTTP/1.1 200 OK\r\n"), "{idle}");
-    let slow = says(b"POST /v1/tenants/t1/data/write HTTP/1.1\r\nhost: t\r\ncontent-length: 9\r\n\r\n{").await;
+    let slow = exchange(b"POST /v1/tenants/t1/data/write HTTP/1.1\r\nhost: t\r\ncontent-length: 9\r\n\r\n{").await;
     assert!(slow.starts_with("HTTP/1.1 408 Request Timeout\r\n") && slow.contains("\"code\":4"), "{slow}");
 }
 
@@ -317,13 +317,13 @@ async fn probes_and_metrics_are_served() {
         ("/metrics", 200, "text/plain; version=0.0.4", "up 1\n"),
     ] {
         let request = Request::get(path).body(Body::empty()).unwrap();
-        let (code, headers, said) = send(router(&[]), request).await;
+        let (code, headers, text) = send(router(&[]), request).await;
         assert_eq!((code.as_u16(), headers[CONTENT_TYPE].to_str().unwrap()), (status, kind), "{path}");
-        assert_eq!(said, body, "{path}");
+        assert_eq!(text, body, "{path}");
     }
 }
 
-/// JSON that is about what a request has, with anything in its places.
+/// Arbitrary JSON in the shape of a request.
 fn any_json() -> impl Strategy<Value = Json> {
     let names = prop::sample::select(vec![
         "tenant_id",

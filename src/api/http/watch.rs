@@ -7,15 +7,19 @@
 //! | an error | `{"error": {code, message, details}}`, the last line | `event: error`, `data: {code, …}`, the last event |
 //! | while idle | nothing | a comment |
 //!
-//! In both the headers are sent once the start is fixed, and `snap-token` among them resumes from this start. An EventSource that
-//! comes back sends the id of its last event beside the query that it began with; the id wins.
+//! In both forms the headers are sent when the start is fixed, and the header `snap-token` resumes from this start. A
+//! reconnecting EventSource sends the id of its last event together with its original query; the id takes precedence.
 //!
-//! An EventSource comes back by itself when a stream ends, with the id of the last event, but gives up for ever where it is
-//! answered with anything but 200. So what heals with time (PostgreSQL is away, too many streams) is told in a stream that
-//! ends at once, and what does not is an HTTP error. An end that a running stream would come to again (a gap, a token
-//! that became too old) has the id [`ENDED`], and who comes back with it is answered 204, which is how one tells an EventSource
-//! to stay away: going on is for the page to decide, which has to read its state anew. An event without data, which no page
-//! sees, has the id of the start, so that also who has had no message yet resumes without a gap.
+//! When a stream ends, an EventSource reconnects by itself with the id of its last event. But it gives up for ever at
+//! any status other than 200. So a temporary error (PostgreSQL is down, too many streams) is sent in a stream that ends
+//! at once, and a lasting error is an HTTP error.
+//!
+//! After an end that every reconnect would reach again (a gap, a token that has become too old), the id is [`ENDED`]. A
+//! request with this id is answered with 204, which stops an EventSource: the page must read its state anew, and
+//! decides when to continue.
+//!
+//! The first event has the id of the start and no data, so pages do not see it. With it, a client that has received no
+//! message also resumes without a gap.
 
 use super::call::Call;
 use super::refusal::{Invalid, Refusal};
@@ -35,9 +39,9 @@ use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderName, Hea
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 
-/// The id of the last event that an EventSource had.
+/// The id of the last event that an EventSource received.
 pub(super) const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
-/// Tells nginx not to gather the lines of a stream.
+/// Keeps nginx from buffering the lines of a stream.
 const UNBUFFERED: (HeaderName, HeaderValue) =
     (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
 const START: HeaderName = HeaderName::from_static(START_SNAP_TOKEN);
@@ -63,7 +67,7 @@ async fn lines<P: Primary + 'static>(
     changes: Changes,
 ) -> Result<Response, Refusal> {
     if headers.get(LAST_EVENT_ID).is_some_and(|last| !last.is_empty()) {
-        // Passed over, it would be a stream from now on for a client that wants to resume.
+        // If the header were ignored, a client that wants to resume would start a stream from now on.
         let message =
             "Last-Event-ID is for Server-Sent Events, with GET: JSON lines resume after `snap_token` in the body";
         return Err(Invalid(message.to_owned()).into());
@@ -77,12 +81,12 @@ async fn events<P: Primary + 'static>(
     headers: HeaderMap,
     Call(mut request): Call<WatchRequest>,
 ) -> Result<Response, Refusal> {
-    // It is what came last, and the query is what the page began with: a browser sends both.
+    // A browser sends both: the id of the last event, and the original query of the page.
     if let Some(last) = headers.get(LAST_EVENT_ID).filter(|last| !last.is_empty()) {
         if last == ENDED {
             return Ok(StatusCode::NO_CONTENT.into_response());
         }
-        // Bytes that are no text are no token either.
+        // Invalid UTF-8 cannot be a token, and the service refuses the replaced text.
         request.get_mut().snap_token = String::from_utf8_lossy(last.as_bytes()).into_owned();
     }
     let (start, body) = match start(&service, request).await {
@@ -90,7 +94,7 @@ async fn events<P: Primary + 'static>(
             let body = stream::Body::events(stream, snap_token.as_deref());
             (snap_token, body)
         }
-        Err(error) if error.passes() => (None, stream::Body::failed_events(error)),
+        Err(error) if error.is_temporary() => (None, stream::Body::failed_events(error)),
         Err(error) => return Err(error.into()),
     };
     Ok(response("text/event-stream", start.as_deref(), body))
@@ -104,7 +108,7 @@ async fn start<P: Primary + 'static>(
     service.start(extensions.get::<Caller>(), Requested::Tenant(&tenant_id), &snap_token, &metrics().http).await
 }
 
-/// `start` resumes from the start of the stream.
+/// `start` is the token that resumes from the start of the stream.
 fn response(content_type: &'static str, start: Option<&str>, body: stream::Body) -> Response {
     let kind = [(CONTENT_TYPE, content_type), (CACHE_CONTROL, "no-cache")];
     let start = start.and_then(|token| HeaderValue::from_str(token).ok());

@@ -1,4 +1,5 @@
-//! Why a stream did not start, or ended. Displayed as what the subscriber is told, with what to do next.
+//! The errors of a stream, at its start or its end. The message of an error goes to the subscriber, and says what to do
+//! next.
 
 use super::Tokens;
 use crate::api::encode::Malformed;
@@ -10,94 +11,89 @@ use crate::model::lsn::{CommitTime, Position};
 use crate::model::scope::Scope;
 use crate::model::transaction::GapReason;
 
-/// Where to go on after a gap. Absent while its end is not known: see [`crate::model::transaction::Gap::writers`].
-pub const NEXT_SNAP_TOKEN: &str = "next_snap_token";
-/// The oldest token that can still be used.
-pub const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
-/// How the message of a gap ends: what its reader is to do.
-pub const AFTER_GAP: &str = ". Read the state anew, then go on from next_snap_token in the error details";
+/// The key of the token that continues after a gap. It is absent while the end of the gap is unknown: see
+/// [`crate::model::transaction::Gap::writers`].
+pub(crate) const NEXT_SNAP_TOKEN: &str = "next_snap_token";
+/// The key of the oldest token that is still valid.
+pub(crate) const EARLIEST_SNAP_TOKEN: &str = "earliest_snap_token";
+/// The end of a gap's message, with the remedy.
+pub(crate) const AFTER_GAP: &str = ". Read the state anew, then go on from next_snap_token in the error details";
 
-/// Reason where it takes new credentials to go on.
-pub const CREDENTIALS_EXPIRED: &str = "CREDENTIALS_EXPIRED";
-/// Reason where a tenant id cannot be one.
+/// The reason if the client needs new credentials.
+pub(crate) const CREDENTIALS_EXPIRED: &str = "CREDENTIALS_EXPIRED";
+/// The reason if the tenant id is invalid.
 const INVALID_TENANT: &str = "INVALID_TENANT";
-/// Reason where the changes that come next are no longer kept.
-pub const SNAP_TOKEN_TOO_OLD: &str = "SNAP_TOKEN_TOO_OLD";
+/// The reason if the next changes were dropped.
+pub(crate) const SNAP_TOKEN_TOO_OLD: &str = "SNAP_TOKEN_TOO_OLD";
 
 const LOG_UNREADABLE: &str = "the change log cannot be read: see the server's log";
 const TOO_SLOW: &str = "this stream was read so slowly that the changes that come next are no longer kept: start without a token and \
                         read the state anew";
 
-/// See the module.
+/// The error that a stream fails to start with, or ends with.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Somebody else's tenant.
+pub(crate) enum Error {
+    /// The credentials do not give access to the scope.
     #[error(transparent)]
     Forbidden(#[from] Forbidden),
-    /// Watch is off.
+    /// Watch is disabled.
     #[error("Watch is disabled in this server's configuration (service.watch.enabled)")]
     Disabled,
-    /// No tenant of these tables; with the form that its id must have.
+    /// The tenant id does not have the required form, which follows.
     #[error("the tenant id {0}")]
     TenantForm(&'static str),
-    /// No tenant id at all.
+    /// The text cannot be a tenant id.
     #[error(transparent)]
     TenantId(#[from] TenantIdError),
     /// The process is ending.
     #[error("the server is shutting down: reconnect with the last snap token")]
     ShuttingDown,
-    /// No more streams.
+    /// Too many streams are open.
     #[error("{max} streams are open, which is the limit (service.watch.subscribers_max): try again later")]
-    TooMany {
-        /// The limit.
-        max: usize,
-    },
-    /// There is no start.
-    #[error("{}", told_of_start(.error))]
+    TooMany { max: usize },
+    /// The token cannot be resolved to a start.
+    #[error("{}", start_message(.error))]
     Start {
-        /// Why.
         error: StartError,
-        /// `None` where it is not known yet what positions belong to.
+        /// `None` while the source of positions is unknown.
         tokens: Option<Tokens>,
     },
-    /// The credentials that the stream was opened with are no longer good.
+    /// The credentials of the stream have expired.
     #[error(
         "the credentials that this stream was opened with have expired: reconnect with new ones and the last snap token"
     )]
     Expired,
-    /// The stream cannot go on.
+    /// The stream cannot continue.
     #[error(transparent)]
     Ended(Box<Ended>),
-    /// What comes next has no envelope.
+    /// The next message cannot be encoded.
     #[error("a message cannot be sent: {0}")]
     Unsendable(#[from] Malformed),
-    /// What comes next has no token.
+    /// The next message cannot have a token.
     #[error("a message without a source")]
     NoSource,
 }
 
-/// Why a stream ended.
+/// The end of a stream.
 #[derive(Debug, thiserror::Error)]
-#[error("{}", told_of_end(.end, .scope))]
-pub struct Ended {
-    /// Why.
-    pub end: End,
-    /// Whose changes it had.
+#[error("{}", end_message(.end, .scope))]
+pub(crate) struct Ended {
+    pub(crate) end: End,
     scope: Scope,
-    /// Of the positions in it.
+    /// Writes the tokens in its message.
     tokens: Tokens,
 }
 
 impl Error {
-    /// There is no start.
-    pub fn of_start(error: StartError, tokens: Option<Tokens>) -> Self {
+    /// The error of a stream that cannot start.
+    pub(crate) fn of_start(error: StartError, tokens: Option<Tokens>) -> Self {
         if let StartError::Log(error) = &error {
             tracing::error!("a stream could not start: {error}");
         }
         Self::Start { error, tokens }
     }
 
-    /// A stream of this scope cannot go on.
+    /// The error of a stream of this scope that cannot continue.
     pub(super) fn of_end(end: End, scope: &Scope, tokens: Tokens) -> Self {
         if let End::Log(error) = &end {
             tracing::error!("a stream of {scope} ended: {error}");
@@ -105,8 +101,8 @@ impl Error {
         Self::Ended(Box::new(Ended { end, scope: scope.clone(), tokens }))
     }
 
-    /// A stable name for machines. `None`: it should not happen, and a client can do nothing about it.
-    pub fn reason(&self) -> Option<&'static str> {
+    /// A stable name for programs. `None` for an internal error, which a client cannot resolve.
+    pub(crate) fn reason(&self) -> Option<&'static str> {
         Some(match self {
             Self::Forbidden(_) => "TENANT_FORBIDDEN",
             Self::Disabled => "WATCH_DISABLED",
@@ -137,8 +133,8 @@ impl Error {
         })
     }
 
-    /// The token that helps the client, with its name.
-    pub fn snap_token(&self) -> Option<(&'static str, String)> {
+    /// The token that helps the client, with its key.
+    pub(crate) fn snap_token(&self) -> Option<(&'static str, String)> {
         let write = |tokens: &Tokens, position| tokens.write(position, CommitTime::default());
         match self {
             Self::Start {
@@ -156,8 +152,8 @@ impl Error {
         }
     }
 
-    /// Whether the same request may well be answered otherwise in a moment.
-    pub fn passes(&self) -> bool {
+    /// Whether the same request may succeed later without any change.
+    pub(crate) fn is_temporary(&self) -> bool {
         match self {
             Self::ShuttingDown | Self::TooMany { .. } | Self::Unsendable(_) | Self::NoSource => true,
             Self::Start { error, .. } => {
@@ -168,8 +164,8 @@ impl Error {
         }
     }
 
-    /// Whether a stream that goes on after the last message ends here again.
-    pub fn recurs(&self) -> bool {
+    /// Whether a stream that resumes after the last message would end here again.
+    pub(crate) fn ends_again_on_resume(&self) -> bool {
         match self {
             Self::Ended(ended) => matches!(ended.end, End::Gap(_) | End::Abandoned { .. } | End::TooOld { .. }),
             _ => false,
@@ -180,18 +176,18 @@ impl Error {
 const SHUTTING_DOWN: &str = "SHUTTING_DOWN";
 const LOG: &str = "LOG";
 
-fn told_of_start(error: &StartError) -> String {
+fn start_message(error: &StartError) -> String {
     match error {
         StartError::Log(_) => LOG_UNREADABLE.to_owned(),
         error => error.to_string(),
     }
 }
 
-fn told_of_end(end: &End, scope: &Scope) -> String {
+fn end_message(end: &End, scope: &Scope) -> String {
     match end {
         End::Gap(gap) if gap.is_open() => format!(
             "the history of {scope} is not continuous: {}; and transactions that began before are still running, whose \
-             changes may be missing when they commit. Read the state anew and watch without a token; the gap is told \
+             changes may be missing when they commit. Read the state anew and watch without a token; the gap is reported \
              again, with {NEXT_SNAP_TOKEN} in the error details, when they have ended",
             gap.reason
         ),

@@ -1,4 +1,7 @@
-//! An open stream: from the items of a subscription to their envelopes.
+//! An open stream: it turns the items of a subscription into envelopes.
+//!
+//! A stream takes items from the hub only when its protocol has room for them, and holds memory only for messages that
+//! are ready. It ends when the hub ends it or when the credentials expire, and records the reason in the metrics.
 
 use super::{Error, Tokens};
 use crate::api::encode::Encoder;
@@ -15,15 +18,15 @@ use std::time::SystemTime;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
 
-/// Messages that an idle stream keeps room for.
+/// The number of messages for which an idle stream keeps memory.
 const READY_MAX: usize = 4;
 
-/// See the module. Dropped, it gives back all it holds.
-pub struct Stream {
+/// An open stream. Dropping it releases its resources.
+pub(crate) struct Stream {
     hub: Hub,
     token_form: Form,
     subscription: Subscription,
-    /// When it must end. What is ready is sent before.
+    /// The time at which the credentials expire, and the stream must end. Messages that are ready are sent first.
     expires: Option<Pin<Box<Sleep>>>,
     ready: VecDeque<Arc<Item>>,
     before: Before,
@@ -31,25 +34,24 @@ pub struct Stream {
     _permit: OwnedSemaphorePermit,
 }
 
-/// The next message of a stream.
-pub struct Next {
-    /// What is sent of it.
-    pub envelope: Bytes,
-    /// There are no others behind those that are ready, and whoever polled is woken when there are.
-    pub is_all: bool,
+pub(crate) struct Next {
+    /// The encoded message.
+    pub(crate) envelope: Bytes,
+    /// Whether no other message is ready, and the polling task is registered for the next one.
+    pub(crate) is_all: bool,
 }
 
-/// The transaction before one that is in several messages, by its commit LSN.
+/// The transaction that precedes a transaction of several messages, with the commit LSN of the latter.
 enum Before {
     Unknown,
-    LookedUp(CommitLsn, Pin<Box<dyn Future<Output = Result<Option<Xid8>, End>> + Send>>),
+    LookingUp(CommitLsn, Pin<Box<dyn Future<Output = Result<Option<Xid8>, End>> + Send>>),
     Known(CommitLsn, Option<Xid8>),
 }
 
-/// A stream, among those that are open until it is dropped. Where nobody has said why it ended, the client has gone.
+/// Counts an open stream until it is dropped. If it has no reason by then, the client has gone away.
 struct Counted {
     edge: &'static Edge,
-    /// Of the error that the subscriber was told.
+    /// The reason of the error that the subscriber received.
     reason: Option<&'static str>,
 }
 
@@ -89,22 +91,27 @@ impl Stream {
     }
 
     /// Counts the stream as ended by this error, which its client receives.
-    pub fn end(&mut self, error: &Error) {
+    pub(crate) fn end(&mut self, error: &Error) {
         self.counted.reason = Some(error.reason().unwrap_or("INTERNAL"));
     }
 
-    /// Messages that the next polls return without asking the hub.
-    pub fn ready(&self) -> usize {
+    /// The number of messages that the next polls return without asking the hub.
+    pub(crate) fn ready(&self) -> usize {
         self.ready.len()
     }
 
-    /// The next message, encoded. Where none is ready, about `bytes` of messages are taken from the hub, or 16 times as many from the
-    /// log.
+    /// Polls for the next message, encoded. If none is ready, it takes about `bytes` of messages from the hub, or 16
+    /// times as many from the log.
     ///
     /// # Errors
-    /// Where there is no going on; the same again on every later call.
-    pub fn poll_next(&mut self, cx: &mut Context<'_>, encoder: Encoder, bytes: usize) -> Poll<Result<Next, Error>> {
-        // Whoever polled when those that are ready were taken may have been woken since.
+    /// If the stream cannot continue. Every later call then returns the same error.
+    pub(crate) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        encoder: Encoder,
+        bytes: usize,
+    ) -> Poll<Result<Next, Error>> {
+        // The task may have been woken since these messages were taken from the hub.
         let mut is_all = false;
         loop {
             if let Some(item) = self.ready.front().cloned() {
@@ -117,7 +124,7 @@ impl Stream {
             {
                 return Poll::Ready(Err(Error::Expired));
             }
-            // Held only while there is something in it: idle streams are many.
+            // An idle stream holds no memory for messages, because there can be many idle streams.
             self.ready.shrink_to(READY_MAX);
             is_all = match ready!(self.subscription.poll_next(cx, bytes, &mut self.ready)) {
                 Ok(is_all) => is_all,
@@ -137,7 +144,8 @@ impl Stream {
         Poll::Ready(self.hub.envelope(item, form, encode).map_err(Error::Unsendable))
     }
 
-    /// What the token of a message says that is not the last of its transaction, where it has to be a transaction's.
+    /// Returns the id of the transaction before, for a message that needs it for its token: one inside a transaction,
+    /// if tokens have the form of transaction ids.
     fn poll_before(&mut self, cx: &mut Context<'_>, item: &Item) -> Poll<Result<Option<Xid8>, Error>> {
         let commit = item.message.header.commit;
         if self.token_form == Form::Native || item.message.end.is_some() {
@@ -146,7 +154,7 @@ impl Stream {
         loop {
             self.before = match &mut self.before {
                 Before::Known(of, before) if *of == commit => return Poll::Ready(Ok(*before)),
-                Before::LookedUp(of, lookup) if *of == commit => match ready!(lookup.as_mut().poll(cx)) {
+                Before::LookingUp(of, lookup) if *of == commit => match ready!(lookup.as_mut().poll(cx)) {
                     Ok(before) => Before::Known(commit, before),
                     Err(end) => {
                         self.before = Before::Unknown;
@@ -155,7 +163,7 @@ impl Stream {
                 },
                 _ => {
                     let hub = self.hub.clone();
-                    Before::LookedUp(
+                    Before::LookingUp(
                         commit,
                         Box::pin(async move { hub.transaction_before(commit).await.map_err(End::Log) }),
                     )
@@ -169,12 +177,12 @@ impl Stream {
     }
 
     fn tokens(&self) -> Result<Tokens, Error> {
-        // Of the batch, and not of what the server may have gone on to since.
+        // The origin of the items, even if the server has continued on another history since.
         self.subscription.origin().map(Tokens::new).ok_or(Error::NoSource)
     }
 }
 
-/// The same moment on the clock that timers go by. `None`: beyond all times.
+/// Converts to the clock of timers. `None` if the time is beyond its range.
 fn instant(at: SystemTime) -> Option<Instant> {
     Instant::now().checked_add(at.duration_since(SystemTime::now()).unwrap_or_default())
 }

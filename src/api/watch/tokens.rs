@@ -1,4 +1,7 @@
-//! The snap tokens that clients are given.
+//! The snap tokens that clients receive: the conversion of positions into text.
+//!
+//! Messages have tokens in the configured form. Starts and errors always have native tokens, because an id of a
+//! transaction can only denote its end. The bytes of tokens are defined in [`crate::model::snap_token`].
 
 use crate::hub::Origin;
 use crate::model::lsn::{CommitTime, Xid8};
@@ -10,21 +13,21 @@ use std::sync::Arc;
 
 /// Writes positions as tokens.
 #[derive(Clone, Debug)]
-pub struct Tokens {
+pub(crate) struct Tokens {
     source: SourceId,
     history: Arc<History>,
 }
 
 impl Tokens {
-    /// For positions of this source and history.
-    pub fn new((source, history): &Origin) -> Self {
+    /// A writer for positions of this source and history.
+    pub(crate) fn new((source, history): &Origin) -> Self {
         Self { source: source.id(), history: history.clone() }
     }
 
-    /// The token of a message. An id alone cannot say "inside a transaction": all messages of it but the last have the one of
-    /// the transaction before, and whoever comes back with that gets them once more. Where the log has none before, the
-    /// position it is.
-    pub fn of_message(&self, message: &Message, form: Form, before: Option<Xid8>) -> String {
+    /// Returns the token of a message. A transaction id cannot denote a place inside a transaction. In that form, all
+    /// messages of a transaction except the last carry the id of the transaction before, and a client that resumes with
+    /// it receives them again. If the log contains no transaction before, the token is the position.
+    pub(crate) fn of_message(&self, message: &Message, form: Form, before: Option<Xid8>) -> String {
         let xid = if message.end.is_some() { Some(message.header.xid) } else { before };
         match (form, xid) {
             (Form::Permify, Some(xid)) => SnapToken::Xid(xid).to_string(),
@@ -32,8 +35,8 @@ impl Tokens {
         }
     }
 
-    /// The token of a place, which is taken whatever form messages have.
-    pub fn write(&self, place: impl Into<Place>, commit_time: CommitTime) -> String {
+    /// Returns the native token of a place, whatever the form of the messages' tokens.
+    pub(crate) fn write(&self, place: impl Into<Place>, commit_time: CommitTime) -> String {
         let place = place.into();
         let timeline = self.history.writer_of(place.extent()).id();
         SnapToken::Position { source: self.source, timeline, place, commit_time }.to_string()

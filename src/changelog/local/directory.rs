@@ -1,4 +1,4 @@
-//! The directory of a log, without opening what is in it.
+//! The directory of a log, as far as it can be used without opening the database in it.
 //!
 //! ```text
 //! <path>/tuplewatch-log.json     format, node id, and whether it has begun
@@ -12,17 +12,17 @@ use std::io::{self, ErrorKind, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-/// Counted up with every change that an older version would misread.
+/// Increased with every change that an older version would misread.
 pub(super) const FORMAT: u32 = 3;
 pub(in crate::changelog) const MARKER: &str = "tuplewatch-log.json";
-/// Before it has its name.
+/// The marker while it is written.
 pub(super) const MARKER_NEW: &str = "tuplewatch-log.json.new";
 pub(in crate::changelog) const DATA: &str = "data";
-/// What `doctor` measures the disk with. Left behind only where it was killed.
+/// The file with which `doctor` measures the disk. It remains only if `doctor` is killed.
 pub(in crate::changelog) const PROBE: &str = "tuplewatch-doctor.tmp";
-/// fjall's own marker in the data.
+/// The name of fjall's version file in the data directory.
 const FJALL_VERSION: &str = "version";
-/// fjall's own lock, in the data.
+/// The name of fjall's lock file in the data directory.
 const FJALL_LOCK: &str = "lock";
 
 /// The marker file.
@@ -30,16 +30,16 @@ const FJALL_LOCK: &str = "lock";
 pub(in crate::changelog) struct Marker {
     format: u32,
     pub(in crate::changelog) node_id: String,
-    /// Whether the log follows a source, and with it a slot, which is then never made again by itself.
+    /// Whether the log follows a source. Its slot is then never created again automatically.
     #[serde(default)]
     pub(in crate::changelog) has_begun: bool,
 }
 
 impl Marker {
-    /// Of the log in this directory; `None` where it is empty.
+    /// Reads the marker of this directory. `None` if the directory is empty.
     ///
     /// # Errors
-    /// Where the directory is somebody else's, or parts are missing.
+    /// If the directory belongs to another program, or parts of the log are missing.
     pub(in crate::changelog) fn read(path: &Path) -> Result<Option<Self>, Error> {
         let open = |source| Error::Open { path: path.to_owned(), source };
         let damaged = |detail: String| Error::Damaged { path: path.to_owned(), detail };
@@ -47,7 +47,7 @@ impl Marker {
         let marker = match fs::read(path.join(MARKER)) {
             Ok(json) => {
                 let marker: Self = serde_json::from_slice(&json)
-                    .map_err(|error| damaged(format!("{MARKER} does not read: {error}")))?;
+                    .map_err(|error| damaged(format!("{MARKER} cannot be decoded: {error}")))?;
                 if marker.format != FORMAT {
                     return Err(Error::Format { path: path.to_owned(), found: marker.format, expected: FORMAT });
                 }
@@ -61,17 +61,17 @@ impl Marker {
             }
             Err(error) => return Err(open(error)),
         };
-        // Without this file fjall begins a database anew, over what is left of the one that was there.
+        // Without this file fjall would begin a new database over the remains of the old one.
         if !data.join(FJALL_VERSION).exists() && fs::read_dir(&data).map_err(open)?.next().is_some() {
             return Err(damaged(format!("{DATA}/{FJALL_VERSION} is missing")));
         }
         Ok(Some(marker))
     }
 
-    /// Of a log that begins in this directory.
+    /// Creates the marker of a new log in this directory.
     pub(super) fn create(path: &Path) -> io::Result<Self> {
         let marker = Self { format: FORMAT, node_id: format!("{:016x}", fastrand::u64(..)), has_begun: false };
-        // The data directory first: a marker without one means that somebody deleted it.
+        // The data directory comes first, so that a marker without it proves that the data was deleted.
         fs::create_dir_all(path.join(DATA))?;
         marker.write(path)?;
         Ok(marker)
@@ -81,13 +81,13 @@ impl Marker {
         write_synced(&path.join(MARKER_NEW), &path.join(MARKER), &serde_json::to_vec(self)?)
     }
 
-    /// Of a log that has a source, from now on or as its data say.
+    /// Records that the log has a source.
     pub(super) fn begin(path: &Path, node_id: &str) -> io::Result<()> {
         Self { format: FORMAT, node_id: node_id.to_owned(), has_begun: true }.write(path)
     }
 }
 
-/// Where a log was opened.
+/// The location of an open log.
 pub(super) struct Location {
     path: PathBuf,
     opened: Vec<Identity>,
@@ -97,31 +97,31 @@ pub(super) struct Location {
 type Identity = (u64, u64);
 
 impl Location {
-    /// Of the log in this directory, which is open.
+    /// The current location of the open log in this directory.
     pub(super) fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { path: path.to_owned(), opened: Self::look(path)? })
+        Ok(Self { path: path.to_owned(), opened: Self::identities(path)? })
     }
 
-    /// Whether the path still leads there. It does not where the directory was moved away, deleted, replaced, unmounted, or hidden by
-    /// another mount; the files that are open work all the same.
+    /// Whether the path still leads to the opened files. It does not if the directory was moved, deleted, replaced,
+    /// unmounted, or hidden by another mount, although the open files keep working.
     pub(super) fn is_intact(&self) -> bool {
-        Self::look(&self.path).is_ok_and(|found| found == self.opened)
+        Self::identities(&self.path).is_ok_and(|found| found == self.opened)
     }
 
-    /// The marker is left out: it is written anew when the log begins.
-    fn look(path: &Path) -> io::Result<Vec<Identity>> {
+    /// The marker does not count, because it is replaced when the log begins.
+    fn identities(path: &Path) -> io::Result<Vec<Identity>> {
         let data = path.join(DATA);
         let identity = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()));
         [path, &data, &data.join(FJALL_LOCK)].into_iter().map(identity).collect()
     }
 }
 
-/// Whether the name is one of those that a log's directory has.
+/// Whether a log's directory may contain a file of this name.
 pub(super) fn is_own(name: &std::ffi::OsStr) -> bool {
     [MARKER, MARKER_NEW, DATA, PROBE].iter().any(|own| name == *own)
 }
 
-/// Whether a directory is empty, or has what is left of a log that was being made when the process ended.
+/// Whether a directory is empty, or contains only the remains of an interrupted creation.
 fn is_unused(path: &Path) -> io::Result<bool> {
     for entry in fs::read_dir(path)? {
         let entry = entry?;
@@ -135,7 +135,7 @@ fn is_unused(path: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Writes a file so that it is there whole, or not at all.
+/// Writes a file atomically: after a crash it is either complete or absent.
 fn write_synced(temporary: &Path, path: &Path, contents: &[u8]) -> io::Result<()> {
     let mut file = File::create(temporary)?;
     file.write_all(contents)?;
@@ -144,13 +144,14 @@ fn write_synced(temporary: &Path, path: &Path, contents: &[u8]) -> io::Result<()
     File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
-/// Bytes that are free on the disk, for us. `None` where the file system does not say.
+/// The bytes that are free on the disk for this user. `None` if the file system does not report them.
 pub(in crate::changelog) fn free_bytes(path: &Path) -> Option<u64> {
     let stat = rustix::fs::statvfs(path).ok()?;
     Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Whether a process has the log open; `None` where we may not know. To find out takes its lock for a moment, where nobody has it; fjall tries several times.
+/// Whether a process has the log open. `None` if this user may not read the lock. The check takes a free lock for a
+/// moment; fjall retries, so this does not keep a `serve` from opening the log.
 pub(in crate::changelog) fn is_open(path: &Path) -> Option<bool> {
     match File::open(path.join(DATA).join(FJALL_LOCK)) {
         Ok(file) => Some(matches!(file.try_lock_shared(), Err(fs::TryLockError::WouldBlock))),

@@ -1,4 +1,9 @@
-//! What an entry does to the log: in memory, and in the batch that takes it to the disk.
+//! The effect of each entry on the log: on the state in memory, and on the batch that is written to disk.
+//!
+//! [`Memory`] is the copy of the keyspace `meta` that answers questions about the state. [`Written`] gathers the
+//! entries of one append into pages, and commits them in one atomic batch together with the new state. Entries are
+//! applied in stream order. Messages and transactions that the log already contains are ignored, because the slot sends
+//! unacknowledged transactions again.
 
 use super::super::{Entry, Error, GAPS_MAX};
 use super::page::{Indexed, MessagePage, TransactionPage, XidPage};
@@ -12,7 +17,7 @@ use crate::model::transaction::{Gap, Header, Message, Transaction};
 use fjall::OwnedWriteBatch as WriteBatch;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// What is kept in memory of `meta`.
+/// The copy of `meta` in memory.
 pub(super) struct Memory {
     pub(super) stored: Stored,
     pub(super) tail: Lsn,
@@ -20,7 +25,7 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Applies one entry to what is written and to the memory of it.
+    /// Applies one entry to the state in memory and to the batch.
     pub(super) fn apply(&mut self, entry: &Entry, log: &LocalLog, written: &mut Written<'_>) -> Result<(), Error> {
         match entry {
             Entry::Adopt(origin) => {
@@ -28,7 +33,8 @@ impl Memory {
                 self.stored.watermark = origin.lsn.0;
                 self.tail = origin.lsn;
             }
-            // Delivered once more, because it was not known to have arrived; what is there must not be taken for open.
+            // The slot sends unacknowledged transactions again. These messages are already in the log, and must not
+            // count as open.
             Entry::Staged(staged) if staged.commit.0 < self.tail => {}
             Entry::Staged(staged) => {
                 let steps = staged.messages.iter().map(|(_, message)| message.last_step).max().unwrap_or(0);
@@ -43,7 +49,7 @@ impl Memory {
                     log.segments().remove(batch, Lsn(commit), &is_open).map_err(poisoned)?;
                 }
             }
-            // Delivered once more, because it was not known to have arrived.
+            // The slot sent the transaction again.
             Entry::Transaction(transaction) if transaction.end.0 <= self.tail => self.stored.staged = None,
             Entry::Transaction(transaction) => {
                 written.put_messages(&transaction.messages);
@@ -78,7 +84,7 @@ impl Memory {
                 }
                 self.tail = self.tail.min(*at);
                 self.stored.watermark = self.stored.watermark.min(at.0);
-                // What was verified past it was verified of another history.
+                // A check after the switch applied to the old history.
                 if let Some((_, verified)) = &mut self.stored.verified {
                     *verified = (*verified).min(at.0);
                 }
@@ -94,7 +100,7 @@ impl Memory {
         Ok(())
     }
 
-    /// What is appended from now on stands behind this.
+    /// Everything that is appended from now on is after this position.
     pub(super) fn frontier(&self) -> Position {
         self.stored.staged.map_or(Position::at(self.tail), unpair)
     }
@@ -104,7 +110,7 @@ impl Memory {
         batch.insert(&log.meta, meta_gap(&gap), json);
         self.gaps.push(gap);
         if self.gaps.len() > GAPS_MAX {
-            // The session has to know of the open one until it is covered.
+            // The open gap stays until a later gap covers it, because the session needs it.
             let oldest = self.gaps.remove(usize::from(self.gaps.first().is_some_and(Gap::is_open)));
             batch.remove(&log.meta, meta_gap(&oldest));
             self.stored.gaps_floor = pair(unpair(self.stored.gaps_floor).max(oldest.to));
@@ -113,20 +119,20 @@ impl Memory {
     }
 }
 
-/// Tenants of a transaction that its page of the index has at the most; more have keys of their own.
+/// The most tenants that the index entry of a transaction contains. With more tenants, each has its own key.
 const TENANTS_IN_PAGE_MAX: usize = 64;
 
-/// Entries on their way to the disk together.
+/// The entries of one batch, while they are gathered into pages.
 pub(super) struct Written<'a> {
     pub(super) batch: WriteBatch,
     active: &'a Segment,
-    /// By tenant.
+    /// The current page of each tenant.
     messages: HashMap<TenantId, MessagePage>,
     transactions: TransactionPage,
-    /// By what their keys begin with.
+    /// The current page of each key prefix.
     xids: BTreeMap<XidsPrefix, XidPage>,
     tail_before: Lsn,
-    /// More than the tail changed.
+    /// Whether the state changed in more than the tail.
     pub(super) rare: bool,
 }
 
@@ -183,7 +189,8 @@ impl<'a> Written<'a> {
         }
     }
 
-    /// What a transaction is found by: ids of tokens; and where it has changes, its place, its id and its tenants.
+    /// Writes the index entries of a transaction: its token ids, and if it has changes, its place, its id and its
+    /// tenants.
     fn put_index(&mut self, transaction: &Transaction) {
         let Header { commit, xid, .. } = transaction.header;
         let end = transaction.end;
@@ -219,7 +226,7 @@ impl<'a> Written<'a> {
     }
 }
 
-/// In the order of their bytes.
+/// The tenants of these messages, in the order of their bytes.
 fn tenants(messages: &[(TenantId, Message)]) -> BTreeSet<&TenantId> {
     messages.iter().map(|(tenant, _)| tenant).collect()
 }

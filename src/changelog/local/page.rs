@@ -1,8 +1,9 @@
-//! Pages: the elements that one append has for the same place, under one key.
+//! Pages: the encoding of the elements that one append stores under one key.
 //!
-//! A transaction of one row costs a key-value store much more in keys than in bytes. So an append writes one page of messages for each
-//! tenant, one of transactions, and one for each 256 transaction ids, as long as they stay below [`BYTES_MAX`]. Elements are in commit
-//! order, and LSNs, ids and times are distances to the element before; those of the first are distances to zero. All numbers are varints.
+//! A transaction of one row costs a key-value store much more in keys than in bytes. So an append writes one page of
+//! messages for each tenant, one page of transactions, and one page for each 256 transaction ids, until a page exceeds
+//! [`BYTES_MAX`]. Elements are in commit order. LSNs, ids and times are stored as distances from the element before,
+//! and in the first element from zero. All numbers are varints.
 //!
 //! An element of a page of messages:
 //!
@@ -11,7 +12,7 @@
 //! | commit LSN | distance |
 //! | xid8 | zigzag of the distance |
 //! | commit timestamp, in microseconds | zigzag of the distance |
-//! | end LSN minus commit LSN; 0 where it is not the tenant's last of the transaction | |
+//! | end LSN minus commit LSN; 0 if this is not the tenant's last message of the transaction | |
 //! | last row step | |
 //! | length of steps, length of changes | |
 //! | steps, changes | that many bytes each |
@@ -23,8 +24,8 @@
 //! | commit LSN | distance |
 //! | end LSN minus commit LSN | |
 //! | xid8 | zigzag of the distance |
-//! | number of tenants; 0 where each has a key of its own | |
-//! | each tenant | 0, length, bytes; or for one that the page had before its number in it, from 1 |
+//! | number of tenants; 0 if each tenant has its own key | |
+//! | each tenant | 0, length, bytes; a tenant that occurred before in the page: its number there, from 1 | |
 //!
 //! An element of a page of ids:
 //!
@@ -41,11 +42,11 @@ use bytes::Bytes;
 use prost::encoding::{decode_varint, encode_varint};
 use std::collections::HashMap;
 
-/// A page takes no more elements above this, in bytes. Large enough that the key does not count, small enough that skipping to an
-/// element inside is nothing. Tests have pages of few elements.
+/// The size in bytes above which a page takes no more elements. It is large enough that the key does not matter, and
+/// small enough that skipping to an element inside is cheap. Tests have pages of few elements.
 pub(super) const BYTES_MAX: usize = if cfg!(test) { 160 } else { 16 << 10 };
 
-/// A page is not what was written.
+/// A page that cannot be decoded.
 #[derive(Debug, thiserror::Error)]
 #[error("a page of {0} does not decode")]
 pub(super) struct Malformed(pub(super) &'static str);
@@ -54,7 +55,7 @@ fn write_signed(value: i64, out: &mut Vec<u8>) {
     encode_varint(((value << 1) ^ (value >> 63)) as u64, out);
 }
 
-/// Takes a number off the front.
+/// Removes a varint from the front.
 fn number(bytes: &mut &[u8]) -> Option<u64> {
     decode_varint(bytes).ok()
 }
@@ -72,7 +73,7 @@ const fn further(before: CommitLsn, distance: u64) -> CommitLsn {
     CommitLsn(Lsn(before.0.0.wrapping_add(distance)))
 }
 
-/// Of a commit record, in bytes.
+/// The length of a commit record in bytes.
 const fn length(commit: CommitLsn, end: EndLsn) -> u64 {
     end.0.0.saturating_sub(commit.0.0)
 }
@@ -81,17 +82,17 @@ fn end_of(commit: CommitLsn, length: u64) -> Option<EndLsn> {
     Some(EndLsn(Lsn(commit.0.0.checked_add(length)?)))
 }
 
-/// Takes this many bytes off the front.
+/// Removes this many bytes from the front.
 fn take<'a>(bytes: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
     let (front, rest) = bytes.split_at_checked(usize::try_from(length).ok()?)?;
     *bytes = rest;
     Some(front)
 }
 
-/// What the distances of an element are counted from.
+/// The predecessor of the first element: its distances are the values themselves.
 const FIRST: Header = Header { commit: CommitLsn(Lsn::ZERO), xid: Xid8(0), commit_time: CommitTime(0) };
 
-/// Messages of one tenant, being written.
+/// A page of messages of one tenant, while it is written.
 pub(super) struct MessagePage {
     bytes: Vec<u8>,
     before: Header,
@@ -103,7 +104,7 @@ impl MessagePage {
         Self { bytes: Vec::new(), before: FIRST, last: Position::ZERO }
     }
 
-    /// `message` stands behind those that are here.
+    /// Adds a message, which must follow the others in the stream.
     pub(super) fn push(&mut self, message: &Message) {
         let Header { commit, xid, commit_time } = message.header;
         let (before, out) = (self.before, &mut self.bytes);
@@ -125,13 +126,13 @@ impl MessagePage {
         self.bytes.len() >= BYTES_MAX
     }
 
-    /// Place of its last message, and the value; `None` where it is empty.
+    /// Returns the place of the last message, and the value. `None` if the page is empty.
     pub(super) fn finish(self) -> Option<(Position, Vec<u8>)> {
         (!self.bytes.is_empty()).then_some((self.last, self.bytes))
     }
 }
 
-/// The messages of a page. Ends after the first that does not decode.
+/// An iterator over the messages of a page. It ends after the first message that cannot be decoded.
 pub(super) struct Messages {
     rest: Bytes,
     before: Header,
@@ -178,17 +179,17 @@ impl Iterator for Messages {
     }
 }
 
-/// What the index has of a transaction with changes.
+/// The index entry of a transaction with changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Indexed {
     pub(super) commit: CommitLsn,
     pub(super) end: EndLsn,
     pub(super) xid: Xid8,
-    /// Whose changes it has; empty where each of these tenants has a key of its own.
+    /// The tenants with changes in the transaction. Empty if each of them has its own key.
     pub(super) tenants: Vec<TenantId>,
 }
 
-/// Transactions, being written.
+/// A page of transactions, while it is written.
 #[derive(Default)]
 pub(super) struct TransactionPage {
     bytes: Vec<u8>,
@@ -198,7 +199,7 @@ pub(super) struct TransactionPage {
 }
 
 impl TransactionPage {
-    /// `transaction` stands behind those that are here.
+    /// Adds a transaction, which must follow the others in the stream.
     pub(super) fn push(&mut self, transaction: &Indexed) {
         let Indexed { commit, end, xid, tenants } = transaction;
         let out = &mut self.bytes;
@@ -223,13 +224,13 @@ impl TransactionPage {
         self.bytes.len() >= BYTES_MAX
     }
 
-    /// Commit LSN of its last transaction, and the value; `None` where it is empty.
+    /// Returns the commit LSN of the last transaction, and the value. `None` if the page is empty.
     pub(super) fn finish(self) -> Option<(CommitLsn, Vec<u8>)> {
         (!self.bytes.is_empty()).then_some((self.last, self.bytes))
     }
 }
 
-/// The transactions of a page.
+/// Decodes a page of transactions.
 pub(super) fn transactions(page: &[u8]) -> Result<Vec<Indexed>, Malformed> {
     let (mut rest, mut tenants, mut found) = (page, Vec::new(), Vec::new());
     let (mut commit, mut xid) = (CommitLsn::default(), Xid8(0));
@@ -241,7 +242,8 @@ pub(super) fn transactions(page: &[u8]) -> Result<Vec<Indexed>, Malformed> {
     Ok(found)
 }
 
-/// The next one behind another; `known` are the tenants so far.
+/// Decodes the next transaction. `commit` and `xid` are those of the transaction before, and `known` the tenants of the
+/// page so far.
 fn transaction(rest: &mut &[u8], commit: CommitLsn, xid: Xid8, known: &mut Vec<TenantId>) -> Option<Indexed> {
     let commit = further(commit, number(rest)?);
     let end = end_of(commit, number(rest)?)?;
@@ -261,7 +263,7 @@ fn transaction(rest: &mut &[u8], commit: CommitLsn, xid: Xid8, known: &mut Vec<T
     Some(Indexed { commit, end, xid, tenants })
 }
 
-/// Ids that differ in the lowest byte only, being written.
+/// A page of ids that differ only in the lowest byte, while it is written.
 #[derive(Default)]
 pub(super) struct XidPage {
     bytes: Vec<u8>,
@@ -269,7 +271,7 @@ pub(super) struct XidPage {
 }
 
 impl XidPage {
-    /// The transaction stands behind those that are here.
+    /// Adds a transaction, which must follow the others in the stream.
     pub(super) fn push(&mut self, xid: Xid8, commit: CommitLsn, end: EndLsn) {
         self.bytes.push((xid.0 & 0xFF) as u8);
         encode_varint(distance(commit, self.last), &mut self.bytes);
@@ -277,13 +279,13 @@ impl XidPage {
         self.last = commit;
     }
 
-    /// Commit LSN of its last transaction, and the value; `None` where it is empty.
+    /// Returns the commit LSN of the last transaction, and the value. `None` if the page is empty.
     pub(super) fn finish(self) -> Option<(CommitLsn, Vec<u8>)> {
         (!self.bytes.is_empty()).then_some((self.last, self.bytes))
     }
 }
 
-/// Id, commit LSN and end LSN of the transactions of a page whose smallest id could be `first`.
+/// Decodes a page of ids into id, commit LSN and end LSN. `first` is the smallest id that the page may contain.
 pub(super) fn xids(first: Xid8, page: &[u8]) -> Result<Vec<(Xid8, CommitLsn, EndLsn)>, Malformed> {
     fn read(rest: &mut &[u8], first: Xid8, before: CommitLsn) -> Option<(Xid8, CommitLsn, EndLsn)> {
         let low = *take(rest, 1)?.first()?;

@@ -1,4 +1,4 @@
-//! The keys of a segment, and its small values.
+//! The keys of a segment, and the encoding of small values.
 //!
 //! | kind | key | value |
 //! | --- | --- | --- |
@@ -6,15 +6,15 @@
 //! | token id | `0x02`, id (16) | end LSN of its transaction (8) |
 //! | transactions with changes | `0x03`, commit LSN of the last one (8) | [`page`](super::page) |
 //! | ids of those transactions | `0x04`, xid8 without its lowest byte (7), commit LSN of the last one (8) | [`page`](super::page) |
-//! | a tenant of a transaction that has many, or was staged | `0x05`, commit LSN (8), tenant | nothing |
+//! | a tenant of a staged transaction, or of one with many tenants | `0x05`, commit LSN (8), tenant | nothing |
 //! | reserved: the annotations of a transaction | `0x06`, commit LSN (8) | |
 //! | reserved: time index | `0x07`, time in microseconds (8) | |
 //! | reserved: tenant events | `0x08`, commit LSN (8), tenant | |
 //!
-//! Numbers are big endian, so that keys sort as the stream does. The key of a page has its last element: a scan that begins at a place
-//! in the stream begins with the page that may hold something behind it.
+//! Numbers are big endian, so that keys sort like the stream. A page has the key of its last element, so a scan from a
+//! place in the stream begins with the first page that may contain elements after that place.
 //!
-//! A tenant's horizon, in `meta`, is a [`Horizon`]'s fields in order, 8 bytes each.
+//! A tenant's horizon, in `meta`, consists of the fields of [`Horizon`] in order, 8 bytes for each number.
 
 use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
@@ -26,14 +26,14 @@ const TRANSACTIONS: u8 = 3;
 const XIDS: u8 = 4;
 const TENANT: u8 = 5;
 
-/// What the keys of all messages begin with.
+/// The prefix of all keys of messages.
 pub(super) const MESSAGES_PREFIX: [u8; 1] = [MESSAGES];
-/// What the keys of all token ids begin with.
+/// The prefix of all keys of token ids.
 pub(super) const TOKENS_PREFIX: [u8; 1] = [TOKEN];
-/// What the keys of all pages of transactions begin with.
+/// The prefix of all keys of pages of transactions.
 pub(super) const TRANSACTIONS_PREFIX: [u8; 1] = [TRANSACTIONS];
 
-/// What all keys of a tenant's messages begin with.
+/// The prefix of all keys of a tenant's messages.
 pub(super) fn tenant_prefix(tenant: &TenantId) -> Vec<u8> {
     let mut key = Vec::with_capacity(tenant.as_str().len() + 18);
     key.push(MESSAGES);
@@ -42,7 +42,7 @@ pub(super) fn tenant_prefix(tenant: &TenantId) -> Vec<u8> {
     key
 }
 
-/// The key of the page whose last message is this tenant's at this place in the stream.
+/// The key of the page whose last message is at this place.
 pub(super) fn messages_key(tenant: &TenantId, last: Position) -> Vec<u8> {
     let mut key = tenant_prefix(tenant);
     key.extend_from_slice(&last.lsn.0.to_be_bytes());
@@ -50,7 +50,7 @@ pub(super) fn messages_key(tenant: &TenantId, last: Position) -> Vec<u8> {
     key
 }
 
-/// The smallest key above all of a tenant's messages.
+/// The smallest key after all messages of a tenant.
 pub(super) fn behind_tenant(tenant: &TenantId) -> Vec<u8> {
     let mut key = tenant_prefix(tenant);
     if let Some(last) = key.last_mut() {
@@ -59,7 +59,7 @@ pub(super) fn behind_tenant(tenant: &TenantId) -> Vec<u8> {
     key
 }
 
-/// Tenant, and place of the last message, of a page of messages.
+/// Decodes the key of a page of messages into the tenant and the place of the last message.
 pub(super) fn read_messages_key(key: &[u8]) -> Option<(TenantId, Position)> {
     let (rest, steps) = key.split_last_chunk::<8>()?;
     let (rest, commit) = rest.split_last_chunk::<8>()?;
@@ -72,21 +72,20 @@ pub(super) fn read_messages_key(key: &[u8]) -> Option<(TenantId, Position)> {
     Some((tenant, Position { lsn: Lsn(u64::from_be_bytes(*commit)), steps: u64::from_be_bytes(*steps) }))
 }
 
-/// The key of a token id.
 pub(super) fn token_key(id: TokenId) -> Vec<u8> {
     let mut key = vec![TOKEN];
     key.extend_from_slice(&id.0);
     key
 }
 
-/// The key of the page whose last transaction is this one.
+/// The key of the page whose last transaction has this commit LSN.
 pub(super) fn transactions_key(last: CommitLsn) -> Vec<u8> {
     let mut key = vec![TRANSACTIONS];
     key.extend_from_slice(&last.0.0.to_be_bytes());
     key
 }
 
-/// What the keys of all pages begin with that may have this id.
+/// The prefix of the keys of all pages that may contain a given id.
 pub(super) type XidsPrefix = [u8; 8];
 
 pub(super) const fn xids_prefix(xid: Xid8) -> XidsPrefix {
@@ -94,55 +93,55 @@ pub(super) const fn xids_prefix(xid: Xid8) -> XidsPrefix {
     [XIDS, a, b, c, d, e, f, g]
 }
 
-/// The key of the page of such ids whose last transaction, in commit order, is this one.
+/// The key of the page of ids whose last transaction, in commit order, has this commit LSN.
 pub(super) fn xids_key(prefix: XidsPrefix, last: CommitLsn) -> Vec<u8> {
     let mut key = prefix.to_vec();
     key.extend_from_slice(&last.0.0.to_be_bytes());
     key
 }
 
-/// What all keys of pages of ids begin with.
+/// The prefix of all keys of pages of ids.
 pub(super) const XIDS_PREFIX: [u8; 1] = [XIDS];
 
-/// The smallest id that the page under this key may have.
+/// The smallest id that the page with this key may contain.
 pub(super) fn read_xids_key(key: &[u8]) -> Option<Xid8> {
     let (bucket, _) = key.strip_prefix(&XIDS_PREFIX)?.split_first_chunk::<7>()?;
     let [a, b, c, d, e, f, g] = *bucket;
     Some(Xid8(u64::from_be_bytes([a, b, c, d, e, f, g, 0])))
 }
 
-/// What the keys of all tenants of a transaction begin with.
+/// The prefix of the keys of all tenants of a transaction.
 pub(super) fn tenants_prefix(commit: CommitLsn) -> Vec<u8> {
     let mut key = vec![TENANT];
     key.extend_from_slice(&commit.0.0.to_be_bytes());
     key
 }
 
-/// The key that says that the transaction has changes of this tenant.
+/// The key that records that the transaction has changes of this tenant.
 pub(super) fn tenant_key(commit: CommitLsn, tenant: &TenantId) -> Vec<u8> {
     let mut key = tenants_prefix(commit);
     key.extend_from_slice(tenant.as_str().as_bytes());
     key
 }
 
-/// The smallest key above those of all tenants of transactions.
+/// The smallest key after all tenants of transactions.
 pub(super) const TENANTS_END: [u8; 1] = [TENANT + 1];
 
-/// Commit LSN and tenant.
+/// Decodes the key of a tenant of a transaction.
 pub(super) fn read_tenant_key(key: &[u8]) -> Option<(CommitLsn, TenantId)> {
     let (commit, tenant) = key.strip_prefix(&[TENANT])?.split_first_chunk::<8>()?;
     let tenant = TenantId::new(std::str::from_utf8(tenant).ok()?).ok()?;
     Some((CommitLsn(Lsn(u64::from_be_bytes(*commit))), tenant))
 }
 
-/// The newest of a tenant's messages that retention dropped.
+/// The newest message of a scope that retention dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Horizon {
-    /// Where it stood.
+    /// The place of the message.
     pub(super) position: Position,
     /// The id of its transaction.
     pub(super) xid: Xid8,
-    /// The end LSN of its transaction; zero where that is in a later segment, and with it more of the transaction.
+    /// The end LSN of its transaction. Zero if the transaction continues in a later segment.
     pub(super) end: EndLsn,
 }
 

@@ -1,4 +1,9 @@
-//! The list of segments: each a keyspace, in stream order, the last one active.
+//! The list of segments, in stream order. Each segment is a keyspace, and the last one is active: appends go there.
+//!
+//! Retention drops the oldest segment as a whole, and a new active segment begins when the old one has its share of
+//! size or age. A segment contains everything of its part of the stream: messages, token ids and the index of
+//! transactions (see [`record`] for the keys). So a search by id asks each segment, and a read of the stream skips the
+//! segments before its start.
 
 use super::super::{Error, TransactionOutcome};
 use super::page::{self, Indexed, Malformed, MessagePage, Messages, TransactionPage, XidPage};
@@ -14,20 +19,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::sync::Arc;
 
-/// Cheap to clone: readers take the list as it is, and keep deleted segments readable for themselves.
+/// Cheap to clone. A reader works on its own clone, and a deleted segment stays readable through that clone.
 #[derive(Clone)]
 pub(super) struct Segments(Arc<[Segment]>);
 
 #[derive(Clone)]
 pub(super) struct Segment {
     id: u64,
-    /// Nothing in here stands before this.
+    /// Every element of this segment is at or after this position.
     first: Position,
     pub(super) created_unix_seconds: u64,
     pub(super) keyspace: Keyspace,
 }
 
-/// End LSN and id by commit LSN.
+/// End LSN and id of transactions, by commit LSN.
 pub(super) type Transactions = BTreeMap<CommitLsn, (EndLsn, Xid8)>;
 
 #[derive(Serialize, Deserialize)]
@@ -42,7 +47,8 @@ fn name(id: u64) -> String {
 }
 
 impl Segments {
-    /// The stored list, or a first segment. Segments that are not on the list were being dropped, and go now.
+    /// Opens the stored list, or begins a first segment. Deletes segments that are not in the list: a crash interrupted
+    /// their deletion.
     pub(super) fn open(db: &Database, meta: &Keyspace, damaged: &dyn Fn(String) -> Error) -> Result<Self, Error> {
         let read = |error: fjall::Error| damaged(error.to_string());
         let stored: Vec<StoredSegment> = match meta.get(META_SEGMENTS).map_err(read)? {
@@ -114,7 +120,7 @@ impl Segments {
         self.0.iter().map(Segment::bytes).sum()
     }
 
-    /// With a new active segment behind the others.
+    /// Returns the list with a new active segment at its end.
     pub(super) fn rolled(&self, db: &Database, first: Position, now_unix_seconds: u64) -> Result<Self, Error> {
         let id = self.active().id + 1;
         let keyspace = db.keyspace(&name(id), segment_options).map_err(poisoned)?;
@@ -122,25 +128,25 @@ impl Segments {
         Ok(Self(self.0.iter().cloned().chain([new]).collect()))
     }
 
-    /// The oldest and the rest; `None` where there is only the active one.
+    /// Returns the oldest segment and the rest. `None` if there is only the active segment.
     pub(super) fn without_oldest(&self) -> Option<(Segment, Self)> {
         let (oldest, rest) = self.0.split_first()?;
         (!rest.is_empty()).then(|| (oldest.clone(), Self(rest.into())))
     }
 
-    /// When the oldest was begun.
+    /// The time at which the oldest segment began.
     pub(super) fn oldest_created_unix_seconds(&self) -> u64 {
         self.0.first().map_or(0, |oldest| oldest.created_unix_seconds)
     }
 
-    /// When the oldest stopped being written to; `None` where there is only the active one.
+    /// The time of the last append to the oldest segment. `None` if there is only the active segment.
     pub(super) fn oldest_ended_unix_seconds(&self) -> Option<u64> {
         self.0.get(1).map(|second| second.created_unix_seconds)
     }
 
-    /// Those that can hold something after this position, oldest first.
+    /// The segments that may contain elements after this position, oldest first.
     pub(super) fn since(&self, after: Position) -> impl Iterator<Item = &Segment> {
-        // A segment can hold something only if the next one does not begin at or before the position.
+        // If the next segment begins at or before the position, everything in this one is older.
         let skipped = self.0.iter().skip(1).take_while(|next| next.first <= after).count();
         self.0.iter().skip(skipped)
     }
@@ -149,8 +155,8 @@ impl Segments {
         self.0.iter().rev()
     }
 
-    /// Removes the messages of the transactions that the predicate picks by their commit LSN, all of them at or after `from`, and token
-    /// ids that point past it.
+    /// Removes the messages of the transactions that `pick` selects by commit LSN, and the token ids of transactions
+    /// that end after `from`. All selected transactions commit at or after `from`.
     pub(super) fn remove(
         &self,
         batch: &mut WriteBatch,
@@ -175,7 +181,7 @@ impl Segments {
         Ok(())
     }
 
-    /// Removes what these transactions are found by.
+    /// Removes the index entries of these transactions.
     pub(super) fn remove_index(&self, batch: &mut WriteBatch, abandoned: &Transactions) -> Result<(), Unreadable> {
         let Some((first, _)) = abandoned.first_key_value() else { return Ok(()) };
         let buckets: BTreeSet<_> = abandoned.values().map(|(_, xid)| record::xids_prefix(*xid)).collect();
@@ -202,7 +208,7 @@ impl Segments {
         Ok(())
     }
 
-    /// Transactions with changes that committed at or after `from`.
+    /// Returns the transactions with changes that committed at or after `from`.
     pub(super) fn transactions_since(&self, from: Lsn) -> Result<Transactions, Unreadable> {
         let mut found = Transactions::new();
         for segment in self.since(Position::at(from)) {
@@ -215,19 +221,20 @@ impl Segments {
         Ok(found)
     }
 
-    /// Those that end past `at`: those before it, too, whose commit record crosses it.
+    /// Returns the transactions that end after `at`. Their commit records may begin before it.
     pub(super) fn transactions_ending_past(&self, at: Lsn) -> Result<Transactions, Unreadable> {
-        /// Far above the size of any commit record.
+        /// Far more than the size of any commit record.
         const COMMIT_RECORD_BYTES_MAX: u64 = 64 << 20;
         let mut found = self.transactions_since(Lsn(at.0.saturating_sub(COMMIT_RECORD_BYTES_MAX)))?;
         found.retain(|_, (end, _)| end.0 > at);
         Ok(found)
     }
 
-    /// The last transaction with changes that committed before `commit`.
+    /// Returns the last transaction with changes that committed before `commit`.
     pub(super) fn transaction_before(&self, commit: CommitLsn) -> Result<Option<Xid8>, Unreadable> {
         for segment in self.newest_first() {
-            // The page that `commit` would be in, and where that begins with it or behind it, the one before.
+            // The answer is in the page that could contain `commit`, or, if that page begins at or after `commit`, in
+            // the page before.
             let around = segment.transaction_pages(commit).next().transpose()?.map(|(_, page)| page);
             let before = record::TRANSACTIONS_PREFIX.to_vec()..record::transactions_key(commit);
             let last_before = match segment.keyspace.range(before).next_back() {
@@ -242,7 +249,7 @@ impl Segments {
         Ok(None)
     }
 
-    /// The end of the transaction that committed here, where the index has it.
+    /// Returns the end of the transaction with this commit LSN, if the index contains it.
     pub(super) fn end_of(&self, commit: CommitLsn) -> Result<Option<EndLsn>, Unreadable> {
         for segment in self.since(Position::at(commit.0)) {
             if let Some(end) = segment.end_of(commit)? {
@@ -252,7 +259,7 @@ impl Segments {
         Ok(None)
     }
 
-    /// The transaction with this id.
+    /// Finds a transaction by its id.
     pub(super) fn find(&self, xid: Xid8) -> Result<Option<TransactionOutcome>, Unreadable> {
         for segment in self.newest_first() {
             for item in segment.xid_pages(record::xids_prefix(xid)) {
@@ -265,7 +272,8 @@ impl Segments {
         Ok(None)
     }
 
-    /// The transaction with the largest id below, and its commit LSN. Ids are not in the order of segments.
+    /// Returns the transaction with the largest id below `xid`, and its commit LSN. It may be in any segment, because
+    /// ids are not in commit order.
     pub(super) fn largest_below(&self, xid: Xid8) -> Result<Option<(Xid8, CommitLsn)>, Unreadable> {
         let mut largest = None;
         for segment in self.0.iter() {
@@ -285,7 +293,7 @@ impl Segments {
 }
 
 impl Segment {
-    /// On disk. What is still in memory is not counted: a memtable at the most.
+    /// The bytes on disk. Data that is still in memory, at most a memtable, does not count.
     pub(super) fn bytes(&self) -> u64 {
         self.keyspace.disk_space()
     }
@@ -294,7 +302,7 @@ impl Segment {
         self.keyspace.first_key_value().is_none()
     }
 
-    /// Every tenant with messages here, and what is to be kept of them.
+    /// Every tenant with messages in this segment, with the horizon to store for it.
     pub(super) fn horizons(&self) -> impl Iterator<Item = Result<(TenantId, Horizon), Unreadable>> + '_ {
         self.tenants().map(|item| {
             let (tenant, position) = item?;
@@ -303,20 +311,21 @@ impl Segment {
             let last = Messages::of(Bytes::from(page)).last().transpose()?.ok_or(Malformed("messages"))?;
             let end = match last.end {
                 Some(end) => end,
-                // All messages of the tenant were staged before the transaction's end.
+                // All messages of the tenant in this segment were staged before the transaction's end.
                 None => self.end_of(CommitLsn(position.lsn))?.unwrap_or_default(),
             };
             Ok((tenant, Horizon { position, xid: last.header.xid, end }))
         })
     }
 
-    /// The end of the transaction that committed here, where the index of this segment has it.
+    /// Returns the end of the transaction with this commit LSN, if the index of this segment contains it.
     pub(super) fn end_of(&self, commit: CommitLsn) -> Result<Option<EndLsn>, Unreadable> {
         let Some((_, page)) = self.transaction_pages(commit).next().transpose()? else { return Ok(None) };
         Ok(page.into_iter().find(|transaction| transaction.commit == commit).map(|transaction| transaction.end))
     }
 
-    /// Every tenant with messages here, and the place of its newest: two seeks a tenant, whatever the number of messages.
+    /// Every tenant with messages in this segment, and the place of its newest message. It costs two seeks a tenant,
+    /// whatever the number of messages.
     fn tenants(&self) -> impl Iterator<Item = Result<(TenantId, Position), Unreadable>> + '_ {
         fn place(key: Option<fjall::Guard>) -> Result<Option<(TenantId, Position)>, Unreadable> {
             let Some(key) = key else { return Ok(None) };
@@ -366,9 +375,9 @@ impl Segment {
         Ok(())
     }
 
-    /// Puts what is left of a page in its place.
+    /// Replaces a page by its remaining elements.
     fn replace(&self, batch: &mut WriteBatch, key: &[u8], rest: Option<(Vec<u8>, Vec<u8>)>) {
-        // In a batch, the removal of a key and its insertion would have no order.
+        // In one batch, a removal and an insertion of the same key have no defined order.
         if rest.as_ref().is_none_or(|(new, _)| new != key) {
             batch.remove(&self.keyspace, key);
         }
@@ -381,7 +390,7 @@ impl Segment {
         self.id == other.id
     }
 
-    /// The tenant's first page of messages that has something behind `place`, and the place of its last message.
+    /// Returns the tenant's first page of messages that ends after `place`, and the place of its last message.
     pub(super) fn page_behind(
         &self,
         tenant: &TenantId,
@@ -395,7 +404,7 @@ impl Segment {
         Ok(Some((last, Bytes::from(page))))
     }
 
-    /// The lowest tenant above `below` that has a key of its own for the transaction that commits here.
+    /// Returns the lowest tenant above `below` that has its own key for the transaction with this commit LSN.
     pub(super) fn tenant_above(
         &self,
         commit: CommitLsn,
@@ -411,7 +420,7 @@ impl Segment {
         Ok(Some(tenant))
     }
 
-    /// Keys and contents of the pages that may have a transaction that committed at or after `from`.
+    /// Keys and contents of the pages that may contain transactions with a commit LSN of at least `from`.
     pub(super) fn transaction_pages(
         &self,
         from: CommitLsn,
@@ -424,8 +433,8 @@ impl Segment {
         })
     }
 
-    /// Keys and contents of the pages of ids whose keys begin with this.
-    #[expect(clippy::type_complexity, reason = "what a page has, beside its key")]
+    /// Keys and contents of the pages of ids with this key prefix.
+    #[expect(clippy::type_complexity, reason = "a key and the contents of its page")]
     fn xid_pages(
         &self,
         prefix: XidsPrefix,
@@ -438,7 +447,7 @@ impl Segment {
         })
     }
 
-    /// The largest id below `xid` in the pages whose keys begin with this, and its commit LSN.
+    /// Returns the largest id below `xid` in the pages with this key prefix, and its commit LSN.
     fn largest_in(&self, prefix: XidsPrefix, xid: Xid8) -> Result<Option<(Xid8, CommitLsn)>, Unreadable> {
         let mut largest = None;
         for item in self.xid_pages(prefix) {

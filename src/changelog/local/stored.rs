@@ -1,4 +1,4 @@
-//! What the keyspace `meta` holds: its keys, and the JSON of what rarely changes.
+//! The keyspace `meta`: its keys, and the JSON of its values.
 //!
 //! | key | value |
 //! | --- | --- |
@@ -34,7 +34,7 @@ pub(super) fn meta_abandoned(xid: Xid8) -> Vec<u8> {
 }
 
 pub(super) fn meta_gap(gap: &Gap) -> Vec<u8> {
-    // In stream order of the ends; the tenant makes it unique.
+    // Keys sort by the ends of gaps, like the stream. The tenant makes a key unique.
     let tenant = gap.tenant.as_ref().map_or("", TenantId::as_str);
     [META_GAP, &record::write_position(gap.to), &record::write_position(gap.from), tenant.as_bytes()].concat()
 }
@@ -91,18 +91,18 @@ pub(super) fn read_origin(stored: &StoredOrigin) -> Option<Origin> {
     })
 }
 
-/// The part of [`State`](super::super::State) that rarely changes, as JSON under `meta/state`.
+/// The part of [`State`](super::super::State) that changes rarely, as JSON under `meta/state`.
 #[derive(Clone, Default, Serialize, Deserialize)]
 pub(super) struct Stored {
     pub(super) origin: Option<StoredOrigin>,
     pub(super) verified: Option<(String, u64)>,
     pub(super) mapping: Option<[u8; 32]>,
-    /// Not past the tail.
+    /// At most the tail.
     #[serde(default)]
     pub(super) watermark: u64,
     /// Commit LSN of the transaction with staged messages, and their highest row step.
     pub(super) staged: Option<(u64, u64)>,
-    /// Gaps that ended here or before were forgotten.
+    /// Gaps that end at or before this position were dropped.
     pub(super) gaps_floor: (u64, u64),
 }
 
@@ -110,7 +110,7 @@ pub(super) struct Stored {
 pub(super) struct StoredOrigin {
     pub(super) system_identifier: u64,
     pub(super) database_oid: u32,
-    /// Number and begin.
+    /// Number and begin of each timeline.
     pub(super) timelines: Vec<(u32, u64)>,
     pub(super) lsn: u64,
     pub(super) xid: u64,

@@ -1,22 +1,23 @@
-//! The two statements: everything, and a sum that tells whether anything changed.
+//! The two statements: one reads everything, and the other a sum that shows whether anything changed.
 //!
-//! Both take $1 publication, $2 and $3 schemas and names of the tables, $4 and $5 the mapped columns (number of table, name),
-//! $6 and $7 schema and name of the table that lists tenants, or nulls.
+//! Parameters of both: $1 publication; $2 and $3 schemas and names of the tables; $4 and $5 the mapped columns (number
+//! of the table, name); $6 and $7 schema and name of the table of tenants, or nulls.
 //!
-//! Each begins with a comment, which shows its purpose in pg_stat_activity.
+//! Each statement begins with a comment, which shows its purpose in pg_stat_activity.
 //!
-//! oids and xids are cast to int8, because JSON would have them as strings. `int2vector` begins at 0, and so do the
-//! slices of it; the columns of an index behind its key (INCLUDE) are not in a replica identity, and neither is a key
-//! that is deferrable.
+//! oids and xids are cast to int8, because JSON would contain them as strings. `int2vector` and its slices begin at
+//! index 0. A replica identity contains neither the INCLUDE columns of an index nor a deferrable key.
 
-/// Row filters, column lists and schemas in publications came with it.
+/// PostgreSQL 15 introduced row filters, column lists and schemas in publications.
 const FINE_GRAINED_PUBLICATIONS: i32 = 15_00_00;
 
-/// The mapped tables, what is below and above them, their mapped columns, and the types that the text of those depends on.
+/// The mapped tables, the tables below and above them, the mapped columns, and the types on which the text of these
+/// columns depends.
 ///
-/// The planner takes a recursion for small, and would compare every partition with every row of pg_inherits. OFFSET 0 keeps it
-/// from that: a table is looked up once, and only if it can have others below it. PostgreSQL lets a partitioned table have nothing
-/// but partitions below it, an ordinary one nothing but tables that inherit, and a partition that is not partitioned nothing.
+/// The planner assumes that a recursion is small, and would compare every partition with every row of pg_inherits.
+/// OFFSET 0 prevents this, so each table is looked up once, and only if tables can be below it. In PostgreSQL only
+/// partitions are below a partitioned table, only inheriting tables below an ordinary one, and nothing below a
+/// partition that is not partitioned.
 const RELATIONS: &str = "
 publication AS (SELECT p.xmin, p.* FROM pg_publication AS p WHERE p.pubname = $1),
 wanted AS (
@@ -60,12 +61,12 @@ tenants AS (
     SELECT c.oid FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
      WHERE n.nspname = $6 AND c.relname = $7)";
 
-/// One json, for [`super::Catalog`].
+/// Returns one json value for [`super::Catalog`].
 ///
-/// A partition was created as one, and not attached later, where the rows of its columns are as old as those of its system
-/// columns, command by command: ATTACH updates every column, and nothing updates system columns. (An UPDATE or DELETE that was rolled
-/// back leaves its own command in `cmin`, and itself in `xmax`.) It still has its first file where that has the number
-/// of the table.
+/// A partition was created as one, and not attached later, if the rows of its columns are as old as those of its system
+/// columns, command by command: ATTACH updates every column, but nothing updates system columns. (An UPDATE or DELETE
+/// that was rolled back leaves its command in `cmin`, and its id in `xmax`.) The partition still has its first file if
+/// the file has the number of the table.
 pub(super) fn everything(version: i32) -> String {
     let (filter, columns, schemas) = if version >= FINE_GRAINED_PUBLICATIONS {
         (
@@ -168,8 +169,9 @@ SELECT json_build_object(
     )
 }
 
-/// One json, for [`super::Sum`]: of every catalog row that [`everything`] reads, which one it is and its xmin. A row with the
-/// same xmin has the same contents, but for what PostgreSQL changes in place, which nothing here depends on.
+/// Returns one json value for [`super::Sum`]: the identity and the xmin of every catalog row that [`everything`] reads.
+/// Rows with the same xmin have the same contents, except for values that PostgreSQL changes in place, and nothing here
+/// depends on those.
 pub(super) fn sum(version: i32) -> String {
     let schemas = if version >= FINE_GRAINED_PUBLICATIONS {
         "UNION ALL SELECT concat_ws(' ', 'schema', oid, xmin) FROM pg_publication_namespace
@@ -204,5 +206,5 @@ SELECT json_build_object('lsn', {LSN},
     )
 }
 
-/// The WAL insert position, after the statement's snapshot was taken.
+/// The WAL insert position, read after the statement's snapshot was taken.
 const LSN: &str = "CASE WHEN pg_is_in_recovery() THEN '0/0' ELSE pg_current_wal_insert_lsn()::text END";

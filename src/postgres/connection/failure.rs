@@ -1,11 +1,12 @@
-//! The meaning of a failed connection or statement: whether trying again can help, and the remedy.
+//! The meaning of a failed connection or statement: whether a retry can help, and the remedy.
 //!
-//! **Transient**: the server may answer differently in a while, without a repair. **Definite**: something has to be repaired first. In doubt a failure is transient: trying again with backoff does less harm than giving up.
+//! **Transient**: the server may answer differently later, without a repair. **Definite**: something has to be repaired
+//! first. In doubt a failure is transient, because retrying with backoff does less harm than giving up.
 //!
-//! The meaning of an error of the server is read from its SQLSTATE. Where one SQLSTATE has several meanings, the function in
-//! PostgreSQL's source that raised the error tells them apart (the field `R` of ErrorResponse): its name is in no language, and the
-//! same in all supported versions. The text is never read. It is in the language of the server, which no session can choose
-//! before it has logged on, and afterwards only a superuser's can (`lc_messages`).
+//! The SQLSTATE determines the meaning of a server's error. If one SQLSTATE has several meanings, the function in
+//! PostgreSQL's source that raised the error distinguishes them (the field `R` of ErrorResponse). Its name is not
+//! translated, and is the same in all supported versions. The text is never read: it is in the server's language, which
+//! no session can choose before it has logged on, and afterwards only a superuser can (`lc_messages`).
 
 use std::fmt;
 use std::io;
@@ -21,14 +22,14 @@ use super::pins::Sessions;
 use super::wire;
 use crate::decode::pgoutput;
 
-/// No connection could be made, or one ended.
+/// A failure to connect, or the end of a connection.
 #[derive(Debug)]
 pub(crate) struct ConnectError {
-    /// One for each address that was tried; never empty.
+    /// One attempt for each address; never empty.
     attempts: Vec<Attempt>,
 }
 
-/// What happened at one address.
+/// The failure at one address.
 #[derive(Debug)]
 pub(super) struct Attempt {
     /// Host, port, database and user.
@@ -46,21 +47,21 @@ pub(super) enum Failure {
     TimedOut(Duration),
     #[error(transparent)]
     Tls(#[from] wire::Error),
-    /// The connection broke, or another program than PostgreSQL answered.
+    /// The connection broke, or the peer is not PostgreSQL.
     #[error("{}", lost_at_log_on(.0))]
     Lost(#[source] io::Error),
-    /// A message of the protocol, but not one that may come here.
+    /// A valid message of the protocol, at a point where it is not allowed.
     #[error("the log-on failed: the server sent something unexpected {when}")]
     Unexpected { when: &'static str },
-    /// The server asks for another way to log on.
-    #[error("the server asks for {0}, which tuplewatch cannot do")]
+    /// The server requires an unsupported kind of authentication.
+    #[error("the server asks for {0}, which tuplewatch does not support")]
     Method(String),
     #[error("the password is not UTF-8, and cannot be used for scram-sha-256")]
     PasswordIsNoText,
-    /// The server does not know the password either.
+    /// The server does not know the password.
     #[error("the server does not prove that it knows the password: {0}")]
     Impostor(#[source] PgWireError),
-    /// The server refused before there was a session.
+    /// The server refused the log-on.
     #[error("{0}")]
     Refused(Refusal),
     #[error("it is a standby")]
@@ -78,28 +79,28 @@ fn lost_at_log_on(error: &io::Error) -> String {
     }
 }
 
-/// What the server said, in an ErrorResponse that no driver has read.
+/// An ErrorResponse of the server, read without a driver.
 #[derive(Debug)]
 pub(crate) struct Refusal {
     code: SqlState,
     message: String,
     hint: Option<String>,
-    /// The function in PostgreSQL's source.
+    /// The function in PostgreSQL's source that raised the error.
     routine: String,
-    /// Whether the session would have replicated.
+    /// Whether the session is for replication.
     is_stream: bool,
 }
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_poolers() {
+        if self.is_from_pooler() {
             f.write_str("something that is not PostgreSQL, most likely a connection pooler such as PgBouncer, says: ")?;
         }
         say(f, &self.code, &self.message)
     }
 }
 
-/// `permission denied for table t (SQLSTATE 42501)`, after the reason where the server ended the session.
+/// Writes `permission denied for table t (SQLSTATE 42501)`, after the reason if the server ended the session.
 fn say(f: &mut fmt::Formatter<'_>, code: &SqlState, message: &str) -> fmt::Result {
     if let Some(why) = ending(code) {
         write!(f, "{why}: ")?;
@@ -131,7 +132,7 @@ impl Refusal {
                 "Check user and password in database.uri, PGPASSWORD or the password file"
             }
             (&SqlState::INVALID_AUTHORIZATION_SPECIFICATION, "ClientAuthentication") => {
-                "Add a line for this user, database and address to the server's pg_hba.conf and reload it; where it has one for \
+                "Add a line for this user, database and address to the server's pg_hba.conf and reload it; if it has one for \
                  TLS alone (hostssl), set sslmode=require in database.uri"
             }
             (&SqlState::INVALID_AUTHORIZATION_SPECIFICATION, "InitializeSessionUserId") => {
@@ -168,7 +169,7 @@ impl Refusal {
                 "Close other sessions, or raise max_connections and restart the server"
             }
             (&SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, _) => {
-                "Have it take connections again: ALTER DATABASE … ALLOW_CONNECTIONS true, by a superuser in another database; or \
+                "Let it accept connections again: ALTER DATABASE … ALLOW_CONNECTIONS true, by a superuser in another database; or \
                  name another database in database.uri"
             }
             (&SqlState::CANNOT_CONNECT_NOW, _) => STARTING,
@@ -180,9 +181,10 @@ impl Refusal {
         is_definite(&self.code, Some(&self.routine))
     }
 
-    /// PgBouncer knows some parameters of the startup message and refuses all others, which PostgreSQL would take for settings.
-    /// It names the parameter, with the SQLSTATE of a violation of the protocol, as other poolers do. No pooler names a routine.
-    fn is_poolers(&self) -> bool {
+    /// PgBouncer knows some parameters of the startup message, and refuses all others, which PostgreSQL would treat as
+    /// settings. It names the parameter, with the SQLSTATE of a protocol violation, as other poolers do. No pooler
+    /// names a routine.
+    fn is_from_pooler(&self) -> bool {
         self.code == SqlState::PROTOCOL_VIOLATION && self.routine.is_empty()
     }
 }
@@ -192,35 +194,35 @@ impl ConnectError {
         Self { attempts }
     }
 
-    /// Whether trying again is pointless until somebody changes something.
+    /// Whether retrying is pointless until somebody repairs something.
     ///
-    /// With several hosts: whether at least one says so, and each other one is a standby. A host that is out of reach may be
-    /// the primary that would have taken us.
+    /// With several hosts, this requires one definite failure, and that all other hosts are standbys: an unreachable
+    /// host may be the primary.
     pub(crate) fn is_definite(&self) -> bool {
         let mut others = self.attempts.iter().filter(|attempt| !attempt.failure.is_definite());
         others.clone().count() < self.attempts.len()
             && others.all(|attempt| matches!(attempt.failure, Failure::InRecovery))
     }
 
-    /// What happened at each address.
+    /// Describes the failure at each address.
     pub(crate) fn cause(&self) -> String {
-        let said = |attempt: &Attempt| format!("{}: {}", attempt.endpoint, attempt.failure);
-        self.attempts.iter().map(said).collect::<Vec<_>>().join("; nor at ")
+        let describe = |attempt: &Attempt| format!("{}: {}", attempt.endpoint, attempt.failure);
+        self.attempts.iter().map(describe).collect::<Vec<_>>().join("; nor at ")
     }
 
-    /// What to do, where that is known.
+    /// The remedy, if it is known.
     pub(crate) fn remedy(&self) -> Option<String> {
         let mut remedies: Vec<String> = self.attempts.iter().filter_map(|attempt| attempt.failure.remedy()).collect();
         remedies.dedup();
         (!remedies.is_empty()).then(|| remedies.join(". "))
     }
 
-    /// Whether a server has as many connections as the server, the database or the role may have.
+    /// Whether a limit on connections, of the server, the database or the role, is reached at a server.
     pub(crate) fn is_limit(&self) -> bool {
         self.attempts.iter().any(|attempt| attempt.failure.sqlstate() == Some(&SqlState::TOO_MANY_CONNECTIONS))
     }
 
-    /// The SQLSTATE with which the server (the last of several) refused.
+    /// The SQLSTATE with which the server, or the last of several, refused.
     pub(crate) fn sqlstate(&self) -> Option<&SqlState> {
         self.attempts.iter().rev().find_map(|attempt| attempt.failure.sqlstate())
     }
@@ -229,7 +231,7 @@ impl ConnectError {
 impl std::error::Error for ConnectError {}
 
 impl fmt::Display for ConnectError {
-    /// `cannot use PostgreSQL at db1:5432 (database app, user ada): what happened. What to do.`
+    /// `cannot use PostgreSQL at db1:5432 (database app, user ada): cause. Remedy.`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("cannot use PostgreSQL at ")?;
         for (n, Attempt { endpoint, failure }) in self.attempts.iter().enumerate() {
@@ -242,7 +244,7 @@ impl fmt::Display for ConnectError {
     }
 }
 
-/// An error of a statement. Its text has what the server said, which the driver's own text leaves out.
+/// A failed statement. Its message contains the server's message, which the driver's message omits.
 #[derive(Debug)]
 pub(crate) struct SqlError(tokio_postgres::Error);
 
@@ -252,7 +254,7 @@ impl From<tokio_postgres::Error> for SqlError {
     }
 }
 
-/// Without a source: the text has all of the driver's causes.
+/// There is no source, because the message contains all causes.
 impl std::error::Error for SqlError {}
 
 impl fmt::Display for SqlError {
@@ -263,7 +265,7 @@ impl fmt::Display for SqlError {
         if self.0.is_closed() {
             return f.write_str("the connection to PostgreSQL was closed");
         }
-        // The driver's own words for where it happened say nothing that the cause does not.
+        // The driver's own words add nothing to the cause.
         let Some(cause) = std::error::Error::source(&self.0) else { return write!(f, "{}", self.0) };
         write!(f, "{cause}")?;
         let mut next = cause.source();
@@ -276,7 +278,7 @@ impl fmt::Display for SqlError {
 }
 
 impl SqlError {
-    /// What the server said; `None` where the connection failed.
+    /// The server's error. `None` if the connection failed.
     pub(crate) fn refusal(&self) -> Option<&DbError> {
         self.0.as_db_error()
     }
@@ -290,27 +292,27 @@ impl SqlError {
     }
 }
 
-/// Why an SQL connection has ended.
+/// The reason why an SQL connection has ended.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum SessionEnd {
     #[error("the SQL connection was closed")]
     Closed,
     #[error(transparent)]
     Failed(Arc<SqlError>),
-    /// By us.
-    #[error("the SQL connection was given up")]
+    /// This process closed it.
+    #[error("the SQL connection was closed by tuplewatch")]
     GivenUp,
 }
 
-/// Why a replication connection is of no more use, or why a command was refused.
+/// A failure of a replication connection, or of a command on it.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum WalsenderError {
     #[error("{0}")]
     Refused(Box<Refusal>),
-    /// The stream came to its end, as when the server shuts down.
+    /// The stream has ended, for example because the server shuts down.
     #[error("the server ended the stream")]
     Ended,
-    /// The connection broke, or another program than PostgreSQL answers.
+    /// The connection broke, or the peer is not PostgreSQL.
     #[error("{}", lost(.0))]
     Lost(#[from] io::Error),
     #[error("the replication connection was lost: {0}")]
@@ -319,9 +321,9 @@ pub(crate) enum WalsenderError {
     Pgoutput(#[from] pgoutput::Error),
     #[error("the answer to IDENTIFY_SYSTEM does not say which server this is")]
     NoIdentity,
-    #[error("the answer to TIMELINE_HISTORY has no history")]
+    #[error("the answer to TIMELINE_HISTORY contains no history")]
     NoHistory,
-    #[error("no command is possible any more: the stream has started")]
+    #[error("no further command is possible: the stream has started")]
     Started,
 }
 
@@ -351,7 +353,7 @@ impl WalsenderError {
         self.refusal().map(|refusal| &refusal.code)
     }
 
-    /// Whether the publication is missing at the point of the WAL that the slot reads.
+    /// Whether the publication does not exist at the WAL position that the slot reads.
     pub(crate) fn is_missing_publication(&self) -> bool {
         // A missing slot has the same SQLSTATE.
         self.refusal().is_some_and(|refusal| {
@@ -359,22 +361,22 @@ impl WalsenderError {
         })
     }
 
-    /// Whether trying again is pointless until somebody changes something.
+    /// Whether retrying is pointless until somebody repairs something.
     pub(crate) fn is_definite(&self) -> bool {
         self.refusal().is_some_and(Refusal::is_definite)
     }
 }
 
-/// Functions that fail with object_not_in_prerequisite_state on a server that is not promoted yet.
+/// The functions that fail with object_not_in_prerequisite_state on a server that is not promoted yet.
 const NOT_IN_RECOVERY: [&str; 4] =
     ["pg_current_wal_flush_lsn", "pg_current_wal_insert_lsn", "pg_current_wal_lsn", "pg_walfile_name"];
 
-/// By class (the first two characters) where the whole class is of one kind: PostgreSQL documentation, appendix A.
+/// Decides by class (the first two characters) if the whole class is of one kind: PostgreSQL documentation, appendix A.
 fn is_definite(code: &SqlState, routine: Option<&str>) -> bool {
     match *code {
-        // A file of the WAL that the slot needs has been removed.
+        // A WAL file that the slot needs was removed.
         SqlState::DATABASE_DROPPED | SqlState::UNDEFINED_FILE => true,
-        // The wrong wal_level, an invalidated slot.
+        // A wrong wal_level, or an invalidated slot.
         SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE => {
             !routine.is_some_and(|routine| NOT_IN_RECOVERY.contains(&routine))
         }
@@ -392,12 +394,12 @@ impl Failure {
             | Self::InRecovery
             | Self::Lost(_)
             | Self::Unexpected { .. } => false,
-            // Only the cause tells a failed handshake from one that the peer broke off.
+            // Only the cause distinguishes a failed handshake from a closed connection.
             Self::Tls(wire::Error::Handshake(error)) => {
                 error.get_ref().is_some_and(|cause| cause.is::<rustls::Error>())
             }
             Self::Tls(_) | Self::Method(_) | Self::PasswordIsNoText | Self::Impostor(_) => true,
-            Self::Refused(refusal) => refusal.is_poolers() || refusal.is_definite(),
+            Self::Refused(refusal) => refusal.is_from_pooler() || refusal.is_definite(),
             Self::Replication(error) => error.is_definite(),
             Self::Sql(error) => error.is_definite(),
         }
@@ -435,7 +437,7 @@ impl Failure {
             Self::Method(_) => "Let its pg_hba.conf ask for scram-sha-256 or cert",
             Self::PasswordIsNoText => "Give the role a password of text: ALTER ROLE … PASSWORD",
             Self::Impostor(_) => "Check that the address leads to the right server",
-            Self::Refused(refusal) if refusal.is_poolers() => POOLER,
+            Self::Refused(refusal) if refusal.is_from_pooler() => POOLER,
             Self::Refused(refusal) => match refusal.remedy() {
                 None => return refusal.hint.clone(),
                 Some(remedy) => remedy,
@@ -449,9 +451,9 @@ impl Failure {
 
 const POOLER: &str = "tuplewatch needs a direct connection, as poolers do not pass on replication and the settings of a session: \
      point database.uri at PostgreSQL itself";
-const STARTING: &str = "It is starting or stopping, or is a standby that takes no queries: wait";
+const STARTING: &str = "It is starting or stopping, or is a standby that accepts no queries: wait";
 
-/// For errors of statements and of replication commands.
+/// The remedy for errors of statements and of replication commands.
 fn session_remedy(code: &SqlState) -> Option<&'static str> {
     Some(match *code {
         SqlState::INSUFFICIENT_PRIVILEGE
@@ -460,7 +462,8 @@ fn session_remedy(code: &SqlState) -> Option<&'static str> {
         | SqlState::UNDEFINED_FILE => {
             "tuplewatch serve checks this when it starts: it names what is missing, and the statement that repairs it"
         }
-        // Replication commands are not SQL. A pooler that took a replicating session for an ordinary one passes them on as such.
+        // Replication commands are not SQL. A pooler that mistook a replication session for an ordinary one passes them
+        // on as SQL.
         SqlState::SYNTAX_ERROR | SqlState::PROTOCOL_VIOLATION => POOLER,
         SqlState::TOO_MANY_CONNECTIONS => {
             "All connections are taken: end some, or raise the limit that tuplewatch doctor names (of the role, the database or \
@@ -471,7 +474,7 @@ fn session_remedy(code: &SqlState) -> Option<&'static str> {
     })
 }
 
-/// Why the server ended a session of ours.
+/// The reason why the server ended a session.
 fn ending(code: &SqlState) -> Option<&'static str> {
     Some(match *code {
         SqlState::ADMIN_SHUTDOWN => {
@@ -485,7 +488,7 @@ fn ending(code: &SqlState) -> Option<&'static str> {
         SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => {
             "PostgreSQL ended the session as idle in a transaction (idle_in_transaction_session_timeout)"
         }
-        // transaction_timeout, which the driver's names do not have.
+        // The driver has no name for transaction_timeout.
         _ if code.code() == "25P04" => {
             "PostgreSQL ended the session for the length of a transaction (transaction_timeout)"
         }
@@ -523,14 +526,14 @@ mod tests {
         check("53300", "sorry, too many clients already", "InitProcess", false);
         check("57P01", "terminating connection due to administrator command", "ProcessInterrupts", false);
         check("55006", "replication slot \"s\" is active for PID 7", "ReplicationSlotAcquire", false);
-        // One SQLSTATE: a slot that was invalidated by recovery, and a server that is not promoted yet.
+        // One SQLSTATE for two cases: a slot that recovery invalidated, and a server that is not promoted yet.
         check("55000", "can no longer get changes from replication slot after recovery", "CreateDecodingContext", true);
         check("55000", "recovery is in progress", "pg_current_wal_insert_lsn", false);
         check("55000", "Wiederherstellung läuft", "pg_current_wal_insert_lsn", false);
     }
 
     #[test]
-    fn a_missing_publication_is_told_from_a_missing_slot() {
+    fn a_missing_publication_is_distinguished_from_a_missing_slot() {
         let check = |routine: &str, expected: bool| {
             let error = WalsenderError::Refused(Box::new(refusal("42704", "…", routine)));
             assert_eq!(error.is_missing_publication(), expected, "{routine}");

@@ -1,9 +1,9 @@
-//! Logging on, for both kinds of connection.
+//! The log-on of both kinds of connections.
 //!
-//! The drivers would each log on in their own way: with other settings, another form of the same password and other errors. So
-//! neither logs on. This module sends the startup message with our [pins](super::pins), authenticates, and sets what the startup
-//! message could not. A [`Walsender`] takes over from there. tokio-postgres, which wants to log on itself, gets a session that the
-//! server has already accepted:
+//! Each driver would log on in its own way, with other settings, another form of the password, and other errors. So
+//! neither driver logs on. This module sends the startup message with our [pins](super::pins), authenticates, and sets
+//! the settings that the startup message cannot contain. Then a [`Walsender`] takes over. tokio-postgres insists on
+//! logging on itself, so it receives a session that the server has already accepted:
 //!
 //! ```text
 //!   server ◀── startup, password, SET … ── log_on()                         LoggedOn
@@ -11,7 +11,7 @@
 //!          ◀──────────────── everything else ──────────────────────────────▶ driver
 //! ```
 //!
-//! The driver sends a startup message all the same. [`Disguised`] drops it.
+//! The driver still sends a startup message, and [`Disguised`] drops it.
 
 use std::io;
 use std::pin::Pin;
@@ -42,7 +42,7 @@ pub(super) struct LogOn<'a> {
     pub(super) password: &'a Password,
     pub(super) database: &'a str,
     pub(super) application_name: &'a str,
-    /// From `database.uri`.
+    /// The options of `database.uri`.
     pub(super) options: Option<&'a str>,
     pub(super) sessions: Sessions,
 }
@@ -54,12 +54,12 @@ pub(super) struct LoggedOn {
     accepted: BytesMut,
 }
 
-/// An accepted session, in front of a driver that still wants to log on.
+/// An accepted session, for a driver that still logs on.
 pub(super) struct Disguised {
     wire: Wire,
     /// The bytes that the driver reads first.
     accepted: BytesMut,
-    /// The part of its startup message that the driver has written. None once the message is complete.
+    /// The part of the driver's startup message that was written so far. `None` once the message is complete.
     startup: Option<BytesMut>,
 }
 
@@ -128,7 +128,7 @@ impl LogOn<'_> {
             .await
             .map_err(Failure::Lost)?;
         let Message::AuthenticationSaslContinue(first) = self.receive(peer).await? else {
-            return Err(Failure::Unexpected { when: "in the middle of SCRAM" });
+            return Err(Failure::Unexpected { when: "during SCRAM" });
         };
         let first = String::from_utf8_lossy(first.data()).into_owned();
         let (last, messages, salted) = client.client_final(&password, &first).map_err(Failure::Impostor)?;
@@ -140,7 +140,7 @@ impl LogOn<'_> {
         ScramClient::verify_server_final(&proof, &salted, &messages).map_err(Failure::Impostor)
     }
 
-    /// The next message, unless the server refuses.
+    /// Receives the next message. Fails if the server refuses the session.
     async fn receive(&self, peer: &mut Peer) -> Result<Message, Failure> {
         match peer.receive().await.map_err(Failure::Lost)? {
             Message::ErrorResponse(error) => Err(self.refused(&error)),
@@ -148,7 +148,8 @@ impl LogOn<'_> {
         }
     }
 
-    /// Reads until the server is ready. Returns the messages from AuthenticationOk on, and the statements of the late pins.
+    /// Reads until the server is ready. Returns the messages from AuthenticationOk on, and the statements of the late
+    /// pins.
     async fn begin(&self, peer: &mut Peer) -> Result<(BytesMut, String), Failure> {
         let mut accepted = BytesMut::from(AUTHENTICATION_OK);
         let (mut major, mut is_superuser) = (0, false);
@@ -185,7 +186,7 @@ impl LogOn<'_> {
     }
 }
 
-/// 18 in `18beta1` and in `18.1 (Debian 18.1-1)`.
+/// Returns 18 for `18beta1` and for `18.1 (Debian 18.1-1)`.
 fn leading_number(version: &str) -> u32 {
     let end = version.find(|c: char| !c.is_ascii_digit()).unwrap_or(version.len());
     version.get(..end).and_then(|digits| digits.parse().ok()).unwrap_or_default()
@@ -197,7 +198,7 @@ impl LoggedOn {
         Walsender::new(self.peer)
     }
 
-    /// A stream for tokio-postgres.
+    /// Wraps the session for tokio-postgres.
     pub(super) fn disguised(mut self) -> Disguised {
         self.accepted.extend_from_slice(self.peer.incoming.unread());
         Disguised { wire: self.peer.into_wire(), accepted: self.accepted, startup: Some(BytesMut::new()) }
@@ -218,7 +219,7 @@ impl AsyncRead for Disguised {
 impl AsyncWrite for Disguised {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let Some(startup) = &mut self.startup else { return Pin::new(&mut self.wire).poll_write(cx, bytes) };
-        // It comes alone: the driver waits for an answer. Its first four bytes are its length.
+        // The driver sends nothing after it, because it waits for an answer. The first four bytes are the length.
         startup.extend_from_slice(bytes);
         let is_whole = startup.first_chunk().is_some_and(|length| {
             usize::try_from(u32::from_be_bytes(*length)).is_ok_and(|length| startup.len() >= length)

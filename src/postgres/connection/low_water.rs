@@ -1,7 +1,8 @@
-//! The low-water mark of the socket, below which arriving bytes do not wake the reader: `SO_RCVLOWAT`, while the session is behind.
+//! The low-water mark of the socket (`SO_RCVLOWAT`), below which received bytes do not wake the reader. It is raised
+//! while the session is behind.
 //!
-//! PostgreSQL sends each row by itself. A faster reader is woken for each row, and has read it before the next one comes. These
-//! wake-ups are most of the cost of a large backlog, on both sides. With the mark, many rows come at once.
+//! PostgreSQL sends each row by itself. A reader that is faster than the server is woken for each row, and these
+//! wake-ups are most of the cost of a large backlog, on both sides. With the mark, one wake-up brings many rows.
 //!
 //! ```text
 //!            much within a short time
@@ -11,8 +12,8 @@
 //!      └──────────────────────────────────┘
 //! ```
 //!
-//! So a session that is not behind never waits, and the last bytes of a backlog wait for [`WAIT_MAX`] at the most. On a TCP socket, also below
-//! TLS, under Linux; a Unix socket wakes for every byte, whatever is set.
+//! So a session that is not behind never waits, and the last bytes of a backlog wait for at most [`WAIT_MAX`]. This
+//! works on TCP sockets under Linux, also below TLS. A Unix socket wakes for every byte, whatever the mark.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -20,43 +21,43 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The mark while it is raised. Linux may use a lower one, by the size of the socket's buffer.
+/// The raised mark. Linux may use a lower one, depending on the size of the socket's buffer.
 pub(super) const MARK: usize = 64 << 10;
-/// Longest wait below the mark; the timer rounds it up to the next millisecond.
+/// The longest wait below the mark. The timer rounds it up to the next millisecond.
 pub(super) const WAIT_MAX: Duration = Duration::from_millis(1);
-/// The mark is raised when this many bytes have come within [`WINDOW`]: a thousand rows.
+/// The bytes within [`WINDOW`] that raise the mark: a thousand rows.
 const MUCH: usize = 128 << 10;
 const WINDOW: Duration = Duration::from_millis(16);
-/// As many within [`WAIT_MAX`] show that the backlog continues.
+/// The bytes within [`WAIT_MAX`] that show that the backlog continues.
 const STILL_MUCH: usize = MUCH / 16;
 
 /// The mark of one socket.
 pub(super) struct LowWater {
-    /// None on sockets without such a mark.
+    /// `None` on sockets without such a mark.
     socket: Option<OwnedFd>,
     is_raised: bool,
-    /// When the window began, and the bytes that have come since.
+    /// The begin of the window, and the bytes received since then.
     window: Option<(Instant, usize)>,
 }
 
 impl LowWater {
-    /// Begins lowered. Without a socket it stays so.
+    /// Begins lowered. Without a socket it stays lowered.
     pub(super) const fn new(socket: Option<OwnedFd>) -> Self {
         Self { socket, is_raised: false, window: None }
     }
 
-    /// Whether a read has to be given up after [`WAIT_MAX`], followed by [`LowWater::lower`], and begun again.
+    /// Whether a read must be interrupted after [`WAIT_MAX`], and repeated after [`LowWater::lower`].
     pub(super) const fn is_raised(&self) -> bool {
         self.is_raised
     }
 
-    /// Lowers the mark: the bytes that have come can be read at once.
+    /// Lowers the mark, so that all received bytes can be read at once.
     pub(super) fn lower(&mut self) {
         self.set(false);
     }
 
-    /// Notes a read of this many bytes. `had_lapsed`: the read came after [`LowWater::lower`].
-    pub(super) fn came(&mut self, bytes: usize, had_lapsed: bool, now: Instant) {
+    /// Records a read of this many bytes. `had_lapsed`: the read followed a [`LowWater::lower`].
+    pub(super) fn record_read(&mut self, bytes: usize, had_lapsed: bool, now: Instant) {
         if self.is_raised {
             return;
         }
@@ -81,14 +82,15 @@ impl LowWater {
     }
 }
 
-/// No maintained crate has a safe form of this option.
+/// No maintained crate has a safe interface to this option.
 #[cfg(target_os = "linux")]
 #[expect(unsafe_code, reason = "setsockopt with an integer, which is read during the call and not kept")]
 fn set(socket: &OwnedFd, bytes: usize) -> io::Result<()> {
     use std::os::fd::AsRawFd as _;
     let bytes = libc::c_int::try_from(bytes).map_err(io::Error::other)?;
     let length = libc::socklen_t::try_from(size_of::<libc::c_int>()).map_err(io::Error::other)?;
-    // SAFETY: the descriptor is open as long as `socket` is, and the pointer is to an initialized integer of this length.
+    // SAFETY: the descriptor is open while `socket` lives, and the pointer is valid for an initialized integer of this
+    // length.
     let result = unsafe {
         let value = (&raw const bytes).cast();
         libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, value, length)
@@ -110,7 +112,7 @@ mod tests {
         let mut mark = LowWater::new(Some(socket.into()));
         let began = Instant::now();
         for (at, bytes) in reads {
-            mark.came(*bytes, false, began + Duration::from_micros(*at));
+            mark.record_read(*bytes, false, began + Duration::from_micros(*at));
         }
         mark.is_raised()
     }
@@ -131,16 +133,16 @@ mod tests {
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         let mut mark = LowWater::new(Some(socket.into()));
         let now = Instant::now();
-        mark.came(MUCH, false, now);
+        mark.record_read(MUCH, false, now);
         for bytes in [STILL_MUCH, STILL_MUCH, STILL_MUCH - 1] {
             assert!(mark.is_raised());
             mark.lower();
             assert!(!mark.is_raised());
-            mark.came(bytes, true, now);
+            mark.record_read(bytes, true, now);
         }
         assert!(!mark.is_raised());
         let mut none = LowWater::new(None);
-        none.came(MUCH, false, now);
+        none.record_read(MUCH, false, now);
         assert!(!none.is_raised());
     }
 }

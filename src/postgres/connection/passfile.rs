@@ -1,8 +1,8 @@
-//! Passwords from a file, as libpq reads them: `~/.pgpass` and its like.
+//! Password files in libpq's format, such as `~/.pgpass`.
 //!
-//! A line is `host:port:database:user:password`; `*` stands for anything, `\:` and `\\` for the character, `#` begins a
-//! comment line. The first line that matches counts. The file is read at every connection, so that a changed password is used
-//! without a restart.
+//! A line is `host:port:database:user:password`. `*` matches everything, `\:` and `\\` stand for the character, and `#`
+//! begins a comment line. The first matching line applies. The file is read for every connection, so a changed password
+//! needs no restart.
 
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
@@ -10,9 +10,9 @@ use std::path::PathBuf;
 
 use super::Password;
 
-/// More than ten thousand lines. A larger file is not a password file.
+/// A larger file, of more than ten thousand lines, is not a password file.
 const BYTES_MAX: u64 = 1024 * 1024;
-/// The permissions of all but the owner.
+/// The permission bits of everyone but the owner.
 const GROUP_AND_OTHERS: u32 = 0o077;
 
 /// The path of a password file.
@@ -21,10 +21,10 @@ pub(super) struct Passfile {
     path: PathBuf,
 }
 
-/// The connection for which a password is wanted.
+/// The connection that needs a password.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted<'a> {
-    /// The host as it was given, and the other names under which libpq looks for it.
+    /// The host in the URI, and the other names that libpq would look for.
     pub(super) hosts: &'a [&'a str],
     pub(super) port: u16,
     pub(super) database: &'a str,
@@ -36,7 +36,7 @@ impl Passfile {
         Self { path }
     }
 
-    /// The password of the first line that matches. A file that cannot be used is ignored, with a line in the log.
+    /// Returns the password of the first matching line. An unusable file is ignored, with a warning in the log.
     pub(super) async fn password(&self, wanted: Wanted<'_>) -> Option<Password> {
         let content = self.read().await?;
         let lines = content.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
@@ -88,10 +88,10 @@ fn password_of(line: &[u8], wanted: Wanted<'_>) -> Option<Vec<u8>> {
     }
 }
 
-/// What stands between two colons. Bytes, as the password of one line may be no text, and those of others are.
+/// The text between two colons. It consists of bytes, because passwords need not be text.
 struct Field {
     text: Vec<u8>,
-    /// Nothing in it was escaped, so that `*` is the wildcard.
+    /// Whether nothing was escaped, so that `*` is the wildcard.
     plain: bool,
 }
 

@@ -1,9 +1,9 @@
-//! A password, and its preparation before it is used.
+//! A password, and its preparation for authentication.
 //!
-//! PostgreSQL takes any bytes. `password` and `md5` use them as they are; SCRAM uses a prepared form of text (SASLprep, RFC 4013),
-//! so that a letter that can be written in two ways is the same password. A password that cannot be prepared is used
-//! as it is. Both sides have to prepare it in exactly the same way, so this module follows PostgreSQL's own code
-//! (src/common/saslprep.c), also where that differs from the RFC.
+//! PostgreSQL accepts any bytes. `password` and `md5` use them unchanged. SCRAM uses a prepared form of text (SASLprep,
+//! RFC 4013), so that two encodings of the same letter are the same password. A password that cannot be prepared is
+//! used unchanged. Both sides must prepare it identically, so this module follows PostgreSQL's own code
+//! (src/common/saslprep.c), even where that differs from the RFC.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,7 +11,7 @@ use std::fmt;
 use stringprep::tables;
 use unicode_normalization::UnicodeNormalization as _;
 
-/// Never printed.
+/// A password. It is never printed.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub(super) struct Password(Vec<u8>);
 
@@ -28,7 +28,7 @@ impl Password {
         &self.0
     }
 
-    /// The prepared password for SCRAM; `None` where it is not text, which the SCRAM implementation needs.
+    /// The prepared password for SCRAM. `None` if it is not text, which the SCRAM implementation requires.
     pub(super) fn prepared(&self) -> Option<Cow<'_, str>> {
         str::from_utf8(&self.0).ok().map(prepare)
     }
@@ -46,7 +46,7 @@ fn prepare(text: &str) -> Cow<'_, str> {
     }
     let spaces = |c| if tables::non_ascii_space_character(c) { ' ' } else { c };
     let mapped: String = text.chars().map(spaces).filter(|c| !tables::commonly_mapped_to_nothing(*c)).collect();
-    // PostgreSQL looks for these before it normalizes; the RFC would have it the other way round.
+    // PostgreSQL checks these before it normalizes. The RFC prescribes the opposite order.
     if mapped.is_empty() || mapped.contains(is_prohibited) || has_prohibited_directions(&mapped) {
         return Cow::Borrowed(text);
     }
@@ -66,7 +66,7 @@ fn is_prohibited(c: char) -> bool {
         || tables::unassigned_code_point(c)
 }
 
-/// RFC 3454, section 6: text from right to left has to begin and end like that, and to have nothing from left to right.
+/// RFC 3454, section 6: text from right to left must begin and end so, and must not contain text from left to right.
 fn has_prohibited_directions(text: &str) -> bool {
     let at_both_ends = text.starts_with(tables::bidi_r_or_al) && text.ends_with(tables::bidi_r_or_al);
     text.contains(tables::bidi_r_or_al) && (text.contains(tables::bidi_l) || !at_both_ends)
@@ -89,12 +89,12 @@ mod tests {
         check("a\u{a0}b", "a b");
         check("e\u{301}", "\u{e9}");
         check("\u{2168}", "IX");
-        // Nothing would be left; private, control and unassigned characters; a mixture of directions.
+        // An empty result; private, control and unassigned characters; a mixture of directions.
         for raw in ["\u{ad}", "\u{200c}\u{feff}", "\u{e000}\u{aa}", "é\u{7}", "\u{221}\u{aa}", "\u{627}1", "a\u{627}"]
         {
             check(raw, raw);
         }
-        // Prohibited only before, and mixed only after, they are normalized.
+        // These are prohibited only before normalization, and mixed only after it.
         check("\u{340}\u{aa}", "\u{340}\u{aa}");
         check("a\u{2135}", "a\u{5d0}");
         assert_eq!(Password::new(*b"\xff").prepared(), None);

@@ -1,6 +1,7 @@
 //! Messages of PostgreSQL's protocol, from the server and to it.
 //!
-//! The first byte of a message is its type. The next four are its length, without the type and with these four.
+//! The first byte of a message is its type. The next four bytes are its length, which includes these four bytes but not
+//! the type.
 
 use std::io;
 
@@ -12,21 +13,21 @@ use tokio::time::{Instant, timeout};
 use super::low_water::{LowWater, MARK, WAIT_MAX};
 use super::wire::Wire;
 
-/// Least room for a read.
+/// The least free room of the buffer for a read.
 const ROOM_MIN: usize = MARK;
-/// Size of a new buffer.
+/// The size of a new buffer.
 const ROOM: usize = 4 * MARK;
-/// The longest message that PostgreSQL makes: its `MaxAllocSize`.
+/// The longest message that PostgreSQL creates: its `MaxAllocSize`.
 const MESSAGE_MAX: usize = 1 << 30;
-/// The longest message before there is a session. Real ones have some hundred bytes.
+/// The longest message before the server has accepted the session. Real ones have some hundred bytes.
 const EARLY_MESSAGE_MAX: usize = 64 << 10;
 
-/// Bytes that are no message of PostgreSQL's protocol.
+/// Bytes that are not a message of PostgreSQL's protocol.
 #[derive(Debug, thiserror::Error)]
 enum Malformed {
     #[error("it sent something that is not of PostgreSQL's protocol")]
     Length,
-    #[error("it sent a message that is not whole")]
+    #[error("it sent an incomplete message")]
     Incomplete,
 }
 
@@ -42,7 +43,7 @@ pub(super) struct Peer {
     pub(super) outgoing: WriteHalf<Wire>,
 }
 
-/// The bytes that the server sends.
+/// The bytes from the server.
 pub(super) struct Incoming {
     wire: ReadHalf<Wire>,
     /// See [`Incoming::unread`].
@@ -52,7 +53,7 @@ pub(super) struct Incoming {
 }
 
 impl Peer {
-    /// A peer that may not be PostgreSQL.
+    /// Creates a peer that may not be PostgreSQL.
     pub(super) fn new(wire: Wire) -> Self {
         let mark = LowWater::new(wire.tcp().and_then(|socket| socket.try_clone_to_owned().ok()));
         let (wire, outgoing) = split(wire);
@@ -60,12 +61,12 @@ impl Peer {
         Self { incoming: Incoming { wire, buffer, message_max, mark }, outgoing }
     }
 
-    /// From now on messages may be as long as PostgreSQL makes them.
+    /// From now on, messages may be as long as PostgreSQL creates them.
     pub(super) const fn trust(&mut self) {
         self.incoming.message_max = MESSAGE_MAX;
     }
 
-    /// The stream for a driver, which reads what is not read yet.
+    /// Returns the stream for a driver, which reads the remaining bytes.
     pub(super) fn into_wire(self) -> Wire {
         self.incoming.wire.unsplit(self.outgoing)
     }
@@ -74,14 +75,14 @@ impl Peer {
         send(&mut self.outgoing, message).await
     }
 
-    /// The next message.
+    /// Receives and parses the next message.
     pub(super) async fn receive(&mut self) -> io::Result<Message> {
         parse(self.incoming.next().await?)
     }
 }
 
 impl Incoming {
-    /// The next message, in its bytes. Cancel safe.
+    /// Receives the bytes of the next message. Cancel safe.
     pub(super) async fn next(&mut self) -> io::Result<BytesMut> {
         loop {
             if let Some(message) = self.take()? {
@@ -91,7 +92,7 @@ impl Incoming {
         }
     }
 
-    /// The next message, if all of it was read.
+    /// Returns the next message, if all its bytes were read.
     pub(super) fn take(&mut self) -> io::Result<Option<BytesMut>> {
         Ok(match self.first_length()? {
             Some(length) if length <= self.buffer.len() => Some(self.buffer.split_to(length)),
@@ -99,16 +100,16 @@ impl Incoming {
         })
     }
 
-    /// The bytes that were read and not taken.
+    /// The bytes that were read but not taken.
     pub(super) fn unread(&self) -> &[u8] {
         &self.buffer
     }
 
-    /// Waits for more bytes, and reads those that have come. Cancel safe.
+    /// Waits for more bytes, and reads those that have arrived. Cancel safe.
     pub(super) async fn read(&mut self) -> io::Result<()> {
         let missing = self.first_length()?.map_or(0, |length| length.saturating_sub(self.buffer.len()));
         if self.buffer.capacity() - self.buffer.len() < missing.max(ROOM_MIN) {
-            // Anew, so that the room of a long message is not kept.
+            // A new buffer, so that the memory of a long message is freed.
             let mut room = BytesMut::with_capacity((self.buffer.len() + missing).max(ROOM));
             room.extend_from_slice(&self.buffer);
             self.buffer = room;
@@ -116,19 +117,19 @@ impl Incoming {
         let mut had_lapsed = false;
         if self.mark.is_raised() {
             match timeout(WAIT_MAX, self.wire.read_buf(&mut self.buffer)).await {
-                Ok(read) => return read.and_then(some).map(drop),
+                Ok(read) => return read.and_then(unless_closed).map(drop),
                 Err(_) => {
                     self.mark.lower();
                     had_lapsed = true;
                 }
             }
         }
-        let bytes = self.wire.read_buf(&mut self.buffer).await.and_then(some)?;
-        self.mark.came(bytes, had_lapsed, Instant::now());
+        let bytes = self.wire.read_buf(&mut self.buffer).await.and_then(unless_closed)?;
+        self.mark.record_read(bytes, had_lapsed, Instant::now());
         Ok(())
     }
 
-    /// The length of the first message, once its header was read.
+    /// Returns the length of the first message, if its header was read.
     fn first_length(&self) -> io::Result<Option<usize>> {
         let Some(header) = Header::parse(&self.buffer)? else { return Ok(None) };
         let length = usize::try_from(header.len()).ok().and_then(|length| length.checked_add(1));
@@ -145,15 +146,15 @@ pub(super) async fn send(
     messages: impl FnOnce(&mut BytesMut) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut out = BytesMut::new();
-    // Fails for text with a zero byte in it.
+    // Text with a zero byte cannot be written.
     messages(&mut out)?;
     outgoing.write_all(&out).await?;
-    // TLS would keep what is small.
+    // TLS buffers small writes.
     outgoing.flush().await
 }
 
-/// An error where a read brought nothing: the connection was closed.
-fn some(bytes: usize) -> io::Result<usize> {
+/// Fails if a read returned no bytes, because the connection is then closed.
+fn unless_closed(bytes: usize) -> io::Result<usize> {
     if bytes == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(bytes) }
 }
 
@@ -190,7 +191,7 @@ mod tests {
         (Peer::new(Box::new(stream.unwrap())), other)
     }
 
-    /// A walsender that sends each row by itself, and then one more at each request.
+    /// A walsender that sends each row by itself, and then one more row at each request.
     #[tokio::test]
     async fn a_backlog_arrives_in_large_pieces_and_its_end_at_once() {
         let (mut peer, mut walsender) = connected().await;
@@ -245,7 +246,7 @@ mod tests {
         assert_eq!(peer.incoming.next().await.unwrap_err().kind(), io::ErrorKind::InvalidData);
         sender.join().unwrap();
 
-        // Before it is known to be PostgreSQL, it is not believed such lengths.
+        // Such lengths are refused before the peer is known to be PostgreSQL.
         let (mut peer, mut server) = connected().await;
         server.write_all(&too_long[..5]).unwrap();
         assert_eq!(peer.incoming.next().await.unwrap_err().kind(), io::ErrorKind::InvalidData);

@@ -1,31 +1,33 @@
-//! Settings that our sessions have whatever the defaults of the role, the database and the server are.
+//! The settings that are fixed in our sessions, whatever the defaults of the role, the database and the server are.
 //!
-//! A default of `ALTER ROLE … SET`, `ALTER DATABASE … SET` or `ALTER SYSTEM SET` would change what the values of rows look like,
-//! end our sessions, or let them act as another role; and a reload would change it in the middle of a stream. A setting of the
-//! startup message beats all of these (its source is the client), and a reload does not touch it. They are parameters of their
-//! own there and come after `options` in the server's reading of it, so that nothing in `database.uri` undoes them.
+//! A default of `ALTER ROLE … SET`, `ALTER DATABASE … SET` or `ALTER SYSTEM SET` could change the text of values, end
+//! our sessions, or let them act as another role. A reload could change it in the middle of a stream. A setting in the
+//! startup message takes precedence over all of these (its source is the client), and a reload does not change it. The
+//! settings are separate parameters, which the server applies after `options`, so nothing in `database.uri` can
+//! override them.
 //!
-//! Values have the form that PostgreSQL gives them by default: `SELECT column::text` of an ordinary session is what is streamed.
+//! Values have PostgreSQL's default form, so the stream contains the text that `SELECT column::text` returns in an
+//! ordinary session.
 
 /// The sessions that a pin applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sessions {
-    /// SQL: tuplewatch's own statements, and those that read and write for clients.
+    /// SQL sessions: for tuplewatch's own statements, and for reads and writes of clients.
     Sql,
-    /// The one that replicates.
+    /// The replication session.
     Stream,
-    /// All of them.
+    /// All sessions.
     All,
 }
 
-/// A setting, its value, and where.
+/// A setting, its value, and the sessions that it applies to.
 pub(super) type Pin = (&'static str, &'static str, Sessions);
 
 use Sessions::{All, Sql, Stream};
 
-/// Sent in the startup message: every server from PostgreSQL 14 on has them, and every role may set them.
+/// The pins in the startup message. Every server from PostgreSQL 14 on has these settings, and every role may set them.
 const PINS: [Pin; 26] = [
-    // The text of values: what is streamed, and what Data reads and writes.
+    // The text of values, in the stream and in the calls of Data.
     ("DateStyle", "ISO, MDY", All),
     ("IntervalStyle", "postgres", All),
     ("TimeZone", "UTC", All),
@@ -35,46 +37,48 @@ const PINS: [Pin; 26] = [
     ("xmlbinary", "base64", All),
     ("xmloption", "content", All),
     ("array_nulls", "on", All),
-    // The stream has the path of an ordinary session; our statements, the path that nobody else's functions are in.
+    // The stream has the path of an ordinary session. Our statements use a path without functions of other users.
     ("search_path", "\"$user\", public", Stream),
     ("search_path", "pg_catalog, pg_temp", Sql),
-    // How our statements are read, and how PostgreSQL writes the expressions that checks compare.
+    // The syntax of our statements, and the form of the expressions that checks compare.
     ("standard_conforming_strings", "on", All),
     ("backslash_quote", "safe_encoding", All),
     ("quote_all_identifiers", "off", All),
     ("transform_null_equals", "off", All),
     ("client_min_messages", "warning", All),
-    // Where a policy would hide rows, an error rather than only the others.
+    // If a policy would hide rows, an error instead of only the other rows.
     ("row_security", "off", All),
-    // The user of database.uri, whose rights are checked, and not the one that ALTER ROLE … SET role makes of it.
+    // The user of database.uri, whose rights are checked, instead of the role of ALTER ROLE … SET role.
     ("role", "none", All),
-    // Limits on statements and sessions. Ours have bounds of their own, with messages of their own.
+    // Limits on statements and sessions. tuplewatch has its own limits, with its own messages.
     ("statement_timeout", "0", All),
     ("lock_timeout", "0", All),
     ("idle_in_transaction_session_timeout", "0", All),
     ("exit_on_error", "off", All),
-    // A reader that is silent for so long is gone, and another one may take the slot.
+    // A reader that is silent for this long is lost, and another one may take the slot.
     ("wal_sender_timeout", "20s", Stream),
-    // Markers are written by SQL. That sessions only read by default is a habit, and no right that is missing.
+    // Markers are written by SQL. A read-only default is a habit, not a missing right.
     ("default_transaction_read_only", "off", All),
     ("default_transaction_isolation", "read committed", All),
     ("default_transaction_deferrable", "off", All),
 ];
 
-/// Set once the server has sent its version, and whether the role is a superuser.
+/// The pins that are set by SQL, because they depend on the server's version or require a superuser.
 const LATE_PINS: [LatePin; 4] = [
     LatePin { pin: ("idle_session_timeout", "0", All), since: 14, superuser: false },
     // The transaction of the stream is the one that is decoded, which may take long.
     LatePin { pin: ("transaction_timeout", "0", All), since: 17, superuser: false },
-    // English messages in our log. Only superusers may set it, so no decision depends on the text of an error: see `failure`.
+    // English messages in our log. Only superusers may set it, so no decision depends on the text of an error: see
+    // `failure`.
     LatePin { pin: ("lc_messages", "C", All), since: 14, superuser: true },
-    // So that triggers fire for what clients write. Only a superuser can have been given another value by mistake.
+    // Triggers must fire for writes of clients. Only a superuser may set it, and so only a superuser's default can be
+    // wrong.
     LatePin { pin: ("session_replication_role", "origin", Sql), since: 14, superuser: true },
 ];
 
 struct LatePin {
     pin: Pin,
-    /// The first PostgreSQL that has it.
+    /// The first version of PostgreSQL that has the setting.
     since: u32,
     /// Whether only superusers may set it.
     superuser: bool,
@@ -85,12 +89,12 @@ impl Sessions {
         *on == All || *on == self
     }
 
-    /// Parameters of the startup message.
+    /// The parameters of the startup message.
     pub(super) fn pins(self) -> impl Iterator<Item = (&'static str, &'static str)> + use<> {
         PINS.iter().filter(move |pin| self.has(pin)).map(|(name, value, _)| (*name, *value))
     }
 
-    /// The statements that set the rest.
+    /// The statements that set the late pins.
     pub(super) fn late_pins(self, major: u32, is_superuser: bool) -> String {
         let may = |late: &&LatePin| self.has(&late.pin) && major >= late.since && (is_superuser || !late.superuser);
         let set = |late: &LatePin| format!("SET {} = '{}';", late.pin.0, late.pin.1);

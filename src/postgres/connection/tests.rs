@@ -1,4 +1,4 @@
-//! The URI by tables; connections against real PostgreSQL.
+//! Tests of the URI by tables, and of connections to real PostgreSQL.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
@@ -154,7 +154,7 @@ fn a_refused_uri_is_explained_without_secrets() {
     }
 }
 
-/// With passwords and TLS, and everything else that a server of one's own has.
+/// A server with passwords, TLS and host rules.
 struct Guarded {
     cluster: Cluster,
     place: Place,
@@ -213,7 +213,7 @@ impl Guarded {
         self.place.0.join("files").join(name).display().to_string()
     }
 
-    /// Both connections work, and agree on TLS.
+    /// Checks that both connections work, and agree on TLS.
     async fn works(&self, who: &str, tls: bool) {
         let connection = self.connect(who).await.unwrap_or_else(|error| panic!("{who}: {error}"));
         let sql = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
@@ -235,7 +235,7 @@ impl Guarded {
     }
 }
 
-/// An authority, its certificates for localhost and for the user cert, and another authority.
+/// Creates an authority, its certificates for localhost and for the user cert, and another authority.
 fn make_certificates(dir: &Path) {
     let openssl = |arguments: &str| {
         let output = Command::new("openssl").args(arguments.split(' ')).current_dir(dir).output().unwrap();
@@ -291,7 +291,7 @@ async fn logons_work_with_each_password_method_and_tls_mode() {
     server.fails(&misnamed, true, "not valid for elsewhere: it is for localhost").await;
     server.works(&format!("scram:right@127.0.0.1?sslmode=verify-ca&sslrootcert={ca}"), true).await;
 
-    // The same by a password file.
+    // The same with a password file.
     let passfile = server.file("passfile");
     std::fs::write(&passfile, format!("localhost:{port}:*:scram:right\n")).unwrap();
     std::fs::set_permissions(&passfile, std::fs::Permissions::from_mode(0o600)).unwrap();
@@ -352,7 +352,7 @@ async fn the_first_primary_that_answers_is_chosen() {
     for (before, definite) in uris {
         let uri = format!("postgres://{before}{}", barred(here));
         let error = Endpoints::parse(&uri).unwrap().connect("tests").await.err().unwrap();
-        // The standby does not bar anybody, nor does it have the role.
+        // A standby makes no failure definite, and cannot have the missing role either.
         assert_eq!(error.is_definite(), definite, "{error}");
     }
     drop(silent);

@@ -1,11 +1,11 @@
-//! From the text of `database.uri` to checked parameters.
+//! The parser of `database.uri`.
 //!
-//! Two forms, as in libpq: a URI, `postgres://user:password@host:port,host:port/database?name=value&…`, and pairs,
-//! `host=… user=…`. Both become the same list of named values, and only that list is interpreted. An unknown
-//! parameter is refused: if one of the two drivers silently ignored it, their connections would differ.
+//! There are two forms, as in libpq: a URI, `postgres://user:password@host:port,host:port/database?name=value&…`, and
+//! pairs, `host=… user=…`. Both become the same list of named values, and only that list is interpreted. An unknown
+//! parameter is refused: if one of the two drivers ignored it silently, their connections would differ.
 //!
-//! No message repeats a value. A slip in the punctuation turns a part of the password into a port or a name, so that
-//! every value may be a secret.
+//! No message repeats a value. A typing error in the punctuation can turn a part of the password into a port or a name,
+//! so every value may be secret.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -18,12 +18,12 @@ use super::password::Password;
 use super::wire::{SslMode, Tls};
 use super::{Endpoints, HOSTS_MAX, Host, Keepalive, Place};
 
-/// PostgreSQL's port.
 const DEFAULT_PORT: u16 = 5432;
-/// Long enough for a handshake across continents with a lost packet or two, short enough to try the next host soon.
+/// Long enough for a handshake across continents with a lost packet or two, and short enough to try the next host soon.
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is wrong with `database.uri`. The messages name the part and never repeat a value: any may hold the password.
+/// A mistake in `database.uri`. The messages name the part and never repeat a value, because any value may contain the
+/// password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UriError {
     #[error(
@@ -37,7 +37,7 @@ pub(crate) enum UriError {
     #[error("{part} has a quote that is not closed")]
     Quote { part: String },
     #[error(
-        "a parameter has no value or a name that cannot be one: where a password holds one of ?, &, /, @, : or a space, write %3F, %26, %2F, %40, %3A or %20 (in a list of pairs, put it in single quotes)"
+        "a parameter has no value or a name that cannot be one: if a password contains one of ?, &, /, @, : or a space, write %3F, %26, %2F, %40, %3A or %20 (in a list of pairs, put it in single quotes)"
     )]
     Punctuation,
     #[error("parameter '{0}' is unknown: remove it, or correct its name")]
@@ -60,10 +60,10 @@ pub(crate) enum UriError {
     ForeignDriver,
 }
 
-/// Reads the environment: `std::env::var`, or a table in tests.
+/// Reads an environment variable: `std::env::var`, or a table in tests.
 pub(super) type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// Values by name. A later one replaces an earlier one, as in libpq.
+/// Values by name. A later value replaces an earlier one, as in libpq.
 struct Given(BTreeMap<String, String>);
 
 pub(super) fn parse(text: &str, environment: Environment<'_>) -> Result<Endpoints, UriError> {
@@ -82,7 +82,7 @@ pub(super) fn parse(text: &str, environment: Environment<'_>) -> Result<Endpoint
     let endpoints = given.endpoints(environment)?;
     given.ignore_harmless()?;
     match given.0.into_iter().next() {
-        // With an @ behind it, the ? was most likely the password's, and so is the name.
+        // An @ in the value suggests that the ? belongs to the password, and the name as well.
         Some((_, value)) if value.contains('@') => Err(UriError::Punctuation),
         Some((name, _)) => Err(UriError::Unknown(name)),
         None => Ok(endpoints),
@@ -94,11 +94,12 @@ fn from_uri(text: &str) -> Result<Given, UriError> {
     let mut given = Given(BTreeMap::new());
     let (location, query) = text.split_once('?').unwrap_or((text, ""));
     let (authority, database) = location.split_once('/').unwrap_or((location, ""));
-    // The / was the password's, and the host would be the user's name. A database with an @ in its name is written with %40.
+    // The / belongs to the password, so the host would be the user's name. A database with an @ in its name is written
+    // with %40.
     if database.contains('@') {
         return Err(UriError::Punctuation);
     }
-    // The last @: no host holds one, and many a password does.
+    // Split at the last @, because passwords may contain an @, but hosts cannot.
     let (user_info, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
     let (user, password) = user_info.split_once(':').unwrap_or((user_info, ""));
     given.add("user", decode("the user", user)?);
@@ -120,7 +121,7 @@ fn from_uri(text: &str) -> Result<Given, UriError> {
         let name = decode("the name of a parameter", name)?;
         let value = decode("the value of a parameter", value)?;
         match (name.as_str(), value.as_str()) {
-            // The JDBC driver's spelling, which libpq accepts too.
+            // The JDBC driver's spelling, which libpq accepts as well.
             ("ssl", "true") => given.add("sslmode", "require".to_owned()),
             _ => given.set(&name, value)?,
         }
@@ -128,7 +129,7 @@ fn from_uri(text: &str) -> Result<Given, UriError> {
     Ok(given)
 }
 
-/// An IPv6 address stands in brackets, which keep its colons apart from the port's.
+/// Splits host and port. An IPv6 address is in brackets, which separate its colons from the port's.
 fn split_port(host: &str) -> Result<(&str, &str), UriError> {
     if let Some(inside) = host.strip_prefix('[') {
         let (address, behind) = inside.split_once(']').ok_or(UriError::Punctuation)?;
@@ -141,7 +142,7 @@ fn split_port(host: &str) -> Result<(&str, &str), UriError> {
     Ok(host.split_once(':').unwrap_or((host, "")))
 }
 
-/// `name = value …`; a value is bare or in single quotes, and a backslash makes the next character ordinary in either.
+/// Parses `name = value …`. A value is bare or in single quotes. In both, a backslash escapes the next character.
 fn from_pairs(text: &str) -> Result<Given, UriError> {
     let mut given = Given(BTreeMap::new());
     let mut rest = text;
@@ -191,7 +192,7 @@ fn decode(part: &str, text: &str) -> Result<String, UriError> {
         let (high, low) = (digit().ok_or_else(refused)?, digit().ok_or_else(refused)?);
         decoded.push(high << 4 | low);
     }
-    // The protocol ends its strings with a zero byte.
+    // The protocol ends strings with a zero byte, so they cannot contain one.
     match String::from_utf8(decoded) {
         Ok(text) if !text.contains('\0') => Ok(text),
         _ => Err(refused()),
@@ -203,14 +204,14 @@ fn is_name(text: &str) -> bool {
 }
 
 impl Given {
-    /// An empty value is as good as none, as in libpq.
+    /// Adds a value. An empty value is ignored, as in libpq.
     fn add(&mut self, name: &str, value: String) {
         if !value.is_empty() {
             self.0.insert(name.to_owned(), value);
         }
     }
 
-    /// The same for a name from the text.
+    /// Adds a value with a name from the text.
     fn set(&mut self, name: &str, value: String) -> Result<(), UriError> {
         if !is_name(name) {
             return Err(UriError::Punctuation);
@@ -243,7 +244,7 @@ impl Given {
         self.target_session_attrs()?;
         let given_name = self.take("application_name");
         let fallback_name = self.take("fallback_application_name");
-        // libpq waits without end for 0. Here nothing does.
+        // libpq waits without limit for 0. tuplewatch always has a limit.
         let connect_timeout = self.number("connect_timeout")?.filter(|seconds| *seconds > 0);
         Ok(Endpoints {
             database: self.take("dbname").unwrap_or_else(|| user.clone()),
@@ -305,12 +306,12 @@ impl Given {
                 return Err(UriError::Value { name: "sslmode", expected });
             }
         };
-        // As in libpq: a root certificate that is named is used.
+        // As in libpq, a named root certificate makes `require` verify it.
         if mode == SslMode::Require && given_root.is_some() {
             mode = SslMode::VerifyCa;
         }
         let root_cert = match given_root.as_deref() {
-            // Mozilla's.
+            // Mozilla's roots.
             Some("system") => None,
             Some(path) => Some(PathBuf::from(path)),
             None => environment("HOME")
@@ -339,7 +340,7 @@ impl Given {
     fn keepalive(&mut self) -> Result<Keepalive, UriError> {
         let defaults = Keepalive::default();
         let enabled = self.number("keepalives")?.is_none_or(|value| value != 0);
-        // 0 is the system's own default in libpq. Two hours, on most: it is taken for ours.
+        // In libpq, 0 means the system's default, which is two hours on most systems. Here it means our default.
         let seconds =
             |value: Option<u64>, default| value.filter(|seconds| *seconds > 0).map_or(default, Duration::from_secs);
         let idle = seconds(self.number("keepalives_idle")?, defaults.idle);
@@ -351,7 +352,7 @@ impl Given {
         Ok(Keepalive { enabled, idle, interval, retries: retries.unwrap_or(defaults.retries), user_timeout })
     }
 
-    /// Accepts parameters that ask for the built-in behavior, and refuses all other values of them.
+    /// Accepts parameters that ask for the built-in behavior, and refuses all other values of these parameters.
     fn ignore_harmless(&mut self) -> Result<(), UriError> {
         const NO_GSS: &str = "there is no GSSAPI encryption: use TLS";
         const NO_BINDING: &str = "there is no channel binding: use sslmode=verify-full";
@@ -365,7 +366,7 @@ impl Given {
             ("ssl_max_protocol_version", &["TLSv1.3"], "TLS 1.2 and 1.3 are always allowed"),
             ("load_balance_hosts", &["disable"], "hosts are tried in order, since one of them is the primary"),
             ("client_encoding", &["UTF8", "utf8", "UTF-8", "utf-8", "auto"], "text is always UTF-8"),
-            ("replication", &["false", "off", "no", "0"], "replication connections are made where they are needed"),
+            ("replication", &["false", "off", "no", "0"], "tuplewatch opens replication connections itself"),
         ];
         for (name, harmless, why) in HARMLESS {
             if let Some(value) = self.take(name)
@@ -388,7 +389,7 @@ impl Given {
                 return Err(UriError::Unsupported { name, why });
             }
         }
-        // Named without a value: nothing was asked for.
+        // A name without a value asks for nothing.
         self.0.retain(|_, value| !value.is_empty());
         Ok(())
     }
@@ -406,7 +407,7 @@ fn place(name: Option<String>, address: Option<String>) -> Result<Place, UriErro
         (Some(name), address) if !name.contains(['/', '@', ' ']) => Ok(Place::Tcp { name, address }),
         (Some(_), _) => Err(UriError::Value { name: "host", expected: "a name, an address or a directory" }),
         (None, Some(address)) => Ok(Place::Tcp { name: IpAddr::to_string(&address), address: Some(address) }),
-        // libpq takes the directory that it was compiled with. There is none here.
+        // libpq uses the directory of its build, which is unknown here.
         (None, None) => Ok(Place::Tcp { name: "localhost".to_owned(), address: None }),
     }
 }

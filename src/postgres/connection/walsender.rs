@@ -1,4 +1,4 @@
-//! A replication connection: commands first, and then the stream of a slot.
+//! A replication connection: first commands, then the stream of a slot.
 //!
 //! ```text
 //!                     ┌─ Incoming ──▶ events, as many as one read brought ──▶ the caller of next()
@@ -6,8 +6,9 @@
 //!                     └◀─ reports ◀──────┴── acknowledge(LSN)
 //! ```
 //!
-//! A task of its own sends the reports, so that the server gets them also while nobody calls `next()`. The server ends a session that
-//! is silent for `wal_sender_timeout`. What the server sends meanwhile waits in the socket, and then at the server.
+//! A separate task sends the reports, so that the server also receives them while nobody calls `next()`: the server
+//! ends a session that is silent for `wal_sender_timeout`. Meanwhile, messages from the server wait in the socket, and
+//! then at the server.
 //!
 //! PostgreSQL documentation: "Streaming Replication Protocol", "Logical Streaming Replication Protocol".
 
@@ -35,14 +36,14 @@ use crate::decode::pgoutput::{self, Boundary};
 use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn};
 use crate::postgres::catalog::identifier;
 
-/// How often a report is sent unasked. While PostgreSQL decodes changes that are not for us it does not ask, and checks the time of
-/// the last reply only afterwards.
+/// The interval of unasked reports. While PostgreSQL decodes changes that are not for us, it does not ask, and it
+/// checks the time of the last reply only afterwards.
 const UNASKED_EVERY: Duration = Duration::from_millis(500);
-/// Least time between two reports of a new position.
+/// The shortest time between two reports of a new position.
 const REPORT_EVERY: Duration = Duration::from_millis(250);
-/// Longest wait for the server to close the connection.
+/// The longest wait for the server to close the connection.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
-/// CopyBothResponse, by which the stream begins. postgres-protocol does not know it.
+/// CopyBothResponse, which begins the stream. postgres-protocol does not know it.
 const COPY_BOTH: u8 = b'W';
 
 /// A message of the stream.
@@ -55,32 +56,32 @@ pub(crate) enum Event {
         xid: u32,
         commit_time: CommitTime,
     },
-    /// Any other pgoutput message.
+    /// Any other message of pgoutput.
     Change(Bytes),
     /// A transactional logical message.
     Message { prefix: String, content: Bytes },
     /// pgoutput's Commit.
     Commit { commit: CommitLsn, end: EndLsn },
-    /// The server has sent everything up to here.
+    /// The server has sent everything up to this LSN.
     KeepAlive { wal_end: Lsn },
 }
 
-/// A connection to a walsender, which nothing revives once it has failed.
+/// A connection to a walsender. A failed connection stays failed.
 pub(crate) struct Walsender {
     incoming: Incoming,
-    /// For commands, until the stream starts.
+    /// Sends commands, until the stream starts.
     outgoing: Option<WriteHalf<Wire>>,
-    /// Once the stream has started.
+    /// Sends reports, once the stream has started.
     reports: Option<Reports>,
-    /// The error that ended the stream, kept until the events before it were returned.
+    /// The error that ended the stream, until the events before it are returned.
     ended: Option<Error>,
 }
 
-/// The server and its position: the answer to IDENTIFY_SYSTEM.
+/// The answer to IDENTIFY_SYSTEM: the server and its position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) system_identifier: u64,
-    /// The timeline that it writes.
+    /// The timeline that the server writes.
     pub(crate) timeline: u32,
     /// The end LSN of the flushed WAL.
     pub(crate) wal_end: Lsn,
@@ -94,8 +95,8 @@ impl Walsender {
         Self { incoming: peer.incoming, outgoing: Some(peer.outgoing), reports: None, ended: None }
     }
 
-    /// Runs a replication command, or SQL without parameters, and returns the rows of its answer. An error of the server leaves
-    /// the connection usable. Not cancel safe.
+    /// Runs a replication command, or SQL without parameters, and returns the rows of its answer. After an error of the
+    /// server the connection remains usable. Not cancel safe.
     ///
     /// # Errors
     /// Those of the server and of the connection.
@@ -106,7 +107,7 @@ impl Walsender {
         loop {
             let message = match self.incoming.next().await.and_then(parse) {
                 Ok(message) => message,
-                // The server says why before it closes the connection.
+                // The server reports the reason before it closes the connection.
                 Err(error) => return Err(refused.unwrap_or(Error::Lost(error))),
             };
             match message {
@@ -118,7 +119,7 @@ impl Walsender {
         }
     }
 
-    /// IDENTIFY_SYSTEM.
+    /// Runs IDENTIFY_SYSTEM.
     ///
     /// # Errors
     /// As [`Walsender::query`].
@@ -134,7 +135,7 @@ impl Walsender {
         Ok(Identity { system_identifier, timeline, wal_end })
     }
 
-    /// TIMELINE_HISTORY: the contents of the file. There is none of timeline 1.
+    /// Runs TIMELINE_HISTORY, and returns the contents of the history file. Timeline 1 has none.
     ///
     /// # Errors
     /// As [`Walsender::query`].
@@ -144,13 +145,13 @@ impl Walsender {
         content.ok_or(Error::NoHistory)
     }
 
-    /// START_REPLICATION at the slot's position: what was not acknowledged comes again. On success the slot is ours. No further
-    /// command is possible, even if it fails.
+    /// Runs START_REPLICATION at the slot's position, so that the server sends everything again that was not
+    /// acknowledged. On success this connection holds the slot. Even on failure, no further command is possible.
     ///
     /// # Errors
     /// Those of the server and of the connection.
     pub(crate) async fn start(&mut self, slot: &str, publication: &str) -> Result<(), Error> {
-        // The server reads the option as a list of identifiers, which it would fold to lower case without quotes.
+        // The server reads the option as a list of identifiers, and folds unquoted ones to lower case.
         let publication = identifier(publication).replace('\'', "''");
         let statement = format!(
             "START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names '{publication}', messages 'true')",
@@ -170,8 +171,7 @@ impl Walsender {
         Ok(())
     }
 
-    /// Waits for events, and adds all that one read brought: not many more than 128 KiB of them, or one of whatever size. Cancel
-    /// safe.
+    /// Waits for events, and adds all events of one read: about 128 KiB, or one event of any size. Cancel safe.
     ///
     /// # Errors
     /// The error that ended the stream.
@@ -218,8 +218,8 @@ impl Walsender {
         }
     }
 
-    /// Acknowledges, soon, that everything up to here is durable. Never goes back. Until the first call, reports have `0/0`, which
-    /// the server takes for "nothing to report".
+    /// Acknowledges, soon, that everything up to this end LSN is durable. Never moves backward. Until the first call,
+    /// reports contain `0/0`, which the server reads as "nothing to report".
     pub(crate) fn acknowledge(&self, lsn: Lsn) {
         if let Some(reports) = &self.reports {
             reports.durable.send_if_modified(|durable| {
@@ -230,7 +230,7 @@ impl Walsender {
         }
     }
 
-    /// Closes the connection in order: the slot is free afterwards, unless the server was too slow.
+    /// Closes the connection in order. The slot is free afterwards, unless the server was too slow.
     pub(crate) async fn close(mut self) {
         let farewell = async {
             let mut outgoing = match self.reports.take() {
@@ -243,7 +243,7 @@ impl Walsender {
                 Ok(())
             };
             send(&mut outgoing, last).await?;
-            // A connection that is closed with unread data is reset, and its last message may be lost.
+            // Closing a connection with unread data resets it, and its last message may be lost.
             loop {
                 self.incoming.next().await?;
             }
@@ -260,7 +260,7 @@ impl Walsender {
 /// The reports to the server while the stream flows.
 struct Reports {
     durable: watch::Sender<Lsn>,
-    /// The server asks for a report at once.
+    /// Requests a report at once, because the server asked for one.
     asked: Arc<Notify>,
     /// Returns the wire once `durable` is dropped.
     task: JoinHandle<io::Result<WriteHalf<Wire>>>,
@@ -315,7 +315,7 @@ async fn report(
     }
 }
 
-/// The event of a pgoutput message.
+/// Decodes a pgoutput message into an event.
 fn event_of(data: Bytes) -> Result<Option<Event>, pgoutput::Error> {
     let event = match pgoutput::boundary(&data)? {
         None => Event::Change(data),

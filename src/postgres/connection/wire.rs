@@ -1,4 +1,4 @@
-//! From an address to a stream of bytes to the server, with TLS where it is wanted.
+//! The stream of bytes to an address, with TLS if it is requested.
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -17,17 +17,17 @@ use tokio_rustls::client::TlsStream;
 
 use crate::access::trust::{self, Authorities, Refused};
 
-/// The parameters of `database.uri` about TLS.
+/// The parameters of `database.uri` for TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Tls {
     pub(super) mode: SslMode,
-    /// Mozilla's authorities where there is none.
+    /// The authorities of the server's certificate. `None` for Mozilla's.
     pub(super) root_cert: Option<PathBuf>,
     /// The certificate and the key of the client.
     pub(super) identity: Option<(PathBuf, PathBuf)>,
 }
 
-/// As in libpq. There is no `allow`.
+/// The modes of libpq, without `allow`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SslMode {
     Disable,
@@ -43,31 +43,31 @@ impl SslMode {
     }
 }
 
-/// Why there is no TLS.
+/// A failure to establish TLS.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
-    #[error("the server does not do TLS")]
+    #[error("the server does not support TLS")]
     NotOffered,
-    #[error("'{0}' is not a name that a certificate can be for")]
+    #[error("'{0}' is not a name that a certificate can contain")]
     HostName(String),
     #[error(transparent)]
     File(#[from] FileError),
-    /// The server's certificate.
+    /// The server's certificate is refused.
     #[error(transparent)]
     Refused(Refused),
-    /// Anything else, of either side.
+    /// Any other failure, of either side.
     #[error("the TLS handshake failed: {0}")]
     Handshake(#[source] io::Error),
 }
 
-/// What is wrong with the files that `database.uri` names. `setting` is the parameter.
+/// A failure to use the files that `database.uri` names. `setting` is the parameter.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FileError {
     #[error("cannot read {} ({setting}): {source}", path.display())]
     Read { setting: &'static str, path: PathBuf, source: io::Error },
-    #[error("{} ({setting}) holds no certificate in PEM form", path.display())]
+    #[error("{} ({setting}) contains no certificate in PEM form", path.display())]
     NoCertificate { setting: &'static str, path: PathBuf },
-    #[error("{} (sslkey) holds no key", path.display())]
+    #[error("{} (sslkey) contains no key", path.display())]
     NoKey { path: PathBuf, source: pem::Error },
     #[error("sslcert and sslkey cannot be used: {0}")]
     Identity(#[source] rustls::Error),
@@ -75,7 +75,7 @@ pub(super) enum FileError {
 
 /// Bytes in both directions.
 pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send + Sync {
-    /// Where they are carried by TCP.
+    /// The TCP socket, if the bytes go over TCP.
     fn tcp(&self) -> Option<BorrowedFd<'_>>;
 }
 
@@ -100,7 +100,8 @@ impl Duplex for UnixStream {
 /// A connection of any kind.
 pub(super) type Wire = Box<dyn Duplex>;
 
-/// Asks a server for TLS, and does the handshake. `host` is the name or the address for which the certificate has to be.
+/// Asks the server for TLS, and performs the handshake. `host` is the name or the address for which the certificate
+/// must be valid.
 pub(super) async fn upgrade(mut stream: TcpStream, tls: &Tls, host: &str) -> Result<Wire, Error> {
     if tls.mode == SslMode::Disable {
         return Ok(Box::new(stream));
@@ -108,7 +109,8 @@ pub(super) async fn upgrade(mut stream: TcpStream, tls: &Tls, host: &str) -> Res
     let mut request = BytesMut::new();
     frontend::ssl_request(&mut request);
     stream.write_all(&request).await.map_err(Error::Handshake)?;
-    // One byte and no more: what a man in the middle sends behind it must not be taken for a part of the encrypted stream.
+    // Read exactly one byte: bytes that a man in the middle sends after it must not become a part of the encrypted
+    // stream.
     match stream.read_u8().await.map_err(Error::Handshake)? {
         b'S' => {}
         _ if tls.mode == SslMode::Prefer => return Ok(Box::new(stream)),
@@ -123,7 +125,7 @@ pub(super) async fn upgrade(mut stream: TcpStream, tls: &Tls, host: &str) -> Res
 }
 
 impl Tls {
-    /// Reads the files, so that a certificate that was renewed counts for the next connection.
+    /// Reads the files for each connection, so that the next one uses a renewed certificate.
     async fn config(&self) -> Result<rustls::ClientConfig, FileError> {
         let authorities = match &self.root_cert {
             _ if !self.mode.verifies() => Authorities::Anybody,

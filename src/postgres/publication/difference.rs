@@ -1,4 +1,6 @@
-//! The difference between two fingerprints: whether it matters, and its description.
+//! The difference between two fingerprints: whether it is harmful, and its description.
+//!
+//! The module [`publication`](super) explains which differences are harmless, and why.
 
 use super::{
     ATTRIBUTE, BORN_EMPTY, CHILD, COLUMN, COLUMN_LIST, DEFINITION, FILE, FILTER, HAD_CHILDREN, IDENTITY, LABEL, MEMBER,
@@ -6,14 +8,14 @@ use super::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The lines that only one of two fingerprints has, by their subject.
+/// The lines in only one of two fingerprints, by subject.
 pub(super) struct Difference<'a> {
     subjects: BTreeMap<&'a str, Changes<'a>>,
-    /// Subjects that are members of the publication, before and after.
+    /// The subjects that are members of the publication, before and after.
     members: [BTreeSet<&'a str>; 2],
 }
 
-/// The difference in one subject: pairs of topic and value.
+/// The difference in one subject, as pairs of topic and value.
 #[derive(Default)]
 struct Changes<'a> {
     gone: BTreeSet<(&'a str, &'a str)>,
@@ -63,7 +65,7 @@ impl<'a> Difference<'a> {
         let phrase = match self.members.each_ref().map(|members| members.contains(table)) {
             [true, false] => format!("table {table} was taken out of the publication"),
             [false, true] => format!("table {table} was added to the publication"),
-            // Of course it is, where the publication itself is another one.
+            // A new publication contains the table anew anyway.
             _ if publication_is_new => return None,
             _ => format!("table {table} was taken out of the publication and added again, or is in it in another way"),
         };
@@ -94,12 +96,12 @@ impl<'a> Changes<'a> {
         gone.chain(come).copied()
     }
 
-    /// Whether the table was written anew, and the definition of a mapped column with it.
+    /// Whether the table was rewritten together with the definition of a mapped column.
     fn is_rewritten(&self) -> bool {
         self.has(FILE) && self.has(DEFINITION)
     }
 
-    /// The change of a table, in words.
+    /// Describes the change of a table.
     fn phrases(&self, table: &str) -> Vec<String> {
         let harmful: BTreeSet<(&str, &str)> = self.harmful().collect();
         let has = |topic: &str| harmful.iter().any(|(differs, _)| *differs == topic);
@@ -117,7 +119,7 @@ impl<'a> Changes<'a> {
             (STORAGE, "the storage of a partition (TRUNCATE, or a rewrite)"),
             (CHILD, "the set of tables that inherit"),
         ];
-        // A partition that comes or goes brings all its lines, and a column that is another one has types of its own: it is one thing.
+        // The lines of an added or dropped partition, and the types of a replaced column, are parts of one change.
         let is_part =
             |topic: &str| topic != PARTITION && has(PARTITION) && [IDENTITY, PERSISTENCE, STORAGE].contains(&topic);
         for (topic, words) in topics {
@@ -157,7 +159,7 @@ fn publication_phrase(changes: &Changes<'_>) -> &'static str {
     }
 }
 
-/// Subject, topic and value of a line.
+/// Splits a line into subject, topic and value.
 fn fields(line: &str) -> (&str, &str, &str) {
     let (subject, rest) = line.split_once('\t').unwrap_or((line, ""));
     let (topic, value) = rest.split_once('\t').unwrap_or((rest, ""));

@@ -1,4 +1,4 @@
-//! Against real PostgreSQL.
+//! Tests of the fingerprint against real PostgreSQL.
 
 use super::*;
 use crate::postgres::test_postgres::{Database, one_table, tuples};
@@ -149,7 +149,7 @@ async fn changed_types_under_a_column_are_found() {
         ("ALTER TABLE t ALTER COLUMN id TYPE numeric(10, 1)", rewritten),
         ("ALTER TABLE t ALTER COLUMN id TYPE numeric(10, 1) USING id + 1", rewritten),
         ("BEGIN; ALTER TABLE t ALTER COLUMN id TYPE numeric(10, 1) USING -id; TRUNCATE t; COMMIT", rewritten),
-        // One too many: the two have been seen together.
+        // A needless gap, because one check sees both changes.
         ("VACUUM FULL t; ALTER TABLE t ALTER COLUMN id SET STATISTICS 7", rewritten),
         ("ALTER TABLE t ALTER COLUMN id TYPE int; ALTER TABLE t ALTER COLUMN id TYPE numeric(10, 1)", rewritten),
         ("ALTER TABLE t ALTER COLUMN id TYPE int", "a mapped column of table public.t changed"),
@@ -209,7 +209,7 @@ async fn inheriting_tables_are_found() {
     watched.changed_by("CREATE TABLE child () INHERITS (t)", inherits).await;
     watched.changed_by("CREATE TABLE grandchild () INHERITS (child)", inherits).await;
     watched.changed_by("DROP TABLE grandchild; ALTER TABLE child NO INHERIT t", inherits).await;
-    // PostgreSQL remembers until it analyzes the table.
+    // PostgreSQL remembers the child until it analyzes the table.
     watched.unchanged_by("ANALYZE t").await;
     let meanwhile = "another table inherited from table public.t for a while";
     watched.changed_by("ALTER TABLE child INHERIT t; ALTER TABLE child NO INHERIT t", meanwhile).await;
@@ -241,7 +241,7 @@ async fn changed_partitions_are_found() {
         .changed_by("ALTER TABLE leaf REPLICA IDENTITY FULL", "the replica identity of table public.root changed")
         .await;
 
-    // Seen from the leaf, which is in the publication by its root.
+    // Test with the leaf, which is in the publication through its root.
     let leaf = one_table("public.leaf");
     let before = fingerprint(&watched.database.connection.client, "feed", &leaf).await.unwrap();
     watched.database.execute("ALTER PUBLICATION feed DROP TABLE root").await;
@@ -250,10 +250,10 @@ async fn changed_partitions_are_found() {
     assert_eq!(sentence, "table public.leaf was taken out of the publication");
 }
 
-/// A table that was created as a partition never had rows under another name.
+/// A table that was created as a partition never contained rows under another name.
 #[tokio::test]
 async fn partitions_that_were_created_as_such_are_recognized() {
-    // With and without toast tables, indexes and defaults: each takes commands of its own.
+    // Toast tables, indexes and defaults each need separate commands.
     for columns in [
         "tenant text, id text DEFAULT 'x', owner text NOT NULL, PRIMARY KEY (tenant, id, owner)",
         "tenant text, id text, owner text",
@@ -292,7 +292,7 @@ async fn partitions_that_were_created_as_such_are_recognized() {
 
         let partitions = "the set of partitions of table public.root changed";
         let attach = |values: &str| format!("ALTER TABLE root ATTACH PARTITION other FOR VALUES IN ('{values}')");
-        // As in the root, with its key: ALTER COLUMN uses separate commands.
+        // The columns must match the root and its key: ALTER COLUMN uses separate commands.
         let not_null = match columns.contains("PRIMARY KEY") {
             true => {
                 "ALTER TABLE other ALTER COLUMN tenant SET NOT NULL, ALTER COLUMN id SET NOT NULL, \
@@ -301,7 +301,7 @@ async fn partitions_that_were_created_as_such_are_recognized() {
             false => "",
         };
         for sql in [
-            // In one transaction, and in one command after the other, as CREATE TABLE ... PARTITION OF has them.
+            // In one transaction, with successive commands, like CREATE TABLE ... PARTITION OF.
             format!("BEGIN; CREATE TABLE other AS SELECT tenant, id, owner FROM root WHERE id = '0'; {not_null}{}; COMMIT", attach("20")),
             format!("BEGIN; CREATE TABLE other (LIKE root INCLUDING ALL); INSERT INTO other VALUES ('20', '1', '1'); {}; COMMIT", attach("20")),
             format!("CREATE TABLE other (LIKE root INCLUDING ALL); INSERT INTO other VALUES ('20', '1', '1'); {}", attach("20")),
@@ -321,7 +321,7 @@ async fn partitions_that_were_created_as_such_are_recognized() {
     }
 }
 
-/// Every 10 s is cheap: some 10 ms, with the preset's tables.
+/// A check every few seconds is cheap: about 10 ms, with the preset's tables.
 #[tokio::test]
 async fn a_check_is_cheap_and_complete() {
     let database = Database::new().await;
@@ -339,6 +339,6 @@ async fn a_check_is_cheap_and_complete() {
     for _ in 0..20 {
         assert_eq!(checks.next(client, "feed", &mapping).await.unwrap().fingerprint, full.fingerprint);
     }
-    // A hundredth of the interval, on the slowest machine.
+    // A hundredth of the interval, even on a slow machine.
     assert!(started.elapsed() / 20 < std::time::Duration::from_millis(100));
 }

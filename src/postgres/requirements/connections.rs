@@ -1,7 +1,7 @@
-//! The connections that the role may have: role, database and server have a limit each.
+//! The limits on connections of the role, the database and the server.
 //!
-//! A replication connection counts towards none of the three, but towards `max_wal_senders` (PostgreSQL 14 to 18). A superuser is
-//! bound by that of the server alone.
+//! A replication connection counts towards none of these limits, but towards `max_wal_senders` (PostgreSQL 14 to 18).
+//! Only the server's limit applies to a superuser.
 
 use serde::Deserialize;
 use tokio_postgres::Client;
@@ -9,10 +9,10 @@ use tokio_postgres::Client;
 use crate::model::diagnostic::{Diagnostic, Report};
 use crate::postgres::catalog::{Document, identifier};
 
-/// A limit, and the connections of others that count towards it.
+/// A limit, and the number of other connections that count towards it.
 #[derive(Clone, Copy, Debug, Deserialize)]
 struct Limit {
-    /// Below zero: no limit.
+    /// The limit. A negative number means that there is none.
     most: i64,
     others: i64,
 }
@@ -35,7 +35,7 @@ const MEANING: &str = "With fewer, statements of streams share a connection, and
 
 impl Limits {
     pub(crate) async fn read(client: &Client) -> Result<Self, tokio_postgres::Error> {
-        // Strangers' backend_type and name are not for every role to see.
+        // A role may not see backend_type and name of other roles' sessions.
         let sql = "
             WITH others AS MATERIALIZED (
                 SELECT usesysid, datid FROM pg_catalog.pg_stat_activity
@@ -65,9 +65,9 @@ impl Limits {
     pub(crate) fn check(&self, wanted: usize, report: &mut Report) {
         let wanted = i64::try_from(wanted).unwrap_or(i64::MAX);
         let limited = |limit: Limit| limit.most >= 0 && limit.most.saturating_sub(limit.others) < wanted;
-        let what = |limit: Limit, whose: &str| {
+        let what = |limit: Limit, holder: &str| {
             format!(
-                "{whose} {} at a time, of which others use {}: tuplewatch serve uses up to {wanted} (database.max_connections)",
+                "{holder} {} at a time, of which others use {}: tuplewatch serve uses up to {wanted} (database.max_connections)",
                 limit.most, limit.others
             )
         };
@@ -103,7 +103,7 @@ impl Limits {
 mod tests {
     use super::*;
 
-    /// The fixes, for a `serve` of 12 connections.
+    /// Returns the fixes for a `serve` with 12 connections.
     fn check(is_superuser: bool, limits: [(i64, i64); 3]) -> Vec<String> {
         let [of_role, of_database, of_server] = limits.map(|(most, others)| Limit { most, others });
         let (role, database) = ("ada".to_owned(), "app".to_owned());

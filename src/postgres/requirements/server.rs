@@ -1,4 +1,4 @@
-//! The server's settings, and the rights of the role.
+//! The requirements on the server's settings, and on the rights of the role.
 
 use serde::Deserialize;
 use tokio_postgres::Client;
@@ -17,12 +17,12 @@ pub(crate) struct Version {
     minor: i32,
 }
 
-/// The first minor release of a major version whose walsender uses an altered publication also after a transaction that wrote while
-/// it was altered.
+/// The first minor releases whose walsender applies an altered publication even after a transaction that was writing
+/// while it was altered.
 const MENDED_IN: [(i32, i32); 4] = [(14, 18), (15, 13), (16, 9), (17, 5)];
 
 impl Version {
-    /// Read by itself, because older versions lack what the other statements read.
+    /// Reads the version in a separate statement, because older versions lack columns that the other statements read.
     pub(crate) async fn read(client: &Client) -> Result<Self, tokio_postgres::Error> {
         let sql = "SELECT current_setting('server_version'), current_setting('server_version_num')::int4";
         let row = client.query_typed_one(sql, &[]).await?;
@@ -34,7 +34,7 @@ impl Version {
         self.major
     }
 
-    /// Whether the other statements work on it.
+    /// Whether the other statements work on this version.
     pub(crate) const fn is_supported(&self) -> bool {
         self.major >= *MAJORS.start()
     }
@@ -48,9 +48,8 @@ impl Version {
         } else if let Some((major, minor)) =
             MENDED_IN.iter().find(|(major, minor)| self.major == *major && self.minor < *minor)
         {
-            let what =
-                format!("PostgreSQL {text} can continue with what was published before a publication was altered");
-            let meaning = "Where the publication is altered while a transaction writes, rows of later transactions may not be sent, \
+            let what = format!("PostgreSQL {text} can miss that a publication was altered");
+            let meaning = "If the publication is altered while a transaction writes, rows of later transactions may not be sent, \
                            and nothing tells.";
             let fix = format!(
                 "-- update PostgreSQL to {major}.{minor} or newer; until then restart tuplewatch after ALTER PUBLICATION"
@@ -60,7 +59,7 @@ impl Version {
             Diagnostic::ok(SUBJECT, format!("PostgreSQL {text}"))
         } else {
             let what = format!("PostgreSQL {text} is newer than what tuplewatch is tested with ({newest})");
-            Diagnostic::warning(SUBJECT, what).fix("-- see whether there is a newer tuplewatch that is")
+            Diagnostic::warning(SUBJECT, what).fix("-- check for a newer version of tuplewatch")
         }
     }
 }
@@ -71,9 +70,9 @@ pub(super) struct Server {
     pub(super) database: String,
     pub(super) role: String,
     may_replicate: bool,
-    /// The role that `ALTER ROLE … SET role` would make of it.
+    /// The role that `ALTER ROLE … SET role` would switch to.
     becomes: Option<String>,
-    /// Amazon's servers grant replication, and set wal_level, by means of their own.
+    /// Whether this is Amazon RDS, which has its own means to grant replication and to set wal_level.
     is_rds: bool,
     wal_level: String,
     slots: i64,
@@ -82,10 +81,10 @@ pub(super) struct Server {
     walsenders_max: i64,
     commit_timestamps: String,
     slot_keep_size: String,
-    /// The same in bytes; below zero: no limit.
+    /// The same in bytes. A negative number means that there is no limit.
     slot_keep_bytes: i64,
     synchronous_standbys: String,
-    /// Settings whose configured value is not in force yet.
+    /// Settings with a configured value that needs a restart.
     pending_restart: Vec<String>,
 }
 
@@ -125,7 +124,7 @@ impl Server {
         self.check_commit_timestamps(report);
     }
 
-    /// Checks the needs of a new slot, and the room for it where it does not replace another one.
+    /// Checks the requirements of a new slot, and the room for it unless it replaces another slot.
     pub(super) fn check_for_slot(&self, takes_room: bool, report: &mut Report) {
         self.check_wal_level(report);
         self.check_replication(report);
@@ -160,7 +159,7 @@ impl Server {
             report.ok("track_commit_timestamp", "on");
         } else {
             let what = format!(
-                "is off: tuplewatch does without, but pg_xact_commit_timestamp() and Permify's own Watch do not{}",
+                "is off: tuplewatch does not need it, but pg_xact_commit_timestamp() and Permify's own Watch do{}",
                 self.pending("track_commit_timestamp")
             );
             let fix =
@@ -173,36 +172,40 @@ impl Server {
     pub(super) fn check_keep_size(&self, ack_delay: AckDelay, report: &mut Report) {
         const SETTING: &str = "max_slot_wal_keep_size";
         let Ok(keep_bytes) = u64::try_from(self.slot_keep_bytes) else {
-            let what = "is -1, no limit: if tuplewatch is away for long, its slot keeps WAL until the disk is full";
+            let what = "is -1, no limit: if tuplewatch is down for long, its slot keeps WAL until the disk is full";
             let fix = "ALTER SYSTEM SET max_slot_wal_keep_size = '50GB';  -- what the disk can spare; then a reload: \
                        SELECT pg_reload_conf();";
             return report.warning(SETTING, what, fix);
         };
-        let held_bytes = ack_delay.bytes_max();
-        // What comes on top: WAL since the last checkpoint, and while tuplewatch is away.
-        if held_bytes == 0 || held_bytes < keep_bytes / 2 {
+        let delayed_bytes = ack_delay.bytes_max();
+        // The rest is for WAL since the last checkpoint, and for WAL that is written while tuplewatch is down.
+        if delayed_bytes == 0 || delayed_bytes < keep_bytes / 2 {
             return report.ok(SETTING, self.slot_keep_size.clone());
         }
         let what = format!(
             "is {}, and replication.acknowledgement_delay.size lets {} be held back of it",
             self.slot_keep_size,
-            Bytes(held_bytes)
+            Bytes(delayed_bytes)
         );
         let fix = format!(
             "ALTER SYSTEM SET {SETTING} = '{}MB';  -- then a reload: SELECT pg_reload_conf(); or set \
              replication.acknowledgement_delay.size to less",
-            (held_bytes >> 20).saturating_mul(4)
+            (delayed_bytes >> 20).saturating_mul(4)
         );
-        if held_bytes < keep_bytes {
-            let meaning = "Little WAL may be written while tuplewatch is away before the slot is lost.";
+        if delayed_bytes < keep_bytes {
+            let meaning = "While tuplewatch is down, only little WAL may be written before the slot is lost.";
             report.add(Diagnostic::warning(SETTING, what).means(meaning).fix(fix));
         } else {
-            report.add(Diagnostic::error(SETTING, what).means("The slot would be lost on purpose.").fix(fix));
+            report.add(
+                Diagnostic::error(SETTING, what)
+                    .means("The slot would be lost while tuplewatch works as configured.")
+                    .fix(fix),
+            );
         }
     }
 
-    /// PostgreSQL counts logical walsenders as standbys, and ours would confirm a commit late (with the acknowledgement), or before a
-    /// standby has it.
+    /// PostgreSQL counts logical walsenders as standbys. Ours would confirm a commit late (with its acknowledgement),
+    /// or before a standby has it.
     pub(super) fn check_synchronous_standbys(&self, ack_delay: AckDelay, report: &mut Report) {
         const SETTING: &str = "synchronous_standby_names";
         if !counts_us(&self.synchronous_standbys) {
@@ -214,11 +217,10 @@ impl Server {
              SELECT pg_reload_conf();"
         );
         if ack_delay.age.is_zero() {
-            let meaning = "A commit may be taken for replicated where only tuplewatch has it.";
+            let meaning = "A commit may count as replicated although only tuplewatch has received it.";
             report.add(Diagnostic::warning(SETTING, what).means(meaning).fix(fix));
         } else {
-            let meaning =
-                "Every commit may have to wait until its WAL is older than replication.acknowledgement_delay.age.";
+            let meaning = "Every commit may wait until its WAL is older than replication.acknowledgement_delay.age.";
             report.add(Diagnostic::error(SETTING, what).means(meaning).fix(fix));
         }
     }
@@ -233,13 +235,13 @@ impl Server {
         } else {
             "ALTER SYSTEM SET wal_level = logical;  -- then restart PostgreSQL: a reload is not enough"
         };
-        let meaning = "Row changes can be read from the WAL only where it is logical.";
+        let meaning = "Row changes can be read from the WAL only with wal_level = logical.";
         report.add(Diagnostic::error("wal_level", what).means(meaning).fix(fix));
     }
 
     pub(super) fn check_room(&self, slot: Option<&Slot>, report: &mut Report) {
         self.check_room_for("max_replication_slots", self.slots, self.slots_max, slot.is_none(), report);
-        // If ours is in use, by a tuplewatch that runs, its walsender is among those that are counted.
+        // If our slot is in use by a running tuplewatch, its walsender is already counted.
         let needs_walsender = slot.is_none_or(|slot| slot.active_pid.is_none());
         self.check_room_for("max_wal_senders", self.walsenders, self.walsenders_max, needs_walsender, report);
     }
@@ -263,8 +265,8 @@ impl Server {
     }
 }
 
-/// Whether `synchronous_standby_names` names a walsender of ours. PostgreSQL compares whole application names, and ours are
-/// `tuplewatch` and a node's id.
+/// Whether `synchronous_standby_names` matches our walsenders. PostgreSQL compares whole application names, and ours
+/// consist of `tuplewatch` and a node's id.
 fn counts_us(standbys: &str) -> bool {
     let mut names = standbys.split([',', '(', ')']).map(|name| name.trim_matches([' ', '"']).to_ascii_lowercase());
     names.any(|name| name == "*" || name.starts_with("tuplewatch "))

@@ -1,4 +1,7 @@
-//! The watched tables, and the one that lists tenants.
+//! The requirements on the watched tables, and on the table of tenants.
+//!
+//! A watched table must be readable, published with complete old rows, and must change only by row events. Otherwise
+//! the stream would silently lack rows or values, so each violation is an error that keeps `serve` from starting.
 
 use serde::Deserialize;
 use tokio_postgres::Client;
@@ -9,7 +12,8 @@ use crate::decode::mapping::TableName;
 use crate::model::diagnostic::{Diagnostic, Report};
 use crate::postgres::catalog::{Catalog, Column, Document, Publication, Table, identifier};
 
-/// Whether a watched table can be read, is published, its old rows are complete, and its rows and values change with row events.
+/// Checks that a watched table can be read, that it is published, that its old rows are complete, and that its rows and
+/// values change only with row events.
 pub(super) fn check_table(
     table: &Table,
     catalog: &Catalog,
@@ -44,7 +48,7 @@ pub(super) fn check_table(
         let what = format!("table {} inherits from it, and is not mapped", child.name());
         let (child, parent) = (child.name().to_sql(), child.parent().to_sql());
         let fix = format!("ALTER TABLE {child} NO INHERIT {parent};  -- at once, no reload; or map it as well");
-        let meaning = "SELECT reads its rows as rows of the mapped table; their changes come under its own name.";
+        let meaning = "SELECT returns its rows as rows of the mapped table, but their changes have its own name.";
         report.add(Diagnostic::error(&subject, what).means(meaning).fix(fix));
     }
     for relation in &table.relations {
@@ -61,7 +65,7 @@ pub(super) fn check_table(
     }
     for (relation, what) in table.unidentified() {
         let fix = fixes.alter(&format!("ALTER TABLE {} REPLICA IDENTITY FULL", relation.name().to_sql()));
-        let meaning = "It says which columns of the row that was come with an UPDATE or DELETE.";
+        let meaning = "It determines which columns of the old row an UPDATE or DELETE contains.";
         report.add(Diagnostic::error(format!("table {}", relation.name()), what).means(meaning).fix(fix));
     }
     if let Some(publication) = &catalog.publication {
@@ -74,7 +78,7 @@ pub(super) fn check_table(
     }
 }
 
-/// An object that has the name of a watched table, and whose changes cannot be read.
+/// An object that has the name of a watched table, but whose changes cannot be read.
 pub(crate) fn not_a_table(table: &Table) -> Option<Diagnostic> {
     let subject = format!("table {}", table.name());
     let error = |what: &str, fix: &str| Some(Diagnostic::error(&subject, what).fix(fix));
@@ -120,11 +124,10 @@ fn check_access(table: &TableName, schema_usable: bool, selectable: bool, role: 
     }
 }
 
-/// Where policies apply to our role, SQL sees fewer rows than the stream has.
+/// If policies apply to our role, SQL returns fewer rows than the stream.
 fn report_row_security(table: &TableName, role: &str, report: &mut Report) {
-    let what = format!("row level security applies to role {role}: SQL would see and delete less than is there");
-    let meaning =
-        "What is streamed is not filtered. So what is read, and what is streamed after it, would not fit together.";
+    let what = format!("row level security applies to role {role}: SQL would return and delete only some of the rows");
+    let meaning = "The stream is not filtered. So a state that is read, and the stream after it, would not match.";
     let fix = format!(
         "ALTER ROLE {} BYPASSRLS;  -- at once, no reload; or ALTER TABLE {} DISABLE ROW LEVEL SECURITY;",
         identifier(role),
@@ -133,7 +136,8 @@ fn report_row_security(table: &TableName, role: &str, report: &mut Report) {
     report.add(Diagnostic::error(format!("table {table}"), what).means(meaning).fix(fix));
 }
 
-/// `regclass` and similar types: ALTER ... RENAME of the object that a value points to changes the value, and writes no row.
+/// `regclass` and similar types: ALTER ... RENAME of the object that a value points to changes the value's text without
+/// a row event.
 fn check_values(table: &Table, report: &mut Report) {
     for column in &table.columns {
         let Some(value_type) = column.type_that_follows_names() else { continue };
@@ -141,7 +145,7 @@ fn check_values(table: &Table, report: &mut Report) {
             "column {} holds {}, which is written as a name that others can change",
             column.name, value_type.name
         );
-        let meaning = "RENAME and DROP of the object it points to would change values without a change of the row.";
+        let meaning = "RENAME and DROP of the object would change the value without a change of the row.";
         let name = identifier(&column.name);
         let fix = format!(
             "ALTER TABLE {} ALTER COLUMN {name} TYPE text USING {name}::text;  -- rewrites it under an exclusive lock; or map another column",
@@ -164,22 +168,19 @@ fn check_membership(
     if !table.is_published(publication) {
         let fix = fixes.alter(&format!("ALTER PUBLICATION {published} ADD TABLE {}", name.to_sql()));
         let what = format!("is not in publication {}", expected.publication);
-        let meaning =
-            "No change of it reaches tuplewatch. Those made meanwhile are a gap, of which subscribers are told.";
+        let meaning = "No change of it reaches tuplewatch. Subscribers receive a gap for the changes made meanwhile.";
         return report.add(Diagnostic::error(subject, what).means(meaning).fix(fix));
     }
     if table.is_published_as_its_root(publication) {
         let fix =
             format!("ALTER PUBLICATION {published} SET (publish_via_partition_root = false);  -- or map the root");
         let what = "is a partition, and its changes are published as those of the root";
-        report.add(
-            Diagnostic::error(&subject, what).means("They come under a name that the mapping does not have.").fix(fix),
-        );
+        report.add(Diagnostic::error(&subject, what).means("They have a name that is not in the mapping.").fix(fix));
     }
     if table.is_partitioned() && !publication.via_root {
         let fix = fixes.alter(&format!("ALTER PUBLICATION {published} SET (publish_via_partition_root = true)"));
         let what = "is partitioned, and its changes are published under the names of its partitions";
-        report.add(Diagnostic::error(&subject, what).means("The mapping does not have those names.").fix(fix));
+        report.add(Diagnostic::error(&subject, what).means("These names are not in the mapping.").fix(fix));
     }
     let Some(member) = table.own_member() else { return };
     let afresh = fixes.alter(&format!(
@@ -187,7 +188,7 @@ fn check_membership(
         table = name.to_sql()
     ));
     if member.filter.is_some() {
-        let what = "has a row filter in the publication: what it hides would be missing without a trace";
+        let what = "has a row filter in the publication: hidden rows would be missing without a trace";
         report.error(&subject, what, afresh.clone());
     }
     let hidden = table.columns.iter().find(|column| match &member.columns {
@@ -196,12 +197,12 @@ fn check_membership(
     });
     if let Some(column) = hidden {
         let what = format!("column {} is not in the column list of the publication", column.name);
-        report.add(Diagnostic::error(&subject, what).means("Rows would come without it.").fix(afresh));
+        report.add(Diagnostic::error(&subject, what).means("The stream would lack it.").fix(afresh));
     }
 }
 
-/// Generated columns are published from version 18 on, and only those that are stored: where the publication lists columns, if
-/// they are listed; else if it says so.
+/// Generated columns are published from PostgreSQL 18 on, and only stored ones: if the publication has a column list,
+/// those in the list; otherwise if the publication enables them.
 fn check_generated(
     table: &Table,
     expected: &Expectation<'_>,
@@ -211,7 +212,7 @@ fn check_generated(
     report: &mut Report,
 ) {
     let is_published = |column: &Column| match table.own_member().and_then(|member| member.columns.as_ref()) {
-        // One that is not listed is reported as such.
+        // A column outside the list has its own diagnostic.
         Some(_) => true,
         None => column.is_stored() && publication.generated.as_deref() == Some("s"),
     };
@@ -224,10 +225,10 @@ fn check_generated(
         "-- make it an ordinary column, or map another one".to_owned()
     };
     let what = format!("column {} is generated, and not published", column.name);
-    report.add(Diagnostic::error(format!("table {}", table.name()), what).means("Rows come without it.").fix(fix));
+    report.add(Diagnostic::error(format!("table {}", table.name()), what).means("The stream lacks it.").fix(fix));
 }
 
-/// The table that lists tenants: it is not watched, only read.
+/// The table of tenants, which is read but not watched.
 #[derive(Debug, Deserialize)]
 pub(super) struct Tenants {
     exists: bool,
@@ -258,7 +259,7 @@ impl Tenants {
         let subject = format!("table {table}");
         let before = report.count();
         if !self.exists {
-            return report.error(subject, "does not exist, and tenants are looked up in it", fixes.setup());
+            return report.error(subject, "does not exist, but contains the tenants", fixes.setup());
         }
         if !self.has_column {
             let fix = "-- correct the mapping, or add the column";

@@ -1,4 +1,4 @@
-//! Breaks each requirement in a real PostgreSQL, and checks that it is found and that its fix repairs it.
+//! Tests that break each requirement in a real PostgreSQL, and check that it is reported and that its fix repairs it.
 
 use super::*;
 use crate::admin::setup::{Event, Setup, Teardown};
@@ -20,7 +20,7 @@ async fn errors(client: &Client, expected: &Expectation<'_>) -> Vec<Diagnostic> 
     diagnostics.into_iter().filter(|diagnostic| diagnostic.severity == Severity::Error).collect()
 }
 
-/// A database with everything that a mapping needs, and a role with only REPLICATION and SELECT.
+/// A database that meets a mapping's requirements, and a role with only REPLICATION and SELECT.
 struct Ready {
     database: Database,
     poor: Connection,
@@ -59,7 +59,7 @@ impl Ready {
         errors(&self.poor.client, &expectation(&self.mapping, &self.database.name)).await
     }
 
-    /// `{role}` and `{slot}` stand for the names of this test's.
+    /// `{role}` and `{slot}` stand for the names of this test.
     async fn heals(&self, damage: &str, subject: &str, what: &str) {
         let names = |text: &str| {
             text.replace("{role}", &format!("r{}", self.database.name)).replace("{slot}", &self.database.name)
@@ -204,7 +204,7 @@ async fn partitions_indexes_and_generated_columns_are_checked() {
     assert_eq!(errors(&root.poor.client, &expected).await, []);
     root.away().await;
 
-    // Columns that an index has besides its key are not in the identity, nor is a key that is deferrable.
+    // The INCLUDE columns of an index are not in the identity, nor is a deferrable key.
     let sql =
         "CREATE TABLE t (tenant text NOT NULL, id text NOT NULL, owner text NOT NULL, PRIMARY KEY (tenant, id, owner))";
     let table = Ready::new(one_table("public.t"), sql).await;
@@ -217,7 +217,7 @@ async fn partitions_indexes_and_generated_columns_are_checked() {
     let damage = "ALTER PUBLICATION feed DROP TABLE t; ALTER TABLE t SET UNLOGGED; DROP PUBLICATION feed; \
                   CREATE PUBLICATION feed FOR ALL TABLES";
     table.heals(damage, "table public.t", "is not logged").await;
-    // Everything is published, and yet not that.
+    // Everything is published, except this column.
     let generated = |kind: &str| {
         let column = format!("owner text GENERATED ALWAYS AS (id || '!') {kind}");
         format!("ALTER TABLE t DROP COLUMN owner; ALTER TABLE t ADD COLUMN {column}")
@@ -258,7 +258,7 @@ async fn row_level_security_of_an_owner_is_found() {
 async fn inheriting_tables_are_found() {
     let sql = "CREATE TABLE parent (id text); \
                CREATE TABLE t (tenant text, owner text, PRIMARY KEY (tenant, id, owner)) INHERITS (parent)";
-    // Its own parent does not matter.
+    // A parent of the mapped table does not matter.
     let ready = Ready::new(one_table("public.t"), sql).await;
     ready.heals("CREATE TABLE child () INHERITS (t)", "table public.t", "table public.child inherits from it").await;
     let damage = "ALTER TABLE child INHERIT t; CREATE TABLE grandchild () INHERITS (child); CREATE TEMP TABLE own () INHERITS (t)";
@@ -282,7 +282,7 @@ async fn inheriting_tables_are_found() {
     ready.away().await;
 }
 
-/// Types that store an oid and are written as a name, wherever they are in a column.
+/// Types that store an oid and are written as a name, at any place in a column's type.
 #[tokio::test]
 async fn types_written_as_names_are_refused() {
     let sql = "CREATE TABLE t (tenant text, id text, owner text, other regclass);
@@ -341,7 +341,7 @@ async fn unusable_slots_are_found() {
         let [diagnostic] = found.as_slice() else { panic!("{found:#?}") };
         assert!(diagnostic.what.contains(what) && diagnostic.fix.is_some(), "{diagnostic}");
     }
-    // Before there is one, there has to be room for it; that there is none is no error then.
+    // While there is no slot, there must be room for one, and a missing slot is not an error.
     ready.database.execute(&drop_slot).await;
     let expected = Expectation { slot_expected: false, ..expectation(&ready.mapping, slot) };
     let diagnostics = check(&ready.poor.client, &expected).await.unwrap();
@@ -428,7 +428,7 @@ async fn lost_slots_and_taken_walsenders_are_found() {
     assert_eq!(found.iter().map(|diagnostic| &*diagnostic.subject).collect::<Vec<_>>(), ["max_wal_senders"]);
     let refused = admin.endpoint().replicate("tests").await.err().unwrap();
     assert!(!refused.is_definite() && refused.to_string().contains("max_wal_senders"), "{refused}");
-    // Our own walsender is not in our way.
+    // Our own walsender does not count as an obstacle.
     replication.start("s", "feed").await.unwrap();
     assert_eq!(errors(&admin.client, &expectation(&mapping, "s")).await, []);
     drop(replication);

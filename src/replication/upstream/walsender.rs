@@ -1,4 +1,9 @@
-//! The upstream that is a real PostgreSQL: two connections, one for SQL and one that replicates.
+//! The upstream for a real PostgreSQL: one connection for SQL, and one for replication.
+//!
+//! Both connections lead to the same server, which is checked by its system identifier. SQL checks the requirements,
+//! creates the slot, reads the publication, and asks every few seconds whether the server still has the walsender,
+//! because a silent replication connection proves nothing. Every statement has a time limit. The replication connection
+//! reads the slot.
 
 use super::{Link, Server, Started, Upstream};
 use crate::changelog::State;
@@ -23,38 +28,38 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 
-/// A statement on the side connection that takes longer means that the server does not answer.
+/// A longer statement on the SQL connection means that the server does not answer.
 const STATEMENT_MAX: Duration = Duration::from_secs(15);
-/// Longest wait for the slot: the server has to load it, and another walsender may be about to release it.
+/// The longest wait for the slot: the server has to load it, and another walsender may be about to release it.
 const START_MAX: Duration = Duration::from_secs(60);
-/// Longest wait for a change of the slot, which takes no time where no walsender reads it.
+/// The longest wait for a change of the slot, which is quick unless a walsender reads it.
 const ALTER_MAX: Duration = Duration::from_secs(5);
 
-/// The server that `database.uri` leads to.
+/// The server of `database.uri`.
 pub(crate) struct Postgres {
     options: Options,
     endpoints: Endpoints,
-    /// The server, for the other connections.
+    /// Publishes the server for the other connections.
     found: watch::Sender<Found>,
 }
 
 impl Postgres {
-    /// Reads from the primary among `endpoints`.
+    /// Creates an upstream that reads from the primary among `endpoints`.
     pub(crate) fn new(options: Options, endpoints: Endpoints) -> Self {
         Self { options, endpoints, found: watch::Sender::default() }
     }
 
-    /// Follows which server the session found to be the primary of its source. All other statements go to it, also after every
-    /// change.
+    /// Follows the server that the session found to be the primary of its source. All other statements go to it, also
+    /// after it changes.
     pub(crate) fn primaries(&self) -> PrimaryConnector {
         PrimaryConnector::new(self.found.subscribe())
     }
 
-    /// Checks whether a session could stream, before the process is ready. A cause that may pass (a server that is still starting) is
-    /// no error: the session tries again.
+    /// Checks whether a session could stream, before the process is ready. A temporary cause (such as a server that is
+    /// still starting) is not an error, because the session tries again.
     ///
     /// # Errors
-    /// Where something has to be repaired first.
+    /// If something has to be repaired first.
     pub(crate) async fn preflight(&self, state: &State) -> Result<(), Error> {
         let look = async {
             let sql = self.endpoints.connect(&application_name(&state.node_id)).await?;
@@ -71,7 +76,7 @@ impl Postgres {
         }
     }
 
-    /// Warns where PostgreSQL has fewer connections for this process than it may open.
+    /// Warns if PostgreSQL permits this process fewer connections than it may open.
     async fn warn_of_limits(&self, sql: &Connection) -> Result<(), Error> {
         let limits = bounded(requirements::Limits::read(&sql.client)).await?;
         let mut report = Report::default();
@@ -83,7 +88,8 @@ impl Postgres {
         Ok(())
     }
 
-    /// The session's SQL connection. Where a limit is in the way, the other users of PostgreSQL close theirs.
+    /// Opens the session's SQL connection. If a limit prevents it, the other users of PostgreSQL close their
+    /// connections.
     async fn connect_sql(&self, name: &str) -> Result<Arc<Connection>, Error> {
         let connected = self.endpoints.connect(name).await;
         let is_refused = connected.as_ref().is_err_and(ConnectError::is_limit);
@@ -91,7 +97,7 @@ impl Postgres {
         Ok(Arc::new(connected?))
     }
 
-    /// Makes the slot, if there is none.
+    /// Creates the slot, if there is none.
     async fn create_slot(&self, sql: &Connection) -> Result<(), Error> {
         if Slot::read(&sql.client, &self.options.slot).await?.is_some() {
             return Ok(());
@@ -103,10 +109,11 @@ impl Postgres {
         Ok(())
     }
 
-    /// Lets standbys keep a copy of a slot from before PostgreSQL 17, or that another program made.
+    /// Lets standbys keep a copy of a slot that is older than PostgreSQL 17, or that another program created.
     ///
-    /// Only where no walsender reads the slot. Otherwise PostgreSQL would wait until it is free, for any time, even after our
-    /// connection has ended. Such a slot is not read as it is either, because then it could not be altered until we stop.
+    /// Only if no walsender reads the slot. Otherwise PostgreSQL would wait for the slot without limit, even after our
+    /// connection has ended. Such a slot is not read unaltered either, because then it could not be altered until we
+    /// stop.
     async fn enable_failover(
         &self,
         sql: &Connection,
@@ -127,13 +134,13 @@ impl Postgres {
                 if is_left_behind { Transient::SlotLeftBehind { slot } } else { Transient::SlotInUse { slot, pid } };
             return Err(in_use.into());
         }
-        // Slots are named by letters, digits and underscores.
+        // Slot names contain only letters, digits and underscores.
         let statement = format!("ALTER_REPLICATION_SLOT \"{slot}\" (FAILOVER true)");
         match timeout(ALTER_MAX, walsender.query(&statement)).await {
             Ok(Ok(_)) => tracing::info!(slot, "standbys may keep a copy of the replication slot from now on"),
             Ok(Err(error)) => tracing::warn!(slot, "the replication slot will not outlive a failover: {error}"),
             Err(_) => {
-                // Another walsender was faster, and ours would wait for it.
+                // Another walsender took the slot first, and ours would wait for it.
                 let statement = "SELECT pg_terminate_backend($1)";
                 bounded(sql.client.query_opt(statement, &[&pid])).await?;
                 return Err(Transient::SlotTaken { slot: slot.clone() }.into());
@@ -171,12 +178,12 @@ impl Upstream for Postgres {
         let source = own_source(&sql, state).await?;
         check(&sql, &self.options, state.origin.is_some()).await?;
         if state.origin.is_none() {
-            // Only while the log is empty: a slot that is made later would begin with an unnoticed gap.
+            // Only while the log is empty: a slot that is created later would begin with an unnoticed gap.
             self.create_slot(&sql).await?;
         }
         let mut walsender = sql.endpoint().replicate(&name).await?;
-        // A database in SQL_ASCII holds any bytes. If UTF-8 was requested, the walsender would fail at each value that is not UTF-8,
-        // again and again. Unconverted, such a value is a gap for its tenant.
+        // A database with encoding SQL_ASCII may contain any bytes. If the walsender had to send UTF-8, it would fail
+        // at each value that is not UTF-8, again and again. Unconverted, such a value is a gap for its tenant.
         let as_they_are = "SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false) \
                            WHERE pg_catalog.current_setting('server_encoding') = 'SQL_ASCII'";
         bounded(walsender.query(as_they_are)).await?;
@@ -201,7 +208,7 @@ impl Upstream for Postgres {
     }
 }
 
-/// See the module.
+/// A link to PostgreSQL.
 pub(crate) struct PostgresLink {
     options: Options,
     found: watch::Sender<Found>,
@@ -209,7 +216,7 @@ pub(crate) struct PostgresLink {
     name: String,
     /// The process id of the walsender.
     pid: i32,
-    /// Shared with statements whose own connection PostgreSQL refuses.
+    /// Statements share this connection while PostgreSQL refuses them their own.
     sql: Arc<Connection>,
     walsender: Walsender,
     server: Server,
@@ -217,7 +224,7 @@ pub(crate) struct PostgresLink {
 }
 
 impl PostgresLink {
-    /// The error that the stream ended with.
+    /// The error with which the stream ended.
     fn stream_error(&self, error: WalsenderError) -> Error {
         if error.is_missing_publication() {
             let recreate_slot = self.options.commands.recreate_slot().to_string();
@@ -226,7 +233,7 @@ impl PostgresLink {
         error.into()
     }
 
-    /// The slot's confirmed flush, and the next transaction id.
+    /// Returns the slot's confirmed position, and the next transaction id.
     async fn slot_position(&self) -> Result<Started, Error> {
         let slot = &self.options.slot;
         let statement = "SELECT confirmed_flush_lsn::text, pg_current_snapshot()::text FROM pg_replication_slots \
@@ -258,7 +265,7 @@ impl Link for PostgresLink {
             }
             return Err(self.stream_error(error));
         }
-        // The slot is ours now, so its position stays.
+        // The slot is ours now, so its position is stable.
         self.slot_position().await
     }
 
@@ -325,7 +332,7 @@ impl Link for PostgresLink {
     }
 }
 
-/// What a statement fails with is transient: the checks say what is wrong with the server, in words that help.
+/// A failed statement is a temporary error: the checks report what is wrong with the server, with the remedy.
 impl From<tokio_postgres::Error> for Error {
     fn from(error: tokio_postgres::Error) -> Self {
         Transient::Sql(error.into()).into()
@@ -337,8 +344,9 @@ async fn bounded<T, E: Into<Error>>(work: impl Future<Output = Result<T, E>>) ->
     answer.map_err(Into::into)
 }
 
-/// Ends the walsender that holds the slot if this node, whose walsenders have this name, left it behind; whether it did. The server
-/// keeps a connection that died silently until the wait for an answer ends. A walsender of any other program is left alone.
+/// Ends the walsender that holds the slot if this node left it behind, which its application name `name` shows. Returns
+/// whether it did. The server keeps a silently lost connection until a timeout. Walsenders of other programs are left
+/// alone.
 async fn end_left_behind(sql: &Connection, slot: &str, name: &str) -> Result<bool, Error> {
     let statement = "SELECT pg_terminate_backend(activity.pid)
                        FROM pg_stat_activity AS activity JOIN pg_replication_slots AS slot ON slot.active_pid = activity.pid
@@ -347,7 +355,7 @@ async fn end_left_behind(sql: &Connection, slot: &str, name: &str) -> Result<boo
     Ok(bounded(sql.client.query_opt(statement, &[&slot, &name])).await?.is_some())
 }
 
-/// The database of this connection; an error where the log belongs to another one.
+/// Returns the database of this connection. Fails if the log belongs to another database.
 async fn own_source(sql: &Connection, state: &State) -> Result<Source, Error> {
     let found = source(sql).await?;
     match state.origin.as_ref().map(|origin| origin.source).filter(|recorded| *recorded != found) {
@@ -356,13 +364,13 @@ async fn own_source(sql: &Connection, state: &State) -> Result<Source, Error> {
     }
 }
 
-/// The database of this connection, and its cluster.
+/// Returns the database of this connection, and its cluster.
 async fn source(sql: &Connection) -> Result<Source, Error> {
     let statement = "SELECT c.system_identifier, d.oid FROM pg_control_system() c, pg_database d \
                      WHERE d.datname = current_database()";
     let row = bounded(sql.client.query_one(statement, &[])).await?;
     let (system, oid): (i64, u32) = (row.get(0), row.get(1));
-    // SQL has no unsigned integers: the bits are what counts.
+    // SQL has no unsigned integers, so read the bits as unsigned.
     Ok(Source { system_identifier: system.cast_unsigned(), database_oid: oid })
 }
 
@@ -372,7 +380,7 @@ async fn walsender_pid(walsender: &mut Walsender) -> Result<i32, Error> {
     Ok(pid.ok_or(Transient::NoPid)?)
 }
 
-/// The timelines that lead to this one.
+/// Returns the timelines that lead to this one.
 async fn history(walsender: &mut Walsender, timeline: u32) -> Result<History, Error> {
     if timeline == 1 {
         return Ok(History::first());

@@ -1,15 +1,16 @@
-//! A `WatchResponse` as a message of gRPC: "Length-Prefixed-Message" of gRPC over HTTP/2.
+//! A `WatchResponse` as a gRPC message: a "Length-Prefixed-Message" of gRPC over HTTP/2.
 //!
 //! | bytes | content |
 //! | --- | --- |
 //! | 1 | 0: not compressed |
 //! | 4 | length of the rest, big-endian |
 //! | | the response |
-//! | | field 15, which fills it up |
+//! | | field 15, the padding of a short response |
 //!
-//! Messages are never short, and so DATA frames are not. A client of h2 charges a connection 256 bytes, less its length, for every short
-//! frame that is not read yet, and closes the connection when these charges come to half of its window. Frames of more than 170 bytes
-//! fill the window first, and then the stream waits, as it should.
+//! Short messages are padded so that no DATA frame is short. For every short frame that waits to be read, an h2 client
+//! charges the connection 256 bytes less the length of the frame, and it closes the connection when the charges reach
+//! half of its window. Frames of more than 170 bytes fill the window before that, and then flow control makes the
+//! stream wait.
 
 use super::response;
 use crate::api::encode::{Encoder, Malformed};
@@ -18,13 +19,13 @@ use crate::model::transaction::Message;
 use bytes::{BufMut as _, Bytes};
 use prost::encoding::{WireType, encode_key, encode_varint};
 
-/// Makes frames.
-pub const FRAME: Encoder = Encoder { form: EnvelopeForm::BaseV1Frame, encode };
+pub(crate) const FRAME: Encoder = Encoder { form: EnvelopeForm::BaseV1Frame, encode };
 
-/// No frame is shorter. See the module; below the 256 at which h2 begins to write each frame by itself.
-pub const BYTES_MIN: usize = 192;
+/// The length to which frames are padded, see the module. It is below 256, the length from which h2 writes each frame
+/// separately.
+pub(crate) const BYTES_MIN: usize = 192;
 const PREFIX_BYTES: usize = 5;
-/// The field of `WatchResponse` that fills up short ones. Nobody knows it, and so everybody passes it over.
+/// The unknown field of `WatchResponse` that pads short ones. Clients skip unknown fields.
 const PADDING: u32 = 15;
 
 fn encode(message: &Message, snap_token: &str) -> Result<Bytes, Malformed> {
@@ -38,7 +39,7 @@ fn encode(message: &Message, snap_token: &str) -> Result<Bytes, Malformed> {
     }
     let mut frame = Vec::with_capacity(PREFIX_BYTES + response.len() + padding.len());
     frame.put_u8(0);
-    // Bounded by the largest change, far below 4 GiB.
+    // The length is far below 4 GiB, because changes are limited.
     frame.put_u32(u32::try_from(response.len() + padding.len()).unwrap_or(u32::MAX));
     frame.put_slice(&response);
     frame.put_slice(&padding);
@@ -58,7 +59,7 @@ mod tests {
         let header = Header { commit: CommitLsn(Lsn(1)), xid: Xid8(1), commit_time: CommitTime(0) };
         for change_bytes in 0..300 {
             let mut builder = MessageBuilder::default();
-            // An unknown field of DataChanges, of any length.
+            // An unknown field of DataChanges can have any length.
             let mut change = Vec::new();
             prost::encoding::bytes::encode(9, &vec![1; change_bytes], &mut change);
             builder.push(1, &change, change.len());

@@ -5,9 +5,9 @@
 //!            └──────────────── the JSON text ────────────────┘
 //! ```
 //!
-//! It is written straight from the changes, with no message in between that would take several times their memory. A test compares it with
-//! what prost-reflect writes. Server-Sent Events, and the first version of the API with its other name for the list, are made of slices of
-//! the same line, so that there is one in memory.
+//! The line is written straight from the changes, because a decoded message would take several times their memory. A
+//! test compares it with the output of prost-reflect. Server-Sent Events, and the first version of the API with its own
+//! name for the list, are made of slices of the same line, so memory holds one line only.
 
 use crate::api::encode::{Encoder, Malformed};
 use crate::hub::EnvelopeForm;
@@ -16,24 +16,23 @@ use crate::model::transaction::Message;
 use bytes::Bytes;
 use serde::Serialize;
 
-/// Makes lines.
-pub const LINE: Encoder = Encoder { form: EnvelopeForm::BaseV1Json, encode };
+pub(crate) const LINE: Encoder = Encoder { form: EnvelopeForm::BaseV1Json, encode };
 
 const BEFORE_JSON: &str = "{\"result\":";
 const BEFORE_TOKEN: &str = "{\"changes\":{\"snap_token\":\"";
 const BEFORE_NAME: &str = "\",\"";
-/// What the list of changes is called.
+/// The name of the list of changes.
 const NAME: &str = "data_changes";
 const BEFORE_LIST: &str = "\":[";
 const AFTER_LIST: &str = "]}}";
 const AFTER_JSON: &str = "}\n";
 
-/// How much longer the JSON of a tuple is than its protobuf, about.
+/// The approximate size of a tuple's JSON, as a multiple of its protobuf.
 const GROWTH: usize = 4;
 
 fn encode(message: &Message, snap_token: &str) -> Result<Bytes, Malformed> {
     let mut line = Vec::with_capacity(GROWTH * message.changes.len() + 128);
-    // A token has no character that JSON escapes.
+    // A token contains no characters that JSON escapes.
     for part in [BEFORE_JSON, BEFORE_TOKEN, snap_token, BEFORE_NAME, NAME, BEFORE_LIST] {
         line.extend_from_slice(part.as_bytes());
     }
@@ -45,7 +44,7 @@ fn encode(message: &Message, snap_token: &str) -> Result<Bytes, Malformed> {
     }
     line.extend_from_slice(AFTER_LIST.as_bytes());
     line.extend_from_slice(AFTER_JSON.as_bytes());
-    // What is kept has no room to spare.
+    // Envelopes are kept, so they have no spare capacity.
     Ok(line.into_boxed_slice().into())
 }
 
@@ -91,7 +90,7 @@ fn put_data(value: &AttributeValue, out: &mut Vec<u8>) -> Result<(), Malformed> 
     }
 }
 
-/// A number of JSON, or the name of one that JSON does not have.
+/// A JSON number, or the string that stands for a number that JSON lacks.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Double {
@@ -110,37 +109,37 @@ fn double(value: f64) -> Double {
 
 fn put(before: &str, value: &(impl Serialize + ?Sized), out: &mut Vec<u8>) -> Result<(), Malformed> {
     out.extend_from_slice(before.as_bytes());
-    // Fails for none of what is written here.
+    // No value that is written here can fail.
     serde_json::to_writer(out, value).map_err(|_| Malformed)
 }
 
-/// A line, and what it is made of.
+/// An encoded line, and access to its parts.
 #[derive(Debug)]
-pub struct Line(Bytes);
+pub(crate) struct Line(Bytes);
 
 impl Line {
-    /// One that [`LINE`] has made.
-    pub const fn new(encoded: Bytes) -> Self {
+    /// Wraps a line that [`LINE`] has encoded.
+    pub(crate) const fn new(encoded: Bytes) -> Self {
         Self(encoded)
     }
 
-    /// All of it, with its end.
-    pub fn whole(self) -> Bytes {
+    /// The whole line, with its line end.
+    pub(crate) fn whole(self) -> Bytes {
         self.0
     }
 
-    /// The response in it.
-    pub fn json(&self) -> Bytes {
+    /// The JSON text of the response.
+    pub(crate) fn json(&self) -> Bytes {
         self.0.slice(BEFORE_JSON.len()..self.0.len() - AFTER_JSON.len())
     }
 
-    /// The token of the message.
-    pub fn snap_token(&self) -> Bytes {
+    /// The snap token of the message.
+    pub(crate) fn snap_token(&self) -> Bytes {
         self.0.slice(BEFORE_JSON.len() + BEFORE_TOKEN.len()..self.end_of_token())
     }
 
-    /// What is before the name of the list of changes, and what is behind it.
-    pub fn around_name(&self) -> (Bytes, Bytes) {
+    /// The parts before and after the name of the list of changes.
+    pub(crate) fn around_name(&self) -> (Bytes, Bytes) {
         let name = self.end_of_token() + BEFORE_NAME.len();
         (self.0.slice(..name), self.0.slice(name + NAME.len()..))
     }
@@ -174,7 +173,7 @@ mod tests {
         Line::new(encode(&message(changes), "to-ken").unwrap())
     }
 
-    /// The `WatchResponse` of these changes, as protobuf's JSON form has it.
+    /// The `WatchResponse` of these changes in protobuf's JSON form.
     fn expected(changes: &[u8]) -> String {
         static MESSAGES: LazyLock<DescriptorPool> = LazyLock::new(|| DescriptorPool::decode(DESCRIPTORS).unwrap());
         let response = response("to-ken", changes).unwrap();
