@@ -392,7 +392,7 @@ impl Primary for SqlPrimary {
 
 async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
     let mut batch = Vec::new();
-    let mut is_logged = false;
+    let mut logged = LoggedReason::default();
     let mut pause = Duration::ZERO;
     loop {
         match tokio::time::timeout(pause, questions.recv_many(&mut batch, SHARED_MAX)).await {
@@ -402,11 +402,11 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
                 // A probe is the statement that starts streams, without a tenant.
                 let failed = primary_state(&mut lazy, &[]).await.err();
                 let is_lasting = lazy.answers.silence().is_some_and(|silence| silence.since.elapsed() > Answers::LATE);
-                if let Some(error) = failed.as_ref().filter(|_| is_lasting && !is_logged) {
-                    tracing::warn!("no stream can start: {}", InFull(error.clone()));
-                    is_logged = true;
+                match &failed {
+                    None => logged.clear(),
+                    Some(error) if is_lasting => logged.log(error),
+                    Some(_) => {}
                 }
-                is_logged &= failed.is_some();
                 pause = if failed.is_some() { PROBE_AGAIN_AFTER } else { PROBE_EVERY };
                 continue;
             }
@@ -420,10 +420,12 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
                 Question::Status { reply, .. } if reply.is_closed() => {}
                 Question::Mark { reply } if reply.is_closed() => {}
                 Question::Status { xid, reply } => {
-                    let _ = reply.send(status(&mut lazy, xid).await.map_err(Unreachable::from));
+                    let answer = status(&mut lazy, xid).await;
+                    let _ = reply.send(answer.inspect_err(|error| logged.refer(error)).map_err(Unreachable::from));
                 }
                 Question::Mark { reply } => {
-                    let _ = reply.send(mark(&mut lazy).await.map_err(Unreachable::from));
+                    let answer = mark(&mut lazy).await;
+                    let _ = reply.send(answer.inspect_err(|error| logged.refer(error)).map_err(Unreachable::from));
                 }
             }
         }
@@ -432,7 +434,7 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
         }
         let tenants: Vec<&str> =
             state_questions.iter().filter_map(|(scope, _)| scope.tenant()).map(TenantId::as_str).collect();
-        let answer = primary_state(&mut lazy, &tenants).await;
+        let answer = primary_state(&mut lazy, &tenants).await.inspect_err(|error| logged.refer(error));
         for (scope, reply) in state_questions {
             let _ = reply.send(match &answer {
                 Ok((state, known)) => {
@@ -442,6 +444,31 @@ async fn answer_all(mut lazy: Lazy, mut questions: mpsc::Receiver<Question>) {
                 Err(error) => Err(error.clone().into()),
             });
         }
+    }
+}
+
+/// The reason that the log has why starts are not answered, so that each is logged once.
+#[derive(Default)]
+struct LoggedReason(Option<String>);
+
+impl LoggedReason {
+    fn log(&mut self, error: &Unanswered) {
+        let reason = InFull(error.clone()).to_string();
+        if self.0.as_ref() != Some(&reason) {
+            tracing::warn!("no stream can start: {reason}");
+            self.0 = Some(reason);
+        }
+    }
+
+    /// Logs an error whose text refers its caller to the log.
+    fn refer(&mut self, error: &Unanswered) {
+        if matches!(error, Unanswered::Connect(primary::Error::Connect(_))) {
+            self.log(error);
+        }
+    }
+
+    fn clear(&mut self) {
+        self.0 = None;
     }
 }
 

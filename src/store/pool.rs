@@ -5,7 +5,7 @@ use crate::postgres::connection::Connection;
 use crate::postgres::primary::{self, PrimaryConnector};
 use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, TimeoutType};
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
@@ -29,7 +29,7 @@ impl Pool {
     /// Creates the pool. Its connections belong to the current runtime.
     pub(super) fn new(connector: PrimaryConnector, connections_max: usize) -> Self {
         let session = connector.clone();
-        let opener = Opener { connector, runtime: Handle::current(), is_told: AtomicBool::new(false) };
+        let opener = Opener { connector, runtime: Handle::current(), logged: Mutex::default() };
         let builder = managed::Pool::builder(opener)
             .max_size(connections_max)
             .runtime(deadpool::Runtime::Tokio1)
@@ -86,15 +86,18 @@ struct Opener {
     connector: PrimaryConnector,
     /// The runtime of the connections. They outlive the runtime of the call that opens them.
     runtime: Handle,
-    /// Whether the log has the reason why there are no connections.
-    is_told: AtomicBool,
+    /// The reason that the log has why there are no connections; empty while there are some.
+    logged: Mutex<String>,
 }
 
 impl Opener {
-    /// Logs the reason in full, once. Callers get it without hosts and roles.
-    fn tell(&self, error: &primary::Error) {
-        if !matches!(error, primary::Error::NoSession) && !self.is_told.swap(true, Ordering::Relaxed) {
-            tracing::warn!("Data and Tenancy have no connection to PostgreSQL: {}", error.in_full());
+    /// Logs each reason in full, once. Callers get it without hosts and roles.
+    fn log(&self, error: &primary::Error) {
+        let reason = error.in_full().to_string();
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        if !matches!(error, primary::Error::NoSession) && *logged != reason {
+            tracing::warn!("Data and Tenancy have no connection to PostgreSQL: {reason}");
+            *logged = reason;
         }
     }
 }
@@ -119,8 +122,8 @@ impl managed::Manager for Opener {
         let Some(Ok((connection, connector))) = connecting.join_next().await else {
             return Err(Error::Unreachable(Unreachable::Stopping));
         };
-        let connection = connection.inspect_err(|error| self.tell(error))?;
-        self.is_told.store(false, Ordering::Relaxed);
+        let connection = connection.inspect_err(|error| self.log(error))?;
+        self.logged.lock().unwrap_or_else(PoisonError::into_inner).clear();
         // Triggers of these tables use the schema public, as for other writers.
         let set = format!(
             "SET search_path = \"$user\", public; SET statement_timeout = '{}s'; SET lock_timeout = '{}s'",
