@@ -462,7 +462,9 @@ impl LoggedReason {
 
     /// Logs an error whose text refers its caller to the log.
     fn refer(&mut self, error: &Unanswered) {
-        if matches!(error, Unanswered::Connect(primary::Error::Connect(_))) {
+        if let Unanswered::Connect(cause) = error
+            && matches!(**cause, primary::Error::Connect(_))
+        {
             self.log(error);
         }
     }
