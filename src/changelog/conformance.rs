@@ -2,10 +2,9 @@
 
 use super::model::{Inner, ModelLog};
 use super::*;
-use crate::model::change::{Fact, Operation, Tuple, encode};
 use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Xid8};
 use crate::model::timeline::Timeline;
-use crate::model::transaction::{GapReason, Header, Message, MessageBuilder};
+use crate::model::transaction::{GapReason, Header, Message};
 use proptest::prelude::*;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,22 +17,7 @@ fn header(commit: u64) -> Header {
 }
 
 fn message(commit: u64, end: Option<u64>, steps: &[u64]) -> Message {
-    let mut builder = MessageBuilder::default();
-    for step in steps {
-        let mut encoded = Vec::new();
-        let id = format!("{commit}-{step}");
-        let tuple = Tuple {
-            entity_type: "doc",
-            entity_id: &id,
-            relation: "viewer",
-            subject_type: "user",
-            subject_id: "1",
-            subject_relation: "",
-        };
-        encode(Operation::Create, &Fact::Tuple(tuple), &mut encoded);
-        builder.push(*step, &encoded, encoded.len());
-    }
-    builder.finish(header(commit), end.map(|end| EndLsn(Lsn(end))))
+    Message::of_tuples(header(commit), steps.iter().copied(), end)
 }
 
 fn transaction(commit: u64, tenants: &[&str]) -> Entry {

@@ -2,12 +2,12 @@ use super::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
 use super::*;
 use crate::changelog::model::ModelLog;
 use crate::changelog::{Entry, Origin};
-use crate::model::change::{Fact, Operation, TenantId, Tuple, encode};
+use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Position, Snapshot, Xid8};
 use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::{SnapToken, TokenId};
 use crate::model::timeline::Timeline;
-use crate::model::transaction::{GapReason, Header, Message, MessageBuilder, TenantMessage};
+use crate::model::transaction::{GapReason, Header, Message, TenantMessage};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
@@ -28,22 +28,8 @@ fn tenant(name: &str) -> TenantId {
 }
 
 fn message(commit: u64, end: Option<u64>, steps: &[u64]) -> Message {
-    let mut builder = MessageBuilder::default();
-    for step in steps {
-        let tuple = Tuple {
-            entity_type: "doc",
-            entity_id: "1",
-            relation: "viewer",
-            subject_type: "user",
-            subject_id: "1",
-            subject_relation: "",
-        };
-        let mut encoded = Vec::new();
-        encode(Operation::Create, &Fact::Tuple(tuple), &mut encoded);
-        builder.push(*step, &encoded, encoded.len());
-    }
     let header = Header { commit: CommitLsn(Lsn(commit)), xid: Xid8(commit), commit_time: CommitTime(0) };
-    builder.finish(header, end.map(|end| EndLsn(Lsn(end))))
+    Message::of_tuples(header, steps.iter().copied(), end)
 }
 
 /// A transaction that commits at `commit`, ends 10 later, has the xid of its commit LSN and a change for each tenant.

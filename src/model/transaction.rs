@@ -428,18 +428,15 @@ impl Transaction {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::change::{Fact, Operation, Tuple, encode};
-
-    fn message(steps: &[u64], end: Option<u64>) -> Message {
-        let header = Header { commit: CommitLsn(Lsn(100)), xid: Xid8(7), commit_time: CommitTime(0) };
+impl Message {
+    /// A message that creates a tuple at each of these row steps, whose entity has the step as its id.
+    pub(crate) fn of_tuples(header: Header, steps: impl IntoIterator<Item = u64>, end: Option<u64>) -> Self {
+        use crate::model::change::{Fact, Operation, Tuple, encode};
         let mut builder = MessageBuilder::default();
         for step in steps {
-            let id = step.to_string();
             let fact = Fact::Tuple(Tuple {
                 entity_type: "doc",
-                entity_id: &id,
+                entity_id: &step.to_string(),
                 relation: "viewer",
                 subject_type: "user",
                 subject_id: "1",
@@ -447,9 +444,19 @@ mod tests {
             });
             let mut encoded = Vec::new();
             encode(Operation::Create, &fact, &mut encoded);
-            builder.push(*step, &encoded, encoded.len());
+            builder.push(step, &encoded, encoded.len());
         }
         builder.finish(header, end.map(|end| EndLsn(Lsn(end))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(steps: &[u64], end: Option<u64>) -> Message {
+        let header = Header { commit: CommitLsn(Lsn(100)), xid: Xid8(7), commit_time: CommitTime(0) };
+        Message::of_tuples(header, steps.iter().copied(), end)
     }
 
     #[test]

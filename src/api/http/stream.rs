@@ -235,12 +235,12 @@ mod tests {
     use crate::changelog::{ChangeLog as _, Entry, Origin};
     use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
     use crate::hub::{self, Hub, releaser};
-    use crate::model::change::{Fact, Operation, TenantId, Tuple, encode};
+    use crate::model::change::TenantId;
     use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Lsn, Position, Snapshot, Xid8};
     use crate::model::scope::Scope;
     use crate::model::snap_token::Form as TokenForm;
     use crate::model::timeline::{History, Source};
-    use crate::model::transaction::{Header, MessageBuilder, Transaction};
+    use crate::model::transaction::{Header, Message, Transaction};
     use serde_json::Value as Json;
     use std::future::poll_fn;
     use std::sync::Arc;
@@ -287,22 +287,8 @@ mod tests {
         for (count, commit) in tuples.iter().zip((200..).step_by(100)) {
             let header = Header { commit: CommitLsn(Lsn(commit)), xid: Xid8(commit), commit_time: CommitTime(0) };
             let end = EndLsn(Lsn(commit + 10));
-            let mut builder = MessageBuilder::default();
-            for step in 1..=*count as u64 {
-                let id = step.to_string();
-                let fact = Fact::Tuple(Tuple {
-                    entity_type: "doc",
-                    entity_id: &id,
-                    relation: "viewer",
-                    subject_type: "user",
-                    subject_id: "1",
-                    subject_relation: "",
-                });
-                let mut encoded = Vec::new();
-                encode(Operation::Create, &fact, &mut encoded);
-                builder.push(step, &encoded, encoded.len());
-            }
-            let messages = vec![(TenantId::new("t1").unwrap(), builder.finish(header, Some(end)))];
+            let message = Message::of_tuples(header, 1..=*count as u64, Some(end.0.0));
+            let messages = vec![(TenantId::new("t1").unwrap(), message)];
             let (gaps, token_ids, tallies) = (vec![], vec![], vec![]);
             let transaction = Transaction { header, end, messages, staged: false, gaps, token_ids, tallies };
             hub.admit(Arc::new(transaction)).await;
