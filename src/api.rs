@@ -5,9 +5,9 @@
 //! Only [`grpc`], [`http`] and [`encode`] know the parts of a protocol, such as statuses, frames and headers.
 
 pub mod encode;
-mod forms;
 pub mod grpc;
 pub(crate) mod http;
+mod permify_names;
 mod scope;
 mod threads;
 pub(crate) mod watch;

@@ -35,7 +35,7 @@ pub(crate) mod recorder;
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
-pub(crate) mod model;
+pub(crate) mod reference;
 
 pub use local::{LocalLog, Options};
 

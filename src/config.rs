@@ -21,7 +21,6 @@ mod authn;
 mod choice;
 mod command_line;
 mod database_uri;
-mod document;
 mod effective;
 mod environment;
 mod error;
@@ -31,6 +30,7 @@ mod parse;
 mod quantity;
 mod reader;
 mod spelling;
+mod yaml_file;
 
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};

@@ -9,6 +9,8 @@
 //!  any writer ──SQL──▶ PostgreSQL ──WAL──▶ walsender (pgoutput)
 //!                                             │  one replication connection
 //!                                             ▼
+//!                   postgres::connection   bytes → Begin, Change, Commit
+//!                                             ▼
 //!                   replication::Session   reconnects, checks, acknowledges
 //!                                             │ events
 //!                                             ▼
@@ -20,13 +22,13 @@
 //!                                             ▼
 //!                   app::log_and_hub ─┬────────────────────┐
 //!                                     ▼                    ▼
-//!                   changelog (durable, bounded)     hub::window (recent, in memory)
+//!                   changelog::recorder → local      hub::window (recent, in memory)
 //!                                     │                    │ hub::releaser: visible in PostgreSQL?
 //!                                     └─────────┬──────────┘
 //!                                               ▼
 //!                   hub::Subscription      one reader over both tiers, per subscriber
 //!                                               ▼
-//!                   api::watch             who may read it, limits, why it ends; behind access::admission
+//!                   api::watch             checks the tenant, limits streams, ends them; behind access::admission
 //!                     ├ api::grpc            base.v1.Watch: frames, made by api::encode
 //!                     └ api::http            the same over HTTP: JSON lines, Server-Sent Events
 //!

@@ -124,7 +124,7 @@ fn module(root: &Path, path: &Path) -> Vec<String> {
 
 /// Code without comments and tests.
 fn code(path: &Path) -> String {
-    let tests = ["tests.rs", "changelog/model.rs", "conformance.rs", "test_postgres.rs"];
+    let tests = ["tests.rs", "changelog/reference.rs", "conformance.rs", "test_postgres.rs"];
     let is_test = tests.iter().any(|test| path.ends_with(test));
     if is_test {
         return String::new();

@@ -12,7 +12,7 @@ pub(crate) use stream::{Next, Stream};
 pub(crate) use tokens::Tokens;
 
 use super::scope::Requested;
-use super::{forms, scope};
+use super::{permify_names, scope};
 use crate::access::authn::Caller;
 use crate::hub::Hub;
 use crate::hub::primary::Primary;
@@ -142,5 +142,9 @@ impl<P: Primary> WatchService<P> {
 
 /// Checks the form of a tenant id with a preset. The start of the stream refuses ids that no tenant can have.
 fn check_form(tenant: &str) -> Result<(), Error> {
-    if forms::is_id(tenant) || TenantId::new(tenant).is_err() { Ok(()) } else { Err(Error::TenantForm(forms::ID)) }
+    if permify_names::is_id(tenant) || TenantId::new(tenant).is_err() {
+        Ok(())
+    } else {
+        Err(Error::TenantForm(permify_names::ID))
+    }
 }

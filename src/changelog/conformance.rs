@@ -1,6 +1,6 @@
 //! One suite for every implementation of the contract, and the real log against the model under crashes.
 
-use super::model::{Inner, ModelLog};
+use super::reference::{Inner, ModelLog};
 use super::*;
 use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Xid8};
 use crate::model::timeline::Timeline;

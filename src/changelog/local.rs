@@ -16,8 +16,8 @@
 //! damaged end off its journal. So after a fault of the disk, the log may be shorter than its last sync. The session
 //! notices this, because the slot is then ahead of the log.
 
+mod apply;
 pub(super) mod directory;
-mod memory;
 mod page;
 mod reading;
 mod record;
@@ -30,9 +30,9 @@ use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};
 use crate::model::scope::{Place, Scope};
 use crate::model::snap_token::TokenId;
 use crate::model::transaction::Gap;
+use apply::{Memory, Written};
 use directory::{DATA, MARKER, MARKER_NEW, Marker, PROBE};
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
-use memory::{Memory, Written};
 use page::Malformed;
 use record::Horizon;
 use segments::Segments;

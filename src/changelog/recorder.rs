@@ -284,7 +284,7 @@ impl Recorder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::changelog::model::ModelLog;
+    use crate::changelog::reference::ModelLog;
 
     #[tokio::test(start_paused = true)]
     async fn a_busy_log_is_synced_rarely_and_a_quiet_one_soon() {

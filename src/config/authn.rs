@@ -6,10 +6,10 @@ use std::net::IpAddr;
 
 use super::choice::AuthnMethod;
 use super::database_uri::HIDDEN;
-use super::document;
 use super::effective::{Setting, yaml_string};
 use super::parse::{Allowed, RawValue, boolean, choice, list};
 use super::reader::Reader;
+use super::yaml_file;
 use crate::yaml::{Section, Value};
 
 /// The credentials of callers, and the requests that need none.
@@ -180,7 +180,7 @@ impl Authn {
 fn preshared_keys(raw: &RawValue<'_>) -> Result<Vec<PresharedKey>, Allowed> {
     let keys = match raw {
         RawValue::Text(text) if text.trim_start().starts_with('[') => {
-            let value = document::parse_value(text).ok_or("a list as in [a, {key: b, tenants: [t1]}]")?;
+            let value = yaml_file::parse_value(text).ok_or("a list as in [a, {key: b, tenants: [t1]}]")?;
             list(preshared_key)(&RawValue::from(&value))?
         }
         _ => list(preshared_key)(raw)?,

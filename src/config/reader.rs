@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use super::document::{self, Leaves};
 use super::effective::{Effective, Setting};
 use super::environment::OTHER_VARIABLES;
 use super::error::{Error, Problem};
 use super::origin::{Name, Origin, VARIABLE_PREFIX, flag, variable};
 use super::parse::{Allowed, RawValue};
 use super::spelling::nearest;
+use super::yaml_file::{self, Leaves};
 use crate::yaml::{Section, Value};
 
 /// All sources, without the keys that were already read.
@@ -33,7 +33,7 @@ impl Reader {
         environment: impl IntoIterator<Item = (String, String)>,
         overrides: &[(String, String)],
     ) -> Self {
-        let (file, problems) = path.map(document::read).unwrap_or_default();
+        let (file, problems) = path.map(yaml_file::read).unwrap_or_default();
         let environment = environment
             .into_iter()
             .filter(|(name, _)| name.starts_with(VARIABLE_PREFIX) && !OTHER_VARIABLES.contains(&name.as_str()));

@@ -1,6 +1,6 @@
 use super::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
 use super::*;
-use crate::changelog::model::ModelLog;
+use crate::changelog::reference::ModelLog;
 use crate::changelog::{Entry, Origin};
 use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, CommitTime, EndLsn, Position, Snapshot, Xid8};

@@ -2,7 +2,7 @@
 //! lie.
 
 use super::world::World;
-use crate::changelog::model::{Inner, ModelLog};
+use crate::changelog::reference::{Inner, ModelLog};
 use crate::changelog::{Batch, ChangeLog, DiskSpace, Entry, Error, State, TransactionOutcome};
 use crate::model::change::TenantId;
 use crate::model::lsn::{CommitLsn, EndLsn, Lsn, Position, Xid8};

@@ -7,7 +7,7 @@
 use super::proto;
 use super::{fact, status};
 use crate::api::encode::base_v1;
-use crate::api::forms::{ID, NAME, is_id, is_name};
+use crate::api::permify_names::{ID, NAME, is_id, is_name};
 use crate::model::change::{AttributeValue, TenantId, Tuple};
 use crate::store::{AttributeFilter, Batch, Key, TupleFilter};
 use std::fmt::Arguments;

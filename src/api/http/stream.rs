@@ -231,7 +231,7 @@ mod tests {
     use super::*;
     use crate::api::scope::Requested;
     use crate::api::watch::{Options, Started, Tokens, WatchService};
-    use crate::changelog::model::ModelLog;
+    use crate::changelog::reference::ModelLog;
     use crate::changelog::{ChangeLog as _, Entry, Origin};
     use crate::hub::primary::{Primary, PrimaryState, TransactionStatus, Unreachable};
     use crate::hub::{self, Hub, releaser};
