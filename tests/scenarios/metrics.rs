@@ -276,7 +276,7 @@ async fn a_node_that_catches_up_after_its_start_is_not_ready() {
     postgres.sql().await.insert_large("t1", 1..=4000).await;
     proxy.slow_down(4 << 20);
     server.start().await;
-    until_unready(&server, "how old they are is unknown").await;
+    until_unready(&server, "of unknown age").await;
     assert_eq!(server.scrape().await.get("tuplewatch_session_state", &[("state", "streaming")]), 1.0);
     proxy.slow_down(0);
     until_ready(&server).await;
