@@ -1,4 +1,4 @@
-//! The validation of requests of Data and Tenancy. Ids and names have Permify's forms ([`crate::api::forms`]). A
+//! The validation of requests of Data and Tenancy. Ids and names have Permify's forms ([`crate::api::permify_names`]). A
 //! subject's relation may also be empty, or `...`, which means the same.
 //!
 //! A status lists all invalid fields at once, and never their contents. Filters may contain any text: a text of another
