@@ -212,7 +212,8 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared, 
     let mut line = shared.line.subscribe();
     let mut buffer = vec![0; 64 << 10];
     loop {
-        let Ok(length) = from.read(&mut buffer).await else { return };
+        // A reset connection is one that has ended.
+        let length = from.read(&mut buffer).await.unwrap_or(0);
         // A silent line delays data, and the end of the other side.
         if line.wait_for(|line| !line.is_silent(generation)).await.is_err() || length == 0 {
             return;
