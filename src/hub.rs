@@ -215,7 +215,7 @@ impl Hub {
         self.inner.admitted.send_replace(lsn);
     }
 
-    /// The envelope of a message in this form: made once, by whoever asks first, and shared by all that read the message from memory.
+    /// The envelope of a message in this form: made once, by the first caller, and shared by all that read the message from memory.
     /// All callers give the same `make`.
     ///
     /// # Errors

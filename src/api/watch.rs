@@ -111,10 +111,11 @@ impl<P: Primary> WatchService<P> {
         }
         let scope = match requested {
             Requested::Tenant(tenant) => {
-                if options.permify_tenants {
-                    check_form(tenant)?;
+                let id = TenantId::new(tenant)?;
+                if options.permify_tenants && !permify_names::is_id(tenant) {
+                    return Err(Error::TenantForm(permify_names::ID));
                 }
-                Scope::Tenant(TenantId::new(tenant)?)
+                Scope::Tenant(id)
             }
             Requested::All => Scope::All,
         };
@@ -137,14 +138,5 @@ impl<P: Primary> WatchService<P> {
         let expires_at = caller.and_then(Caller::expires_at);
         let stream = Stream::new(self.hub.clone(), options.token_form, subscription, expires_at, edge, permit);
         Ok(Started { stream, snap_token })
-    }
-}
-
-/// Checks the form of a tenant id with a preset. The start of the stream refuses ids that no tenant can have.
-fn check_form(tenant: &str) -> Result<(), Error> {
-    if permify_names::is_id(tenant) || TenantId::new(tenant).is_err() {
-        Ok(())
-    } else {
-        Err(Error::TenantForm(permify_names::ID))
     }
 }

@@ -76,7 +76,7 @@ impl LongItems {
 #[derive(Debug, Default)]
 struct Slot {
     made: OnceLock<Bytes>,
-    /// Held by whoever makes it.
+    /// Held by the caller that makes the envelope.
     making: Mutex<()>,
     /// There was no room to keep it: each reader makes its own.
     is_not_kept: AtomicBool,

@@ -846,7 +846,7 @@ async fn all_tenants_resume_from_the_token_of_one() {
         fixture.append(next.clone());
         fixture.admit(next).await;
         fixture.release(1000, "");
-        // Tenant c has had step 1; whoever follows all tenants has had step 1 of each, and then steps 2 and 3 of b and a.
+        // The token includes step 1 of tenant c, and so of every tenant. Steps 2 and 3 of b and a are still to come.
         let of_one = Position::inside(CommitLsn(Lsn(200)), 1);
         let mut subscription = Subscription::new(fixture.hub.clone(), Scope::All, of_one.into(), of_one, None, 0);
         assert_eq!(stream_of_all(&fixture, &mut subscription).await, "a200:1 b200:1");

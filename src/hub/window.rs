@@ -213,14 +213,15 @@ impl Window {
         let is_older = |entry: &Entry| entry.commit < commit;
         // Nothing is evicted in vain.
         let missing = (self.bytes + bytes).saturating_sub(self.options.window_bytes);
-        let evictable = self.entries.iter().take_while(|entry| is_older(entry) && entry.end.0 <= appended);
-        let evictable = evictable.scan(0, |freed, entry| {
-            let before = *freed;
-            *freed += entry.bytes;
-            Some((before, *freed))
-        });
-        let count = evictable.clone().take_while(|(before, _)| *before < missing).count();
-        if evictable.take(count).last().map_or(0, |(_, freed)| freed) < missing {
+        let (mut freed, mut count) = (0, 0);
+        for entry in self.entries.iter().take_while(|entry| is_older(entry) && entry.end.0 <= appended) {
+            if freed >= missing {
+                break;
+            }
+            freed += entry.bytes;
+            count += 1;
+        }
+        if freed < missing {
             return false;
         }
         for _ in 0..count {

@@ -21,6 +21,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 /// The domain of `google.rpc.ErrorInfo`.
 pub(crate) const DOMAIN: &str = "tuplewatch";
+
 fn with_reason(code: Code, message: String, reason: &str, metadata: Vec<(&str, String)>) -> Status {
     let metadata: HashMap<String, String> = metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
     Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, metadata))
