@@ -8,15 +8,14 @@ use std::io;
 use bytes::BytesMut;
 use postgres_protocol::message::backend::{Header, Message};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf, split};
-use tokio::time::{Instant, timeout};
 
-use super::low_water::{LowWater, MARK, WAIT_MAX};
+use super::pace::Pace;
 use super::wire::Wire;
 
 /// The least free room of the buffer for a read.
-const ROOM_MIN: usize = MARK;
+const ROOM_MIN: usize = 64 << 10;
 /// The size of a new buffer.
-const ROOM: usize = 4 * MARK;
+const ROOM: usize = 4 * ROOM_MIN;
 /// The longest message that PostgreSQL creates: its `MaxAllocSize`.
 const MESSAGE_MAX: usize = 1 << 30;
 /// The longest message before the server has accepted the session. Real ones have some hundred bytes.
@@ -49,16 +48,16 @@ pub(super) struct Incoming {
     /// See [`Incoming::unread`].
     buffer: BytesMut,
     message_max: usize,
-    mark: LowWater,
+    pace: Pace,
 }
 
 impl Peer {
     /// Creates a peer that may not be PostgreSQL.
     pub(super) fn new(wire: Wire) -> Self {
-        let mark = LowWater::new(wire.tcp().and_then(|socket| socket.try_clone_to_owned().ok()));
+        let pace = Pace::new(wire.tcp().and_then(|socket| socket.try_clone_to_owned().ok()));
         let (wire, outgoing) = split(wire);
         let (buffer, message_max) = (BytesMut::new(), EARLY_MESSAGE_MAX);
-        Self { incoming: Incoming { wire, buffer, message_max, mark }, outgoing }
+        Self { incoming: Incoming { wire, buffer, message_max, pace }, outgoing }
     }
 
     /// From now on, messages may be as long as PostgreSQL creates them.
@@ -105,7 +104,8 @@ impl Incoming {
         &self.buffer
     }
 
-    /// Waits for more bytes, and reads those that have arrived. Cancel safe.
+    /// Waits for more bytes, and reads those that have arrived. While the server has much to send, it first blocks the
+    /// thread for up to two milliseconds. Cancel safe.
     pub(super) async fn read(&mut self) -> io::Result<()> {
         let missing = self.first_length()?.map_or(0, |length| length.saturating_sub(self.buffer.len()));
         if self.buffer.capacity() - self.buffer.len() < missing.max(ROOM_MIN) {
@@ -114,19 +114,15 @@ impl Incoming {
             room.extend_from_slice(&self.buffer);
             self.buffer = room;
         }
-        let mut had_lapsed = false;
-        if self.mark.is_raised() {
-            match timeout(WAIT_MAX, self.wire.read_buf(&mut self.buffer)).await {
-                Ok(read) => return read.and_then(unless_closed).map(drop),
-                Err(_) => {
-                    self.mark.lower();
-                    had_lapsed = true;
-                }
-            }
-        }
+        self.pace.keep();
         let bytes = self.wire.read_buf(&mut self.buffer).await.and_then(unless_closed)?;
-        self.mark.record_read(bytes, had_lapsed, Instant::now());
+        self.pace.record_read(bytes);
         Ok(())
+    }
+
+    /// The server has sent everything that it has, so far.
+    pub(super) const fn caught_up(&mut self) {
+        self.pace.record_keepalive();
     }
 
     /// Returns the length of the first message, if its header was read.
@@ -165,11 +161,12 @@ pub(super) fn parse(mut message: BytesMut) -> io::Result<Message> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pace;
     use super::*;
     use bytes::BufMut as _;
     use std::io::Write as _;
     use std::time::Duration;
-    use tokio::net::{TcpListener, TcpStream};
+    use tokio::net::TcpListener;
 
     const ROWS: usize = 50_000;
     const ROW: usize = 150;
@@ -184,7 +181,7 @@ mod tests {
 
     async fn connected() -> (Peer, std::net::TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (stream, other) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        let (stream, other) = tokio::join!(pace::connect(listener.local_addr().unwrap()), listener.accept());
         let other = other.unwrap().0.into_std().unwrap();
         other.set_nonblocking(false).unwrap();
         other.set_nodelay(true).unwrap();

@@ -206,9 +206,10 @@ impl Walsender {
         Ok(())
     }
 
-    fn event(&self, data: Bytes) -> Result<Option<Event>, Error> {
+    fn event(&mut self, data: Bytes) -> Result<Option<Event>, Error> {
         match parse_copy_data(data)? {
             ReplicationCopyData::KeepAlive { wal_end, reply_requested, .. } => {
+                self.incoming.caught_up();
                 if let Some(reports) = self.reports.as_ref().filter(|_| reply_requested) {
                     reports.asked.notify_one();
                 }
