@@ -24,6 +24,10 @@ const IMMEDIATE_TRIES: u32 = 3;
 const WAIT_MIN: Duration = Duration::from_millis(1);
 /// Under synchronous replication the wait is a round trip to a standby, or until somebody repairs it.
 const WAIT_MAX: Duration = Duration::from_millis(16);
+/// A snapshot that sees so many transactions shows a backlog: some ten thousand transactions a second.
+const MANY: usize = 64;
+/// The wait for more transactions of a backlog, so that a snapshot sees many, and the primary executes few statements.
+const WAIT_FOR_MORE: Duration = Duration::from_millis(4);
 /// How often a snapshot is taken where nothing waits for one.
 const PROBE_EVERY: Duration = Duration::from_secs(5);
 /// Without PostgreSQL nothing can be known to be visible.
@@ -95,8 +99,12 @@ async fn release_visible(hub: Hub, mut snapshots: impl Snapshots) {
         } else {
             None
         };
+        let waiting = hub.window().pending();
         if advance(&hub, snapshot.as_ref()) || !pending {
             tries = 0;
+            if waiting.saturating_sub(hub.window().pending()) >= MANY {
+                tokio::time::sleep(WAIT_FOR_MORE).await;
+            }
             continue;
         }
         tries += 1;
