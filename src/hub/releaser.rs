@@ -24,10 +24,10 @@ const IMMEDIATE_TRIES: u32 = 3;
 const WAIT_MIN: Duration = Duration::from_millis(1);
 /// Under synchronous replication the wait is a round trip to a standby, or until somebody repairs it.
 const WAIT_MAX: Duration = Duration::from_millis(16);
-/// A snapshot that sees so many transactions shows a backlog: some ten thousand transactions a second.
+/// A snapshot that sees so many new transactions shows a backlog, or a high rate of commits.
 const MANY: usize = 64;
-/// The wait for more transactions of a backlog, so that a snapshot sees many, and the primary executes few statements.
-const WAIT_FOR_MORE: Duration = Duration::from_millis(4);
+/// The least time between the begins of two statements then, so that the primary executes few of them.
+const MANY_EVERY: Duration = Duration::from_millis(4);
 /// How often a snapshot is taken where nothing waits for one.
 const PROBE_EVERY: Duration = Duration::from_secs(5);
 /// Without PostgreSQL nothing can be known to be visible.
@@ -78,8 +78,9 @@ async fn release_visible(hub: Hub, mut snapshots: impl Snapshots) {
             continue;
         }
         // Also where nothing waits: an idle node must find out that it could not release the next change.
+        let asked_at = Instant::now();
         let snapshot = if needs_snapshot || !pending {
-            probe_at = Instant::now() + PROBE_EVERY;
+            probe_at = asked_at + PROBE_EVERY;
             match snapshots.take().await {
                 Ok(snapshot) => {
                     failing = false;
@@ -99,11 +100,11 @@ async fn release_visible(hub: Hub, mut snapshots: impl Snapshots) {
         } else {
             None
         };
-        let waiting = hub.window().pending();
-        if advance(&hub, snapshot.as_ref()) || !pending {
+        let advance = advance(&hub, snapshot.as_ref());
+        if advance.is_further || !pending {
             tries = 0;
-            if waiting.saturating_sub(hub.window().pending()) >= MANY {
-                tokio::time::sleep(WAIT_FOR_MORE).await;
+            if snapshot.is_some() && advance.seen >= MANY {
+                tokio::time::sleep_until(asked_at + MANY_EVERY).await;
             }
             continue;
         }
@@ -118,8 +119,16 @@ async fn release_visible(hub: Hub, mut snapshots: impl Snapshots) {
     }
 }
 
-/// Whether it got any further.
-fn advance(hub: &Hub, snapshot: Option<&Snapshot>) -> bool {
+/// What [`advance`] did.
+struct Advance {
+    /// Whether anything was released or seen.
+    is_further: bool,
+    /// The transactions and other entries that are visible now, and were not before.
+    seen: usize,
+}
+
+/// Releases what it can.
+fn advance(hub: &Hub, snapshot: Option<&Snapshot>) -> Advance {
     let appended = *hub.inner.appended.borrow();
     let mut window = hub.window();
     let before = (window.released(), window.watermark(), window.pending());
@@ -128,5 +137,5 @@ fn advance(hub: &Hub, snapshot: Option<&Snapshot>) -> bool {
     if after.1 != before.1 || after.2 != before.2 {
         hub.inner.watermark.send_replace(after.1);
     }
-    after != before
+    Advance { is_further: after != before, seen: before.2.saturating_sub(after.2) }
 }

@@ -1,25 +1,31 @@
-//! The pace of the reader: while it is behind, it pauses between reads.
+//! The pace of the reader: while much arrives, it pauses between reads.
 //!
-//! PostgreSQL sends each row by itself. A reader that is faster than the server is woken for each row, and the server's
-//! kernel sends each row as a segment of its own. Both cost more than the row itself. With pauses, one read brings many
-//! rows.
+//! PostgreSQL sends each message by itself. A reader that is faster than the server is woken for each message, and the
+//! server's kernel sends each message as a segment of its own. Both cost more than the message itself. With pauses, one
+//! read brings many messages.
 //!
 //! ```text
-//!               MUCH without a keepalive
-//!   caught up ───────────────────────────▶ behind: pause, read, pause, read, …
-//!       ▲                                     │
-//!       └───────────── a keepalive ───────────┘
+//!                 MUCH without a keepalive message
+//!   no pauses ───────────────────────────────────────▶ behind: pause, read, pause, read, …
+//!       ▲                                                │
+//!       └────────────── a keepalive message ─────────────┘
 //! ```
 //!
-//! A walsender sends a keepalive before it waits for more WAL (`WalSndWaitForWal` in PostgreSQL's source), so a reader
-//! that is not behind never pauses, and the keepalive after the last row of a backlog ends the pauses. No byte waits
-//! longer than [`PAUSE_MAX`].
+//! A walsender sends a keepalive message before it waits for more WAL (`WalSndWaitForWal` in PostgreSQL's source), so
+//! the pauses end with the backlog, and a stream of small transactions has none. Only the rest of a transaction, or of a
+//! burst, of more than [`MUCH`] waits too. A pause is at most [`PAUSE_MAX`], and there is none after a long read or in
+//! a long message. PostgreSQL also sends keepalive messages at other times, for example after each transaction without
+//! a watched change if it has synchronous standbys. Then the pauses begin late or never, and the backlog costs more.
 //!
-//! From a server on the same machine the reader also has a small receive window. During a pause the window is full. The
-//! server continues to write into its send buffer, where the kernel joins the rows, and this halves the walsender's
-//! work. The pause must not be so long that the send buffer is full too, nor so short that the window is not: see
-//! [`Pace::record_read`]. Over a network, a small window would limit the throughput to one window in a round trip. A
-//! Unix socket joins nothing, and its send buffer is soon full, so there the reader does not pause.
+//! From a server at a loopback address the reader also has a small receive buffer. During a pause it is full. The server
+//! continues to write into its send buffer, where the kernel joins the messages, and this halves the walsender's work.
+//! The pause must not be so long that the send buffer is full too, nor so short that the receive buffer is not: see
+//! [`Pace::record_read`]. Over a network, a small receive buffer would limit the throughput to that much in a round
+//! trip, and the pauses just become as long as they may. A Unix socket joins nothing, and its send buffer is soon full,
+//! so there the reader does not pause.
+//!
+//! Small segments need more memory than the kernel expects, so it drops a few of them from a full receive buffer, and
+//! the server's kernel sends them again.
 
 use std::io;
 use std::net::SocketAddr;
@@ -28,11 +34,13 @@ use std::time::Duration;
 
 use tokio::net::{TcpSocket, TcpStream};
 
-/// The bytes since the last keepalive that show that the reader is behind: some hundred rows.
-const MUCH: usize = 64 << 10;
-/// The size of the receive buffer for a server on the same machine. Linux doubles it.
+/// The bytes since the last keepalive message that show that the reader is behind: a thousand rows.
+const MUCH: usize = 128 << 10;
+/// The size of the receive buffer for a server at a loopback address. Linux doubles it.
 const BUFFER: u32 = 16 << 10;
-/// A shorter pause is left out, because the timer is not more exact.
+/// A read or a message of this length needs no pause.
+const LONG: usize = 64 << 10;
+/// No pause is this short, because the timer is not more exact.
 const PAUSE_MIN: Duration = Duration::from_micros(50);
 const PAUSE_FIRST: Duration = Duration::from_micros(500);
 const PAUSE_MAX: Duration = Duration::from_millis(2);
@@ -47,8 +55,9 @@ pub(super) struct Pace {
     is_over: bool,
 }
 
-/// Opens the connection of a walsender, with a small receive window if the server is on the same machine. The window
-/// must be small from the begin: a server sends no segment that is longer than half of the largest window it has seen.
+/// Opens the connection of a walsender, with a small receive buffer if the address is a loopback address. The buffer
+/// must be small from the beginning: a server sends segments of up to half of the largest window that it has seen, and
+/// they must fit.
 ///
 /// # Errors
 /// Those of the operating system.
@@ -66,20 +75,22 @@ impl Pace {
         Self { socket, since_keepalive: 0, pause: PAUSE_FIRST, is_over: true }
     }
 
-    /// Pauses once after each read, if the reader is behind. Blocks the thread: during a timer of the runtime, every
-    /// segment would wake the thread.
-    pub(super) fn keep(&mut self) {
+    /// Pauses once after each read, if the reader is behind. `missing`: the bytes that the first message still needs.
+    ///
+    /// Blocks the thread: during a timer of the runtime, every segment would wake the thread. Whatever else runs on the
+    /// thread waits, too.
+    pub(super) fn keep(&mut self, missing: usize) {
         let is_over = std::mem::replace(&mut self.is_over, true);
-        if !is_over && self.is_behind() && self.pause > PAUSE_MIN {
+        if !is_over && self.is_behind() && missing < LONG && self.pause > PAUSE_MIN {
             std::thread::sleep(self.pause);
         }
     }
 
     /// Records a read of this many bytes, and adapts the pause.
     ///
-    /// A read opens the window, which the rows in the send buffer fill again at once. If they bring half as much as was
+    /// A read makes room, which the messages in the send buffer fill again at once. If they bring half as much as was
     /// read, or more, the server has enough of them, and the next pause is a little shorter. Otherwise it is longer, by
-    /// twice as much: too many rows in the send buffer cost nothing yet.
+    /// twice as much: messages in the send buffer cost nothing until it is full.
     pub(super) fn record_read(&mut self, bytes: usize) {
         if self.is_behind() {
             let has_more = self.waiting() >= bytes / 2;
@@ -87,15 +98,16 @@ impl Pace {
             self.pause = next.clamp(PAUSE_MIN, PAUSE_MAX);
         }
         self.since_keepalive = self.since_keepalive.saturating_add(bytes);
-        self.is_over = false;
+        self.is_over = bytes >= LONG;
     }
 
-    /// Records a keepalive of the server.
+    /// Records a keepalive message.
     pub(super) const fn record_keepalive(&mut self) {
         (self.since_keepalive, self.pause) = (0, PAUSE_FIRST);
     }
 
-    const fn is_behind(&self) -> bool {
+    /// Whether much has arrived since the last keepalive message.
+    pub(super) const fn is_behind(&self) -> bool {
         self.socket.is_some() && self.since_keepalive >= MUCH
     }
 
@@ -118,13 +130,18 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_is_behind_after_much_without_a_keepalive() {
+    fn a_reader_is_behind_after_much_without_a_keepalive_message() {
         let (mut pace, _other) = pace();
         for _ in 0..1_000 {
             pace.record_read(MUCH - 1);
             assert!(!pace.is_behind());
             pace.record_keepalive();
         }
+        for _ in 0..500 {
+            pace.record_read(150);
+        }
+        assert!(!pace.is_behind(), "a transaction of 500 rows");
+        pace.record_keepalive();
         pace.record_read(MUCH - 1);
         pace.record_read(1);
         assert!(pace.is_behind());

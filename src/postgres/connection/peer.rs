@@ -104,8 +104,8 @@ impl Incoming {
         &self.buffer
     }
 
-    /// Waits for more bytes, and reads those that have arrived. While the server has much to send, it first blocks the
-    /// thread for up to two milliseconds. Cancel safe.
+    /// Waits for more bytes, and reads those that have arrived. While much arrives, it first blocks the thread for up
+    /// to two milliseconds. Cancel safe.
     pub(super) async fn read(&mut self) -> io::Result<()> {
         let missing = self.first_length()?.map_or(0, |length| length.saturating_sub(self.buffer.len()));
         if self.buffer.capacity() - self.buffer.len() < missing.max(ROOM_MIN) {
@@ -114,15 +114,20 @@ impl Incoming {
             room.extend_from_slice(&self.buffer);
             self.buffer = room;
         }
-        self.pace.keep();
+        self.pace.keep(missing);
         let bytes = self.wire.read_buf(&mut self.buffer).await.and_then(unless_closed)?;
         self.pace.record_read(bytes);
         Ok(())
     }
 
-    /// The server has sent everything that it has, so far.
-    pub(super) const fn caught_up(&mut self) {
+    /// Records that the last message was a keepalive message.
+    pub(super) const fn record_keepalive(&mut self) {
         self.pace.record_keepalive();
+    }
+
+    #[cfg(test)]
+    pub(super) const fn is_behind(&self) -> bool {
+        self.pace.is_behind()
     }
 
     /// Returns the length of the first message, if its header was read.
@@ -190,7 +195,7 @@ mod tests {
 
     /// A walsender that sends each row by itself, and then one more row at each request.
     #[tokio::test]
-    async fn a_backlog_arrives_in_large_pieces_and_its_end_at_once() {
+    async fn a_backlog_arrives_in_large_pieces_and_single_messages_after_it() {
         let (mut peer, mut walsender) = connected().await;
         peer.trust();
         let (request, requested) = std::sync::mpsc::channel();
