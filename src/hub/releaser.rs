@@ -26,7 +26,7 @@ const WAIT_MIN: Duration = Duration::from_millis(1);
 const WAIT_MAX: Duration = Duration::from_millis(16);
 /// A snapshot that sees so many new transactions shows a backlog, or a high rate of commits.
 const MANY: usize = 64;
-/// The least time between the begins of two statements then, so that the primary executes few of them.
+/// The least time from the start of one statement to that of the next then, so that the primary executes few of them.
 const MANY_EVERY: Duration = Duration::from_millis(4);
 /// How often a snapshot is taken where nothing waits for one.
 const PROBE_EVERY: Duration = Duration::from_secs(5);
@@ -100,10 +100,10 @@ async fn release_visible(hub: Hub, mut snapshots: impl Snapshots) {
         } else {
             None
         };
-        let advance = advance(&hub, snapshot.as_ref());
-        if advance.is_further || !pending {
+        let done = advance(&hub, snapshot.as_ref());
+        if done.is_further || !pending {
             tries = 0;
-            if snapshot.is_some() && advance.seen >= MANY {
+            if snapshot.is_some() && done.seen >= MANY {
                 tokio::time::sleep_until(asked_at + MANY_EVERY).await;
             }
             continue;
