@@ -51,7 +51,7 @@ const MAY_USE: [(&str, &[&str]); 20] = [
 ];
 
 /// Crates that only some places may name: rooms, or files and folders in them.
-const CONFINED: [(&str, &[&str]); 20] = [
+const CONFINED: [(&str, &[&str]); 19] = [
     ("pgwire_replication", &["postgres"]),
     ("tokio_postgres", &["admin", "app/primary", "postgres", "replication/upstream/walsender", "store"]),
     ("deadpool", &["store"]),
@@ -71,7 +71,6 @@ const CONFINED: [(&str, &[&str]); 20] = [
     ("anyhow", &["app", "cli"]),
     ("tracing_subscriber", &["cli"]),
     ("yaml_rust2", &["yaml"]),
-    ("libc", &["postgres/connection/low_water"]),
 ];
 
 /// What `api` may name only where a protocol is spoken.

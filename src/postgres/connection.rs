@@ -32,7 +32,7 @@
 
 mod failure;
 mod logon;
-mod low_water;
+mod pace;
 mod passfile;
 mod password;
 mod peer;
@@ -340,17 +340,21 @@ impl Endpoint {
             options: self.options.as_deref(),
             sessions,
         };
-        log_on.log_on(self.dial().await?).await
+        log_on.log_on(self.dial(sessions).await?).await
     }
 
-    async fn dial(&self) -> Result<Wire, Failure> {
+    async fn dial(&self, sessions: Sessions) -> Result<Wire, Failure> {
         match &self.target {
             Target::Socket { dir } => {
                 let path = Path::new(dir).join(format!(".s.PGSQL.{}", self.port));
                 Ok(Box::new(UnixStream::connect(path).await.map_err(Failure::Dial)?))
             }
             Target::Tcp { name, address } => {
-                let stream = TcpStream::connect(address).await.map_err(Failure::Dial)?;
+                let stream = match sessions {
+                    Sessions::Stream => pace::connect(*address).await,
+                    _ => TcpStream::connect(address).await,
+                };
+                let stream = stream.map_err(Failure::Dial)?;
                 stream.set_nodelay(true).and_then(|()| self.keepalive.set(&stream)).map_err(Failure::Dial)?;
                 Ok(wire::upgrade(stream, &self.tls, name).await?)
             }

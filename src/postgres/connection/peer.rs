@@ -8,15 +8,14 @@ use std::io;
 use bytes::BytesMut;
 use postgres_protocol::message::backend::{Header, Message};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf, split};
-use tokio::time::{Instant, timeout};
 
-use super::low_water::{LowWater, MARK, WAIT_MAX};
+use super::pace::Pace;
 use super::wire::Wire;
 
 /// The least free room of the buffer for a read.
-const ROOM_MIN: usize = MARK;
+const ROOM_MIN: usize = 64 << 10;
 /// The size of a new buffer.
-const ROOM: usize = 4 * MARK;
+const ROOM: usize = 4 * ROOM_MIN;
 /// The longest message that PostgreSQL creates: its `MaxAllocSize`.
 const MESSAGE_MAX: usize = 1 << 30;
 /// The longest message before the server has accepted the session. Real ones have some hundred bytes.
@@ -49,16 +48,16 @@ pub(super) struct Incoming {
     /// See [`Incoming::unread`].
     buffer: BytesMut,
     message_max: usize,
-    mark: LowWater,
+    pace: Pace,
 }
 
 impl Peer {
     /// Creates a peer that may not be PostgreSQL.
     pub(super) fn new(wire: Wire) -> Self {
-        let mark = LowWater::new(wire.tcp().and_then(|socket| socket.try_clone_to_owned().ok()));
+        let pace = Pace::new(wire.tcp().and_then(|socket| socket.try_clone_to_owned().ok()));
         let (wire, outgoing) = split(wire);
         let (buffer, message_max) = (BytesMut::new(), EARLY_MESSAGE_MAX);
-        Self { incoming: Incoming { wire, buffer, message_max, mark }, outgoing }
+        Self { incoming: Incoming { wire, buffer, message_max, pace }, outgoing }
     }
 
     /// From now on, messages may be as long as PostgreSQL creates them.
@@ -105,7 +104,8 @@ impl Incoming {
         &self.buffer
     }
 
-    /// Waits for more bytes, and reads those that have arrived. Cancel safe.
+    /// Waits for more bytes, and reads those that have arrived. While much arrives, it first blocks the thread for up
+    /// to two milliseconds. Cancel safe.
     pub(super) async fn read(&mut self) -> io::Result<()> {
         let missing = self.first_length()?.map_or(0, |length| length.saturating_sub(self.buffer.len()));
         if self.buffer.capacity() - self.buffer.len() < missing.max(ROOM_MIN) {
@@ -114,19 +114,20 @@ impl Incoming {
             room.extend_from_slice(&self.buffer);
             self.buffer = room;
         }
-        let mut had_lapsed = false;
-        if self.mark.is_raised() {
-            match timeout(WAIT_MAX, self.wire.read_buf(&mut self.buffer)).await {
-                Ok(read) => return read.and_then(unless_closed).map(drop),
-                Err(_) => {
-                    self.mark.lower();
-                    had_lapsed = true;
-                }
-            }
-        }
+        self.pace.keep(missing);
         let bytes = self.wire.read_buf(&mut self.buffer).await.and_then(unless_closed)?;
-        self.mark.record_read(bytes, had_lapsed, Instant::now());
+        self.pace.record_read(bytes);
         Ok(())
+    }
+
+    /// Records that the last message was a keepalive message.
+    pub(super) const fn record_keepalive(&mut self) {
+        self.pace.record_keepalive();
+    }
+
+    #[cfg(test)]
+    pub(super) const fn is_behind(&self) -> bool {
+        self.pace.is_behind()
     }
 
     /// Returns the length of the first message, if its header was read.
@@ -165,11 +166,12 @@ pub(super) fn parse(mut message: BytesMut) -> io::Result<Message> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pace;
     use super::*;
     use bytes::BufMut as _;
     use std::io::Write as _;
     use std::time::Duration;
-    use tokio::net::{TcpListener, TcpStream};
+    use tokio::net::TcpListener;
 
     const ROWS: usize = 50_000;
     const ROW: usize = 150;
@@ -184,7 +186,7 @@ mod tests {
 
     async fn connected() -> (Peer, std::net::TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (stream, other) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        let (stream, other) = tokio::join!(pace::connect(listener.local_addr().unwrap()), listener.accept());
         let other = other.unwrap().0.into_std().unwrap();
         other.set_nonblocking(false).unwrap();
         other.set_nodelay(true).unwrap();
@@ -193,7 +195,7 @@ mod tests {
 
     /// A walsender that sends each row by itself, and then one more row at each request.
     #[tokio::test]
-    async fn a_backlog_arrives_in_large_pieces_and_its_end_at_once() {
+    async fn a_backlog_arrives_in_large_pieces_and_single_messages_after_it() {
         let (mut peer, mut walsender) = connected().await;
         peer.trust();
         let (request, requested) = std::sync::mpsc::channel();
@@ -226,6 +228,19 @@ mod tests {
         }
         drop(request);
         sender.join().unwrap();
+    }
+
+    /// Otherwise the server's kernel may wait for room: see [`pace::connect`].
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn many_segments_fit_into_the_small_receive_buffer() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = pace::connect(listener.local_addr().unwrap()).await.unwrap();
+        let other = listener.accept().await.unwrap().0;
+        let (stream, other) = (socket2::SockRef::from(&stream), socket2::SockRef::from(&other));
+        let (buffer, segment) = (stream.recv_buffer_size().unwrap(), other.tcp_mss().unwrap());
+        assert!(buffer <= 64 << 10, "a buffer of {buffer} bytes");
+        assert!(usize::try_from(segment).unwrap() <= buffer / 8, "segments of {segment} bytes");
     }
 
     #[tokio::test]

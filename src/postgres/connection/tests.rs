@@ -398,6 +398,14 @@ async fn a_publication_with_any_name_can_be_replicated() {
     while !events.iter().any(|event| matches!(event, Event::Commit { .. })) {
         walsender.next(&mut events).await.unwrap();
     }
+    // After a large transaction, a keepalive message ends the pauses.
+    connection.client.batch_execute("INSERT INTO public.t SELECT generate_series(1, 10000)").await.unwrap();
+    while !walsender.is_behind() {
+        walsender.next(&mut events).await.unwrap();
+    }
+    while walsender.is_behind() {
+        walsender.next(&mut events).await.unwrap();
+    }
     let mut walsender = connection.endpoint().replicate("tests").await.unwrap();
     let error = walsender.start("missing", "none").await.unwrap_err();
     let error = connection.endpoint().replication_error(error);

@@ -171,7 +171,7 @@ impl Walsender {
         Ok(())
     }
 
-    /// Waits for events, and adds all events of one read: about 128 KiB, or one event of any size. Cancel safe.
+    /// Waits for events, and adds all events of one read: up to 256 KiB, or one event of any size. Cancel safe.
     ///
     /// # Errors
     /// The error that ended the stream.
@@ -206,9 +206,10 @@ impl Walsender {
         Ok(())
     }
 
-    fn event(&self, data: Bytes) -> Result<Option<Event>, Error> {
+    fn event(&mut self, data: Bytes) -> Result<Option<Event>, Error> {
         match parse_copy_data(data)? {
             ReplicationCopyData::KeepAlive { wal_end, reply_requested, .. } => {
+                self.incoming.record_keepalive();
                 if let Some(reports) = self.reports.as_ref().filter(|_| reply_requested) {
                     reports.asked.notify_one();
                 }
@@ -216,6 +217,11 @@ impl Walsender {
             }
             ReplicationCopyData::XLogData { data, .. } => Ok(event_of(data)?),
         }
+    }
+
+    #[cfg(test)]
+    pub(super) const fn is_behind(&self) -> bool {
+        self.incoming.is_behind()
     }
 
     /// Acknowledges, soon, that everything up to this end LSN is durable. Never moves backward. Until the first call,
