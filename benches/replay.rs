@@ -159,7 +159,7 @@ async fn write(scale: &Scale, postgres: &Postgres, server: &mut Server) -> Strin
         }
     }
     // Also flushes the commits before, which would otherwise come after the restart.
-    sql.run("BEGIN; SET LOCAL synchronous_commit = on; SELECT pg_current_xact_id(); COMMIT").await;
+    sql.run("BEGIN; SET LOCAL synchronous_commit = on; SELECT pg_logical_emit_message(true, 'end', ''); COMMIT").await;
     let flushed = sql.flushed().await;
     let written = began.elapsed();
     let deadline = Instant::now() + REPLAY_MAX;

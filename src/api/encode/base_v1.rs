@@ -31,20 +31,21 @@ const DATA: u32 = 1;
 /// # Errors
 /// If an attribute among the changes cannot be decoded.
 pub fn response(snap_token: &str, changes: &[u8]) -> Result<Vec<u8>, Malformed> {
-    if Changes::of(changes).have_attributes() {
-        Ok(envelope(snap_token, &transcoded(changes)?))
-    } else {
-        Ok(envelope(snap_token, changes))
-    }
+    let mut out = Vec::new();
+    put_response(snap_token, changes, &mut out)?;
+    Ok(out)
 }
 
-fn envelope(snap_token: &str, changes: &[u8]) -> Vec<u8> {
+/// Appends the whole response to `out`.
+fn put_response(snap_token: &str, changes: &[u8], out: &mut Vec<u8>) -> Result<(), Malformed> {
+    let transcoded = Changes::of(changes).have_attributes().then(|| transcoded(changes)).transpose()?;
+    let changes = transcoded.as_deref().unwrap_or(changes);
     let inner = text_len(snap_token) + changes.len();
-    let mut out = Vec::with_capacity(field_len(inner));
-    put_head(RESPONSE_CHANGES, inner, &mut out);
-    put_text(SNAP_TOKEN, snap_token, &mut out);
+    out.reserve_exact(field_len(inner));
+    put_head(RESPONSE_CHANGES, inner, out);
+    put_text(SNAP_TOKEN, snap_token, out);
     out.put_slice(changes);
-    out
+    Ok(())
 }
 
 fn transcoded(changes: &[u8]) -> Result<Vec<u8>, Malformed> {

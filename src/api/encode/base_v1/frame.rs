@@ -12,7 +12,7 @@
 //! half of its window. Frames of more than 170 bytes fill the window before that, and then flow control makes the
 //! stream wait.
 
-use super::response;
+use super::put_response;
 use crate::api::encode::{Encoder, Malformed};
 use crate::hub::EnvelopeForm;
 use crate::model::transaction::Message;
@@ -27,22 +27,25 @@ pub(crate) const BYTES_MIN: usize = 192;
 const PREFIX_BYTES: usize = 5;
 /// The unknown field of `WatchResponse` that pads short ones. Clients skip unknown fields.
 const PADDING: u32 = 15;
+/// The key and the length of the padding take no more.
+const PADDING_HEAD_BYTES: usize = 3;
 
 fn encode(message: &Message, snap_token: &str) -> Result<Bytes, Malformed> {
-    let response = response(snap_token, &message.changes)?;
-    let missing = BYTES_MIN.saturating_sub(PREFIX_BYTES + response.len());
-    let mut padding = Vec::new();
+    let mut frame = vec![0; PREFIX_BYTES];
+    put_response(snap_token, &message.changes, &mut frame)?;
+    let missing = BYTES_MIN.saturating_sub(frame.len());
     if missing > 0 {
-        encode_key(PADDING, WireType::LengthDelimited, &mut padding);
-        encode_varint(missing as u64, &mut padding);
-        padding.resize(padding.len() + missing, 0);
+        frame.reserve_exact(PADDING_HEAD_BYTES + missing);
+        encode_key(PADDING, WireType::LengthDelimited, &mut frame);
+        encode_varint(missing as u64, &mut frame);
+        frame.resize(frame.len() + missing, 0);
     }
-    let mut frame = Vec::with_capacity(PREFIX_BYTES + response.len() + padding.len());
-    frame.put_u8(0);
+    let (prefix, rest) = frame.split_at_mut(PREFIX_BYTES);
     // The length is far below 4 GiB, because changes are limited.
-    frame.put_u32(u32::try_from(response.len() + padding.len()).unwrap_or(u32::MAX));
-    frame.put_slice(&response);
-    frame.put_slice(&padding);
+    let length = u32::try_from(rest.len()).unwrap_or(u32::MAX);
+    if let Some(mut prefix) = prefix.get_mut(1..) {
+        prefix.put_u32(length);
+    }
     Ok(frame.into())
 }
 
