@@ -243,7 +243,9 @@ pub async fn serve(config: &Config, reset_log: bool, stop: impl Future<Output = 
 
     let mut background = JoinSet::new();
     background.spawn(record_watermark(hub.watch_watermark(), recorded));
-    background.spawn(hub::releaser::run(hub.clone(), snapshots));
+    let (_, releasing) = thread::run("releaser".to_owned(), hub::releaser::run(hub.clone(), snapshots))
+        .context("cannot start the releaser's thread")?;
+    background.spawn(releasing);
     background.spawn(answering);
     background.spawn(monitor.run(session.received()));
     background.spawn(request_checks(session.check_request()));
