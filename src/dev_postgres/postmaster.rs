@@ -84,7 +84,7 @@ impl Cause {
     pub(super) fn of(log: &str) -> Self {
         if log.contains("pre-existing shared memory block") {
             Self::Lingering
-        } else if log.contains("could not bind IPv4 address") {
+        } else if log.contains("could not create any TCP/IP sockets") {
             Self::PortTaken
         } else {
             Self::Other

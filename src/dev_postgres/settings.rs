@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 use std::net::{Ipv4Addr, TcpListener};
 use std::ops::Range;
 use std::path::Path;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Error;
 
@@ -49,12 +51,18 @@ fn push(text: &mut String, name: &str, value: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// A port that is free now. Only PostgreSQL's own bind can confirm it, so the caller must be ready to choose again.
+/// A port that is free now, and that this process has not chosen before: the cluster of an earlier one may be stopped for
+/// a moment. Only PostgreSQL's own bind can confirm it, so the caller must be ready to choose again.
 pub(super) fn free_port() -> u16 {
-    let first = fastrand::u16(PORTS);
-    // Once around the range. If all ports are in use, the start reports it.
-    let mut ports = (first..PORTS.end).chain(PORTS.start..first);
-    ports.find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok()).unwrap_or(first)
+    // Begins anywhere, because other processes may choose too.
+    static NEXT: LazyLock<AtomicUsize> = LazyLock::new(|| AtomicUsize::new(fastrand::usize(..PORTS.len())));
+    let next = |_| {
+        let at = NEXT.fetch_add(1, Ordering::Relaxed) % PORTS.len();
+        PORTS.start.saturating_add(u16::try_from(at).unwrap_or_default())
+    };
+    let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
+    // If all ports are in use, the start reports it.
+    (0..PORTS.len()).map(next).find(is_free).unwrap_or(PORTS.start)
 }
 
 #[cfg(test)]

@@ -275,7 +275,10 @@ async fn a_port_in_use_is_named() {
 #[tokio::test]
 async fn an_unused_port_can_change() {
     let place = Place::new();
-    let mut cluster = open(place.data_dir()).await.unwrap();
+    let mut options = options(place.data_dir());
+    // Then the reason is all that PostgreSQL logs.
+    options.settings.push(("log_min_messages".into(), "fatal".into()));
+    let mut cluster = Cluster::create_or_open(Installation::find(None).unwrap(), options).await.unwrap();
     let proposed = cluster.port();
     let taken = TcpListener::bind(("127.0.0.1", proposed)).unwrap();
     cluster.start().await.unwrap();
