@@ -1,8 +1,8 @@
 //! Runs a future on a thread of its own, with a single-threaded runtime.
 //!
 //! Tasks that exchange much data share such a thread, because a task that wakes another one on the same thread costs no
-//! system call. Three kinds of work use it: the replication session with its reports, the releaser with its connection,
-//! and the streams of one connection with their writer.
+//! system call: the replication session with its reports, the releaser with its connection, and the streams of one
+//! connection with their writer. The recorder has one too, because it waits for the disk.
 
 use std::io;
 use tokio::runtime::{self, Handle};

@@ -16,7 +16,7 @@ use super::put_response;
 use crate::api::encode::{Encoder, Malformed};
 use crate::hub::EnvelopeForm;
 use crate::model::transaction::Message;
-use bytes::{BufMut as _, Bytes};
+use bytes::Bytes;
 use prost::encoding::{WireType, encode_key, encode_varint};
 
 pub(crate) const FRAME: Encoder = Encoder { form: EnvelopeForm::BaseV1Frame, encode };
@@ -40,11 +40,9 @@ fn encode(message: &Message, snap_token: &str) -> Result<Bytes, Malformed> {
         encode_varint(missing as u64, &mut frame);
         frame.resize(frame.len() + missing, 0);
     }
-    let (prefix, rest) = frame.split_at_mut(PREFIX_BYTES);
-    // The length is far below 4 GiB, because changes are limited.
-    let length = u32::try_from(rest.len()).unwrap_or(u32::MAX);
-    if let Some(mut prefix) = prefix.get_mut(1..) {
-        prefix.put_u32(length);
+    if let Some(([_, length @ ..], response)) = frame.split_first_chunk_mut::<PREFIX_BYTES>() {
+        // Far below 4 GiB, because changes are limited.
+        *length = u32::try_from(response.len()).unwrap_or(u32::MAX).to_be_bytes();
     }
     Ok(frame.into())
 }
